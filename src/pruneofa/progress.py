@@ -1,0 +1,64 @@
+"""A progress bar with ETA on a terminal, a line every few seconds in a log file."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+SECONDS_BETWEEN_LINES = 15
+
+
+@contextlib.contextmanager
+def progress(description: str, total: int, *, completed: int = 0) -> Iterator[Callable[..., None]]:
+    """Yield `advance(count=1, note="")`, which moves a bar of `total` units that starts at `completed`.
+
+    The bar goes to stderr, so that stdout keeps only what a program may want to parse.
+    """
+    if sys.stderr.isatty():
+        with _bar(description, total, completed) as advance:
+            yield advance
+        return
+    start = last = time.monotonic()
+    done = completed
+
+    def advance(count: int = 1, note: str = "") -> None:
+        nonlocal done, last
+        done += count
+        now = time.monotonic()
+        if now - last >= SECONDS_BETWEEN_LINES:
+            last = now
+            left = (now - start) / max(done - completed, 1) * (total - done)
+            sys.stderr.write(f"{description}: {done}/{total}, {_clock(left)} left  {note}\n")
+            sys.stderr.flush()
+
+    yield advance
+    seconds = time.monotonic() - start
+    if seconds > 2:
+        sys.stderr.write(f"{description}: done in {_clock(seconds)}\n")
+
+
+@contextlib.contextmanager
+def _bar(description: str, total: int, completed: int) -> Iterator[Callable[..., None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(description, total=total, completed=completed, note="")
+
+        def advance(count: int = 1, note: str = "") -> None:
+            bar.update(task, advance=count, **({"note": note} if note else {}))
+
+        yield advance
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

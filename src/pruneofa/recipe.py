@@ -1,0 +1,317 @@
+"""The recipe: everything a run needs to know, validated before any work starts."""
+
+import difflib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import pydantic
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from pruneofa.errors import InputError
+
+GLUE = ("sst2", "mnli", "qnli", "qqp")
+KNOWN_TASKS = (*GLUE, "squad")
+
+Positive = Annotated[int, Field(gt=0)]
+Rate = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Weight = Annotated[float, Field(ge=0)]
+Names = str | list[str]
+T = TypeVar("T", bound=BaseModel)
+
+
+class _Yaml12(yaml.SafeLoader):
+    """PyYAML reads YAML 1.1, where 2:4 is the number 124 and 1e-4 is text; these are the rules of 1.2."""
+
+
+_Yaml12.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in rules if not tag.endswith((":int", ":float"))]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Yaml12.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
+_Yaml12.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+\.[0-9]*([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.inf|\.nan)$"),
+    list("-+.0123456789"),
+)
+
+
+class Section(BaseModel):
+    """A part of the recipe: unknown keys are errors, values are not coerced silently."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class Corpus(Section):
+    """Plain text for teacher preparation and pruning."""
+
+    source: Names = Field(description="hub data set id, or local file(s)/folder(s): parquet, jsonl, txt (.gz, .zst)")
+    config: str | None = Field(None, description="hub configuration, such as 20231101.en")
+    column: str = Field("text", description="column that holds the text")
+    max_length: Annotated[int, Field(ge=8)] = Field(128, description="tokens per example, special tokens included")
+    nsp: bool = Field(True, description="segment pairs with next-sentence prediction (BERT); false: documents")
+    short_seq_prob: Annotated[float, Field(ge=0, le=1)] = Field(0.1, description="share of shorter examples")
+    validation: Annotated[float, Field(gt=0, lt=1)] = Field(0.05, description="share of articles held out")
+    whole_word: bool = Field(False, description="mask whole words instead of single word pieces")
+    streaming: bool = Field(False, description="read while training instead of tokenizing once to a cache")
+
+
+class _Optimization(Section):
+    """What teacher preparation and pruning have in common."""
+
+    steps: Positive = Field(100_000, description="optimizer steps")
+    lr: Rate = Field(5e-5, description="peak learning rate")
+    batch: Positive = Field(256, description="examples per optimizer step, over all processes")
+    micro_batch: Positive | None = Field(None, description="examples per forward pass and process (default: batch)")
+    warmup: Fraction = Field(0.01, description="share of the steps with rising learning rate")
+    weight_decay: Weight = 0.01
+    max_grad_norm: Weight = Field(1.0, description="gradient clipping; 0 switches it off")
+    dropout: Fraction | None = Field(None, description="replaces the model's dropout rates; null keeps them")
+    checkpoint_activations: bool = Field(False, description="recompute activations in the backward pass")
+    save_steps: Positive | None = Field(None, description="steps between checkpoints (default: a twentieth)")
+
+
+class Teacher(_Optimization):
+    """Teacher preparation: MLM (+ NSP) training of the dense model on the corpus."""
+
+
+class Prune(_Optimization):
+    """Student pruning: gradual magnitude pruning with distillation and learning-rate rewinding."""
+
+    begin: Annotated[int, Field(ge=0)] = Field(0, description="first step at which weights are pruned")
+    end: Positive | None = Field(None, description="step at which the final sparsity is reached (default: half)")
+    stop: Positive | None = Field(None, description="last step that may select the mask anew (default: 80 %)")
+    interval: Positive | None = Field(None, description="steps between selections (default: a hundredth)")
+    final: Fraction = Field(0.9, description="final sparsity of the encoder's linear weights")
+    initial: Fraction = 0.0
+    pattern: Annotated[str, Field(pattern=r"^(unstructured|4x1|1x4|\d+:\d+)$")] = Field(
+        "unstructured", description="unstructured, 4x1 (4 output rows), 1x4 (4 inputs) or n:m such as 2:4"
+    )
+    scope: Literal["uniform", "global"] = Field("uniform", description="same sparsity per layer, or one threshold")
+    skip: list[str] = Field([], description="regular expressions of layers to leave dense")
+    rewind: Literal["sawtooth", "cyclic", "none"] = Field("sawtooth", description="learning-rate rewinding")
+
+    @model_validator(mode="after")
+    def _schedule(self) -> "Prune":
+        self.end = self.end or max(1, self.steps // 2)
+        self.stop = self.stop or max(self.end, self.steps * 4 // 5)
+        self.interval = self.interval or max(1, self.steps // 100)
+        if not self.begin < self.end:
+            raise ValueError(f"begin is {self.begin} but must be below end ({self.end})")
+        if not self.end <= self.stop <= self.steps:
+            raise ValueError(f"stop is {self.stop} but must be between end ({self.end}) and steps ({self.steps})")
+        if self.initial > self.final:
+            raise ValueError(f"initial is {self.initial} but must not exceed final ({self.final})")
+        if self.rewind == "sawtooth" and self.end - self.begin >= self.steps - int(self.steps * self.warmup):
+            raise ValueError(
+                f"end - begin is {self.end - self.begin} of {self.steps} steps and leaves none for the learning "
+                "rate to decay; lower end or raise steps"
+            )
+        if ":" in self.pattern:
+            kept, group = map(int, self.pattern.split(":"))
+            if not 0 < kept < group or abs(self.final - (1 - kept / group)) > 1e-9:
+                raise ValueError(
+                    f"final is {self.final} but pattern {self.pattern} gives {1 - kept / max(group, 1):g}; "
+                    "set prune.final to that"
+                )
+        return self
+
+
+class Distill(Section):
+    """Weights of the losses in the prune stage."""
+
+    hard: Weight = Field(0.5, description="weight of the MLM (+ NSP) loss")
+    kd: Weight = Field(0.5, description="weight of the distillation of logits")
+    temperature: Rate = 2.0
+    hidden: Weight = Field(0.0, description="weight of the MSE between hidden states, all layers")
+    positions: Literal["all", "masked"] = Field("all", description="positions whose MLM logits are distilled")
+
+    @model_validator(mode="after")
+    def _something(self) -> "Distill":
+        if self.hard + self.kd + self.hidden == 0:
+            raise ValueError("hard, kd and hidden are all 0: nothing would be learned; raise one of them")
+        return self
+
+
+class Task(Section):
+    """A downstream task. Defaults that are null here follow the task's kind (see `resolved`)."""
+
+    data: Names | None = Field(None, description="hub id, folder of parquet splits, or a CSV/TSV/JSONL/parquet file")
+    validation: str | None = Field(None, description="validation file (default: the data's own split, else 10 %)")
+    text: Names | None = Field(None, description="one or two text columns")
+    label: str | None = Field(None, description="label column")
+    epochs: Positive | None = None
+    lr: Rate | None = None
+    batch: Positive | None = None
+    max_length: Annotated[int, Field(ge=8)] | None = None
+    stride: Annotated[int, Field(ge=0)] | None = Field(None, description="overlap of question-answering windows")
+    warmup: Fraction = 0.0
+    weight_decay: Weight = 0.0
+    max_grad_norm: Weight = 1.0
+    hard: Weight = Field(0.0, description="weight of the task's own loss in transfer")
+    kd: Weight = Field(1.0, description="weight of the distillation from the dense task teacher")
+    temperature: Rate = 2.0
+    teacher: str | None = Field(None, description="dense task model; null: fine-tuned from the dense model here")
+    dense_epochs: Positive | None = Field(None, description="epochs of that fine-tuning (default: epochs)")
+    dense_lr: Rate | None = Field(None, description="its learning rate (default: lr)")
+    train_rows: Positive | None = Field(None, description="use only the first rows, for trials")
+    validation_rows: Positive | None = Field(None, description="evaluate on the first rows only, for trials")
+    skip_bad_answers: bool = Field(False, description="drop SQuAD answers whose offsets do not match")
+
+    @model_validator(mode="after")
+    def _losses(self) -> "Task":
+        if self.hard + self.kd == 0:
+            raise ValueError("hard and kd are both 0: nothing would be learned; raise one of them")
+        return self
+
+    def resolved(self, name: str) -> "Task":
+        """Fill the defaults of method.md A6: GLUE 9 epochs, 1e-4, 32 x 128; SQuAD 8, 1.5e-4, 12 x 384/128."""
+        squad = name == "squad"
+        defaults = (
+            {"epochs": 8, "lr": 1.5e-4, "batch": 12, "max_length": 384, "stride": 128}
+            if squad
+            else {"epochs": 9, "lr": 1e-4, "batch": 32, "max_length": 128}
+        )
+        task = self.model_copy(update={k: v for k, v in defaults.items() if getattr(self, k) is None})
+        return task.model_copy(
+            update={"dense_epochs": task.dense_epochs or task.epochs, "dense_lr": task.dense_lr or task.lr}
+        )
+
+
+class Control(Section):
+    """The comparison model: pruned once, locked, trained for the prune stage's tokens."""
+
+    tasks: list[str] | None = Field(None, description="tasks to transfer it to (default: all)")
+    lr: list[Rate] = Field([5e-5, 1e-4], min_length=1, description="learning rates tried; lowest validation loss wins")
+
+
+class Recipe(Section):
+    """One row of the published table, from raw text to model card."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    model: str = Field(description="folder or hub id of the encoder")
+    model_is_sparse: bool = Field(False, description="start from an existing sparse model: no teacher, no prune")
+    dense_model: str | None = Field(None, description="with model_is_sparse: where dense task teachers start")
+    data_root: str | None = Field(None, description="relative data paths are resolved here")
+    corpus: Corpus | None = None
+    teacher: Teacher | None = Field(None, description="null: the model is its own teacher as it is")
+    prune: Prune | None = None
+    distill: Distill = Distill()
+    tasks: dict[str, Task] = {}
+    quantize: None = Field(None, description="reserved: quantization is not built yet")
+    seeds: Annotated[list[int], Field(min_length=1)] = [0, 1]
+    seed: int = Field(0, description="seed of teacher preparation and pruning")
+    control: Control | bool = False
+    precision: Literal["bf16", "fp32"] = "bf16"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Recipe":
+        if self.model_is_sparse and (self.prune or self.teacher):
+            raise ValueError("model_is_sparse is true, so teacher and prune must be null")
+        if (self.prune or self.teacher) and not self.corpus:
+            raise ValueError("teacher and prune need a corpus; set corpus.source")
+        if not self.model_is_sparse and not self.prune:
+            raise ValueError("there is nothing to prune with: add a prune section, or set model_is_sparse: true")
+        if self.control is True:
+            self.control = Control()
+        if self.control and not self.prune:
+            raise ValueError("control compares with the prune stage, which this recipe does not have")
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds {self.seeds} repeat a seed; give each once")
+        for name, task in self.tasks.items():
+            if name not in KNOWN_TASKS and not (task.data and task.text and task.label):
+                near = difflib.get_close_matches(name, KNOWN_TASKS, 1)
+                raise ValueError(
+                    f"task {name!r} is not one of {', '.join(KNOWN_TASKS)}"
+                    + (f" (did you mean {near[0]!r}?)" if near else "")
+                    + "; your own task needs data, text and label"
+                )
+        for name in (self.control.tasks or []) if self.control else []:
+            if name not in self.tasks:
+                raise ValueError(f"control.tasks names {name!r}, which is not in tasks")
+        return self
+
+
+def load(paths: Iterable[str | Path], overrides: Iterable[str] = ()) -> Recipe:
+    """Read one or more YAML files, later ones win key by key, then apply `a.b=value` overrides.
+
+    Raises InputError with the file or key, and the nearest known key for an unknown one.
+    """
+    merged: dict[str, Any] = {}
+    for path in paths:
+        try:
+            loaded = yaml.load(Path(path).read_text(encoding="utf-8"), _Yaml12)
+        except FileNotFoundError:
+            raise InputError(f"{path}: no such recipe file") from None
+        except (UnicodeDecodeError, yaml.YAMLError) as error:
+            raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(loaded, dict):
+            raise InputError(f"{path}: a recipe is a mapping of keys, got {type(loaded).__name__}")
+        merged = merge(merged, loaded)
+    for override in overrides:
+        merged = merge(merged, parse_override(override))
+    return validate(Recipe, merged)
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the keys of `over` laid over it, mappings merged recursively."""
+    result = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merge(result[key], value) if both else value
+    return result
+
+
+def parse_override(text: str) -> dict[str, Any]:
+    """`a.b=value` as a nested mapping; the value is YAML, so numbers and lists keep their type."""
+    key, equals, value = text.partition("=")
+    if not equals or not all(key.split(".")):
+        raise InputError(f"--set {text}: wanted key=value, such as prune.final=0.85")
+    try:
+        parsed: Any = yaml.load(value, _Yaml12)
+    except yaml.YAMLError:
+        raise InputError(f"--set {text}: {value!r} is not valid YAML; put quotes around it") from None
+    for part in reversed(key.split(".")):
+        parsed = {part: parsed}
+    return parsed
+
+
+def validate(model: type[T], values: dict[str, Any]) -> T:
+    """Build `model` from plain values. Raises InputError that lists every problem on one line."""
+    try:
+        return model.model_validate(values)
+    except pydantic.ValidationError as error:
+        problems = [_explain(model, problem) for problem in error.errors()]
+        raise InputError("recipe: " + "; ".join(problems)) from None
+
+
+def _explain(model: type[BaseModel], problem: Any) -> str:
+    location = [str(part) for part in problem["loc"]]
+    where = ".".join(location) or "recipe"
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(model, location[:-1])
+        near = difflib.get_close_matches(location[-1], known, 1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        return f"unknown key {where!r}; {hint}"
+    if problem["type"] == "missing":
+        return f"{where} is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{where}: {message}" if location else message
+    return f"{where} is {problem['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _known_keys(model: type[BaseModel], location: list[str]) -> list[str]:
+    sections: dict[str, type[Section]] = {
+        "corpus": Corpus, "teacher": Teacher, "prune": Prune, "distill": Distill, "tasks": Task, "control": Control,
+    }  # fmt: skip
+    owner: type[BaseModel] = sections.get(location[0], model) if location else model
+    return list(owner.model_fields)
+
+
+def dump(recipe: Recipe) -> str:
+    """The resolved recipe as YAML that `load` reads back to an equal recipe."""
+    return yaml.dump(recipe.model_dump(), Dumper=yaml.SafeDumper, sort_keys=False, allow_unicode=True)
