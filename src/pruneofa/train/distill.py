@@ -1,0 +1,339 @@
+"""Distillation losses: pure functions of logits and hidden states, and a head that never stores all logits.
+
+What a training step adds up over micro-batches and ranks is returned as a *sum*; the caller divides by a
+count taken over the whole optimizer step. Only `kd_loss`, which users call in their own loops, is a mean.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Rows of logits that exist at once. Measured on 2 cores, MiniLM: below 256 the weight gradient is re-read too
+# often, above 1024 nothing is gained and the memory grows (docs: benchmarks/pretraining_step.py).
+CHUNK_ROWS = 512
+# On a CPU the softmax passes run over slices that stay in the second-level cache.
+CPU_SLICE_ROWS = 16
+
+
+def kd_terms(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float, *, classes: Tensor | None = None
+) -> Tensor:
+    """T²·KL(teacher ‖ student) of every position, summed over classes.
+
+    Args:
+        student_logits: (..., classes) of any float type.
+        teacher_logits: the same shape; it gets no gradient.
+        temperature: T above 0. T² keeps the size of the gradient independent of T.
+        classes: bool, broadcastable to the logits; False classes take no part on either side, whatever
+            values (even NaN) stand there. A position without any class contributes 0.
+
+    Returns:
+        (...) float32 (float64 for float64 logits).
+
+    Raises:
+        ValueError: the shapes differ or the temperature is not above 0.
+    """
+    if student_logits.shape != teacher_logits.shape:
+        raise ValueError(
+            f"kd_loss: student logits have shape {tuple(student_logits.shape)} but the teacher's have "
+            f"{tuple(teacher_logits.shape)}; both models need the same classes and the same inputs"
+        )
+    if not temperature > 0:
+        raise ValueError(f"kd_loss: temperature is {temperature} but must be above 0; 2 is the usual choice")
+    kind = _softmax_dtype(student_logits.dtype)
+    student, teacher = student_logits.to(kind), teacher_logits.detach().to(kind)
+    if classes is not None:
+        # A finite filler: -inf would make 0·inf = NaN in the backward pass of log_softmax.
+        lowest = torch.finfo(kind).min
+        student, teacher = student.masked_fill(~classes, lowest), teacher.masked_fill(~classes, lowest)
+    log_student = F.log_softmax(student / temperature, dim=-1)
+    log_teacher = F.log_softmax(teacher / temperature, dim=-1)
+    difference = log_teacher - log_student
+    if classes is not None:
+        difference = difference.masked_fill(~classes, 0)
+    return (log_teacher.exp() * difference).sum(-1) * temperature**2
+
+
+def kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float,
+    *,
+    rows: Tensor | None = None,
+    classes: Tensor | None = None,
+) -> Tensor:
+    """T²·KL(teacher ‖ student): summed over classes, mean over all leading dimensions.
+
+    With T = 1 and equal logits it is 0. Unlike `KLDivLoss(reduction="batchmean")`, which divides by the first
+    dimension only, (batch, seq, classes) logits give the mean per position.
+
+    Args:
+        student_logits: (..., classes) of any float type.
+        teacher_logits: the same shape.
+        temperature: T above 0.
+        rows: bool of the leading shape; only True positions count (for example the non-padding ones).
+        classes: bool, broadcastable to the logits; False classes are dropped (for example padded tokens, in
+            question answering, where tokens are the classes).
+
+    Returns:
+        A scalar, float32 or float64; 0 when no position is selected.
+
+    Raises:
+        ValueError: shapes that do not fit, or a temperature that is not above 0.
+    """
+    if rows is not None:
+        if rows.shape != student_logits.shape[:-1]:
+            raise ValueError(
+                f"kd_loss: rows has shape {tuple(rows.shape)} but the logits' leading shape is "
+                f"{tuple(student_logits.shape[:-1])}; pass one bool per position"
+            )
+        if classes is not None:
+            classes = classes.expand_as(student_logits)[rows]
+        student_logits, teacher_logits = student_logits[rows], teacher_logits[rows]
+    terms = kd_terms(student_logits, teacher_logits, temperature, classes=classes)
+    return terms.sum() / max(terms.numel(), 1)
+
+
+def hidden_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], rows: Tensor | None = None) -> Tensor:
+    """Squared error between hidden states, mean over layers and width, *sum* over the selected positions.
+
+    Divided by the number of selected positions it is the mean squared error; the caller divides, so that
+    micro-batches of different padding add up exactly.
+
+    Args:
+        student: one (..., width) tensor per layer, usually the embedding output and every layer's output.
+        teacher: the same shapes; no gradient flows into it.
+        rows: bool (...), True at the positions that count. The values elsewhere may be anything, even NaN.
+
+    Raises:
+        ValueError: the numbers of layers or the shapes differ.
+    """
+    if [state.shape for state in student] != [state.shape for state in teacher]:
+        raise ValueError(
+            f"hidden_loss: the student has {len(student)} states of {tuple(student[0].shape)}, the teacher "
+            f"{len(teacher)} of {tuple(teacher[0].shape)}; depth and width must be equal"
+        )
+    errors = []
+    for mine, target in zip(student, teacher, strict=True):
+        kind = _softmax_dtype(mine.dtype)
+        difference = mine.to(kind) - target.detach().to(kind)
+        if rows is not None:
+            difference = difference.masked_fill(~rows.unsqueeze(-1), 0)
+        errors.append(difference.square().sum() / mine.shape[-1])
+    return torch.stack(errors).mean()
+
+
+class HeadLosses(NamedTuple):
+    """What `fused_head_losses` returns: three scalars, of which only `loss` carries a gradient."""
+
+    loss: Tensor
+    hard: Tensor
+    kd: Tensor
+
+
+def fused_head_losses(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    labels: Tensor | None = None,
+    hard_scale: float | Tensor = 1.0,
+    teacher: tuple[Tensor, Tensor, Tensor | None] | None = None,
+    temperature: float = 1.0,
+    kd_scale: float | Tensor = 1.0,
+    chunk_rows: int = CHUNK_ROWS,
+) -> HeadLosses:
+    """Cross-entropy and T²·KL of a vocabulary head, without ever holding the logits of all positions.
+
+    Chunk by chunk of rows: student and teacher logits, both losses, and at once the gradients with respect to
+    `hidden`, `weight` and `bias`, so that the logits of a chunk can be thrown away before the next one. The
+    backward pass only multiplies. Matrix products run in the autocast type where autocast is on, softmax in
+    float32 (float64 for float64 inputs). `loss = hard_scale·hard + kd_scale·kd`; the scales are inputs and
+    not factors applied later, because the two gradients are added up in one buffer.
+
+    Args:
+        hidden: (rows, width), the input of the decoder: the rows that have a label first, then the others.
+        weight: (vocabulary, width).
+        bias: (vocabulary) or None.
+        labels: int64 (m), m ≤ rows: the labels of the first m rows. None or empty: no hard loss.
+        hard_scale: weight of the hard loss, usually weight / count; a 0-d tensor avoids a device sync.
+        teacher: (hidden (rows, width'), weight (vocabulary, width'), bias) of the teacher: distils every row.
+            None: no KD.
+        temperature: T of the KD.
+        kd_scale: weight of the KD loss; not 0 (leave the teacher out instead).
+        chunk_rows: rows of logits that exist at once.
+
+    Returns:
+        `loss` (with gradient), and the unscaled sums `hard` and `kd` (without), float32 or float64 scalars.
+
+    Raises:
+        ValueError: more labels than rows, a teacher of another vocabulary, or nothing to compute.
+    """
+    count = 0 if labels is None else labels.numel()
+    if count > hidden.shape[0]:
+        raise ValueError(
+            f"fused_head_losses: {count} labels for {hidden.shape[0]} rows; order labelled rows first"
+        )
+    if teacher is None and labels is None:
+        raise ValueError("fused_head_losses: neither labels nor a teacher given; pass at least one of them")
+    if teacher is not None and teacher[1].shape[0] != weight.shape[0]:
+        raise ValueError(
+            f"fused_head_losses: the teacher's vocabulary has {teacher[1].shape[0]} entries, the student's "
+            f"{weight.shape[0]}; distillation needs the same vocabulary"
+        )
+    device = hidden.device.type
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
+    sources = (hidden, weight) if bias is None else (hidden, weight, bias)
+    loss, hard, kd = _FusedHead.apply(
+        hidden,
+        weight,
+        bias,
+        labels if count else None,
+        teacher,
+        float(temperature) if teacher is not None else 1.0,
+        hard_scale,
+        kd_scale,
+        chunk_rows,
+        dtype,
+        torch.is_grad_enabled() and any(source.requires_grad for source in sources),
+    )
+    return HeadLosses(loss, hard, kd)
+
+
+class _FusedHead(torch.autograd.Function):
+    """See `fused_head_losses`. Works on x = hidden / T, so that one product yields the logits z / T."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor | None,
+        teacher: tuple[Tensor, Tensor, Tensor | None] | None,
+        temperature: float,
+        hard_scale: float | Tensor,
+        kd_scale: float | Tensor,
+        chunk_rows: int,
+        dtype: torch.dtype,
+        needs_grad: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.autocast(hidden.device.type, enabled=False):
+            kind = _softmax_dtype(dtype)
+            x = (hidden / temperature).to(dtype)
+            w, b = weight.to(dtype), _scaled(bias, temperature, dtype)
+            # The gradient of a chunk is (p_student - p_teacher) + ratio·(p - onehot); `factor` is applied to
+            # the summed gradients in backward, which saves a pass over every chunk of logits.
+            factor, ratio = hard_scale * temperature, 1.0
+            if teacher is not None:
+                factor, ratio = kd_scale * temperature**2, hard_scale / (kd_scale * temperature)
+                teacher_x, teacher_w = (teacher[0] / temperature).to(dtype), teacher[1].to(dtype)
+                teacher_b = _scaled(teacher[2], temperature, dtype)
+            hard = torch.zeros((), dtype=torch.float64, device=x.device)
+            kd = torch.zeros_like(hard)
+            if needs_grad:
+                grad_x = torch.empty_like(x, dtype=kind)
+                grad_w = torch.zeros_like(weight, dtype=kind) if weight.requires_grad else None
+                grad_b = (
+                    torch.zeros_like(bias, dtype=kind) if bias is not None and bias.requires_grad else None
+                )
+            for start in range(0, x.shape[0], chunk_rows):
+                rows = slice(start, start + chunk_rows)
+                logits = F.linear(x[rows], w, b)
+                teacher_logits = None if teacher is None else F.linear(teacher_x[rows], teacher_w, teacher_b)
+                chunk_labels = None if labels is None else labels[rows]
+                chunk_hard, chunk_kd = _replace_by_gradient(
+                    logits, teacher_logits, chunk_labels, temperature, ratio, kind
+                )
+                hard += chunk_hard
+                kd += chunk_kd
+                if not needs_grad:
+                    continue
+                grad_x[rows] = logits @ w
+                if grad_w is not None:
+                    _add_product(grad_w, logits.t(), x[rows])
+                if grad_b is not None:
+                    grad_b += logits.sum(0, dtype=kind)
+            kd *= temperature**2
+        if needs_grad:
+            ctx.save_for_backward(grad_x, grad_w, grad_b)
+            ctx.factor, ctx.temperature = factor, temperature
+            ctx.dtypes = hidden.dtype, weight.dtype
+        hard, kd = hard.to(kind), kd.to(kind)
+        ctx.mark_non_differentiable(hard, kd)
+        return hard_scale * hard + (kd_scale * kd if teacher is not None else 0.0), hard, kd
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, _hard: Tensor, _kd: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x, grad_w, grad_b = ctx.saved_tensors
+        scale = (grad_loss * ctx.factor).to(grad_x.dtype)
+        hidden_dtype, weight_dtype = ctx.dtypes
+        # Out of place: a second backward over a retained graph must find the saved gradients unchanged.
+        grad_hidden = (grad_x * (scale / ctx.temperature)).to(hidden_dtype)
+        grad_weight = None if grad_w is None else (grad_w * scale).to(weight_dtype)
+        grad_bias = None if grad_b is None else (grad_b * (scale / ctx.temperature)).to(weight_dtype)
+        return grad_hidden, grad_weight, grad_bias, *(None,) * 8
+
+
+def _replace_by_gradient(
+    logits: Tensor,
+    teacher_logits: Tensor | None,
+    labels: Tensor | None,
+    temperature: float,
+    ratio: float | Tensor,
+    kind: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Overwrite logits z / T (rows, vocabulary) with their gradient; return both sums (KD without T²)."""
+    hard = torch.zeros((), dtype=torch.float64, device=logits.device)
+    kd = torch.zeros_like(hard)
+    labelled = 0 if labels is None else labels.shape[0]
+    step = CPU_SLICE_ROWS if logits.device.type == "cpu" else logits.shape[0]
+    for start in range(0, logits.shape[0], step):
+        rows = slice(start, start + step)
+        z = logits[rows]
+        gradient = None
+        if teacher_logits is not None:
+            log_student = F.log_softmax(z, dim=-1, dtype=kind)
+            log_teacher = F.log_softmax(teacher_logits[rows], dim=-1, dtype=kind)
+            teacher_p = log_teacher.exp()
+            kd += torch.dot(teacher_p.view(-1), log_teacher.sub_(log_student).view(-1))
+            gradient = log_student.exp_().sub_(teacher_p)
+        if labels is not None and start < labelled:
+            wanted = labels[rows].unsqueeze(-1)
+            log_p = F.log_softmax(z[: len(wanted)].to(kind) * temperature, dim=-1)
+            hard -= log_p.gather(-1, wanted).sum(dtype=torch.float64)
+            p = log_p.exp_()
+            p.scatter_add_(-1, wanted, torch.full_like(wanted, -1, dtype=kind))
+            if gradient is None:
+                gradient = p
+            else:
+                gradient[: len(wanted)] += p.mul_(ratio)
+        if gradient is not None:
+            z[: len(gradient)] = gradient
+            if len(gradient) < len(z):
+                z[len(gradient) :] = 0
+        else:
+            z.zero_()
+    return hard, kd
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, where `total` may be of a wider type than the factors."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(left @ right)
+
+
+def _scaled(bias: Tensor | None, temperature: float, dtype: torch.dtype) -> Tensor | None:
+    return None if bias is None else (bias / temperature).to(dtype)
+
+
+def _softmax_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32

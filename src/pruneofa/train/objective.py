@@ -1,0 +1,368 @@
+"""What a training step minimises: a student with its losses, and a teacher that is never part of the model.
+
+Both objectives have one contract. `counts(batch)` says how many things a micro-batch holds; the trainer adds
+the counts of all micro-batches and ranks of one optimizer step and passes the totals to
+`forward(batch, counts)`, where every part is its sum divided by the total. So accumulation and ranks change
+nothing but rounding. (DDP averages gradients: the trainer multiplies the loss by the number of ranks.)
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pruneofa.errors import InputError
+from pruneofa.train.distill import fused_head_losses, hidden_loss, kd_terms
+
+Batch = dict[str, Tensor]
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+UNLABELLED = -100
+
+
+class _Objective(nn.Module):
+    """A student and a frozen teacher; the teacher moves with the module but is in no state_dict."""
+
+    def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
+        super().__init__()
+        self.student = student
+        # A tuple, because nn.Module would register a plain attribute as a submodule and save it.
+        self._outside = () if teacher is None else (teacher.eval().requires_grad_(False),)
+
+    @property
+    def teacher(self) -> PreTrainedModel | None:
+        """The teacher, in eval mode and without gradients; None when nothing is distilled."""
+        return self._outside[0] if self._outside else None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        for teacher in self._outside:
+            teacher._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+
+class PretrainingObjective(_Objective):
+    """MLM (+ NSP), distillation of their logits, distillation of hidden states.
+
+    `loss = hard·(mlm + nsp) + kd·(kd + kd_nsp) + hidden·mse`. Vocabulary logits are computed only at the
+    positions that need them and never all at once (`distill`); with `hard = kd = 0` not at all. `hidden`
+    compares the embedding output, every layer's output, and the pooler's output where both models have one
+    (it counts as one more layer, with one position per item: without it, hidden-only distillation would
+    prune the pooler and never train it).
+
+    Parameters that no loss reaches (heads with `hard = kd = 0`, the pooler without NSP and `hidden`) get
+    `requires_grad = False` here, so that DDP does not wait for their gradients and AdamW does not decay them.
+    """
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel | None = None,
+        *,
+        hard: float,
+        kd: float,
+        hidden: float,
+        temperature: float,
+        positions: Literal["all", "masked"],
+        nsp: bool,
+    ) -> None:
+        """Check that the models fit together and freeze what no loss reaches.
+
+        Args:
+            student: a model with a vocabulary head (BertForPreTraining, DistilBertForMaskedLM, ...).
+            teacher: the same architecture and vocabulary; needed when `kd` or `hidden` is above 0.
+            hard: weight of the MLM and NSP losses.
+            kd: weight of the distillation of their logits.
+            hidden: weight of the mean squared error of hidden states.
+            temperature: T of the distillation.
+            positions: distil the MLM logits at all non-padding positions, or at the masked ones only.
+            nsp: whether there is a next-sentence loss.
+
+        Raises:
+            InputError: no vocabulary or NSP head, a teacher that is missing, or of another vocabulary, depth
+                or width.
+        """
+        super().__init__(student, teacher if kd or hidden else None)
+        self.hard, self.kd, self.hidden, self.temperature = hard, kd, hidden, temperature
+        self.positions, self.nsp = positions, nsp
+        _check_pair(student, teacher, logits=kd > 0, hidden=hidden > 0)
+        for model in (student, self.teacher):
+            if model is not None and (hard or kd):
+                vocabulary_head(model)
+                if nsp and _nsp_head(model) is None:
+                    raise InputError(
+                        f"{type(model).__name__} has no next-sentence head but corpus.nsp is true; "
+                        "set corpus.nsp: false, or load a model for pre-training"
+                    )
+        self._freeze_unused()
+
+    def counts(self, batch: Batch) -> Tensor:
+        """Float64 (4): masked positions, positions with distilled logits, items, non-padding positions."""
+        mask = _mask(batch)
+        labelled = (batch["labels"] != UNLABELLED) & mask if "labels" in batch else torch.zeros_like(mask)
+        masked, tokens = labelled.sum(), mask.sum()
+        distilled = masked if self.positions == "masked" else tokens
+        items = masked.new_tensor(mask.shape[0])
+        return torch.stack([masked, distilled, items, tokens]).double()
+
+    def forward(self, batch: Batch, counts: Tensor) -> dict[str, Tensor]:
+        """Losses of a micro-batch as its share of an optimizer step.
+
+        Args:
+            batch: input_ids, attention_mask (batch, seq), token_type_ids where the model has them, labels
+                (-100 where nothing was masked) and next_sentence_label (batch) with NSP.
+            counts: `counts` of all micro-batches of the step, added up.
+
+        Returns:
+            Scalars: "loss" (with gradient) and, detached, those of "mlm", "nsp", "kd", "kd_nsp", "hidden"
+            whose weight is not 0.
+        """
+        masked, distilled, items, tokens = (
+            counts.clamp(min=1).to(batch["input_ids"].device, torch.float32).unbind()
+        )
+        inputs = {key: batch[key] for key in INPUTS if key in batch}
+        states = self._run(self.student, inputs)
+        targets = None
+        if self.teacher is not None:
+            with torch.no_grad():
+                targets = self._run(self.teacher, inputs)
+        parts: dict[str, Tensor] = {}
+        losses = []
+        if self.hard or self.kd:
+            losses.append(self._vocabulary(batch, states, targets, masked, distilled, parts))
+            if self.nsp:
+                losses.append(self._next_sentence(batch, states, targets, items, parts))
+        if self.hidden and targets is not None:
+            parts["hidden"] = self._states(_mask(batch), states, targets, tokens, items)
+            losses.append(self.hidden * parts["hidden"])
+        return {"loss": torch.stack(losses).sum(), **{name: part.detach() for name, part in parts.items()}}
+
+    def _run(self, model: PreTrainedModel, inputs: Batch) -> Any:
+        return model.base_model(**inputs, output_hidden_states=bool(self.hidden), return_dict=True)
+
+    def _vocabulary(
+        self,
+        batch: Batch,
+        states: Any,
+        targets: Any,
+        masked: Tensor,
+        distilled: Tensor,
+        parts: dict[str, Tensor],
+    ) -> Tensor:
+        labels = batch["labels"].flatten()
+        mask = _mask(batch).flatten()
+        labelled = (labels != UNLABELLED) & mask
+        rows = labelled.nonzero().squeeze(-1)
+        labels = labels[rows]
+        if self.kd and self.positions == "all":
+            rows = torch.cat([rows, (mask & ~labelled).nonzero().squeeze(-1)])
+        transform, decoder = vocabulary_head(self.student)
+        teacher = None
+        if self.kd and self.teacher is not None:
+            with torch.no_grad():
+                teacher_transform, teacher_decoder = vocabulary_head(self.teacher)
+                teacher_hidden = teacher_transform(targets.last_hidden_state.flatten(0, 1)[rows])
+            teacher = (teacher_hidden, teacher_decoder.weight, teacher_decoder.bias)
+        result = fused_head_losses(
+            transform(states.last_hidden_state.flatten(0, 1)[rows]),
+            decoder.weight,
+            decoder.bias,
+            labels=labels if self.hard else None,
+            hard_scale=self.hard / masked,
+            teacher=teacher,
+            temperature=self.temperature,
+            kd_scale=self.kd / distilled,
+        )
+        if self.hard:
+            parts["mlm"] = result.hard / masked
+        if self.kd:
+            parts["kd"] = result.kd / distilled
+        return result.loss
+
+    def _next_sentence(
+        self, batch: Batch, states: Any, targets: Any, items: Tensor, parts: dict[str, Tensor]
+    ) -> Tensor:
+        logits = _nsp_logits(self.student, states)
+        loss = logits.new_zeros((), dtype=torch.float32)
+        if self.hard:
+            labels = batch["next_sentence_label"]
+            parts["nsp"] = F.cross_entropy(logits.float(), labels, reduction="sum") / items
+            loss = loss + self.hard * parts["nsp"]
+        if self.kd:
+            with torch.no_grad():
+                teacher_logits = _nsp_logits(self.teacher, targets)
+            parts["kd_nsp"] = kd_terms(logits, teacher_logits, self.temperature).sum() / items
+            loss = loss + self.kd * parts["kd_nsp"]
+        return loss
+
+    def _states(self, mask: Tensor, states: Any, targets: Any, tokens: Tensor, items: Tensor) -> Tensor:
+        layers = len(states.hidden_states)
+        mse = hidden_loss(states.hidden_states, targets.hidden_states, mask) / tokens
+        if _pooled(states) is not None and _pooled(targets) is not None:
+            mse = mse + hidden_loss([_pooled(states)], [_pooled(targets)]) / (items * layers)
+        return mse
+
+    def _freeze_unused(self) -> None:
+        heads = bool(self.hard or self.kd)
+        unused: set[int] = set()
+        if not heads:
+            unused |= _ids(self.student) - _ids(self.student.base_model)  # a tied decoder is the embedding
+        elif not self.nsp:
+            unused |= _ids(_nsp_head(self.student))
+        pooler_distilled = self.hidden and self.teacher is not None and _ids(_pooler(self.teacher))
+        if not (heads and self.nsp) and not pooler_distilled:
+            unused |= _ids(_pooler(self.student))
+        for parameter in self.student.parameters():
+            if id(parameter) in unused:
+                parameter.requires_grad_(False)
+
+
+class TransferObjective(_Objective):
+    """A task's own loss and distillation from a dense task teacher: `hard·hard_loss + kd·kd_loss`."""
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel | None = None,
+        *,
+        kind: Literal["classification", "qa"],
+        hard: float,
+        kd: float,
+        temperature: float,
+    ) -> None:
+        """Check that teacher and student fit.
+
+        Args:
+            student: a sequence-classification or question-answering model.
+            teacher: the same kind of model with the same labels; needed when `kd` is above 0.
+            kind: "classification" distils the class logits; "qa" the start and end logits (half each), over
+                the non-padding tokens.
+            hard: weight of the cross-entropy with the labels.
+            kd: weight of the distillation.
+            temperature: T of the distillation.
+
+        Raises:
+            InputError: a teacher is missing or has other classes.
+        """
+        super().__init__(student, teacher if kd else None)
+        self.kind, self.hard, self.kd, self.temperature = kind, hard, kd, temperature
+        if kd and teacher is None:
+            raise InputError("kd is above 0 but there is no teacher; name one, or set kd: 0 and hard: 1")
+        if self.teacher is not None and kind == "classification":
+            mine, theirs = student.config.num_labels, self.teacher.config.num_labels
+            if mine != theirs:
+                raise InputError(
+                    f"the teacher has {theirs} classes but the task has {mine}; use a teacher of this task"
+                )
+
+    def counts(self, batch: Batch) -> Tensor:
+        """Float64 (1): items."""
+        return torch.tensor(
+            [batch["input_ids"].shape[0]], dtype=torch.float64, device=batch["input_ids"].device
+        )
+
+    def forward(self, batch: Batch, counts: Tensor) -> dict[str, Tensor]:
+        """Losses of a micro-batch as its share of an optimizer step.
+
+        Args:
+            batch: input_ids, attention_mask (batch, seq), token_type_ids where the model has them, and labels
+                (batch), or start_positions and end_positions (batch).
+            counts: `counts` of all micro-batches of the step, added up.
+
+        Returns:
+            Scalars: "loss" (with gradient) and, detached, those of "hard" and "kd" whose weight is not 0.
+        """
+        items = counts.clamp(min=1).to(batch["input_ids"].device, torch.float32)[0]
+        inputs = {key: batch[key] for key in INPUTS if key in batch}
+        outputs = self.student(**inputs, return_dict=True)
+        classes = _mask(batch) if self.kind == "qa" else None
+        parts: dict[str, Tensor] = {}
+        loss = outputs[self._names()[0]].new_zeros((), dtype=torch.float32)
+        if self.hard:
+            keys = ("start_positions", "end_positions") if self.kind == "qa" else ("labels",)
+            terms = [
+                F.cross_entropy(outputs[name].float(), batch[key], reduction="sum")
+                for name, key in zip(self._names(), keys, strict=True)
+            ]
+            parts["hard"] = torch.stack(terms).mean() / items
+            loss = loss + self.hard * parts["hard"]
+        if self.teacher is not None:
+            with torch.no_grad():
+                targets = self.teacher(**inputs, return_dict=True)
+            terms = [
+                kd_terms(outputs[name], targets[name], self.temperature, classes=classes).sum()
+                for name in self._names()
+            ]
+            parts["kd"] = torch.stack(terms).mean() / items
+            loss = loss + self.kd * parts["kd"]
+        return {"loss": loss, **{name: part.detach() for name, part in parts.items()}}
+
+    def _names(self) -> tuple[str, ...]:
+        return ("start_logits", "end_logits") if self.kind == "qa" else ("logits",)
+
+
+def vocabulary_head(model: PreTrainedModel) -> tuple[Callable[[Tensor], Tensor], nn.Linear]:
+    """The two halves of a masked-language head: what comes before the decoder, and the decoder itself.
+
+    Raises:
+        InputError: `model` has no head of the BERT, DistilBERT or RoBERTa kind.
+    """
+    if predictions := getattr(getattr(model, "cls", None), "predictions", None):
+        return predictions.transform, predictions.decoder
+    if hasattr(model, "vocab_transform"):
+        return (
+            lambda hidden: model.vocab_layer_norm(model.activation(model.vocab_transform(hidden)))
+        ), model.vocab_projector
+    if head := getattr(model, "lm_head", None):
+        return (lambda hidden: head.layer_norm(F.gelu(head.dense(hidden)))), head.decoder
+    raise InputError(
+        f"{type(model).__name__} has no masked-language head (cls, vocab_transform or lm_head); "
+        "load it with AutoModelForPreTraining"
+    )
+
+
+def _nsp_head(model: PreTrainedModel) -> nn.Linear | None:
+    return getattr(getattr(model, "cls", None), "seq_relationship", None)
+
+
+def _nsp_logits(model: PreTrainedModel, states: Any) -> Tensor:
+    return _nsp_head(model)(states.pooler_output)
+
+
+def _pooler(model: PreTrainedModel) -> nn.Module | None:
+    return getattr(model.base_model, "pooler", None)
+
+
+def _ids(module: nn.Module | None) -> set[int]:
+    return set() if module is None else {id(parameter) for parameter in module.parameters()}
+
+
+def _pooled(states: Any) -> Tensor | None:
+    return getattr(states, "pooler_output", None)
+
+
+def _mask(batch: Batch) -> Tensor:
+    """Bool (batch, seq), True at non-padding positions."""
+    if "attention_mask" not in batch:
+        return torch.ones_like(batch["input_ids"], dtype=torch.bool)
+    return batch["attention_mask"].bool()
+
+
+def _check_pair(
+    student: PreTrainedModel, teacher: PreTrainedModel | None, *, logits: bool, hidden: bool
+) -> None:
+    if not (logits or hidden):
+        return
+    if teacher is None:
+        raise InputError(
+            "distill.kd or distill.hidden is above 0 but there is no teacher; set both to 0 or name one"
+        )
+    keys = (["vocab_size"] if logits else []) + (["num_hidden_layers", "hidden_size"] if hidden else [])
+    for key in keys:
+        mine, theirs = getattr(student.config, key), getattr(teacher.config, key)
+        if mine != theirs:
+            raise InputError(
+                f"distill: the student's {key} is {mine} but the teacher's is {theirs}; they must be equal"
+                + ("; set distill.hidden: 0 to distil logits only" if key != "vocab_size" else "")
+            )
