@@ -1,0 +1,208 @@
+"""Metrics of a model on a task, in percent."""
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pruneofa import recipe
+from pruneofa.errors import InputError
+from pruneofa.progress import progress
+from pruneofa.train import squad
+from pruneofa.train.tasks import Task, TaskData, load_task
+
+Precision = Literal["fp32", "bf16"]
+_FULL_LENGTH = 128  # tokens per row that batch_size is meant for; shorter rows go in larger batches
+_MOST = 8  # times batch_size, at most
+_TARGETS = ("labels", "start_positions", "end_positions")
+
+
+def evaluate(
+    path: str | Path,
+    name: str,
+    spec: recipe.Task,
+    *,
+    data_root: str | Path | None = None,
+    batch_size: int = 64,
+    precision: Precision = "fp32",
+) -> dict[str, float]:
+    """Metrics of the task model in the folder (or hub id) `path`; see `evaluate_model`.
+
+    Labels are compared by name, the model's own names, so that another order of class ids does no harm.
+
+    Raises:
+        InputError: the folder has no trained head for this kind of task, or other labels; or wrong data.
+    """
+    from transformers import AutoTokenizer
+
+    model = load_task_model(path, "qa" if name == "squad" else "classification")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: no usable tokenizer there ({_first_line(error)})") from None
+    own = name not in recipe.KNOWN_TASKS and not _unnamed(model.config)
+    labels = [model.config.id2label[index] for index in range(model.config.num_labels)] if own else None
+    task = load_task(name, spec, tokenizer, data_root=data_root, train=False, labels=labels)
+    return evaluate_model(model, task, batch_size=batch_size, precision=precision)
+
+
+def load_task_model(path: str | Path, kind: Literal["classification", "qa"]) -> torch.nn.Module:
+    """Load a fine-tuned model onto the GPU if there is one, in float32.
+
+    Raises:
+        InputError: nothing loadable there, or weights of the head are not in the file and would be random.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification
+
+    auto = AutoModelForQuestionAnswering if kind == "qa" else AutoModelForSequenceClassification
+    try:
+        model, info = auto.from_pretrained(path, output_loading_info=True, dtype=torch.float32)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"{path}: not a loadable model folder or hub id ({_first_line(error)})") from None
+    missing = sorted(info["missing_keys"])
+    if missing:
+        purpose = "question answering" if kind == "qa" else kind
+        raise InputError(
+            f"{path}: not fine-tuned for {purpose}: {len(missing)} weights "
+            f"such as {missing[-1]} are missing; make a task model with `pruneofa transfer`"
+        )
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def evaluate_model(
+    model: torch.nn.Module, task: Task, *, batch_size: int = 64, precision: Precision = "fp32"
+) -> dict[str, float]:
+    """Metrics of `model` on the evaluation rows of `task`, in percent.
+
+    Args:
+        model: a transformers model with a sequence-classification or question-answering head, on any device.
+        task: as `load_task` returns it.
+        batch_size: rows of 128 tokens per forward pass; shorter rows are taken more at a time.
+        precision: bf16 runs the forward pass under autocast.
+
+    Returns:
+        accuracy (SST-2, QNLI), accuracy and accuracy_mm (MNLI), accuracy and f1 (QQP: of the class
+        duplicate; a task of one's own: macro average), or exact_match and f1 (SQuAD).
+    """
+    metrics: dict[str, float] = {}
+    columns = label_order(model.config, task) if task.kind == "classification" else None
+    with _evaluating(model):
+        for suffix, data in task.evaluations.items():
+            if columns is None:
+                metrics |= squad.metrics(*_answers(model, task, data, batch_size, precision))
+                continue
+            predicted = np.zeros(len(data), np.int64)
+            for rows, logits in _forward(model, task, data, batch_size, precision):
+                predicted[rows] = logits[0][:, columns].argmax(axis=1)
+            metrics |= _classification_metrics(task, data, predicted, suffix)
+    return metrics
+
+
+def label_order(config: Any, task: Task) -> list[int]:
+    """For each of the task's labels the model's class id: `logits[:, order]` follows `task.labels`.
+
+    Names are compared without case. A model whose labels were never named (LABEL_0, ...) is taken to be in
+    the task's order, for want of anything better.
+
+    Raises:
+        InputError: the model has other labels.
+    """
+    theirs = [str(config.id2label[index]) for index in range(config.num_labels)]
+    if _unnamed(config) and len(theirs) == len(task.labels):
+        return list(range(len(theirs)))
+    ids = {name.lower(): index for index, name in enumerate(theirs)}
+    wanted = [label.lower() for label in task.labels]
+    if len(ids) != len(theirs) or len(set(wanted)) != len(wanted):  # case tells some labels apart
+        ids, wanted = {name: index for index, name in enumerate(theirs)}, task.labels
+    if sorted(ids) != sorted(wanted):
+        raise InputError(
+            f"tasks.{task.name}: the model's labels are {_some(theirs)}, the task's {_some(task.labels)}; "
+            "evaluate a model of this task, or rename id2label in its config.json"
+        )
+    return [ids[label] for label in wanted]
+
+
+def _unnamed(config: Any) -> bool:
+    return all(config.id2label[index] == f"LABEL_{index}" for index in range(config.num_labels))
+
+
+def _some(labels: Sequence[str]) -> str:
+    return ", ".join(labels[:10]) + (", ..." if len(labels) > 10 else "")
+
+
+def _classification_metrics(task: Task, data: TaskData, predicted: NDArray[np.int64], suffix: str) -> dict[str, float]:
+    from sklearn.metrics import accuracy_score, f1_score
+
+    result = {f"accuracy{suffix}": 100 * float(accuracy_score(data.targets, predicted))}
+    if task.name not in recipe.KNOWN_TASKS:
+        result[f"f1{suffix}"] = 100 * float(f1_score(data.targets, predicted, average="macro", zero_division=0))
+    elif task.name == "qqp":
+        positive = task.labels.index("duplicate")
+        result["f1"] = 100 * float(f1_score(data.targets == positive, predicted == positive, zero_division=0))
+    return result
+
+
+def _answers(
+    model: torch.nn.Module, task: Task, data: TaskData, batch_size: int, precision: Precision
+) -> tuple[list[str], list[list[str]]]:
+    """The best answer of each row over its windows, and the gold answers."""
+    windows = data.windows
+    assert windows is not None  # question answering always has them
+    best: dict[int, tuple[float, int, int]] = {}
+    for indices, (starts, ends) in _forward(model, task, data, batch_size, precision):
+        for index, start, end in zip(indices, starts, ends, strict=True):
+            chars = windows.chars[windows.bounds[index] : windows.bounds[index + 1]]
+            span = squad.best_span(start[: len(chars)], end[: len(chars)], chars)
+            row = int(windows.row[index])
+            if span is not None and (row not in best or span[0] > best[row][0]):
+                best[row] = span
+    contexts = data.rows.column("context").to_pylist()
+    texts = [context[slice(*best[row][1:])] if row in best else "" for row, context in enumerate(contexts)]
+    return texts, squad.gold_answers(data.rows, f"tasks.{task.name}")
+
+
+def _forward(
+    model: torch.nn.Module, task: Task, data: TaskData, batch_size: int, precision: Precision
+) -> Iterator[tuple[NDArray[np.int64], tuple[NDArray[np.float32], ...]]]:
+    """Yield (features, logits) of batches of similar length, longest first: what does not fit fails at once.
+
+    Logits are float32: one (batch, classes) array, or start and end of shape (batch, tokens).
+    """
+    device = next(model.parameters()).device
+    known = inspect.signature(model.forward).parameters
+    order = np.argsort(-data.lengths, kind="stable")
+    begin = 0
+    with progress(f"evaluate {task.name}", len(order)) as advance:
+        while begin < len(order):
+            fitting = batch_size * _FULL_LENGTH // int(data.lengths[order[begin]])
+            rows = order[begin : begin + min(max(fitting, 1), _MOST * batch_size)]
+            batch = task.collate([data[int(row)] for row in rows])
+            inputs = {k: v.to(device) for k, v in batch.items() if k in known and k not in _TARGETS}
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                output = model(**inputs)
+            heads = (output.start_logits, output.end_logits) if task.kind == "qa" else (output.logits,)
+            yield rows, tuple(head.float().cpu().numpy() for head in heads)
+            begin += len(rows)
+            advance(len(rows))
+
+
+@contextlib.contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """eval() and no_grad for the block; the training mode comes back afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,251 @@
+"""Task data as tables: local CSV, TSV, JSONL and parquet files, folders of splits, and hub data sets."""
+
+import csv
+import difflib
+import hashlib
+import io
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pruneofa.errors import InputError
+
+SUFFIXES = (".parquet", ".jsonl", ".csv", ".tsv")
+HELD_OUT = 10  # one row in so many is held out where the data brings no validation rows
+_LONGEST_FIELD = 2**31 - 1  # the csv module refuses fields above 128 KiB unless told otherwise
+
+
+def load_splits(
+    data: str | Sequence[str],
+    *,
+    where: str,
+    evaluations: Mapping[str, Sequence[str]],
+    key: Sequence[str],
+    label: str | None = None,
+    config: str | None = None,
+    validation: str | None = None,
+    strict: bool = False,
+    data_root: str | Path | None = None,
+) -> dict[str, pa.Table]:
+    """Read the training rows, as `"train"`, and the evaluation rows, under the keys of `evaluations`.
+
+    Args:
+        data: file(s), a folder with one file per split (`train.parquet`, `train-00000-of-00001.parquet`, ...)
+            or a hub id; relative paths are looked up in `data_root`.
+        where: how messages begin, such as `tasks.sst2`.
+        evaluations: split names to look for, first match wins, by the key they are returned under.
+        key: text columns whose content decides whether a row is held out, where a split has to be made.
+        label: column of which no value may be held out completely, where a split has to be made.
+        config: configuration of a hub data set.
+        validation: file with the evaluation rows, instead of what `data` brings.
+        strict: a folder or hub data set without an evaluation split is an error; otherwise a tenth of the
+            training rows is held out.
+
+    Raises:
+        InputError: nothing there, a split missing, not UTF-8, not parseable, or empty.
+    """
+    root = Path(data_root or ".").expanduser()
+    names = [data] if isinstance(data, str) else list(data)
+    paths = [root / Path(name).expanduser() for name in names]
+    if validation:  # what data brings for evaluation is then not even looked for
+        evaluations, strict = {}, False
+    if len(paths) == 1 and paths[0].is_dir():
+        found = _folder(paths[0], where, evaluations, strict)
+    elif len(paths) > 1 or paths[0].is_file() or not _could_be_hub_id(names[0]):
+        found = {"train": _concatenate([read(path, where) for path in paths], where)}
+    else:
+        found = _hub(names[0], config, root, where, evaluations, strict)
+    if validation:
+        found[""] = read(root / Path(validation).expanduser(), where)
+    elif "" not in found:
+        found["train"], found[""] = hold_out(found["train"], key, label, where)
+    return found
+
+
+def read(path: Path, where: str) -> pa.Table:
+    """Read one file by its suffix; CSV and TSV columns are all strings."""
+    if not path.is_file():
+        raise InputError(f"{where}: {path}: no such file; check data, validation and data_root")
+    if path.suffix not in SUFFIXES:
+        raise InputError(f"{where}: {path}: got {path.suffix or 'no suffix'!r}, wanted {', '.join(SUFFIXES)}")
+    if path.suffix == ".parquet":
+        try:
+            table = pq.read_table(path)
+        except (pa.ArrowException, OSError) as error:
+            raise InputError(f"{where}: {path}: not readable as parquet ({_first_line(error)})") from None
+    else:
+        text = _decode(path, where)
+        rows = _json_lines(text, path, where) if path.suffix == ".jsonl" else _delimited(text, path, where)
+        try:
+            table = pa.Table.from_pylist(rows)
+        except (pa.ArrowException, TypeError) as error:
+            raise InputError(f"{where}: {path}: a column mixes types ({_first_line(error)})") from None
+    if table.num_rows == 0:
+        raise InputError(f"{where}: {path}: the file has no rows")
+    return table
+
+
+def column(table: pa.Table, name: str, role: str, where: str) -> pa.ChunkedArray:
+    """The column `name`. Raises InputError with the columns found and the nearest of them."""
+    if name in table.column_names:
+        return table.column(name)
+    near = difflib.get_close_matches(name, table.column_names, 1)
+    hint = f"; did you mean {near[0]!r}?" if near else f"; set {where}.{role}"
+    found = ", ".join(map(repr, table.column_names))
+    raise InputError(f"{where}: no {role} column {name!r} among {found}{hint}")
+
+
+def text_column(table: pa.Table, name: str, where: str) -> pa.ChunkedArray:
+    """The column `name`, which has to hold a string in every row."""
+    values = column(table, name, "text", where)
+    if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
+        raise InputError(f"{where}: text column {name!r} holds {values.type}, wanted strings")
+    if values.null_count:
+        first = int(np.flatnonzero(values.is_null().to_numpy())[0]) + 1
+        raise InputError(
+            f"{where}: text column {name!r} is empty in {values.null_count} rows, first in row {first}; "
+            "remove them or write an empty string"
+        )
+    return values
+
+
+def hold_out(table: pa.Table, key: Sequence[str], label: str | None, where: str) -> tuple[pa.Table, pa.Table]:
+    """Split into training and held-out rows by a hash of the `key` columns.
+
+    The same text always falls on the same side, whatever the order of the rows or what is added to the file,
+    so that duplicates cannot leak. Rows of a label that would be held out completely stay in training.
+    """
+    keys = zip(*(text_column(table, name, where).to_pylist() for name in key), strict=True)
+    digests = (hashlib.sha256("\x1f".join(texts).encode("utf-8", "surrogatepass")).digest() for texts in keys)
+    out = np.fromiter((int.from_bytes(digest[:8], "big") % HELD_OUT == 0 for digest in digests), bool)
+    if label is not None:
+        labels = np.array([str(value) for value in column(table, label, "label", where).to_pylist()])
+        out &= np.isin(labels, np.unique(labels[~out]))
+    if not out.any() or out.all():
+        raise InputError(
+            f"{where}: {table.num_rows} rows are too few to hold out one in {HELD_OUT}; "
+            f"name a file with evaluation rows in {where}.validation"
+        )
+    return table.filter(pa.array(~out)), table.filter(pa.array(out))
+
+
+def _folder(folder: Path, where: str, evaluations: Mapping[str, Sequence[str]], strict: bool) -> dict[str, pa.Table]:
+    def split(names: Sequence[str]) -> pa.Table | None:
+        for name in names:
+            paths = sorted(
+                path
+                for path in folder.iterdir()
+                if path.suffix in SUFFIXES and re.fullmatch(rf"{name}(-\d+-of-\d+)?", path.stem)
+            )
+            if paths:
+                return _concatenate([read(path, where) for path in paths], where)
+        return None
+
+    wanted = {"train": ("train",), **evaluations}
+    found = {key: table for key, names in wanted.items() if (table := split(names)) is not None}
+    for key, names in wanted.items():
+        if key not in found and (strict or key == "train"):
+            here = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
+            raise InputError(f"{where}: {folder}: no split {names[0]!r} (wanted {names[0]}.parquet), found {here}")
+    return found
+
+
+def _hub(
+    name: str,
+    config: str | None,
+    root: Path,
+    where: str,
+    evaluations: Mapping[str, Sequence[str]],
+    strict: bool,
+) -> dict[str, pa.Table]:
+    import datasets
+    import httpx
+
+    found = {}
+    try:
+        available = datasets.get_dataset_split_names(name, config)
+        for key, names in {"train": ("train",), **evaluations}.items():
+            present = [split for split in names if split in available]
+            if present:
+                found[key] = datasets.load_dataset(name, config, split=present[0]).with_format("arrow")[:]
+            elif strict or key == "train":
+                raise InputError(f"{where}: hub data set {name}: no split {names[0]!r} among {available}")
+    except InputError:
+        raise
+    except (OSError, ValueError, RuntimeError, httpx.HTTPError) as error:
+        raise InputError(
+            f"{where}: {name!r} is neither a file or folder in {root} nor a readable hub data set "
+            f"({type(error).__name__}: {_first_line(error)}); set {where}.data or data_root"
+        ) from None
+    return found
+
+
+def _could_be_hub_id(name: str) -> bool:
+    return Path(name).suffix not in SUFFIXES and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None
+
+
+def _concatenate(tables: list[pa.Table], where: str) -> pa.Table:
+    try:
+        return pa.concat_tables(tables, promote_options="default")
+    except pa.ArrowException as error:
+        raise InputError(f"{where}: the files have different columns ({_first_line(error)})") from None
+
+
+def _decode(path: Path, where: str) -> str:
+    content = path.read_bytes()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{where}: {path}: not UTF-8 at line {line}; convert it, for example with iconv") from None
+
+
+def _json_lines(text: str, path: Path, where: str) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{where}: {path}: line {number} is not JSON ({error.msg})") from None
+        if not isinstance(row, dict):
+            raise InputError(f"{where}: {path}: line {number} is a {type(row).__name__}, wanted an object")
+        rows.append(row)
+    return rows
+
+
+def _delimited(text: str, path: Path, where: str) -> list[dict[str, Any]]:
+    """Rows of a CSV or TSV with a header; quotes in a TSV count only if every quoted field is closed."""
+    tabs = path.suffix == ".tsv"
+    fields = (field for line in text.splitlines() for field in line.split("\t")) if tabs else ()
+    literal = any(field.startswith('"') and not (len(field) > 1 and field.endswith('"')) for field in fields)
+    csv.field_size_limit(_LONGEST_FIELD)
+    reader = csv.DictReader(
+        io.StringIO(text, newline=""),
+        delimiter="\t" if tabs else ",",
+        quoting=csv.QUOTE_NONE if literal else csv.QUOTE_MINIMAL,
+        strict=True,
+    )
+    rows = []
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                raise InputError(
+                    f"{where}: {path}: line {reader.line_num} has another number of fields than the header "
+                    f"({len(reader.fieldnames or [])}); quote texts that contain the delimiter"
+                )
+            rows.append(row)
+    except csv.Error as error:
+        raise InputError(f"{where}: {path}: line {reader.line_num}: {error}") from None
+    return rows
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
