@@ -1,0 +1,69 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Everything else is in CONTRIBUTING.md.
+#
+#   make TORCH=cuda demo      take PyPI's torch, which on Linux brings CUDA (gigabytes)
+#   make PYTHON=python3.12 …  another interpreter for .venv
+#   make WORKERS=8 test       test processes; each needs about 1 GB
+
+PYTHON ?= python3
+TORCH ?= cpu
+WORKERS ?= 2
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+READY := $(VENV)/.installed
+
+.PHONY: demo test test-slow lint readme-table install clean
+.DELETE_ON_ERROR:
+
+demo: install
+	$(VENV)/bin/pruneofa demo
+
+test: install
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS)
+
+test-slow: install
+	$(VENV)/bin/python -m pytest -m slow --timeout=1800
+
+lint: install
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+# The results table of the README, from the committed runs.
+readme-table: install
+	$(VENV)/bin/python tests/docs/results_table.py README.md results/*/results.json
+
+install: $(READY)
+
+clean:
+	rm -rf $(VENV)
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is $$($(PYTHON) -V 2>&1), wanted 3.11 or newer; run: make PYTHON=/path/to/python3.11"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch comes first and alone: what is installed satisfies the constraint, so nothing later pulls another build.
+# The stamp's name holds version and build: another one is installed over it.
+$(VENV)/.torch-$(TORCH_VERSION)-$(TORCH): | $(VENV)/bin/python
+	@rm -f $(VENV)/.torch-*
+ifneq (,$(filter cuda,$(TORCH))$(filter Darwin,$(shell uname -s)))
+	$(PIP) install -q -c constraints.txt 'torch==$(TORCH_VERSION)'
+else ifeq ($(TORCH),cpu)
+	@echo "torch $(TORCH_VERSION)+cpu: from pip's configured sources, else from $(CPU_INDEX)"
+	@$(PIP) install -q -c constraints.txt 'torch==$(TORCH_VERSION)+cpu' 2>$(VENV)/torch.log || \
+	 $(PIP) install -q -c constraints.txt --retries 2 --extra-index-url $(CPU_INDEX) \
+	   'torch==$(TORCH_VERSION)+cpu' 2>>$(VENV)/torch.log || { \
+	 tail -n 5 $(VENV)/torch.log; \
+	 echo "No CPU build of torch $(TORCH_VERSION): none in pip's configured sources, $(CPU_INDEX) did not give one."; \
+	 echo "Make one of them reachable (e.g. PIP_FIND_LINKS=folder with the wheel),"; \
+	 echo "or accept PyPI's build, which on Linux brings gigabytes of CUDA: make TORCH=cuda $(MAKECMDGOALS)"; \
+	 exit 2; }
+else
+	@echo "TORCH is '$(TORCH)', wanted cpu or cuda"; exit 2
+endif
+	@touch $@
+
+$(READY): pyproject.toml constraints.txt $(VENV)/.torch-$(TORCH_VERSION)-$(TORCH)
+	$(PIP) install -q -c constraints.txt -e '.[dev]'
+	@touch $@
