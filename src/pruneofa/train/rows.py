@@ -7,6 +7,7 @@ import io
 import json
 import re
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,8 @@ def read(path: Path, where: str) -> pa.Table:
         text = _decode(path, where)
         rows = _json_lines(text, path, where) if path.suffix == ".jsonl" else _delimited(text, path, where)
         try:
-            table = pa.Table.from_pylist(rows)
+            keys = dict.fromkeys(chain.from_iterable(rows))  # of all rows: the first may lack some
+            table = pa.table({key: [row.get(key) for row in rows] for key in keys})
         except (pa.ArrowException, TypeError) as error:
             raise InputError(f"{where}: {path}: a column mixes types ({_first_line(error)})") from None
     if table.num_rows == 0:
@@ -104,6 +106,8 @@ def column(table: pa.Table, name: str, role: str, where: str) -> pa.ChunkedArray
 def text_column(table: pa.Table, name: str, where: str) -> pa.ChunkedArray:
     """The column `name`, which has to hold a string in every row."""
     values = column(table, name, "text", where)
+    if pa.types.is_dictionary(values.type):
+        values = values.cast(values.type.value_type)
     if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
         raise InputError(f"{where}: text column {name!r} holds {values.type}, wanted strings")
     if values.null_count:
@@ -165,7 +169,7 @@ def _hub(
     strict: bool,
 ) -> dict[str, pa.Table]:
     import datasets
-    import httpx
+    from huggingface_hub.errors import HfHubHTTPError
 
     found = {}
     try:
@@ -178,7 +182,7 @@ def _hub(
                 raise InputError(f"{where}: hub data set {name}: no split {names[0]!r} among {available}")
     except InputError:
         raise
-    except (OSError, ValueError, RuntimeError, httpx.HTTPError) as error:
+    except (OSError, ValueError, RuntimeError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
         raise InputError(
             f"{where}: {name!r} is neither a file or folder in {root} nor a readable hub data set "
             f"({type(error).__name__}: {_first_line(error)}); set {where}.data or data_root"

@@ -108,7 +108,7 @@ def good_answers(table: pa.Table, *, skip: bool, where: str) -> tuple[pa.Table, 
     Raises:
         InputError: a row has no such answer and `skip` is off; it gives their number and the first id.
     """
-    answers = rows.column(table, "answers", "answers", where).to_pylist()
+    answers = _answers(table, where)
     contexts = rows.text_column(table, "context", where).to_pylist()
     spans = [_span(context, answer) for context, answer in zip(contexts, answers, strict=True)]
     bad = [index for index, span in enumerate(spans) if span is None]
@@ -126,8 +126,18 @@ def good_answers(table: pa.Table, *, skip: bool, where: str) -> tuple[pa.Table, 
     return table, np.asarray(kept, np.int64)
 
 
+def _answers(table: pa.Table, where: str) -> list[dict[str, list[Any]]]:
+    answers = rows.column(table, "answers", "answers", where)
+    fields = {field.name for field in answers.type} if pa.types.is_struct(answers.type) else set()
+    if not {"text", "answer_start"} <= fields:
+        raise InputError(
+            f"{where}: column 'answers' holds {answers.type}, wanted the lists text and answer_start in each row"
+        )
+    return [answer or {"text": [], "answer_start": []} for answer in answers.to_pylist()]
+
+
 def _span(context: str, answers: dict[str, list[Any]]) -> tuple[int, int] | None:
-    for text, start in zip(answers["text"], answers["answer_start"], strict=True):
+    for text, start in zip(answers["text"], answers["answer_start"], strict=False):  # a shorter list: no answer
         if text and start >= 0 and context[start : start + len(text)] == text:
             return start, start + len(text)
     return None
@@ -180,8 +190,7 @@ def best_span(
 
 def gold_answers(table: pa.Table, where: str) -> list[list[str]]:
     """All reference texts of every row. Raises InputError for a row without one (SQuAD v2)."""
-    answers = rows.column(table, "answers", "answers", where).to_pylist()
-    texts = [answer["text"] for answer in answers]
+    texts = [answer["text"] for answer in _answers(table, where)]
     for index, row in enumerate(texts):
         if not row:
             raise InputError(f"{where}: row {index + 1} has no answer; SQuAD v2 is not supported, only v1.1")
