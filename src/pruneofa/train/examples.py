@@ -4,18 +4,22 @@ Nothing here draws from a global generator, so the order in which items are aske
 workers, does not change them, and a resumed run sees what an uninterrupted one would have seen.
 """
 
+import bisect
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from torch.utils.data import Dataset
 
 from pruneofa.errors import InputError
+from pruneofa.files import read_json
 from pruneofa.recipe import Corpus
-from pruneofa.train.corpus import Encoder, Store, chunk, chunk_targets, continuations, vocabulary_size
+from pruneofa.train.tokenization import continuations, vocabulary_size
 
 IGNORED = -100  # label of a position that is not predicted
 MASKED = 0.15  # share of positions that are predicted: 80 % hidden, 10 % replaced, 10 % left as they are
@@ -56,7 +60,7 @@ class ExampleFormat:
 
     def uniforms(self, seed: int, epoch: int, index: int) -> np.ndarray:
         """All randomness of one item: float64 (_EXTRA + 3 * max_length,) in [0, 1)."""
-        key = np.array([_mix(_mix(seed) + epoch), index], np.uint64)
+        key = np.array([mixed(mixed(seed) + epoch), index], np.uint64)
         return np.random.Generator(np.random.Philox(key=key)).random(_EXTRA + 3 * self.spec.max_length)
 
     def item(self, first: np.ndarray, second: np.ndarray | None, random_second: bool, draws: np.ndarray) -> Item:
@@ -132,18 +136,86 @@ def permuted(index: int, size: int, key: int) -> int:
     while True:
         left, right = index >> half, index & low
         for turn in range(4):
-            left, right = right, left ^ (_mix(key + turn * 0x632BE59BD9B4E019 + right) & low)
+            left, right = right, left ^ (mixed(key + turn * 0x632BE59BD9B4E019 + right) & low)
         index = left << half | right
         if index < size:
             return index
 
 
-def _mix(value: int) -> int:
+def mixed(value: int) -> int:
     """splitmix64: a hash of a 64-bit integer."""
     value = (value + 0x9E3779B97F4A7C15) & _WORD
     value = ((value ^ value >> 30) * 0xBF58476D1CE4E5B9) & _WORD
     value = ((value ^ value >> 27) * 0x94D049BB133111EB) & _WORD
     return value ^ value >> 31
+
+
+def is_held_out(hashes: np.ndarray, share: float) -> np.ndarray:
+    """Which articles are for validation, by the hash of their text: the same in every order, on every machine."""
+    return hashes < np.uint64(min(int(share * 2**64), 2**64 - 1))
+
+
+def chunk_targets(spec: Corpus, seed: int) -> Iterator[int]:
+    """Length wanted of chunk 0, 1, 2, …: the maximum, or with short_seq_prob a random one from 2 up."""
+    longest = spec.max_length - (3 if spec.nsp else 2)
+    for block in itertools.count():
+        rng = np.random.Generator(np.random.Philox(key=[seed, block]))
+        short = rng.random(4096) < spec.short_seq_prob
+        yield from np.where(short, rng.integers(2, longest, 4096, endpoint=True), longest).tolist()
+
+
+def chunk(ends: list[int], begin: int, targets: Iterator[int]) -> Iterator[tuple[int, int, int]]:
+    """Cut one article into (first sentence, one after the last, target): sentences until the target is reached.
+
+    Args:
+        ends: where each sentence of the article ends, in tokens.
+        begin: where the article begins, in tokens.
+        targets: the length wanted of each chunk to come, in tokens.
+    """
+    first = 0
+    while first < len(ends):
+        target = next(targets)
+        start = ends[first - 1] if first else begin
+        last = min(bisect.bisect_left(ends, start + target, first) + 1, len(ends))
+        yield first, last, target
+        first = last
+
+
+class Store:
+    """Memory-mapped arrays of a cache folder; travels to another process as its path."""
+
+    def __init__(self, folder: Path, chunks: Path) -> None:
+        self.folder, self.chunks = folder, chunks
+        self.dtype = np.dtype(read_json(folder / "meta.json")["dtype"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder, "chunks": self.chunks, "dtype": self.dtype}
+
+    @functools.cached_property
+    def tokens(self) -> np.ndarray:
+        """Ids of all articles, (tokens,)."""
+        return mapped(self.folder / "tokens.bin", self.dtype)
+
+    @functools.cached_property
+    def sentences(self) -> np.ndarray:
+        """First token of each sentence, int64 (sentences + 1,)."""
+        return mapped(self.folder / "sentences.bin", np.dtype("<i8"))
+
+    @functools.cached_property
+    def documents(self) -> np.ndarray:
+        """First sentence of each article, int64 (articles + 1,)."""
+        return mapped(self.folder / "documents.bin", np.dtype("<i8"))
+
+    def table(self, split: str, name: str) -> np.ndarray:
+        """`spans` int64 (chunks, 2): first sentence and the one after the last; `targets` uint16; `articles` int64."""
+        dtype = np.dtype("<u2" if name == "targets" else "<i8")
+        flat = mapped(self.chunks / split / f"{name}.bin", dtype)
+        return flat.reshape(-1, 2) if name == "spans" else flat
+
+
+def mapped(path: Path, dtype: np.dtype) -> np.ndarray:
+    """A flat file as an array that takes no memory of its own."""
+    return np.asarray(np.memmap(path, dtype, mode="r"))  # plain arrays index several times faster than memmap
 
 
 class PretrainingDataset(Dataset[Item]):
@@ -180,7 +252,7 @@ class PretrainingDataset(Dataset[Item]):
         """(epoch, example) of a position."""
         epoch, index = divmod(position, len(self._spans))
         epoch += self.epoch0
-        return epoch, permuted(index, len(self._spans), _mix(self.seed) + _mix(epoch))
+        return epoch, permuted(index, len(self._spans), mixed(self.seed) + mixed(epoch))
 
     def __getitem__(self, position: int) -> Item:
         if not 0 <= position < self.size:
@@ -223,106 +295,6 @@ class PretrainingDataset(Dataset[Item]):
 def split_point(first: int, last: int, draws: np.ndarray) -> int:
     """The sentence at which segment B would start: at least one sentence before it and, if possible, after it."""
     return last if last - first == 1 else first + 1 + int(draws[1] * (last - first - 1))
-
-
-class StreamingDataset(IterableDataset[Item]):
-    """`size` examples read and tokenized on the way, for a corpus too large to keep.
-
-    Examples come from a shuffle buffer, partners from a reservoir of earlier articles; both are seeded, so
-    two runs see the same items. DataLoader workers share the articles by their number.
-    """
-
-    BUFFER = 4096
-    RESERVOIR = 1024
-
-    def __init__(
-        self,
-        form: ExampleFormat,
-        texts: Callable[[], Iterator[str]],
-        encoder: Encoder,
-        held_out: Callable[[int], bool],
-        split: str,
-        size: int,
-        seed: int,
-    ) -> None:
-        self.form, self.texts, self.encoder, self.held_out = form, texts, encoder, held_out
-        self.split, self.size, self.seed = split, size, seed
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __iter__(self) -> Iterator[Item]:
-        info = get_worker_info()
-        rank, workers = (info.id, info.num_workers) if info else (0, 1)
-        size = len(range(rank, self.size, workers))
-        rng = np.random.Generator(np.random.Philox(key=[_mix(self.seed), rank]))
-        buffer: list[Item] = []
-        made = 0
-        for item in self._items(rank, workers, rng):
-            if len(buffer) < min(self.BUFFER, size):
-                buffer.append(item)
-                continue
-            place = int(rng.integers(len(buffer)))
-            buffer[place], item = item, buffer[place]
-            yield item
-            made += 1
-            if made == size:
-                return
-
-    def _items(self, rank: int, workers: int, rng: np.random.Generator) -> Iterator[Item]:
-        spec = self.form.spec
-        reservoir: list[tuple[np.ndarray, np.ndarray]] = []
-        seen = example = 0
-        targets = chunk_targets(spec, self.seed)
-        for epoch, tokens, starts in self._articles(rank, workers):
-            begin, *ends = starts.tolist()
-            # The partners are the articles before this one, so the very first article can only wait.
-            if reservoir or not spec.nsp:
-                for first, last, target in chunk(ends, begin, targets):
-                    draws = self.form.uniforms(self.seed, epoch, example * workers + rank)
-                    example += 1
-                    yield self._item(tokens, starts, (first, last, target), reservoir, draws)
-            seen += 1
-            if len(reservoir) < self.RESERVOIR:
-                reservoir.append((tokens, starts))
-            elif (place := int(rng.integers(seen))) < self.RESERVOIR:
-                reservoir[place] = (tokens, starts)
-
-    def _item(
-        self,
-        tokens: np.ndarray,
-        starts: np.ndarray,
-        span: tuple[int, int, int],
-        reservoir: list[tuple[np.ndarray, np.ndarray]],
-        draws: np.ndarray,
-    ) -> Item:
-        first, last, target = span
-        begin, end = int(starts[first]), int(starts[last])
-        if not self.form.spec.nsp:
-            return self.form.item(tokens[begin:end], None, False, draws)
-        cut = int(starts[split_point(first, last, draws)])
-        random_second = bool(draws[0] < 0.5) or last - first == 1
-        second = tokens[cut:end]
-        if random_second:
-            other, bounds = reservoir[int(draws[4] * len(reservoir))]
-            second = segment(other, bounds, 0, len(bounds) - 1, target - (cut - begin), float(draws[3]))
-        return self.form.item(tokens[begin:cut], second, random_second, draws)
-
-    def _articles(self, rank: int, workers: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """(epoch, tokens, sentence starts) of the articles of this split and worker, again and again."""
-        epoch = 0
-        while True:
-            found = False
-            for number, text in enumerate(self.texts()):
-                if number % workers != rank:
-                    continue
-                encoded = self.encoder([text])
-                if len(encoded.hashes) and self.held_out(int(encoded.hashes[0])) == (self.split == "validation"):
-                    found = True
-                    yield epoch, encoded.ids, np.concatenate([[0], np.cumsum(encoded.sentences)])
-            if not found:
-                raise InputError(f"no article for the {self.split} split in the stream; it needs more articles")
-            epoch += 1
 
 
 def collate(items: Sequence[Item], *, pad_token_id: int) -> dict[str, torch.Tensor]:

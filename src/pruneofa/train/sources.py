@@ -42,6 +42,11 @@ class Files:
     paths: tuple[Path, ...]
 
     @property
+    def plain(self) -> bool:
+        """Whether no file has columns."""
+        return all(_kind(path) == ".txt" for path in self.paths)
+
+    @property
     def size(self) -> int:
         """Bytes on disk: the total of the progress that `articles` reports."""
         return sum(path.stat().st_size for path in self.paths)
@@ -66,58 +71,61 @@ class Files:
 
 @dataclass(frozen=True)
 class Hub:
-    """The train split of a hub data set, read by `datasets` (a local folder works there too)."""
+    """The train split of a hub data set, read by `datasets`, which takes a local folder as well."""
 
     name: str
     config: str | None
     streaming: bool = False
 
-    def load(self, column: str) -> Any:
-        """A `datasets` (Iterable)Dataset with only `column`. Raises InputError if it cannot be had."""
-        import datasets
-
-        try:
-            data = datasets.load_dataset(self.name, self.config, split="train", streaming=self.streaming)
-        except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise InputError(
-                f"corpus source {self.name!r}: no such local file or folder, and loading it as a hub data set "
-                f"failed ({reason}); check the name, corpus.config and the network"
-            ) from None
-        columns = data.column_names or list(next(iter(data), {}))
-        _need_column(self.name, column, columns)
-        return data.select_columns([column])
+    @property
+    def size(self) -> int:
+        """Rows, 0 if the data set does not say: the total of the progress that `articles` reports."""
+        splits = self._builder().info.splits or {}
+        return splits["train"].num_examples if "train" in splits else 0
 
     def articles(self, column: str) -> Iterator[Article]:
-        """Yield every article that is not blank; progress counts rows."""
+        """Yield every article that is not blank. Raises InputError if there is none, or no such column."""
+        import datasets
+
+        with self._explained():
+            data = datasets.load_dataset(self.name, self.config, split="train", streaming=self.streaming)
+        _need_column(self.name, column, data.column_names or next(iter(data), {}))
         found = False
-        for batch in self.load(column).iter(ROWS):
-            for text in batch[column]:
-                text = _text(self.name, column, text)
+        for batch in data.select_columns([column]).iter(ROWS):
+            for value in batch[column]:
+                text = _text(self.name, column, value)
                 found = found or bool(text)
                 yield text, 1
         if not found:
             raise InputError(f"{self.name}: no text in column {column!r}; choose another with corpus.column")
 
     def fingerprint(self, column: str) -> list[str]:
-        """Name, config, rows and the revision that `datasets` keeps in its cache's path."""
-        data = self.load(column)
-        revision = Path(data.cache_files[0]["filename"]).parent.name
-        return [self.name, str(self.config), str(len(data)), revision]
+        """Name, configuration and revision; nothing is downloaded but the description of the data set."""
+        builder = self._builder()
+        if builder.info.features:
+            _need_column(self.name, column, builder.info.features)
+        return [self.name, builder.config_id, str(builder.hash)]
 
-    @property
-    def size(self) -> int:
-        """Rows, 0 if unknown."""
+    def _builder(self) -> Any:
         import datasets
 
-        with contextlib.suppress(Exception):  # only the length of a progress bar
-            builder = datasets.load_dataset_builder(self.name, self.config)
-            return builder.info.splits["train"].num_examples
-        return 0
+        with self._explained():
+            return datasets.load_dataset_builder(self.name, self.config)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, OSError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise InputError(
+                f"corpus source {self.name!r}: no such local file or folder, and it cannot be read as a hub data "
+                f"set ({reason}); check corpus.source, corpus.config, data_root and the network"
+            ) from None
 
 
 def find(
-    source: str | list[str], config: str | None, data_root: str | Path | None, streaming: bool
+    source: str | list[str], config: str | None, data_root: str | Path | None, *, streaming: bool
 ) -> list[Files | Hub]:
     """Turn what the recipe names into readable sources.
 
@@ -129,7 +137,7 @@ def find(
 def _find(name: str, config: str | None, data_root: str | Path | None, streaming: bool) -> Files | Hub:
     path = Path(data_root or ".") / Path(name).expanduser()
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if _kind(p) and p.is_file())
+        found = sorted(p for p in path.rglob("*") if _kind(p) and p.is_file() and p.name[0] != ".")
         if not found:
             raise InputError(f"{path}: this folder has no {WANTED} file")
         return Files(tuple(found))
