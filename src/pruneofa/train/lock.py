@@ -1,0 +1,126 @@
+"""Hold a sparsity pattern while everything else trains.
+
+The weights stay ordinary parameters and the masks live beside the model, so that names never change and
+every checkpoint loads in plain transformers.
+"""
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pruneofa.errors import CheckFailed, InputError
+from pruneofa.pattern import POOLER, base_name
+from pruneofa.train import masks
+
+
+class PatternLock:
+    """Keeps pruned weights at exactly +0.0 and their gradients at zero.
+
+    Gradients are zeroed by hooks on the parameters, as they are computed: gradient clipping and the
+    all-reduce of data parallelism then see zeros, whoever drives the loop and however many batches are
+    accumulated. What hooks cannot stop is the optimizer's momentum, so call `apply()` after every step.
+    """
+
+    def __init__(self, weights: Mapping[str, nn.Parameter], pruned: Mapping[str, Tensor]) -> None:
+        """Lock `weights` where `pruned`, bool of the weight's shape by the same names, is True."""
+        self.weights = dict(weights)
+        self.pruned = dict(pruned)
+        self._hooks = [w.register_hook(self._hook(name)) for name, w in weights.items() if w.requires_grad]
+        self.apply()
+
+    @classmethod
+    def capture(cls, model: nn.Module) -> "PatternLock":
+        """Lock the zeros that the encoder's linears and the pooler of `model` have now.
+
+        Raises InputError for a model without encoder linears.
+        """
+        weights = masks.prunable(model)
+        return cls(weights, {name: weight.detach() == 0 for name, weight in weights.items()})
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Bool masks by parameter name, True = kept."""
+        return {name: ~pruned for name, pruned in self.pruned.items()}
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Set every pruned weight to +0.0 (filled, never multiplied: that would leave -0.0)."""
+        for name, weight in self.weights.items():
+            weight.masked_fill_(self.mask_on(name, weight.device), 0.0)
+
+    @torch.no_grad()
+    def verify(self) -> None:
+        """Raise CheckFailed with the layer's name and the count if a pruned weight is not zero."""
+        for name, weight in self.weights.items():
+            revived = int(((weight != 0) & self.mask_on(name, weight.device)).count_nonzero())
+            if revived:
+                raise CheckFailed(
+                    f"{name}: {revived} pruned weight{'s are' if revived > 1 else ' is'} not zero; call "
+                    "PatternLock.apply() after every optimizer step"
+                )
+
+    def sparsity(self) -> dict:
+        """Locked zeros: {"encoder": fraction, "pooler": fraction or None, "layers": {name: fraction}}."""
+        return sparsity_of(self.weights, self.pruned)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The pattern as packed bits: {canonical name + ".pruned": uint8 (ceil(numel / 8),)}."""
+        return {f"{base_name(name)}.pruned": pack(pruned) for name, pruned in self.pruned.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take the pattern of `state_dict`. Raises InputError naming a layer that is missing or misshaped."""
+        for name, weight in self.weights.items():
+            self.pruned[name] = unpack(state, name, weight)
+
+    def release(self) -> None:
+        """Remove the hooks; the weights keep their zeros until something trains them."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def mask_on(self, name: str, device: torch.device) -> Tensor:
+        """The pruned positions of one weight, moved along when the model has moved to another device."""
+        if self.pruned[name].device != device:
+            self.pruned[name] = self.pruned[name].to(device)
+        return self.pruned[name]
+
+    def _hook(self, name: str) -> Callable[[Tensor], Tensor]:
+        # Out of place: autograd does not allow a hook to change the gradient it is given.
+        return lambda gradient: gradient.masked_fill(self.mask_on(name, gradient.device), 0.0)
+
+
+def sparsity_of(weights: Mapping[str, Tensor], pruned: Mapping[str, Tensor], dense_weights: int = 0) -> dict:
+    """Sparsity of the encoder, the pooler and each layer; `dense_weights` = encoder weights left out."""
+    zeros = {name: int(mask.count_nonzero()) for name, mask in pruned.items()}
+    layers = {name: zeros[name] / weight.numel() for name, weight in weights.items()}
+    poolers = [name for name in weights if base_name(name) == POOLER]
+    encoder = [name for name in weights if name not in poolers]
+    total = dense_weights + sum(weights[name].numel() for name in encoder)
+    return {
+        "encoder": sum(zeros[name] for name in encoder) / total if total else 0.0,
+        "pooler": layers[poolers[0]] if poolers else None,
+        "layers": layers,
+    }
+
+
+def pack(mask: Tensor) -> Tensor:
+    """Little-endian packed bits, uint8 (ceil(numel / 8),) on the CPU, of a bool tensor of any shape."""
+    return torch.from_numpy(np.packbits(mask.cpu().numpy(), bitorder="little"))
+
+
+def unpack(state: Mapping[str, Tensor], name: str, weight: Tensor) -> Tensor:
+    """The pruned positions of `weight` out of `state`, bool of its shape on its device.
+
+    Raises InputError when the state has no such layer or another number of bits.
+    """
+    packed = state.get(f"{base_name(name)}.pruned")
+    if packed is None or packed.numel() != -(-weight.numel() // 8):
+        got = "nothing" if packed is None else f"{packed.numel()} bytes"
+        raise InputError(
+            f"pruning state: {got} for {name}, wanted {-(-weight.numel() // 8)} bytes of bits for shape "
+            f"{'x'.join(map(str, weight.shape))}; it belongs to another model"
+        )
+    bits = np.unpackbits(packed.cpu().numpy(), count=weight.numel(), bitorder="little")
+    return torch.from_numpy(bits.view(bool)).view(weight.shape).to(weight.device)

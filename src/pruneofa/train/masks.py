@@ -1,0 +1,208 @@
+"""Which weights are prunable, their scores, and the masks: pure functions of tensors.
+
+Every mask has exactly the number of zeros its sparsity asks for. A score is a non-negative float32, and
+such floats sort like the integers their bits spell, so selection works on int32 views: NumPy partitions
+those several times faster than torch.kthvalue finds one value, and 2 x 16 bits make an exact histogram.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from pruneofa.errors import InputError
+from pruneofa.pattern import POOLER, base_name, is_encoder_weight
+
+BLOCKS = {"unstructured": (1, 1), "4x1": (4, 1), "1x4": (1, 4)}  # (output rows, input columns) of a block
+_HALF = 16  # the histogram looks at the upper 16 bits of a score first, then at the lower 16
+
+
+def prunable(model: nn.Module, skip: Iterable[str] = ()) -> dict[str, nn.Parameter]:
+    """Weights of the encoder's Linear layers and of `pooler.dense`, by full parameter name.
+
+    A tied weight is listed once; names that match a regular expression of `skip` are left out.
+    Raises InputError for a model without encoder linears or a `skip` that is not a regular expression.
+    """
+    found: dict[str, nn.Parameter] = {}
+    seen: set[int] = set()
+    for module_name, module in model.named_modules():
+        name = f"{module_name}.weight"
+        canonical = base_name(name)
+        wanted = canonical == POOLER or is_encoder_weight(canonical, 2)
+        if wanted and isinstance(module, nn.Linear) and id(module.weight) not in seen:
+            seen.add(id(module.weight))
+            found[name] = module.weight
+    if not any(is_encoder_weight(base_name(name), 2) for name in found):
+        raise InputError(
+            f"{type(model).__name__}: no Linear layer named encoder.layer.N or transformer.layer.N, so there is "
+            "nothing to prune; wanted a BERT, DistilBERT or RoBERTa model"
+        )
+    try:
+        return {name: w for name, w in found.items() if not any(re.search(rule, name) for rule in skip)}
+    except re.error as error:
+        raise InputError(f"skip: {error.pattern!r} is not a regular expression ({error}); correct it") from None
+
+
+def final_of(pattern: str) -> float | None:
+    """The one sparsity an n:m pattern ends at, 1 - n/m; None for the others. Raises InputError if unknown."""
+    ratio = _ratio(pattern)
+    return 1 - ratio[0] / ratio[1] if ratio else None
+
+
+def check_shape(name: str, shape: tuple[int, ...], pattern: str) -> None:
+    """Raise InputError naming the layer when an (out, in) weight does not divide into `pattern`'s blocks."""
+    rows, columns = (1, ratio[1]) if (ratio := _ratio(pattern)) else BLOCKS[pattern]
+    if len(shape) != 2 or shape[0] % rows or shape[1] % columns:
+        raise InputError(
+            f"{name}: shape {'x'.join(map(str, shape))} (out x in) does not divide into {pattern} groups of "
+            f"{rows} output rows x {columns} inputs; choose another pattern or skip the layer"
+        )
+
+
+def magnitude_mask(weight: Tensor, sparsity: float, pattern: str = "unstructured") -> Tensor:
+    """Bool mask, True = kept, of an (out, in) weight of any float dtype: the smallest magnitudes are pruned.
+
+    `pattern` is unstructured; 4x1 (4 consecutive output rows) or 1x4 (4 consecutive inputs), scored by the
+    mean magnitude of the block; or n:m, at most n kept of m consecutive inputs, where a sparsity below
+    1 - n/m prunes that share of the groups. Exactly int(sparsity * count) units go, ties by position.
+    Raises InputError for a sparsity outside [0, 1), above an n:m pattern's, or a shape that does not divide.
+    """
+    fraction = _fraction(sparsity, pattern)
+    check_shape("weight", tuple(weight.shape), pattern)
+    scores = unit_scores(weight, pattern)
+    count = int(fraction * scores.numel())
+    threshold, ties = _threshold(scores.view(torch.int32), count)
+    del scores  # reordered now; computing them again is cheaper than a second layer's worth of memory
+    pruned, _ = _pruned(weight, pattern, threshold, ties)
+    return ~pruned
+
+
+def global_masks(
+    weights: Mapping[str, Tensor], sparsity: float, pattern: str = "unstructured"
+) -> Iterator[tuple[str, Tensor]]:
+    """Masks as of `magnitude_mask` under one threshold for all `weights`, one layer at a time, in order.
+
+    The total of pruned units is exactly int(sparsity * total); ties go by order of layers, then position.
+    """
+    fraction = _fraction(sparsity, pattern)
+    for name, weight in weights.items():
+        check_shape(name, tuple(weight.shape), pattern)
+    threshold, ties = _global_threshold(weights.values(), fraction, pattern)
+    for name, weight in weights.items():
+        pruned, ties = _pruned(weight, pattern, threshold, ties)
+        yield name, ~pruned
+
+
+def unit_scores(weight: Tensor, pattern: str) -> Tensor:
+    """Score of what is pruned together, as a new contiguous float32 (units,): |w|, block mean, or n:m removal.
+
+    The score of an n:m group is the magnitude it loses: the sum of its m - n smallest.
+    """
+    magnitude = weight.detach().float().abs().contiguous()
+    if ratio := _ratio(pattern):
+        kept, group = ratio
+        return magnitude.view(-1, group).topk(group - kept, dim=1, largest=False).values.sum(1)
+    rows, columns = BLOCKS[pattern]
+    if rows == columns == 1:
+        return magnitude.flatten()
+    height, width = magnitude.shape
+    return magnitude.view(height // rows, rows, width // columns, columns).mean((1, 3)).flatten()
+
+
+def _expand(pruned_units: Tensor, weight: Tensor, pattern: str) -> Tensor:
+    """Spread bool (units,) over the (out, in) weight: True = pruned."""
+    height, width = weight.shape
+    if ratio := _ratio(pattern):
+        kept, group = ratio
+        order = weight.detach().abs().reshape(-1, group).argsort(dim=1, stable=True)
+        smallest = torch.zeros_like(order, dtype=torch.bool).scatter_(1, order[:, : group - kept], True)
+        return smallest.logical_and_(pruned_units[:, None]).view(height, width)
+    rows, columns = BLOCKS[pattern]
+    if rows == columns == 1:
+        return pruned_units.view(height, width)
+    blocks = pruned_units.view(height // rows, 1, width // columns, 1)
+    return blocks.expand(-1, rows, -1, columns).reshape(height, width)
+
+
+def _pruned(weight: Tensor, pattern: str, threshold: int, ties: int) -> tuple[Tensor, int]:
+    """Prune the units below `threshold` and the first `ties` equal to it.
+
+    Returns bool of the weight's shape, True = pruned, and how many ties are left for later layers.
+    """
+    bits = unit_scores(weight, pattern).view(torch.int32)
+    pruned = bits < threshold
+    if ties:
+        equal = (bits == threshold).nonzero().flatten()[:ties]
+        pruned[equal] = True
+        ties -= len(equal)
+    return _expand(pruned, weight, pattern), ties
+
+
+def _threshold(bits: Tensor, count: int) -> tuple[int, int]:
+    """The `count`-th smallest of int32 `bits`, which may be reordered, and how many equal to it to prune."""
+    if count == 0:
+        return -1, 0  # below every score
+    if bits.device.type == "cpu":
+        values = bits.numpy()
+        values.partition(count - 1)
+        threshold = int(values[count - 1])
+    else:
+        threshold = int(bits.kthvalue(count).values)
+    return threshold, count - int((bits < threshold).count_nonzero())
+
+
+def _global_threshold(weights: Iterable[Tensor], fraction: float, pattern: str) -> tuple[int, int]:
+    """Threshold bits over all `weights`, and how many units equal to it are to be pruned."""
+    weights = list(weights)
+    high_counts = _histogram(weights, pattern)
+    count = int(fraction * int(high_counts.sum()))
+    if count == 0:
+        return -1, 0
+    high, before = _bin_of(high_counts, count)
+    low, before_low = _bin_of(_histogram(weights, pattern, high), count - before)
+    return high << _HALF | low, count - before - before_low
+
+
+def _histogram(weights: Iterable[Tensor], pattern: str, high: int | None = None) -> Tensor:
+    """Counts of the upper 16 bits of all scores, or of the lower 16 where the upper are `high`; int64."""
+    counts: Tensor | None = None
+    for weight in weights:
+        bits = unit_scores(weight, pattern).view(torch.int32)
+        if high is None:
+            values = bits.bitwise_right_shift_(_HALF)
+        else:
+            values = bits[(bits >= high << _HALF) & (bits <= (high << _HALF) + 0xFFFF)] & 0xFFFF
+        layer = torch.bincount(values, minlength=1 << _HALF).cpu()
+        counts = layer if counts is None else counts.add_(layer)
+    assert counts is not None  # `prunable` never returns an empty dict
+    return counts
+
+
+def _bin_of(counts: Tensor, rank: int) -> tuple[int, int]:
+    """The bin that holds the item of this rank (from 1), and the number of items in the bins before it."""
+    cumulated = counts.cumsum(0)
+    index = int(torch.searchsorted(cumulated, rank))
+    return index, int(cumulated[index] - counts[index])
+
+
+def _ratio(pattern: str) -> tuple[int, int] | None:
+    """(n, m) of an n:m pattern, None for a block pattern. Raises InputError for anything else."""
+    if pattern in BLOCKS:
+        return None
+    match = re.fullmatch(r"(\d+):(\d+)", pattern)
+    if not match or not 0 < int(match[1]) < int(match[2]):
+        raise InputError(f"pattern is {pattern!r}; wanted unstructured, 4x1, 1x4 or n:m with 0 < n < m such as 2:4")
+    return int(match[1]), int(match[2])
+
+
+def _fraction(sparsity: float, pattern: str) -> float:
+    """Share of the units to prune: the sparsity itself, or relative to the final one of an n:m pattern."""
+    if not 0 <= sparsity < 1:
+        raise InputError(f"sparsity is {sparsity} but must be at least 0 and below 1 (a fraction, not percent)")
+    final = final_of(pattern)
+    if final is None:
+        return sparsity
+    if sparsity > final + 1e-9:
+        raise InputError(f"sparsity is {sparsity} but pattern {pattern} cannot exceed {final:g}; lower it")
+    return min(1.0, sparsity / final) if abs(sparsity - final) > 1e-9 else 1.0
