@@ -18,8 +18,9 @@ import tokenizers
 LONGEST_SENTENCE = 120  # tokens; longer ones (lists, code) are cut at a word so that no text is lost to truncation
 
 # A sentence ends after . ! ? … (and closing quotes or brackets) before white space, after CJK full stops, and at
-# a line break. `sentences` takes back an end that an abbreviation, an initial or a lower-case letter contradicts.
-_END = re.compile(r"[.!?…]+[\"'”’»)\]]*(\s+)|[。！？]+[”’」』）]*(\s*)|(\s*\n\s*)")
+# a line break. `sentences` takes back an end that an abbreviation, an initial or a lower-case letter contradicts,
+# except at a blank line. Every alternative is linear in the text: a megabyte of dots or blanks is no trap.
+_END = re.compile(r"(?<=[.!?…])[\"'”’»)\]]*(\s+)|(?<=[。！？])[”’」』）]*(?![。！？])()|(\n\s*)")
 _ABBREVIATION = re.compile(
     r"(?:^|[\s(\[\"'“])(?:[A-Za-z]|[A-Za-z]\.[A-Za-z]|Mr|Mrs|Ms|Dr|Prof|St|Sr|Jr|Gen|Col|Capt|Lt|Sgt|Rev|Hon|Gov|Sen"
     r"|Rep|No|Nos|vs|etc|cf|ca|al|approx|est|fl|Fig|Eq|Vol|pp|Inc|Ltd|Co|Corp|Bros|Mt|Ft)\.$"
@@ -33,21 +34,17 @@ def sentences(text: str) -> list[str]:
     """Split `text` into sentences, white space inside them collapsed to single blanks."""
     found, start = [], 0
     for match in _END.finditer(text):
-        stop = match.end()
-        space = match.lastindex or 1
-        following = text[stop : stop + 1]
-        if space != 2 and following.islower():
-            continue  # "e.g. this", or a line that was wrapped in mid-sentence
-        if (
-            space == 1
-            and "\n" not in match[1]
-            and _ABBREVIATION.search(text, max(start, match.start() - 12), match.start(1))
-        ):
-            continue
+        stop, space = match.end(), match[match.lastindex or 0]
+        if space and space.count("\n") < 2:
+            if text[stop : stop + 1].islower():
+                continue  # "e.g. this", or a line that was wrapped in mid-sentence
+            before = text[max(start, match.start() - 12) : match.start(match.lastindex or 0)]
+            if "\n" not in space and _ABBREVIATION.search(before):
+                continue
         found.append(text[start:stop])
         start = stop
     found.append(text[start:])
-    return [" ".join(part.split()) for part in found if not part.isspace() and part]
+    return [" ".join(part.split()) for part in found if part and not part.isspace()]
 
 
 @dataclass(frozen=True)
