@@ -54,10 +54,10 @@ else ifeq ($(TORCH),cpu)
 	@$(PIP) install -q -c constraints.txt 'torch==$(TORCH_VERSION)+cpu' 2>$(VENV)/torch.log || \
 	 $(PIP) install -q -c constraints.txt --retries 2 --extra-index-url $(CPU_INDEX) \
 	   'torch==$(TORCH_VERSION)+cpu' 2>>$(VENV)/torch.log || { \
-	 tail -n 5 $(VENV)/torch.log; \
+	 tail -n 2 $(VENV)/torch.log; \
 	 echo "No CPU build of torch $(TORCH_VERSION): none in pip's configured sources, $(CPU_INDEX) did not give one."; \
 	 echo "Make one of them reachable (e.g. PIP_FIND_LINKS=folder with the wheel),"; \
-	 echo "or accept PyPI's build, which on Linux brings gigabytes of CUDA: make TORCH=cuda $(MAKECMDGOALS)"; \
+	 echo "or accept PyPI's build, which on Linux brings gigabytes of CUDA: make TORCH=cuda $(or $(MAKECMDGOALS),demo)"; \
 	 exit 2; }
 else
 	@echo "TORCH is '$(TORCH)', wanted cpu or cuda"; exit 2
