@@ -274,7 +274,7 @@ def _check_length(max_length: int | None, tokenizer: Any, where: str) -> int:
     assert max_length is not None  # resolved() fills it
     if max_length > tokenizer.model_max_length:
         raise InputError(
-            f"{where}: max_length is {max_length} but the tokenizer's limit is {tokenizer.model_max_length}"
+            f"{where}: max_length is {max_length} but the tokenizer's limit is {tokenizer.model_max_length}; lower it"
         )
     return max_length
 
