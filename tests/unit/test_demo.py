@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from pruneofa.errors import InputError
-from pruneofa.train import demo
+from pruneofa.train import demo, prose
 
 DOCSTRING = """Summarise the groups of a frame.
 
@@ -33,7 +33,7 @@ NOUNS = ("tensor", "queue", "column", "socket", "graph", "widget", "matrix", "pa
 
 
 def test_prose_keeps_sentences_and_drops_code_headings_and_signatures() -> None:
-    assert demo.prose(DOCSTRING) == [
+    assert prose.prose(DOCSTRING) == [
         ["Summarise the groups of a frame."],
         [
             "Extended text that is wrapped over two lines, e.g. This one.",
@@ -53,14 +53,14 @@ def test_docstrings_are_read_without_running_the_source(tmp_path: Path) -> None:
         'if True:\n    pass\nelse:\n    def g():\n        """Of the other branch."""\n'
         "try:\n    1\nexcept ValueError:\n    pass\n"
     )
-    assert set(demo.docstrings(source)) == {
+    assert set(prose.docstrings(source)) == {
         "Of the module.",
         "Of the class.",
         "Of the method.",
         "Of the other branch.",
     }
     source.write_bytes(b"def broken(:")
-    assert list(demo.docstrings(source)) == []
+    assert list(prose.docstrings(source)) == []
 
 
 def _library(root: Path, area: str, modules: int = 40) -> list[Path]:

