@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 # often, above 1024 nothing is gained and the memory grows (docs: benchmarks/pretraining_step.py).
 CHUNK_ROWS = 512
 # On a CPU the softmax passes run over slices that stay in the second-level cache.
-CPU_SLICE_ROWS = 16
+CPU_SLICE_ROWS = 4
 
 
 def kd_terms(
@@ -171,15 +171,14 @@ def fused_head_losses(
         `loss` (with gradient), and the unscaled sums `hard` and `kd` (without), float32 or float64 scalars.
 
     Raises:
-        ValueError: more labels than rows, a teacher of another vocabulary, or nothing to compute.
+        ValueError: labels that do not fit the rows, or a teacher of another vocabulary.
     """
     count = 0 if labels is None else labels.numel()
-    if count > hidden.shape[0]:
+    if count > hidden.shape[0] or (teacher is None and count < hidden.shape[0]):
         raise ValueError(
-            f"fused_head_losses: {count} labels for {hidden.shape[0]} rows; order labelled rows first"
+            f"fused_head_losses: {count} labels for {hidden.shape[0]} rows; without a teacher every row needs a "
+            "label, with one the labelled rows come first"
         )
-    if teacher is None and labels is None:
-        raise ValueError("fused_head_losses: neither labels nor a teacher given; pass at least one of them")
     if teacher is not None and teacher[1].shape[0] != weight.shape[0]:
         raise ValueError(
             f"fused_head_losses: the teacher's vocabulary has {teacher[1].shape[0]} entries, the student's "
@@ -193,7 +192,7 @@ def fused_head_losses(
         hidden,
         weight,
         bias,
-        labels if count else None,
+        labels,
         teacher,
         float(temperature) if teacher is not None else 1.0,
         hard_scale,
@@ -225,46 +224,39 @@ class _FusedHead(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         with torch.autocast(hidden.device.type, enabled=False):
             kind = _softmax_dtype(dtype)
-            x = (hidden / temperature).to(dtype)
-            w, b = weight.to(dtype), _scaled(bias, temperature, dtype)
+            x, w, b = _scaled(hidden, weight, bias, temperature, dtype)
+            logits = x.new_empty(min(chunk_rows, len(x)), len(w))  # reused: fresh memory costs page faults
             # The gradient of a chunk is (p_student - p_teacher) + ratio·(p - onehot); `factor` is applied to
             # the summed gradients in backward, which saves a pass over every chunk of logits.
             factor, ratio = hard_scale * temperature, 1.0
             if teacher is not None:
                 factor, ratio = kd_scale * temperature**2, hard_scale / (kd_scale * temperature)
-                teacher_x, teacher_w = (teacher[0] / temperature).to(dtype), teacher[1].to(dtype)
-                teacher_b = _scaled(teacher[2], temperature, dtype)
-            hard = torch.zeros((), dtype=torch.float64, device=x.device)
-            kd = torch.zeros_like(hard)
+                teacher_x, teacher_w, teacher_b = _scaled(*teacher, temperature, dtype)
+                teacher_logits = torch.empty_like(logits)
+            sums = torch.zeros(2, dtype=torch.float64, device=x.device)
+            grad_x = grad_w = grad_b = None
             if needs_grad:
                 grad_x = torch.empty_like(x, dtype=kind)
-                grad_w = torch.zeros_like(weight, dtype=kind) if weight.requires_grad else None
-                grad_b = (
-                    torch.zeros_like(bias, dtype=kind) if bias is not None and bias.requires_grad else None
-                )
-            for start in range(0, x.shape[0], chunk_rows):
+                grad_w = torch.zeros_like(w, dtype=kind) if weight.requires_grad else None
+                grad_b = torch.zeros_like(b) if bias is not None and bias.requires_grad else None
+            for start in range(0, len(x), chunk_rows):
                 rows = slice(start, start + chunk_rows)
-                logits = F.linear(x[rows], w, b)
-                teacher_logits = None if teacher is None else F.linear(teacher_x[rows], teacher_w, teacher_b)
-                chunk_labels = None if labels is None else labels[rows]
-                chunk_hard, chunk_kd = _replace_by_gradient(
-                    logits, teacher_logits, chunk_labels, temperature, ratio, kind
-                )
-                hard += chunk_hard
-                kd += chunk_kd
-                if not needs_grad:
-                    continue
-                grad_x[rows] = logits @ w
+                z = torch.mm(x[rows], w.t(), out=logits[: len(x[rows])])
+                targets = None
+                if teacher is not None:
+                    mine = teacher_x[rows]
+                    targets = (torch.mm(mine, teacher_w.t(), out=teacher_logits[: len(mine)]), teacher_b)
+                wanted = None if labels is None else labels[rows]
+                sums += _replace_by_gradient(z, b, targets, wanted, temperature, ratio, grad_b)
+                if grad_x is not None:
+                    grad_x[rows] = z @ w
                 if grad_w is not None:
-                    _add_product(grad_w, logits.t(), x[rows])
-                if grad_b is not None:
-                    grad_b += logits.sum(0, dtype=kind)
-            kd *= temperature**2
+                    _add_product(grad_w, z.t(), x[rows])
+            hard, kd = (sums * sums.new_tensor([1.0, temperature**2])).to(kind).unbind()
         if needs_grad:
             ctx.save_for_backward(grad_x, grad_w, grad_b)
             ctx.factor, ctx.temperature = factor, temperature
             ctx.dtypes = hidden.dtype, weight.dtype
-        hard, kd = hard.to(kind), kd.to(kind)
         ctx.mark_non_differentiable(hard, kd)
         return hard_scale * hard + (kd_scale * kd if teacher is not None else 0.0), hard, kd
 
@@ -283,44 +275,48 @@ class _FusedHead(torch.autograd.Function):
 
 def _replace_by_gradient(
     logits: Tensor,
-    teacher_logits: Tensor | None,
+    bias: Tensor | None,
+    teacher: tuple[Tensor, Tensor | None] | None,
     labels: Tensor | None,
     temperature: float,
     ratio: float | Tensor,
-    kind: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """Overwrite logits z / T (rows, vocabulary) with their gradient; return both sums (KD without T²)."""
-    hard = torch.zeros((), dtype=torch.float64, device=logits.device)
-    kd = torch.zeros_like(hard)
-    labelled = 0 if labels is None else labels.shape[0]
-    step = CPU_SLICE_ROWS if logits.device.type == "cpu" else logits.shape[0]
-    for start in range(0, logits.shape[0], step):
+    grad_bias: Tensor | None,
+) -> Tensor:
+    """Overwrite logits (rows, vocabulary), here without bias and divided by T, with their gradient.
+
+    Adds the gradient's column sums to `grad_bias`; returns both sums of losses, float64 (2), KD without T².
+    """
+    sums = torch.zeros(2, dtype=torch.float64, device=logits.device)
+    step = CPU_SLICE_ROWS if logits.device.type == "cpu" else max(len(logits), 1)
+    for start in range(0, len(logits), step):
         rows = slice(start, start + step)
-        z = logits[rows]
+        scores = _with_bias(logits[rows], bias)
         gradient = None
-        if teacher_logits is not None:
-            log_student = F.log_softmax(z, dim=-1, dtype=kind)
-            log_teacher = F.log_softmax(teacher_logits[rows], dim=-1, dtype=kind)
+        if teacher is not None:
+            log_student = F.log_softmax(scores, dim=-1)
+            log_teacher = F.log_softmax(_with_bias(teacher[0][rows], teacher[1]), dim=-1)
             teacher_p = log_teacher.exp()
-            kd += torch.dot(teacher_p.view(-1), log_teacher.sub_(log_student).view(-1))
+            sums[1] += torch.dot(teacher_p.view(-1), log_teacher.sub_(log_student).view(-1))
             gradient = log_student.exp_().sub_(teacher_p)
-        if labels is not None and start < labelled:
-            wanted = labels[rows].unsqueeze(-1)
-            log_p = F.log_softmax(z[: len(wanted)].to(kind) * temperature, dim=-1)
-            hard -= log_p.gather(-1, wanted).sum(dtype=torch.float64)
+        wanted = None if labels is None else labels[rows].unsqueeze(-1)
+        if wanted is not None and len(wanted):
+            log_p = F.log_softmax(scores[: len(wanted)] * temperature, dim=-1)
+            sums[0] -= log_p.gather(-1, wanted).sum()
             p = log_p.exp_()
-            p.scatter_add_(-1, wanted, torch.full_like(wanted, -1, dtype=kind))
+            p.scatter_add_(-1, wanted, p.new_full(wanted.shape, -1))
             if gradient is None:
                 gradient = p
             else:
                 gradient[: len(wanted)] += p.mul_(ratio)
-        if gradient is not None:
-            z[: len(gradient)] = gradient
-            if len(gradient) < len(z):
-                z[len(gradient) :] = 0
-        else:
-            z.zero_()
-    return hard, kd
+        logits[rows] = gradient
+        if grad_bias is not None:
+            grad_bias += gradient.sum(0)
+    return sums
+
+
+def _with_bias(logits: Tensor, bias: Tensor | None) -> Tensor:
+    """Logits in the type of the softmax; the bias is added in that type, on the slice that is in the cache."""
+    return logits.to(_softmax_dtype(logits.dtype)) if bias is None else logits + bias
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -331,8 +327,12 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.add_(left @ right)
 
 
-def _scaled(bias: Tensor | None, temperature: float, dtype: torch.dtype) -> Tensor | None:
-    return None if bias is None else (bias / temperature).to(dtype)
+def _scaled(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(hidden / T, weight, bias / T) of a linear layer, so that its output is z / T; the bias in softmax type."""
+    bias = None if bias is None else bias.to(_softmax_dtype(dtype)) / temperature
+    return (hidden / temperature).to(dtype), weight.to(dtype), bias
 
 
 def _softmax_dtype(dtype: torch.dtype) -> torch.dtype:
