@@ -1,0 +1,386 @@
+"""The command line: parse, call, print. Heavy imports happen inside the verbs."""
+
+import argparse
+import errno
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pruneofa import __version__
+from pruneofa.errors import CheckFailed, InputError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+EXAMPLES = """\
+examples:
+  pruneofa demo                                        everything, in minutes, on text this machine already has
+  pruneofa run minilm-90 --set data_root=DATA          one row of the table, from raw text to model card
+  pruneofa transfer Intel/bert-base-uncased-sparse-90-unstructured-pruneofa out --task sst2
+  pruneofa verify runs/minilm-90/sparse runs/minilm-90/tasks/sst2/seed-0/transfer
+
+exit codes: 0 done, 1 a check failed, 2 wrong input, 3 anything else
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of `pruneofa`; returns the exit code."""
+    options = _parser(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = options.call(options)
+        sys.stdout.flush()
+        return code
+    except InputError as error:
+        return _say(f"error: {error}", 2)
+    except CheckFailed as error:
+        return _say(f"failed: {error}", 1)
+    except KeyboardInterrupt:
+        return _say("interrupted; the same command resumes from the last checkpoint", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        return _say(f"disk full: {error}; free some space, the same command resumes from the last checkpoint", 3)
+    except Exception:
+        import traceback
+
+        traceback.print_exc()
+        return 3
+
+
+def _say(message: str, code: int) -> int:
+    sys.stderr.write(f"pruneofa: {message}\n")
+    return code
+
+
+def _parser(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="pruneofa",
+        description="Prune a pretrained encoder once, then fine-tune the sparse model to every task.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    for name, help_text, describe in VERBS:
+        verb = verbs.add_parser(name, help=help_text, description=describe.__doc__)
+        # Options generated from the recipe's models need pydantic: only the verb that is called pays for it.
+        if next((word for word in arguments if not word.startswith("-")), None) == name:
+            describe(verb)
+    return parser.parse_args(arguments)
+
+
+def _run(verb: argparse.ArgumentParser) -> None:
+    """Carry out a recipe: finished stages are skipped, a broken one resumes."""
+    verb.add_argument(
+        "recipe", nargs="+", help="recipe file(s), later ones win key by key; or the name of a shipped one"
+    )
+    verb.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override a key (repeatable)")
+    verb.add_argument("--out", type=Path, help="the run's folder (default: runs/NAME)")
+    verb.add_argument("--dry-run", action="store_true", help="print the stages, their cost, and what would be skipped")
+    verb.add_argument("--redo", action="store_true", help="make stages again whose settings changed")
+    verb.add_argument("--json", action="store_true", help="print results as JSON")
+
+    def call(options: argparse.Namespace) -> int:
+        from pruneofa import recipe
+
+        loaded = recipe.load([_recipe_file(name) for name in options.recipe], options.set)
+        folder = options.out or Path("runs") / loaded.name
+        if options.dry_run:
+            from pruneofa.train.estimate import estimate
+
+            rows = estimate(loaded, folder)
+            _print(rows, options.json, lambda: _table(rows))
+            return 0
+        from pruneofa.train import pipeline
+
+        _print_results(pipeline.run(loaded, folder, redo=options.redo), folder, options.json)
+        return 0
+
+    verb.set_defaults(call=call)
+
+
+def _demo(verb: argparse.ArgumentParser) -> None:
+    """Everything, on real text that is already on this machine: the documentation of the installed Python."""
+    verb.add_argument("--out", type=Path, default=Path("runs/demo"), help="the run's folder")
+    verb.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override a key of recipes/demo.yaml")
+    verb.add_argument("--redo", action="store_true", help="make stages again whose settings changed")
+    verb.add_argument("--json", action="store_true", help="print results as JSON")
+
+    def call(options: argparse.Namespace) -> int:
+        from pruneofa.train import demo
+
+        results = demo.run_demo(options.out, _recipe_file("demo"), options.set, redo=options.redo)
+        _print_results(results, options.out, options.json)
+        if not options.json:
+            sys.stdout.write(demo.next_steps(options.out))
+        return 0
+
+    verb.set_defaults(call=call)
+
+
+def _prune(verb: argparse.ArgumentParser) -> None:
+    """Teacher preparation and pruning alone: MODEL and plain text in, a sparse pre-trained model out."""
+    from pruneofa import recipe
+
+    verb.add_argument("model", help="folder or hub id of a dense encoder")
+    verb.add_argument("out", type=Path, help="folder of the sparse model; OUT-teacher holds the prepared teacher")
+    verb.add_argument("--no-teacher", action="store_true", help="distil from MODEL as it is")
+    sections = {
+        "corpus": recipe.Corpus,
+        "teacher": recipe.Teacher,
+        "prune": recipe.Prune,
+        "distill": recipe.Distill,
+    }
+    for name, model in sections.items():
+        _add_fields(verb, model, f"{name}.")
+    _add_training(verb)
+
+    def call(options: argparse.Namespace) -> int:
+        from pruneofa.train import pipeline
+
+        values: dict[str, Any] = {"name": options.out.name, "model": options.model, "seed": options.seed}
+        values |= {"precision": options.precision, "data_root": options.data_root}
+        for name, model in sections.items():
+            values[name] = _fields(options, model, f"{name}.")
+        if options.no_teacher:
+            values["teacher"] = None
+        metrics = pipeline.prune(recipe.validate(recipe.Recipe, values), options.out, redo=options.redo)
+        _print({"out": str(options.out), **metrics}, options.json)
+        return 0
+
+    verb.set_defaults(call=call)
+
+
+def _transfer(verb: argparse.ArgumentParser) -> None:
+    """Fine-tune an existing sparse model on a task, its sparsity pattern locked."""
+    from pruneofa import recipe
+
+    verb.add_argument("sparse", help="folder or hub id of a model whose zeros are its pattern")
+    verb.add_argument("out", type=Path, help="folder of the task model")
+    verb.add_argument("--task", metavar="T", help="sst2, mnli, qnli, qqp or squad; or a name for your own --data")
+    _add_fields(verb, recipe.Task, "")
+    _add_training(verb)
+
+    def call(options: argparse.Namespace) -> int:
+        from pruneofa.train import pipeline
+
+        name, spec = _task(options)
+        if spec.teacher is None:
+            sys.stderr.write("no --teacher given: learning from the task's own labels alone\n")
+            spec = spec.model_copy(update={"hard": 1.0, "kd": 0.0})
+        training = {"seed": options.seed, "precision": options.precision}
+        root, redo = options.data_root, options.redo
+        metrics = pipeline.transfer(options.sparse, options.out, name, spec, data_root=root, redo=redo, **training)
+        _print({"out": str(options.out), **metrics}, options.json)
+        return 0
+
+    verb.set_defaults(call=call)
+
+
+def _evaluate(verb: argparse.ArgumentParser) -> None:
+    """Metrics of any task model's folder."""
+    from pruneofa import recipe
+
+    verb.add_argument("path", help="folder or hub id of a task model")
+    verb.add_argument("--task", metavar="T", help="sst2, mnli, qnli, qqp or squad; or a name for your own --data")
+    _add_fields(verb, recipe.Task, "", only=("data", "validation", "text", "label", "max_length", "stride",
+                                             "validation_rows", "skip_bad_answers"))  # fmt: skip
+    verb.add_argument("--data-root", help="relative data paths are resolved here")
+    verb.add_argument("--json", action="store_true", help="print as JSON")
+
+    def call(options: argparse.Namespace) -> int:
+        from pruneofa.train.evaluate import evaluate
+
+        name, spec = _task(options)
+        _print(evaluate(options.path, name, spec, data_root=options.data_root), options.json)
+        return 0
+
+    verb.set_defaults(call=call)
+
+
+def _inspect(verb: argparse.ArgumentParser) -> None:
+    """Sparsity per layer, non-zeros, pattern hash and sizes of a model folder."""
+    verb.add_argument("path", help="folder or hub id")
+    verb.add_argument("--json", action="store_true", help="print as JSON")
+
+    def call(options: argparse.Namespace) -> int:
+        from pruneofa import pattern
+
+        found = pattern.inspect(options.path)
+
+        def show() -> None:
+            rows = [{"layer": name, **values} for name, values in found["layers"].items()]
+            _table(rows)
+            _table([{"": k, "value": v} for k, v in found.items() if not isinstance(v, dict)])
+            _table([{"stored as": k, "MB": v / 1e6} for k, v in found["sizes"].items()])
+
+        _print(found, options.json, show)
+        return 0
+
+    verb.set_defaults(call=call)
+
+
+def _verify(verb: argparse.ArgumentParser) -> None:
+    """Prove that every zero of BASE's pattern is exactly zero in DERIVED; exit 1 if not."""
+    verb.add_argument("base", help="the sparse pre-trained model")
+    verb.add_argument("derived", help="a model made from it")
+    verb.add_argument("--json", action="store_true", help="print as JSON")
+
+    def call(options: argparse.Namespace) -> int:
+        from pruneofa import pattern
+
+        found = pattern.verify(options.base, options.derived)
+
+        def show() -> None:
+            for layer in found["revived"]:
+                sys.stdout.write(f"revived: {layer['layer']}: {layer['count']} weights\n")
+            for layer in found["missing"]:
+                sys.stdout.write(f"missing: {layer}\n")
+            if found["missing_pooler"]:
+                sys.stdout.write("the pooler is missing in the derived model (question-answering heads drop it)\n")
+            sys.stdout.write(f"{'ok' if found['ok'] else 'FAILED'}: {found['extra_zeros']} zeros more than the base\n")
+
+        _print(found, options.json, show)
+        return 0 if found["ok"] else 1
+
+    verb.set_defaults(call=call)
+
+
+def _results_table(verb: argparse.ArgumentParser) -> None:
+    """Join results.json files into the published table's layout (Markdown)."""
+    verb.add_argument("results", nargs="+", type=Path, help="results.json files, or the folders that hold them")
+    verb.add_argument("--json", action="store_true", help="print the results as one JSON list")
+
+    def call(options: argparse.Namespace) -> int:
+        from pruneofa.train.card import read_results, write_table
+
+        results = [read_results(path) for path in options.results]
+        _print(results, options.json, lambda: sys.stdout.write(write_table(results)))
+        return 0
+
+    verb.set_defaults(call=call)
+
+
+VERBS: list[tuple[str, str, Callable[[argparse.ArgumentParser], None]]] = [
+    ("run", "carry out a recipe, from raw text to model card", _run),
+    ("demo", "the whole method in minutes, on text this machine has", _demo),
+    ("prune", "teacher preparation and pruning alone", _prune),
+    ("transfer", "fine-tune a sparse model on a task, pattern locked", _transfer),
+    ("evaluate", "metrics of a task model", _evaluate),
+    ("inspect", "sparsity per layer, pattern hash, sizes", _inspect),
+    ("verify", "prove that a derived model keeps the pattern", _verify),
+    ("table", "join results.json files into one table", _results_table),
+]
+
+
+def _recipe_file(name: str) -> Path:
+    """A path, or the name of a recipe that ships with the package."""
+    if name.endswith((".yaml", ".yml")) or os.sep in name or Path(name).exists():
+        return Path(name)
+    here = Path(__file__).parent
+    for folder in (here / "recipes", here.parents[1] / "recipes"):
+        if (folder / f"{name}.yaml").exists():
+            return folder / f"{name}.yaml"
+    return Path(name)
+
+
+def _add_fields(verb: argparse.ArgumentParser, model: "type[BaseModel]", prefix: str, only: Sequence[str] = ()) -> None:
+    group = verb.add_argument_group(prefix.rstrip(".") or "task")
+    for name, field in model.model_fields.items():
+        if only and name not in only:
+            continue
+        default = "" if field.is_required() or field.default is None else f" (default {field.default})"
+        flags = [f"--{prefix}{name}"]
+        if not prefix and "_" in name:
+            flags.append(f"--{name.replace('_', '-')}")
+        several = name in ("text", "data", "source")
+        group.add_argument(
+            *flags,
+            dest=f"{prefix}{name}",
+            nargs="+" if several else "?" if field.annotation is bool else None,
+            const="true",
+            metavar=name.upper(),
+            help=f"{field.description or name.replace('_', ' ')}{default}".replace("%", "%%"),
+        )
+
+
+def _fields(options: argparse.Namespace, model: "type[BaseModel]", prefix: str) -> dict[str, Any]:
+    from pruneofa.recipe import parse_override
+
+    values: dict[str, Any] = {}
+    for name in model.model_fields:
+        given = getattr(options, f"{prefix}{name}", None)
+        if isinstance(given, list):
+            values[name] = given[0] if len(given) == 1 else given
+        elif given is not None:
+            values |= parse_override(f"{name}={given}")
+    return values
+
+
+def _task(options: argparse.Namespace) -> tuple[str, Any]:
+    """The task's name and its section of a recipe, defaults filled in."""
+    from pruneofa.recipe import KNOWN_TASKS, Task, validate
+
+    values = _fields(options, Task, "")
+    name = options.task or ("custom" if "data" in values else None)
+    if name is None:
+        raise InputError(
+            "no task: give --task (sst2, mnli, qnli, qqp, squad), or --data FILE --text COLUMN --label COLUMN"
+        )
+    if name not in KNOWN_TASKS and not {"data", "text", "label"} <= set(values):
+        raise InputError(f"--task {name}: not one of {', '.join(KNOWN_TASKS)}, so it needs --data, --text and --label")
+    return name, validate(Task, values).resolved(name)
+
+
+def _add_training(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--seed", type=int, default=0)
+    verb.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
+    verb.add_argument("--data-root", help="relative data paths are resolved here")
+    verb.add_argument("--redo", action="store_true", help="replace OUT if its settings changed")
+    verb.add_argument("--json", action="store_true", help="print as JSON")
+
+
+def _print(value: Any, as_json: bool, show: Callable[[], Any] | None = None) -> None:
+    if as_json:
+        sys.stdout.write(json.dumps(value, indent=2) + "\n")
+    elif show is not None:
+        show()
+    else:
+        _table([{"": key, "value": item} for key, item in value.items()])
+
+
+def _print_results(results: dict[str, Any], folder: Path, as_json: bool) -> None:
+    def show() -> None:
+        sys.stdout.write((folder / "table.md").read_text(encoding="utf-8"))
+        files = ["results.json", "table.md", "report.html", "sparse/README.md"]
+        sys.stdout.write("\n" + "".join(f"{folder / file}\n" for file in files if (folder / file).exists()))
+
+    _print(results, as_json, show)
+
+
+def _table(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for column in rows[0] if rows else []:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row.values()))
+    Console(soft_wrap=not sys.stdout.isatty()).print(table)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4f}".rstrip("0").rstrip(".")
+    return "-" if value is None else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""Load encoders from folders or the hub, with errors a user can act on."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from pruneofa.errors import InputError
+from pruneofa.files import file_fingerprint, fingerprint
+
+SUPPORTED = ("bert", "distilbert", "roberta")
+# Parameters that a folder may lack because a new head is trained on top of it.
+HEADS = ("cls.", "lm_head.", "vocab_", "classifier.", "pre_classifier.", "qa_outputs.", "pooler.")
+
+
+def load_config(path: str) -> Any:
+    """Config of a supported encoder. Raises InputError for anything else."""
+    _explain_missing_folder(path)
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"model {path}: no readable config.json ({_first_line(error)})") from None
+    if config.model_type not in SUPPORTED:
+        raise InputError(f"model {path}: model_type is {config.model_type!r}, wanted one of {', '.join(SUPPORTED)}")
+    return config
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The model folder's own fast tokenizer."""
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"model {path}: no readable tokenizer ({_first_line(error)}); save the tokenizer in the same folder"
+        ) from None
+
+
+def load_for_pretraining(path: str, *, nsp: bool) -> PreTrainedModel:
+    """Encoder with MLM head (and NSP head): a head that the folder lacks is new, on tied embeddings.
+
+    Raises InputError when encoder weights are missing, or NSP is asked of an architecture without it.
+    """
+    config = load_config(path)
+    if nsp and config.model_type != "bert":
+        raise InputError(f"corpus.nsp is true but {config.model_type} has no next-sentence head; set corpus.nsp=false")
+    architecture = transformers.AutoModelForPreTraining if nsp else transformers.AutoModelForMaskedLM
+    return _load(architecture, path)
+
+
+def load_for_task(path: str, kind: str, **head: Any) -> PreTrainedModel:
+    """Encoder with a classification ("classification") or span ("qa") head, new where the folder has none."""
+    load_config(path)
+    if kind == "qa":
+        return _load(transformers.AutoModelForQuestionAnswering, path)
+    return _load(transformers.AutoModelForSequenceClassification, path, ignore_mismatched_sizes=True, **head)
+
+
+def _load(architecture: Any, path: str, **options: Any) -> PreTrainedModel:
+    # from_pretrained reads a .bin with weights_only=True; safetensors needs no such care.
+    try:
+        model, info = architecture.from_pretrained(path, output_loading_info=True, dtype=torch.float32, **options)
+    except Exception as error:  # the loader's errors have no common type: OSError, SafetensorError, UnpicklingError...
+        raise InputError(
+            f"model {path}: weights cannot be read ({type(error).__name__}: {_first_line(error)}); "
+            "wanted a complete folder with model.safetensors"
+        ) from None
+    prefix = f"{model.base_model_prefix}."
+    missing = [name for name in info["missing_keys"] if not name.removeprefix(prefix).startswith(HEADS)]
+    if missing:
+        raise InputError(
+            f"model {path}: {len(missing)} encoder weights are missing, such as {sorted(missing)[0]}; "
+            "the folder is half-written or of another architecture"
+        )
+    return model
+
+
+def set_dropout(model: nn.Module, probability: float) -> None:
+    """Set every dropout of `model`; its config, and so the saved folder, keeps the rates it had."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = probability
+
+
+def model_fingerprint(path: str) -> str:
+    """Content fingerprint of a local model folder; of a hub id, its present commit."""
+    folder = Path(path)
+    if folder.is_dir():
+        files = sorted(p for p in folder.iterdir() if p.name == "config.json" or p.suffix in (".safetensors", ".bin"))
+        return fingerprint({p.name: file_fingerprint(p) for p in files})
+    _explain_missing_folder(path)
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return str(HfApi().model_info(path).sha)
+    except (HfHubHTTPError, OSError) as error:
+        raise InputError(f"model {path}: neither a folder nor reachable on the hub ({_first_line(error)})") from None
+
+
+def _explain_missing_folder(path: str) -> None:
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    if looks_local and not Path(path).is_dir():
+        raise InputError(f"model {path}: no such folder")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:200]

@@ -1,0 +1,488 @@
+"""The whole method: teacher, prune, then for each task and seed dense, transfer and control, then results."""
+
+import json
+import platform
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from accelerate import PartialState
+
+from pruneofa import pattern
+from pruneofa.errors import CheckFailed, InputError
+from pruneofa.files import fingerprint, new_folder, read_json, write_json, write_text
+from pruneofa.recipe import Control, Recipe, Task, dump, load
+from pruneofa.train import corpus, tasks
+from pruneofa.train.models import load_tokenizer, model_fingerprint
+from pruneofa.train.stages import (
+    Emit,
+    Outcome,
+    Text,
+    fine_tune,
+    prepare_teacher,
+    prune_once,
+    prune_student,
+    read_text,
+)
+
+FORMAT = 1  # part of every fingerprint: raise it when a stage's result changes for the same settings
+PACKAGES = ("pruneofa", "torch", "transformers", "datasets", "tokenizers", "numpy")
+WORK = ".work"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One folder of a run: what it depends on, and how it is made."""
+
+    name: str
+    folder: Path
+    settings: dict[str, Any]
+    inputs: dict[str, str]
+    build: Callable[[Path], Outcome]
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when a setting or anything upstream changes."""
+        return fingerprint({"format": FORMAT, "stage": self.name, "settings": self.settings, "inputs": self.inputs})
+
+    @property
+    def status(self) -> str:
+        """done, changed (done with other settings), resume (begun) or run."""
+        file = self.folder / "stage.json"
+        if file.exists():
+            return "done" if read_json(file).get("fingerprint") == self.fingerprint else "changed"
+        return "run"
+
+
+class Run:
+    """A recipe in its folder: the stages it consists of, and its log."""
+
+    def __init__(self, recipe: Recipe, folder: Path, places: dict[str, Path] | None = None) -> None:
+        self.recipe = recipe
+        self.folder = folder
+        self.places = {name: folder / name for name in ("teacher", "sparse", "control")} | (places or {})
+        self.work = folder / WORK
+        self._text: Text | None = None
+        self._tasks: dict[tuple[str, str], tasks.Task] = {}
+
+    def emit(self, event: dict[str, Any]) -> None:
+        """Append an event to log.jsonl."""
+        with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"time": round(time.time(), 1), **event}) + "\n")
+
+    def text(self) -> Text:
+        """The tokenized corpus."""
+        if self._text is None:
+            assert self.recipe.corpus is not None
+            with PartialState().main_process_first():
+                self._text = read_text(
+                    self.recipe.corpus,
+                    self.recipe.model,
+                    data_root=self.recipe.data_root,
+                    seed=self.recipe.seed,
+                )
+        return self._text
+
+    def task(self, name: str) -> tasks.Task:
+        """The tokenized task."""
+        if name not in self._tasks:
+            tokenizer = load_tokenizer(self.recipe.model)
+            spec = self.recipe.tasks[name].resolved(name)
+            self._tasks[name] = tasks.load_task(name, spec, tokenizer, data_root=self.recipe.data_root)
+        return self._tasks[name]
+
+    def stages(self) -> list[Stage]:
+        """Every stage of the recipe in the order they run. Reads task data, so bad data fails here."""
+        recipe = self.recipe
+        upstream = {"model": model_fingerprint(recipe.model)}
+        common = {"seed": recipe.seed, "precision": recipe.precision}
+        stages = []
+        source, sparse, dense = recipe.model, recipe.model, recipe.dense_model or recipe.model
+        dense_print = model_fingerprint(dense) if recipe.dense_model else upstream["model"]
+        if recipe.prune:
+            upstream["corpus"] = self._corpus_fingerprint()
+        if recipe.teacher:
+            stages.append(self._teacher(recipe.model, dict(upstream), common))
+            upstream, source = (
+                {"teacher": stages[-1].fingerprint, "corpus": upstream["corpus"]},
+                str(stages[-1].folder),
+            )
+        if recipe.prune:
+            stages.append(self._prune(source, dict(upstream), common))
+            sparse, sparse_print = str(stages[-1].folder), stages[-1].fingerprint
+        else:
+            sparse_print = upstream["model"]
+        starts = {"transfer": (sparse, sparse_print)}
+        if isinstance(recipe.control, Control):
+            stages.append(self._control(source, dict(upstream), common))
+            starts["control"] = (str(stages[-1].folder), stages[-1].fingerprint)
+        for name in recipe.tasks:
+            for seed in recipe.seeds:
+                stages += self._task_stages(name, seed, (dense, dense_print), starts)
+        return stages
+
+    def _corpus_fingerprint(self) -> str:
+        recipe = self.recipe
+        assert recipe.corpus is not None
+        source = corpus.source_fingerprint(recipe.corpus, data_root=recipe.data_root)
+        return fingerprint([source, recipe.corpus.model_dump(exclude={"source"}, exclude_defaults=True)])
+
+    def _teacher(self, model: str, inputs: dict[str, str], common: dict[str, Any]) -> Stage:
+        settings = self.recipe.teacher
+        assert settings is not None
+
+        def build(work: Path) -> Outcome:
+            return prepare_teacher(model, settings, self.text(), work=work, emit=self.emit, **common)
+
+        return Stage("teacher", self.places["teacher"], _visible(settings) | common, inputs, build)
+
+    def _prune(self, teacher: str, inputs: dict[str, str], common: dict[str, Any]) -> Stage:
+        settings, distill = self.recipe.prune, self.recipe.distill
+        assert settings is not None
+
+        def build(work: Path) -> Outcome:
+            return prune_student(teacher, settings, distill, self.text(), work=work, emit=self.emit, **common)
+
+        visible = _visible(settings) | {"distill": distill.model_dump(exclude_defaults=True)} | common
+        return Stage("prune", self.places["sparse"], visible, inputs, build)
+
+    def _control(self, teacher: str, inputs: dict[str, str], common: dict[str, Any]) -> Stage:
+        settings, distill, control = self.recipe.prune, self.recipe.distill, self.recipe.control
+        assert settings is not None and isinstance(control, Control)
+
+        def build(work: Path) -> Outcome:
+            text = self.text()
+            return prune_once(teacher, settings, distill, control, text, work=work, emit=self.emit, **common)
+
+        visible = _visible(settings) | {"distill": distill.model_dump(exclude_defaults=True), "lr": control.lr} | common
+        return Stage("control", self.places["control"], visible, inputs, build)
+
+    def _task_stages(
+        self, name: str, seed: int, dense: tuple[str, str], starts: dict[str, tuple[str, str]]
+    ) -> list[Stage]:
+        recipe = self.recipe
+        spec = recipe.tasks[name].resolved(name)
+        folder = self.folder / "tasks" / name / f"seed-{seed}"
+        data = self.task(name).fingerprint
+        common = {"seed": seed, "precision": recipe.precision}
+        teacher_of = spec.teacher
+        stages = []
+        if spec.teacher is None and not (recipe.model_is_sparse and recipe.dense_model is None):
+            alone = spec.model_copy(update={"epochs": spec.dense_epochs, "lr": spec.dense_lr})
+            build = self._tune(name, alone, dense[0], None, f"{name}/seed-{seed}/dense", common)
+            settings = _dense_settings(alone) | common
+            inputs = {"model": dense[1], "data": data}
+            stages.append(Stage(f"tasks/{name}/seed-{seed}/teacher", folder / "teacher", settings, inputs, build))
+            teacher_of, teacher_print = str(folder / "teacher"), stages[0].fingerprint
+        elif spec.teacher is not None:
+            teacher_print = model_fingerprint(spec.teacher)
+            build = self._measure(name, spec, spec.teacher)
+            stages.append(
+                Stage(
+                    f"tasks/{name}/seed-{seed}/teacher",
+                    folder / "teacher",
+                    {},
+                    {"model": teacher_print},
+                    build,
+                )
+            )
+        else:
+            teacher_print = ""
+        for variant, (start, start_print) in starts.items():
+            control = recipe.control
+            if variant == "control" and isinstance(control, Control) and name not in (control.tasks or recipe.tasks):
+                continue
+            build = self._tune(name, spec, start, teacher_of, f"{name}/seed-{seed}/{variant}", common, locked=True)
+            settings = _dense_settings(spec) | spec.model_dump(include={"hard", "kd", "temperature"}) | common
+            inputs = {"model": start_print, "teacher": teacher_print, "data": data}
+            stages.append(Stage(f"tasks/{name}/seed-{seed}/{variant}", folder / variant, settings, inputs, build))
+        return stages
+
+    def _tune(
+        self,
+        name: str,
+        spec: Task,
+        model: str,
+        teacher: str | None,
+        stage: str,
+        common: dict[str, Any],
+        *,
+        locked: bool = False,
+    ) -> Callable[[Path], Outcome]:
+        def build(work: Path) -> Outcome:
+            return fine_tune(
+                model,
+                teacher,
+                spec,
+                self.task(name),
+                locked=locked,
+                stage=stage,
+                work=work,
+                emit=self.emit,
+                **common,
+            )
+
+        return build
+
+    def _measure(self, name: str, spec: Task, model: str) -> Callable[[Path], Outcome]:
+        from pruneofa.train.evaluate import evaluate
+
+        def build(work: Path) -> Outcome:
+            return Outcome(None, None, evaluate(model, name, spec, data_root=self.recipe.data_root))
+
+        return build
+
+
+def run(recipe: Recipe, folder: Path, *, redo: bool = False) -> dict[str, Any]:
+    """Carry out what is missing of a recipe in `folder`, and write results, table, card and report.
+
+    Returns the results (design.md, "A run's folder"). Raises InputError when the folder is another recipe's,
+    or when finished stages no longer match and `redo` is false.
+    """
+    check_folder(recipe, folder)
+    this = Run(recipe, folder)
+    stages = this.stages()
+    refuse_changes(stages, redo)
+    main = PartialState().is_main_process
+    if main:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "recipe.yaml", dump(recipe))
+        write_json(folder / "run.json", environment())
+    for stage in stages:
+        if stage.status != "done":
+            carry_out(stage, this.work, this.emit)
+    results = {}
+    if main:
+        results = collect(recipe, folder, stages)
+        write_reports(recipe, folder, results)
+    PartialState().wait_for_everyone()
+    return results
+
+
+def prune(recipe: Recipe, out: Path, *, redo: bool = False) -> dict[str, float]:
+    """Teacher preparation and pruning alone; `out` becomes the sparse model, `out`-teacher its teacher.
+
+    Returns the sparse model's validation losses. Raises as `run` does.
+    """
+    places = {"teacher": out.with_name(f"{out.name}-teacher"), "sparse": out}
+    this = Run(recipe, out.with_name(f"{out.name}.work"), places)
+    return _alone(this.stages(), this, redo)
+
+
+def transfer(
+    sparse: str,
+    out: Path,
+    name: str,
+    spec: Task,
+    *,
+    data_root: str | None,
+    seed: int,
+    precision: Literal["bf16", "fp32"],
+    redo: bool = False,
+) -> dict[str, float]:
+    """Fine-tune one sparse model on one task with its pattern locked; `out` becomes the task model.
+
+    Returns its metrics in percent. Raises as `run` does.
+    """
+    recipe = Recipe(
+        name="transfer",
+        model=sparse,
+        model_is_sparse=True,
+        data_root=data_root,
+        tasks={name: spec},
+        seeds=[seed],
+        precision=precision,
+    )
+    this = Run(recipe, out.with_name(f"{out.name}.work"))
+    stage = next(stage for stage in this.stages() if stage.name.endswith("/transfer"))
+    return _alone([replace(stage, folder=out)], this, redo)
+
+
+def _alone(stages: list[Stage], this: Run, redo: bool) -> dict[str, float]:
+    for stage in stages:
+        if stage.folder.exists() and not (stage.folder / "stage.json").exists():
+            raise InputError(f"{stage.folder}: exists and was not made by this command; choose another OUT")
+    refuse_changes(stages, redo)
+    this.folder.mkdir(parents=True, exist_ok=True)
+    for stage in stages:
+        if stage.status != "done":
+            carry_out(stage, this.folder, this.emit)
+    shutil.rmtree(this.folder)
+    return read_json(stages[-1].folder / "metrics.json")
+
+
+def check_folder(recipe: Recipe, folder: Path) -> None:
+    """Raises InputError when `folder` holds something else than a run of this recipe."""
+    file = folder / "recipe.yaml"
+    if file.exists():
+        name = load([file]).name
+        if name != recipe.name:
+            raise InputError(
+                f"{folder}: holds the run {name!r}, this recipe is {recipe.name!r}; choose another --out, or delete it"
+            )
+    elif folder.exists() and any(p.name not in (WORK, "data") for p in folder.iterdir()):
+        raise InputError(f"{folder}: not empty and not a run's folder; choose another --out")
+
+
+def refuse_changes(stages: Iterable[Stage], redo: bool) -> None:
+    """Raises InputError listing finished stages whose settings or inputs changed, unless `redo`."""
+    changed = [stage.name for stage in stages if stage.status == "changed"]
+    if changed and not redo:
+        raise InputError(
+            f"settings or inputs of finished stages changed: {', '.join(changed)}; "
+            "--redo makes them again (the old ones are kept until the new are complete), or choose another --out"
+        )
+
+
+def carry_out(stage: Stage, work_root: Path, emit: Emit) -> None:
+    """Make one stage: train in a working folder that survives a kill, then put the result in place at once."""
+    work = work_root / stage.name
+    state = PartialState()
+    if state.is_main_process:
+        mark = work / "fingerprint"
+        if work.exists() and (not mark.exists() or mark.read_text() != stage.fingerprint):
+            shutil.rmtree(work)
+        work.mkdir(parents=True, exist_ok=True)
+        write_text(mark, stage.fingerprint)
+    state.wait_for_everyone()
+    outcome = stage.build(work)
+    if state.is_main_process:
+        with new_folder(stage.folder) as folder:
+            outcome.save(folder)
+            write_json(folder / "metrics.json", outcome.metrics)
+            record = {
+                "stage": stage.name,
+                "fingerprint": stage.fingerprint,
+                "settings": stage.settings,
+                "inputs": stage.inputs,
+                "seconds": round(outcome.seconds, 1),
+                "tokens": outcome.tokens,
+                "versions": versions(),
+            }
+            write_json(folder / "stage.json", record)
+        emit({"event": "done", "stage": stage.name, "seconds": record["seconds"], "metrics": outcome.metrics})
+        shutil.rmtree(work, ignore_errors=True)
+    state.wait_for_everyone()
+
+
+def collect(recipe: Recipe, folder: Path, stages: list[Stage]) -> dict[str, Any]:
+    """results.json from what the stages' folders hold."""
+    costs = {}
+    measured: dict[str, Any] = {}
+    for stage in stages:
+        record = read_json(stage.folder / "stage.json")
+        costs[stage.name] = {"tokens": record["tokens"], "seconds": record["seconds"]}
+        if not stage.name.startswith("tasks/"):
+            continue
+        _, task, seed, variant = stage.name.split("/")
+        for metric, value in read_json(stage.folder / "metrics.json").items():
+            runs = measured.setdefault(task, {}).setdefault(metric, {})
+            entry = runs.setdefault("dense" if variant == "teacher" else variant, {"mean": 0.0, "runs": []})
+            entry["runs"].append({"seed": int(seed.removeprefix("seed-")), "value": value})
+            entry["mean"] = statistics.fmean(run["value"] for run in entry["runs"])
+    inspection = pattern.inspect(sparse_folder(recipe, folder))
+    results = {
+        "recipe": publishable(recipe),
+        "sparsity": inspection["encoder"],
+        "versions": versions(),
+        "stages": costs,
+        "sizes": inspection["sizes"],
+        "latency": {},
+        "tasks": measured,
+    }
+    write_json(folder / "results.json", results)
+    return results
+
+
+def write_reports(recipe: Recipe, folder: Path, results: dict[str, Any]) -> None:
+    """table.md, the model card in sparse/, and report.html."""
+    from pruneofa.train.report import write_report
+
+    from pruneofa.train.card import write_card, write_table
+
+    inspection = pattern.inspect(sparse_folder(recipe, folder))
+    log = folder / "log.jsonl"
+    events = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
+    write_text(folder / "table.md", write_table([results]))
+    shown = publishable(recipe)
+    if recipe.prune:
+        write_card(folder / "sparse", results=results, recipe=shown, inspection=inspection, versions=versions())
+    write_report(folder / "report.html", results=results, recipe=shown, inspection=inspection, events=events)
+
+
+def verify_run(recipe: Recipe, folder: Path) -> int:
+    """Number of task models proved to keep the sparse model's pattern. Raises CheckFailed naming one that does not."""
+    checked = 0
+    for transfer in sorted((folder / "tasks").glob("*/seed-*/transfer")):
+        result = pattern.verify(sparse_folder(recipe, folder), str(transfer))
+        if not result["ok"]:
+            raise CheckFailed(f"{transfer}: {result['revived'] or result['missing']} differ from the sparse model")
+        checked += 1
+    return checked
+
+
+def sparse_folder(recipe: Recipe, folder: Path) -> str:
+    """Where the sparse pre-trained model is."""
+    return str(folder / "sparse") if recipe.prune else recipe.model
+
+
+def publishable(recipe: Recipe) -> dict[str, Any]:
+    """The recipe without the places of one machine: absolute paths become their last part."""
+
+    def shorten(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: shorten(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [shorten(item) for item in value]
+        if isinstance(value, str) and Path(value).is_absolute():
+            return Path(value).name
+        return value
+
+    return shorten(recipe.model_dump()) | {"data_root": None}
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that can change a number."""
+    return {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware, for run.json."""
+    import os
+
+    import torch
+
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "versions": versions(),
+        "hardware": {
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "gpus": devices,
+        },
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def _visible(settings: Any) -> dict[str, Any]:
+    # How often a stage is saved does not change what comes out of it, and a key that a later version adds
+    # must not make finished stages look changed.
+    return settings.model_dump(exclude={"save_steps"}, exclude_defaults=True)
+
+
+def _dense_settings(spec: Task) -> dict[str, Any]:
+    names = {"epochs", "lr", "batch", "max_length", "stride", "warmup", "weight_decay", "max_grad_norm"}
+    return spec.model_dump(include=names, exclude_defaults=True)

@@ -1,0 +1,283 @@
+"""The stages of the method, each a function to be read top to bottom: models in, trained model out."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pruneofa.errors import InputError
+from pruneofa.files import read_json, write_json
+from pruneofa.recipe import Control, Corpus, Distill, Prune, Task, Teacher
+from pruneofa.train import corpus as corpora
+from pruneofa.train import tasks as task_data
+from pruneofa.train.evaluate import evaluate_model
+from pruneofa.train.models import load_for_pretraining, load_for_task, load_tokenizer, set_dropout
+from pruneofa.train.objective import PretrainingObjective, TransferObjective
+from pruneofa.train.prune import GradualPruner
+from pruneofa.train.schedule import cyclic_lr, linear_lr, rewound_lr
+from pruneofa.train.trainer import LockCallback, PruningCallback, batches, train
+
+VALIDATION_EXAMPLES = 512
+Emit = Callable[[dict[str, Any]], None]
+
+
+@dataclass
+class Outcome:
+    """What a stage made: a model to save, what it measured, and what it cost."""
+
+    model: PreTrainedModel | None
+    tokenizer: PreTrainedTokenizerBase | None
+    metrics: dict[str, float]
+    seconds: float = 0.0
+    tokens: int = 0
+
+    def save(self, folder: Path) -> None:
+        """Write an ordinary Hugging Face folder."""
+        if self.model is not None and self.tokenizer is not None:
+            self.model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+
+
+@dataclass(frozen=True)
+class Text:
+    """The corpus as the pre-training stages see it."""
+
+    spec: Corpus
+    built: Any
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def collate(self) -> Callable[[list[Any]], dict[str, torch.Tensor]]:
+        """Batch items of this corpus."""
+        return partial(corpora.collate, pad_token_id=self.tokenizer.pad_token_id)
+
+
+def read_text(spec: Corpus, model: str, *, data_root: str | None, seed: int) -> Text:
+    """Tokenize the corpus for `model`, or find it in the cache."""
+    tokenizer = load_tokenizer(model)
+    return Text(spec, corpora.build_corpus(spec, tokenizer, data_root=data_root, seed=seed), tokenizer)
+
+
+def prepare_teacher(
+    model: str, settings: Teacher, text: Text, *, seed: int, precision: str, work: Path, emit: Emit
+) -> Outcome:
+    """Teacher preparation: the dense model learns MLM (+ NSP) on the corpus (method.md A3)."""
+    transformers.set_seed(seed)
+    teacher = load_for_pretraining(model, nsp=text.spec.nsp)
+    objective = teacher_objective(teacher, settings, nsp=text.spec.nsp)
+    rate = partial(linear_lr, total=settings.steps, warmup=int(settings.steps * settings.warmup))
+    clock = _pretrain(objective, settings, text, rate, "teacher", seed, precision, work, emit, [])
+    return Outcome(teacher, text.tokenizer, validate(objective, text, seed, precision), **clock)
+
+
+def prune_student(
+    teacher: str,
+    settings: Prune,
+    distill: Distill,
+    text: Text,
+    *,
+    seed: int,
+    precision: str,
+    work: Path,
+    emit: Emit,
+) -> Outcome:
+    """Student pruning: gradual magnitude pruning, distilled from the prepared teacher it starts from."""
+    transformers.set_seed(seed)
+    objective = student_objective(teacher, settings, distill, nsp=text.spec.nsp)
+    pruning = PruningCallback(**schedule(settings))
+    rate = learning_rate(settings)
+    clock = _pretrain(objective, settings, text, rate, "prune", seed, precision, work, emit, [pruning])
+    return Outcome(objective.student, text.tokenizer, validate(objective, text, seed, precision), **clock)
+
+
+def prune_once(
+    teacher: str,
+    settings: Prune,
+    distill: Distill,
+    control: Control,
+    text: Text,
+    *,
+    seed: int,
+    precision: str,
+    work: Path,
+    emit: Emit,
+) -> Outcome:
+    """The control: the teacher pruned in one shot, locked, trained on the prune stage's tokens.
+
+    Every learning rate of the control is tried; the lowest validation loss of the objective wins.
+    """
+    candidates = []
+    for lr in control.lr:
+        folder = work / f"lr-{lr:g}"
+        if not (folder / "done.json").exists():
+            transformers.set_seed(seed)
+            objective = student_objective(teacher, settings, distill, nsp=text.spec.nsp)
+            once = GradualPruner(objective.student, **{**schedule(settings), "begin": 0, "end": 1, "stop": 1})
+            once.step(1)
+            once.release()
+            trial = settings.model_copy(update={"lr": lr})
+            rate = partial(linear_lr, total=settings.steps, warmup=int(settings.steps * settings.warmup))
+            name = f"control lr {lr:g}"
+            clock = _pretrain(objective, trial, text, rate, name, seed, precision, folder, emit, [LockCallback()])
+            metrics = validate(objective, text, seed, precision)
+            objective.student.save_pretrained(folder / "model")
+            write_json(folder / "done.json", {"metrics": metrics, "lr": lr, **clock})
+            for checkpoint in folder.glob("checkpoint-*"):
+                shutil.rmtree(checkpoint)
+        candidates.append((read_json(folder / "done.json"), folder / "model"))
+    best, model = min(candidates, key=lambda candidate: candidate[0]["metrics"]["loss"])
+    metrics = (
+        best["metrics"] | {"lr": best["lr"]} | {f"loss_lr_{c['lr']:g}": c["metrics"]["loss"] for c, _ in candidates}
+    )
+    student = load_for_pretraining(str(model), nsp=text.spec.nsp)
+    seconds = sum(c["seconds"] for c, _ in candidates)
+    return Outcome(student, text.tokenizer, metrics, seconds, sum(c["tokens"] for c, _ in candidates))
+
+
+def fine_tune(
+    model: str,
+    teacher: str | None,
+    spec: Task,
+    task: task_data.Task,
+    *,
+    locked: bool,
+    stage: str,
+    seed: int,
+    precision: str,
+    work: Path,
+    emit: Emit,
+) -> Outcome:
+    """Fine-tune `model` on a task, distilled from `teacher` if there is one, `locked` to its sparsity pattern.
+
+    Without a teacher it learns from the task's own loss alone, which is how dense task teachers are made.
+    """
+    transformers.set_seed(seed)
+    tokenizer = load_tokenizer(model)
+    objective = transfer_objective(model, teacher, spec, task)
+    data = task.train.train_dataset(spec.batch, seed, spec.epochs)
+    steps = len(data) // spec.batch
+    if steps == 0:
+        raise InputError(f"task {task.name}: batch is {spec.batch} but there are only {len(data)} training examples")
+    clock = train(
+        objective,
+        stage=stage,
+        work=work,
+        dataset=data,
+        collate=partial(task_data.collate, pad_token_id=tokenizer.pad_token_id),
+        steps=steps,
+        batch=spec.batch,
+        lr=spec.lr,
+        rate=partial(linear_lr, total=steps, warmup=int(steps * spec.warmup)),
+        emit=emit,
+        weight_decay=spec.weight_decay,
+        max_grad_norm=spec.max_grad_norm,
+        precision=precision,
+        seed=seed,
+        callbacks=[LockCallback()] if locked else [],
+    )
+    metrics = evaluate_model(objective.student, task)
+    return Outcome(objective.student, tokenizer, metrics, **clock)
+
+
+def schedule(settings: Prune) -> dict[str, Any]:
+    """The arguments of `GradualPruner` that a prune section holds."""
+    names = ("final", "begin", "end", "stop", "interval", "initial", "pattern", "scope", "skip")
+    return {name: getattr(settings, name) for name in names}
+
+
+def learning_rate(settings: Prune) -> Callable[[int], float]:
+    """The multiple of the peak learning rate as a function of the step (method.md A2)."""
+    warmup = int(settings.steps * settings.warmup)
+    if settings.rewind == "none":
+        return partial(linear_lr, total=settings.steps, warmup=warmup)
+    rewound = rewound_lr if settings.rewind == "sawtooth" else cyclic_lr
+    times = {"begin": settings.begin, "end": settings.end, "interval": settings.interval}
+    return partial(rewound, total=settings.steps, warmup=warmup, **times)
+
+
+def teacher_objective(teacher: PreTrainedModel, settings: Teacher, *, nsp: bool) -> PretrainingObjective:
+    """Plain MLM (+ NSP)."""
+    if settings.dropout is not None:
+        set_dropout(teacher, settings.dropout)
+    return PretrainingObjective(
+        teacher, None, hard=1.0, kd=0.0, hidden=0.0, temperature=1.0, positions="masked", nsp=nsp
+    )
+
+
+def student_objective(teacher: str, settings: Prune, distill: Distill, *, nsp: bool) -> PretrainingObjective:
+    """A student that starts as a copy of its teacher, and the losses between them."""
+    student = load_for_pretraining(teacher, nsp=nsp)
+    if settings.dropout is not None:
+        set_dropout(student, settings.dropout)
+    return PretrainingObjective(student, load_for_pretraining(teacher, nsp=nsp), nsp=nsp, **distill.model_dump())
+
+
+def transfer_objective(model: str, teacher: str | None, spec: Task, task: task_data.Task) -> TransferObjective:
+    """A task model and the losses it is trained with; without a teacher the task's own loss alone."""
+    student = load_for_task(model, task.kind, **task.model_kwargs())
+    if teacher is None:
+        return TransferObjective(student, None, kind=task.kind, hard=1.0, kd=0.0, temperature=1.0)
+    loaded = load_for_task(teacher, task.kind)
+    if task.kind == "classification" and loaded.config.num_labels != len(task.labels):
+        raise InputError(
+            f"task {task.name}: teacher {teacher} has {loaded.config.num_labels} labels, the data has "
+            f"{len(task.labels)}; name a teacher of this task"
+        )
+    return TransferObjective(student, loaded, kind=task.kind, hard=spec.hard, kd=spec.kd, temperature=spec.temperature)
+
+
+def _pretrain(
+    objective: PretrainingObjective,
+    settings: Teacher | Prune,
+    text: Text,
+    rate: Callable[[int], float],
+    stage: str,
+    seed: int,
+    precision: str,
+    work: Path,
+    emit: Emit,
+    callbacks: list[Any],
+) -> dict[str, Any]:
+    return train(
+        objective,
+        stage=stage,
+        work=work,
+        dataset=text.built.train(settings.steps * settings.batch, seed=seed),
+        collate=text.collate,
+        steps=settings.steps,
+        batch=settings.batch,
+        micro_batch=settings.micro_batch,
+        lr=settings.lr,
+        rate=rate,
+        emit=emit,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        precision=precision,
+        checkpoint_activations=settings.checkpoint_activations,
+        save_steps=settings.save_steps,
+        seed=seed,
+        callbacks=callbacks,
+    )
+
+
+@torch.no_grad()
+def validate(objective: PretrainingObjective, text: Text, seed: int, precision: str) -> dict[str, float]:
+    """Losses of the objective on held-out articles, dropout off."""
+    device = next(objective.parameters()).device
+    data = text.built.validation(VALIDATION_EXAMPLES, seed=seed)
+    held_out = [{k: v.to(device) for k, v in batch.items()} for batch in batches(data, text.collate, 16)]
+    counts = torch.stack([objective.counts(batch) for batch in held_out]).sum(0)
+    objective.eval()
+    totals: dict[str, float] = {}
+    for batch in held_out:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            parts = objective(batch, counts)
+        for name, value in parts.items():
+            totals[name] = totals.get(name, 0.0) + float(value)
+    return totals

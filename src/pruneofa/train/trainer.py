@@ -1,0 +1,390 @@
+"""The one Trainer subclass, and the callbacks that also work in a stock `transformers.Trainer`."""
+
+import json
+import shutil
+import signal
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import torch.distributed
+from pruneofa.train.lock import PatternLock
+from pruneofa.train.prune import GradualPruner
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from pruneofa.errors import InputError
+from pruneofa.files import COMPLETE, sync_tree, write_json
+from pruneofa.progress import progress
+
+PRUNER_FILE = "pruner.safetensors"
+CLOCK_FILE = "clock.json"
+RATE_WARNING = 1.2
+
+
+def _encoder(model: nn.Module) -> nn.Module:
+    return getattr(model, "student", model)
+
+
+class PruningCallback(TrainerCallback):
+    """Gradual magnitude pruning in any `transformers.Trainer`: masks follow `cubic_sparsity`.
+
+    The pruner's state is written into every checkpoint, and found again when training resumes from one
+    in the same `output_dir`. Arguments are those of `GradualPruner`.
+    """
+
+    def __init__(self, **schedule: Any) -> None:
+        self.schedule = schedule
+        self.pruner: GradualPruner | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Attach to the model; on resume, take masks and dense values from the checkpoint."""
+        if self.pruner is not None:
+            self.pruner.release()
+        self.pruner = GradualPruner(_encoder(kwargs["model"]), **self.schedule)
+        if state.global_step == 0:
+            return
+        file = Path(args.output_dir) / f"checkpoint-{state.global_step}" / PRUNER_FILE
+        if not file.exists():
+            raise InputError(f"{file}: missing, so pruning cannot resume here; start again or restore the file")
+        self.pruner.load_state_dict(safetensors.torch.load_file(file))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Re-select or re-apply the masks after the optimizer step."""
+        assert self.pruner is not None
+        self.pruner.step(state.global_step - 1)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Add the sparsity of the encoder to the logs."""
+        if self.pruner is not None and "loss" in kwargs["logs"]:
+            kwargs["logs"]["sparsity"] = self.pruner.sparsity()["encoder"]
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Write the pruner's state beside the checkpoint's weights."""
+        assert self.pruner is not None
+        if state.is_world_process_zero:
+            file = Path(args.output_dir) / f"checkpoint-{state.global_step}" / PRUNER_FILE
+            safetensors.torch.save_file(self.pruner.state_dict(), file)
+
+
+class LockCallback(TrainerCallback):
+    """Keep the sparsity pattern of the model fixed while any `transformers.Trainer` fine-tunes it."""
+
+    def __init__(self) -> None:
+        self.lock: PatternLock | None = None
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Capture the pattern before a checkpoint can be loaded over it."""
+        if kwargs.get("model") is not None:
+            self.lock = PatternLock.capture(_encoder(kwargs["model"]))
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Capture the pattern when the callback was added after the Trainer was built."""
+        if self.lock is None:
+            self.lock = PatternLock.capture(_encoder(kwargs["model"]))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Set the pruned weights back to +0.0."""
+        assert self.lock is not None
+        self.lock.apply()
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Prove that nothing revived."""
+        assert self.lock is not None
+        self.lock.verify()
+
+
+class StageTrainer(Trainer):
+    """Trains an objective (a student and, outside its module tree, a teacher) for a number of steps.
+
+    The objective divides every loss by counts taken over the whole optimizer step, all micro-batches and
+    ranks, so neither accumulation nor the number of processes changes a loss or a gradient
+    (transformers would scale both for BERT heads).
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        objective: nn.Module,
+        *,
+        args: TrainingArguments,
+        dataset: Any,
+        collate: Callable[[list[Any]], dict[str, torch.Tensor]],
+        rate: Callable[[int], float],
+        callbacks: Sequence[TrainerCallback],
+    ) -> None:
+        self.rate = rate
+        self.clock = {"seconds": 0.0, "tokens": 0}
+        self._parts: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
+        self._steps_in_parts = 0
+        super().__init__(
+            model=objective,
+            args=args,
+            train_dataset=dataset,
+            data_collator=collate,
+            callbacks=list(callbacks),
+        )
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """A learning-rate multiple that is a pure function of the step."""
+        if self.lr_scheduler is None:
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, self.rate)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        """The micro-batches of one optimizer step and the counts that their losses are divided by."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
+        totals = torch.cat(
+            [
+                torch.stack([self.model.counts(batch) for batch in batches]).sum(0).double().cpu(),
+                torch.tensor([float(sum(int(batch["attention_mask"].sum()) for batch in batches))]).double(),
+            ]
+        ).to(device)
+        if self.args.world_size > 1:
+            torch.distributed.all_reduce(totals)
+        self.clock["tokens"] += int(totals[-1])
+        self._steps_in_parts += 1
+        return batches, totals[:-1]
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Loss of one micro-batch; DDP averages gradients over ranks, hence the factor."""
+        parts = model(inputs, num_items_in_batch)
+        for name, value in parts.items():
+            if name != "loss":
+                self._parts[name] = self._parts[name] + value.detach().double().cpu()
+        return parts["loss"] * self.args.world_size
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the parts of the loss, averaged over the steps since the last log."""
+        if "loss" in logs and self._steps_in_parts:
+            names = sorted(self._parts)
+            values = torch.stack([self._parts[name] for name in names]) if names else torch.zeros(0)
+            if self.args.world_size > 1 and names:
+                values = values.to(self.args.device)
+                torch.distributed.all_reduce(values)
+            logs.update({name: float(v) / self._steps_in_parts for name, v in zip(names, values, strict=True)})
+            self._parts.clear()
+            self._steps_in_parts = 0
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if self.args.should_save:
+            self.model.student.save_pretrained(output_dir or self.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        state = safetensors.torch.load_file(Path(resume_from_checkpoint) / "model.safetensors")
+        result = self.model.student.load_state_dict(state, strict=False)
+        # Tied weights are stored once; everything else must be there.
+        tied = set(getattr(self.model.student, "all_tied_weights_keys", {}) or {})
+        wrong = [name for name in result.missing_keys if name not in tied] + list(result.unexpected_keys)
+        if wrong:
+            raise InputError(f"{resume_from_checkpoint}: does not fit the model ({wrong[0]}); delete it to start again")
+
+
+class _Bookkeeping(TrainerCallback):
+    """Progress bar, event log, elapsed time, Ctrl-C, and the marker that makes a checkpoint count.
+
+    It comes last among the callbacks, so that everything a checkpoint needs is in it before the marker.
+    """
+
+    def __init__(self, stage: str, emit: Callable[[dict[str, Any]], None]) -> None:
+        self.stage = stage
+        self.emit = emit
+        self.trainer: StageTrainer
+        self.interrupted = False
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step:
+            self.trainer.clock = json.loads(_checkpoint(args.output_dir, state.global_step, CLOCK_FILE).read_text())
+        self.since = time.monotonic() - self.trainer.clock["seconds"]
+        self.stack = ExitStack()
+        if state.is_world_process_zero:
+            self.advance = self.stack.enter_context(progress(self.stage, state.max_steps, completed=state.global_step))
+            self.emit({"event": "start", "stage": self.stage, "step": state.global_step, "steps": state.max_steps})
+        self.handler = signal.signal(signal.SIGINT, self._interrupt)
+
+    def _interrupt(self, *_: Any) -> None:
+        self.interrupted = True
+        signal.signal(signal.SIGINT, self.handler)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.is_world_process_zero:
+            self.advance()
+        if self.interrupted:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs = kwargs["logs"]
+        if "loss" not in logs:
+            return
+        loss = logs["loss"]
+        if loss != loss or abs(loss) == float("inf"):
+            raise InputError(
+                f"{self.stage}: the loss is {loss} at step {state.global_step}; lower its lr, or use precision: fp32"
+            )
+        if state.is_world_process_zero:
+            self.advance(0, f"loss {loss:.4f}")
+            self.emit(
+                {
+                    "event": "log",
+                    "stage": self.stage,
+                    "step": state.global_step,
+                    "lr": logs.get("learning_rate"),
+                    **{k: v for k, v in logs.items() if k not in ("learning_rate", "epoch", "step")},
+                }
+            )
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if args.world_size > 1:
+            torch.distributed.barrier()
+        if state.is_world_process_zero:
+            self.trainer.clock["seconds"] = time.monotonic() - self.since
+            write_json(_checkpoint(args.output_dir, state.global_step, CLOCK_FILE), self.trainer.clock)
+            folder = _checkpoint(args.output_dir, state.global_step)
+            sync_tree(folder)
+            (folder / COMPLETE).touch()
+            sync_tree(folder)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.trainer.clock["seconds"] = time.monotonic() - self.since
+        self.close()
+
+    def close(self) -> None:
+        """End the bar and give Ctrl-C back, also after an error."""
+        if hasattr(self, "stack"):
+            self.stack.close()
+            signal.signal(signal.SIGINT, self.handler)
+
+
+def _checkpoint(output_dir: str | None, step: int, file: str = "") -> Path:
+    return Path(str(output_dir)) / f"checkpoint-{step}" / file
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end; half-written ones are removed."""
+    complete = []
+    for path in folder.glob("checkpoint-*"):
+        if (path / COMPLETE).exists():
+            complete.append(path)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def train(
+    objective: nn.Module,
+    *,
+    stage: str,
+    work: Path,
+    dataset: Any,
+    collate: Callable[[list[Any]], dict[str, torch.Tensor]],
+    steps: int,
+    batch: int,
+    lr: float,
+    rate: Callable[[int], float],
+    emit: Callable[[dict[str, Any]], None],
+    micro_batch: int | None = None,
+    weight_decay: float = 0.0,
+    max_grad_norm: float = 1.0,
+    precision: str = "bf16",
+    checkpoint_activations: bool = False,
+    save_steps: int | None = None,
+    seed: int = 0,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> dict[str, Any]:
+    """Train `objective.student` in place, resuming from the newest complete checkpoint in `work`.
+
+    Returns {"seconds", "tokens"} over all attempts. `rate(t)` multiplies `lr` in optimizer step t + 1.
+    Raises InputError when `batch` cannot be divided among micro-batches and processes, KeyboardInterrupt
+    after a Ctrl-C has been answered with a checkpoint.
+    """
+    micro, accumulation = split_batch(batch, micro_batch)
+    cuda = torch.cuda.is_available()
+    args = TrainingArguments(
+        output_dir=str(work),
+        max_steps=steps,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=accumulation,
+        learning_rate=lr,
+        weight_decay=weight_decay,
+        max_grad_norm=max_grad_norm,
+        bf16=precision == "bf16",
+        use_cpu=not cuda,
+        seed=seed,
+        logging_steps=max(1, min(50, steps // 100)),
+        logging_nan_inf_filter=False,
+        save_steps=save_steps or max(1, steps // 20),
+        save_total_limit=2,
+        train_sampling_strategy="sequential",
+        average_tokens_across_devices=False,
+        remove_unused_columns=False,
+        dataloader_drop_last=True,
+        dataloader_num_workers=4 if cuda else 0,
+        dataloader_pin_memory=cuda,
+        report_to="none",
+        disable_tqdm=True,
+        log_level="error",
+    )
+    if checkpoint_activations:
+        objective.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    books = _Bookkeeping(stage, emit)
+    trainer = StageTrainer(
+        objective, args=args, dataset=dataset, collate=collate, rate=rate, callbacks=[*callbacks, books]
+    )
+    _silence(trainer)
+    books.trainer = trainer
+    resume = last_checkpoint(work)
+    try:
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    finally:
+        books.close()
+    if books.interrupted:
+        raise KeyboardInterrupt
+    return dict(trainer.clock)
+
+
+def _silence(trainer: Trainer) -> None:
+    """Take away the Trainer's own printing of logs: progress and log.jsonl say it once."""
+    from transformers.trainer_callback import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+
+
+def split_batch(batch: int, micro_batch: int | None) -> tuple[int, int]:
+    """(examples per forward pass, accumulation steps) for `batch` examples per step over all processes."""
+    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else _world_size()
+    micro = min(micro_batch or batch // world, batch // world)
+    if micro == 0 or batch % (micro * world):
+        raise InputError(
+            f"batch is {batch}, which {world} process(es) x micro_batch {micro_batch} do not divide; "
+            "choose a batch that is a multiple of both"
+        )
+    return micro, batch // (micro * world)
+
+
+def _world_size() -> int:
+    import os
+
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def batches(dataset: Any, collate: Callable[[list[Any]], dict[str, torch.Tensor]], size: int) -> Iterator[Any]:
+    """Consecutive collated batches of a map-style dataset."""
+    for start in range(0, len(dataset), size):
+        yield collate([dataset[i] for i in range(start, min(start + size, len(dataset)))])
