@@ -142,7 +142,7 @@ def source_fingerprint(spec: Corpus, *, data_root: str | Path | None = None) -> 
 def _content(readers: list[Reader], spec: Corpus) -> list[Any]:
     if spec.streaming:  # reading everything first would defeat the purpose: sizes and the first articles
         first = list(itertools.islice(_texts(readers, spec.column), 2))
-        if spec.nsp and len(first) < 2:
+        if len(first) < 2:
             raise _too_few(spec, len(first))
         return [[reader.size for reader in readers], first]
     plain = all(isinstance(reader, sources.Files) and reader.plain for reader in readers)
@@ -157,9 +157,10 @@ def _texts(readers: list[Reader], column: str) -> Iterator[str]:
 
 
 def _too_few(spec: Corpus, count: int) -> InputError:
+    why = "next-sentence prediction" if spec.nsp else "holding one out for validation"
     return InputError(
-        f"corpus {spec.source}: {count} article{'s' * (count != 1)}, but next-sentence prediction needs at least 2; "
-        "add text, or set corpus.nsp to false"
+        f"corpus {spec.source}: {count} article{'s' * (count != 1)}, but {why} needs at least 2; add text "
+        "(articles in a .txt file are separated by blank lines)"
     )
 
 
@@ -205,7 +206,7 @@ def _build(readers: list[Reader], spec: Corpus, tokenizer_json: str, folder: Pat
             _write(encode_batches(batches, tokenizer_json, processes), temporary, counts)
             if not counts["tokens"]:
                 raise InputError(f"corpus {spec.source}: no usable text in it; check the files and corpus.column")
-            if spec.nsp and counts["articles"] < 2:
+            if counts["articles"] < 2:
                 raise _too_few(spec, counts["articles"])
             speed = round(counts["tokens"] / (time.monotonic() - start))
             dtype = id_dtype(tokenizers.Tokenizer.from_str(tokenizer_json)).str

