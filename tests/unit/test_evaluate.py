@@ -154,8 +154,9 @@ def test_folder_of_a_question_answering_model(tmp_path, build):
     assert set(result) == {"exact_match", "f1"}
 
 
-def test_answer_comes_from_the_best_window(tmp_path):
-    context = "the game " * 12 + "king " + "the music " * 12
+@pytest.mark.parametrize("before", [0, 12, 24])
+def test_answer_comes_from_the_best_window(tmp_path, before):
+    context = "the game " * before + "king " + "the music " * (24 - before)
     answers = {"text": ["king"], "answer_start": [context.index("king")]}
     for split in ("train", "validation"):
         write(tmp_path / f"{split}.jsonl", [{"id": "1", "question": "who", "context": context, "answers": answers}])

@@ -33,7 +33,7 @@ def load(tmp_path, train, validation=None, **values):
 def task(tmp_path_factory):
     rows = [
         row("q1", "what river was it", "Thames"),
-        row("q2", "  what was first", "The city"),  # leading spaces must not count as question
+        row("q2", "  what was first", "The city"),
         row("q3", "how many houses", "12 houses by the water."),
     ]
     return load(tmp_path_factory.mktemp("squad"), rows)
@@ -75,6 +75,14 @@ def test_an_answer_within_a_word_takes_the_whole_tokens(tmp_path):
     chars = task.train.windows.chars
     (first, last) = task.train.targets[0]
     assert "year 1st"[chars[first, 0] : chars[last, 1]] == "1"  # the tiny vocabulary splits 1 ##s ##t
+
+
+def test_tokens_that_share_a_character():
+    chars = np.array([[-1, -1], [0, 1], [0, 1], [1, 4], [-1, -1]], np.int32)  # an emoji of two byte-level tokens
+    windows = squad.Windows(np.zeros(5, np.int32), None, np.array([0, 5]), np.zeros(1, np.int32), chars)
+    first, last = squad.token_spans(windows, np.array([[0, 1]]))[0]
+    assert first <= last
+    assert (chars[first, 0], chars[last, 1]) == (0, 1)
 
 
 def test_items_and_batches(task):
@@ -149,6 +157,7 @@ def test_best_span_is_the_best_valid_pair_of_context_tokens():
     assert squad.best_span(logits(p0=9.0, p2=1.0), logits(p6=9.0, p3=1.0), CHARS) == (2.0, 0, 8)
     # the end may not come before the start: 5..2 would be best
     assert squad.best_span(logits(p5=4.0, p2=3.0), logits(p2=5.0, p5=1.0), CHARS) == (8.0, 0, 3)
+    assert squad.best_span(logits(p4=4.0, p3=1.0), logits(p3=5.0), CHARS) == (6.0, 4, 8)
 
 
 def test_best_span_respects_the_length_and_the_number_of_candidates():

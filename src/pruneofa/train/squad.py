@@ -86,7 +86,7 @@ def cut_windows(table: pa.Table, tokenizer: Any, *, max_length: int, stride: int
 
 def _shorten(questions: list[str], tokenizer: Any, room: int) -> list[str]:
     """Cut questions of more than `room` tokens; a window of nothing but question would be of no use."""
-    suspects = [i for i, text in enumerate(questions) if len(text) > room]  # a token has at least a character
+    suspects = [i for i, text in enumerate(questions) if len(text.encode()) > room]  # a token has >= 1 byte
     if suspects:
         batch = tokenizer(
             [questions[i] for i in suspects],
@@ -156,6 +156,7 @@ def token_spans(windows: Windows, spans: NDArray[np.int64]) -> NDArray[np.int64]
         if len(inside) and chars[inside[0], 0] <= begin and end <= chars[inside[-1], 1]:
             first = np.searchsorted(chars[inside, 0], begin, side="right") - 1
             last = np.searchsorted(chars[inside, 1], end, side="left")
+            # byte-level tokens may share a character, and then the last one found is before the first
             result[index] = inside[0] + first, inside[0] + max(first, last)
     return result
 
