@@ -20,31 +20,43 @@ LIMIT = 1.1
 EXAMPLE_MICROSECONDS = 100
 
 
-def anonymous(pid: int) -> int:
-    """Bytes of RssAnon of a process and all below it; shared pages count in every process."""
+def family(pid: int) -> list[int]:
+    """A process and all below it."""
     try:
-        status = Path(f"/proc/{pid}/status").read_text()
-        children = [Path(f"/proc/{pid}/task/{t.name}/children") for t in Path(f"/proc/{pid}/task").iterdir()]
-        below = [int(child) for path in children for child in path.read_text().split()]
+        paths = [Path(f"/proc/{pid}/task/{task.name}/children") for task in Path(f"/proc/{pid}/task").iterdir()]
+        below = [int(child) for path in paths for child in path.read_text().split()]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+    return [pid, *(member for child in below for member in family(child))]
+
+
+def anonymous(pid: int) -> int:
+    """Bytes of RssAnon of one process; pages shared since a fork count in every process."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError):
         return 0
-    own = [int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon")]
-    return sum(own) + sum(anonymous(child) for child in below)
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
 def measure(files: list[Path], tokenizer: str, processes: int | None) -> dict[str, float]:
     """Build the cache of `files` in a fresh process while watching its memory."""
     command = [sys.executable, __file__, "--child", "--tokenizer", tokenizer, "--data", *map(str, files)]
     command += ["--processes", str(processes)] if processes else []
-    peak = samples = 0
+    peak = samples = most = 0
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
         while child.poll() is None:
-            peak = max(peak, anonymous(child.pid))
+            members = family(child.pid)
+            peak = max(peak, sum(anonymous(member) for member in members))
+            most = max(most, len(members) - 1)
             samples += 1
             time.sleep(0.02)
         assert child.stdout is not None
         result = json.loads(child.stdout.read().splitlines()[-1])
-    return {**result, "files": len(files), "peak_mib": round(peak / 2**20, 1), "samples": samples}
+    # What building added: forked workers start with the imports of the reader, which count in each of them.
+    grown = peak / 2**20 - (1 + most) * result["started_mib"]
+    memory = {"peak_mib": round(peak / 2**20, 1), "workers": most, "grown_mib": round(grown, 1), "samples": samples}
+    return {**result, "files": len(files), **memory}
 
 
 def processor_seconds() -> float:
@@ -60,10 +72,10 @@ def child(files: list[Path], tokenizer: str, processes: int | None) -> None:
     from pruneofa.recipe import Corpus
     from pruneofa.train.corpus import build_corpus
 
-    own = Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]
     with tempfile.TemporaryDirectory() as cache:
         spec = Corpus(source=[str(path) for path in files], max_length=128)
         loaded = AutoTokenizer.from_pretrained(tokenizer)
+        started = anonymous(os.getpid())
         before = processor_seconds()
         built = build_corpus(spec, loaded, cache_dir=cache, processes=processes)
         used = processor_seconds() - before
@@ -73,12 +85,15 @@ def child(files: list[Path], tokenizer: str, processes: int | None) -> None:
         micros = (time.process_time() - start) / len(data) * 1e6
         again = build_corpus(spec, loaded, cache_dir=cache).stats
     assert again["cached"]
-    print(
-        json.dumps(
-            {**built.stats, "tokens_per_core_second": round(built.stats["tokens"] / used), "imported_mib": round(int(own) / 1024, 1), "seconds_when_cached": again["seconds"],
-             "microseconds_per_example": round(micros, 1), "mean_example_tokens": round(length / len(data), 1)}
-        )
-    )  # fmt: skip
+    result = {
+        **built.stats,
+        "tokens_per_core_second": round(built.stats["tokens"] / used),
+        "started_mib": round(started / 2**20, 1),
+        "seconds_when_cached": again["seconds"],
+        "microseconds_per_example": round(micros, 1),
+        "mean_example_tokens": round(length / len(data), 1),
+    }
+    print(json.dumps(result))
 
 
 def main() -> int:
