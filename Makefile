@@ -29,9 +29,19 @@ lint: install
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-# The results table of the README, from the committed runs.
+# The tables of the README, from the committed runs.
 readme-table: install
-	$(VENV)/bin/python tests/docs/results_table.py README.md results/*/results.json
+	$(call fill,results,$(filter-out results/demo/%,$(wildcard results/*/results.json)))
+	$(call fill,demo,$(wildcard results/demo/results.json))
+
+# $(call fill,NAME,RESULTS): put the table of RESULTS between the markers NAME:begin and NAME:end.
+define fill
+@$(if $(2),$(VENV)/bin/pruneofa table $(2),true) > $(VENV)/table.md
+@awk -v file=$(VENV)/table.md 'BEGIN { while ((getline line < file) > 0) table = table line "\n" } \
+  /<!-- $(1):end -->/ { skip = 0 } !skip { print } /<!-- $(1):begin -->/ { printf "%s", table; skip = 1 }' \
+  README.md > $(VENV)/README.md
+@cp $(VENV)/README.md README.md
+endef
 
 install: $(READY)
 

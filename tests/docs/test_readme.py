@@ -1,0 +1,87 @@
+import re
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, DataCollatorForLanguageModeling
+
+from pruneofa import cli, pattern
+from tests.tiny import tiny_bert, tiny_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+
+
+def _texts(count: int) -> list[dict[str, list[int]]]:
+    tokenizer = tiny_tokenizer()
+    return [
+        {key: tokenizer(f"the {word} of the city was good")[key] for key in ("input_ids", "attention_mask")}
+        for word in ("king", "queen", "water", "house") * (count // 4)
+    ]
+
+
+def test_the_python_example_prunes_and_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny_bert(seed=1).save_pretrained("dense")
+    text = _texts(16)
+    given = {
+        "dense": "dense",
+        "text": text,
+        "task": [{**row, "labels": i % 2} for i, row in enumerate(text)],
+        "collator": DataCollatorForLanguageModeling(tiny_tokenizer()),
+        "steps": 10,
+    }
+    [example] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len([line for line in example.splitlines() if line]) == 10
+    exec(compile(example, "README.md", "exec"), given)
+
+    assert pattern.inspect("sparse")["encoder"] == pytest.approx(0.9, abs=0.001)
+    AutoModelForMaskedLM.from_pretrained("sparse")
+    given["model"].save_pretrained("task-model")
+    AutoModelForSequenceClassification.from_pretrained("task-model")
+    assert pattern.verify("sparse", "task-model")["ok"]
+
+
+def test_the_readme_lists_exactly_the_verbs() -> None:
+    block = README.partition("## The verbs")[2]
+    listed = re.findall(r"^pruneofa (\w+)", block.split("```")[1], re.MULTILINE)
+    assert sorted(listed) == sorted(name for name, *_ in cli.VERBS)
+
+
+def test_the_readme_lists_exactly_the_recipes() -> None:
+    block = README.partition("## Recipes")[2].partition("##")[0]
+    named = set(re.findall(r"`((?:bert|distilbert|minilm)-[\w-]+)`", block)) | {"demo"}
+    assert named == {path.stem for path in (ROOT / "recipes").glob("*.yaml")}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_somewhere(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        if link.startswith("http"):
+            continue
+        file, _, anchor = link.partition("#")
+        target = (ROOT / document).parent / file if file else ROOT / document
+        assert target.exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings], link
+
+
+def test_make_commands_in_the_documents_exist() -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for document in DOCUMENTS:
+        text = (ROOT / document).read_text(encoding="utf-8")
+        for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL):
+            for line in re.findall(r"^make (.*?)(?: +#.*)?$", block, re.MULTILINE):
+                assert {word for word in line.split() if "=" not in word} <= targets, line
+
+
+@pytest.mark.parametrize(("block", "folders"), [("results", "results/*"), ("demo", "results/demo")])
+def test_tables_are_what_the_committed_results_say(block: str, folders: str) -> None:
+    from pruneofa.files import read_json
+    from pruneofa.train.card import write_table
+
+    files = [f for f in sorted(ROOT.glob(f"{folders}/results.json")) if block == "demo" or f.parent.name != "demo"]
+    table = README.partition(f"<!-- {block}:begin -->\n")[2].partition(f"<!-- {block}:end -->")[0]
+    assert table == (write_table([read_json(f) for f in files]) if files else ""), "run make readme-table"
