@@ -1,11 +1,18 @@
 """The training half: needs `pip install pruneofa[train]`."""
 
-try:
-    import torch as _torch  # noqa: F401 - a missing extra should say so here, once
-    import transformers as _transformers  # noqa: F401
-except ImportError as error:
-    raise ImportError(f"{error.name} is missing: pip install 'pruneofa[train]'") from error
+import importlib.util
+from typing import Any
 
-from pruneofa.train.trainer import LockCallback, PruningCallback
+if importlib.util.find_spec("torch") is None or importlib.util.find_spec("transformers") is None:
+    raise ImportError("training needs torch and transformers: pip install 'pruneofa[train]'")
 
 __all__ = ["LockCallback", "PruningCallback"]
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy, because processes that only tokenize text need neither torch nor transformers.
+    if name in __all__:
+        from pruneofa.train import trainer
+
+        return getattr(trainer, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,6 +11,10 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from pruneofa.errors import InputError
 from pruneofa.files import file_fingerprint, fingerprint
 
+# The loader's own bars and reports speak of heads that are meant to be new; what matters is checked below.
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
 SUPPORTED = ("bert", "distilbert", "roberta")
 # Parameters that a folder may lack because a new head is trained on top of it.
 HEADS = ("cls.", "lm_head.", "vocab_", "classifier.", "pre_classifier.", "qa_outputs.", "pooler.")

@@ -258,6 +258,7 @@ def run(recipe: Recipe, folder: Path, *, redo: bool = False) -> dict[str, Any]:
             carry_out(stage, this.work, this.emit)
     results = {}
     if main:
+        shutil.rmtree(this.work, ignore_errors=True)
         results = collect(recipe, folder, stages)
         write_reports(recipe, folder, results)
     PartialState().wait_for_everyone()
@@ -401,9 +402,8 @@ def collect(recipe: Recipe, folder: Path, stages: list[Stage]) -> dict[str, Any]
 
 def write_reports(recipe: Recipe, folder: Path, results: dict[str, Any]) -> None:
     """table.md, the model card in sparse/, and report.html."""
-    from pruneofa.train.report import write_report
-
     from pruneofa.train.card import write_card, write_table
+    from pruneofa.train.report import write_report
 
     inspection = pattern.inspect(sparse_folder(recipe, folder))
     log = folder / "log.jsonl"

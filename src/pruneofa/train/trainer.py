@@ -1,6 +1,8 @@
 """The one Trainer subclass, and the callbacks that also work in a stock `transformers.Trainer`."""
 
+import itertools
 import json
+import os
 import shutil
 import signal
 import time
@@ -13,14 +15,15 @@ from typing import Any
 import safetensors.torch
 import torch
 import torch.distributed
-from pruneofa.train.lock import PatternLock
-from pruneofa.train.prune import GradualPruner
 from torch import nn
+from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pruneofa.errors import InputError
 from pruneofa.files import COMPLETE, sync_tree, write_json
 from pruneofa.progress import progress
+from pruneofa.train.lock import PatternLock
+from pruneofa.train.prune import GradualPruner
 
 PRUNER_FILE = "pruner.safetensors"
 CLOCK_FILE = "clock.json"
@@ -379,12 +382,11 @@ def split_batch(batch: int, micro_batch: int | None) -> tuple[int, int]:
 
 
 def _world_size() -> int:
-    import os
-
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def batches(dataset: Any, collate: Callable[[list[Any]], dict[str, torch.Tensor]], size: int) -> Iterator[Any]:
-    """Consecutive collated batches of a map-style dataset."""
-    for start in range(0, len(dataset), size):
-        yield collate([dataset[i] for i in range(start, min(start + size, len(dataset)))])
+    """Collated batches of a dataset, in its order."""
+    items = iter(dataset) if isinstance(dataset, IterableDataset) else (dataset[i] for i in range(len(dataset)))
+    while taken := list(itertools.islice(items, size)):
+        yield collate(taken)
