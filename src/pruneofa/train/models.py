@@ -88,6 +88,14 @@ def set_dropout(model: nn.Module, probability: float) -> None:
             module.p = probability
 
 
+@torch.no_grad()
+def reorder_classes(model: PreTrainedModel, order: list[int]) -> None:
+    """Permute the last layer of a classifier so that its i-th logit is the former `order[i]`-th."""
+    last = getattr(model.classifier, "out_proj", model.classifier)
+    last.weight.copy_(last.weight[order].clone())
+    last.bias.copy_(last.bias[order].clone())
+
+
 def model_fingerprint(path: str) -> str:
     """Content fingerprint of a local model folder; of a hub id, its present commit."""
     folder = Path(path)

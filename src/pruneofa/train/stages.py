@@ -16,8 +16,8 @@ from pruneofa.files import read_json, write_json
 from pruneofa.recipe import Control, Corpus, Distill, Prune, Task, Teacher
 from pruneofa.train import corpus as corpora
 from pruneofa.train import tasks as task_data
-from pruneofa.train.evaluate import evaluate_model
-from pruneofa.train.models import load_for_pretraining, load_for_task, load_tokenizer, set_dropout
+from pruneofa.train.evaluate import evaluate_model, label_order
+from pruneofa.train.models import load_for_pretraining, load_for_task, load_tokenizer, reorder_classes, set_dropout
 from pruneofa.train.objective import PretrainingObjective, TransferObjective
 from pruneofa.train.prune import GradualPruner
 from pruneofa.train.schedule import cyclic_lr, linear_lr, rewound_lr
@@ -169,7 +169,7 @@ def fine_tune(
         stage=stage,
         work=work,
         dataset=data,
-        collate=partial(task_data.collate, pad_token_id=tokenizer.pad_token_id),
+        collate=task.collate,
         steps=steps,
         batch=spec.batch,
         lr=spec.lr,
@@ -224,11 +224,8 @@ def transfer_objective(model: str, teacher: str | None, spec: Task, task: task_d
     if teacher is None:
         return TransferObjective(student, None, kind=task.kind, hard=1.0, kd=0.0, temperature=1.0)
     loaded = load_for_task(teacher, task.kind)
-    if task.kind == "classification" and loaded.config.num_labels != len(task.labels):
-        raise InputError(
-            f"task {task.name}: teacher {teacher} has {loaded.config.num_labels} labels, the data has "
-            f"{len(task.labels)}; name a teacher of this task"
-        )
+    if task.kind == "classification":
+        reorder_classes(loaded, label_order(loaded.config, task))
     return TransferObjective(student, loaded, kind=task.kind, hard=spec.hard, kd=spec.kd, temperature=spec.temperature)
 
 
