@@ -5,9 +5,10 @@ import errno
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pruneofa import __version__
 from pruneofa.errors import CheckFailed, InputError
@@ -28,7 +29,13 @@ exit codes: 0 done, 1 a check failed, 2 wrong input, 3 anything else
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `pruneofa`; returns the exit code."""
-    options = _parser(sys.argv[1:] if arguments is None else arguments)
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: _say(f"warning: {message}", 0)
+        return _main(sys.argv[1:] if arguments is None else arguments)
+
+
+def _main(arguments: Sequence[str]) -> int:
+    options = _parser(arguments)
     try:
         code = options.call(options)
         sys.stdout.flush()
@@ -42,11 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        return _say(f"disk full: {error}; free some space, the same command resumes from the last checkpoint", 3)
-    except Exception:
+    except Exception as error:
+        # The libraries that write tensors raise errors of their own, with the system's message in them.
+        if getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error):
+            reason = " ".join(str(error).split())
+            return _say(f"error: disk full: {reason}; free space, the same command resumes from the last checkpoint", 3)
         import traceback
 
         traceback.print_exc()
@@ -58,8 +65,16 @@ def _say(message: str, code: int) -> int:
     return code
 
 
+class _Parser(argparse.ArgumentParser):
+    """Errors on one line, like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong and where help is; exit 2."""
+        self.exit(2, f"pruneofa: error: {' '.join(message.split())}; see {self.prog} --help\n")
+
+
 def _parser(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="pruneofa",
         description="Prune a pretrained encoder once, then fine-tune the sparse model to every task.",
         epilog=EXAMPLES,

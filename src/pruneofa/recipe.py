@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -20,23 +21,35 @@ Rate = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(ge=0)]
 Names = str | list[str]
+RATE_WARNING = 1.2  # the published schedule reaches 1.02
+_ALTERNATIVES = ("Control", "bool", "str", "list[str]")  # as pydantic names them in the location of an error
 T = TypeVar("T", bound=BaseModel)
 
 
 class _Yaml12(yaml.SafeLoader):
-    """PyYAML reads YAML 1.1, where 2:4 is the number 124 and 1e-4 is text; these are the rules of 1.2."""
+    """PyYAML reads YAML 1.1, where 2:4 is the number 124, 1e-4 is text and no is false; these are the rules of 1.2."""
 
 
 _Yaml12.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in rules if not tag.endswith((":int", ":float"))]
+    first: [(tag, pattern) for tag, pattern in rules if tag.endswith((":null", ":merge"))]
     for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+_Yaml12.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 _Yaml12.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
 _Yaml12.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\.[0-9]+|[0-9]+\.[0-9]*([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.inf|\.nan)$"),
     list("-+.0123456789"),
 )
+_Yaml12.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))  # 1.1 would read 012 as octal
+
+
+class _Dumper12(yaml.SafeDumper):
+    """Quotes exactly the text that `_Yaml12` would read as something else."""
+
+    yaml_implicit_resolvers = _Yaml12.yaml_implicit_resolvers
 
 
 class Section(BaseModel):
@@ -110,6 +123,12 @@ class Prune(_Optimization):
                 f"end - begin is {self.end - self.begin} of {self.steps} steps and leaves none for the learning "
                 "rate to decay; lower end or raise steps"
             )
+        if self.rewind == "sawtooth" and (peak := self._peak_rate()) > RATE_WARNING:
+            warnings.warn(
+                f"prune: rewinding raises the learning rate to {peak:.2f} times lr, {peak * self.lr:.3g}; "
+                "lower lr, warmup or end if that is not wanted",
+                stacklevel=2,
+            )
         if ":" in self.pattern:
             kept, group = map(int, self.pattern.split(":"))
             if not 0 < kept < group or abs(self.final - (1 - kept / group)) > 1e-9:
@@ -118,6 +137,12 @@ class Prune(_Optimization):
                     "set prune.final to that"
                 )
         return self
+
+    def _peak_rate(self) -> float:
+        """The highest multiple that schedule.rewound_lr reaches; its last rewinding ends at `end`."""
+        assert self.end is not None
+        warmup = int(self.steps * self.warmup)
+        return (self.steps - max(self.end, warmup)) / (self.steps - (self.end - self.begin) - warmup)
 
 
 class Distill(Section):
@@ -246,6 +271,8 @@ def load(paths: Iterable[str | Path], overrides: Iterable[str] = ()) -> Recipe:
             loaded = yaml.load(Path(path).read_text(encoding="utf-8"), _Yaml12)
         except FileNotFoundError:
             raise InputError(f"{path}: no such recipe file") from None
+        except IsADirectoryError:
+            raise InputError(f"{path}: a folder, wanted a recipe file such as recipes/demo.yaml") from None
         except (UnicodeDecodeError, yaml.YAMLError) as error:
             raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
         if not isinstance(loaded, dict):
@@ -284,12 +311,16 @@ def validate(model: type[T], values: dict[str, Any]) -> T:
     try:
         return model.model_validate(values)
     except pydantic.ValidationError as error:
-        problems = [_explain(model, problem) for problem in error.errors()]
-        raise InputError("recipe: " + "; ".join(problems)) from None
+        problems: dict[tuple[str, ...], str] = {}
+        for problem in error.errors():
+            # Where several types are allowed there is one error for each; the first says enough.
+            location = tuple(str(part) for part in problem["loc"] if part not in _ALTERNATIVES)
+            if not (problem["loc"][-1:] == ("bool",) and isinstance(problem["input"], dict)):
+                problems.setdefault(location, _explain(model, list(location), problem))
+        raise InputError("recipe: " + "; ".join(problems.values())) from None
 
 
-def _explain(model: type[BaseModel], problem: Any) -> str:
-    location = [str(part) for part in problem["loc"]]
+def _explain(model: type[BaseModel], location: list[str], problem: Any) -> str:
     where = ".".join(location) or "recipe"
     if problem["type"] == "extra_forbidden":
         known = _known_keys(model, location[:-1])
@@ -314,4 +345,4 @@ def _known_keys(model: type[BaseModel], location: list[str]) -> list[str]:
 
 def dump(recipe: Recipe) -> str:
     """The resolved recipe as YAML that `load` reads back to an equal recipe."""
-    return yaml.dump(recipe.model_dump(), Dumper=yaml.SafeDumper, sort_keys=False, allow_unicode=True)
+    return yaml.dump(recipe.model_dump(), Dumper=_Dumper12, sort_keys=False, allow_unicode=True)

@@ -27,7 +27,6 @@ from pruneofa.train.prune import GradualPruner
 
 PRUNER_FILE = "pruner.safetensors"
 CLOCK_FILE = "clock.json"
-RATE_WARNING = 1.2
 
 
 def _encoder(model: nn.Module) -> nn.Module:

@@ -1,0 +1,235 @@
+import warnings
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pruneofa import recipe
+from pruneofa.errors import InputError
+from pruneofa.train.schedule import rewound_lr
+
+LEAST = {"name": "r", "model": "m", "corpus": {"source": "t.txt"}, "prune": {"steps": 100}}
+
+
+def make(*overrides):
+    values = LEAST
+    for override in overrides:
+        values = recipe.merge(values, recipe.parse_override(override))
+    return recipe.validate(recipe.Recipe, values)
+
+
+def refused(*overrides):
+    with pytest.raises(InputError) as caught:
+        make(*overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_yaml_is_read_by_the_rules_of_1_2():
+    assert recipe.parse_override("a=2:4") == {"a": "2:4"}
+    assert recipe.parse_override("a=1e-4") == {"a": 1e-4}
+    assert recipe.parse_override("a=012") == {"a": 12}
+    assert recipe.parse_override("a=20231101.en") == {"a": "20231101.en"}
+    for text in ("no", "2023-11-01", "1_000", "=", "0x1F"):
+        assert recipe.parse_override(f"a={text}") == {"a": text}
+    for text, value in (("5e-5", 5e-5), ("-1.5E+3", -1500.0), (".5", 0.5), ("-3", -3), ("null", None), ("true", True)):
+        assert recipe.parse_override(f"a={text}") == {"a": value}
+    loaded = make("prune={pattern: 2:4, final: 0.5, lr: 1e-4}")
+    assert (loaded.prune.pattern, loaded.prune.lr) == ("2:4", 1e-4)
+
+
+def test_files_merge_key_by_key_and_overrides_come_last(tmp_path):
+    first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    first.write_text("name: a\nmodel: m\ncorpus: {source: t, max_length: 64}\nprune: {steps: 100, final: 0.8}\n")
+    second.write_text("name: b\ncorpus: {nsp: false}\nprune: {final: 0.85}\n")
+    loaded = recipe.load([first, second], ["prune.lr=1e-3", "tasks.sst2.epochs=2", "seeds=[3]"])
+    assert loaded.name == "b"
+    assert (loaded.corpus.source, loaded.corpus.max_length, loaded.corpus.nsp) == ("t", 64, False)
+    assert (loaded.prune.steps, loaded.prune.final, loaded.prune.lr) == (100, 0.85, 1e-3)
+    assert loaded.tasks["sst2"].epochs == 2 and loaded.seeds == [3]
+
+
+def test_merge_leaves_its_arguments_alone():
+    base, over = {"a": {"b": 1}, "c": [1]}, {"a": {"d": 2}, "c": [2]}
+    assert recipe.merge(base, over) == {"a": {"b": 1, "d": 2}, "c": [2]}
+    assert (base, over) == ({"a": {"b": 1}, "c": [1]}, {"a": {"d": 2}, "c": [2]})
+
+
+def test_what_is_left_out_follows_the_steps():
+    prune = make("prune.steps=1000").prune
+    assert (prune.begin, prune.end, prune.stop, prune.interval) == (0, 500, 800, 10)
+    tiny = make("prune={steps: 3, warmup: 0}").prune
+    assert (tiny.end, tiny.stop, tiny.interval) == (1, 2, 1)
+
+
+def test_defaults_of_the_tasks_are_the_published_ones():
+    loaded = make("tasks={sst2: {}, squad: {}}")
+    sst2, squad = (loaded.tasks[name].resolved(name) for name in ("sst2", "squad"))
+    assert (sst2.epochs, sst2.lr, sst2.batch, sst2.max_length, sst2.stride) == (9, 1e-4, 32, 128, None)
+    assert (squad.epochs, squad.lr, squad.batch, squad.max_length, squad.stride) == (8, 1.5e-4, 12, 384, 128)
+    assert (sst2.hard, sst2.kd, sst2.temperature) == (0, 1, 2)
+    assert (sst2.dense_epochs, sst2.dense_lr) == (9, 1e-4)
+    assert make("tasks.sst2={dense_lr: 1e-5}").tasks["sst2"].resolved("sst2").dense_lr == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("prunee.steps=1", "unknown key 'prunee'; did you mean 'prune'?"),
+        ("seed_=1", "unknown key 'seed_'; did you mean 'seed'?"),
+        ("prune.finall=0.9", "unknown key 'prune.finall'; did you mean 'final'?"),
+        ("corpus.max_len=64", "unknown key 'corpus.max_len'; did you mean 'max_length'?"),
+        ("tasks.sst2.epoch=1", "unknown key 'tasks.sst2.epoch'; did you mean 'epochs'?"),
+        ("distill.temprature=1", "unknown key 'distill.temprature'; did you mean 'temperature'?"),
+        ("control.lrs=[1]", "unknown key 'control.lrs'; did you mean 'lr'?"),
+        ("distill.zzz=1", "known keys: hard, kd, temperature, hidden, positions"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(override, message):
+    assert message in refused(override)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("prune.final=1", "prune.final is 1: input should be less than 1"),
+        ("prune.final=-0.1", "prune.final is -0.1: input should be greater than or equal to 0"),
+        ("prune.final=90", "prune.final is 90"),
+        ("prune.final=.nan", "prune.final is nan"),
+        ("prune.initial=1.5", "prune.initial is 1.5"),
+        ("prune.initial=0.95", r"prune: initial is 0.95 but must not exceed final (0.9)"),
+        ("prune={end: 60, stop: 50}", "prune: stop is 50 but must be between end (60) and steps (100)"),
+        ("prune={end: 60, stop: 200}", "prune: stop is 200 but must be between end (60) and steps (100)"),
+        ("prune={begin: 60, end: 60}", "prune: begin is 60 but must be below end (60)"),
+        ("prune.interval=0", "prune.interval is 0: input should be greater than 0"),
+        ("prune.steps=0", "prune.steps is 0"),
+        ("prune={begin: 0, end: 99, stop: 99}", "end - begin is 99 of 100 steps and leaves none for the learning rate"),
+        ("prune={pattern: 2:4, final: 0.9}", "prune: final is 0.9 but pattern 2:4 gives 0.5; set prune.final to that"),
+        ("prune={pattern: 4:4, final: 0}", "pattern 4:4 gives 0"),
+        ("prune={pattern: 0:4, final: 0.9}", "pattern 0:4 gives 1"),
+        ("prune.pattern=3x3", "prune.pattern is '3x3'"),
+        ("prune.scope=layer", "prune.scope is 'layer'"),
+        ("prune.rewind=saw", "prune.rewind is 'saw'"),
+        ("prune.lr=fast", "prune.lr is 'fast'"),
+        ("prune.lr=0", "prune.lr is 0"),
+        ("corpus.validation=0", "corpus.validation is 0"),
+        ("corpus.source=3", "recipe: corpus.source is 3: input should be a valid string"),
+        ("corpus.max_length=4", "corpus.max_length is 4"),
+        ("distill={hard: 0, kd: 0}", "distill: hard, kd and hidden are all 0: nothing would be learned"),
+        ("tasks.sst2={hard: 0, kd: 0}", "tasks.sst2: hard and kd are both 0"),
+        ("tasks.sst.epochs=1", "task 'sst' is not one of sst2, mnli, qnli, qqp, squad (did you mean 'sst2'?)"),
+        ("tasks.mine.data=x.csv", "task 'mine' is not one of"),
+        ("corpus=null", "teacher and prune need a corpus; set corpus.source"),
+        ("prune=null", "there is nothing to prune with: add a prune section, or set model_is_sparse: true"),
+        ("model_is_sparse=true", "model_is_sparse is true, so teacher and prune must be null"),
+        ("seeds=[0, 0]", "seeds [0, 0] repeat a seed"),
+        ("seeds=[]", "seeds is []"),
+        ("control={tasks: [qqp]}", "control.tasks names 'qqp', which is not in tasks"),
+        ("name=a/b", "name is 'a/b'"),
+        ("model=null", "model is None"),
+        ("quantize={bits: 8}", "quantize is {'bits': 8}"),
+        ("precision=fp16", "precision is 'fp16'"),
+    ],
+)
+def test_wrong_values_say_what_and_how_to_mend_it(override, message):
+    assert message in refused(override)
+
+
+def test_every_problem_is_on_the_one_line():
+    message = refused("prune.final=2", "corpus.nspp=true", "precision=int8")
+    assert all(part in message for part in ("prune.final", "corpus.nspp", "precision")) and message.count(";") >= 2
+
+
+def test_a_missing_key_is_named():
+    with pytest.raises(InputError, match=r"^recipe: name is missing; model is missing$"):
+        recipe.validate(recipe.Recipe, {"corpus": {"source": "t"}, "prune": {}})
+
+
+@pytest.mark.parametrize("text", ["prune.final", "=3", "a..b=1", ".a=1"])
+def test_an_override_that_is_none_is_explained(text):
+    with pytest.raises(InputError, match=r"wanted key=value, such as prune\.final=0\.85"):
+        recipe.parse_override(text)
+
+
+def test_files_that_are_no_recipes(tmp_path):
+    file = tmp_path / "r.yaml"
+    with pytest.raises(InputError, match="no such recipe file"):
+        recipe.load([file])
+    for content, message in (
+        (b"a: [1", "not valid YAML"),
+        (b"\xff\xfe\x00", "not valid YAML"),
+        (b"- 1\n", "a recipe is a mapping of keys, got list"),
+        (b"", "a recipe is a mapping of keys, got NoneType"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(InputError, match=message) as caught:
+            recipe.load([file])
+        assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="a folder, wanted a recipe file"):
+        recipe.load([tmp_path])
+    with pytest.raises(InputError, match="not valid YAML; put quotes around it"):
+        recipe.parse_override("a=[1")
+
+
+SCHEDULES = st.integers(10, 300).flatmap(
+    lambda steps: st.tuples(
+        st.just(steps),
+        st.integers(0, steps // 2),
+        st.integers(1, steps // 2),
+        st.integers(1, 30),
+        st.sampled_from([0.0, 0.01, 0.1, 0.3]),
+    )
+)
+
+
+@settings(deadline=None)
+@given(SCHEDULES)
+def test_a_rate_far_above_the_peak_is_a_warning_with_the_number(schedule):
+    steps, begin, length, interval, warmup = schedule
+    end = begin + length
+    rise = int(steps * warmup)
+    if length >= steps - rise:
+        return
+    times = {"begin": begin, "end": end, "interval": interval}
+    highest = max(rewound_lr(t, total=steps, warmup=rise, **times) for t in range(steps))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        recipe.Prune(steps=steps, stop=max(end, steps * 4 // 5), warmup=warmup, lr=1.0, **times)
+    assert bool(caught) == (highest > 1.2)
+    if caught:
+        assert f"{highest:.2f} times lr" in str(caught[0].message)
+
+
+def test_the_published_schedule_does_not_warn():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        recipe.Prune(steps=100_000)
+        recipe.Prune(steps=100, end=50, warmup=0.3, rewind="none")
+
+
+OPTIONS = st.fixed_dictionaries(
+    {},
+    optional={
+        "seed": st.integers(0, 9),
+        "seeds": st.lists(st.integers(0, 99), min_size=1, max_size=3, unique=True),
+        "control": st.booleans(),
+        "precision": st.sampled_from(["bf16", "fp32"]),
+        "data_root": st.none() | st.text("aé:#'\" 1.\\-[{\u4e2d", max_size=6),
+        "distill": st.fixed_dictionaries({"hidden": st.floats(0, 10), "hard": st.floats(1e-9, 1)}),
+        "teacher": st.none() | st.fixed_dictionaries({"lr": st.floats(1e-12, 1)}),
+        "tasks": st.dictionaries(
+            st.sampled_from(["sst2", "squad"]), st.fixed_dictionaries({"lr": st.none() | st.floats(1e-9, 1)})
+        ),
+    },
+)
+
+
+@settings(deadline=None, max_examples=50)
+@given(OPTIONS, st.sampled_from([("2:4", 0.5), ("1:8", 0.875), ("4x1", 0.8), ("unstructured", 0.123456789)]))
+def test_what_is_dumped_loads_as_the_same_recipe(tmp_path_factory, options, pattern):
+    prune = {"steps": 1000, "pattern": pattern[0], "final": pattern[1]}
+    first = recipe.validate(recipe.Recipe, {**LEAST, **options, "prune": prune})
+    file = tmp_path_factory.getbasetemp() / "dumped.yaml"
+    file.write_text(recipe.dump(first), encoding="utf-8")
+    assert recipe.load([file]) == first
