@@ -1,8 +1,8 @@
 """Which weights are prunable, their scores, and the masks: pure functions of tensors.
 
 Every mask has exactly the number of zeros its sparsity asks for. A score is a non-negative float32, and
-such floats sort like the integers their bits spell, so selection works on int32 views: NumPy partitions
-those several times faster than torch.kthvalue finds one value, and 2 x 16 bits make an exact histogram.
+such floats sort like the integers their bits spell, so the threshold comes exactly out of two histograms:
+of the upper 16 bits, then of the lower 16 where the upper ones are the threshold's.
 """
 
 import re
@@ -15,6 +15,9 @@ from pruneofa.errors import InputError
 from pruneofa.pattern import POOLER, base_name, is_encoder_weight
 
 BLOCKS = {"unstructured": (1, 1), "4x1": (4, 1), "1x4": (1, 4)}  # (output rows, input columns) of a block
+# Weights looked at together: temporaries stay in cache, and so few that torch does not spread them over threads,
+# which made selection tens of times slower on a busy machine.
+_CHUNK = 1 << 15
 _HALF = 16  # the histogram looks at the upper 16 bits of a score first, then at the lower 16
 
 
@@ -68,14 +71,7 @@ def magnitude_mask(weight: Tensor, sparsity: float, pattern: str = "unstructured
     1 - n/m prunes that share of the groups. Exactly int(sparsity * count) units go, ties by position.
     Raises InputError for a sparsity outside [0, 1), above an n:m pattern's, or a shape that does not divide.
     """
-    fraction = _fraction(sparsity, pattern)
-    check_shape("weight", tuple(weight.shape), pattern)
-    scores = unit_scores(weight, pattern)
-    count = int(fraction * scores.numel())
-    threshold, ties = _threshold(scores.view(torch.int32), count)
-    del scores  # reordered now; computing them again is cheaper than a second layer's worth of memory
-    pruned, _ = _pruned(weight, pattern, threshold, ties)
-    return ~pruned
+    return next(global_masks({"weight": weight}, sparsity, pattern))[1]
 
 
 def global_masks(
@@ -88,10 +84,10 @@ def global_masks(
     fraction = _fraction(sparsity, pattern)
     for name, weight in weights.items():
         check_shape(name, tuple(weight.shape), pattern)
-    threshold, ties = _global_threshold(weights.values(), fraction, pattern)
+    threshold, ties = _threshold(list(weights.values()), fraction, pattern)
     for name, weight in weights.items():
-        pruned, ties = _pruned(weight, pattern, threshold, ties)
-        yield name, ~pruned
+        kept, ties = _kept(weight, pattern, threshold, ties)
+        yield name, kept
 
 
 def unit_scores(weight: Tensor, pattern: str) -> Tensor:
@@ -125,58 +121,54 @@ def _expand(pruned_units: Tensor, weight: Tensor, pattern: str) -> Tensor:
     return blocks.expand(-1, rows, -1, columns).reshape(height, width)
 
 
-def _pruned(weight: Tensor, pattern: str, threshold: int, ties: int) -> tuple[Tensor, int]:
+def _kept(weight: Tensor, pattern: str, threshold: int, ties: int) -> tuple[Tensor, int]:
     """Prune the units below `threshold` and the first `ties` equal to it.
 
-    Returns bool of the weight's shape, True = pruned, and how many ties are left for later layers.
+    Returns bool of the weight's shape, True = kept, and how many ties are left for later layers.
     """
-    bits = unit_scores(weight, pattern).view(torch.int32)
-    pruned = bits < threshold
-    if ties:
-        equal = (bits == threshold).nonzero().flatten()[:ties]
-        pruned[equal] = True
-        ties -= len(equal)
-    return _expand(pruned, weight, pattern), ties
+    kept = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
+    for source, target in zip(_chunks(weight, pattern), _chunks(kept, pattern), strict=True):
+        bits = unit_scores(source, pattern).view(torch.int32)
+        pruned = bits < threshold
+        if ties:
+            equal = (bits == threshold).nonzero().flatten()[:ties]
+            pruned[equal] = True
+            ties -= len(equal)
+        torch.logical_not(_expand(pruned, source, pattern), out=target)
+    return kept, ties
 
 
-def _threshold(bits: Tensor, count: int) -> tuple[int, int]:
-    """The `count`-th smallest of int32 `bits`, which may be reordered, and how many equal to it to prune."""
+def _chunks(weight: Tensor, pattern: str) -> tuple[Tensor, ...]:
+    """Slices of rows that hold whole units, in order; on a GPU the weight is one slice."""
+    if weight.device.type != "cpu":
+        return (weight,)
+    rows = 1 if _ratio(pattern) else BLOCKS[pattern][0]
+    return weight.split(max(1, _CHUNK // (rows * weight.shape[1])) * rows)
+
+
+def _threshold(weights: list[Tensor], fraction: float, pattern: str) -> tuple[int, int]:
+    """Bits below which all units of all `weights` are pruned, and how many units equal to them."""
+    upper = torch.zeros(1 << (_HALF - 1), dtype=torch.int64)
+    for bits in _bits(weights, pattern):
+        upper += torch.bincount((bits >> _HALF).short(), minlength=len(upper)).cpu()
+    count = int(fraction * int(upper.sum()))
     if count == 0:
-        return -1, 0  # below every score
-    if bits.device.type == "cpu":
-        values = bits.numpy()
-        values.partition(count - 1)
-        threshold = int(values[count - 1])
-    else:
-        threshold = int(bits.kthvalue(count).values)
-    return threshold, count - int((bits < threshold).count_nonzero())
+        return 0, 0
+    high, before = _bin_of(upper, count)
+    lower = torch.zeros(1 << _HALF, dtype=torch.int64)
+    for weight in weights:  # few of its scores share their upper half with the threshold
+        selected = torch.cat([bits[bits >> _HALF == high] & 0xFFFF for bits in _bits([weight], pattern)])
+        lower += torch.bincount(selected, minlength=len(lower)).cpu()
+    low, before_low = _bin_of(lower, count - before)
+    threshold, ties = high << _HALF | low, count - before - before_low
+    return (threshold + 1, 0) if ties == lower[low] else (threshold, ties)
 
 
-def _global_threshold(weights: Iterable[Tensor], fraction: float, pattern: str) -> tuple[int, int]:
-    """Threshold bits over all `weights`, and how many units equal to it are to be pruned."""
-    weights = list(weights)
-    high_counts = _histogram(weights, pattern)
-    count = int(fraction * int(high_counts.sum()))
-    if count == 0:
-        return -1, 0
-    high, before = _bin_of(high_counts, count)
-    low, before_low = _bin_of(_histogram(weights, pattern, high), count - before)
-    return high << _HALF | low, count - before - before_low
-
-
-def _histogram(weights: Iterable[Tensor], pattern: str, high: int | None = None) -> Tensor:
-    """Counts of the upper 16 bits of all scores, or of the lower 16 where the upper are `high`; int64."""
-    counts: Tensor | None = None
+def _bits(weights: list[Tensor], pattern: str) -> Iterator[Tensor]:
+    """The bits of all scores, int32, chunk by chunk."""
     for weight in weights:
-        bits = unit_scores(weight, pattern).view(torch.int32)
-        if high is None:
-            values = bits.bitwise_right_shift_(_HALF)
-        else:
-            values = bits[(bits >= high << _HALF) & (bits <= (high << _HALF) + 0xFFFF)] & 0xFFFF
-        layer = torch.bincount(values, minlength=1 << _HALF).cpu()
-        counts = layer if counts is None else counts.add_(layer)
-    assert counts is not None  # `prunable` never returns an empty dict
-    return counts
+        for chunk in _chunks(weight, pattern):
+            yield unit_scores(chunk, pattern).view(torch.int32)
 
 
 def _bin_of(counts: Tensor, rank: int) -> tuple[int, int]:
