@@ -23,6 +23,8 @@ from pruneofa.train.stages import (
     Emit,
     Outcome,
     Text,
+    check_pretraining,
+    check_task,
     fine_tune,
     prepare_teacher,
     prune_once,
@@ -80,12 +82,8 @@ class Run:
         if self._text is None:
             assert self.recipe.corpus is not None
             with PartialState().main_process_first():
-                self._text = read_text(
-                    self.recipe.corpus,
-                    self.recipe.model,
-                    data_root=self.recipe.data_root,
-                    seed=self.recipe.seed,
-                )
+                recipe = self.recipe
+                self._text = read_text(recipe.corpus, recipe.model, data_root=recipe.data_root, seed=recipe.seed)
         return self._text
 
     def task(self, name: str) -> tasks.Task:
@@ -108,10 +106,8 @@ class Run:
             upstream["corpus"] = self._corpus_fingerprint()
         if recipe.teacher:
             stages.append(self._teacher(recipe.model, dict(upstream), common))
-            upstream, source = (
-                {"teacher": stages[-1].fingerprint, "corpus": upstream["corpus"]},
-                str(stages[-1].folder),
-            )
+            upstream = {"teacher": stages[-1].fingerprint, "corpus": upstream["corpus"]}
+            source = str(stages[-1].folder)
         if recipe.prune:
             stages.append(self._prune(source, dict(upstream), common))
             sparse, sparse_print = str(stages[-1].folder), stages[-1].fingerprint
@@ -125,6 +121,21 @@ class Run:
             for seed in recipe.seeds:
                 stages += self._task_stages(name, seed, (dense, dense_print), starts)
         return stages
+
+    def check(self, stages: list[Stage], redo: bool) -> None:
+        """Find what unfinished stages cannot start from or work with, before anything is written.
+
+        Raises InputError; also when finished stages would be replaced and `redo` is false.
+        """
+        refuse_changes(stages, redo)
+        pending = {stage.name for stage in stages if stage.status != "done"}
+        recipe = self.recipe
+        if recipe.corpus and pending & {"teacher", "prune", "control"}:
+            check_pretraining(recipe.model, recipe.teacher, recipe.prune, recipe.corpus)
+            self.text()
+        for name in recipe.tasks:
+            if any(stage.startswith(f"tasks/{name}/") for stage in pending):
+                check_task(recipe.model, recipe.tasks[name].resolved(name), self.task(name))
 
     def _corpus_fingerprint(self) -> str:
         recipe = self.recipe
@@ -182,15 +193,8 @@ class Run:
         elif spec.teacher is not None:
             teacher_print = model_fingerprint(spec.teacher)
             build = self._measure(name, spec, spec.teacher)
-            stages.append(
-                Stage(
-                    f"tasks/{name}/seed-{seed}/teacher",
-                    folder / "teacher",
-                    {},
-                    {"model": teacher_print},
-                    build,
-                )
-            )
+            inputs = {"model": teacher_print}
+            stages.append(Stage(f"tasks/{name}/seed-{seed}/teacher", folder / "teacher", {}, inputs, build))
         else:
             teacher_print = ""
         for variant, (start, start_print) in starts.items():
@@ -247,7 +251,7 @@ def run(recipe: Recipe, folder: Path, *, redo: bool = False) -> dict[str, Any]:
     check_folder(recipe, folder)
     this = Run(recipe, folder)
     stages = this.stages()
-    refuse_changes(stages, redo)
+    this.check(stages, redo)
     main = PartialState().is_main_process
     if main:
         folder.mkdir(parents=True, exist_ok=True)
@@ -308,7 +312,7 @@ def _alone(stages: list[Stage], this: Run, redo: bool) -> dict[str, float]:
     for stage in stages:
         if stage.folder.exists() and not (stage.folder / "stage.json").exists():
             raise InputError(f"{stage.folder}: exists and was not made by this command; choose another OUT")
-    refuse_changes(stages, redo)
+    this.check(stages, redo)
     this.folder.mkdir(parents=True, exist_ok=True)
     for stage in stages:
         if stage.status != "done":

@@ -21,7 +21,7 @@ from pruneofa.train.models import load_for_pretraining, load_for_task, load_toke
 from pruneofa.train.objective import PretrainingObjective, TransferObjective
 from pruneofa.train.prune import GradualPruner
 from pruneofa.train.schedule import cyclic_lr, linear_lr, rewound_lr
-from pruneofa.train.trainer import LockCallback, PruningCallback, batches, train
+from pruneofa.train.trainer import LockCallback, PruningCallback, batches, split_batch, train
 
 VALIDATION_EXAMPLES = 512
 Emit = Callable[[dict[str, Any]], None]
@@ -62,6 +62,27 @@ def read_text(spec: Corpus, model: str, *, data_root: str | None, seed: int) -> 
     """Tokenize the corpus for `model`, or find it in the cache."""
     tokenizer = load_tokenizer(model)
     return Text(spec, corpora.build_corpus(spec, tokenizer, data_root=data_root, seed=seed), tokenizer)
+
+
+def check_pretraining(model: str, teacher: Teacher | None, prune: Prune | None, text: Corpus) -> None:
+    """Carry out, without training, what can fail in the stages on text. Raises InputError."""
+    loaded = load_for_pretraining(model, nsp=text.nsp)
+    offset = loaded.config.pad_token_id + 1 if loaded.config.model_type == "roberta" else 0
+    longest = loaded.config.max_position_embeddings - offset
+    if text.max_length > longest:
+        raise InputError(f"corpus.max_length is {text.max_length} but {model} has {longest} positions; lower it")
+    for settings in (teacher, prune):
+        if settings is not None:
+            split_batch(settings.batch, settings.micro_batch)
+    if prune is not None:
+        GradualPruner(loaded, **schedule(prune)).release()
+        learning_rate(prune)(0)
+
+
+def check_task(model: str, spec: Task, task: task_data.Task) -> None:
+    """Carry out, without training, what can fail in the stages of a task. Raises InputError."""
+    transfer_objective(model, spec.teacher, spec, task)
+    split_batch(spec.batch or 1, None)
 
 
 def prepare_teacher(
