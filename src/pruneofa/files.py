@@ -70,7 +70,12 @@ def new_folder(target: Path) -> Iterator[Path]:
         if target.exists():
             shutil.rmtree(old, ignore_errors=True)
             os.replace(target, old)
-        os.replace(temporary, target)
+        try:
+            os.replace(temporary, target)
+        except OSError:
+            if old.exists():
+                os.replace(old, target)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,170 @@
+import builtins
+import errno
+import io
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from pruneofa import files
+from pruneofa.errors import InputError
+
+
+def full(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+class FullAfter(io.StringIO):
+    """A file on a disk that fills up when the second half is written."""
+
+    def __init__(self, path, *arguments, **options):
+        super().__init__()
+        self.file = REAL_OPEN(path, *arguments, **options)
+
+    def write(self, text):
+        self.file.write(text[: len(text) // 2])
+        self.file.flush()
+        full()
+
+    def close(self):
+        self.file.close()
+        super().close()
+
+
+REAL_OPEN = builtins.open
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_text_is_replaced_as_a_whole(tmp_path):
+    file = tmp_path / "a" / "b.txt"
+    files.write_text(file, "one")
+    files.write_text(file, "zwei é")
+    assert file.read_text(encoding="utf-8") == "zwei é"
+    assert names(file.parent) == ["b.txt"]
+
+
+@pytest.mark.parametrize("fault", ["write", "fsync", "replace"])
+def test_a_full_disk_leaves_the_old_text_and_nothing_else(tmp_path, monkeypatch, fault):
+    file = tmp_path / "state.json"
+    files.write_json(file, {"step": 1})
+    before = file.read_bytes()
+    if fault == "write":
+        monkeypatch.setattr(builtins, "open", FullAfter)
+    else:
+        monkeypatch.setattr(os, fault, full)
+    with pytest.raises(OSError, match="No space left"):
+        files.write_json(file, {"step": 2})
+    monkeypatch.undo()
+    assert file.read_bytes() == before
+    assert names(tmp_path) == ["state.json"]
+
+
+def test_a_file_that_never_was_does_not_appear_in_part(tmp_path, monkeypatch):
+    monkeypatch.setattr(builtins, "open", FullAfter)
+    with pytest.raises(OSError, match="No space left"):
+        files.write_text(tmp_path / "new.txt", "text")
+    assert names(tmp_path) == []
+
+
+def make(target, content, then=None):
+    with files.new_folder(target) as folder:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "weights").write_text(content)
+        if then is not None:
+            then()
+
+
+def content(target):
+    return (target / "sub" / "weights").read_text()
+
+
+def test_a_folder_appears_when_its_block_is_done(tmp_path):
+    target = tmp_path / "x" / "sparse"
+    make(target, "one", lambda: target.exists() and pytest.fail("too early"))
+    make(target, "two", lambda: content(target) == "one" or pytest.fail("the old one is gone too early"))
+    assert content(target) == "two"
+    assert names(target.parent) == ["sparse"]
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(), InputError("x")]
+)
+def test_an_error_in_the_block_leaves_what_was_there(tmp_path, old, error):
+    target = tmp_path / "sparse"
+    if old:
+        make(target, "one")
+
+    def fail():
+        raise error
+
+    with pytest.raises(type(error)):
+        make(target, "two", fail)
+    assert names(tmp_path) == (["sparse"] if old else [])
+    assert not old or content(target) == "one"
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_a_rename_that_fails_leaves_what_was_there(tmp_path, monkeypatch, call):
+    target = tmp_path / "sparse"
+    make(target, "one")
+    replace, calls = os.replace, []
+
+    def fails(*arguments):
+        calls.append(arguments)
+        if len(calls) == call:
+            full()
+        replace(*arguments)
+
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises(OSError, match="No space left"):
+        make(target, "two")
+    assert content(target) == "one"
+    assert names(tmp_path) == ["sparse"]
+
+
+def test_a_flush_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
+    target = tmp_path / "sparse"
+    make(target, "one")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        make(target, "two")
+    assert content(target) == "one" and names(tmp_path) == ["sparse"]
+
+
+def test_after_a_kill_in_the_block_the_old_folder_stands_and_the_next_try_succeeds(tmp_path):
+    target = tmp_path / "sparse"
+    make(target, "one")
+    program = (
+        "import os, pathlib, sys; from pruneofa.files import new_folder\n"
+        "with new_folder(pathlib.Path(sys.argv[1])) as folder:\n"
+        "    (folder / 'weights').write_text('half'); os.kill(os.getpid(), 9)"
+    )
+    killed = subprocess.run([sys.executable, "-c", program, str(target)])
+    assert killed.returncode == -signal.SIGKILL
+    assert content(target) == "one"
+    make(target, "two")
+    assert content(target) == "two" and not (target / "weights").exists()
+    assert names(tmp_path) == ["sparse"]
+
+
+def test_json_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"none\.json: no such file"):
+        files.read_json(tmp_path / "none.json")
+    for bad in (b'{"a": ', b"\xff\xfe", b""):
+        (tmp_path / "half.json").write_bytes(bad)
+        with pytest.raises(InputError, match=r"half\.json: not valid JSON .* half-written, delete it"):
+            files.read_json(tmp_path / "half.json")
+
+
+def test_fingerprints_follow_content_not_order(tmp_path):
+    assert files.fingerprint({"a": 1, "b": [1, 2]}) == files.fingerprint({"b": [1, 2], "a": 1})
+    assert files.fingerprint({"a": 1}) != files.fingerprint({"a": 2})
+    for name in ("one", "two"):
+        (tmp_path / name).write_bytes(b"same")
+    assert files.file_fingerprint(tmp_path / "one") == files.file_fingerprint(tmp_path / "two")
