@@ -46,6 +46,10 @@ def _main(arguments: Sequence[str]) -> int:
         return _say(f"failed: {error}", 1)
     except KeyboardInterrupt:
         return _say("interrupted; the same command resumes from the last checkpoint", 130)
+    except ImportError as error:
+        if error.name is not None:  # ours, where an extra is missing, has none
+            raise
+        return _say(f"error: {error}", 3)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -188,7 +192,7 @@ def _transfer(verb: argparse.ArgumentParser) -> None:
         name, spec = _task(options)
         if spec.teacher is None:
             sys.stderr.write("no --teacher given: learning from the task's own labels alone\n")
-            spec = spec.model_copy(update={"hard": 1.0, "kd": 0.0})
+            spec = spec.model_copy(update={"hard": 1.0, "kd": 0.0, "hidden": 0.0})
         training = {"seed": options.seed, "precision": options.precision}
         root, redo = options.data_root, options.redo
         metrics = pipeline.transfer(options.sparse, options.out, name, spec, data_root=root, redo=redo, **training)
@@ -318,8 +322,7 @@ def _add_fields(verb: argparse.ArgumentParser, model: "type[BaseModel]", prefix:
         group.add_argument(
             *flags,
             dest=f"{prefix}{name}",
-            nargs="+" if several else "?" if field.annotation is bool else None,
-            const="true",
+            **({"nargs": "+"} if several else {"nargs": "?", "const": "true"} if field.annotation is bool else {}),
             metavar=name.upper(),
             help=f"{field.description or name.replace('_', ' ')}{default}".replace("%", "%%"),
         )

@@ -178,6 +178,7 @@ class Task(Section):
     max_grad_norm: Weight = 1.0
     hard: Weight = Field(0.0, description="weight of the task's own loss in transfer")
     kd: Weight = Field(1.0, description="weight of the distillation from the dense task teacher")
+    hidden: Weight = Field(0.0, description="weight of the MSE between their hidden states, all layers")
     temperature: Rate = 2.0
     teacher: str | None = Field(None, description="dense task model; null: fine-tuned from the dense model here")
     dense_epochs: Positive | None = Field(None, description="epochs of that fine-tuning (default: epochs)")
@@ -188,8 +189,8 @@ class Task(Section):
 
     @model_validator(mode="after")
     def _losses(self) -> "Task":
-        if self.hard + self.kd == 0:
-            raise ValueError("hard and kd are both 0: nothing would be learned; raise one of them")
+        if self.hard + self.kd + self.hidden == 0:
+            raise ValueError("hard, kd and hidden are all 0: nothing would be learned; raise one of them")
         return self
 
     def resolved(self, name: str) -> "Task":

@@ -279,7 +279,7 @@ def test_transfer_classification():
     batch["labels"] = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])
     student, teacher = _classifier(), _classifier(seed=1)
     objective = TransferObjective(student, teacher, kind="classification", hard=0.3, kd=0.7, temperature=2.0)
-    assert objective.counts(batch).tolist() == [8]
+    assert objective.counts(batch).tolist() == [8, int(batch["attention_mask"].sum())]
     inputs = {k: v for k, v in batch.items() if k != "labels"}
     losses = _loss(objective, batch)
     expected = kd_loss(student(**inputs).logits, teacher(**inputs).logits, 2.0)
@@ -290,6 +290,24 @@ def test_transfer_classification():
     parts = [objective(half, objective.counts(batch))["loss"] for half in halves]
     torch.testing.assert_close(sum(parts), losses["loss"])
     assert all(name.startswith("student.") for name in objective.state_dict())
+
+
+def test_transfer_hidden_states_of_real_tokens():
+    batch = {k: v for k, v in _batch().items() if k in ("input_ids", "attention_mask", "token_type_ids")}
+    batch["labels"] = torch.zeros(8, dtype=torch.long)
+    options = {"kind": "classification", "hard": 0.0, "kd": 0.0, "hidden": 2.0, "temperature": 2.0}
+    objective = TransferObjective(_classifier(), _classifier(seed=1), **options)
+    states = [
+        model(**batch, output_hidden_states=True).hidden_states for model in (objective.student, objective.teacher)
+    ]
+    real = batch["attention_mask"].bool()
+    expected = torch.stack([((a - b)[real] ** 2).mean() for a, b in zip(*states, strict=True)]).mean()
+    losses = _loss(objective, batch)
+    assert set(losses) == {"loss", "hidden"}
+    torch.testing.assert_close(losses["hidden"], expected.detach())
+    torch.testing.assert_close(losses["loss"], 2 * expected)
+    same = TransferObjective(_classifier(), _classifier(), **options)
+    assert float(_loss(same, batch)["loss"]) == 0.0
 
 
 def test_transfer_reading_distils_only_real_tokens():
@@ -313,7 +331,7 @@ def test_transfer_without_a_teacher_and_with_a_wrong_one():
     batch = {**_batch(), "labels": torch.zeros(8, dtype=torch.long)}
     alone = TransferObjective(_classifier(), kind="classification", hard=1.0, kd=0.0, temperature=2.0)
     assert set(_loss(alone, batch)) == {"loss", "hard"}
-    with pytest.raises(InputError, match="kd is above 0 but there is no teacher"):
+    with pytest.raises(InputError, match="kd or hidden is above 0 but there is no teacher"):
         TransferObjective(_classifier(), kind="classification", hard=0.0, kd=1.0, temperature=2.0)
     with pytest.raises(InputError, match="the teacher has 2 classes but the task has 3"):
         TransferObjective(

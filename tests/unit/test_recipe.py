@@ -117,7 +117,7 @@ def test_an_unknown_key_names_the_nearest(override, message):
         ("corpus.source=3", "recipe: corpus.source is 3: input should be a valid string"),
         ("corpus.max_length=4", "corpus.max_length is 4"),
         ("distill={hard: 0, kd: 0}", "distill: hard, kd and hidden are all 0: nothing would be learned"),
-        ("tasks.sst2={hard: 0, kd: 0}", "tasks.sst2: hard and kd are both 0"),
+        ("tasks.sst2={hard: 0, kd: 0}", "tasks.sst2: hard, kd and hidden are all 0"),
         ("tasks.sst.epochs=1", "task 'sst' is not one of sst2, mnli, qnli, qqp, squad (did you mean 'sst2'?)"),
         ("tasks.mine.data=x.csv", "task 'mine' is not one of"),
         ("corpus=null", "teacher and prune need a corpus; set corpus.source"),

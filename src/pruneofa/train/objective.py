@@ -118,9 +118,7 @@ class PretrainingObjective(_Objective):
             Scalars: "loss" (with gradient) and, detached, those of "mlm", "nsp", "kd", "kd_nsp", "hidden"
             whose weight is not 0.
         """
-        masked, distilled, items, tokens = (
-            counts.clamp(min=1).to(batch["input_ids"].device, torch.float32).unbind()
-        )
+        masked, distilled, items, tokens = counts.clamp(min=1).to(batch["input_ids"].device, torch.float32).unbind()
         inputs = {key: batch[key] for key in INPUTS if key in batch}
         states = self._run(self.student, inputs)
         targets = None
@@ -219,7 +217,10 @@ class PretrainingObjective(_Objective):
 
 
 class TransferObjective(_Objective):
-    """A task's own loss and distillation from a dense task teacher: `hard·hard_loss + kd·kd_loss`."""
+    """A task's own loss and distillation from a dense task teacher: `hard·hard + kd·kd + hidden·mse`.
+
+    `hidden` compares the embedding output and every layer's output, as in `PretrainingObjective`.
+    """
 
     def __init__(
         self,
@@ -230,6 +231,7 @@ class TransferObjective(_Objective):
         hard: float,
         kd: float,
         temperature: float,
+        hidden: float = 0.0,
     ) -> None:
         """Check that teacher and student fit.
 
@@ -241,14 +243,17 @@ class TransferObjective(_Objective):
             hard: weight of the cross-entropy with the labels.
             kd: weight of the distillation.
             temperature: T of the distillation.
+            hidden: weight of the mean squared error of hidden states; teacher and student need equal depth
+                and width.
 
         Raises:
             InputError: a teacher is missing or has other classes.
         """
-        super().__init__(student, teacher if kd else None)
-        self.kind, self.hard, self.kd, self.temperature = kind, hard, kd, temperature
-        if kd and teacher is None:
-            raise InputError("kd is above 0 but there is no teacher; name one, or set kd: 0 and hard: 1")
+        super().__init__(student, teacher if kd or hidden else None)
+        self.kind, self.hard, self.kd, self.temperature, self.hidden = kind, hard, kd, temperature, hidden
+        if (kd or hidden) and teacher is None:
+            raise InputError("kd or hidden is above 0 but there is no teacher; name one, or set both to 0 and hard: 1")
+        _check_pair(student, teacher, logits=False, hidden=hidden > 0)
         if self.teacher is not None and kind == "classification":
             mine, theirs = student.config.num_labels, self.teacher.config.num_labels
             if mine != theirs:
@@ -257,10 +262,10 @@ class TransferObjective(_Objective):
                 )
 
     def counts(self, batch: Batch) -> Tensor:
-        """Float64 (1): items."""
-        return torch.tensor(
-            [batch["input_ids"].shape[0]], dtype=torch.float64, device=batch["input_ids"].device
-        )
+        """Float64 (2): items, non-padding positions."""
+        mask = _mask(batch)
+        tokens = mask.sum()
+        return torch.stack([tokens.new_tensor(mask.shape[0]), tokens]).double()
 
     def forward(self, batch: Batch, counts: Tensor) -> dict[str, Tensor]:
         """Losses of a micro-batch as its share of an optimizer step.
@@ -271,11 +276,13 @@ class TransferObjective(_Objective):
             counts: `counts` of all micro-batches of the step, added up.
 
         Returns:
-            Scalars: "loss" (with gradient) and, detached, those of "hard" and "kd" whose weight is not 0.
+            Scalars: "loss" (with gradient) and, detached, those of "hard", "kd" and "hidden" whose weight is
+            not 0.
         """
-        items = counts.clamp(min=1).to(batch["input_ids"].device, torch.float32)[0]
+        items, tokens = counts.clamp(min=1).to(batch["input_ids"].device, torch.float32).unbind()
         inputs = {key: batch[key] for key in INPUTS if key in batch}
-        outputs = self.student(**inputs, return_dict=True)
+        options = {"return_dict": True, "output_hidden_states": bool(self.hidden)}
+        outputs = self.student(**inputs, **options)
         classes = _mask(batch) if self.kind == "qa" else None
         parts: dict[str, Tensor] = {}
         loss = outputs[self._names()[0]].new_zeros((), dtype=torch.float32)
@@ -289,13 +296,17 @@ class TransferObjective(_Objective):
             loss = loss + self.hard * parts["hard"]
         if self.teacher is not None:
             with torch.no_grad():
-                targets = self.teacher(**inputs, return_dict=True)
+                targets = self.teacher(**inputs, **options)
+        if self.teacher is not None and self.kd:
             terms = [
                 kd_terms(outputs[name], targets[name], self.temperature, classes=classes).sum()
                 for name in self._names()
             ]
             parts["kd"] = torch.stack(terms).mean() / items
             loss = loss + self.kd * parts["kd"]
+        if self.teacher is not None and self.hidden:
+            parts["hidden"] = hidden_loss(outputs.hidden_states, targets.hidden_states, _mask(batch)) / tokens
+            loss = loss + self.hidden * parts["hidden"]
         return {"loss": loss, **{name: part.detach() for name, part in parts.items()}}
 
     def _names(self) -> tuple[str, ...]:
@@ -349,15 +360,11 @@ def _mask(batch: Batch) -> Tensor:
     return batch["attention_mask"].bool()
 
 
-def _check_pair(
-    student: PreTrainedModel, teacher: PreTrainedModel | None, *, logits: bool, hidden: bool
-) -> None:
+def _check_pair(student: PreTrainedModel, teacher: PreTrainedModel | None, *, logits: bool, hidden: bool) -> None:
     if not (logits or hidden):
         return
     if teacher is None:
-        raise InputError(
-            "distill.kd or distill.hidden is above 0 but there is no teacher; set both to 0 or name one"
-        )
+        raise InputError("distill.kd or distill.hidden is above 0 but there is no teacher; set both to 0 or name one")
     keys = (["vocab_size"] if logits else []) + (["num_hidden_layers", "hidden_size"] if hidden else [])
     for key in keys:
         mine, theirs = getattr(student.config, key), getattr(teacher.config, key)

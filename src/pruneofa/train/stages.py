@@ -247,7 +247,8 @@ def transfer_objective(model: str, teacher: str | None, spec: Task, task: task_d
     loaded = load_for_task(teacher, task.kind)
     if task.kind == "classification":
         reorder_classes(loaded, label_order(loaded.config, task))
-    return TransferObjective(student, loaded, kind=task.kind, hard=spec.hard, kd=spec.kd, temperature=spec.temperature)
+    losses = spec.model_dump(include={"hard", "kd", "hidden", "temperature"})
+    return TransferObjective(student, loaded, kind=task.kind, **losses)
 
 
 def _pretrain(
