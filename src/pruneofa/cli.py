@@ -147,6 +147,10 @@ def _prune(verb: argparse.ArgumentParser) -> None:
     """Teacher preparation and pruning alone: MODEL and plain text in, a sparse pre-trained model out."""
     from pruneofa import recipe
 
+    verb.usage = "pruneofa prune MODEL OUT --corpus.source TEXT [options]"
+    verb.epilog = (
+        "example: pruneofa prune google-bert/bert-base-uncased sparse --corpus.source wiki/ --prune.final 0.85"
+    )
     verb.add_argument("model", help="folder or hub id of a dense encoder")
     verb.add_argument("out", type=Path, help="folder of the sparse model; OUT-teacher holds the prepared teacher")
     verb.add_argument("--no-teacher", action="store_true", help="distil from MODEL as it is")
@@ -180,6 +184,10 @@ def _transfer(verb: argparse.ArgumentParser) -> None:
     """Fine-tune an existing sparse model on a task, its sparsity pattern locked."""
     from pruneofa import recipe
 
+    verb.usage = (
+        "pruneofa transfer SPARSE OUT (--task T | --data FILE --text A [B] --label L) [--teacher DIR] [options]"
+    )
+    verb.epilog = "example: pruneofa transfer runs/minilm-90/sparse out --data reviews.csv --text review --label stars"
     verb.add_argument("sparse", help="folder or hub id of a model whose zeros are its pattern")
     verb.add_argument("out", type=Path, help="folder of the task model")
     verb.add_argument("--task", metavar="T", help="sst2, mnli, qnli, qqp or squad; or a name for your own --data")
@@ -206,6 +214,8 @@ def _evaluate(verb: argparse.ArgumentParser) -> None:
     """Metrics of any task model's folder."""
     from pruneofa import recipe
 
+    verb.usage = "pruneofa evaluate PATH (--task T | --data FILE --text A [B] --label L) [options]"
+    verb.epilog = "example: pruneofa evaluate runs/minilm-90/tasks/sst2/seed-0/transfer --task sst2 --data sst2"
     verb.add_argument("path", help="folder or hub id of a task model")
     verb.add_argument("--task", metavar="T", help="sst2, mnli, qnli, qqp or squad; or a name for your own --data")
     _add_fields(verb, recipe.Task, "", only=("data", "validation", "text", "label", "max_length", "stride",
@@ -318,7 +328,7 @@ def _add_fields(verb: argparse.ArgumentParser, model: "type[BaseModel]", prefix:
         flags = [f"--{prefix}{name}"]
         if not prefix and "_" in name:
             flags.append(f"--{name.replace('_', '-')}")
-        several = name in ("text", "data", "source")
+        several = name in ("text", "data", "source", "skip")
         group.add_argument(
             *flags,
             dest=f"{prefix}{name}",
@@ -335,7 +345,7 @@ def _fields(options: argparse.Namespace, model: "type[BaseModel]", prefix: str) 
     for name in model.model_fields:
         given = getattr(options, f"{prefix}{name}", None)
         if isinstance(given, list):
-            values[name] = given[0] if len(given) == 1 else given
+            values[name] = given[0] if len(given) == 1 and name != "skip" else given
         elif given is not None:
             values |= parse_override(f"{name}={given}")
     return values

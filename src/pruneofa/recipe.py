@@ -168,10 +168,12 @@ class Task(Section):
     validation: str | None = Field(None, description="validation file (default: the data's own split, else 10 %)")
     text: Names | None = Field(None, description="one or two text columns")
     label: str | None = Field(None, description="label column")
-    epochs: Positive | None = None
-    lr: Rate | None = None
-    batch: Positive | None = None
-    max_length: Annotated[int, Field(ge=8)] | None = None
+    epochs: Positive | None = Field(None, description="passes over the training rows (default: 9, SQuAD 8)")
+    lr: Rate | None = Field(None, description="peak learning rate (default: 1e-4, SQuAD 1.5e-4)")
+    batch: Positive | None = Field(None, description="examples per optimizer step (default: 32, SQuAD 12)")
+    max_length: Annotated[int, Field(ge=8)] | None = Field(
+        None, description="tokens per example, special tokens included (default: 128, SQuAD 384)"
+    )
     stride: Annotated[int, Field(ge=0)] | None = Field(None, description="overlap of question-answering windows")
     warmup: Fraction = 0.0
     weight_decay: Weight = 0.0

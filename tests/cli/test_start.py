@@ -1,0 +1,94 @@
+"""What can be said without torch is said at once."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from pruneofa import cli
+
+VERBS = [name for name, *_ in cli.VERBS]
+TEACHES = {
+    "run": ["recipe", "--set A.B=C", "--dry-run", "--redo", "--json", "later ones win"],
+    "demo": ["--out", "--json", "documentation of the installed Python"],
+    "prune": [
+        "--prune.final",
+        "--corpus.source",
+        "--teacher.steps",
+        "--distill.hidden",
+        "(default 0.9)",
+        "--no-teacher",
+    ],
+    "transfer": ["--task", "--data", "--text", "--label", "--teacher", "default: 1e-4", "pattern locked", "example: "],
+    "evaluate": ["--task", "--data", "--json"],
+    "inspect": ["--json", "pattern hash"],
+    "verify": ["base", "derived", "exit 1"],
+    "table": ["results.json", "--json"],
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_teaches(call, verb):
+    said = call(verb, "--help")
+    assert said.code == 0 and said.err == ""
+    text = " ".join(said.out.split())
+    assert [part for part in TEACHES[verb] if part not in text] == []
+
+
+def test_general_help_names_verbs_examples_and_exit_codes(call):
+    said = call("--help")
+    assert said.code == 0
+    for verb in VERBS:
+        assert f"\n  {verb} " in said.out or f"\n    {verb} " in said.out, verb
+    assert "examples:" in said.out and "exit codes: 0 done, 1 a check failed, 2 wrong input" in said.out
+    for missing in ("quantize", "serve", "pack", "bench"):
+        assert f" {missing} " not in said.out
+
+
+@pytest.mark.parametrize("arguments", [[], ["prun"], ["run"], ["verify", "x"], ["inspect", "x", "--jsn"]])
+def test_a_wrong_call_is_one_line(refused, arguments):
+    assert "--help" in refused(*arguments)
+
+
+def fastest(*command: str) -> float:
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, *command], check=True, capture_output=True)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def test_start_takes_less_than_a_third_of_a_second():
+    # On a machine that is busy with other things every start takes longer, an empty one too.
+    allowance = 0.3 * max(1.0, fastest("-c", "pass") / 0.05)
+    assert fastest("-c", "import pruneofa") < allowance
+    assert fastest("-m", "pruneofa.cli", "--help") < allowance
+
+
+def test_start_imports_nothing_heavy():
+    heavy = ("torch", "transformers", "numpy", "pydantic", "yaml", "safetensors", "huggingface_hub", "rich")
+    program = "import sys, pruneofa, pruneofa.cli; print(*[m for m in sys.argv[1:] if m in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", program, *heavy], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == ""
+
+
+def without_torch(*arguments: object) -> subprocess.CompletedProcess[str]:
+    program = "import sys; sys.modules['torch'] = None; from pruneofa.cli import main; sys.exit(main())"
+    return subprocess.run([sys.executable, "-c", program, *map(str, arguments)], capture_output=True, text=True)
+
+
+def test_without_torch_a_folder_can_be_inspected_and_training_names_the_extra(tmp_path):
+    said = without_torch("inspect", tmp_path)
+    assert (said.returncode, said.stdout) == (2, "")
+    assert said.stderr.startswith(f"pruneofa: error: {tmp_path}: no model.safetensors")
+    said = without_torch("run", "demo", "--out", tmp_path / "out")
+    assert (said.returncode, said.stdout) == (3, "")
+    assert said.stderr == "pruneofa: error: training needs torch and transformers: pip install 'pruneofa[train]'\n"
+
+
+def test_the_version(call):
+    from importlib.metadata import version
+
+    assert call("--version").out.strip() == version("pruneofa")
