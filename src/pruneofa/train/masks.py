@@ -156,9 +156,9 @@ def _threshold(weights: list[Tensor], fraction: float, pattern: str) -> tuple[in
         return 0, 0
     high, before = _bin_of(upper, count)
     lower = torch.zeros(1 << _HALF, dtype=torch.int64)
-    for weight in weights:  # few of its scores share their upper half with the threshold
-        selected = torch.cat([bits[bits >> _HALF == high] & 0xFFFF for bits in _bits([weight], pattern)])
-        lower += torch.bincount(selected, minlength=len(lower)).cpu()
+    for bits in _bits(weights, pattern):  # few scores share their upper half with the threshold
+        found = (bits[bits >> _HALF == high] & 0xFFFF).long().cpu()
+        lower.put_(found, torch.ones_like(found), accumulate=True)
     low, before_low = _bin_of(lower, count - before)
     threshold, ties = high << _HALF | low, count - before - before_low
     return (threshold + 1, 0) if ties == lower[low] else (threshold, ties)
