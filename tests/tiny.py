@@ -41,9 +41,7 @@ def tiny_bert(model: type[PreTrainedModel] = BertForPreTraining, *, seed: int = 
     return _build(model, BertConfig, seed, dict(type_vocab_size=2, **_sizes("bert")) | config)
 
 
-def tiny_distilbert(
-    model: type[PreTrainedModel] = DistilBertForMaskedLM, *, seed: int = 0, **config: Any
-) -> Any:
+def tiny_distilbert(model: type[PreTrainedModel] = DistilBertForMaskedLM, *, seed: int = 0, **config: Any) -> Any:
     """A DistilBERT of the same size."""
     return _build(model, DistilBertConfig, seed, _sizes("distilbert") | config)
 
