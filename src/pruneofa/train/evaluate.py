@@ -14,6 +14,7 @@ from pruneofa import recipe
 from pruneofa.errors import InputError
 from pruneofa.progress import progress
 from pruneofa.train import squad
+from pruneofa.train.models import read_model
 from pruneofa.train.tasks import Task, TaskData, load_task
 
 Precision = Literal["fp32", "bf16"]
@@ -57,14 +58,10 @@ def load_task_model(path: str | Path, kind: Literal["classification", "qa"]) -> 
     Raises:
         InputError: nothing loadable there, or weights of the head are not in the file and would be random.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification
 
     auto = AutoModelForQuestionAnswering if kind == "qa" else AutoModelForSequenceClassification
-    try:
-        model, info = auto.from_pretrained(path, output_loading_info=True, dtype=torch.float32)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"{path}: not a loadable model folder or hub id ({_first_line(error)})") from None
+    model, info = read_model(auto, path)
     missing = sorted(info["missing_keys"])
     if missing:
         purpose = "question answering" if kind == "qa" else kind

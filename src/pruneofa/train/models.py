@@ -1,5 +1,7 @@
 """Load encoders from folders or the hub, with errors a user can act on."""
 
+import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -62,15 +64,27 @@ def load_for_task(path: str, kind: str, **head: Any) -> PreTrainedModel:
     return _load(transformers.AutoModelForSequenceClassification, path, ignore_mismatched_sizes=True, **head)
 
 
-def _load(architecture: Any, path: str, **options: Any) -> PreTrainedModel:
+def read_model(architecture: Any, path: str | Path, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """`architecture.from_pretrained` in float32, and its loading info. Raises InputError for whatever goes wrong."""
     # from_pretrained reads a .bin with weights_only=True; safetensors needs no such care.
     try:
-        model, info = architecture.from_pretrained(path, output_loading_info=True, dtype=torch.float32, **options)
-    except Exception as error:  # the loader's errors have no common type: OSError, SafetensorError, UnpicklingError...
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return architecture.from_pretrained(path, output_loading_info=True, dtype=torch.float32, **options)
+    except pickle.UnpicklingError:
         raise InputError(
-            f"model {path}: weights cannot be read ({type(error).__name__}: {_first_line(error)}); "
+            f"model {path}: its .bin file holds more than weights and could run code when read, so it was not; "
+            "wanted model.safetensors"
+        ) from None
+    except Exception as error:  # the loader's errors have no common type: OSError, SafetensorError, RuntimeError...
+        raise InputError(
+            f"model {path}: not a loadable model folder or hub id ({type(error).__name__}: {_first_line(error)}); "
             "wanted a complete folder with model.safetensors"
         ) from None
+
+
+def _load(architecture: Any, path: str, **options: Any) -> PreTrainedModel:
+    model, info = read_model(architecture, path, **options)
     prefix = f"{model.base_model_prefix}."
     missing = [name for name in info["missing_keys"] if not name.removeprefix(prefix).startswith(HEADS)]
     if missing:
