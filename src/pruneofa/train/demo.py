@@ -70,7 +70,7 @@ NOT_STANDARD = {"idlelib", "lib2to3", "turtledemo", "ensurepip", "pydoc_data", "
 
 AREA_CHARACTERS = 1_400_000  # prose read per area: parsing all of torch would take longer than it is worth
 VALIDATION_SHARE = 0.15
-TRAIN_ROWS, VALIDATION_ROWS = 1_500, 250  # per area, at most
+TRAIN_ROWS, VALIDATION_ROWS = 1_200, 250  # per area, at most
 WORDS = range(6, 61)
 SHINGLE = 8  # no run of this many words of a validation sentence occurs in the training text
 LEAST_ROWS = 50  # an area with fewer training sentences cannot be learned
@@ -165,8 +165,9 @@ def build_demo_data(folder: Path, *, seed: int = 0, areas: dict[str, list[Path]]
     Raises:
         InputError: an area has too few sentences to be learned.
     """
+    sources = areas or installed_sources()
     with _no_garbage_collection():
-        modules = list(_read(areas or installed_sources(), seed))
+        modules = list(_read(sources, seed))
     corpus = [module for module in modules if not module.validation]
     rows = _rows(modules, seed)
     counts: dict[str, Any] = {
@@ -180,7 +181,7 @@ def build_demo_data(folder: Path, *, seed: int = 0, areas: dict[str, list[Path]]
                 "train": sum(a == area and not v for a, v, _ in rows),
                 "validation": sum(a == area and v for a, v, _ in rows),
             }
-            for area in (areas or AREAS)
+            for area in sources
         },
     }
     for area, count in counts["areas"].items():
