@@ -389,7 +389,8 @@ def _print_results(results: dict[str, Any], folder: Path, as_json: bool) -> None
         files = ["results.json", "table.md", "report.html", "sparse/README.md"]
         sys.stdout.write("\n" + "".join(f"{folder / file}\n" for file in files if (folder / file).exists()))
 
-    _print(results, as_json, show)
+    if results:  # empty in all processes of a torchrun but the first
+        _print(results, as_json, show)
 
 
 def _table(rows: list[dict[str, Any]]) -> None:

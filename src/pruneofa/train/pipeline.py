@@ -1,17 +1,17 @@
 """The whole method: teacher, prune, then for each task and seed dense, transfer and control, then results."""
 
+import contextlib
+import fcntl
 import json
 import platform
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
-
-from accelerate import PartialState
 
 from pruneofa import pattern
 from pruneofa.errors import CheckFailed, InputError
@@ -25,16 +25,18 @@ from pruneofa.train.stages import (
     Text,
     check_pretraining,
     check_task,
+    check_vocabulary,
     fine_tune,
     prepare_teacher,
     prune_once,
     prune_student,
     read_text,
 )
+from pruneofa.train.trainer import processes
 
 FORMAT = 1  # part of every fingerprint: raise it when a stage's result changes for the same settings
 PACKAGES = ("pruneofa", "torch", "transformers", "datasets", "tokenizers", "numpy")
-WORK = ".work"
+WORK, LOCK = ".work", ".lock"
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Run:
         self.places = {name: folder / name for name in ("teacher", "sparse", "control")} | (places or {})
         self.work = folder / WORK
         self._text: Text | None = None
-        self._tasks: dict[tuple[str, str], tasks.Task] = {}
+        self._tasks: dict[str, tasks.Task] = {}
 
     def emit(self, event: dict[str, Any]) -> None:
         """Append an event to log.jsonl."""
@@ -81,9 +83,9 @@ class Run:
         """The tokenized corpus."""
         if self._text is None:
             assert self.recipe.corpus is not None
-            with PartialState().main_process_first():
-                recipe = self.recipe
-                self._text = read_text(recipe.corpus, recipe.model, data_root=recipe.data_root, seed=recipe.seed)
+            recipe = self.recipe
+            # No collective here: tokenizing takes longer than a barrier waits. build_corpus locks its cache itself.
+            self._text = read_text(recipe.corpus, recipe.model, data_root=recipe.data_root, seed=recipe.seed)
         return self._text
 
     def task(self, name: str) -> tasks.Task:
@@ -127,11 +129,13 @@ class Run:
 
         Raises InputError; also when finished stages would be replaced and `redo` is false.
         """
-        refuse_changes(stages, redo)
+        refuse_changes(stages, self.work, redo)
         pending = {stage.name for stage in stages if stage.status != "done"}
         recipe = self.recipe
+        if recipe.dense_model is not None:
+            check_vocabulary(recipe.model, recipe.dense_model)
         if recipe.corpus and pending & {"teacher", "prune", "control"}:
-            check_pretraining(recipe.model, recipe.teacher, recipe.prune, recipe.corpus)
+            check_pretraining(recipe.model, recipe.teacher, recipe.prune, recipe.distill, recipe.corpus)
             self.text()
         for name in recipe.tasks:
             if any(stage.startswith(f"tasks/{name}/") for stage in pending):
@@ -193,7 +197,7 @@ class Run:
         elif spec.teacher is not None:
             teacher_print = model_fingerprint(spec.teacher)
             build = self._measure(name, spec, spec.teacher)
-            inputs = {"model": teacher_print}
+            inputs = {"model": teacher_print, "data": data}
             stages.append(Stage(f"tasks/{name}/seed-{seed}/teacher", folder / "teacher", {}, inputs, build))
         else:
             teacher_print = ""
@@ -253,20 +257,22 @@ def run(recipe: Recipe, folder: Path, *, redo: bool = False) -> dict[str, Any]:
     this = Run(recipe, folder)
     stages = this.stages()
     this.check(stages, redo)
-    main = PartialState().is_main_process
-    if main:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "recipe.yaml", dump(recipe))
-        write_json(folder / "run.json", environment())
-    for stage in stages:
-        if stage.status != "done":
-            carry_out(stage, this.work, this.emit)
+    processes().wait_for_everyone()  # nobody may find the folder begun before having checked it
+    main = processes().is_main_process
     results = {}
-    if main:
-        shutil.rmtree(this.work, ignore_errors=True)
-        results = collect(recipe, folder, stages)
-        write_reports(recipe, folder, results)
-    PartialState().wait_for_everyone()
+    with only_one(folder):
+        pending = [stage for stage in stages if stage.status != "done"]
+        if main:
+            write_text(folder / "recipe.yaml", dump(recipe))
+            if pending:
+                write_json(folder / "run.json", environment())
+        for stage in pending:
+            carry_out(stage, this.work, this.emit)
+        if main:
+            shutil.rmtree(this.work, ignore_errors=True)
+            results = collect(recipe, folder, stages)
+            write_reports(recipe, folder, results)
+        processes().wait_for_everyone()
     return results
 
 
@@ -318,7 +324,8 @@ def _alone(stages: list[Stage], this: Run, redo: bool) -> dict[str, float]:
     for stage in stages:
         if stage.status != "done":
             carry_out(stage, this.folder, this.emit)
-    shutil.rmtree(this.folder)
+    if processes().is_main_process:
+        shutil.rmtree(this.folder, ignore_errors=True)
     return read_json(stages[-1].folder / "metrics.json")
 
 
@@ -331,24 +338,47 @@ def check_folder(recipe: Recipe, folder: Path) -> None:
             raise InputError(
                 f"{folder}: holds the run {name!r}, this recipe is {recipe.name!r}; choose another --out, or delete it"
             )
-    elif folder.exists() and any(p.name not in (WORK, "data") for p in folder.iterdir()):
+    elif folder.exists() and any(p.name not in (WORK, LOCK, "data") for p in folder.iterdir()):
         raise InputError(f"{folder}: not empty and not a run's folder; choose another --out")
 
 
-def refuse_changes(stages: Iterable[Stage], redo: bool) -> None:
-    """Raises InputError listing finished stages whose settings or inputs changed, unless `redo`."""
+def refuse_changes(stages: Iterable[Stage], work: Path, redo: bool) -> None:
+    """Raises InputError listing stages, finished or begun, whose settings or inputs changed, unless `redo`."""
     changed = [stage.name for stage in stages if stage.status == "changed"]
+    changed += [f"{stage.name} (unfinished)" for stage in stages if _begun_otherwise(stage, work)]
     if changed and not redo:
         raise InputError(
-            f"settings or inputs of finished stages changed: {', '.join(changed)}; "
+            f"settings or inputs of stages changed: {', '.join(changed)}; "
             "--redo makes them again (the old ones are kept until the new are complete), or choose another --out"
         )
+
+
+def _begun_otherwise(stage: Stage, work: Path) -> bool:
+    mark = work / stage.name / "fingerprint"
+    return mark.exists() and mark.read_text() != stage.fingerprint
+
+
+@contextlib.contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Keep a second process out of a run's folder. Raises InputError when one is at work there."""
+    if not processes().is_main_process:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"{folder}: another pruneofa is at work here; wait for it, or choose another --out"
+            ) from None
+        yield
 
 
 def carry_out(stage: Stage, work_root: Path, emit: Emit) -> None:
     """Make one stage: train in a working folder that survives a kill, then put the result in place at once."""
     work = work_root / stage.name
-    state = PartialState()
+    state = processes()
     if state.is_main_process:
         mark = work / "fingerprint"
         if work.exists() and (not mark.exists() or mark.read_text() != stage.fingerprint):
@@ -395,7 +425,9 @@ def collect(recipe: Recipe, folder: Path, stages: list[Stage]) -> dict[str, Any]
     results = {
         "recipe": publishable(recipe),
         "sparsity": inspection["encoder"],
-        "versions": versions(),
+        "versions": read_json(Path(sparse_folder(recipe, folder)) / "stage.json")["versions"]
+        if recipe.prune
+        else versions(),
         "stages": costs,
         "sizes": inspection["sizes"],
         "latency": {},
@@ -483,9 +515,10 @@ def _processor() -> str:
 
 
 def _visible(settings: Any) -> dict[str, Any]:
-    # How often a stage is saved does not change what comes out of it, and a key that a later version adds
-    # must not make finished stages look changed.
-    return settings.model_dump(exclude={"save_steps"}, exclude_defaults=True)
+    # What only costs memory or time must be free to change in the middle of a stage, and a key that a later
+    # version adds must not make finished stages look changed.
+    costs = {"save_steps", "micro_batch", "checkpoint_activations"}
+    return settings.model_dump(exclude=costs, exclude_defaults=True)
 
 
 def _dense_settings(spec: Task) -> dict[str, Any]:

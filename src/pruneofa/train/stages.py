@@ -16,12 +16,12 @@ from pruneofa.files import read_json, write_json
 from pruneofa.recipe import Control, Corpus, Distill, Prune, Task, Teacher
 from pruneofa.train import corpus as corpora
 from pruneofa.train import tasks as task_data
-from pruneofa.train.evaluate import evaluate_model, label_order
+from pruneofa.train.evaluate import evaluate_model, label_order, load_task_model
 from pruneofa.train.models import load_for_pretraining, load_for_task, load_tokenizer, reorder_classes, set_dropout
 from pruneofa.train.objective import PretrainingObjective, TransferObjective
 from pruneofa.train.prune import GradualPruner
 from pruneofa.train.schedule import cyclic_lr, linear_lr, rewound_lr
-from pruneofa.train.trainer import LockCallback, PruningCallback, batches, split_batch, train
+from pruneofa.train.trainer import LockCallback, PruningCallback, batches, processes, split_batch, train
 
 VALIDATION_EXAMPLES = 512
 Emit = Callable[[dict[str, Any]], None]
@@ -64,9 +64,10 @@ def read_text(spec: Corpus, model: str, *, data_root: str | None, seed: int) -> 
     return Text(spec, corpora.build_corpus(spec, tokenizer, data_root=data_root, seed=seed), tokenizer)
 
 
-def check_pretraining(model: str, teacher: Teacher | None, prune: Prune | None, text: Corpus) -> None:
+def check_pretraining(model: str, teacher: Teacher | None, prune: Prune | None, distill: Distill, text: Corpus) -> None:
     """Carry out, without training, what can fail in the stages on text. Raises InputError."""
-    loaded = load_for_pretraining(model, nsp=text.nsp)
+    distils_logits = prune is not None and distill.hard + distill.kd > 0
+    loaded = load_for_pretraining(model, nsp=text.nsp, trained_head=teacher is None and distils_logits)
     offset = loaded.config.pad_token_id + 1 if loaded.config.model_type == "roberta" else 0
     longest = loaded.config.max_position_embeddings - offset
     if text.max_length > longest:
@@ -82,7 +83,19 @@ def check_pretraining(model: str, teacher: Teacher | None, prune: Prune | None, 
 def check_task(model: str, spec: Task, task: task_data.Task) -> None:
     """Carry out, without training, what can fail in the stages of a task. Raises InputError."""
     transfer_objective(model, spec.teacher, spec, task)
+    if spec.teacher is not None:
+        check_vocabulary(model, spec.teacher)
     split_batch(spec.batch or 1, None)
+
+
+def check_vocabulary(model: str, other: str) -> None:
+    """Raises InputError when two models number their tokens differently: one would read garbage."""
+    mine, theirs = (load_tokenizer(path).get_vocab() for path in (model, other))
+    if mine != theirs:
+        raise InputError(
+            f"{other}: its vocabulary ({len(theirs)} tokens) is not that of {model} ({len(mine)}); both models are "
+            "given the same token ids, so use one with the same tokenizer"
+        )
 
 
 def prepare_teacher(
@@ -147,18 +160,21 @@ def prune_once(
             name = f"control lr {lr:g}"
             clock = _pretrain(objective, trial, text, rate, name, seed, precision, folder, emit, [LockCallback()])
             metrics = validate(objective, text, seed, precision)
-            objective.student.save_pretrained(folder / "model")
-            write_json(folder / "done.json", {"metrics": metrics, "lr": lr, **clock})
-            for checkpoint in folder.glob("checkpoint-*"):
-                shutil.rmtree(checkpoint)
+            if processes().is_main_process:
+                objective.student.save_pretrained(folder / "model")
+                write_json(folder / "done.json", {"metrics": metrics, "lr": lr, **clock})
+                for checkpoint in folder.glob("checkpoint-*"):
+                    shutil.rmtree(checkpoint)
+            processes().wait_for_everyone()
         candidates.append((read_json(folder / "done.json"), folder / "model"))
     best, model = min(candidates, key=lambda candidate: candidate[0]["metrics"]["loss"])
     metrics = (
         best["metrics"] | {"lr": best["lr"]} | {f"loss_lr_{c['lr']:g}": c["metrics"]["loss"] for c, _ in candidates}
     )
     student = load_for_pretraining(str(model), nsp=text.spec.nsp)
+    metrics["tokens_of_all_rates"] = sum(c["tokens"] for c, _ in candidates)
     seconds = sum(c["seconds"] for c, _ in candidates)
-    return Outcome(student, text.tokenizer, metrics, seconds, sum(c["tokens"] for c, _ in candidates))
+    return Outcome(student, text.tokenizer, metrics, seconds, best["tokens"])
 
 
 def fine_tune(
@@ -183,8 +199,6 @@ def fine_tune(
     objective = transfer_objective(model, teacher, spec, task)
     data = task.train.train_dataset(spec.batch, seed, spec.epochs)
     steps = len(data) // spec.batch
-    if steps == 0:
-        raise InputError(f"task {task.name}: batch is {spec.batch} but there are only {len(data)} training examples")
     clock = train(
         objective,
         stage=stage,
@@ -244,7 +258,7 @@ def transfer_objective(model: str, teacher: str | None, spec: Task, task: task_d
     student = load_for_task(model, task.kind, **task.model_kwargs())
     if teacher is None:
         return TransferObjective(student, None, kind=task.kind, hard=1.0, kd=0.0, temperature=1.0)
-    loaded = load_for_task(teacher, task.kind)
+    loaded = load_task_model(teacher, task.kind)
     if task.kind == "classification":
         reorder_classes(loaded, label_order(loaded.config, task))
     losses = spec.model_dump(include={"hard", "kd", "hidden", "temperature"})

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import safetensors.torch
 import torch
 import torch.distributed
+from accelerate import PartialState
 from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -127,7 +127,7 @@ class StageTrainer(Trainer):
     ) -> None:
         self.rate = rate
         self.clock = {"seconds": 0.0, "tokens": 0}
-        self._parts: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
+        self._parts: dict[str, torch.Tensor] = {}
         self._steps_in_parts = 0
         super().__init__(
             model=objective,
@@ -168,7 +168,7 @@ class StageTrainer(Trainer):
         parts = model(inputs, num_items_in_batch)
         for name, value in parts.items():
             if name != "loss":
-                self._parts[name] = self._parts[name] + value.detach().double().cpu()
+                self._parts[name] = self._parts.get(name, 0) + value.detach().double()
         return parts["loss"] * self.args.world_size
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -177,7 +177,6 @@ class StageTrainer(Trainer):
             names = sorted(self._parts)
             values = torch.stack([self._parts[name] for name in names]) if names else torch.zeros(0)
             if self.args.world_size > 1 and names:
-                values = values.to(self.args.device)
                 torch.distributed.all_reduce(values)
             logs.update({name: float(v) / self._steps_in_parts for name, v in zip(names, values, strict=True)})
             self._parts.clear()
@@ -227,6 +226,10 @@ class _Bookkeeping(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
             self.advance()
+        if args.world_size > 1:  # ranks that stop at different steps would wait for each other for ever
+            flag = torch.tensor(float(self.interrupted), device=args.device)
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+            self.interrupted = bool(flag)
         if self.interrupted:
             control.should_save = True
             control.should_training_stop = True
@@ -279,14 +282,15 @@ def _checkpoint(output_dir: str | None, step: int, file: str = "") -> Path:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end; half-written ones are removed."""
-    complete = []
-    for path in folder.glob("checkpoint-*"):
-        if (path / COMPLETE).exists():
-            complete.append(path)
-        else:
-            shutil.rmtree(path, ignore_errors=True)
+    """The newest checkpoint that was written to its end."""
+    complete = [path for path in folder.glob("checkpoint-*") if (path / COMPLETE).exists()]
     return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _remove_half_written(folder: Path) -> None:
+    for path in folder.glob("checkpoint-*"):
+        if not (path / COMPLETE).exists():
+            shutil.rmtree(path)
 
 
 def train(
@@ -352,6 +356,9 @@ def train(
     _silence(trainer)
     books.trainer = trainer
     resume = last_checkpoint(work)
+    if processes().is_main_process:
+        _remove_half_written(work)
+    processes().wait_for_everyone()
     try:
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     finally:
@@ -378,6 +385,12 @@ def split_batch(batch: int, micro_batch: int | None) -> tuple[int, int]:
             "choose a batch that is a multiple of both"
         )
     return micro, batch // (micro * world)
+
+
+def processes() -> PartialState:
+    """The processes that train together: one, or those that torchrun started."""
+    # Without `cpu`, accelerate takes the ranks of a machine that has no GPU for processes on their own.
+    return PartialState(cpu=not torch.cuda.is_available())
 
 
 def _world_size() -> int:

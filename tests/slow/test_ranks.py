@@ -1,0 +1,117 @@
+"""Two processes train as one does: the same losses, and masks that are equal to the bit."""
+
+import hashlib
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+STEPS, BATCH = 20, 8
+SCHEDULE = {"final": 0.9, "begin": 2, "end": 12, "stop": 16, "interval": 2}
+
+
+def train_and_report(root: Path) -> None:
+    """What each rank does: 20 steps of pruning, then a file with its losses and the hash of its masks."""
+    from pruneofa.recipe import Corpus
+    from pruneofa.train import PruningCallback
+    from pruneofa.train.corpus import build_corpus, collate
+    from pruneofa.train.objective import PretrainingObjective
+    from pruneofa.train.schedule import rewound_lr
+    from pruneofa.train.trainer import train
+    from tests.tiny import tiny_bert, tiny_tokenizer
+
+    spec = Corpus(source=str(root / "text.jsonl"), max_length=32, validation=0.2)
+    text = build_corpus(spec, tiny_tokenizer(), cache_dir=root / "cache")
+    make = partial(tiny_bert, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    losses = {"hard": 0.5, "kd": 0.5, "hidden": 0.5, "temperature": 2, "positions": "all", "nsp": True}
+    objective = PretrainingObjective(make(seed=0), make(seed=1), **losses)
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    pruning = PruningCallback(**SCHEDULE)
+    masks, events = hashlib.sha256(), []
+
+    class Hash(type(pruning)):
+        """The masks after every step go into the hash, not the last ones alone."""
+
+        def on_step_end(self, *arguments, **options):
+            super().on_step_end(*arguments, **options)
+            for name, kept in sorted(self.pruner.masks.items()):
+                masks.update(name.encode() + kept.cpu().numpy().tobytes())
+
+    clock = train(
+        objective,
+        stage="ranks",
+        work=root / f"work-{world}",
+        dataset=text.train(STEPS * BATCH, seed=3),
+        collate=partial(collate, pad_token_id=0),
+        steps=STEPS,
+        batch=BATCH,
+        lr=1e-3,
+        rate=partial(rewound_lr, total=STEPS, warmup=2, begin=2, end=12, interval=2),
+        weight_decay=0.01,
+        emit=events.append,
+        precision="fp32",
+        callbacks=[Hash(**SCHEDULE)],
+    )
+    logged = [event for event in events if event["event"] == "log"]
+    report = {"masks": masks.hexdigest(), "tokens": clock["tokens"], "log": logged}
+    (root / f"rank-{rank}-of-{world}.json").write_text(json.dumps(report))
+
+
+def torchrun(*arguments: object) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", "--master_addr=127.0.0.1"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, *launch, *map(str, arguments)]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
+    assert run.returncode == 0, run.stderr
+
+
+def test_two_ranks_train_as_one_process_does(tmp_path, monkeypatch):
+    from tests.small import write_text
+
+    write_text(tmp_path / "text.jsonl")
+    torchrun("-m", "tests.slow.test_ranks", tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    train_and_report(tmp_path)
+    alone = json.loads((tmp_path / "rank-0-of-1.json").read_text())
+    first, second = (json.loads((tmp_path / f"rank-{rank}-of-2.json").read_text()) for rank in (0, 1))
+    assert first["masks"] == second["masks"]
+    assert len(alone["log"]) == len(first["log"]) == STEPS
+    for one, two in zip(alone["log"], first["log"], strict=True):
+        assert math.isclose(one["loss"], two["loss"], rel_tol=1e-4), one["step"]
+        for part in ("mlm", "nsp", "kd", "kd_nsp", "hidden"):
+            assert math.isclose(one[part], two[part], rel_tol=1e-4, abs_tol=1e-6), (one["step"], part)
+        assert math.isclose(one["sparsity"], two["sparsity"], abs_tol=1e-6)
+        assert math.isclose(one["grad_norm"], two["grad_norm"], rel_tol=1e-3)
+    assert alone["tokens"] == first["tokens"] == second["tokens"]
+    assert alone["log"][-1]["sparsity"] == pytest.approx(0.9, abs=2e-3)
+
+
+def test_a_whole_run_on_two_ranks(tmp_path):
+    from pruneofa import pattern, recipe
+    from pruneofa.files import read_json
+    from tests.small import small_recipe
+
+    (tmp_path / "recipe.yaml").write_text(recipe.dump(small_recipe(tmp_path, "control={lr: [1e-3]}")))
+    out = tmp_path / "run"
+    torchrun("-m", "pruneofa.cli", "run", tmp_path / "recipe.yaml", "--out", out)
+    results = read_json(out / "results.json")
+    assert set(results["tasks"]["mine"]["accuracy"]) == {"dense", "transfer", "control"}
+    assert pattern.verify(out / "sparse", out / "tasks/mine/seed-0/transfer")["ok"]
+    assert results["sparsity"] == pytest.approx(0.9, abs=2e-3)
+    assert not (out / ".work").exists()
+    torchrun("-m", "pruneofa.cli", "run", tmp_path / "recipe.yaml", "--out", out)
+
+
+if __name__ == "__main__":
+    train_and_report(Path(sys.argv[1]))
