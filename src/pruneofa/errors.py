@@ -1,4 +1,4 @@
-"""The two exceptions a user can cause; the CLI turns them into exit codes."""
+"""The two exceptions a user can cause, which the CLI turns into exit codes, and the gist of all others."""
 
 
 class InputError(ValueError):
@@ -7,3 +7,8 @@ class InputError(ValueError):
 
 class CheckFailed(RuntimeError):  # noqa: N818 - it is a verdict, not a malfunction
     """A check was carried out and its answer is no (exit code 1)."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's message, short enough to be part of ours; its type if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

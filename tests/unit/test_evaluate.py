@@ -140,6 +140,19 @@ def test_folder_of_a_classifier(tmp_path, own, architecture):
     assert evaluate(folder, "mine", only, precision="bf16")["accuracy"] == 100.0
 
 
+def test_rows_are_counted_and_the_whole_file_is_for_the_asking(tmp_path, own, capsys):
+    labels = {"id2label": dict(enumerate(CLASSES)), "label2id": {name: i for i, name in enumerate(CLASSES)}}
+    folder = save(tiny_bert(BertForSequenceClassification, num_labels=3, **labels), tmp_path / "model")
+    spec = own.model_copy(update={"validation": None})
+    evaluate(folder, "mine", spec, whole=True)
+    assert "evaluate mine: 60 rows\n" in capsys.readouterr().err
+    evaluate(folder, "mine", spec)
+    assert "evaluate mine: 60 rows\n" not in capsys.readouterr().err
+    with pytest.raises(InputError, match="max_length is 48 but the model has 40 positions"):
+        model = tiny_bert(BertForSequenceClassification, num_labels=3, max_position_embeddings=40, **labels)
+        evaluate(save(model, tmp_path / "short"), "mine", own.model_copy(update={"max_length": 48}))
+
+
 @pytest.mark.parametrize(
     "build", [(tiny_bert, BertForQuestionAnswering), (tiny_distilbert, DistilBertForQuestionAnswering)]
 )

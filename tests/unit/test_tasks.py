@@ -12,8 +12,8 @@ from pruneofa import recipe
 from pruneofa.errors import InputError
 from pruneofa.train import rows
 from pruneofa.train.baseline import baseline
-from pruneofa.train.tasks import collate, load_task
-from tests.tiny import tiny_tokenizer
+from pruneofa.train.tasks import collate, load_task, longest_input
+from tests.tiny import tiny_bert, tiny_distilbert, tiny_roberta, tiny_tokenizer
 
 GOOD, BAD = ("a great film", "the good book was great"), ("a terrible game", "the bad story was terrible music")
 ROWS = [
@@ -59,7 +59,7 @@ def test_every_format_gives_the_same_task(tmp_path, tokenizer, suffix):
     task = load_task("mine", own(data=f"data{suffix}"), tokenizer, data_root=tmp_path)
     assert task.fingerprint == reference.fingerprint
     assert task.labels == ["neg", "pos"]
-    assert task.counts["train"] + task.counts["validation"] == len(ROWS)
+    assert len(task.train) + len(task.evaluations[""]) == len(ROWS)
     assert task.model_kwargs() == {
         "num_labels": 2, "id2label": {0: "neg", 1: "pos"}, "label2id": {"neg": 0, "pos": 1},
     }  # fmt: skip
@@ -73,7 +73,7 @@ def test_features_are_what_the_tokenizer_gives(tmp_path, tokenizer):
     assert list(task.train[3]["input_ids"]) == expected["input_ids"]
     assert list(task.train[3]["token_type_ids"]) == expected["token_type_ids"]
     assert task.train[3]["labels"] == 1
-    assert task.train.tokens == 30 * len(expected["input_ids"])
+    assert len(task.train.ids) == 30 * len(expected["input_ids"])
 
 
 def test_truncates_to_max_length(tmp_path, tokenizer):
@@ -130,7 +130,7 @@ def test_first_rows_only(tmp_path, tokenizer):
     write(tmp_path / "d.jsonl", ROWS)
     spec = own(data="d.jsonl", validation="d.jsonl", train_rows=5, validation_rows=3)
     task = load_task("mine", spec, tokenizer, data_root=tmp_path)
-    assert task.counts == {"train": 5, "train_features": 5, "validation": 3}
+    assert (len(task.train), len(task.evaluations[""])) == (5, 3)
     assert task.train.rows.to_pylist() == ROWS[:5]
 
 
@@ -167,6 +167,33 @@ def test_evaluation_only_uses_the_labels_of_the_model(tmp_path, tokenizer):
     task = load_task("mine", spec, tokenizer, data_root=tmp_path, train=False, labels=["pos", "neg"])
     assert task.train is None
     assert task.evaluations[""].targets[0] == 0  # pos, which sorts last
+
+
+def test_evaluation_only_of_a_file_takes_all_its_rows_when_asked(tmp_path, tokenizer):
+    write(tmp_path / "d.jsonl", ROWS)
+    options = {"data_root": tmp_path, "train": False}
+    task = load_task("mine", own(data="d.jsonl"), tokenizer, **options, whole=True)
+    assert task.evaluations[""].rows.to_pylist() == ROWS and task.labels == ["neg", "pos"]
+    assert len(load_task("mine", own(data="d.jsonl"), tokenizer, **options).evaluations[""]) < len(ROWS) / 3
+    rows = [{"sentence": row["text"], "label": index % 2} for index, row in enumerate(ROWS)]
+    write(tmp_path / "dev.tsv", rows)
+    task = load_task("sst2", recipe.Task(data="dev.tsv", max_length=16), tokenizer, **options, whole=True)
+    assert len(task.evaluations[""]) == len(ROWS)
+    write(tmp_path / "few.jsonl", ROWS[:2])
+    spec = own(data="d.jsonl", validation="few.jsonl")
+    assert len(load_task("mine", spec, tokenizer, **options, whole=True).evaluations[""]) == 2
+
+
+def test_evaluation_only_of_a_folder_needs_no_training_rows(tmp_path, tokenizer):
+    options = {"data_root": tmp_path, "train": False, "whole": True}
+    (sst2(tmp_path / "sst2") / "train.parquet").unlink()
+    task = load_task("sst2", recipe.Task(data="sst2", max_length=16), tokenizer, **options)
+    assert task.train is None and len(task.evaluations[""]) == 1
+    write(tmp_path / "own" / "validation.jsonl", ROWS)
+    assert len(load_task("mine", own(data="own"), tokenizer, **options).evaluations[""]) == len(ROWS)
+    (tmp_path / "own" / "validation.jsonl").rename(tmp_path / "own" / "train.jsonl")
+    with pytest.raises(InputError, match="no split 'validation'"):
+        load_task("mine", own(data="own"), tokenizer, **options)
 
 
 def test_fingerprint_follows_the_data(tmp_path, tokenizer):
@@ -331,12 +358,23 @@ def test_max_length_beyond_the_tokenizer(tmp_path, tokenizer):
         load_task("sst2", recipe.Task(data="."), tokenizer, data_root=tmp_path)
 
 
+def test_max_length_beyond_the_model(tmp_path, tokenizer):
+    write(tmp_path / "d.jsonl", ROWS)
+    with pytest.raises(InputError, match="tasks.mine: max_length is 32 but the model has 24 positions; lower it"):
+        load_task("mine", own(data="d.jsonl"), tokenizer, data_root=tmp_path, max_positions=24)
+    load_task("mine", own(data="d.jsonl"), tokenizer, data_root=tmp_path, max_positions=32)
+
+
+def test_the_longest_input_of_a_model():
+    assert [longest_input(make().config) for make in (tiny_bert, tiny_distilbert, tiny_roberta)] == [64, 64, 65]
+
+
 @pytest.mark.skipif("PRUNEOFA_DATA" not in os.environ, reason="PRUNEOFA_DATA does not name the data folder")
 @pytest.mark.parametrize("name", recipe.KNOWN_TASKS)
 def test_real_data(name, tokenizer):
     spec = recipe.Task(data=name, max_length=64, stride=16, train_rows=500, validation_rows=200)
     task = load_task(name, spec, tokenizer, data_root=os.environ["PRUNEOFA_DATA"])
-    assert task.counts["train"] == 500
+    assert task.train.rows.num_rows == 500
     assert all(data.rows.num_rows == 200 for data in task.evaluations.values())
     batch = task.collate([task.train[i] for i in range(4)])
     assert batch["input_ids"].shape == batch["attention_mask"].shape

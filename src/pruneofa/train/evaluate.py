@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 
 from pruneofa import recipe
-from pruneofa.errors import InputError
+from pruneofa.errors import InputError, first_line
 from pruneofa.progress import progress
 from pruneofa.train import squad
 from pruneofa.train.models import read_model
-from pruneofa.train.tasks import Task, TaskData, load_task
+from pruneofa.train.tasks import Task, TaskData, load_task, longest_input
 
 Precision = Literal["fp32", "bf16"]
 _FULL_LENGTH = 128  # tokens per row that batch_size is meant for; shorter rows go in larger batches
@@ -29,12 +30,15 @@ def evaluate(
     spec: recipe.Task,
     *,
     data_root: str | Path | None = None,
+    whole: bool = False,
     batch_size: int = 64,
     precision: Precision = "fp32",
 ) -> dict[str, float]:
     """Metrics of the task model in the folder (or hub id) `path`; see `evaluate_model`.
 
     Labels are compared by name, the model's own names, so that another order of class ids does no harm.
+    Of data without validation rows the tenth counts that training would hold out, so that the number compares
+    with those of models trained on it; `whole` takes all rows. How many there were goes to stderr.
 
     Raises:
         InputError: the folder has no trained head for this kind of task, or other labels; or wrong data.
@@ -45,10 +49,21 @@ def evaluate(
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: no usable tokenizer there ({_first_line(error)})") from None
+        raise InputError(f"{path}: no usable tokenizer there ({first_line(error)})") from None
     own = name not in recipe.KNOWN_TASKS and not _unnamed(model.config)
     labels = [model.config.id2label[index] for index in range(model.config.num_labels)] if own else None
-    task = load_task(name, spec, tokenizer, data_root=data_root, train=False, labels=labels)
+    task = load_task(
+        name,
+        spec,
+        tokenizer,
+        data_root=data_root,
+        train=False,
+        whole=whole,
+        labels=labels,
+        max_positions=longest_input(model.config),
+    )
+    counts = " and ".join(f"{data.rows.num_rows:,} rows" for data in task.evaluations.values())
+    sys.stderr.write(f"evaluate {name}: {counts}\n")
     return evaluate_model(model, task, batch_size=batch_size, precision=precision)
 
 
@@ -199,7 +214,3 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(training)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

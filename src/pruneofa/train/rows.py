@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pruneofa.errors import InputError
+from pruneofa.errors import InputError, first_line
 
 SUFFIXES = (".parquet", ".jsonl", ".csv", ".tsv")
 HELD_OUT = 10  # one row in so many is held out where the data brings no validation rows
@@ -32,6 +32,7 @@ def load_splits(
     config: str | None = None,
     validation: str | None = None,
     strict: bool = False,
+    whole: bool = False,
     data_root: str | Path | None = None,
 ) -> dict[str, pa.Table]:
     """Read the training rows, as `"train"`, and the evaluation rows, under the keys of `evaluations`.
@@ -47,6 +48,8 @@ def load_splits(
         validation: file with the evaluation rows, instead of what `data` brings.
         strict: a folder or hub data set without an evaluation split is an error; otherwise a tenth of the
             training rows is held out.
+        whole: only the evaluation is wanted: all rows of files are for it, and of a folder or hub data set its
+            evaluation splits, which have to be there; training rows need not be.
 
     Raises:
         InputError: nothing there, a split missing, not UTF-8, not parseable, or empty.
@@ -55,15 +58,19 @@ def load_splits(
     names = [data] if isinstance(data, str) else list(data)
     paths = [root / Path(name).expanduser() for name in names]
     if validation:  # what data brings for evaluation is then not even looked for
-        evaluations, strict = {}, False
+        evaluations = {}
+    required = (set() if whole else {"train"}) | (set(evaluations) if strict or whole else set())
+    wanted = {"train": ("train",), **evaluations}
     if len(paths) == 1 and paths[0].is_dir():
-        found = _folder(paths[0], where, evaluations, strict)
+        found = _folder(paths[0], where, wanted, required)
     elif len(paths) > 1 or paths[0].is_file() or not _could_be_hub_id(names[0]):
         found = {"train": _concatenate([read(path, where) for path in paths], where)}
     else:
-        found = _hub(names[0], config, root, where, evaluations, strict)
+        found = _hub(names[0], config, root, where, wanted, required)
     if validation:
         found[""] = read(root / Path(validation).expanduser(), where)
+    elif "" not in found and whole:  # then data was files
+        found[""] = found.pop("train")
     elif "" not in found:
         found["train"], found[""] = hold_out(found["train"], key, label, where)
     return found
@@ -79,7 +86,7 @@ def read(path: Path, where: str) -> pa.Table:
         try:
             table = pq.read_table(path)
         except (pa.ArrowException, OSError) as error:
-            raise InputError(f"{where}: {path}: not readable as parquet ({_first_line(error)})") from None
+            raise InputError(f"{where}: {path}: not readable as parquet ({first_line(error)})") from None
     else:
         text = _decode(path, where)
         rows = _json_lines(text, path, where) if path.suffix == ".jsonl" else _delimited(text, path, where)
@@ -87,7 +94,7 @@ def read(path: Path, where: str) -> pa.Table:
             keys = dict.fromkeys(chain.from_iterable(rows))  # of all rows: the first may lack some
             table = pa.table({key: [row.get(key) for row in rows] for key in keys})
         except (pa.ArrowException, TypeError) as error:
-            raise InputError(f"{where}: {path}: a column mixes types ({_first_line(error)})") from None
+            raise InputError(f"{where}: {path}: a column mixes types ({first_line(error)})") from None
     if table.num_rows == 0:
         raise InputError(f"{where}: {path}: the file has no rows")
     return table
@@ -139,7 +146,7 @@ def hold_out(table: pa.Table, key: Sequence[str], label: str | None, where: str)
     return table.filter(pa.array(~out)), table.filter(pa.array(out))
 
 
-def _folder(folder: Path, where: str, evaluations: Mapping[str, Sequence[str]], strict: bool) -> dict[str, pa.Table]:
+def _folder(folder: Path, where: str, wanted: Mapping[str, Sequence[str]], required: set[str]) -> dict[str, pa.Table]:
     def split(names: Sequence[str]) -> pa.Table | None:
         for name in names:
             paths = sorted(
@@ -151,10 +158,9 @@ def _folder(folder: Path, where: str, evaluations: Mapping[str, Sequence[str]], 
                 return _concatenate([read(path, where) for path in paths], where)
         return None
 
-    wanted = {"train": ("train",), **evaluations}
     found = {key: table for key, names in wanted.items() if (table := split(names)) is not None}
     for key, names in wanted.items():
-        if key not in found and (strict or key == "train"):
+        if key not in found and key in required:
             here = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
             raise InputError(f"{where}: {folder}: no split {names[0]!r} (wanted {names[0]}.parquet), found {here}")
     return found
@@ -165,8 +171,8 @@ def _hub(
     config: str | None,
     root: Path,
     where: str,
-    evaluations: Mapping[str, Sequence[str]],
-    strict: bool,
+    wanted: Mapping[str, Sequence[str]],
+    required: set[str],
 ) -> dict[str, pa.Table]:
     import datasets
     from huggingface_hub.errors import HfHubHTTPError
@@ -174,18 +180,18 @@ def _hub(
     found = {}
     try:
         available = datasets.get_dataset_split_names(name, config)
-        for key, names in {"train": ("train",), **evaluations}.items():
+        for key, names in wanted.items():
             present = [split for split in names if split in available]
             if present:
                 found[key] = datasets.load_dataset(name, config, split=present[0]).with_format("arrow")[:]
-            elif strict or key == "train":
+            elif key in required:
                 raise InputError(f"{where}: hub data set {name}: no split {names[0]!r} among {available}")
     except InputError:
         raise
     except (OSError, ValueError, RuntimeError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
         raise InputError(
             f"{where}: {name!r} is neither a file or folder in {root} nor a readable hub data set "
-            f"({type(error).__name__}: {_first_line(error)}); set {where}.data or data_root"
+            f"({type(error).__name__}: {first_line(error)}); set {where}.data or data_root"
         ) from None
     return found
 
@@ -198,7 +204,7 @@ def _concatenate(tables: list[pa.Table], where: str) -> pa.Table:
     try:
         return pa.concat_tables(tables, promote_options="default")
     except pa.ArrowException as error:
-        raise InputError(f"{where}: the files have different columns ({_first_line(error)})") from None
+        raise InputError(f"{where}: the files have different columns ({first_line(error)})") from None
 
 
 def _decode(path: Path, where: str) -> str:
@@ -249,7 +255,3 @@ def _delimited(text: str, path: Path, where: str) -> list[dict[str, Any]]:
     except csv.Error as error:
         raise InputError(f"{where}: {path}: line {reader.line_num}: {error}") from None
     return rows
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

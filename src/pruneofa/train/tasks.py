@@ -67,11 +67,6 @@ class TaskData:
         """Tokens of each feature, (features,) int64."""
         return np.diff(self.bounds)
 
-    @property
-    def tokens(self) -> int:
-        """Tokens of the split, special ones included and padding excluded."""
-        return len(self.ids)
-
     def __getitem__(self, index: int) -> Item:
         tokens = slice(self.bounds[index], self.bounds[index + 1])
         item: Item = {"input_ids": self.ids[tokens]}
@@ -138,7 +133,6 @@ class Task:
         train: None where only the evaluation was asked for.
         evaluations: by the suffix of their metrics, `""` and for MNLI also `"_mm"`.
         fingerprint: hex sha256 of everything that training and evaluation see of the data.
-        counts: rows per split, and training features.
     """
 
     name: str
@@ -147,7 +141,6 @@ class Task:
     train: TaskData | None
     evaluations: dict[str, TaskData]
     fingerprint: str
-    counts: dict[str, int]
     text: tuple[str, ...]
     max_length: int
     pad_token_id: int
@@ -201,7 +194,9 @@ def load_task(
     *,
     data_root: str | Path | None = None,
     train: bool = True,
+    whole: bool = False,
     labels: Sequence[str] | None = None,
+    max_positions: int | None = None,
 ) -> Task:
     """Read and tokenize a task; nothing is written.
 
@@ -213,14 +208,17 @@ def load_task(
         tokenizer: a transformers tokenizer.
         data_root: where relative paths are looked up.
         train: False leaves the training rows untokenized.
+        whole: with `train` false, a file that brings no validation rows is evaluated whole, not only the tenth
+            that training would have held out, and a folder needs no training split.
         labels: names by class id of a model that exists already; default: the GLUE names, or the sorted
             distinct values of the training rows.
+        max_positions: longest input of the model (`longest_input`), where it is known already.
 
     Raises:
         InputError: one line that says what is wrong with the data.
     """
     spec, where = spec.resolved(name), f"tasks.{name}"
-    max_length = _check_length(spec.max_length, tokenizer, where)
+    max_length = _check_length(spec.max_length, tokenizer, max_positions, where)
     kind: Literal["classification", "qa"] = "qa" if name == "squad" else "classification"
     text = ("question", "context") if kind == "qa" else _names(spec.text) or _TEXT.get(name, ())
     label = None if kind == "qa" else spec.label or "label"
@@ -236,12 +234,13 @@ def load_task(
         config=name if name in recipe.GLUE and spec.data in (None, _GLUE) else None,
         validation=spec.validation,
         strict=name in recipe.KNOWN_TASKS,
+        whole=whole and not train,
         data_root=data_root,
     )
     if kind == "classification":
         if not 1 <= len(text) <= 2:
             raise InputError(f"{where}.text names {len(text)} columns, wanted one or two")
-        names = list(labels or _LABELS.get(name) or _distinct(splits["train"], str(label), where))
+        names = list(labels or _LABELS.get(name) or _distinct(splits.get("train", splits[""]), str(label), where))
     else:
         names = []
     features: dict[str, TaskData] = {}
@@ -258,24 +257,29 @@ def load_task(
     if trained is not None and kind == "classification" and len(np.unique(trained.targets)) < 2:
         only = names[int(trained.targets[0])] if trained.targets is not None else ""
         raise InputError(f"{where}: all {len(trained)} training rows have the label {only!r}, wanted at least two")
-    counts = {f"validation{suffix}": data.rows.num_rows for suffix, data in features.items()}
-    if trained is not None:
-        counts |= {"train": trained.rows.num_rows, "train_features": len(trained)}
     fingerprint = _fingerprint(kind, names, {"train": trained, **features}, where)
     pad = tokenizer.pad_token_id or 0
-    return Task(name, kind, names, trained, features, fingerprint, counts, tuple(text), max_length, pad)
+    return Task(name, kind, names, trained, features, fingerprint, tuple(text), max_length, pad)
 
 
 def _names(value: str | list[str] | None) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value or ())
 
 
-def _check_length(max_length: int | None, tokenizer: Any, where: str) -> int:
+def longest_input(config: Any) -> int:
+    """Tokens that a transformers model has positions for."""
+    taken = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
+    return config.max_position_embeddings - taken
+
+
+def _check_length(max_length: int | None, tokenizer: Any, max_positions: int | None, where: str) -> int:
     assert max_length is not None  # resolved() fills it
     if max_length > tokenizer.model_max_length:
         raise InputError(
             f"{where}: max_length is {max_length} but the tokenizer's limit is {tokenizer.model_max_length}; lower it"
         )
+    if max_positions is not None and max_length > max_positions:
+        raise InputError(f"{where}: max_length is {max_length} but the model has {max_positions} positions; lower it")
     return max_length
 
 
