@@ -20,7 +20,9 @@ Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what NumPy's generator takes
 Names = str | list[str]
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"  # of runs and tasks: it becomes part of a path
 RATE_WARNING = 1.2  # the published schedule reaches 1.02
 _ALTERNATIVES = ("Control", "bool", "str", "list[str]")  # as pydantic names them in the location of an error
 T = TypeVar("T", bound=BaseModel)
@@ -53,9 +55,9 @@ class _Dumper12(yaml.SafeDumper):
 
 
 class Section(BaseModel):
-    """A part of the recipe: unknown keys are errors, values are not coerced silently."""
+    """A part of the recipe: unknown keys are errors, and so are values of another type (1 for 1.0 is fine)."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, strict=True)
 
 
 class Corpus(Section):
@@ -191,8 +193,8 @@ class Task(Section):
 
     @model_validator(mode="after")
     def _losses(self) -> "Task":
-        if self.hard + self.kd + self.hidden == 0:
-            raise ValueError("hard, kd and hidden are all 0: nothing would be learned; raise one of them")
+        if self.hard + self.kd == 0:
+            raise ValueError("hard and kd are both 0: the task's head would not be trained; raise one of them")
         return self
 
     def resolved(self, name: str) -> "Task":
@@ -213,13 +215,25 @@ class Control(Section):
     """The comparison model: pruned once, locked, trained for the prune stage's tokens."""
 
     tasks: list[str] | None = Field(None, description="tasks to transfer it to (default: all)")
-    lr: list[Rate] = Field([5e-5, 1e-4], min_length=1, description="learning rates tried; lowest validation loss wins")
+    lr: Annotated[list[Rate], Field(min_length=1)] | None = Field(
+        None, description="learning rates tried, lowest validation loss wins (default: prune.lr and twice that)"
+    )
+
+
+class Card(Section):
+    """What the model card says and the run cannot know."""
+
+    license: str = Field("apache-2.0", description="identifier that the hub knows")
+    authors: str | None = None
+    base_model: str | None = Field(None, description="hub id of the starting model (default: model, if it is one)")
+    version: str = Field("1", description="text, so in quotes")
+    language: Annotated[list[str], Field(min_length=1)] = Field(["en"], description="ISO codes")
 
 
 class Recipe(Section):
     """One row of the published table, from raw text to model card."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Annotated[str, Field(pattern=f"^{NAME}$")]
     model: str = Field(description="folder or hub id of the encoder")
     model_is_sparse: bool = Field(False, description="start from an existing sparse model: no teacher, no prune")
     dense_model: str | None = Field(None, description="with model_is_sparse: where dense task teachers start")
@@ -230,10 +244,11 @@ class Recipe(Section):
     distill: Distill = Distill()
     tasks: dict[str, Task] = {}
     quantize: None = Field(None, description="reserved: quantization is not built yet")
-    seeds: Annotated[list[int], Field(min_length=1)] = [0, 1]
-    seed: int = Field(0, description="seed of teacher preparation and pruning")
+    seeds: Annotated[list[Seed], Field(min_length=1)] = [0, 1]
+    seed: Seed = Field(0, description="seed of teacher preparation and pruning")
     control: Control | bool = False
     precision: Literal["bf16", "fp32"] = "bf16"
+    card: Card = Card()
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
@@ -247,9 +262,13 @@ class Recipe(Section):
             self.control = Control()
         if self.control and not self.prune:
             raise ValueError("control compares with the prune stage, which this recipe does not have")
+        if self.control and self.prune and self.control.lr is None:
+            # A rate far below the prune stage's would make the control lose for that alone.
+            self.control = self.control.model_copy(update={"lr": [self.prune.lr, 2 * self.prune.lr]})
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds {self.seeds} repeat a seed; give each once")
         for name, task in self.tasks.items():
+            check_task_name(name)
             if name not in KNOWN_TASKS and not (task.data and task.text and task.label):
                 near = difflib.get_close_matches(name, KNOWN_TASKS, 1)
                 raise ValueError(
@@ -261,6 +280,12 @@ class Recipe(Section):
             if name not in self.tasks:
                 raise ValueError(f"control.tasks names {name!r}, which is not in tasks")
         return self
+
+
+def check_task_name(name: str) -> None:
+    """Raises InputError, which is a ValueError, for a name that cannot be the name of a folder everywhere."""
+    if not re.fullmatch(NAME, name):
+        raise InputError(f"task name {name!r}: wanted letters, digits, '.', '_' and '-', the first a letter or digit")
 
 
 def load(paths: Iterable[str | Path], overrides: Iterable[str] = ()) -> Recipe:
@@ -341,6 +366,7 @@ def _explain(model: type[BaseModel], location: list[str], problem: Any) -> str:
 def _known_keys(model: type[BaseModel], location: list[str]) -> list[str]:
     sections: dict[str, type[Section]] = {
         "corpus": Corpus, "teacher": Teacher, "prune": Prune, "distill": Distill, "tasks": Task, "control": Control,
+        "card": Card,
     }  # fmt: skip
     owner: type[BaseModel] = sections.get(location[0], model) if location else model
     return list(owner.model_fields)
@@ -348,4 +374,9 @@ def _known_keys(model: type[BaseModel], location: list[str]) -> list[str]:
 
 def dump(recipe: Recipe) -> str:
     """The resolved recipe as YAML that `load` reads back to an equal recipe."""
-    return yaml.dump(recipe.model_dump(), Dumper=_Dumper12, sort_keys=False, allow_unicode=True)
+    return to_yaml(recipe.model_dump())
+
+
+def to_yaml(values: dict[str, Any]) -> str:
+    """Plain values as YAML that `load` reads back as they are."""
+    return yaml.dump(values, Dumper=_Dumper12, sort_keys=False, allow_unicode=True)

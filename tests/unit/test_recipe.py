@@ -117,7 +117,8 @@ def test_an_unknown_key_names_the_nearest(override, message):
         ("corpus.source=3", "recipe: corpus.source is 3: input should be a valid string"),
         ("corpus.max_length=4", "corpus.max_length is 4"),
         ("distill={hard: 0, kd: 0}", "distill: hard, kd and hidden are all 0: nothing would be learned"),
-        ("tasks.sst2={hard: 0, kd: 0}", "tasks.sst2: hard, kd and hidden are all 0"),
+        ("tasks.sst2={hard: 0, kd: 0}", "tasks.sst2: hard and kd are both 0: the task's head would not be trained"),
+        ("tasks.sst2={hard: 0, kd: 0, hidden: 1}", "tasks.sst2: hard and kd are both 0"),
         ("tasks.sst.epochs=1", "task 'sst' is not one of sst2, mnli, qnli, qqp, squad (did you mean 'sst2'?)"),
         ("tasks.mine.data=x.csv", "task 'mine' is not one of"),
         ("corpus=null", "teacher and prune need a corpus; set corpus.source"),
@@ -125,6 +126,14 @@ def test_an_unknown_key_names_the_nearest(override, message):
         ("model_is_sparse=true", "model_is_sparse is true, so teacher and prune must be null"),
         ("seeds=[0, 0]", "seeds [0, 0] repeat a seed"),
         ("seeds=[]", "seeds is []"),
+        ("seeds=[0, -1]", "seeds.1 is -1: input should be greater than or equal to 0"),
+        ("seed=-1", "seed is -1"),
+        ("seed=4294967296", "seed is 4294967296: input should be less than 4294967296"),
+        ("tasks={../up: {data: d, text: t, label: l}}", "task name '../up': wanted letters, digits"),
+        ("tasks={..: {data: d, text: t, label: l}}", "task name '..': wanted letters, digits"),
+        ("control={lr: []}", "control.lr is []"),
+        ("card.licence=mit", "unknown key 'card.licence'; did you mean 'license'?"),
+        ("card.version=2", "card.version is 2: input should be a valid string"),
         ("control={tasks: [qqp]}", "control.tasks names 'qqp', which is not in tasks"),
         ("name=a/b", "name is 'a/b'"),
         ("model=null", "model is None"),
@@ -134,6 +143,33 @@ def test_an_unknown_key_names_the_nearest(override, message):
 )
 def test_wrong_values_say_what_and_how_to_mend_it(override, message):
     assert message in refused(override)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("corpus.nsp=yes", "corpus.nsp is 'yes': input should be a valid boolean"),
+        ("corpus.nsp=1", "corpus.nsp is 1: input should be a valid boolean"),
+        ("corpus.max_length='64'", "corpus.max_length is '64': input should be a valid integer"),
+        ("prune.steps=1e5", "prune.steps is 100000.0: input should be a valid integer"),
+        ("prune.lr='1e-4'", "prune.lr is '1e-4': input should be a valid number"),
+        ("prune.lr=true", "prune.lr is True: input should be a valid number"),
+        ("tasks={mine: {data: d, text: t, label: 0}}", "tasks.mine.label is 0: input should be a valid string"),
+        ("seeds=['0']", "seeds.0 is '0': input should be a valid integer"),
+    ],
+)
+def test_values_are_not_coerced(override, message):
+    assert message in refused(override)
+
+
+def test_a_whole_number_may_stand_for_a_float():
+    assert make("prune.lr=1", "prune.final=0").prune.lr == 1
+
+
+def test_the_control_tries_the_prune_stages_rate_and_twice_that():
+    assert make("control=true", "prune.lr=5e-4").control.lr == [5e-4, 1e-3]
+    assert make("control={tasks: []}", "prune.lr=5e-4").control.lr == [5e-4, 1e-3]
+    assert make("control={lr: [3e-5]}", "prune.lr=5e-4").control.lr == [3e-5]
 
 
 def test_every_problem_is_on_the_one_line():
@@ -215,6 +251,7 @@ OPTIONS = st.fixed_dictionaries(
         "seeds": st.lists(st.integers(0, 99), min_size=1, max_size=3, unique=True),
         "control": st.booleans(),
         "precision": st.sampled_from(["bf16", "fp32"]),
+        "card": st.fixed_dictionaries({"version": st.sampled_from(["1", "2.10", "no"]), "authors": st.none()}),
         "data_root": st.none() | st.text("aé:#'\" 1.\\-[{\u4e2d", max_size=6),
         "distill": st.fixed_dictionaries({"hidden": st.floats(0, 10), "hard": st.floats(1e-9, 1)}),
         "teacher": st.none() | st.fixed_dictionaries({"lr": st.floats(1e-12, 1)}),

@@ -360,7 +360,7 @@ def test_max_length_beyond_the_tokenizer(tmp_path, tokenizer):
 
 def test_max_length_beyond_the_model(tmp_path, tokenizer):
     write(tmp_path / "d.jsonl", ROWS)
-    with pytest.raises(InputError, match="tasks.mine: max_length is 32 but the model has 24 positions; lower it"):
+    with pytest.raises(InputError, match=r"tasks.mine: max_length is 32 but the model has 24 positions; lower it"):
         load_task("mine", own(data="d.jsonl"), tokenizer, data_root=tmp_path, max_positions=24)
     load_task("mine", own(data="d.jsonl"), tokenizer, data_root=tmp_path, max_positions=32)
 
