@@ -267,12 +267,12 @@ def test_a_pickle_with_code_in_it_is_not_run(root, complaint, verb):
         "transfer": ["transfer", "model", "out", *task, "--teacher", "model"],
         "evaluate": ["evaluate", "model", *task],
     }[verb]
-    hint = "convert it with" if verb in ("inspect", "verify") else "holds more than weights and could run code"
-    assert hint in complaint(*arguments, run=verb == "run")
+    hints = ("convert it with: python", "holds more than weights and could run code")
+    assert any(hint in complaint(*arguments, run=verb == "run") for hint in hints)
     assert not (root / "sprung").exists()
     with open(root / "model" / "pytorch_model.bin", "wb") as file:
         pickle.dump({"weight": Trap()}, file)
-    assert hint in complaint(*arguments, run=verb == "run")
+    assert any(hint in complaint(*arguments, run=verb == "run") for hint in hints)
     assert not (root / "sprung").exists()
 
 
