@@ -3,14 +3,16 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForPreTraining, AutoModelForSequenceClassification
+from transformers import AutoModelForPreTraining, AutoModelForSequenceClassification, BertModel
 
 from pruneofa import pattern, recipe
 from pruneofa.errors import InputError
 from pruneofa.files import read_json
 from pruneofa.train import pipeline
 from pruneofa.train.estimate import estimate
-from tests.small import small_recipe, write_task
+from pruneofa.train.results import verify_run
+from tests.small import small_recipe, write_model, write_task
+from tests.tiny import tiny_bert
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +27,7 @@ def stage_folders(folder):
 
 
 def test_results_cover_every_stage_variant_and_seed(done):
-    settings, folder, results = done
+    _, folder, results = done
     names = {"teacher", "prune", "control"} | {
         f"tasks/mine/seed-{seed}/{variant}" for seed in (0, 1) for variant in ("teacher", "transfer", "control")
     }
@@ -46,9 +48,11 @@ def test_results_cover_every_stage_variant_and_seed(done):
 
 def test_control_saw_the_prune_stages_tokens(done):
     _, folder, results = done
-    tries = 2
-    assert results["stages"]["control"]["tokens"] == tries * results["stages"]["prune"]["tokens"]
-    assert read_json(folder / "control" / "metrics.json")["lr"] in (1e-4, 1e-3)
+    assert results["stages"]["control"]["tokens"] == results["stages"]["prune"]["tokens"]
+    metrics = read_json(folder / "control" / "metrics.json")
+    assert metrics["lr"] in (1e-4, 1e-3)
+    assert metrics["loss"] == min(metrics["loss_lr_0.0001"], metrics["loss_lr_0.001"])
+    assert metrics["tokens_of_all_rates"] == 2 * results["stages"]["prune"]["tokens"]
 
 
 def test_every_folder_is_an_ordinary_one(done):
@@ -71,7 +75,7 @@ def test_pruned_weights_are_plus_zero_and_stay_so(done):
         assert found["ok"] and found["extra_zeros"] == 0
         for _, weight in pattern.read_weights(str(task)):
             assert not (torch.from_numpy(weight.copy()).signbit() & (torch.from_numpy(weight.copy()) == 0)).any()
-    assert pipeline.verify_run(settings, folder) == 2
+    assert verify_run(settings, folder) == 2
 
 
 def test_own_labels_reach_the_config(done):
@@ -122,6 +126,62 @@ def test_changed_settings_need_redo_and_touch_only_what_depends_on_them(done, tm
     assert (copy / "tasks/mine/seed-0/teacher/stage.json").stat().st_mtime_ns == teacher
     assert read_json(copy / "tasks/mine/seed-0/transfer/stage.json")["fingerprint"] != transfer["fingerprint"]
     assert not list(copy.rglob("*.old"))
+
+
+def test_unfinished_work_with_other_settings_needs_redo_too(tmp_path):
+    settings = small_recipe(tmp_path / "data")
+    folder = tmp_path / "run"
+    this = pipeline.Run(settings, folder)
+    mark = this.work / "prune" / "fingerprint"
+    mark.parent.mkdir(parents=True)
+    mark.write_text("of two days' work")
+    (mark.parent / "checkpoint-2").mkdir()
+    with pytest.raises(InputError, match=r"prune \(unfinished\).*--redo"):
+        this.check(this.stages(), redo=False)
+    assert (mark.parent / "checkpoint-2").exists()
+
+
+def test_what_only_costs_memory_may_change_and_the_tokenizer_may_not(tmp_path):
+    settings = small_recipe(tmp_path / "data")
+
+    def prints(recipe):
+        return {stage.name: stage.fingerprint for stage in pipeline.Run(recipe, tmp_path / "run").stages()}
+
+    before = prints(settings)
+    cheaper = settings.model_copy(deep=True)
+    cheaper.prune.micro_batch, cheaper.prune.checkpoint_activations, cheaper.teacher.save_steps = 2, True, 3
+    assert prints(cheaper) == before
+    tokenizer = tmp_path / "data" / "model" / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace('"lowercase":true', '"lowercase":false') + " ")
+    assert all(before[name] != new for name, new in prints(settings).items())
+
+
+def test_a_second_process_is_kept_out(tmp_path):
+    refused = pytest.raises(InputError, match="another pruneofa is at work here")
+    with pipeline.only_one(tmp_path / "run"), refused, pipeline.only_one(tmp_path / "run"):
+        pass
+
+
+def test_a_teacher_without_a_trained_head_is_refused_before_anything_is_written(tmp_path):
+    settings = small_recipe(tmp_path / "data")
+    for change, message in (
+        ({"teacher": str(tmp_path / "data" / "model")}, "not fine-tuned for classification"),
+        ({}, None),
+    ):
+        recipe_now = settings.model_copy(deep=True)
+        recipe_now.tasks["mine"] = recipe_now.tasks["mine"].model_copy(update=change)
+        this = pipeline.Run(recipe_now, tmp_path / "run")
+        if message:
+            with pytest.raises(InputError, match=message):
+                this.check(this.stages(), redo=False)
+        else:
+            this.check(this.stages(), redo=False)
+    headless = write_model(tmp_path / "headless", tiny_bert(BertModel))
+    alone = settings.model_copy(update={"model": str(headless), "teacher": None})
+    this = pipeline.Run(alone, tmp_path / "run")
+    with pytest.raises(InputError, match="its pre-training head is missing"):
+        this.check(this.stages(), redo=False)
+    assert not (tmp_path / "run").exists()
 
 
 def test_another_recipes_folder_is_refused(done, tmp_path):

@@ -90,6 +90,7 @@ def run_demo(out: Path, recipe_file: Path, overrides: Sequence[str] = (), *, red
         CheckFailed when the transferred model does not keep the sparse model's pattern.
     """
     from pruneofa.train import pipeline
+    from pruneofa.train import results as results_of
     from pruneofa.train.baseline import baseline
 
     data = out / "data"
@@ -110,8 +111,8 @@ def run_demo(out: Path, recipe_file: Path, overrides: Sequence[str] = (), *, red
         for variant, value in baseline(run.task(name)).items():
             accuracies[variant] = {"mean": value, "runs": [{"seed": recipe.seed, "value": value}]}
     files.write_json(out / "results.json", results)
-    pipeline.write_reports(recipe, out, results)
-    checked = pipeline.verify_run(recipe, out)
+    results_of.write_reports(recipe, out, results)
+    checked = results_of.verify_run(recipe, out)
     sys.stderr.write(f"verify: ok, {checked} task model keeps every zero of the sparse model\n")
     return results
 

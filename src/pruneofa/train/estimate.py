@@ -11,7 +11,7 @@ from torch import nn
 from pruneofa.progress import progress
 from pruneofa.recipe import Control, Corpus, Prune, Recipe, Task, Teacher
 from pruneofa.train import tasks as task_data
-from pruneofa.train.models import load_for_pretraining
+from pruneofa.train.models import load_for_pretraining, load_for_task
 from pruneofa.train.pipeline import Run, Stage, check_folder
 from pruneofa.train.stages import student_objective, teacher_objective, transfer_objective
 from pruneofa.train.trainer import last_checkpoint, split_batch
@@ -106,7 +106,9 @@ def _task_probe(
     spec: Task = recipe.tasks[name].resolved(name)
     task: task_data.Task = this.task(name)
     own_loss = dense or (spec.teacher is None and recipe.model_is_sparse and recipe.dense_model is None)
-    objective = transfer_objective(recipe.model, None if own_loss else recipe.model, spec, task)
+    # Timing needs a teacher of the right size, not a trained one.
+    teacher = None if own_loss else load_for_task(recipe.model, task.kind, **task.model_kwargs())
+    objective = transfer_objective(recipe.model, teacher, spec, task)
     batch = _random_batch(objective, spec.batch or 32, max(8, round(tokens_per_step / (spec.batch or 32))))
     answers = torch.zeros(len(batch["input_ids"]), dtype=torch.long)
     keys = ("start_positions", "end_positions") if task.kind == "qa" else ("labels",)

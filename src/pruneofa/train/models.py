@@ -18,6 +18,10 @@ transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 SUPPORTED = ("bert", "distilbert", "roberta")
+IDENTITY = (
+    "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.txt", "vocab.json", "merges.txt",
+)  # fmt: skip
 # Parameters that a folder may lack because a new head is trained on top of it.
 HEADS = ("cls.", "lm_head.", "vocab_", "classifier.", "pre_classifier.", "qa_outputs.", "pooler.")
 
@@ -44,16 +48,17 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         ) from None
 
 
-def load_for_pretraining(path: str, *, nsp: bool) -> PreTrainedModel:
+def load_for_pretraining(path: str, *, nsp: bool, trained_head: bool = False) -> PreTrainedModel:
     """Encoder with MLM head (and NSP head): a head that the folder lacks is new, on tied embeddings.
 
-    Raises InputError when encoder weights are missing, or NSP is asked of an architecture without it.
+    Raises InputError when encoder weights are missing, NSP is asked of an architecture without it, or a
+    `trained_head` is needed and missing: the logits of a new one would be noise to distil from.
     """
     config = load_config(path)
     if nsp and config.model_type != "bert":
         raise InputError(f"corpus.nsp is true but {config.model_type} has no next-sentence head; set corpus.nsp=false")
     architecture = transformers.AutoModelForPreTraining if nsp else transformers.AutoModelForMaskedLM
-    return _load(architecture, path)
+    return _load(architecture, path, new=() if trained_head else HEADS)
 
 
 def load_for_task(path: str, kind: str, **head: Any) -> PreTrainedModel:
@@ -83,10 +88,16 @@ def read_model(architecture: Any, path: str | Path, **options: Any) -> tuple[Pre
         ) from None
 
 
-def _load(architecture: Any, path: str, **options: Any) -> PreTrainedModel:
+def _load(architecture: Any, path: str, new: tuple[str, ...] = HEADS, **options: Any) -> PreTrainedModel:
     model, info = read_model(architecture, path, **options)
     prefix = f"{model.base_model_prefix}."
     missing = [name for name in info["missing_keys"] if not name.removeprefix(prefix).startswith(HEADS)]
+    untrained = [name for name in info["missing_keys"] if not name.removeprefix(prefix).startswith(new)]
+    if untrained and not missing:
+        raise InputError(
+            f"model {path}: its pre-training head is missing ({sorted(untrained)[0]}), so its logits cannot be "
+            "distilled; add a teacher stage, or set distill to hard: 0, kd: 0, hidden: 1"
+        )
     if missing:
         raise InputError(
             f"model {path}: {len(missing)} encoder weights are missing, such as {sorted(missing)[0]}; "
@@ -111,19 +122,18 @@ def reorder_classes(model: PreTrainedModel, order: list[int]) -> None:
 
 
 def model_fingerprint(path: str) -> str:
-    """Content fingerprint of a local model folder; of a hub id, its present commit."""
+    """Content fingerprint of a local model folder, tokenizer included; of a hub id, its present commit."""
     folder = Path(path)
     if folder.is_dir():
-        files = sorted(p for p in folder.iterdir() if p.name == "config.json" or p.suffix in (".safetensors", ".bin"))
+        files = sorted(p for p in folder.iterdir() if p.name in IDENTITY or p.suffix in (".safetensors", ".bin"))
         return fingerprint({p.name: file_fingerprint(p) for p in files})
     _explain_missing_folder(path)
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub import hf_hub_download
 
-    try:
-        return str(HfApi().model_info(path).sha)
-    except (HfHubHTTPError, OSError) as error:
-        raise InputError(f"model {path}: neither a folder nor reachable on the hub ({_first_line(error)})") from None
+    try:  # the folder of a cached file is named after the commit, so this works offline too
+        return Path(hf_hub_download(path, "config.json")).parent.name
+    except Exception as error:  # hub, HTTP and validation errors have no common type
+        raise InputError(f"model {path}: neither a folder nor a model on the hub ({_first_line(error)})") from None
 
 
 def _explain_missing_folder(path: str) -> None:

@@ -3,22 +3,20 @@
 import contextlib
 import fcntl
 import json
-import platform
 import shutil
-import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 from pruneofa import pattern
-from pruneofa.errors import CheckFailed, InputError
+from pruneofa.errors import InputError
 from pruneofa.files import fingerprint, new_folder, read_json, write_json, write_text
 from pruneofa.recipe import Control, Recipe, Task, dump, load
 from pruneofa.train import corpus, tasks
 from pruneofa.train.models import load_tokenizer, model_fingerprint
+from pruneofa.train.results import collect, environment, versions, write_reports
 from pruneofa.train.stages import (
     Emit,
     Outcome,
@@ -35,7 +33,6 @@ from pruneofa.train.stages import (
 from pruneofa.train.trainer import processes
 
 FORMAT = 1  # part of every fingerprint: raise it when a stage's result changes for the same settings
-PACKAGES = ("pruneofa", "torch", "transformers", "datasets", "tokenizers", "numpy")
 WORK, LOCK = ".work", ".lock"
 
 
@@ -132,6 +129,8 @@ class Run:
         refuse_changes(stages, self.work, redo)
         pending = {stage.name for stage in stages if stage.status != "done"}
         recipe = self.recipe
+        if recipe.model_is_sparse:
+            pattern.inspect(recipe.model)
         if recipe.dense_model is not None:
             check_vocabulary(recipe.model, recipe.dense_model)
         if recipe.corpus and pending & {"teacher", "prune", "control"}:
@@ -196,9 +195,10 @@ class Run:
             teacher_of, teacher_print = str(folder / "teacher"), stages[0].fingerprint
         elif spec.teacher is not None:
             teacher_print = model_fingerprint(spec.teacher)
-            build = self._measure(name, spec, spec.teacher)
-            inputs = {"model": teacher_print, "data": data}
-            stages.append(Stage(f"tasks/{name}/seed-{seed}/teacher", folder / "teacher", {}, inputs, build))
+            if seed == recipe.seeds[0]:  # one model, whatever the seed of the students
+                build = self._measure(name, spec, spec.teacher)
+                inputs = {"model": teacher_print, "data": data}
+                stages.append(Stage(f"tasks/{name}/seed-{seed}/teacher", folder / "teacher", {}, inputs, build))
         else:
             teacher_print = ""
         for variant, (start, start_print) in starts.items():
@@ -404,114 +404,6 @@ def carry_out(stage: Stage, work_root: Path, emit: Emit) -> None:
         emit({"event": "done", "stage": stage.name, "seconds": record["seconds"], "metrics": outcome.metrics})
         shutil.rmtree(work, ignore_errors=True)
     state.wait_for_everyone()
-
-
-def collect(recipe: Recipe, folder: Path, stages: list[Stage]) -> dict[str, Any]:
-    """results.json from what the stages' folders hold."""
-    costs = {}
-    measured: dict[str, Any] = {}
-    for stage in stages:
-        record = read_json(stage.folder / "stage.json")
-        costs[stage.name] = {"tokens": record["tokens"], "seconds": record["seconds"]}
-        if not stage.name.startswith("tasks/"):
-            continue
-        _, task, seed, variant = stage.name.split("/")
-        for metric, value in read_json(stage.folder / "metrics.json").items():
-            runs = measured.setdefault(task, {}).setdefault(metric, {})
-            entry = runs.setdefault("dense" if variant == "teacher" else variant, {"mean": 0.0, "runs": []})
-            entry["runs"].append({"seed": int(seed.removeprefix("seed-")), "value": value})
-            entry["mean"] = statistics.fmean(run["value"] for run in entry["runs"])
-    inspection = pattern.inspect(sparse_folder(recipe, folder))
-    results = {
-        "recipe": publishable(recipe),
-        "sparsity": inspection["encoder"],
-        "versions": read_json(Path(sparse_folder(recipe, folder)) / "stage.json")["versions"]
-        if recipe.prune
-        else versions(),
-        "stages": costs,
-        "sizes": inspection["sizes"],
-        "latency": {},
-        "tasks": measured,
-    }
-    write_json(folder / "results.json", results)
-    return results
-
-
-def write_reports(recipe: Recipe, folder: Path, results: dict[str, Any]) -> None:
-    """table.md, the model card in sparse/, and report.html."""
-    from pruneofa.train.card import write_card, write_table
-    from pruneofa.train.report import write_report
-
-    inspection = pattern.inspect(sparse_folder(recipe, folder))
-    log = folder / "log.jsonl"
-    events = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
-    write_text(folder / "table.md", write_table([results]))
-    shown = publishable(recipe)
-    if recipe.prune:
-        write_card(folder / "sparse", results=results, recipe=shown, inspection=inspection, versions=versions())
-    write_report(folder / "report.html", results=results, recipe=shown, inspection=inspection, events=events)
-
-
-def verify_run(recipe: Recipe, folder: Path) -> int:
-    """Number of task models proved to keep the sparse model's pattern. Raises CheckFailed naming one that does not."""
-    checked = 0
-    for transfer in sorted((folder / "tasks").glob("*/seed-*/transfer")):
-        result = pattern.verify(sparse_folder(recipe, folder), str(transfer))
-        if not result["ok"]:
-            raise CheckFailed(f"{transfer}: {result['revived'] or result['missing']} differ from the sparse model")
-        checked += 1
-    return checked
-
-
-def sparse_folder(recipe: Recipe, folder: Path) -> str:
-    """Where the sparse pre-trained model is."""
-    return str(folder / "sparse") if recipe.prune else recipe.model
-
-
-def publishable(recipe: Recipe) -> dict[str, Any]:
-    """The recipe without the places of one machine: absolute paths become their last part."""
-
-    def shorten(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: shorten(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [shorten(item) for item in value]
-        if isinstance(value, str) and Path(value).is_absolute():
-            return Path(value).name
-        return value
-
-    return shorten(recipe.model_dump()) | {"data_root": None}
-
-
-def versions() -> dict[str, str]:
-    """Versions of everything that can change a number."""
-    return {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
-
-
-def environment() -> dict[str, Any]:
-    """Versions and hardware, for run.json."""
-    import os
-
-    import torch
-
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {
-        "versions": versions(),
-        "hardware": {
-            "processor": _processor(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "gpus": devices,
-        },
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 def _visible(settings: Any) -> dict[str, Any]:

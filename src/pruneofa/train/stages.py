@@ -253,12 +253,17 @@ def student_objective(teacher: str, settings: Prune, distill: Distill, *, nsp: b
     return PretrainingObjective(student, load_for_pretraining(teacher, nsp=nsp), nsp=nsp, **distill.model_dump())
 
 
-def transfer_objective(model: str, teacher: str | None, spec: Task, task: task_data.Task) -> TransferObjective:
-    """A task model and the losses it is trained with; without a teacher the task's own loss alone."""
+def transfer_objective(
+    model: str, teacher: str | PreTrainedModel | None, spec: Task, task: task_data.Task
+) -> TransferObjective:
+    """A task model and the losses it is trained with; without a teacher the task's own loss alone.
+
+    Raises InputError when the folder `teacher` has no trained head for this task.
+    """
     student = load_for_task(model, task.kind, **task.model_kwargs())
     if teacher is None:
         return TransferObjective(student, None, kind=task.kind, hard=1.0, kd=0.0, temperature=1.0)
-    loaded = load_task_model(teacher, task.kind)
+    loaded = load_task_model(teacher, task.kind) if isinstance(teacher, str) else teacher
     if task.kind == "classification":
         reorder_classes(loaded, label_order(loaded.config, task))
     losses = spec.model_dump(include={"hard", "kd", "hidden", "temperature"})

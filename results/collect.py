@@ -1,0 +1,38 @@
+"""Copy what is worth keeping of a run into results/NAME: everything measured, no weights, no paths of a machine.
+
+    python results/collect.py runs/minilm-90
+
+Works on an unfinished run too: whatever stages are complete are copied.
+"""
+
+import shutil
+import sys
+from pathlib import Path
+
+import yaml
+
+from pruneofa.recipe import load
+from pruneofa.train.results import publishable
+
+WHOLE = ("run.json", "results.json", "table.md", "log.jsonl")
+OF_A_STAGE = ("metrics.json", "stage.json")
+
+
+def main(run: Path) -> None:
+    """Refresh results/NAME from a run's folder."""
+    recipe = load([run / "recipe.yaml"])
+    target = Path(__file__).parent / recipe.name
+    target.mkdir(exist_ok=True)
+    (target / "recipe.yaml").write_text(yaml.safe_dump(publishable(recipe), sort_keys=False))
+    stages = [file.parent for file in run.rglob("stage.json") if ".work" not in file.parts]
+    files = [run / name for name in WHOLE] + [stage / name for stage in stages for name in OF_A_STAGE]
+    for file in files:
+        if file.exists():
+            copy = target / file.relative_to(run)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
+    sys.stdout.write(f"{target}: {len(stages)} complete stages\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
