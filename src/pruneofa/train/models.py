@@ -57,8 +57,16 @@ def load_for_pretraining(path: str, *, nsp: bool, trained_head: bool = False) ->
     config = load_config(path)
     if nsp and config.model_type != "bert":
         raise InputError(f"corpus.nsp is true but {config.model_type} has no next-sentence head; set corpus.nsp=false")
-    architecture = transformers.AutoModelForPreTraining if nsp else transformers.AutoModelForMaskedLM
-    return _load(architecture, path, new=() if trained_head else HEADS)
+    new = () if trained_head else HEADS
+    if config.model_type != "bert":
+        return _load(transformers.AutoModelForMaskedLM, path, new)
+    if nsp:
+        return _load(transformers.AutoModelForPreTraining, path, new)
+    # BertForMaskedLM would drop the pooler, which classification starts from; the unused NSP head may be new.
+    _, info = read_model(transformers.AutoModel, path)
+    has_pooler = not any(name.startswith("pooler.") for name in info["missing_keys"])
+    architecture = transformers.AutoModelForPreTraining if has_pooler else transformers.AutoModelForMaskedLM
+    return _load(architecture, path, new or ("cls.seq_relationship.",))
 
 
 def load_for_task(path: str, kind: str, **head: Any) -> PreTrainedModel:

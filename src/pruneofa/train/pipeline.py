@@ -129,6 +129,8 @@ class Run:
         refuse_changes(stages, self.work, redo)
         pending = {stage.name for stage in stages if stage.status != "done"}
         recipe = self.recipe
+        if recipe.corpus and recipe.corpus.streaming and processes().num_processes > 1:
+            raise InputError("corpus.streaming is for one process; set corpus.streaming=false to train with several")
         if recipe.model_is_sparse:
             pattern.inspect(recipe.model)
         if recipe.dense_model is not None:
