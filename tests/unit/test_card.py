@@ -97,7 +97,7 @@ def test_rows_are_baselines_dense_transfer_control_and_retention():
 def test_one_seed_has_no_spread_and_empty_columns_can_be_dropped():
     results = example_results()
     results["tasks"] = {"sst2": {"accuracy": {"transfer": entry(87.25)}}}
-    results["recipe"], results["sparsity"], results["sizes"] = "mini", {"encoder": 0.85, "layers": {}}, {}
+    results["recipe"], results["sparsity"], results["sizes"] = {"name": "mini"}, 0.85, {}
     rows = table([results], drop_empty=True)
     ours = {"Sparsity": "0.85", "Model size": "-", "SST-2 (Acc)": "87.25"}
     assert rows["mini: Prune Once for All (1 seed)"] == {"Model": "mini: Prune Once for All (1 seed)"} | ours
@@ -143,6 +143,8 @@ SST2 = ("tasks", "sst2", "accuracy")
         ([], r"^x: the whole file is \[\], wanted a mapping"),
         (change(["tasks"], None), r"^x: tasks is missing"),
         (change(["recipe"], {}), r"^x: recipe.name is None"),
+        (change(["recipe"], "mini"), r"^x: recipe is 'mini', wanted a mapping"),
+        (change(["sparsity"], {"encoder": 0.9}), r"^x: sparsity is {'encoder': 0.9}, wanted a number"),
         (change(["sparsity"], 90), r"^x: sparsity is 90, wanted a number from 0 to 1"),
         (change(["stages"], {"prune": {"seconds": 1}}), r"^x: stages.prune.tokens is None"),
         (change(["tasks", "sst2"], {"acuracy": {}}), r"^x: tasks.sst2 has 'acuracy'; did you mean 'accuracy'\?"),
@@ -181,10 +183,12 @@ def test_card_has_every_section_of_the_published_card(tmp_path):
 
 
 def test_card_metadata_survives_the_way_through_yaml(tmp_path):
-    card_of(tmp_path, license="mit", base_model="sentence-transformers/all-MiniLM-L6-v2")
+    stated = {"license": "mit", "base_model": "sentence-transformers/all-MiniLM-L6-v2", "authors": "A | B"}
+    text = card_of(tmp_path, recipe=example_recipe(card=stated | {"version": "2.10", "language": ["de", "en"]}))
+    assert "| Model Authors | A \\| B |" in text and "| Version | 2.10 |" in text and "| License | mit;" in text
     card = ModelCard.load(tmp_path / "README.md")
     block = yaml.safe_load((tmp_path / "README.md").read_text().split("---\n")[1])
-    assert block["language"] == ["en"]
+    assert block["language"] == ["de", "en"]
     assert block["license"] == "mit"
     assert block["library_name"] == "transformers"
     assert block["pipeline_tag"] == "fill-mask"
@@ -233,6 +237,16 @@ def test_card_shows_no_path_of_this_machine(tmp_path):
         ("~/model", "model"),
         ("../shared/wiki", "wiki"),
         ("C:\\data\\wiki", "wiki"),
+        ("~someone/wiki/", "wiki"),
+        ("~", "."),
+        ("..", "."),
+        ("../..", "."),
+        ("/", "."),
+        ("data/../../someone/wiki", "wiki"),
+        ("\\\\server\\wiki", "wiki"),
+        (r"\.layer\.0\.", r"\.layer\.0\."),
+        ("~ 5 people", "~ 5 people"),
+        ("a..b", "a..b"),
         ("file:///a/b", "b"),
         ("wikimedia/wikipedia", "wikimedia/wikipedia"),
         ("data/wiki", "data/wiki"),
@@ -280,6 +294,25 @@ def test_snippet_of_the_card_runs_with_transformers_alone(tmp_path, capsys):
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
     exec(code.replace('"minilm-90"', repr(str(tmp_path))), {})
     assert "sparsity 0.0" in capsys.readouterr().out
+
+
+def test_the_method_follows_the_recipe(tmp_path):
+    def method(**changes):
+        return card_of(tmp_path, recipe=example_recipe(**changes)).split("student pruning (")[1].split(")")[0]
+
+    start = "gradual magnitude pruning with distillation from the dense teacher"
+    for rewind, said in (("sawtooth", ", with learning-rate"), ("cyclic", ", with cyclic learning-rate"), ("none", "")):
+        expected = f"{start}{said} rewinding" if said else start
+        assert method(prune={"steps": 2000, "rewind": rewind}) == expected
+    alone = method(prune={"steps": 2000, "rewind": "none"}, distill={"hard": 1, "kd": 0})
+    assert alone == "gradual magnitude pruning"
+    assert "the last checkpoint of each run is reported" in card_of(tmp_path)
+
+
+def test_a_recipe_of_before_there_was_a_card_section(tmp_path):
+    recipe = example_recipe()
+    del recipe["card"]
+    assert "| Model Authors | Not stated by whoever ran the recipe |" in card_of(tmp_path, recipe=recipe)
 
 
 def test_results_are_not_changed(tmp_path):

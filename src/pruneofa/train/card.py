@@ -11,6 +11,7 @@ from typing import Any
 
 from pruneofa.errors import InputError
 from pruneofa.files import read_json, write_text
+from pruneofa.recipe import Card, to_yaml
 
 METRICS = ("exact_match", "f1", "accuracy", "accuracy_mm")
 # In the order of the table's rows. `*_engine` of each is allowed too.
@@ -41,6 +42,9 @@ HUB = {
     "qnli": ("GLUE QNLI", "nyu-mll/glue", "qnli"),
     "sst2": ("GLUE SST-2", "nyu-mll/glue", "sst2"),
 }
+# A path that begins with /, ~ or ~name, a drive, a share, . or .., or goes up in the middle. A regular expression
+# that begins with a backslash, as in prune.skip, is none.
+_OF_A_MACHINE = re.compile(r"^((file:)?/|~\w*([/\\]|$)|[A-Za-z]:[/\\]|\\\\|\.\.?([/\\]|$))|[/\\]\.\.([/\\]|$)")
 METRIC_NAMES = {"exact_match": "Exact match", "f1": "F1", "accuracy": "Accuracy", "accuracy_mm": "Accuracy"}
 NOTES = (
     "Percent on the validation data, mean over the seeds ± half their range (one seed: no ±), of the last "
@@ -65,14 +69,10 @@ def check_results(value: Any, source: str = "results") -> dict[str, Any]:
     for key in ("recipe", "sparsity", "versions", "stages", "tasks"):
         if key not in top:
             raise InputError(f"{source}: {key} is missing; is this a results.json of pruneofa?")
-    if not isinstance(top["recipe"], str):
-        name = _mapping(top["recipe"], source, "recipe").get("name")
-        if not isinstance(name, str):
-            raise InputError(f"{source}: recipe.name is {name!r}, wanted text")
-    sparsity = top["sparsity"]
-    if isinstance(sparsity, dict):
-        sparsity = sparsity.get("encoder")
-    _number(sparsity, source, "sparsity", 1)
+    name = _mapping(top["recipe"], source, "recipe").get("name")
+    if not isinstance(name, str):
+        raise InputError(f"{source}: recipe.name is {name!r}, wanted text")
+    _number(top["sparsity"], source, "sparsity", 1)
     for stage, costs in _mapping(top["stages"], source, "stages").items():
         for key in ("tokens", "seconds"):
             _number(_mapping(costs, source, f"stages.{stage}").get(key), source, f"stages.{stage}.{key}")
@@ -130,18 +130,6 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
-def run_name(results: dict[str, Any]) -> str:
-    """The recipe's name, whether the results carry the whole recipe or only its name."""
-    recipe = results["recipe"]
-    return recipe if isinstance(recipe, str) else recipe["name"]
-
-
-def encoder_sparsity(results: dict[str, Any]) -> float:
-    """Fraction of zeros in the encoder's linear weights."""
-    sparsity = results["sparsity"]
-    return float(sparsity["encoder"] if isinstance(sparsity, dict) else sparsity)
-
-
 # ------------------------------------------------------------------------------------------------- the table
 
 
@@ -170,10 +158,10 @@ def table_rows(results: Sequence[dict[str, Any]], *, drop_empty: bool = False) -
     for result in results:
         for variant in _variants(result):
             numbers = [_score(result, task, metrics, variant) for _, task, metrics in columns]
-            name = f"{run_name(result)}: {variant_name(variant)} ({_seeds(result, variant)})"
+            name = f"{result['recipe']['name']}: {variant_name(variant)} ({_seeds(result, variant)})"
             rows.append([name, _sparsity(result, variant), _size(result, variant), *numbers])
         kept = [_retention(result, task, metrics) for _, task, metrics in columns]
-        rows.append([f"{run_name(result)}: retention (%)", "-", "-", *kept])
+        rows.append([f"{result['recipe']['name']}: retention (%)", "-", "-", *kept])
     return ["Model", "Sparsity", "Model size", *(title for title, _, _ in columns)], rows
 
 
@@ -240,7 +228,7 @@ def _sparsity(result: dict[str, Any], variant: str) -> str:
     base = variant.removesuffix("_engine")
     if base in NO_ENCODER:
         return "-"
-    return "0" if base == "dense" else f"{encoder_sparsity(result):.3g}"
+    return "0" if base == "dense" else f"{result['sparsity']:.3g}"
 
 
 def _size(result: dict[str, Any], variant: str) -> str:
@@ -272,32 +260,29 @@ def write_card(
     recipe: dict[str, Any],
     inspection: dict[str, Any],
     versions: dict[str, Any],
-    license: str = "apache-2.0",
-    authors: str | None = None,
-    base_model: str | None = None,
-    version: str = "1",
     date: str | None = None,
 ) -> Path:
     """Write `folder`/README.md, a Hugging Face model card, and the figure method.svg beside it.
 
     `recipe` is the resolved recipe as a plain mapping, `inspection` what `pattern.inspect` says of the folder.
-    `base_model` is the hub id to name when the recipe starts from a local copy; `date` is ISO, today by default.
+    Its `card` section holds license, authors, base model, version and language; `date` is ISO, today by default.
     Nothing in the card shows where on this machine anything lies. Raises InputError for bad `results`.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
     check_results(results)
+    stated = Card.model_validate(recipe.get("card") or {})
     config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
     heads = config.get("architectures") or ["BertForPreTraining"]
     fill_mask = any(head.endswith(("ForMaskedLM", "ForPreTraining")) for head in heads)
     evaluations = _evaluations(results, recipe)
     data = ModelCardData(
-        language=["en"],
-        license=license,
+        language=stated.language,
+        license=stated.license,
         library_name="transformers",
         pipeline_tag="fill-mask" if fill_mask else "feature-extraction",
         tags=["sparse", "prune-once-for-all", "pruning", *([config["model_type"]] if "model_type" in config else [])],
-        base_model=base_model or (recipe["model"] if is_hub_id(recipe["model"]) else None),
+        base_model=stated.base_model or (recipe["model"] if is_hub_id(recipe["model"]) else None),
         datasets=[source for source in _sources(recipe) if is_hub_id(source)] or None,
         metrics=list(dict.fromkeys(e.metric_type for e in evaluations)) or None,
         model_name=recipe["name"],
@@ -313,12 +298,12 @@ def write_card(
         versions=portable(versions),
         config=config,
         fill_mask=fill_mask,
-        license=license,
-        authors=authors or "Not stated by whoever ran the recipe",
+        license=stated.license,
+        authors=stated.authors or "Not stated by whoever ran the recipe",
         base_model=data.base_model,
-        version=version,
+        version=stated.version,
         date=date or datetime.datetime.now(datetime.UTC).date().isoformat(),
-        sparsity=encoder_sparsity(results),
+        sparsity=results["sparsity"],
         table=write_table([results]) if results["tasks"] else "",
         architecture=architecture(config),
         sources=_sources(portable(recipe)),
@@ -350,26 +335,26 @@ def render(template: str, *, autoescape: bool, **values: Any) -> str:
 
 
 def portable(value: Any) -> Any:
-    """`value` with every absolute or upward path in it cut down to its last part."""
+    """`value` with every path in it that is absolute, upward or in a home folder cut down to its last part."""
     if isinstance(value, dict):
         return {key: portable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [portable(item) for item in value]
     if isinstance(value, Path):
         value = str(value)
-    if isinstance(value, str) and re.match(r"(file:)?[/\\]|~|[A-Za-z]:[/\\]|\.\.?([/\\]|$)", value):
-        return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
+    if isinstance(value, str) and _OF_A_MACHINE.search(value):
+        last = re.split(r"[/\\]", value.rstrip("/\\"))[-1]
+        return last if re.search(r"\w", last) and not last.startswith("~") else "."
     return value
 
 
 def recipe_yaml(recipe: dict[str, Any]) -> str:
     """The recipe as YAML that loads again: no paths of this machine, no keys that are at their empty default."""
-    import yaml
 
     def stated(value: Any) -> Any:
         return {k: stated(v) for k, v in value.items() if v is not None} if isinstance(value, dict) else value
 
-    return yaml.safe_dump(stated(portable(recipe)), sort_keys=False, allow_unicode=True).strip()
+    return to_yaml(stated(portable(recipe))).strip()
 
 
 def is_hub_id(name: str) -> bool:

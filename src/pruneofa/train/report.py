@@ -13,7 +13,6 @@ from pruneofa.train.card import (
     NOTES,
     VARIANTS,
     check_results,
-    encoder_sparsity,
     portable,
     recipe_yaml,
     render,
@@ -95,7 +94,7 @@ def _script(chart: Any) -> str:
 def _tiles(results: dict[str, Any], inspection: dict[str, Any]) -> list[tuple[str, str]]:
     """The few numbers at the top of the page: (number, what it is)."""
     tiles = [
-        (f"{encoder_sparsity(results):.3g}", "encoder sparsity"),
+        (f"{results['sparsity']:.3g}", "encoder sparsity"),
         (f"{_thousands(inspection['nonzeros'])} of {_thousands(inspection['weights'])}", "encoder weights left"),
     ]
     ratios = [
