@@ -11,9 +11,9 @@ from torch import nn
 from pruneofa.progress import progress
 from pruneofa.recipe import Control, Corpus, Prune, Recipe, Task, Teacher
 from pruneofa.train import tasks as task_data
-from pruneofa.train.models import load_for_pretraining, load_for_task
+from pruneofa.train.models import load_for_pretraining, load_for_task, load_tokenizer
 from pruneofa.train.pipeline import Run, Stage, check_folder
-from pruneofa.train.stages import student_objective, teacher_objective, transfer_objective
+from pruneofa.train.stages import Text, student_objective, teacher_objective, transfer_objective
 from pruneofa.train.trainer import last_checkpoint, split_batch
 
 PROBE_STEPS = 5
@@ -24,11 +24,15 @@ def estimate(recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
     """One row per stage: {"stage", "status", "steps", "tokens", "minutes"}.
 
     `tokens` counts positions of full-length examples for text, real tokens for tasks. `status` is done
-    (skipped), changed (refused without --redo), resume or run. Nothing is written.
+    (skipped), changed (finished or begun with other settings: refused without --redo), resume or run; the
+    minutes of resume are those that are left. Nothing is written, so the corpus is not tokenized.
+
+    Raises InputError for what a run would refuse, changed stages apart.
     """
     check_folder(recipe, folder)
-    this = Run(recipe, folder)
+    this = _DryRun(recipe, folder)
     stages = this.stages()
+    this.check(stages, redo=True)
     rows = []
     with progress("timing 5 steps of each stage", len(stages)) as advance:
         timed: dict[Any, float] = {}
@@ -39,17 +43,42 @@ def estimate(recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
     return [*rows, {"stage": "total", "status": "", "steps": None, "tokens": None, "minutes": round(total, 1)}]
 
 
+class _DryRun(Run):
+    """A run that checks everything but the content of its corpus: tokenizing takes hours and fills the cache."""
+
+    def text(self) -> Text:
+        """The corpus unread."""
+        assert self.recipe.corpus is not None
+        return Text(self.recipe.corpus, None, load_tokenizer(self.recipe.model))
+
+
 def _row(this: Run, stage: Stage, timed: dict[Any, float]) -> dict[str, Any]:
-    status = stage.status
-    if status == "run" and last_checkpoint(this.work / stage.name):
-        status = "resume"
     kind, steps, tokens = _size(this, stage)
+    status, done = stage.status, 0
+    mark = this.work / stage.name / "fingerprint"
+    if status == "run" and mark.exists():
+        begun_otherwise = mark.read_text() != stage.fingerprint
+        done = 0 if begun_otherwise else _steps_done(this, this.work / stage.name)
+        status = "changed" if begun_otherwise else "resume" if done else "run"
     row = {"stage": stage.name, "status": status, "steps": steps, "tokens": tokens, "minutes": 0.0}
     if status != "done" and steps:
         if kind not in timed:
             timed[kind] = _seconds_per_token(this, stage, tokens / steps)
-        row["minutes"] = round(timed[kind] * tokens / 60, 1)
+        left = 1 - done / steps if status == "resume" else 1
+        row["minutes"] = round(timed[kind] * tokens / 60 * left, 1)
     return row
+
+
+def _steps_done(this: Run, work: Path) -> int:
+    """Optimizer steps that a run would not repeat, over all learning rates of a control."""
+    done = 0
+    for folder in [work, *sorted(work.glob("lr-*"))]:
+        if (folder / "done.json").exists():
+            assert this.recipe.prune is not None
+            done += this.recipe.prune.steps
+        elif checkpoint := last_checkpoint(folder):
+            done += int(checkpoint.name.rpartition("-")[2])
+    return done
 
 
 def _size(this: Run, stage: Stage) -> tuple[Any, int, int]:
@@ -58,18 +87,20 @@ def _size(this: Run, stage: Stage) -> tuple[Any, int, int]:
     if stage.name in ("teacher", "prune", "control"):
         settings = recipe.teacher if stage.name == "teacher" else recipe.prune
         assert settings is not None and recipe.corpus is not None
-        tries = len(recipe.control.lr) if stage.name == "control" and isinstance(recipe.control, Control) else 1
+        control = recipe.control if stage.name == "control" and isinstance(recipe.control, Control) else None
+        tries = len(control.lr or []) if control else 1
         kind = "teacher" if stage.name == "teacher" else "prune"
         return kind, settings.steps * tries, settings.steps * tries * settings.batch * recipe.corpus.max_length
-    _, name, _, variant = stage.name.split("/")
+    _, name, seed, variant = stage.name.split("/")
     spec = recipe.tasks[name].resolved(name)
     if variant == "teacher" and spec.teacher is not None:
         return None, 0, 0
     data = this.task(name).train
     epochs = spec.dense_epochs if variant == "teacher" else spec.epochs
-    assert epochs is not None and spec.batch is not None
+    assert data is not None and epochs is not None and spec.batch is not None
     kind = (name, "dense" if variant == "teacher" else "transfer")
-    return kind, len(data.lengths) * epochs // spec.batch, int(sum(data.lengths)) * epochs
+    positions = data.train_dataset(spec.batch, int(seed.removeprefix("seed-")), epochs)
+    return kind, len(positions) // spec.batch, int(sum(data.lengths)) * epochs
 
 
 def _seconds_per_token(this: Run, stage: Stage, tokens_per_step: float) -> float:
