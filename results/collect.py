@@ -9,10 +9,8 @@ import shutil
 import sys
 from pathlib import Path
 
-import yaml
-
-from pruneofa.recipe import load
-from pruneofa.train.results import publishable
+from pruneofa.recipe import load, to_yaml
+from pruneofa.train.card import portable
 
 WHOLE = ("run.json", "results.json", "table.md", "log.jsonl")
 OF_A_STAGE = ("metrics.json", "stage.json")
@@ -23,7 +21,8 @@ def main(run: Path) -> None:
     recipe = load([run / "recipe.yaml"])
     target = Path(__file__).parent / recipe.name
     target.mkdir(exist_ok=True)
-    (target / "recipe.yaml").write_text(yaml.safe_dump(publishable(recipe), sort_keys=False))
+    shown = portable(recipe.model_dump()) | {"data_root": None}
+    (target / "recipe.yaml").write_text(to_yaml(shown), encoding="utf-8")
     stages = [file.parent for file in run.rglob("stage.json") if ".work" not in file.parts]
     files = [run / name for name in WHOLE] + [stage / name for stage in stages for name in OF_A_STAGE]
     for file in files:
