@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
 
 from pruneofa import __version__
 from pruneofa.errors import CheckFailed, InputError
@@ -23,7 +23,7 @@ examples:
   pruneofa transfer Intel/bert-base-uncased-sparse-90-unstructured-pruneofa out --task sst2
   pruneofa verify runs/minilm-90/sparse runs/minilm-90/tasks/sst2/seed-0/transfer
 
-exit codes: 0 done, 1 a check failed, 2 wrong input, 3 anything else
+exit codes: 0 done, 1 a check failed, 2 wrong input, 3 anything else (disk full, a package missing), 130 interrupted
 """
 
 
@@ -41,27 +41,37 @@ def _main(arguments: Sequence[str]) -> int:
         sys.stdout.flush()
         return code
     except InputError as error:
-        return _say(f"error: {error}", 2)
+        return _say(f"error: {error}", 3 if _disk_is_full(error) else 2)
     except CheckFailed as error:
         return _say(f"failed: {error}", 1)
     except KeyboardInterrupt:
         return _say("interrupted; the same command resumes from the last checkpoint", 130)
-    except ImportError as error:
-        if error.name is not None:  # ours, where an extra is missing, has none
-            raise
-        return _say(f"error: {error}", 3)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        # The libraries that write tensors raise errors of their own, with the system's message in them.
-        if getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error):
+        if isinstance(error, ImportError) and error.name is None:  # ours, where an extra is missing
+            return _say(f"error: {error}", 3)
+        if _disk_is_full(error):
             reason = " ".join(str(error).split())
             return _say(f"error: disk full: {reason}; free space, the same command resumes from the last checkpoint", 3)
         import traceback
 
         traceback.print_exc()
         return 3
+
+
+def _disk_is_full(error: BaseException | None) -> bool:
+    """Whether no space was left, here or in what led here: libraries raise errors of their own over the system's."""
+    messages = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
+    while error is not None:
+        text = str(error)
+        # torch's zip writer says only that bytes went missing.
+        torch = "inline_container.cc" in text and ("unexpected pos" in text or "write failed" in text)
+        if torch or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(m in text for m in messages):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _say(message: str, code: int) -> int:
@@ -198,6 +208,7 @@ def _transfer(verb: argparse.ArgumentParser) -> None:
         from pruneofa.train import pipeline
 
         name, spec = _task(options)
+        _say_pattern(options.sparse)
         if spec.teacher is None:
             sys.stderr.write("no --teacher given: learning from the task's own labels alone\n")
             spec = spec.model_copy(update={"hard": 1.0, "kd": 0.0, "hidden": 0.0})
@@ -227,10 +238,19 @@ def _evaluate(verb: argparse.ArgumentParser) -> None:
         from pruneofa.train.evaluate import evaluate
 
         name, spec = _task(options)
-        _print(evaluate(options.path, name, spec, data_root=options.data_root), options.json)
+        _print(evaluate(options.path, name, spec, data_root=options.data_root, whole=True), options.json)
         return 0
 
     verb.set_defaults(call=call)
+
+
+def _say_pattern(path: str) -> None:
+    from pruneofa import pattern
+
+    sparsity = pattern.inspect(path)["encoder"]
+    sys.stderr.write(f"locking the pattern of {path}: {100 * sparsity:.2f} % of its encoder's weights are zero\n")
+    if sparsity == 0:
+        _say(f"warning: {path} has no zeros to keep: the result will be dense; name a sparse model", 0)
 
 
 def _inspect(verb: argparse.ArgumentParser) -> None:
@@ -341,11 +361,16 @@ def _add_fields(verb: argparse.ArgumentParser, model: "type[BaseModel]", prefix:
 def _fields(options: argparse.Namespace, model: "type[BaseModel]", prefix: str) -> dict[str, Any]:
     from pruneofa.recipe import parse_override
 
+    def is_text(annotation: Any) -> bool:
+        return annotation is str or get_origin(annotation) is Literal or any(map(is_text, get_args(annotation)))
+
     values: dict[str, Any] = {}
-    for name in model.model_fields:
+    for name, field in model.model_fields.items():
         given = getattr(options, f"{prefix}{name}", None)
         if isinstance(given, list):
             values[name] = given[0] if len(given) == 1 and name != "skip" else given
+        elif given is not None and is_text(field.annotation):
+            values[name] = given  # as it is: a column may be called 0 or #label
         elif given is not None:
             values |= parse_override(f"{name}={given}")
     return values
@@ -353,7 +378,7 @@ def _fields(options: argparse.Namespace, model: "type[BaseModel]", prefix: str) 
 
 def _task(options: argparse.Namespace) -> tuple[str, Any]:
     """The task's name and its section of a recipe, defaults filled in."""
-    from pruneofa.recipe import KNOWN_TASKS, Task, validate
+    from pruneofa.recipe import KNOWN_TASKS, Task, check_task_name, validate
 
     values = _fields(options, Task, "")
     name = options.task or ("custom" if "data" in values else None)
@@ -361,17 +386,25 @@ def _task(options: argparse.Namespace) -> tuple[str, Any]:
         raise InputError(
             "no task: give --task (sst2, mnli, qnli, qqp, squad), or --data FILE --text COLUMN --label COLUMN"
         )
+    check_task_name(name)
     if name not in KNOWN_TASKS and not {"data", "text", "label"} <= set(values):
         raise InputError(f"--task {name}: not one of {', '.join(KNOWN_TASKS)}, so it needs --data, --text and --label")
     return name, validate(Task, values).resolved(name)
 
 
 def _add_training(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--seed", type=int, default=0)
+    verb.add_argument("--seed", type=_seed, default=0)
     verb.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
     verb.add_argument("--data-root", help="relative data paths are resolved here")
     verb.add_argument("--redo", action="store_true", help="replace OUT if its settings changed")
     verb.add_argument("--json", action="store_true", help="print as JSON")
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"{value}: wanted 0 to {2**32 - 1}")
+    return value
 
 
 def _print(value: Any, as_json: bool, show: Callable[[], Any] | None = None) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import BertForPreTraining, GPT2Config, GPT2LMHeadModel
 
+from pruneofa.errors import InputError
 from tests.cli.conftest import program, write_recipe
 from tests.small import write_model, write_text
 from tests.tiny import tiny_bert, tiny_distilbert
@@ -179,27 +180,21 @@ def test_task_files(root, complaint, train, validation, overrides, message):
     assert message in complaint(*settings(*overrides))
 
 
-def test_task_files_of_transfer(root, complaint):
+def test_task_files_of_transfer(root, complaint, call):
     (root / "task.csv").write_text(ROWS)
     start = ["transfer", "model", "out"]
     columns = ["--text", "sentence", "--label"]
     assert "no task: give --task" in complaint(*start, run=False)
     assert "--task mine: not one of sst2" in complaint(*start, "--task", "mine", run=False)
-    line = complaint(
-        *start,
-        "--data",
-        "task.csv",
-        *columns,
-        "verdict",
-        "--validation",
-        "task.csv",
-        "--max-length",
-        "32",
-        "--teacher",
-        "./none",
-        run=False,
-    )
-    assert "model ./none: no such folder" in line
+    assert "task name '../up': wanted letters" in complaint(*start, "--task", "../up", run=False)
+    data = ["--data", "task.csv", *columns, "verdict", "--validation", "task.csv", "--max-length", "32"]
+    before = sorted(root.rglob("*"))
+    said = call(*start, *data, "--teacher", "./none")
+    notes = said.err.splitlines()
+    assert said.code == 2 and len(notes) == 3 and sorted(root.rglob("*")) == before
+    assert notes[0].startswith("locking the pattern of model: 0.00 %")
+    assert notes[1].startswith("pruneofa: warning: model has no zeros to keep")
+    assert "error: model ./none: no such folder" in notes[2]
 
 
 def test_answers_that_do_not_stand_where_they_say(root, complaint):
@@ -319,3 +314,31 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_afterwards(root, refused, c
     assert said.code == 0, said.err
     assert (root / "out" / "teacher" / "model.safetensors").stat().st_mtime_ns == teacher
     assert (root / "out" / "sparse" / "model.safetensors").exists()
+
+
+def full_disk_while(error):
+    def raising(*_):
+        try:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            raise error from None
+
+    return raising
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"),
+        OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
+        full_disk_while(InputError("cache: the disk is full after 5 tokens")),
+        full_disk_while(RuntimeError("could not write")),
+    ],
+    ids=["torch", "quota", "corpus", "cause"],
+)
+def test_a_full_disk_has_one_exit_code_whoever_says_it(refused, monkeypatch, error):
+    def fail(*_):
+        raise error if isinstance(error, Exception) else error()
+
+    monkeypatch.setattr("pruneofa.pattern.inspect", fail)
+    assert "disk" in refused("inspect", "model", code=3)

@@ -42,11 +42,15 @@ def test_general_help_names_verbs_examples_and_exit_codes(call):
     for verb in VERBS:
         assert f"\n  {verb} " in said.out or f"\n    {verb} " in said.out, verb
     assert "examples:" in said.out and "exit codes: 0 done, 1 a check failed, 2 wrong input" in said.out
+    assert "3 anything else (disk full, a package missing), 130 interrupted" in said.out
     for missing in ("quantize", "serve", "pack", "bench"):
         assert f" {missing} " not in said.out
 
 
-@pytest.mark.parametrize("arguments", [[], ["prun"], ["run"], ["verify", "x"], ["inspect", "x", "--jsn"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["prun"], ["run"], ["verify", "x"], ["inspect", "x", "--jsn"], ["transfer", "x", "y", "--seed", "-1"]],
+)
 def test_a_wrong_call_is_one_line(refused, arguments):
     assert "--help" in refused(*arguments)
 
@@ -86,6 +90,13 @@ def test_without_torch_a_folder_can_be_inspected_and_training_names_the_extra(tm
     said = without_torch("run", "demo", "--out", tmp_path / "out")
     assert (said.returncode, said.stdout) == (3, "")
     assert said.stderr == "pruneofa: error: training needs torch and transformers: pip install 'pruneofa[train]'\n"
+
+
+def test_a_package_that_is_missing_is_no_failed_check():
+    program = "import sys; sys.modules['yaml'] = None; from pruneofa.cli import main; sys.exit(main())"
+    said = subprocess.run([sys.executable, "-c", program, "run", "demo"], capture_output=True, text=True)
+    assert (said.returncode, said.stdout) == (3, "")
+    assert "ModuleNotFoundError" in said.stderr
 
 
 def test_the_version(call):

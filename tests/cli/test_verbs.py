@@ -139,6 +139,25 @@ def test_evaluate(done, call):
     assert "accuracy" in call("evaluate", transfer, *options).out
 
 
+def test_evaluate_takes_every_row_of_a_file_and_says_how_many(done, call):
+    root, *_ = done
+    transfer = root / "run/tasks/mine/seed-0/transfer"
+    said = call("evaluate", transfer, "--data", root / "validation.csv", *TEXT, "--max-length", "32", "--json")
+    assert said.code == 0, said.err
+    assert "evaluate custom: 40 rows\n" in said.err
+    assert json.loads(said.out) == read_json(transfer / "metrics.json")
+
+
+def test_columns_that_yaml_would_read_as_something_else(done, call, tmp_path):
+    root, *_ = done
+    rows = (root / "validation.csv").read_text().splitlines()
+    for column in ("0", "#label", "null", "- x"):
+        (tmp_path / "d.csv").write_text("\n".join([f"true,{column}", *rows[1:]]) + "\n")
+        options = ["--data", tmp_path / "d.csv", "--text", "true", f"--label={column}", "--max-length", "32"]
+        said = call("evaluate", root / "run/tasks/mine/seed-0/transfer", *options)
+        assert said.code == 0, said.err
+
+
 def test_transfer_on_a_file_of_ones_own(done, call, refused, tmp_path):
     sparse = done[0] / "run" / "sparse"
     data = write_task(tmp_path / "reviews.csv")
@@ -146,6 +165,8 @@ def test_transfer_on_a_file_of_ones_own(done, call, refused, tmp_path):
     said = call(*command, "--json")
     assert said.code == 0, said.err
     assert "no --teacher given" in said.err
+    assert f"locking the pattern of {sparse}: 79.98 % of its encoder's weights" in said.err
+    assert "warning" not in said.err
     result = json.loads(said.out)
     assert result.pop("out") == str(tmp_path / "alone")
     assert result == read_json(tmp_path / "alone" / "metrics.json")
@@ -154,12 +175,13 @@ def test_transfer_on_a_file_of_ones_own(done, call, refused, tmp_path):
     assert call(*command).code == 0
     assert "--redo" in refused_lines(call(*command, "--seed", "1"))
 
-    teacher = done[0] / "run/tasks/mine/seed-0/teacher"
+    teacher = tmp_path / "teacher #1"
+    shutil.copytree(done[0] / "run/tasks/mine/seed-0/teacher", teacher)
     taught = ["transfer", sparse, tmp_path / "taught", "--data", data, *TEXT, *FAST, "--teacher", teacher]
     said = call(*taught)
     assert said.code == 0 and "no --teacher" not in said.err, said.err
     assert call("verify", sparse, tmp_path / "taught").code == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "reviews.csv", "taught"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "reviews.csv", "taught", "teacher #1"]
 
 
 def refused_lines(said):
