@@ -15,7 +15,7 @@ from pruneofa.errors import InputError
 from pruneofa.files import fingerprint, new_folder, read_json, write_json, write_text
 from pruneofa.recipe import Control, Recipe, Task, dump, load
 from pruneofa.train import corpus, tasks
-from pruneofa.train.models import load_tokenizer, model_fingerprint
+from pruneofa.train.models import load_config, load_tokenizer, model_fingerprint
 from pruneofa.train.results import collect, environment, versions, write_reports
 from pruneofa.train.stages import (
     Emit,
@@ -88,9 +88,12 @@ class Run:
     def task(self, name: str) -> tasks.Task:
         """The tokenized task."""
         if name not in self._tasks:
-            tokenizer = load_tokenizer(self.recipe.model)
-            spec = self.recipe.tasks[name].resolved(name)
-            self._tasks[name] = tasks.load_task(name, spec, tokenizer, data_root=self.recipe.data_root)
+            recipe = self.recipe
+            tokenizer = load_tokenizer(recipe.model)
+            spec, longest = recipe.tasks[name].resolved(name), tasks.longest_input(load_config(recipe.model))
+            self._tasks[name] = tasks.load_task(
+                name, spec, tokenizer, data_root=recipe.data_root, max_positions=longest
+            )
         return self._tasks[name]
 
     def stages(self) -> list[Stage]:

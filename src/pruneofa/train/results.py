@@ -89,18 +89,10 @@ def sparse_folder(recipe: Recipe, folder: Path) -> str:
 
 
 def publishable(recipe: Recipe) -> dict[str, Any]:
-    """The recipe without the places of one machine: absolute paths become their last part."""
+    """The recipe without the places of one machine: paths are cut down to their last part."""
+    from pruneofa.train.card import portable
 
-    def shorten(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: shorten(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [shorten(item) for item in value]
-        if isinstance(value, str) and Path(value).is_absolute():
-            return Path(value).name
-        return value
-
-    return shorten(recipe.model_dump()) | {"data_root": None}
+    return portable(recipe.model_dump()) | {"data_root": None}
 
 
 def versions() -> dict[str, str]:

@@ -68,8 +68,7 @@ def check_pretraining(model: str, teacher: Teacher | None, prune: Prune | None, 
     """Carry out, without training, what can fail in the stages on text. Raises InputError."""
     distils_logits = prune is not None and distill.hard + distill.kd > 0
     loaded = load_for_pretraining(model, nsp=text.nsp, trained_head=teacher is None and distils_logits)
-    offset = loaded.config.pad_token_id + 1 if loaded.config.model_type == "roberta" else 0
-    longest = loaded.config.max_position_embeddings - offset
+    longest = task_data.longest_input(loaded.config)
     if text.max_length > longest:
         raise InputError(f"corpus.max_length is {text.max_length} but {model} has {longest} positions; lower it")
     for settings in (teacher, prune):
