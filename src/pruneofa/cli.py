@@ -246,8 +246,9 @@ def _evaluate(verb: argparse.ArgumentParser) -> None:
 
 def _say_pattern(path: str) -> None:
     from pruneofa import pattern
+    from pruneofa.train.models import with_safetensors
 
-    sparsity = pattern.inspect(path)["encoder"]
+    sparsity = pattern.inspect(with_safetensors(path))["encoder"]
     sys.stderr.write(f"locking the pattern of {path}: {100 * sparsity:.2f} % of its encoder's weights are zero\n")
     if sparsity == 0:
         _say(f"warning: {path} has no zeros to keep: the result will be dense; name a sparse model", 0)

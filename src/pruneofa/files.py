@@ -81,6 +81,11 @@ def new_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def cache_root() -> Path:
+    """Where what can be made again is kept: PRUNEOFA_CACHE, else ~/.cache/pruneofa."""
+    return Path(os.environ.get("PRUNEOFA_CACHE") or "~/.cache/pruneofa").expanduser()
+
+
 def fingerprint(value: Any) -> str:
     """Hex sha256 of a JSON-able value, independent of the order of keys."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)

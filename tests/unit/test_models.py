@@ -1,7 +1,11 @@
+import pickle
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import BertForMaskedLM, BertForPreTraining, BertForSequenceClassification, BertModel
 
+from pruneofa import pattern
 from pruneofa.errors import InputError
 from pruneofa.train.models import (
     load_config,
@@ -9,6 +13,7 @@ from pruneofa.train.models import (
     model_fingerprint,
     reorder_classes,
     set_dropout,
+    with_safetensors,
 )
 from pruneofa.train.stages import check_vocabulary
 from tests.small import write_model
@@ -87,3 +92,33 @@ def test_another_vocabulary_is_refused(tmp_path):
     (b / "tokenizer.json").write_text(tokenizer.replace('"river"', '"rivre"'))
     with pytest.raises(InputError, match="its vocabulary .* is not that of"):
         check_vocabulary(str(a), str(b))
+
+
+def test_a_bin_is_converted_once_weights_only(tmp_path):
+    source = write_model(tmp_path / "m", tiny_bert())
+    weights = load_file(source / "model.safetensors")
+    assert with_safetensors(str(source)) == str(source)
+    (source / "model.safetensors").unlink()
+    torch.save(weights, source / "pytorch_model.bin")
+    copy = with_safetensors(str(source))
+    assert copy != str(source) and with_safetensors(copy) == copy
+    assert pattern.inspect(copy)["weights"] > 0
+    for name, weight in load_file(f"{copy}/model.safetensors").items():
+        assert torch.equal(weight, weights[name])
+
+
+def test_a_bin_that_is_code_is_not_run(tmp_path):
+    source = write_model(tmp_path / "m", tiny_bert())
+    (source / "model.safetensors").unlink()
+    (source / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
+    with pytest.raises(InputError, match="it was not read"):
+        with_safetensors(str(source))
+    assert not (tmp_path / "exploded").exists()
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (type(self.path).touch, (self.path,))

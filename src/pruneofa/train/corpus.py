@@ -25,7 +25,7 @@ import numpy as np
 import tokenizers
 
 from pruneofa.errors import InputError
-from pruneofa.files import fingerprint, new_folder, read_json, write_json
+from pruneofa.files import cache_root, fingerprint, new_folder, read_json, write_json
 from pruneofa.progress import progress
 from pruneofa.recipe import Corpus
 from pruneofa.train import sources
@@ -116,7 +116,7 @@ def build_corpus(
     if spec.streaming:
         stats |= {"seconds": 0.0, "tokens_per_second": None, "cached": False}
         return BuiltCorpus(whole, stats, spec, form, readers, backend.to_str(), None)
-    root = Path(cache_dir or os.environ.get("PRUNEOFA_CACHE") or "~/.cache/pruneofa").expanduser() / "corpus"
+    root = Path(cache_dir or cache_root()) / "corpus"
     folder = root / identity[:32]
     with _locked(folder):
         cached = _complete(folder)

@@ -1,17 +1,19 @@
 """Load encoders from folders or the hub, with errors a user can act on."""
 
 import pickle
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from pruneofa.errors import InputError
-from pruneofa.files import file_fingerprint, fingerprint
+from pruneofa.errors import InputError, first_line
+from pruneofa.files import cache_root, file_fingerprint, fingerprint, new_folder
 
 # The loader's own bars and reports speak of heads that are meant to be new; what matters is checked below.
 transformers.utils.logging.set_verbosity_error()
@@ -32,7 +34,7 @@ def load_config(path: str) -> Any:
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise InputError(f"model {path}: no readable config.json ({_first_line(error)})") from None
+        raise InputError(f"model {path}: no readable config.json ({first_line(error)})") from None
     if config.model_type not in SUPPORTED:
         raise InputError(f"model {path}: model_type is {config.model_type!r}, wanted one of {', '.join(SUPPORTED)}")
     return config
@@ -44,7 +46,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
-            f"model {path}: no readable tokenizer ({_first_line(error)}); save the tokenizer in the same folder"
+            f"model {path}: no readable tokenizer ({first_line(error)}); save the tokenizer in the same folder"
         ) from None
 
 
@@ -91,7 +93,7 @@ def read_model(architecture: Any, path: str | Path, **options: Any) -> tuple[Pre
         ) from None
     except Exception as error:  # the loader's errors have no common type: OSError, SafetensorError, RuntimeError...
         raise InputError(
-            f"model {path}: not a loadable model folder or hub id ({type(error).__name__}: {_first_line(error)}); "
+            f"model {path}: not a loadable model folder or hub id ({type(error).__name__}: {first_line(error)}); "
             "wanted a complete folder with model.safetensors"
         ) from None
 
@@ -129,6 +131,40 @@ def reorder_classes(model: PreTrainedModel, order: list[int]) -> None:
     last.bias.copy_(last.bias[order].clone())
 
 
+def with_safetensors(path: str) -> str:
+    """`path` where it holds safetensors, else a copy of it that does: published sparse models may have only a .bin.
+
+    The copy is made once, in the cache, and read with weights_only=True. Raises InputError for a .bin that
+    holds more than weights.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        patterns = ["*.json", "*.txt", "*.safetensors", "pytorch_model*.bin"]
+        try:
+            folder = Path(snapshot_download(path, allow_patterns=patterns))
+        except Exception as error:  # hub, HTTP and validation errors have no common type
+            raise InputError(f"model {path}: neither a folder nor a model on the hub ({first_line(error)})") from None
+    binaries = sorted(folder.glob("pytorch_model*.bin"))
+    if any(folder.glob("*.safetensors")) or not binaries:
+        return str(path)
+    copy = cache_root() / "models" / model_fingerprint(path)[:32]
+    if not copy.exists():
+        weights: dict[str, torch.Tensor] = {}
+        try:
+            for file in binaries:
+                weights |= torch.load(file, weights_only=True, map_location="cpu")
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise InputError(f"{file}: not only weights, or damaged ({first_line(error)}); it was not read") from None
+        with new_folder(copy) as target:
+            plain = {name: value.clone().contiguous() for name, value in weights.items()}
+            save_file(plain, target / "model.safetensors", {"format": "pt"})
+            for extra in [*folder.glob("*.json"), *folder.glob("*.txt")]:
+                shutil.copyfile(extra, target / extra.name)
+    return str(copy)
+
+
 def model_fingerprint(path: str) -> str:
     """Content fingerprint of a local model folder, tokenizer included; of a hub id, its present commit."""
     folder = Path(path)
@@ -141,14 +177,10 @@ def model_fingerprint(path: str) -> str:
     try:  # the folder of a cached file is named after the commit, so this works offline too
         return Path(hf_hub_download(path, "config.json")).parent.name
     except Exception as error:  # hub, HTTP and validation errors have no common type
-        raise InputError(f"model {path}: neither a folder nor a model on the hub ({_first_line(error)})") from None
+        raise InputError(f"model {path}: neither a folder nor a model on the hub ({first_line(error)})") from None
 
 
 def _explain_missing_folder(path: str) -> None:
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
     if looks_local and not Path(path).is_dir():
         raise InputError(f"model {path}: no such folder")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:200]

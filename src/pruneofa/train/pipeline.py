@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from pruneofa.errors import InputError
 from pruneofa.files import fingerprint, new_folder, read_json, write_json, write_text
 from pruneofa.recipe import Control, Recipe, Task, dump, load
 from pruneofa.train import corpus, tasks
-from pruneofa.train.models import load_config, load_tokenizer, model_fingerprint
+from pruneofa.train.models import load_config, load_tokenizer, model_fingerprint, with_safetensors
 from pruneofa.train.results import collect, environment, versions, write_reports
 from pruneofa.train.stages import (
     Emit,
@@ -135,7 +136,7 @@ class Run:
         if recipe.corpus and recipe.corpus.streaming and processes().num_processes > 1:
             raise InputError("corpus.streaming is for one process; set corpus.streaming=false to train with several")
         if recipe.model_is_sparse:
-            pattern.inspect(recipe.model)
+            pattern.inspect(with_safetensors(recipe.model))
         if recipe.dense_model is not None:
             check_vocabulary(recipe.model, recipe.dense_model)
         if recipe.corpus and pending & {"teacher", "prune", "control"}:
@@ -262,6 +263,12 @@ def run(recipe: Recipe, folder: Path, *, redo: bool = False) -> dict[str, Any]:
     this = Run(recipe, folder)
     stages = this.stages()
     this.check(stages, redo)
+    untaught = [name for name, task in recipe.tasks.items() if task.teacher is None]
+    if recipe.model_is_sparse and recipe.dense_model is None and untaught and processes().is_main_process:
+        sys.stderr.write(
+            f"no teacher for {', '.join(untaught)}: learning from the labels alone; "
+            "name tasks.X.teacher, or dense_model to have one made\n"
+        )
     processes().wait_for_everyone()  # nobody may find the folder begun before having checked it
     main = processes().is_main_process
     results = {}
@@ -287,7 +294,7 @@ def prune(recipe: Recipe, out: Path, *, redo: bool = False) -> dict[str, float]:
     Returns the sparse model's validation losses. Raises as `run` does.
     """
     places = {"teacher": out.with_name(f"{out.name}-teacher"), "sparse": out}
-    this = Run(recipe, out.with_name(f"{out.name}.work"), places)
+    this = Run(recipe, out.with_name(f".{out.name}.work"), places)
     return _alone(this.stages(), this, redo)
 
 
@@ -315,7 +322,7 @@ def transfer(
         seeds=[seed],
         precision=precision,
     )
-    this = Run(recipe, out.with_name(f"{out.name}.work"))
+    this = Run(recipe, out.with_name(f".{out.name}.work"))
     stage = next(stage for stage in this.stages() if stage.name.endswith("/transfer"))
     return _alone([replace(stage, folder=out)], this, redo)
 

@@ -15,6 +15,7 @@ from pruneofa import pattern
 from pruneofa.errors import CheckFailed
 from pruneofa.files import read_json, write_json, write_text
 from pruneofa.recipe import Recipe
+from pruneofa.train.models import with_safetensors
 
 PACKAGES = ("pruneofa", "torch", "transformers", "datasets", "tokenizers", "numpy")
 
@@ -85,7 +86,7 @@ def verify_run(recipe: Recipe, folder: Path) -> int:
 
 def sparse_folder(recipe: Recipe, folder: Path) -> str:
     """Where the sparse pre-trained model is."""
-    return str(folder / "sparse") if recipe.prune else recipe.model
+    return str(folder / "sparse") if recipe.prune else with_safetensors(recipe.model)
 
 
 def publishable(recipe: Recipe) -> dict[str, Any]:
