@@ -8,8 +8,6 @@ than anything pruned. Run it alone on the machine: python benchmarks/mask_select
 import argparse
 import ctypes
 import json
-import os
-import platform
 import statistics
 import threading
 import time
@@ -17,8 +15,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
+from machine import machine
 from torch import Tensor
 
 from pruneofa.train.masks import global_masks, magnitude_mask
@@ -27,21 +25,6 @@ SHAPES = {"query": (1024, 1024), "key": (1024, 1024), "value": (1024, 1024), "at
     "intermediate": (4096, 1024), "output": (1024, 4096)
 }  # fmt: skip
 LIMIT_SECONDS, LIMIT_MIB = 3.0, 16.0
-
-
-def machine() -> dict[str, str | float]:
-    """What a number of this file depends on."""
-    with open("/proc/cpuinfo") as file:
-        cpu = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), "")
-    return {
-        "cpu": cpu or platform.processor(),
-        "threads": torch.get_num_threads(),
-        "load_average": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "platform": platform.platform(),
-    }
 
 
 def anonymous_mib() -> float:

@@ -8,15 +8,13 @@ selection is timed apart and a hundredth of it is added. python benchmarks/step_
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import transformers
+from machine import machine
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -29,21 +27,6 @@ SHAPES = {
     "bert-base": {},
 }
 LIMIT, INTERVAL, SPARSITY = 1.03, 100, 0.9
-
-
-def machine() -> dict[str, str | float]:
-    """What a number of this file depends on."""
-    with open("/proc/cpuinfo") as file:
-        cpu = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), "")
-    return {
-        "cpu": cpu or platform.processor(),
-        "threads": torch.get_num_threads(),
-        "load_average": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "platform": platform.platform(),
-    }
 
 
 def build(shape: dict[str, int]) -> tuple[nn.Module, dict[str, torch.Tensor]]:

@@ -419,7 +419,9 @@ def _print(value: Any, as_json: bool, show: Callable[[], Any] | None = None) -> 
 
 def _print_results(results: dict[str, Any], folder: Path, as_json: bool) -> None:
     def show() -> None:
-        sys.stdout.write((folder / "table.md").read_text(encoding="utf-8"))
+        from pruneofa.train.card import write_table
+
+        sys.stdout.write(write_table([results], drop_empty=True))
         files = ["results.json", "table.md", "report.html", "sparse/README.md"]
         sys.stdout.write("\n" + "".join(f"{folder / file}\n" for file in files if (folder / file).exists()))
 

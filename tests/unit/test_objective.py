@@ -307,7 +307,7 @@ def test_transfer_hidden_states_of_real_tokens():
     torch.testing.assert_close(losses["hidden"], expected.detach())
     torch.testing.assert_close(losses["loss"], 2 * expected)
     same = TransferObjective(_classifier(), _classifier(), **options)
-    assert float(_loss(same, batch)["loss"]) == 0.0
+    assert _loss(same, batch)["loss"].item() == 0.0
 
 
 def test_transfer_reading_distils_only_real_tokens():
