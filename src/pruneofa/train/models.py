@@ -87,10 +87,7 @@ def read_model(architecture: Any, path: str | Path, **options: Any) -> tuple[Pre
             warnings.simplefilter("ignore")
             return architecture.from_pretrained(path, output_loading_info=True, dtype=torch.float32, **options)
     except pickle.UnpicklingError:
-        raise InputError(
-            f"model {path}: its .bin file holds more than weights and could run code when read, so it was not; "
-            "wanted model.safetensors"
-        ) from None
+        raise InputError(_more_than_weights(path)) from None
     except Exception as error:  # the loader's errors have no common type: OSError, SafetensorError, RuntimeError...
         raise InputError(
             f"model {path}: not a loadable model folder or hub id ({type(error).__name__}: {first_line(error)}); "
@@ -155,8 +152,10 @@ def with_safetensors(path: str) -> str:
         try:
             for file in binaries:
                 weights |= torch.load(file, weights_only=True, map_location="cpu")
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise InputError(f"{file}: not only weights, or damaged ({first_line(error)}); it was not read") from None
+        except pickle.UnpicklingError:
+            raise InputError(_more_than_weights(path)) from None
+        except (RuntimeError, EOFError) as error:
+            raise InputError(f"{file}: damaged ({first_line(error)}); copy or download it again") from None
         with new_folder(copy) as target:
             plain = {name: value.clone().contiguous() for name, value in weights.items()}
             save_file(plain, target / "model.safetensors", {"format": "pt"})
@@ -184,3 +183,10 @@ def _explain_missing_folder(path: str) -> None:
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
     if looks_local and not Path(path).is_dir():
         raise InputError(f"model {path}: no such folder")
+
+
+def _more_than_weights(path: str | Path) -> str:
+    return (
+        f"model {path}: its .bin file holds more than weights and could run code when read, so it was not; "
+        "wanted model.safetensors"
+    )
