@@ -150,8 +150,10 @@ def with_safetensors(path: str) -> str:
     if not copy.exists():
         weights: dict[str, torch.Tensor] = {}
         try:
-            for file in binaries:
-                weights |= torch.load(file, weights_only=True, map_location="cpu")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of pickle protocols: what matters is refused below
+                for file in binaries:
+                    weights |= torch.load(file, weights_only=True, map_location="cpu")
         except pickle.UnpicklingError:
             raise InputError(_more_than_weights(path)) from None
         except (RuntimeError, EOFError) as error:
