@@ -203,6 +203,7 @@ def test_a_sparse_model_is_a_start(done, tmp_path):
     assert set(metrics) == {"accuracy", "f1"}
     assert pattern.verify(str(folder / "sparse"), str(out))["ok"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "t.csv"]
+    assert "transfer" in (out / "log.jsonl").read_text()
     (tmp_path / "mine").mkdir()
     with pytest.raises(InputError, match="was not made by this command"):
         pipeline.transfer(str(folder / "sparse"), tmp_path / "mine", "mine", spec.resolved("mine"), **options)

@@ -337,6 +337,9 @@ def _alone(stages: list[Stage], this: Run, redo: bool) -> dict[str, float]:
         if stage.status != "done":
             carry_out(stage, this.folder, this.emit)
     if processes().is_main_process:
+        log = this.folder / "log.jsonl"
+        if log.exists():
+            shutil.move(log, stages[-1].folder / log.name)
         shutil.rmtree(this.folder, ignore_errors=True)
     return read_json(stages[-1].folder / "metrics.json")
 
