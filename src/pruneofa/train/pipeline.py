@@ -54,7 +54,7 @@ class Stage:
 
     @property
     def status(self) -> str:
-        """done, changed (done with other settings), resume (begun) or run."""
+        """done, changed (done with other settings) or run."""
         file = self.folder / "stage.json"
         if file.exists():
             return "done" if read_json(file).get("fingerprint") == self.fingerprint else "changed"

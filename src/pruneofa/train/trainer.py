@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import shutil
 import signal
 import time
@@ -377,7 +376,7 @@ def _silence(trainer: Trainer) -> None:
 
 def split_batch(batch: int, micro_batch: int | None) -> tuple[int, int]:
     """(examples per forward pass, accumulation steps) for `batch` examples per step over all processes."""
-    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else _world_size()
+    world = processes().num_processes
     micro = min(micro_batch or batch // world, batch // world)
     if micro == 0 or batch % (micro * world):
         raise InputError(
@@ -391,10 +390,6 @@ def processes() -> PartialState:
     """The processes that train together: one, or those that torchrun started."""
     # Without `cpu`, accelerate takes the ranks of a machine that has no GPU for processes on their own.
     return PartialState(cpu=not torch.cuda.is_available())
-
-
-def _world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def batches(dataset: Any, collate: Callable[[list[Any]], dict[str, torch.Tensor]], size: int) -> Iterator[Any]:
