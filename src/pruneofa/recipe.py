@@ -184,6 +184,7 @@ class Task(Section):
     kd: Weight = Field(1.0, description="weight of the distillation from the dense task teacher")
     hidden: Weight = Field(0.0, description="weight of the MSE between their hidden states, all layers")
     temperature: Rate = 2.0
+    dropout: Fraction | None = Field(None, description="of the sparse model in transfer (default: as in its config)")
     teacher: str | None = Field(None, description="dense task model; null: fine-tuned from the dense model here")
     dense_epochs: Positive | None = Field(None, description="epochs of that fine-tuning (default: epochs)")
     dense_lr: Rate | None = Field(None, description="its learning rate (default: lr)")

@@ -128,6 +128,15 @@ def test_changed_settings_need_redo_and_touch_only_what_depends_on_them(done, tm
     assert not list(copy.rglob("*.old"))
 
 
+def test_dropout_of_a_task_is_the_sparse_models_only(tmp_path):
+    settings = small_recipe(tmp_path / "data")
+    changed = settings.model_copy(deep=True)
+    changed.tasks["mine"].dropout = 0.0
+    before, after = (pipeline.Run(recipe, tmp_path / "run").stages() for recipe in (settings, changed))
+    redone = {new.name for old, new in zip(before, after, strict=True) if old.fingerprint != new.fingerprint}
+    assert redone == {stage.name for stage in after if "/mine/" in stage.name and not stage.name.endswith("/teacher")}
+
+
 def test_unfinished_work_with_other_settings_needs_redo_too(tmp_path):
     settings = small_recipe(tmp_path / "data")
     folder = tmp_path / "run"

@@ -8,6 +8,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from pruneofa.errors import InputError
 from pruneofa.recipe import Corpus
 from pruneofa.train import LockCallback, PruningCallback
+from pruneofa.train.attention import use_bf16_attention
 from pruneofa.train.corpus import build_corpus, collate
 from pruneofa.train.masks import prunable
 from pruneofa.train.objective import PretrainingObjective
@@ -73,6 +74,19 @@ def test_parts_of_the_loss_and_the_sparsity_are_logged(text, tmp_path):
     total = 0.5 * (log[0]["mlm"] + log[0]["nsp"] + log[0]["kd"] + log[0]["kd_nsp"] + log[0]["hidden"])
     assert log[0]["loss"] == pytest.approx(total, rel=1e-4)
     assert log[-1]["sparsity"] == pytest.approx(0.9, abs=2e-3)
+
+
+def test_bf16_trains_on_the_losses_that_autocast_gives_and_leaves_float32_weights(text, tmp_path):
+    events = []
+    trained = objective()
+    batch = collate([text.train(16, seed=3)[index] for index in range(8)], pad_token_id=0)
+    use_bf16_attention(trained.student)
+    use_bf16_attention(trained.teacher)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = trained.train()(batch, trained.counts(batch))["loss"].item()
+    fit(trained, text, tmp_path, steps=2, events=events, precision="bf16")
+    assert losses(events)[0] == pytest.approx(expected, rel=1e-6)
+    assert {parameter.dtype for parameter in trained.student.parameters()} == {torch.float32}
 
 
 class StopAt(TrainerCallback):

@@ -212,8 +212,8 @@ class Run:
             if variant == "control" and isinstance(control, Control) and name not in (control.tasks or recipe.tasks):
                 continue
             build = self._tune(name, spec, start, teacher_of, f"{name}/seed-{seed}/{variant}", common, locked=True)
-            losses = spec.model_dump(include={"hard", "kd", "hidden", "temperature"}, exclude_defaults=True)
-            settings = _dense_settings(spec) | losses | common
+            sparse_only = {"hard", "kd", "hidden", "temperature", "dropout"}
+            settings = _dense_settings(spec) | spec.model_dump(include=sparse_only, exclude_defaults=True) | common
             inputs = {"model": start_print, "teacher": teacher_print, "data": data}
             stages.append(Stage(f"tasks/{name}/seed-{seed}/{variant}", folder / variant, settings, inputs, build))
         return stages

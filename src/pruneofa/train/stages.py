@@ -196,6 +196,8 @@ def fine_tune(
     transformers.set_seed(seed)
     tokenizer = load_tokenizer(model)
     objective = transfer_objective(model, teacher, spec, task)
+    if locked and spec.dropout is not None:
+        set_dropout(objective.student, spec.dropout)
     data = task.train.train_dataset(spec.batch, seed, spec.epochs)
     steps = len(data) // spec.batch
     clock = train(

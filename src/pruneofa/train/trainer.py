@@ -21,6 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from pruneofa.errors import InputError
 from pruneofa.files import COMPLETE, sync_tree, write_json
 from pruneofa.progress import progress
+from pruneofa.train.attention import use_bf16_attention
 from pruneofa.train.lock import PatternLock
 from pruneofa.train.prune import GradualPruner
 
@@ -321,6 +322,8 @@ def train(
     """
     micro, accumulation = split_batch(batch, micro_batch)
     cuda = torch.cuda.is_available()
+    if precision == "bf16":
+        _prepare_for_bf16(objective, cuda=cuda)
     args = TrainingArguments(
         output_dir=str(work),
         max_steps=steps,
@@ -365,6 +368,18 @@ def train(
     if books.interrupted:
         raise KeyboardInterrupt
     return dict(trainer.clock)
+
+
+def _prepare_for_bf16(objective: nn.Module, *, cuda: bool) -> None:
+    if not cuda:
+        for model in (objective.student, objective.teacher):
+            if model is not None:
+                use_bf16_attention(model)
+    if objective.teacher is not None:
+        # Autocast rounds weights to bfloat16 in every step; those that never change can be rounded once.
+        for module in objective.teacher.base_model.modules():
+            if isinstance(module, nn.Linear):
+                module.to(torch.bfloat16)
 
 
 def _silence(trainer: Trainer) -> None:
