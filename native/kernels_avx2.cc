@@ -1,0 +1,87 @@
+// AVX2 with FMA. Codes and weights are int16 here: VPMADDWD adds two exact products per 32-bit lane, while the byte
+// instruction (VPMADDUBSW) saturates.
+#include "kernels.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+
+namespace pruneofa {
+namespace {
+namespace avx2 {
+#include "lanes.h"
+#include "linear.inc.h"
+
+struct Int8 {
+  struct Sum {
+    __m256i half[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+  };
+  using Word = __m256i;
+  static constexpr int kGroup = 2, kGroupBytes = 64, kBlock = 3, kDensePanels = 2;
+  static constexpr bool kPadded = true;
+  static Word word(uint32_t w) { return _mm256_set1_epi32(static_cast<int>(w)); }
+  static void add(Sum& sum, const char* x, Word word) {
+    const __m256i* place = reinterpret_cast<const __m256i*>(x);
+    sum.half[0] = _mm256_add_epi32(sum.half[0], _mm256_madd_epi16(_mm256_load_si256(place), word));
+    sum.half[1] = _mm256_add_epi32(sum.half[1], _mm256_madd_epi16(_mm256_load_si256(place + 1), word));
+  }
+  static lanes::Ints value(const Sum& sum) {
+    lanes::Ints v;
+    memcpy(&v, &sum, sizeof v);
+    return v;
+  }
+};
+
+struct Float {
+  struct Sum {
+    __m256 half[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
+  };
+  using Word = __m256;
+  static constexpr int kGroup = 1, kGroupBytes = 64, kBlock = 3, kDensePanels = 2;
+  static constexpr bool kPadded = false;
+  static Word word(uint32_t w) { return _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(w))); }
+  static void add(Sum& sum, const char* x, Word word) {
+    const float* place = reinterpret_cast<const float*>(x);
+    sum.half[0] = _mm256_fmadd_ps(_mm256_load_ps(place), word, sum.half[0]);
+    sum.half[1] = _mm256_fmadd_ps(_mm256_load_ps(place + 8), word, sum.half[1]);
+  }
+  static lanes::Floats value(const Sum& sum) {
+    lanes::Floats v;
+    memcpy(&v, &sum, sizeof v);
+    return v;
+  }
+};
+
+void quantize(const float* x, int features, void* codes, float* scale, int32_t* zero) {
+  lanes::range(x, features, scale, zero);
+  const lanes::Floats inverse = 1.0f / lanes::load(scale), offset = lanes::to_floats(lanes::load(zero));
+  int32_t* out = static_cast<int32_t*>(codes);
+  for (int f = 0; f < round_up(features, 64); f += 2, out += kLanes) {
+    lanes::Ints word = {};
+    if (f < features) word = lanes::encode(lanes::load(x + f * kLanes), inverse, offset);
+    if (f + 1 < features) word |= lanes::encode(lanes::load(x + (f + 1) * kLanes), inverse, offset) << 16;
+    lanes::store(out, word);
+  }
+}
+
+void nothing() {}
+
+}  // namespace avx2
+}  // namespace
+
+const Kernels kAvx2 = {
+    "avx2",
+    2, 3, 3, 16, 0.5f, 0.5f,
+    avx2::nothing, avx2::nothing,
+    avx2::linear<avx2::Int8>,
+    avx2::linear<avx2::Float>,
+    avx2::quantize,
+    avx2::lanes::normalize,
+    avx2::lanes::attention,
+};
+
+}  // namespace pruneofa
+#pragma GCC pop_options
+#endif
