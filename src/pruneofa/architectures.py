@@ -132,11 +132,11 @@ def read_architecture(config: Mapping[str, Any], where: Any) -> Architecture:
 def _family_and_task(config: Mapping[str, Any], where: Any) -> tuple[Family, Task]:
     architectures = config.get("architectures")
     if not architectures:  # a bare encoder, if the model type is known
-        model_type = config.get("model_type")
-        if model_type in _FAMILIES.values():
-            return model_type, "embedding"
+        for family in _FAMILIES.values():
+            if family == config.get("model_type"):
+                return family, "embedding"
         raise InputError(
-            f"{where}: config.json has no architectures and model_type {model_type!r}, "
+            f"{where}: config.json has no architectures and model_type {config.get('model_type')!r}, "
             f"wanted one of {', '.join(_FAMILIES.values())}"
         )
     name = architectures[0] if isinstance(architectures, list) else architectures
@@ -184,7 +184,7 @@ class Weights:
         found = self._packed.plain.get(name)
         if found is None:
             raise self._missing(name)
-        if found.ndim != len(shape) or any(size not in (-1, got) for size, got in zip(shape, found.shape, strict=True)):
+        if not _fits(found, shape):
             raise self._wrong_shape(name, found.shape, shape)
         return np.ascontiguousarray(found, np.float32)
 
@@ -206,14 +206,14 @@ class Weights:
         """Gamma and beta of a LayerNorm."""
         return self.plain(f"{name}.weight", hidden), self.plain(f"{name}.bias", hidden)
 
-    def table(self, name: str, hidden: int) -> PackedEmbedding:
-        """The embedding table embeddings.NAME_embeddings.weight."""
+    def table(self, name: str, rows: int, hidden: int) -> PackedEmbedding:
+        """The embedding table embeddings.NAME_embeddings.weight; -1 rows stand for any number."""
         full = f"embeddings.{name}_embeddings.weight"
         found = self._packed.embeddings.get(full)
         if found is None:
             raise self._missing(full)
-        if found.values.ndim != 2 or found.values.shape[1] != hidden or not len(found.values):
-            raise self._wrong_shape(full, found.values.shape, (-1, hidden))
+        if not _fits(found.values, (rows, hidden)):
+            raise self._wrong_shape(full, found.values.shape, (rows, hidden))
         return found
 
     def _missing(self, name: str) -> InputError:
@@ -228,6 +228,10 @@ class Weights:
             f"{self._packed.folder}: {name} has shape {sizes[0]}, config.json wants {sizes[1]}; "
             "weights and config belong to different models"
         )
+
+
+def _fits(array: np.ndarray, shape: tuple[int, ...]) -> bool:
+    return array.ndim == len(shape) and all(size in (-1, got) for size, got in zip(shape, array.shape, strict=True))
 
 
 def _architecture_name(config: Mapping[str, Any]) -> str:
@@ -254,12 +258,8 @@ def build_encoder(native: Any, weights: Weights, architecture: Architecture, *, 
             else:
                 layer[ours] = weights.linear(name, *shapes.get(ours, (hidden, hidden)))
         layers.append(layer)
-    tables = {name: weights.table(name, hidden) for name in ("word", "position", *(["token_type"] * (not distil)))}
-    if not distil and len(tables["token_type"].values) != architecture.types:
-        raise InputError(
-            f"{len(tables['token_type'].values)} rows of token_type_embeddings, but type_vocab_size is "
-            f"{architecture.types} in config.json; weights and config belong to different models"
-        )
+    rows = {"word": -1, "position": -1} | ({} if distil else {"token_type": architecture.types})
+    tables = {name: weights.table(name, count, hidden) for name, count in rows.items()}
     native_tables = {name: (table.values, table.scale) for name, table in tables.items()}
     return native.Encoder(
         hidden=hidden,

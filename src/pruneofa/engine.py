@@ -24,12 +24,13 @@ from pruneofa.manifest import MANIFEST
 from pruneofa.packed import Packed, PackedEmbedding, read
 from pruneofa.packing import pack_folder, pack_linear, quantize_weight
 from pruneofa.pattern import local_folder
-from pruneofa.tokens import Text, TextTokenizer, Tokens, check_text, chunks, sentence_limit
+from pruneofa.tokens import Text, TextTokenizer, Tokens, check_text, chunks, sentence_settings
 
 try:
-    from pruneofa import _native as native
-except ImportError as error:  # a source tree that was not built; Engine says so when one is made
-    native, _not_built = None, error
+    from pruneofa import _native
+except ImportError as error:  # a source tree that was not built; from_pretrained says so
+    _native, _not_built = None, error
+native: Any = _native
 
 Head = Classification | QuestionAnswering | TokenClassification | MaskedLM | Embedding
 _MOST_THREADS = 1024  # a mistyped number should not make a million threads
@@ -60,15 +61,16 @@ class Engine:
         self._encoder = build_encoder(native, weights, architecture, threads=threads, isa=isa)
         # The encoder has one set of scratch memory and one pool of threads: one call at a time.
         self._lock = threading.Lock()
-        self._vocabulary = len(weights.table("word", architecture.hidden).values)
-        rows = len(weights.table("position", architecture.hidden).values)
+        self._vocabulary = len(weights.table("word", -1, architecture.hidden).values)
+        rows = len(weights.table("position", -1, architecture.hidden).values)
         self.max_length = rows if architecture.pad_id is None else rows - architecture.pad_id - 1
         sentence = sentence_head(folder)
         self._tokenizer = TextTokenizer(
             folder,
             vocabulary=self._vocabulary,
             types=architecture.types,
-            limit=min(self.max_length, sentence_limit(folder) if sentence else self.max_length),
+            limit=self.max_length,
+            settings=sentence_settings(folder) if sentence else None,
         )
         self._head: Head = sentence or _task_head(weights, architecture, self._tokenizer)
         self.task = "embedding" if sentence else architecture.task
@@ -315,7 +317,7 @@ def _matrix(value: ArrayLike, name: str, shape: tuple[int, ...] | None = None, *
         array = np.asarray(value)
     except (TypeError, ValueError, OverflowError):  # rows of different lengths, or no numbers
         raise InputError(f"{name} is no matrix, wanted (batch, seq) {wanted}; pad the rows to one length") from None
-    if array.dtype.kind not in kinds:
+    if array.size and array.dtype.kind not in kinds:
         raise InputError(f"{name} has dtype {array.dtype}, wanted {wanted}; convert with .astype('int64')")
     if shape is not None and array.shape != shape:
         raise InputError(f"{name} has shape {array.shape}, wanted {shape}, that of input_ids")

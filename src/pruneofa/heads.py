@@ -211,7 +211,7 @@ class MaskedLM:
         self._activation = reference.ACTIVATIONS[
             "gelu" if architecture.family == "roberta" else architecture.activation
         ]
-        self._tied: PackedEmbedding = weights.table("word", hidden)
+        self._tied: PackedEmbedding = weights.table("word", -1, hidden)
         rows = len(self._tied.values)
         own = f"{decoder}.weight"
         self._decoder = weights.plain(own, rows, hidden) if weights.has(own) else None
@@ -325,6 +325,9 @@ def _pooling(file: Path) -> Pooling:
     settings = read_json(file)
     if not isinstance(settings, dict):
         raise InputError(f"{file}: wanted a JSON object, got {type(settings).__name__}; copy the file again")
+    if settings.get("include_prompt") is False:
+        raise InputError(f"{file}: include_prompt is false, wanted a model that pools its prompt too; run this model "
+                         "with sentence-transformers")  # fmt: skip
     mode = settings.get("pooling_mode", [new for old, new in _OLD_POOLING.items() if settings.get(old)] or "mean")
     mode = mode[0] if isinstance(mode, list) and len(mode) == 1 else mode
     if mode not in ("cls", "mean", "max"):

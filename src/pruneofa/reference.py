@@ -75,7 +75,7 @@ ACTIVATIONS: Mapping[str, Callable[[Float], Float]] = {
 }
 
 
-def softmax(x: Float) -> Float:
+def softmax(x: NDArray[Any]) -> NDArray[Any]:
     """Exponentials of the last axis, divided by their sum; the greatest is subtracted first against overflow."""
     exponentials = np.exp(x - x.max(axis=-1, keepdims=True))
     return exponentials / exponentials.sum(axis=-1, keepdims=True)
@@ -229,14 +229,18 @@ class Encoder:
         x = embedding_rows(self._word, ids) + embedding_rows(self._position, positions)
         if self._token_type is not None:
             x = x + embedding_rows(self._token_type, types)
-        x = layer_norm(x, *self._embedding_norm, self._epsilon)
+        x = self._normalized(x, self._embedding_norm)
         for layer in self._layers:
             query, key, value = (layer[name].forward(x) for name in ("query", "key", "value"))
             context = attention(query, key, value, self._heads, offsets)
-            x = layer_norm(x + layer["attention_output"].forward(context), *layer["attention_norm"], self._epsilon)
+            x = self._normalized(x + layer["attention_output"].forward(context), layer["attention_norm"])
             inner = self._activation(layer["intermediate"].forward(x))
-            x = layer_norm(x + layer["output"].forward(inner), *layer["output_norm"], self._epsilon)
+            x = self._normalized(x + layer["output"].forward(inner), layer["output_norm"])
         return x
+
+    def _normalized(self, x: Float, norm: tuple[Float, Float]) -> Float:
+        gamma, beta = norm
+        return layer_norm(x, gamma, beta, self._epsilon)
 
     def choices(self) -> list[tuple[str, str]]:
         """(name, choice) of every Linear, layer by layer."""

@@ -12,6 +12,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
+from tokenizers.normalizers import Lowercase
+from tokenizers.normalizers import Sequence as Sequenced
 
 from pruneofa.errors import InputError, first_line
 from pruneofa.files import read_json
@@ -50,6 +52,15 @@ class Tokens:
         )
 
 
+@dataclass(frozen=True)
+class SentenceSettings:
+    """What a sentence-transformers folder says about its texts: most tokens, in lower case, and what to put before."""
+
+    limit: int
+    lowercase: bool
+    prompt: str
+
+
 class TextTokenizer:
     """The tokenizer.json of a folder.
 
@@ -57,7 +68,9 @@ class TextTokenizer:
         mask_id: id of the mask token, None without one.
     """
 
-    def __init__(self, folder: Path, *, vocabulary: int, types: int, limit: int) -> None:
+    def __init__(
+        self, folder: Path, *, vocabulary: int, types: int, limit: int, settings: SentenceSettings | None = None
+    ) -> None:
         """Read it.
 
         Args:
@@ -65,6 +78,7 @@ class TextTokenizer:
             vocabulary: rows of the word embeddings, above every id that may come out.
             types: token types of the model; with fewer than two they are all 0.
             limit: most tokens of a sequence, special ones included.
+            settings: of a sentence-transformers folder.
 
         Raises:
             InputError: tokenizer.json is missing or not usable.
@@ -81,15 +95,21 @@ class TextTokenizer:
             raise InputError(f"{file}: not a usable tokenizer ({first_line(error)}); copy it again") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        settings: dict[str, Any] = {}
+        if settings is not None and settings.lowercase:
+            # unlike str.lower, this works on what the tokenizer takes for text, not on its special tokens
+            own = self._tokenizer.normalizer
+            self._tokenizer.normalizer = Sequenced([Lowercase(), *([own] if own else [])])
+        self._prompt = settings.prompt if settings else ""
+        config: dict[str, Any] = {}
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             if (folder / name).is_file():
-                settings |= _table(read_json(folder / name), folder / name)
-        names = settings.get("model_input_names", ["token_type_ids"])
+                config |= _table(read_json(folder / name), folder / name)
+        names = config.get("model_input_names", ["token_type_ids"])
         self._typed = types > 1 and "token_type_ids" in names
-        self._vocabulary, self._limit = vocabulary, limit
+        self._vocabulary = vocabulary
+        self._limit = min(limit, settings.limit) if settings else limit
         self._folder = folder
-        self.mask_id = self._mask_id(settings.get("mask_token"))
+        self.mask_id = self._mask_id(config.get("mask_token"))
 
     def _mask_id(self, named: Any) -> int | None:
         name = named.get("content") if isinstance(named, dict) else named  # added tokens are written as tables
@@ -116,7 +136,7 @@ class TextTokenizer:
         """
         encode = self._tokenizer.encode_batch if chars else self._tokenizer.encode_batch_fast  # fast: no characters
         result = []
-        for name, encoding in zip(names, encode(list(texts)), strict=True):
+        for name, encoding in zip(names, encode([self._prompted(text) for text in texts]), strict=True):
             tokens = self._tokens(encoding, chars=chars)
             if (got := len(tokens.ids)) > self._limit:
                 if not truncate:
@@ -147,6 +167,11 @@ class TextTokenizer:
             windows += found
             owners += [index] * len(found)
         return windows, owners
+
+    def _prompted(self, text: Text) -> Text:
+        if not self._prompt:
+            return text
+        return self._prompt + text if isinstance(text, str) else (self._prompt + text[0], text[1])
 
     def _tokens(self, encoding: Any, *, chars: bool, segments: bool = False) -> Tokens:
         ids = np.array(encoding.ids, np.int32)
@@ -255,11 +280,15 @@ def _table(value: Any, file: Path) -> dict[str, Any]:
     return value
 
 
-def sentence_limit(folder: Path) -> int:
-    """Most tokens that a sentence-transformers folder was made for: max_seq_length, else the tokenizer's limit."""
-    for name, key in (("sentence_bert_config.json", "max_seq_length"), ("tokenizer_config.json", "model_max_length")):
-        if (folder / name).is_file():
-            value = _table(read_json(folder / name), folder / name).get(key)
-            if isinstance(value, int) and value > 0:
-                return value
-    return 2**31
+def sentence_settings(folder: Path) -> SentenceSettings:
+    """Of a sentence-transformers folder; its limit is max_seq_length, else the tokenizer's model_max_length."""
+    names = ("sentence_bert_config.json", "tokenizer_config.json", "config_sentence_transformers.json")
+    sentence, tokenizer, prompts = (
+        _table(read_json(folder / name), folder / name) if (folder / name).is_file() else {} for name in names
+    )
+    limits = [value for value in (sentence.get("max_seq_length"), tokenizer.get("model_max_length")) if value]
+    prompt = (prompts.get("prompts") or {}).get(prompts.get("default_prompt_name")) or ""
+    limit = limits[0] if limits else 2**31
+    if not isinstance(limit, int | float) or limit < 1 or not isinstance(prompt, str):
+        raise InputError(f"{folder}: max_seq_length {limit!r} and prompt {prompt!r}, wanted a number and a str")
+    return SentenceSettings(int(limit), sentence.get("do_lower_case") is True, prompt)
