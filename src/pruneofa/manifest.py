@@ -6,6 +6,7 @@ many bytes there must be before it opens the tensor file, and allocates nothing 
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -85,16 +86,17 @@ def kind_of(name: str, ndim: int) -> str:
     return "embedding" if ndim == 2 and name in EMBEDDINGS else "plain"
 
 
-def layout(tensors: Mapping[str, Mapping[str, Any]], precision: str) -> dict[str, Slot]:
+def layout(tensors: Mapping[str, Mapping[str, Any]], precision: str, where: str = MANIFEST) -> dict[str, Slot]:
     """Every tensor of the file in its order: float32, int8, bits; in each the encoder's first; then by name.
 
-    Equal things lie together, so that a compressor finds one kind of byte at a time.
+    Equal things lie together, so that a compressor finds one kind of byte at a time. Raises InputError, which
+    begins with `where`, when two would have the same name.
     """
     slots: dict[str, Slot] = {}
     for name, entry in tensors.items():
         for stored, slot in _slots(name, entry, precision):
             if stored in slots:
-                raise InputError(f"two tensors would both be stored as {stored}; {AGAIN}")
+                raise InputError(f"{where}: two tensors would both be stored as {stored}; {AGAIN}")
             slots[stored] = slot
     return in_order(slots)
 
@@ -208,7 +210,8 @@ def read_json(path: Path) -> Any:
     """A JSON file of at most MAX_JSON bytes. Raises InputError for anything else."""
     try:
         with open(path, "rb") as file:
-            raw = file.read(MAX_JSON + 1)
+            size = os.fstat(file.fileno()).st_size
+            raw = file.read(min(size, MAX_JSON + 1))  # read(n) takes n bytes of memory, however small the file
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); {AGAIN}") from None
     if len(raw) > MAX_JSON:
@@ -264,10 +267,6 @@ def check_manifest(manifest: dict[str, Any], where: str) -> None:
     want("tensors", isinstance(tensors, dict), "an object")
     for name, entry in tensors.items():
         _check_entry(name, entry, tensors, manifest["precision"], where)
-    restored = [source_name(name, entry, prefix) for name, entry in tensors.items()]
-    if len(set(restored)) != len(restored):
-        twice = next(name for name in restored if restored.count(name) > 1)
-        raise InputError(f"{where}: two tensors would be unpacked as {twice}; {AGAIN}")
     if not any(entry["kind"] == "linear" and name != POOLER for name, entry in tensors.items()):
         raise InputError(f"{where}: no linear weight of an encoder in it; {AGAIN}")
     pooler = manifest["pooler_hash"]
@@ -321,8 +320,9 @@ def _check_sizes(manifest: dict[str, Any], where: str) -> None:
     sizes, compressed = manifest["sizes"], manifest["compression"] is not None
     _want(isinstance(sizes, dict), f"{where}: sizes", sizes, "an object")
     _keys(sizes, f"{where}: sizes", _SIZES + (_COMPRESSED_SIZES if compressed else ()))
+    slots = layout(manifest["tensors"], manifest["precision"], where)
+    data = sum(slot.nbytes for slot in slots.values())
     computed = figures(manifest["tensors"], manifest["precision"])
-    data = sum(slot.nbytes for slot in layout(manifest["tensors"], manifest["precision"]).values())
     file = sizes["file"]
     good = is_count(file) and data + 8 < file <= data + 8 + MAX_JSON
     _want(good, f"{where}: sizes: file", file, f"{data} bytes of tensors and a header")

@@ -33,6 +33,7 @@ from pruneofa.manifest import (
 )
 from pruneofa.pattern import POOLER, local_folder
 
+MAX_SCALE = np.nextafter(np.finfo(np.float32).max / np.float32(127), np.float32(0))  # 127 times it is finite
 DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I8": "i1", "U8": "u1"}
 
 
@@ -244,8 +245,8 @@ def _check_values(values: np.ndarray, scale: np.ndarray | None, rows: int) -> No
     if scale.dtype != np.float32 or scale.shape != (rows,):
         raise InputError(f"scale is {scale.dtype} {scale.shape}; wanted float32 {(rows,)}")
     _check_finite("scale", scale)
-    if not (scale > 0).all():
-        raise InputError("scale has a zero or negative number")
+    if not ((scale > 0) & (scale <= MAX_SCALE)).all():
+        raise InputError(f"scale has a number that is not above 0 and at most {MAX_SCALE:.6e}")
 
 
 def _check_finite(what: str, values: np.ndarray) -> None:

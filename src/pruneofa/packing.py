@@ -44,7 +44,7 @@ from pruneofa.manifest import (
     read_json,
     source_name,
 )
-from pruneofa.packed import Packed, PackedEmbedding, PackedLinear, pattern_hashes, pattern_holds, read
+from pruneofa.packed import MAX_SCALE, Packed, PackedEmbedding, PackedLinear, pattern_hashes, pattern_holds, read
 from pruneofa.pattern import POOLER, _header, _read, _Stored, _weight_files, local_folder
 from pruneofa.progress import progress
 
@@ -187,15 +187,16 @@ def pack_linear(weight: np.ndarray, precision: str) -> PackedLinear:
 def quantize_weight(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """int8 (rows, columns) and scale float32 (rows,) of a float32 weight, all in float32.
 
-    q = clip(rint(w / s), -127, 127), half to even, with s = max|row| / 127, and 1 for an all-zero row.
+    q = clip(rint(w / s), -127, 127), half to even, with s = max|row| / 127, and 1 for an all-zero row. At the ends
+    of what float32 can say, s stays within what neither divides by zero nor gives infinity times 127.
     """
     quantized = np.empty(weight.shape, np.int8)
     scale = np.empty(len(weight), np.float32)
     for start in range(0, len(weight), _ROWS):
         rows = slice(start, start + _ROWS)
         largest = np.abs(weight[rows]).max(axis=1)
-        # Where max / 127 is less than any float32, the smallest one: a scale of 0 would divide by zero.
-        scale[rows] = np.where(largest == 0, 1, np.maximum(largest / np.float32(127), np.float32(2**-149)))
+        scale[rows] = np.clip(largest / np.float32(127), np.float32(2**-149), MAX_SCALE)
+        scale[rows][largest == 0] = 1
         quantized[rows] = np.clip(np.rint(weight[rows] / scale[rows, None]), -127, 127)
     return quantized, scale
 
@@ -304,7 +305,7 @@ def _write_tensors(packed: Packed, folder: Path, compress: bool) -> dict[str, An
         sizes |= {"compressed": size, "compressed_encoder": encoder, "compressed_bits_per_weight": bits}
         if sizes["file"] > MAX_RATIO * size + MAX_SLACK:
             raise InputError(
-                f"{packed.folder}: shrinks over {MAX_RATIO} times, which readers refuse; do not compress it"
+                f"{packed.folder}: shrinks over {MAX_RATIO} times, more than readers allow; do not compress"
             )
     compression = "zstd" if compress else None
     return packed.manifest | {"checksum": f"crc32:{crc:08x}", "compression": compression, "sizes": sizes}
