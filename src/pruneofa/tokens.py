@@ -104,7 +104,7 @@ class TextTokenizer:
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             if (folder / name).is_file():
                 config |= _table(read_json(folder / name), folder / name)
-        names = config.get("model_input_names", ["token_type_ids"])
+        names = config.get("model_input_names") or ["token_type_ids"]
         self._typed = types > 1 and "token_type_ids" in names
         self._vocabulary = vocabulary
         self._limit = min(limit, settings.limit) if settings else limit
@@ -287,7 +287,8 @@ def sentence_settings(folder: Path) -> SentenceSettings:
         _table(read_json(folder / name), folder / name) if (folder / name).is_file() else {} for name in names
     )
     limits = [value for value in (sentence.get("max_seq_length"), tokenizer.get("model_max_length")) if value]
-    prompt = (prompts.get("prompts") or {}).get(prompts.get("default_prompt_name")) or ""
+    named = _table(prompts.get("prompts") or {}, folder / names[2])
+    prompt = named.get(str(prompts.get("default_prompt_name"))) or ""
     limit = limits[0] if limits else 2**31
     if not isinstance(limit, int | float) or limit < 1 or not isinstance(prompt, str):
         raise InputError(f"{folder}: max_seq_length {limit!r} and prompt {prompt!r}, wanted a number and a str")

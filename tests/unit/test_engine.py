@@ -13,7 +13,6 @@ import transformers
 
 from pruneofa import Engine
 from pruneofa.packing import pack
-from pruneofa.tokens import chunks
 from tests.tiny import tiny_bert, tiny_distilbert, tiny_roberta, tiny_tokenizer
 from tests.unit.engine_folder import write_folder
 
@@ -238,15 +237,6 @@ def test_padding_changes_nothing(kernels, tmp_path):
     np.testing.assert_allclose(got[:1, :6], engine.encode(ids[:1]), atol=1e-5)
     np.testing.assert_allclose(got[1:, :3], engine.encode(ids[1:, :3]), atol=1e-5)
     np.testing.assert_array_equal(engine.encode(ids.tolist()), engine.encode(ids.astype(np.uint8)))
-
-
-def test_chunks_are_sorted_by_length_and_hold_so_many_tokens():
-    assert list(chunks([300, 5, 200, 600, 100], 512)) == [[1, 4, 2], [0], [3]]
-    assert list(chunks([512, 512])) == [[0], [1]]
-    lengths = np.random.default_rng(0).integers(1, 129, 100).tolist()
-    made = list(chunks(lengths))
-    assert sorted(index for chunk in made for index in chunk) == list(range(100))
-    assert all(sum(lengths[index] for index in chunk) <= 512 for chunk in made)
 
 
 def test_packed_folders_give_what_their_source_gives(kernels, tmp_path):

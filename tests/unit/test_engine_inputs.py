@@ -305,6 +305,10 @@ def test_a_sentence_model_may_have_a_prompt_and_lower_case(tmp_path):
     prompts = {"prompts": {"query": "A GOOD ", "document": ""}, "default_prompt_name": "query"}
     (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(prompts))
     np.testing.assert_array_equal(Engine.from_pretrained(tmp_path).predict("RIVER"), plain)
+    (tmp_path / "config_sentence_transformers.json").write_text(json.dumps({"prompts": ["query"]}))
+    with pytest.raises(InputError, match="config_sentence_transformers.json: wanted a JSON object, got list"):
+        Engine.from_pretrained(tmp_path)
+    (tmp_path / "config_sentence_transformers.json").unlink()
     (tmp_path / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": "8"}))
     with pytest.raises(InputError, match="max_seq_length '8' and prompt"):
         Engine.from_pretrained(tmp_path)
