@@ -34,6 +34,7 @@ MAX_WINDOW = 8 << 20  # bytes of history that a decompressor may be made to keep
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,256}", re.ASCII)
 _HASH = re.compile(r"[0-9a-f]{64}")
+_CHECKSUM = re.compile(r"crc32:[0-9a-f]{8}")
 _PATTERN = re.compile(r"unstructured|4x1|1x4|([1-9]\d?):([1-9]\d?)", re.ASCII)
 _BASE_MODULES = ("embeddings", "encoder", "transformer", "pooler")  # their names carry the base model's prefix
 _OLD_NORM = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
@@ -257,7 +258,8 @@ def check_manifest(manifest: dict[str, Any], where: str) -> None:
     want("prefix", isinstance(prefix, str) and _is_prefix(prefix), 'such as "bert." or ""')
     want("compression", manifest["compression"] in (None, "zstd"), '"zstd" or null')
     checksum = manifest["checksum"]
-    want("checksum", isinstance(checksum, str) and re.fullmatch(r"crc32:[0-9a-f]{8}", checksum), "crc32: and 8 digits")
+    good = isinstance(checksum, str) and _CHECKSUM.fullmatch(checksum) is not None
+    want("checksum", good, "crc32: and 8 digits")
     want("pruneofa", isinstance(manifest["pruneofa"], str), "a version")
     for key in ("pattern_hash", "source"):
         want(key, _is_hash(manifest[key]), "64 hexadecimal digits")

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -100,8 +100,8 @@ class PackedEmbedding:
     def __post_init__(self) -> None:
         _check_values(self.values, self.scale, len(self.values))
 
-    def rows(self, ids: np.ndarray) -> np.ndarray:
-        """The rows of the integers `ids` (...,) as float32 (..., columns)."""
+    def rows(self, ids: np.ndarray | slice) -> np.ndarray:
+        """The rows of the integers `ids` (...,), or of a slice, as float32 (..., columns)."""
         rows = self.values[ids].astype(np.float32)
         return rows if self.scale is None else rows * self.scale[ids, None]
 
@@ -134,7 +134,9 @@ def read(path: str | Path) -> Packed:
     embeddings: dict[str, PackedEmbedding] = {}
     plain: dict[str, np.ndarray] = {}
     for name, entry in manifest["tensors"].items():
-        stored = {part: arrays.pop(f"{name}.{part}", None) for part in ("values", "scale", "bitmask", "negative_zeros")}
+        stored: dict[str, Any] = {
+            part: arrays.pop(f"{name}.{part}", None) for part in ("values", "scale", "bitmask", "negative_zeros")
+        }
         try:
             if entry["kind"] == "linear":
                 linears[name] = PackedLinear(tuple(entry["shape"]), **stored)
@@ -213,7 +215,7 @@ def pattern_hashes(linears: Mapping[str, PackedLinear]) -> tuple[str, str | None
             pooler = hashlib.sha256()
         digest = pooler if pooler is not None and name == POOLER else encoder
         digest.update(f"{name}\0{rows}x{columns}\0".encode())
-        digest.update(bits.reshape(-1))
+        digest.update(bits.reshape(-1).data)
     return encoder.hexdigest(), pooler.hexdigest() if pooler else None
 
 
@@ -284,26 +286,26 @@ def _read_arrays(file: Path, manifest: Mapping[str, Any]) -> dict[str, np.ndarra
 
 
 class _Stream:
-    """Exact numbers of bytes of a file, from its start, and the CRC-32 of all that was taken."""
+    """Exact numbers of bytes of `raw`, an open file or a zstd reader, and the CRC-32 of all that was taken."""
 
-    def __init__(self, raw: BinaryIO, file: Path) -> None:
+    def __init__(self, raw: Any, file: Path) -> None:
         self.raw, self.file, self.crc, self.taken = raw, file, 0, 0
 
     def take(self, count: int) -> np.ndarray:
         """The next `count` bytes, as an array of its own. Raises InputError where the file ends."""
         buffer = np.empty(count, np.uint8)
-        view, done = memoryview(buffer), 0
+        view, done = buffer.data, 0
         while done < count:
             if not (got := self.raw.readinto(view[done:])):
                 raise InputError(f"{self.file}: ends after {self.taken + done} bytes; {AGAIN}")
             done += got
         self.taken += count
-        self.crc = zlib.crc32(buffer, self.crc)
+        self.crc = zlib.crc32(buffer.data, self.crc)
         return buffer
 
 
 @contextlib.contextmanager
-def _opened(file: Path, manifest: Mapping[str, Any]) -> Iterator[BinaryIO]:
+def _opened(file: Path, manifest: Mapping[str, Any]) -> Iterator[Any]:
     """The tensor file as a stream of its bytes before compression, once its size is what the manifest says."""
     sizes = manifest["sizes"]
     wanted = sizes["compressed"] if manifest["compression"] else sizes["file"]
