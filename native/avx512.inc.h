@@ -3,7 +3,7 @@
 struct Int8 {
   using Sum = __m512i;
   using Word = __m512i;
-  static constexpr int kGroup = 4, kGroupBytes = 64, kBlock = 6, kDensePanels = 4;
+  static constexpr int kGroup = 4, kGroupBytes = 64, kBlock = 4, kDensePanels = 4;
   static constexpr bool kPadded = true;
   static Word word(uint32_t w) { return _mm512_set1_epi32(static_cast<int>(w)); }
   static void add(Sum& sum, const char* x, Word word) { sum = _mm512_dpbusd_epi32(sum, _mm512_load_si512(x), word); }
@@ -13,23 +13,9 @@ struct Int8 {
 struct Float {
   using Sum = __m512;
   using Word = __m512;
-  static constexpr int kGroup = 1, kGroupBytes = 64, kBlock = 6, kDensePanels = 4;
+  static constexpr int kGroup = 1, kGroupBytes = 64, kBlock = 4, kDensePanels = 4;
   static constexpr bool kPadded = false;
   static Word word(uint32_t w) { return _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(w))); }
   static void add(Sum& sum, const char* x, Word word) { sum = _mm512_fmadd_ps(_mm512_load_ps(x), word, sum); }
   static lanes::Floats value(Sum sum) { return reinterpret_cast<lanes::Floats>(sum); }
 };
-
-inline void quantize(const float* x, int features, void* codes, float* scale, int32_t* zero) {
-  lanes::range(x, features, scale, zero);
-  const lanes::Floats inverse = 1.0f / lanes::load(scale), offset = lanes::to_floats(lanes::load(zero));
-  int32_t* out = static_cast<int32_t*>(codes);
-  const int padded = round_up(features, 64);
-  for (int f = 0; f < padded; f += 4, out += kLanes) {
-    lanes::Ints word = {};
-    for (int k = 0; k < 4 && f + k < features; ++k) {
-      word |= lanes::encode(lanes::load(x + (f + k) * kLanes), inverse, offset) << (8 * k);
-    }
-    lanes::store(out, word);
-  }
-}

@@ -1,6 +1,8 @@
 #include "encoder.h"
 
 #include <algorithm>
+#include <cmath>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -10,13 +12,6 @@ namespace {
 
 void expect(bool fits, const char* what) {
   if (!fits) throw std::invalid_argument(what);
-}
-
-// Rows of a linear layer that a thread takes at a time: some for each thread, but not so few that the codes are read
-// through for nothing.
-int stretch(int rows, int granule, int threads) {
-  const int share = (rows + 4 * threads - 1) / (4 * threads);
-  return std::max(granule, std::min(round_up(share, granule), round_up(128, granule)));
 }
 
 }  // namespace
@@ -59,16 +54,27 @@ Encoder::Encoder(EncoderOptions options, Table word, Table position, Table type,
 void Encoder::reserve(int panels) {
   panels_ = panels;
   if (panels <= reserved_) return;
-  const std::size_t lanes = static_cast<std::size_t>(panels) * kLanes;
+  const std::size_t lanes = static_cast<std::size_t>(panels) * kLanes, threads = pool_.threads();
+  // A kernel may read, but not use, up to 16 features past the last head.
+  const std::size_t slack = kLanes * kLanes;
   state_ = Aligned<float>(lanes * options_.hidden);
-  mixed_ = Aligned<float>(lanes * options_.hidden);
-  wide_ = Aligned<float>(lanes * widest_);
-  scale_ = Aligned<float>(lanes);
-  zero_ = Aligned<int32_t>(lanes);
+  mixed_ = Aligned<float>(lanes * options_.hidden + slack);
+  wide_ = Aligned<float>(lanes * widest_ + slack);
   if (int8_) codes_ = Aligned<char>(static_cast<std::size_t>(panels) * codes_bytes(widest_, kernels_.group_int8));
-  scratch_size_ = (scratch_bytes(widest_, panels * kLanes) + 63) / 64 * 64;
-  scratch_ = Aligned<char>(scratch_size_ * pool_.threads());
+  ranges_ = Aligned<float>(threads * lanes * 2);
+  sums_ = Aligned<float>(threads * lanes * 2);
+  own_.clear();
+  for (std::size_t t = 0; t < threads; ++t) {
+    own_.push_back({Aligned<float>(lanes), Aligned<int32_t>(lanes),
+                    Aligned<char>(scratch_bytes(widest_, panels * kLanes, options_.hidden / options_.heads))});
+  }
   reserved_ = panels;
+}
+
+Encoder::Part Encoder::part(int total, int unit, int thread) const {
+  const int units = (total + unit - 1) / unit, threads = pool_.threads();
+  const auto from = [&](int t) { return std::min(static_cast<int>(int64_t{units} * t / threads) * unit, total); };
+  return {from(thread), from(thread + 1)};
 }
 
 void Encoder::check(const Sequences& s) const {
@@ -92,119 +98,156 @@ void Encoder::forward(const Sequences& sequences, float* out) {
   check(sequences);
   const std::lock_guard<std::mutex> turn(mutex_);
   reserve(round_up(sequences.tokens, kLanes) / kLanes);
-  queries_.clear();
-  for (int s = 0; s < sequences.count; ++s) {
-    const int begin = sequences.offsets[s], end = sequences.offsets[s + 1];
-    for (int p = begin / kLanes; p <= (end - 1) / kLanes; ++p) queries_.push_back({begin, end, p});
-  }
   pool_.run([&](int thread) { pass(thread, sequences, out); });
 }
 
 void Encoder::pass(int thread, const Sequences& sequences, float* out) {
-  const int hidden = options_.hidden, heads = options_.heads, size = hidden / heads;
-  const std::ptrdiff_t narrow = static_cast<std::ptrdiff_t>(hidden) * kLanes, wide = 3 * narrow;
+  const int hidden = options_.hidden, size = hidden / options_.heads;
+  const Part mine = part(hidden, 32, thread);
+  // Whole heads, and a multiple of 16 features of them.
+  const Part heads = part(options_.heads, kLanes / std::gcd(kLanes, size), thread);
+  const Part mixed = {heads.begin * size, heads.end * size};
   kernels_.begin();
-  for (int p; (p = pool_.next()) < panels_;) embed(p, sequences);
-  pool_.meet();
+  clear_ranges(thread);
+  embed(mine, sequences);
+  add_and_normalize(thread, nullptr, embedding_norm_, mine);
   for (const Layer& layer : layers_) {
-    encode(state_.data(), hidden);
-    multiply(thread, {layer.query.get(), layer.key.get(), layer.value.get()}, state_.data(), wide_.data(), 3 * hidden,
-             Activation::kNone);
-    const int tasks = static_cast<int>(queries_.size()) * heads;
-    for (int task; (task = pool_.next()) < tasks;) {
-      const Query& query = queries_[task / heads];
-      const std::ptrdiff_t head = static_cast<std::ptrdiff_t>(task % heads) * size * kLanes;
-      Attention a;
-      a.query = wide_.data() + head;
-      a.key = a.query + narrow;
-      a.value = a.key + narrow;
-      a.out = mixed_.data() + head;
-      a.stride = wide;
-      a.out_stride = narrow;
-      a.size = size;
-      a.scale = 1.0f / sqrtf(static_cast<float>(size));
-      a.begin = query.begin;
-      a.end = query.end;
-      a.panel = query.panel;
-      a.scratch = scratch(thread);
-      kernels_.attention(a);
-    }
-    pool_.meet();
-    encode(mixed_.data(), hidden);
-    multiply(thread, {layer.attention_output.get()}, mixed_.data(), wide_.data(), hidden, Activation::kNone);
-    const auto add_and_norm = [&](const float* y, const Norm& norm) {
-      for (int p; (p = pool_.next()) < panels_;) {
-        kernels_.normalize(state_.data() + p * narrow, y + p * narrow, hidden, norm.gamma.data(),
-                           norm.beta.data(), options_.epsilon);
-      }
-      pool_.meet();
-    };
-    add_and_norm(wide_.data(), layer.attention_norm);
+    encode(thread, state_.data(), hidden, mine);
+    multiply(thread, *layer.query, state_.data(), wide_.data(), 3 * hidden, 0, mixed);
+    multiply(thread, *layer.key, state_.data(), wide_.data(), 3 * hidden, hidden, mixed);
+    multiply(thread, *layer.value, state_.data(), wide_.data(), 3 * hidden, 2 * hidden, mixed);
+    attend(thread, heads, sequences);
+    look(thread, mixed_.data(), hidden, mixed);
+    encode(thread, mixed_.data(), hidden, mixed);
+    multiply(thread, *layer.attention_output, mixed_.data(), wide_.data(), hidden, 0, mine);
+    add_and_normalize(thread, wide_.data(), layer.attention_norm, mine);
     const int intermediate = layer.intermediate->outputs();
-    encode(state_.data(), hidden);
-    multiply(thread, {layer.intermediate.get()}, state_.data(), wide_.data(), intermediate, options_.activation);
-    encode(wide_.data(), intermediate);
-    multiply(thread, {layer.output.get()}, wide_.data(), mixed_.data(), hidden, Activation::kNone);
-    add_and_norm(mixed_.data(), layer.output_norm);
+    const Part rows = part(intermediate, 32, thread);
+    encode(thread, state_.data(), hidden, mine);
+    multiply(thread, *layer.intermediate, state_.data(), wide_.data(), intermediate, 0, rows, options_.activation,
+             true);
+    encode(thread, wide_.data(), intermediate, rows);
+    multiply(thread, *layer.output, wide_.data(), mixed_.data(), hidden, 0, mine);
+    add_and_normalize(thread, mixed_.data(), layer.output_norm, mine);
   }
-  for (int p; (p = pool_.next()) < panels_;) {
-    const int count = std::min(kLanes, sequences.tokens - p * kLanes);
-    const float* state = state_.data() + p * narrow;
-    for (int i = 0; i < count; ++i) {
-      float* row = out + (static_cast<std::ptrdiff_t>(p) * kLanes + i) * hidden;
-      for (int f = 0; f < hidden; ++f) row[f] = state[f * kLanes + i];
-    }
+  for (int token = 0; token < sequences.tokens; ++token) {
+    const float* state = state_.data() + static_cast<std::ptrdiff_t>(token / kLanes) * hidden * kLanes + token % kLanes;
+    float* row = out + static_cast<std::ptrdiff_t>(token) * hidden;
+    for (int f = mine.begin; f < mine.end; ++f) row[f] = state[f * kLanes];
   }
   kernels_.end();
 }
 
-void Encoder::embed(int panel, const Sequences& sequences) {
+void Encoder::embed(Part features, const Sequences& sequences) {
   const int hidden = options_.hidden;
-  float* state = state_.data() + static_cast<std::ptrdiff_t>(panel) * hidden * kLanes;
-  for (int i = 0; i < kLanes; ++i) {
+  const auto row = [&](const Table& table, int id, int begin, int count, float* sum) {
+    const std::size_t place = static_cast<std::size_t>(id) * hidden + begin;
+    if (table.codes.empty()) {
+      for (int i = 0; i < count; ++i) sum[i] += table.values[place + i];
+    } else {
+      const float scale = table.scale[id];
+      for (int i = 0; i < count; ++i) sum[i] += static_cast<float>(table.codes[place + i]) * scale;
+    }
+  };
+  for (int token = 0; token < panels_ * kLanes; ++token) {
     // Lanes past the last token repeat it: finite values that nothing reads.
-    const int token = std::min(panel * kLanes + i, sequences.tokens - 1);
-    const int id = sequences.ids[token], position = sequences.positions[token];
-    for (int f = 0; f < hidden; ++f) {
-      float x = word_.at(id, f, hidden) + position_.at(position, f, hidden);
-      if (type_.rows > 0) x += type_.at(sequences.types[token], f, hidden);
-      state[f * kLanes + i] = x;
+    const int source = std::min(token, sequences.tokens - 1);
+    float* state = state_.data() + static_cast<std::ptrdiff_t>(token / kLanes) * hidden * kLanes + token % kLanes;
+    for (int f = features.begin; f < features.end; f += kLanes) {
+      const int count = std::min(kLanes, features.end - f);
+      float sum[kLanes] = {};
+      row(word_, sequences.ids[source], f, count, sum);
+      row(position_, sequences.positions[source], f, count, sum);
+      if (type_.rows > 0) row(type_, sequences.types[source], f, count, sum);
+      for (int i = 0; i < count; ++i) state[(f + i) * kLanes] = sum[i];
     }
   }
-  kernels_.normalize(state, nullptr, hidden, embedding_norm_.gamma.data(), embedding_norm_.beta.data(),
-                     options_.epsilon);
 }
 
-void Encoder::encode(const float* x, int features) {
+void Encoder::attend(int thread, Part heads, const Sequences& sequences) {
+  const int hidden = options_.hidden, size = hidden / options_.heads;
+  const std::ptrdiff_t narrow = static_cast<std::ptrdiff_t>(hidden) * kLanes;
+  for (int head = heads.begin; head < heads.end; ++head) {
+    for (int s = 0; s < sequences.count; ++s) {
+      Attention a;
+      a.query = wide_.data() + static_cast<std::ptrdiff_t>(head) * size * kLanes;
+      a.key = a.query + narrow;
+      a.value = a.key + narrow;
+      a.out = mixed_.data() + static_cast<std::ptrdiff_t>(head) * size * kLanes;
+      a.stride = 3 * narrow;
+      a.out_stride = narrow;
+      a.size = size;
+      a.scale = 1.0f / sqrtf(static_cast<float>(size));
+      a.begin = sequences.offsets[s];
+      a.end = sequences.offsets[s + 1];
+      a.scratch = own_[thread].scratch.data();
+      kernels_.attention(a);
+    }
+  }
+}
+
+void Encoder::clear_ranges(int thread) {
+  float* ranges = ranges_.data() + static_cast<std::ptrdiff_t>(thread) * reserved_ * 2 * kLanes;
+  std::fill(ranges, ranges + panels_ * 2 * kLanes, 0.0f);
+}
+
+void Encoder::look(int thread, const float* x, int features, Part mine) {
   if (!int8_) return;
-  const std::ptrdiff_t stride = static_cast<std::ptrdiff_t>(features) * kLanes;
+  for (int p = 0; p < panels_; ++p) {
+    kernels_.range(x + static_cast<std::ptrdiff_t>(p) * features * kLanes, mine.begin, mine.end,
+                   ranges_.data() + (static_cast<std::ptrdiff_t>(thread) * reserved_ + p) * 2 * kLanes);
+  }
+}
+
+void Encoder::encode(int thread, const float* x, int features, Part mine) {
+  pool_.meet();
+  if (!int8_) return;
+  Own& own = own_[thread];
   const std::size_t bytes = codes_bytes(features, kernels_.group_int8);
-  for (int p; (p = pool_.next()) < panels_;) {
-    kernels_.quantize(x + p * stride, features, codes_.data() + p * bytes, scale_.data() + p * kLanes,
-                      zero_.data() + p * kLanes);
+  const std::ptrdiff_t stride = static_cast<std::ptrdiff_t>(reserved_) * 2 * kLanes;
+  for (int p = 0; p < panels_; ++p) {
+    kernels_.scales(ranges_.data() + p * 2 * kLanes, pool_.threads(), stride, own.scale.data() + p * kLanes,
+                    own.zero.data() + p * kLanes);
+    if (mine.begin < mine.end) {
+      kernels_.encode(x + static_cast<std::ptrdiff_t>(p) * features * kLanes, mine.begin, mine.end, features,
+                      own.scale.data() + p * kLanes, own.zero.data() + p * kLanes, codes_.data() + p * bytes);
+    }
   }
   pool_.meet();
+  clear_ranges(thread);
 }
 
-void Encoder::multiply(int thread, std::initializer_list<const Linear*> layers, const float* x, float* y, int features,
-                       Activation activation) {
+void Encoder::multiply(int thread, const Linear& linear, const float* x, float* y, int features, int at, Part rows,
+                       Activation activation, bool ranges) {
+  if (rows.begin == rows.end) return;
+  Own& own = own_[thread];
   Operands o;
   o.x = int8_ ? static_cast<const void*>(codes_.data()) : x;
-  o.scale = scale_.data();
-  o.zero = zero_.data();
+  o.scale = own.scale.data();
+  o.zero = own.zero.data();
   o.panels = panels_;
+  o.y = y + static_cast<std::ptrdiff_t>(at) * kLanes;
   o.y_stride = static_cast<std::ptrdiff_t>(features) * kLanes;
   o.activation = activation;
-  o.scratch = scratch(thread);
-  const int each = (*layers.begin())->outputs();
-  const int step = stretch(each * static_cast<int>(layers.size()), kernels_.granule, pool_.threads());
-  const int parts = (each + step - 1) / step;
-  for (int part; (part = pool_.next()) < parts * static_cast<int>(layers.size());) {
-    const int which = part / parts, begin = part % parts * step;
-    o.y = y + static_cast<std::ptrdiff_t>(which) * each * kLanes;
-    layers.begin()[which]->run(o, begin, std::min(begin + step, each));
+  if (int8_ && ranges) o.ranges = ranges_.data() + static_cast<std::ptrdiff_t>(thread) * reserved_ * 2 * kLanes;
+  o.scratch = own.scratch.data();
+  linear.run(o, rows.begin, rows.end);
+}
+
+void Encoder::add_and_normalize(int thread, const float* y, const Norm& norm, Part mine) {
+  const std::ptrdiff_t narrow = static_cast<std::ptrdiff_t>(options_.hidden) * kLanes;
+  const std::ptrdiff_t stride = static_cast<std::ptrdiff_t>(reserved_) * 2 * kLanes;
+  float* const sums = sums_.data() + thread * stride;
+  float* const ranges = ranges_.data() + thread * stride;
+  for (int p = 0; p < panels_; ++p) {
+    kernels_.add(state_.data() + p * narrow, y ? y + p * narrow : nullptr, mine.begin, mine.end, sums + p * 2 * kLanes);
   }
   pool_.meet();
+  for (int p = 0; p < panels_; ++p) {
+    kernels_.normalize(state_.data() + p * narrow, mine.begin, mine.end, options_.hidden, sums_.data() + p * 2 * kLanes,
+                       pool_.threads(), stride, norm.gamma.data(), norm.beta.data(), options_.epsilon,
+                       int8_ ? ranges + p * 2 * kLanes : nullptr);
+  }
 }
 
 }  // namespace pruneofa

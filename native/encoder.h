@@ -67,19 +67,34 @@ class Encoder {
   const std::vector<Layer>& layers() const { return layers_; }
 
  private:
-  struct Query {
-    int begin, end, panel;
+  // Of `total` features, in units of `unit`, those of a thread.
+  struct Part {
+    int begin, end;
   };
+  Part part(int total, int unit, int thread) const;
 
   void reserve(int panels);
   void check(const Sequences& sequences) const;
   void pass(int thread, const Sequences& sequences, float* out);
-  void embed(int panel, const Sequences& sequences);
-  // One phase: y = layers(x), the outputs of the layers one after the other.
-  void multiply(int thread, std::initializer_list<const Linear*> layers, const float* x, float* y, int features,
-                Activation activation);
-  void encode(const float* x, int features);
-  void* scratch(int thread) const { return scratch_.data() + thread * scratch_size_; }
+  void embed(Part features, const Sequences& sequences);
+  void attend(int thread, Part heads, const Sequences& sequences);
+  // Widens the ranges of this thread by its features of x; not needed where what wrote x has done so.
+  void look(int thread, const float* x, int features, Part mine);
+  // x to codes, this thread's features of it, once all threads' ranges are known: two meetings.
+  void encode(int thread, const float* x, int features, Part mine);
+  // y[.., at ..] = linear(x), the rows of this thread.
+  void multiply(int thread, const Linear& linear, const float* x, float* y, int features, int at, Part rows,
+                Activation activation = Activation::kNone, bool ranges = false);
+  // state = norm(state + y), y null for the embedding. One meeting.
+  void add_and_normalize(int thread, const float* y, const Norm& norm, Part mine);
+  void clear_ranges(int thread);
+
+  // What a thread needs alone.
+  struct Own {
+    Aligned<float> scale;  // [panels][16]
+    Aligned<int32_t> zero;
+    Aligned<char> scratch;
+  };
 
   const EncoderOptions options_;
   const Table word_, position_, type_;
@@ -93,11 +108,10 @@ class Encoder {
   Pool pool_;
   int panels_ = 0;    // of this pass
   int reserved_ = 0;  // panels that the buffers hold
-  std::vector<Query> queries_;
-  Aligned<float> state_, wide_, mixed_, scale_;  // [panels][features][16]
-  Aligned<int32_t> zero_;
-  Aligned<char> codes_, scratch_;
-  std::size_t scratch_size_ = 0;
+  Aligned<float> state_, wide_, mixed_;  // [panels][features][16]
+  Aligned<char> codes_;
+  Aligned<float> ranges_, sums_;  // [threads][panels][2][16], what each thread tells the others
+  std::vector<Own> own_;
 };
 
 }  // namespace pruneofa

@@ -59,6 +59,10 @@ struct Weights {
   bool sparse = false;
 };
 
+// Per token of each panel: the smallest and the largest value so far, [panels][2][16], low first.
+// What a thread has seen of its own features; `scales` puts the threads' together.
+using Ranges = float*;
+
 // What a linear layer reads and where it writes.
 struct Operands {
   const void* x = nullptr;         // codes, or floats for float weights
@@ -67,12 +71,13 @@ struct Operands {
   int panels = 0;
   float* y = nullptr;              // [panels][.][16], `y_stride` floats from panel to panel
   std::ptrdiff_t y_stride = 0;
+  Ranges ranges = nullptr;         // if set, widened by what is written to y
   int32_t* sums = nullptr;         // if set, the raw int32 sums go here, [panels][outputs][16], and nothing to y
   Activation activation = Activation::kNone;
   void* scratch = nullptr;         // of this thread, `scratch_bytes` long
 };
 
-// One query panel of one head of one sequence.
+// One head of one sequence. Up to 16 features past the head may be read.
 struct Attention {
   const float* query = nullptr;  // float activations holding the head's rows, panel 0
   const float* key = nullptr;
@@ -83,28 +88,38 @@ struct Attention {
   int size = 0;                      // of a head
   float scale = 0;                   // of the scores
   int begin = 0, end = 0;            // tokens of the sequence
-  int panel = 0;                     // of the queries
   void* scratch = nullptr;
 };
 
-// The kernels of one path. `codes_bytes(inputs)` is the size of a panel of codes.
+// The kernels of one path. Rows of a linear layer and features of activations are divided among threads in multiples
+// of 16, so that floats stay in the cache of the core that wrote them; what the others need of them is exchanged as
+// ranges, sums and codes.
 struct Kernels {
   const char* isa;
-  int group_int8;        // inputs in a word of int8 weights: 4, or 2 on AVX2
-  int block_int8;        // outputs per block of dense int8 words; 0: the path takes tiles (AMX)
-  int block_float;       // the same for float words
-  int granule;           // rows are handed to threads in multiples of this
-  float sparse_above;    // int8: sparsity from which the sparse layout is the faster one (docs/kernels.md)
-  float sparse_above_float;
+  int group_int8;       // inputs in a word of int8 weights: 4, or 2 on AVX2
+  int block_int8;       // outputs per block of dense int8 words, divides 16; 0: the path takes tiles (AMX)
+  int block_float;      // the same for float words
+  float sparse_above;   // sparsity from which the sparse layout is the faster one, for int8 (docs/kernels.md) ...
+  float sparse_above_float;  // ... and for floats
 
   void (*begin)();  // once per thread and forward pass
   void (*end)();
   void (*linear_int8)(const Weights&, const Operands&, int begin, int end);
   void (*linear_float)(const Weights&, const Operands&, int begin, int end);
-  // One panel of floats [features][16] to codes, scale[16] and zero[16].
-  void (*quantize)(const float* x, int features, void* codes, float* scale, int32_t* zero);
-  // x = norm(x + y) over the features of one panel; y may be null.
-  void (*normalize)(float* x, const float* y, int features, const float* gamma, const float* beta, float epsilon);
+
+  // Of one panel x [features][16], the features begin .. end - 1 unless said otherwise.
+  // Widen one panel's range [2][16].
+  void (*range)(const float* x, int begin, int end, Ranges range);
+  // Scale and zero point of 16 tokens from `count` ranges that lie `stride` floats apart.
+  void (*scales)(const float* ranges, int count, std::ptrdiff_t stride, float* scale, int32_t* zero);
+  // Codes; the thread with the last feature also clears the padding.
+  void (*encode)(const float* x, int begin, int end, int features, const float* scale, const int32_t* zero, void* codes);
+  // x += y (y may be null), and the sums of x and of x^2 over these features, [2][16].
+  void (*add)(float* x, const float* y, int begin, int end, float* sums);
+  // x = gamma * (x - mean) / deviation + beta, mean and variance from `count` pairs of sums `stride` floats apart over
+  // all features; widens the range if one is given.
+  void (*normalize)(float* x, int begin, int end, int features, const float* sums, int count, std::ptrdiff_t stride,
+                    const float* gamma, const float* beta, float epsilon, Ranges range);
   void (*attention)(const Attention&);
 };
 
@@ -112,11 +127,13 @@ constexpr int round_up(int value, int multiple) { return (value + multiple - 1) 
 constexpr std::size_t codes_bytes(int inputs, int group_int8) {
   return static_cast<std::size_t>(round_up(inputs, 64)) * kLanes * (group_int8 == 2 ? 2 : 1);
 }
-// Largest need of any kernel: expanded weight tiles (AMX), or the scores of one query panel.
-constexpr std::size_t scratch_bytes(int inputs, int tokens) {
+// Largest need of any kernel: expanded weight tiles (AMX), or the operands of one head of a sequence (AMX: keys, values
+// and weights as two bfloat16 each) and the scores of a query panel.
+constexpr std::size_t scratch_bytes(int inputs, int tokens, int head) {
   const std::size_t tiles = static_cast<std::size_t>(round_up(inputs, 64)) * 32 + 8192;
-  const std::size_t scores = static_cast<std::size_t>(round_up(tokens, kLanes) + 2 * kLanes) * kLanes * sizeof(float) + 65536;
-  return tiles > scores ? tiles : scores;
+  const std::size_t keys = static_cast<std::size_t>(round_up(tokens, 2 * kLanes)) + 4 * kLanes;
+  const std::size_t operands = keys * head * 8 + keys * kLanes * 8 + static_cast<std::size_t>(head) * kLanes * 8 + 8192;
+  return tiles > operands ? tiles : operands;
 }
 
 extern const Kernels kScalar;

@@ -10,11 +10,12 @@
 #include <immintrin.h>
 
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512vbmi2,avx2,fma,popcnt,amx-tile,amx-int8")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512vbmi2,avx2,fma,popcnt,amx-tile,amx-int8,amx-bf16")
 
 namespace pruneofa {
 namespace {
 namespace amx {
+#define PRUNEOFA_REGISTER 64
 #include "lanes.h"
 #include "linear.inc.h"
 #include "avx512.inc.h"
@@ -46,33 +47,80 @@ inline const int8_t* expand(const uint64_t* masks, const int8_t* values, int8_t*
   return values;
 }
 
-// Tile row `row` (16 outputs) in registers 0..3 (as `tile`), 16 tokens of `panel`.
-inline void write(const Weights& w, const Operands& o, int row, int panel, const int32_t* sums) {
-  const int count = w.outputs - row * 16 < 16 ? w.outputs - row * 16 : 16;
-  for (int r = 0; r < count; ++r) finish(w, o, panel, row * 16 + r, lanes::load(sums + r * 16));
+// The sums of two rows of tiles for two panels that wait to become floats. They do so a few rows at a time between
+// the tile instructions of the next block, which leave the vector units idle.
+struct Pending {
+  const int32_t* sums = nullptr;  // of the next output: [16 tokens]
+  int n = 0, stop = 0, begin = 0; // outputs; the next one, and those of the block
+  int panel = 0, more = 0;        // panels after this one
+};
+
+// One call stays within a panel.
+template <Activation kind>
+inline void finish_some(const Weights& w, const Operands& o, Pending& pending, int rows) {
+  if (pending.n == pending.stop) {
+    if (pending.more == 0) return;
+    pending.sums += (32 - (pending.stop - pending.begin)) * kLanes;
+    pending.n = pending.begin;
+    --pending.more;
+    ++pending.panel;
+  }
+  const int stop = pending.n + rows < pending.stop ? pending.n + rows : pending.stop;
+  const Tokens t = tokens(o, pending.panel);
+  lanes::Floats low = lanes::all(0.0f), high = lanes::all(0.0f);
+  float* y = o.y + pending.panel * o.y_stride;
+  const int32_t* sums = pending.sums;
+  for (int n = pending.n; n < stop; ++n, sums += kLanes) {
+    lanes::Floats v = dequantize(w, t, n, lanes::load(sums));
+    v = kind == Activation::kGelu ? lanes::gelu(v) : kind == Activation::kNone ? v : lanes::activate(v, o.activation);
+    lanes::store(y + n * kLanes, v);
+    if (kind != Activation::kNone) {
+      low = lanes::smaller(low, v);
+      high = lanes::larger(high, v);
+    }
+  }
+  if (kind != Activation::kNone && o.ranges != nullptr) {
+    lanes::widen(o.ranges + pending.panel * 2 * kLanes, low);
+    lanes::widen(o.ranges + pending.panel * 2 * kLanes, high);
+  }
+  pending.sums = sums;
+  pending.n = stop;
 }
 
-void linear_int8(const Weights& w, const Operands& o, int begin, int end) {
+inline void copy_sums(const Weights& w, const Operands& o, Pending& pending, int) {
+  for (int more = pending.more; more >= 0; --more, ++pending.panel) {
+    for (pending.n = pending.begin; pending.n < pending.stop; ++pending.n, pending.sums += kLanes) {
+      finish(w, o, pending.panel, pending.n, lanes::load(pending.sums));
+    }
+    pending.sums += (32 - (pending.stop - pending.begin)) * kLanes;
+  }
+  pending = {};
+}
+
+template <void (*finish_rows)(const Weights&, const Operands&, Pending&, int)>
+void multiply_tiles(const Weights& w, const Operands& o, int begin, int end) {
   const int chunks = round_up(w.inputs, 64) / 64;
-  const int rows = round_up(w.outputs, 16) / 16;
+  const int share = (32 + chunks / 2 - 1) / (chunks / 2 ? chunks / 2 : 1);  // rows to finish per chunk
   int8_t* tiles = static_cast<int8_t*>(o.scratch);
-  int32_t* sums = reinterpret_cast<int32_t*>(tiles + 2 * chunks * kTile);
+  int32_t* sums[2];
+  sums[0] = reinterpret_cast<int32_t*>(tiles + 2 * chunks * kTile);
+  sums[1] = sums[0] + 1024;
+  int turn = 0;
+  Pending pending;
   const char* x = static_cast<const char*>(o.x);
   const std::ptrdiff_t panel_bytes = static_cast<std::ptrdiff_t>(chunks) * kTile;
-  for (int row = begin / 16; row < round_up(end, 16) / 16; row += 2) {
-    const bool both = row + 1 < rows;
+  for (int n = begin; n < end; n += 32) {
+    const int row = n / 16;
+    const int second = n + 16 < end ? row + 1 : row;  // a lone row of tiles is multiplied twice
     const uint64_t* masks[2] = {};
     const int8_t* values[2] = {};
     const int8_t* weights[2];
-    if (w.sparse) {
-      for (int i = 0; i < 2; ++i) {
-        const int mine = both ? row + i : row;
-        masks[i] = w.masks + static_cast<std::ptrdiff_t>(mine) * chunks * 16;
-        values[i] = w.values + w.value_start[mine];
-        weights[i] = tiles + i * chunks * kTile;
-      }
-    } else {
-      for (int i = 0; i < 2; ++i) weights[i] = w.values + static_cast<std::ptrdiff_t>(both ? row + i : row) * chunks * kTile;
+    for (int i = 0; i < 2; ++i) {
+      const std::ptrdiff_t mine = i ? second : row;
+      weights[i] = w.sparse ? tiles + i * chunks * kTile : w.values + mine * chunks * kTile;
+      if (!w.sparse) continue;
+      masks[i] = w.masks + mine * chunks * 16;
+      values[i] = w.values + w.value_start[mine];
     }
     for (int p = 0; p < o.panels; p += 2) {
       const bool fresh = w.sparse && p == 0;
@@ -86,11 +134,6 @@ void linear_int8(const Weights& w, const Operands& o, int begin, int end) {
       _tile_zero(2);
       _tile_zero(3);
       for (int c = 0; c < chunks; ++c) {
-        if (fresh && c + 1 < chunks) {
-          for (int i = 0; i < 2; ++i) {
-            values[i] = expand(masks[i] + (c + 1) * 16, values[i], tiles + (i * chunks + c + 1) * kTile);
-          }
-        }
         _tile_loadd(4, weights[0] + c * kTile, 64);
         _tile_loadd(6, x0 + c * kTile, 64);
         _tile_dpbsud(0, 4, 6);
@@ -99,33 +142,52 @@ void linear_int8(const Weights& w, const Operands& o, int begin, int end) {
         _tile_loadd(7, x1 + c * kTile, 64);
         _tile_dpbsud(2, 4, 7);
         _tile_dpbsud(3, 5, 7);
+        if (fresh && c + 1 < chunks) {
+          for (int i = 0; i < 2; ++i) {
+            values[i] = expand(masks[i] + (c + 1) * 16, values[i], tiles + (i * chunks + c + 1) * kTile);
+          }
+        }
+        finish_rows(w, o, pending, share);
       }
-      _tile_stored(0, sums, 64);
-      _tile_stored(1, sums + 256, 64);
-      _tile_stored(2, sums + 512, 64);
-      _tile_stored(3, sums + 768, 64);
-      write(w, o, row, p, sums);
-      if (both) write(w, o, row + 1, p, sums + 256);
-      if (p + 1 < o.panels) {
-        write(w, o, row, p + 1, sums + 512);
-        if (both) write(w, o, row + 1, p + 1, sums + 768);
-      }
+      finish_rows(w, o, pending, 32);
+      finish_rows(w, o, pending, 32);
+      int32_t* mine = sums[turn];
+      _tile_stored(0, mine, 64);
+      _tile_stored(1, mine + 256, 64);
+      _tile_stored(2, mine + 512, 64);
+      _tile_stored(3, mine + 768, 64);
+      turn = 1 - turn;
+      pending = {mine, n, end - n < 32 ? end : n + 32, n, p, o.panels - p < 2 ? 0 : 1};
     }
   }
+  finish_rows(w, o, pending, 32);
+  finish_rows(w, o, pending, 32);
 }
+
+void linear_int8(const Weights& w, const Operands& o, int begin, int end) {
+  if (o.sums != nullptr) return multiply_tiles<copy_sums>(w, o, begin, end);
+  if (o.activation == Activation::kNone) return multiply_tiles<finish_some<Activation::kNone>>(w, o, begin, end);
+  if (o.activation == Activation::kGelu) return multiply_tiles<finish_some<Activation::kGelu>>(w, o, begin, end);
+  multiply_tiles<finish_some<Activation::kRelu>>(w, o, begin, end);  // any other, asked for each row
+}
+
+#include "attention_amx.inc.h"
 
 }  // namespace amx
 }  // namespace
 
 const Kernels kAmx = {
     "amx",
-    4, 0, 6, 32, 0.3f, 0.5f,
+    4, 0, 4, 0.3f, 0.5f,
     amx::begin, amx::end,
     amx::linear_int8,
     amx::linear<amx::Float>,
-    amx::quantize,
+    amx::lanes::range,
+    amx::lanes::scales,
+    amx::lanes::encode_words<4>,
+    amx::lanes::add,
     amx::lanes::normalize,
-    amx::lanes::attention,
+    amx::attention,
 };
 
 }  // namespace pruneofa

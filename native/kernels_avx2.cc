@@ -11,6 +11,7 @@
 namespace pruneofa {
 namespace {
 namespace avx2 {
+#define PRUNEOFA_REGISTER 32
 #include "lanes.h"
 #include "linear.inc.h"
 
@@ -19,7 +20,7 @@ struct Int8 {
     __m256i half[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
   };
   using Word = __m256i;
-  static constexpr int kGroup = 2, kGroupBytes = 64, kBlock = 3, kDensePanels = 2;
+  static constexpr int kGroup = 2, kGroupBytes = 64, kBlock = 2, kDensePanels = 2;
   static constexpr bool kPadded = true;
   static Word word(uint32_t w) { return _mm256_set1_epi32(static_cast<int>(w)); }
   static void add(Sum& sum, const char* x, Word word) {
@@ -39,7 +40,7 @@ struct Float {
     __m256 half[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
   };
   using Word = __m256;
-  static constexpr int kGroup = 1, kGroupBytes = 64, kBlock = 3, kDensePanels = 2;
+  static constexpr int kGroup = 1, kGroupBytes = 64, kBlock = 2, kDensePanels = 2;
   static constexpr bool kPadded = false;
   static Word word(uint32_t w) { return _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(w))); }
   static void add(Sum& sum, const char* x, Word word) {
@@ -54,18 +55,6 @@ struct Float {
   }
 };
 
-void quantize(const float* x, int features, void* codes, float* scale, int32_t* zero) {
-  lanes::range(x, features, scale, zero);
-  const lanes::Floats inverse = 1.0f / lanes::load(scale), offset = lanes::to_floats(lanes::load(zero));
-  int32_t* out = static_cast<int32_t*>(codes);
-  for (int f = 0; f < round_up(features, 64); f += 2, out += kLanes) {
-    lanes::Ints word = {};
-    if (f < features) word = lanes::encode(lanes::load(x + f * kLanes), inverse, offset);
-    if (f + 1 < features) word |= lanes::encode(lanes::load(x + (f + 1) * kLanes), inverse, offset) << 16;
-    lanes::store(out, word);
-  }
-}
-
 void nothing() {}
 
 }  // namespace avx2
@@ -73,11 +62,14 @@ void nothing() {}
 
 const Kernels kAvx2 = {
     "avx2",
-    2, 3, 3, 16, 0.5f, 0.5f,
+    2, 2, 2, 0.5f, 0.5f,
     avx2::nothing, avx2::nothing,
     avx2::linear<avx2::Int8>,
     avx2::linear<avx2::Float>,
-    avx2::quantize,
+    avx2::lanes::range,
+    avx2::lanes::scales,
+    avx2::lanes::encode_words<2>,
+    avx2::lanes::add,
     avx2::lanes::normalize,
     avx2::lanes::attention,
 };

@@ -11,6 +11,7 @@
 namespace pruneofa {
 namespace {
 namespace avx512vnni {
+#define PRUNEOFA_REGISTER 64
 #include "lanes.h"
 #include "linear.inc.h"
 #include "avx512.inc.h"
@@ -22,11 +23,14 @@ void nothing() {}
 
 const Kernels kAvx512Vnni = {
     "avx512vnni",
-    4, 6, 6, 16, 0.6f, 0.5f,
+    4, 4, 4, 0.6f, 0.5f,
     avx512vnni::nothing, avx512vnni::nothing,
     avx512vnni::linear<avx512vnni::Int8>,
     avx512vnni::linear<avx512vnni::Float>,
-    avx512vnni::quantize,
+    avx512vnni::lanes::range,
+    avx512vnni::lanes::scales,
+    avx512vnni::lanes::encode_words<4>,
+    avx512vnni::lanes::add,
     avx512vnni::lanes::normalize,
     avx512vnni::lanes::attention,
 };

@@ -1,104 +1,143 @@
 // Sixteen floats or int32, one per token, and the functions that the layers between the linear ones need.
 //
-// GCC and Clang compile these vectors to whatever the including file may use (one 512-bit register, two of 256 bits,
-// four of 128). Elsewhere a plain array with loops does the same. Included once per path, inside its namespace and
-// after its target pragma, so that no function of one path can be linked into another.
+// PRUNEOFA_REGISTER is the size in bytes of the vector registers of the path; sixteen lanes are one register of 64
+// bytes, a pair of 32, or a pair of pairs of 16. Compilers without vector types get pairs down to single floats.
+// Included once per path, inside its namespace and after its target pragma, so that no function of one path can be
+// linked into another.
 #include "kernels.h"
 
 namespace lanes {
 
-#if defined(__GNUC__)
-typedef float Floats __attribute__((vector_size(64), aligned(64)));
-typedef int32_t Ints __attribute__((vector_size(64), aligned(64)));
-static inline Floats to_floats(Ints v) { return __builtin_convertvector(v, Floats); }
-static inline Ints truncate(Floats v) { return __builtin_convertvector(v, Ints); }
-static inline Floats as_floats(Ints v) { return reinterpret_cast<Floats>(v); }
-static inline Floats select(Ints mask, Floats a, Floats b) { return mask ? a : b; }
-#else
-template <class T>
-struct Vector {
-  T v[kLanes];
-  T& operator[](int i) { return v[i]; }
-  T operator[](int i) const { return v[i]; }
+template <class Half>
+struct Pair {
+  Half low, high;
 };
-using Floats = Vector<float>;
-using Ints = Vector<int32_t>;
-#define PRUNEOFA_OPERATOR(op)                                                                  \
-  template <class T>                                                                           \
-  static inline Vector<T> operator op(Vector<T> a, const Vector<T>& b) {                       \
-    for (int i = 0; i < kLanes; ++i) a.v[i] = a.v[i] op b.v[i];                                \
-    return a;                                                                                  \
-  }                                                                                            \
-  template <class T, class S>                                                                  \
-  static inline Vector<T> operator op(Vector<T> a, S b) {                                      \
-    for (int i = 0; i < kLanes; ++i) a.v[i] = a.v[i] op static_cast<T>(b);                     \
-    return a;                                                                                  \
+
+#if defined(__GNUC__)
+typedef float FloatRegister __attribute__((vector_size(PRUNEOFA_REGISTER)));
+typedef int32_t IntRegister __attribute__((vector_size(PRUNEOFA_REGISTER)));
+static inline FloatRegister to_floats(IntRegister v) { return __builtin_convertvector(v, FloatRegister); }
+static inline IntRegister truncate(FloatRegister v) { return __builtin_convertvector(v, IntRegister); }
+static inline IntRegister bits(FloatRegister v) { return reinterpret_cast<IntRegister>(v); }
+static inline FloatRegister as_floats(IntRegister v) { return reinterpret_cast<FloatRegister>(v); }
+static inline FloatRegister select(IntRegister mask, FloatRegister a, FloatRegister b) { return mask ? a : b; }
+static inline FloatRegister smaller(FloatRegister a, FloatRegister b) { return a < b ? a : b; }
+static inline FloatRegister larger(FloatRegister a, FloatRegister b) { return a < b ? b : a; }
+#else
+typedef float FloatRegister;
+typedef int32_t IntRegister;
+static inline float to_floats(int32_t v) { return static_cast<float>(v); }
+static inline int32_t truncate(float v) { return static_cast<int32_t>(v); }
+static inline int32_t bits(float v) {
+  int32_t b;
+  memcpy(&b, &v, sizeof b);
+  return b;
+}
+static inline float as_floats(int32_t v) {
+  float f;
+  memcpy(&f, &v, sizeof f);
+  return f;
+}
+static inline float select(int32_t mask, float a, float b) { return mask ? a : b; }
+static inline float smaller(float a, float b) { return a < b ? a : b; }
+static inline float larger(float a, float b) { return a < b ? b : a; }
+#endif
+
+template <class V, int Bytes>
+struct Sixteen {
+  typedef typename Sixteen<Pair<V>, Bytes * 2>::Type Type;
+};
+template <class V>
+struct Sixteen<V, 64> {
+  typedef V Type;
+};
+typedef Sixteen<FloatRegister, sizeof(FloatRegister)>::Type Floats;
+typedef Sixteen<IntRegister, sizeof(IntRegister)>::Type Ints;
+
+// Operators and functions of pairs are those of their halves.
+#define PRUNEOFA_OPERATOR(op)                                                        \
+  template <class H>                                                                 \
+  static inline Pair<H> operator op(const Pair<H>& a, const Pair<H>& b) {            \
+    return {a.low op b.low, a.high op b.high};                                       \
+  }                                                                                  \
+  template <class H>                                                                 \
+  static inline Pair<H> operator op(const Pair<H>& a, float b) {                     \
+    return {a.low op b, a.high op b};                                                \
+  }                                                                                  \
+  template <class H>                                                                 \
+  static inline Pair<H> operator op(float a, const Pair<H>& b) {                     \
+    return {a op b.low, a op b.high};                                                \
   }
 PRUNEOFA_OPERATOR(+)
 PRUNEOFA_OPERATOR(-)
 PRUNEOFA_OPERATOR(*)
 PRUNEOFA_OPERATOR(/)
 #undef PRUNEOFA_OPERATOR
-template <class T, class S>
-static inline Vector<T>& operator+=(Vector<T>& a, const S& b) {
-  return a = a + b;
+template <class H>
+static inline Pair<H> operator|(const Pair<H>& a, const Pair<H>& b) {
+  return {a.low | b.low, a.high | b.high};
 }
-static inline Vector<float> operator/(float a, const Vector<float>& b) {
-  Vector<float> r;
-  for (int i = 0; i < kLanes; ++i) r.v[i] = a / b.v[i];
-  return r;
+template <class H>
+static inline Pair<H> operator<<(const Pair<H>& a, int count) {
+  return {a.low << count, a.high << count};
 }
-static inline Vector<float> operator*(float a, const Vector<float>& b) { return b * a; }
-static inline Vector<float> operator-(float a, const Vector<float>& b) {
-  Vector<float> r;
-  for (int i = 0; i < kLanes; ++i) r.v[i] = a - b.v[i];
-  return r;
+template <class H>
+static inline Pair<H> operator+(const Pair<H>& a, int32_t b) {
+  return {a.low + b, a.high + b};
 }
-static inline Ints operator<(const Floats& a, const Floats& b) {
-  Ints r;
-  for (int i = 0; i < kLanes; ++i) r.v[i] = a.v[i] < b.v[i] ? -1 : 0;
-  return r;
+template <class H>
+static inline auto operator<(const Pair<H>& a, const Pair<H>& b) -> Pair<decltype(truncate(a.low))> {
+  return {a.low < b.low, a.high < b.high};
 }
-static inline Ints operator<<(Ints a, int bits) {
-  for (int i = 0; i < kLanes; ++i) a.v[i] = static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) << bits);
-  return a;
+template <class H>
+static inline auto to_floats(const Pair<H>& v) -> Pair<decltype(to_floats(v.low))> {
+  return {to_floats(v.low), to_floats(v.high)};
 }
-static inline Floats to_floats(const Ints& v) {
-  Floats r;
-  for (int i = 0; i < kLanes; ++i) r.v[i] = static_cast<float>(v.v[i]);
-  return r;
+template <class H>
+static inline auto truncate(const Pair<H>& v) -> Pair<decltype(truncate(v.low))> {
+  return {truncate(v.low), truncate(v.high)};
 }
-static inline Ints truncate(const Floats& v) {
-  Ints r;
-  for (int i = 0; i < kLanes; ++i) r.v[i] = static_cast<int32_t>(v.v[i]);
-  return r;
+template <class H>
+static inline auto as_floats(const Pair<H>& v) -> Pair<decltype(as_floats(v.low))> {
+  return {as_floats(v.low), as_floats(v.high)};
 }
-static inline Floats as_floats(const Ints& v) {
-  Floats r;
-  memcpy(&r, &v, sizeof r);
-  return r;
+template <class M, class H>
+static inline Pair<H> select(const Pair<M>& mask, const Pair<H>& a, const Pair<H>& b) {
+  return {select(mask.low, a.low, b.low), select(mask.high, a.high, b.high)};
 }
-static inline Floats select(const Ints& mask, const Floats& a, const Floats& b) {
-  Floats r;
-  for (int i = 0; i < kLanes; ++i) r.v[i] = mask.v[i] ? a.v[i] : b.v[i];
-  return r;
+template <class H>
+static inline Pair<H> smaller(const Pair<H>& a, const Pair<H>& b) {
+  return {smaller(a.low, b.low), smaller(a.high, b.high)};
 }
-#endif
+template <class H>
+static inline Pair<H> larger(const Pair<H>& a, const Pair<H>& b) {
+  return {larger(a.low, b.low), larger(a.high, b.high)};
+}
 
-static inline Floats load(const float* p) { return *reinterpret_cast<const Floats*>(p); }
-static inline Ints load(const int32_t* p) { return *reinterpret_cast<const Ints*>(p); }
-static inline void store(float* p, Floats v) { *reinterpret_cast<Floats*>(p) = v; }
-static inline void store(int32_t* p, Ints v) { *reinterpret_cast<Ints*>(p) = v; }
-static inline Floats all(float value) {
-  Floats v;
-  for (int i = 0; i < kLanes; ++i) v[i] = value;
-  return v;
-}
-static inline Floats smaller(Floats a, Floats b) { return select(a < b, a, b); }
-static inline Floats larger(Floats a, Floats b) { return select(a < b, b, a); }
+// Register by register: compilers copy structs in smaller pieces, and reading those back as a register stalls.
+template <class V>
+struct Memory {
+  static inline V load(const void* p) { return *static_cast<const V*>(p); }
+  static inline void store(void* p, const V& v) { *static_cast<V*>(p) = v; }
+};
+template <class Half>
+struct Memory<Pair<Half>> {
+  static inline Pair<Half> load(const void* p) {
+    return {Memory<Half>::load(p), Memory<Half>::load(static_cast<const char*>(p) + sizeof(Half))};
+  }
+  static inline void store(void* p, const Pair<Half>& v) {
+    Memory<Half>::store(p, v.low);
+    Memory<Half>::store(static_cast<char*>(p) + sizeof(Half), v.high);
+  }
+};
+static inline Floats load(const float* p) { return Memory<Floats>::load(p); }
+static inline Ints load(const int32_t* p) { return Memory<Ints>::load(p); }
+static inline void store(float* p, const Floats& v) { Memory<Floats>::store(p, v); }
+static inline void store(int32_t* p, const Ints& v) { Memory<Ints>::store(p, v); }
+static inline Floats all(float value) { return Floats{} + value; }
 
 // Round half to even for |x| < 2^22: the sum has no room for fraction bits.
-static inline Floats round(Floats x) {
+static inline Floats round(const Floats& x) {
   const float magic = 12582912.0f;  // 1.5 * 2^23
   return (x + magic) - magic;
 }
@@ -119,132 +158,197 @@ static inline Floats exponential(Floats x) {
   return p * as_floats((truncate(n) + 127) << 23);
 }
 
-// x * Phi(x), Phi by erf: Abramowitz and Stegun 7.1.26, |error of erf| <= 1.5e-7.
-static inline Floats gelu(Floats x) {
-  const Floats z = x * 0.70710678f;
-  const Floats a = larger(z, 0.0f - z);
-  const Floats t = 1.0f / (a * 0.3275911f + 1.0f);
-  Floats p = t * 1.061405429f + -1.453152027f;
-  p = p * t + 1.421413741f;
-  p = p * t + -0.284496736f;
-  p = p * t + 0.254829592f;
-  const Floats tail = p * t * exponential(0.0f - a * a);  // 1 - erf(a)
-  const Floats half = tail * 0.5f;
-  return x * select(z < all(0.0f), half, 1.0f - half);
+// x * Phi(x) to 5e-6. Phi - 1/2 is x times a polynomial in t = 2 x^2 / 25 - 1, fitted to minimise the largest error of
+// the product (docs/kernels.md); beyond |x| = 5 Phi is taken from there.
+static inline Floats gelu(const Floats& x) {
+  const Floats c = larger(smaller(x, all(5.0f)), all(-5.0f));
+  const Floats t = c * c * 0.08f - 1.0f;
+  Floats p = t * -0.0010966204572468996f + 0.003194795222952962f;
+  p = p * t - 0.0038864407688379288f;
+  p = p * t + 0.0051126438193023205f;
+  p = p * t - 0.01016566064208746f;
+  p = p * t + 0.016910525038838387f;
+  p = p * t - 0.023624932393431664f;
+  p = p * t + 0.031356628984212875f;
+  p = p * t - 0.04039197787642479f;
+  p = p * t + 0.051525406539440155f;
+  p = p * t - 0.07029823213815689f;
+  p = p * t + 0.14136375486850739f;
+  return x * (c * p + 0.5f);
 }
 
 // The tanh approximation of GELU, as in GPT-2: x * sigmoid(2 * sqrt(2/pi) * (x + 0.044715 x^3)).
-static inline Floats gelu_tanh(Floats x) {
+static inline Floats gelu_tanh(const Floats& x) {
   const Floats u = x * (x * x * 0.044715f + 1.0f) * -1.59576912f;
   return x / (exponential(u) + 1.0f);
 }
 
-static inline Floats activate(Floats x, Activation kind) {
+static inline Floats activate(const Floats& x, Activation kind) {
+  if (kind == Activation::kNone) return x;
   if (kind == Activation::kGelu) return gelu(x);
   if (kind == Activation::kGeluTanh) return gelu_tanh(x);
-  if (kind == Activation::kRelu) return larger(x, all(0.0f));
-  return x;
+  return larger(x, all(0.0f));
 }
 
-static inline void normalize(float* x, const float* y, int features, const float* gamma, const float* beta,
-                             float epsilon) {
-  Floats sum = all(0.0f);
-  for (int f = 0; f < features; ++f) {
-    Floats v = load(x + f * kLanes);
-    if (y != nullptr) store(x + f * kLanes, v = v + load(y + f * kLanes));
-    sum += v;
-  }
-  const Floats mean = sum / static_cast<float>(features);
-  Floats squares = all(0.0f);
-  for (int f = 0; f < features; ++f) {
-    const Floats d = load(x + f * kLanes) - mean;
-    squares += d * d;
-  }
-  Floats inverse = squares / static_cast<float>(features) + epsilon;
-  for (int i = 0; i < kLanes; ++i) inverse[i] = 1.0f / sqrtf(inverse[i]);
-  for (int f = 0; f < features; ++f) {
-    store(x + f * kLanes, (load(x + f * kLanes) - mean) * inverse * gamma[f] + beta[f]);
-  }
+static inline void widen(Ranges range, const Floats& v) {
+  store(range, smaller(load(range), v));
+  store(range + kLanes, larger(load(range + kLanes), v));
 }
 
-// Scale and zero point of a panel, per token: the range includes 0 (design.md, "int8").
-static inline void range(const float* x, int features, float* scale, int32_t* zero) {
-  Floats low = all(0.0f), high = all(0.0f);
-  for (int f = 0; f < features; ++f) {
+static inline void range(const float* x, int begin, int end, Ranges range) {
+  Floats low = load(range), high = load(range + kLanes);
+  for (int f = begin; f < end; ++f) {
     const Floats v = load(x + f * kLanes);
     low = smaller(low, v);
     high = larger(high, v);
   }
+  store(range, low);
+  store(range + kLanes, high);
+}
+
+// The range includes 0 (design.md, "int8").
+static inline void scales(const float* ranges, int count, std::ptrdiff_t stride, float* scale, int32_t* zero) {
+  Floats low = all(0.0f), high = all(0.0f);
+  for (int i = 0; i < count; ++i) {
+    low = smaller(low, load(ranges + i * stride));
+    high = larger(high, load(ranges + i * stride + kLanes));
+  }
   Floats s = (high - low) / 255.0f;
   s = select(all(0.0f) < s, s, all(1.0f));
   store(scale, s);
-  store(zero, truncate(round((0.0f - low) / s)));
+  store(zero, truncate(round(0.0f - low / s)));
 }
 
 // Codes of 16 tokens. A product instead of the quotient x / scale: a division costs more than all the rest here, and
 // only where x / scale is half an integer to within rounding does the code come out one off.
-static inline Ints encode(Floats x, Floats inverse_scale, Floats zero) {
+static inline Ints encode(const Floats& x, const Floats& inverse_scale, const Floats& zero) {
   const Floats q = round(x * inverse_scale) + zero;
   return truncate(larger(smaller(q, all(255.0f)), all(0.0f)));
 }
 
-// softmax(scale * q k^T) v for one panel of queries against the keys begin..end, online over panels of keys would
-// save memory; two passes over the scores of 16 queries are faster, and they fit the second-level cache.
+// Words of `Group` codes of consecutive features; the bits of a code are 32 / Group.
+template <int Group>
+static inline void encode_words(const float* x, int begin, int end, int features, const float* scale,
+                                const int32_t* zero, void* codes) {
+  const Floats inverse = 1.0f / load(scale), offset = to_floats(load(zero));
+  int32_t* out = static_cast<int32_t*>(codes) + begin / Group * kLanes;
+  const int padded = end == features ? round_up(features, 64) : end;
+  for (int f = begin; f < padded; f += Group, out += kLanes) {
+    Ints word = {};
+    for (int k = 0; k < Group && f + k < end; ++k) {
+      word = word | encode(load(x + (f + k) * kLanes), inverse, offset) << (k * (32 / Group));
+    }
+    store(out, word);
+  }
+}
+
+static inline void add(float* x, const float* y, int begin, int end, float* sums) {
+  Floats sum = all(0.0f), squares = all(0.0f);
+  for (int f = begin; f < end; ++f) {
+    Floats v = load(x + f * kLanes);
+    if (y != nullptr) {
+      v = v + load(y + f * kLanes);
+      store(x + f * kLanes, v);
+    }
+    sum = sum + v;
+    squares = squares + v * v;
+  }
+  store(sums, sum);
+  store(sums + kLanes, squares);
+}
+
+static inline void normalize(float* x, int begin, int end, int features, const float* sums, int count,
+                             std::ptrdiff_t stride, const float* gamma, const float* beta, float epsilon,
+                             Ranges range) {
+  Floats sum = all(0.0f), squares = all(0.0f);
+  for (int i = 0; i < count; ++i) {
+    sum = sum + load(sums + i * stride);
+    squares = squares + load(sums + i * stride + kLanes);
+  }
+  const Floats mean = sum / static_cast<float>(features);
+  const Floats variance = larger(squares / static_cast<float>(features) - mean * mean, all(0.0f));
+  alignas(64) float inverses[kLanes];
+  store(inverses, variance + epsilon);
+  for (int i = 0; i < kLanes; ++i) inverses[i] = 1.0f / sqrtf(inverses[i]);
+  const Floats inverse = load(inverses);
+  Floats low = all(0.0f), high = all(0.0f);
+  for (int f = begin; f < end; ++f) {
+    const Floats v = (load(x + f * kLanes) - mean) * inverse * gamma[f] + beta[f];
+    store(x + f * kLanes, v);
+    low = smaller(low, v);
+    high = larger(high, v);
+  }
+  if (range != nullptr) {
+    store(range, smaller(load(range), low));
+    store(range + kLanes, larger(load(range + kLanes), high));
+  }
+}
+
+// All ones where a token of the panel belongs to the sequence.
+static inline Ints inside(const Attention& a, int panel) {
+  alignas(64) int32_t mask[kLanes];
+  for (int i = 0; i < kLanes; ++i) mask[i] = panel * kLanes + i >= a.begin && panel * kLanes + i < a.end ? -1 : 0;
+  return load(mask);
+}
+
+// softmax(scale * q k^T) v for the query panels of one head of one sequence. Two passes over the scores of a panel,
+// which fit the second-level cache, instead of an online softmax.
 static inline void attention(const Attention& a) {
-  float* scores = static_cast<float*>(a.scratch);  // [keys][16]
+  constexpr int kBlock = PRUNEOFA_REGISTER == 64 ? 16 : 4;  // sums that fit the registers
+  float* scores = static_cast<float*>(a.scratch);           // [keys][16]
   const int first = a.begin / kLanes, last = (a.end - 1) / kLanes;
-  const float* q = a.query + a.panel * a.stride;
-  Floats top = all(-3.0e38f);
-  for (int p = first; p <= last; ++p) {
-    const float* k = a.key + p * a.stride;
-    Floats sum[kLanes];
-    for (int s = 0; s < kLanes; ++s) sum[s] = all(0.0f);
-    for (int d = 0; d < a.size; ++d) {
-      const Floats v = load(q + d * kLanes);
-      PRUNEOFA_UNROLL
-      for (int s = 0; s < kLanes; ++s) sum[s] += v * k[d * kLanes + s];
-    }
-    for (int s = 0; s < kLanes; ++s) {
-      const int token = p * kLanes + s;
-      const Floats score = sum[s] * a.scale;
-      store(scores + ((p - first) * kLanes + s) * kLanes, score);
-      if (token >= a.begin && token < a.end) top = larger(top, score);
-    }
-  }
-  Floats total = all(0.0f);
-  for (int token = first * kLanes; token < (last + 1) * kLanes; ++token) {
-    float* score = scores + (token - first * kLanes) * kLanes;
-    const bool inside = token >= a.begin && token < a.end;
-    const Floats weight = inside ? exponential(load(score) - top) : all(0.0f);
-    store(score, weight);
-    total += weight;
-  }
-  const Floats inverse = 1.0f / total;
-  // Lanes of the panel that belong to other sequences keep what those sequences wrote.
-  float* out = a.out + a.panel * a.out_stride;
-  Ints mine;
-  for (int i = 0; i < kLanes; ++i) mine[i] = a.panel * kLanes + i >= a.begin && a.panel * kLanes + i < a.end ? -1 : 0;
-  constexpr int kBlock = 16;
-  for (int d0 = 0; d0 < a.size; d0 += kBlock) {
-    const int rows = a.size - d0 < kBlock ? a.size - d0 : kBlock;
-    Floats sum[kBlock];
-    for (int d = 0; d < kBlock; ++d) sum[d] = all(0.0f);
+  for (int panel = first; panel <= last; ++panel) {
+    const float* q = a.query + panel * a.stride;
+    Floats top = all(-3.0e38f);
     for (int p = first; p <= last; ++p) {
-      const float* v = a.value + p * a.stride + d0 * kLanes;
-      const float* weights = scores + (p - first) * kLanes * kLanes;
-      for (int s = 0; s < kLanes; ++s) {
-        const Floats w = load(weights + s * kLanes);
-        if (rows == kBlock) {
+      const float* k = a.key + p * a.stride;
+      for (int s0 = 0; s0 < kLanes; s0 += kBlock) {
+        Floats sum[kBlock];
+        PRUNEOFA_UNROLL
+        for (int s = 0; s < kBlock; ++s) sum[s] = all(0.0f);
+        for (int d = 0; d < a.size; ++d) {
+          const Floats v = load(q + d * kLanes);
           PRUNEOFA_UNROLL
-          for (int d = 0; d < kBlock; ++d) sum[d] += w * v[d * kLanes + s];
-        } else {
-          for (int d = 0; d < rows; ++d) sum[d] += w * v[d * kLanes + s];
+          for (int s = 0; s < kBlock; ++s) sum[s] = sum[s] + v * k[d * kLanes + s0 + s];
+        }
+        PRUNEOFA_UNROLL
+        for (int s = 0; s < kBlock; ++s) {
+          const int token = p * kLanes + s0 + s;
+          const Floats score = sum[s] * a.scale;
+          store(scores + (token - first * kLanes) * kLanes, score);
+          if (token >= a.begin && token < a.end) top = larger(top, score);
         }
       }
     }
-    for (int d = 0; d < rows; ++d) {
-      float* place = out + (d0 + d) * kLanes;
-      store(place, select(mine, sum[d] * inverse, load(place)));
+    Floats total = all(0.0f);
+    for (int token = first * kLanes; token < (last + 1) * kLanes; ++token) {
+      float* score = scores + (token - first * kLanes) * kLanes;
+      const bool mine = token >= a.begin && token < a.end;
+      const Floats weight = mine ? exponential(load(score) - top) : all(0.0f);
+      store(score, weight);
+      total = total + weight;
+    }
+    const Floats inverse = 1.0f / total;
+    // Lanes of the panel that belong to other sequences keep what those sequences wrote.
+    const Ints mine = inside(a, panel);
+    float* out = a.out + panel * a.out_stride;
+    for (int d0 = 0; d0 < a.size; d0 += kBlock) {
+      Floats sum[kBlock];
+      PRUNEOFA_UNROLL
+      for (int d = 0; d < kBlock; ++d) sum[d] = all(0.0f);
+      for (int p = first; p <= last; ++p) {
+        const float* v = a.value + p * a.stride + d0 * kLanes;
+        const float* weights = scores + (p - first) * kLanes * kLanes;
+        for (int s = 0; s < kLanes; ++s) {
+          const Floats w = load(weights + s * kLanes);
+          PRUNEOFA_UNROLL
+          for (int d = 0; d < kBlock; ++d) sum[d] = sum[d] + w * v[d * kLanes + s];
+        }
+      }
+      for (int d = 0; d < kBlock && d0 + d < a.size; ++d) {
+        float* place = out + (d0 + d) * kLanes;
+        store(place, select(mine, sum[d] * inverse, load(place)));
+      }
     }
   }
 }

@@ -3,20 +3,37 @@
 
 namespace {
 
-// Turn the exact sums of output n for 16 tokens into floats, or hand out the sums.
-inline void finish(const Weights& w, const Operands& o, int panel, int n, lanes::Ints sum) {
+// What the floats of a panel of tokens need, read once for many outputs.
+struct Tokens {
+  lanes::Floats scale, zero;
+};
+
+inline Tokens tokens(const Operands& o, int panel) {
+  return {lanes::load(o.scale + panel * kLanes), lanes::to_floats(lanes::load(o.zero + panel * kLanes))};
+}
+
+// Floats from the exact sums of output n for 16 tokens. The sum is exact as a float below 2^24, and larger ones only
+// round to 24 bits; so does zero * row_sum.
+inline lanes::Floats dequantize(const Weights& w, const Tokens& t, int n, const lanes::Ints& sum) {
+  const float row_sum = static_cast<float>(w.row_sum[n]);
+  return (lanes::to_floats(sum) - t.zero * row_sum) * (t.scale * w.scale[n]) + w.bias[n];
+}
+
+inline void write(const Operands& o, int panel, int n, const lanes::Floats& y) {
+  lanes::store(o.y + panel * o.y_stride + n * kLanes, y);
+  if (o.ranges != nullptr) lanes::widen(o.ranges + panel * 2 * kLanes, y);
+}
+
+inline void finish(const Weights& w, const Operands& o, int panel, int n, const lanes::Ints& sum) {
   if (o.sums != nullptr) {
     lanes::store(o.sums + (static_cast<std::ptrdiff_t>(panel) * w.outputs + n) * kLanes, sum);
     return;
   }
-  const lanes::Ints zero = lanes::load(o.zero + panel * kLanes);
-  const lanes::Floats scale = lanes::load(o.scale + panel * kLanes) * w.scale[n];
-  const lanes::Floats y = lanes::to_floats(sum - zero * w.row_sum[n]) * scale + w.bias[n];
-  lanes::store(o.y + panel * o.y_stride + n * kLanes, lanes::activate(y, o.activation));
+  write(o, panel, n, lanes::activate(dequantize(w, tokens(o, panel), n, sum), o.activation));
 }
 
-inline void finish(const Weights& w, const Operands& o, int panel, int n, lanes::Floats sum) {
-  lanes::store(o.y + panel * o.y_stride + n * kLanes, lanes::activate(sum + w.bias[n], o.activation));
+inline void finish(const Weights& w, const Operands& o, int panel, int n, const lanes::Floats& sum) {
+  write(o, panel, n, lanes::activate(sum + w.bias[n], o.activation));
 }
 
 // Output n for panels p .. p + Panels - 1 from the groups of row n.

@@ -103,7 +103,7 @@ struct Call {
         codes(panels * codes_bytes(linear.inputs(), linear.kernels().group_int8)),
         scale(static_cast<std::size_t>(panels) * kLanes),
         zero(static_cast<std::size_t>(panels) * kLanes),
-        scratch(scratch_bytes(linear.inputs(), 1)) {
+        scratch(scratch_bytes(linear.inputs(), 1, 0)) {
     operands.x = linear.is_int8() ? static_cast<const void*>(codes.data()) : x.data();
     operands.scale = scale.data();
     operands.zero = zero.data();
@@ -150,11 +150,16 @@ nb::ndarray<nb::numpy, float, nb::ndim<2>> linear_forward(const Linear& linear, 
     for (int k = 0; k < linear.inputs(); ++k) panel[k * kLanes] = x(t, k);
   }
   if (linear.is_int8()) {
-    const std::size_t bytes = codes_bytes(linear.inputs(), linear.kernels().group_int8);
+    const Kernels& kernels = linear.kernels();
+    const std::size_t bytes = codes_bytes(linear.inputs(), kernels.group_int8);
     for (int p = 0; p < call.panels; ++p) {
-      linear.kernels().quantize(call.x.data() + static_cast<std::size_t>(p) * linear.inputs() * kLanes, linear.inputs(),
-                                call.codes.data() + p * bytes, call.scale.data() + p * kLanes,
-                                call.zero.data() + p * kLanes);
+      const float* panel = call.x.data() + static_cast<std::size_t>(p) * linear.inputs() * kLanes;
+      float* scale = call.scale.data() + p * kLanes;
+      int32_t* zero = call.zero.data() + p * kLanes;
+      Aligned<float> range(2 * kLanes);
+      kernels.range(panel, 0, linear.inputs(), range.data());
+      kernels.scales(range.data(), 1, 0, scale, zero);
+      kernels.encode(panel, 0, linear.inputs(), linear.inputs(), scale, zero, call.codes.data() + p * bytes);
     }
   }
   call.run(linear);

@@ -42,7 +42,6 @@ Pool::~Pool() {
 }
 
 void Pool::run(const std::function<void(int)>& work) {
-  part_.store(0, std::memory_order_relaxed);
   if (!workers_.empty()) {
     running_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
     {
@@ -57,14 +56,10 @@ void Pool::run(const std::function<void(int)>& work) {
 }
 
 void Pool::meet() {
-  if (workers_.empty()) {
-    part_.store(0, std::memory_order_relaxed);
-    return;
-  }
+  if (workers_.empty()) return;
   const uint64_t phase = phase_.load(std::memory_order_relaxed);
   if (waiting_.fetch_add(1, std::memory_order_acq_rel) == static_cast<int>(workers_.size())) {
     waiting_.store(0, std::memory_order_relaxed);
-    part_.store(0, std::memory_order_relaxed);
     phase_.store(phase + 1, std::memory_order_release);
   } else {
     spin_until([this, phase] { return phase_.load(std::memory_order_acquire) != phase; });

@@ -24,11 +24,8 @@ class Pool {
   // Calls work(thread) on every thread, thread 0 being the caller, and returns when all are done. `work` must not throw.
   void run(const std::function<void(int)>& work);
 
-  // Called by all threads inside `work`: returns when all of them have come. Parts are handed out anew after it.
+  // Called by all threads inside `work`: returns when all of them have come.
   void meet();
-
-  // The next part that no thread has taken in this phase, counted from 0.
-  int next() { return part_.fetch_add(1, std::memory_order_relaxed); }
 
  private:
   void serve(int thread);
@@ -43,7 +40,6 @@ class Pool {
   alignas(64) std::atomic<int> running_{0};
   alignas(64) std::atomic<int> waiting_{0};
   alignas(64) std::atomic<uint64_t> phase_{0};
-  alignas(64) std::atomic<int> part_{0};
 };
 
 }  // namespace pruneofa
