@@ -10,7 +10,7 @@ struct Split {
 
 inline Split split(const lanes::Floats& a, const lanes::Floats& b) {
   // Round to nearest by adding half; what is cut off goes into the second part.
-  const lanes::Ints half = lanes::Ints{} + 0x8000, keep = lanes::Ints{} - 0x10000;
+  const lanes::Ints half = lanes::all(0x8000), keep = lanes::all(-0x10000);
   const lanes::Ints a_high = (lanes::bits(a) + half) & keep, b_high = (lanes::bits(b) + half) & keep;
   const lanes::Floats a_low = a - lanes::as_floats(a_high), b_low = b - lanes::as_floats(b_high);
   const auto join = [&](const lanes::Ints& first, const lanes::Ints& second) {
@@ -83,7 +83,7 @@ inline void load_head(const Attention& a, const HeadTiles& t, int first, int pan
     for (int d = 0; d < a.size; ++d) {
       // Row d of this panel is half of a tile's row: pairs of keys lie next to each other already.
       const lanes::Floats v = lanes::load(value + d * kLanes);
-      const lanes::Ints half = lanes::Ints{} + 0x8000, keep = lanes::Ints{} - 0x10000;
+      const lanes::Ints half = lanes::all(0x8000), keep = lanes::all(-0x10000);
       const lanes::Ints v_high = (lanes::bits(v) + half) & keep;
       const lanes::Ints v_low = lanes::bits(v - lanes::as_floats(v_high)) + half;
       const std::ptrdiff_t place = (p / 2 * outputs + d / 16) * 256 + d % 16 * 16 + p % 2 * 8;
@@ -165,13 +165,14 @@ void attention(const Attention& a) {
       top = lanes::larger(top, lanes::load(t.scores + (token - first * kLanes) * kLanes));
     }
     lanes::Floats total = lanes::all(0.0f);
+    const float base = a.scale * 1.44269504f;
     for (int s = 0; s < doubles * 32; s += 2) {
       lanes::Floats weight[2];
       for (int i = 0; i < 2; ++i) {
         const int token = first * kLanes + s + i;
         const bool mine = token >= a.begin && token < a.end;
         weight[i] = lanes::all(0.0f);
-        if (mine) weight[i] = lanes::exponential((lanes::load(t.scores + (s + i) * kLanes) - top) * a.scale);
+        if (mine) weight[i] = lanes::power_of_two((lanes::load(t.scores + (s + i) * kLanes) - top) * base);
         total = total + weight[i];
       }
       const Split both = split(weight[0], weight[1]);

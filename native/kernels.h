@@ -50,11 +50,11 @@ struct Weights {
   const uint32_t* words = nullptr;  // dense: [outputs / block][groups][block]
   // AMX, per tile of 16 outputs x 64 inputs, tiles of one row of tiles consecutive.
   const uint64_t* masks = nullptr;        // sparse: [outputs / 16][inputs / 64][16]
-  const uint32_t* value_start = nullptr;  // sparse: [outputs / 16]
+  const uint32_t* value_start = nullptr;  // sparse: [outputs / 16 + 1]
   const int8_t* values = nullptr;         // sparse: non-zeros in the order of the masks; dense: whole tiles
   // int8 only.
   const float* scale = nullptr;      // [outputs]
-  const int32_t* row_sum = nullptr;  // [outputs]
+  const float* row_sum = nullptr;    // [outputs], whole numbers below 2^24
   const float* bias = nullptr;       // [outputs], zeros where the layer has none
   bool sparse = false;
 };

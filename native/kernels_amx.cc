@@ -16,6 +16,8 @@ namespace pruneofa {
 namespace {
 namespace amx {
 #define PRUNEOFA_REGISTER 64
+#define PRUNEOFA_MIN(a, b) _mm512_maskz_min_ps(0xffff, (__m512)(a), (__m512)(b))
+#define PRUNEOFA_MAX(a, b) _mm512_maskz_max_ps(0xffff, (__m512)(a), (__m512)(b))
 #include "lanes.h"
 #include "linear.inc.h"
 #include "avx512.inc.h"
@@ -97,6 +99,23 @@ inline void copy_sums(const Weights& w, const Operands& o, Pending& pending, int
   pending = {};
 }
 
+// Weights come from memory once per pass over the layers, and their runs are too short for the prefetcher to find. Fetch
+// chunk `c` of the next block's two rows of tiles.
+inline void prefetch(const Weights& w, int row, int chunks, int c) {
+  const int last = round_up(w.outputs, 16) / 16 - 1;
+  for (int i = 0; i < 2; ++i) {
+    const int mine = row + i < last ? row + i : last;
+    const char* masks = reinterpret_cast<const char*>(w.masks + (static_cast<std::ptrdiff_t>(mine) * chunks + c) * 16);
+    const int8_t* values = w.values + w.value_start[mine];
+    const std::ptrdiff_t bytes = w.value_start[mine + 1] - w.value_start[mine];
+    _mm_prefetch(masks, _MM_HINT_T0);
+    _mm_prefetch(masks + 64, _MM_HINT_T0);
+    const char* from = reinterpret_cast<const char*>(values + bytes * c / chunks);
+    const char* to = reinterpret_cast<const char*>(values + bytes * (c + 1) / chunks);
+    for (; from < to; from += 64) _mm_prefetch(from, _MM_HINT_T0);
+  }
+}
+
 template <void (*finish_rows)(const Weights&, const Operands&, Pending&, int)>
 void multiply_tiles(const Weights& w, const Operands& o, int begin, int end) {
   const int chunks = round_up(w.inputs, 64) / 64;
@@ -147,6 +166,7 @@ void multiply_tiles(const Weights& w, const Operands& o, int begin, int end) {
             values[i] = expand(masks[i] + (c + 1) * 16, values[i], tiles + (i * chunks + c + 1) * kTile);
           }
         }
+        if (w.sparse && p + 2 >= o.panels) prefetch(w, row + 2, chunks, c);
         finish_rows(w, o, pending, share);
       }
       finish_rows(w, o, pending, 32);

@@ -12,6 +12,8 @@ namespace pruneofa {
 namespace {
 namespace avx2 {
 #define PRUNEOFA_REGISTER 32
+#define PRUNEOFA_MIN(a, b) _mm256_min_ps((__m256)(a), (__m256)(b))
+#define PRUNEOFA_MAX(a, b) _mm256_max_ps((__m256)(a), (__m256)(b))
 #include "lanes.h"
 #include "linear.inc.h"
 

@@ -12,6 +12,8 @@ namespace pruneofa {
 namespace {
 namespace avx512vnni {
 #define PRUNEOFA_REGISTER 64
+#define PRUNEOFA_MIN(a, b) _mm512_maskz_min_ps(0xffff, (__m512)(a), (__m512)(b))
+#define PRUNEOFA_MAX(a, b) _mm512_maskz_max_ps(0xffff, (__m512)(a), (__m512)(b))
 #include "lanes.h"
 #include "linear.inc.h"
 #include "avx512.inc.h"

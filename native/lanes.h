@@ -21,8 +21,15 @@ static inline IntRegister truncate(FloatRegister v) { return __builtin_convertve
 static inline IntRegister bits(FloatRegister v) { return reinterpret_cast<IntRegister>(v); }
 static inline FloatRegister as_floats(IntRegister v) { return reinterpret_cast<FloatRegister>(v); }
 static inline FloatRegister select(IntRegister mask, FloatRegister a, FloatRegister b) { return mask ? a : b; }
+#if defined(PRUNEOFA_MIN)  // the path's instructions; compilers make two of the general form, for the sake of NaN
+static inline FloatRegister smaller(FloatRegister a, FloatRegister b) { return (FloatRegister)PRUNEOFA_MIN(a, b); }
+static inline FloatRegister larger(FloatRegister a, FloatRegister b) { return (FloatRegister)PRUNEOFA_MAX(a, b); }
+#else
 static inline FloatRegister smaller(FloatRegister a, FloatRegister b) { return a < b ? a : b; }
 static inline FloatRegister larger(FloatRegister a, FloatRegister b) { return a < b ? b : a; }
+#endif
+static inline IntRegister smaller(IntRegister a, IntRegister b) { return a < b ? a : b; }
+static inline IntRegister larger(IntRegister a, IntRegister b) { return a < b ? b : a; }
 #else
 typedef float FloatRegister;
 typedef int32_t IntRegister;
@@ -41,6 +48,8 @@ static inline float as_floats(int32_t v) {
 static inline float select(int32_t mask, float a, float b) { return mask ? a : b; }
 static inline float smaller(float a, float b) { return a < b ? a : b; }
 static inline float larger(float a, float b) { return a < b ? b : a; }
+static inline int32_t smaller(int32_t a, int32_t b) { return a < b ? a : b; }
+static inline int32_t larger(int32_t a, int32_t b) { return a < b ? b : a; }
 #endif
 
 template <class V, int Bytes>
@@ -82,10 +91,6 @@ static inline Pair<H> operator<<(const Pair<H>& a, int count) {
   return {a.low << count, a.high << count};
 }
 template <class H>
-static inline Pair<H> operator+(const Pair<H>& a, int32_t b) {
-  return {a.low + b, a.high + b};
-}
-template <class H>
 static inline auto operator<(const Pair<H>& a, const Pair<H>& b) -> Pair<decltype(truncate(a.low))> {
   return {a.low < b.low, a.high < b.high};
 }
@@ -96,6 +101,10 @@ static inline auto to_floats(const Pair<H>& v) -> Pair<decltype(to_floats(v.low)
 template <class H>
 static inline auto truncate(const Pair<H>& v) -> Pair<decltype(truncate(v.low))> {
   return {truncate(v.low), truncate(v.high)};
+}
+template <class H>
+static inline auto bits(const Pair<H>& v) -> Pair<decltype(bits(v.low))> {
+  return {bits(v.low), bits(v.high)};
 }
 template <class H>
 static inline auto as_floats(const Pair<H>& v) -> Pair<decltype(as_floats(v.low))> {
@@ -134,28 +143,48 @@ static inline Floats load(const float* p) { return Memory<Floats>::load(p); }
 static inline Ints load(const int32_t* p) { return Memory<Ints>::load(p); }
 static inline void store(float* p, const Floats& v) { Memory<Floats>::store(p, v); }
 static inline void store(int32_t* p, const Ints& v) { Memory<Ints>::store(p, v); }
-static inline Floats all(float value) { return Floats{} + value; }
+template <class V>
+struct Fill {
+  template <class T>
+  static inline V with(T value) {
+    return V{} + value;
+  }
+};
+template <class Half>
+struct Fill<Pair<Half>> {
+  template <class T>
+  static inline Pair<Half> with(T value) {
+    return {Fill<Half>::with(value), Fill<Half>::with(value)};
+  }
+};
+static inline Floats all(float value) { return Fill<Floats>::with(value); }
+static inline Ints all(int32_t value) { return Fill<Ints>::with(value); }
 
-// Round half to even for |x| < 2^22: the sum has no room for fraction bits.
-static inline Floats round(const Floats& x) {
-  const float magic = 12582912.0f;  // 1.5 * 2^23
-  return (x + magic) - magic;
+// For |x| < 2^22: the sum has no room for fraction bits, so it holds x rounded half to even in its lowest ones.
+constexpr float kRound = 12582912.0f;  // 1.5 * 2^23
+
+static inline Floats round(const Floats& x) { return (x + kRound) - kRound; }
+
+// 2^x to 1e-7 relative, for x <= 0; below -126 it is the smallest normal float instead of a denormal or 0.
+static inline Floats power_of_two(const Floats& x) {
+  const Floats shifted = larger(x, all(-126.0f)) + kRound;
+  const Floats r = larger(x, all(-126.0f)) - (shifted - kRound);
+  // Minimax on |r| <= 1/2.
+  Floats p = r * 1.3264726899082373e-3f + 9.671512660591575e-3f;
+  p = p * r + 5.550733744244122e-2f;
+  p = p * r + 2.4022242084918582e-1f;
+  p = p * r + 6.93146977598471e-1f;
+  p = p * r + 1.0f;
+  return as_floats(bits(p) + (bits(shifted) << 23));
 }
 
-// e^x to 2e-7 relative. Below -87 it is the smallest normal float instead of a denormal or 0.
+// e^x to 3e-7 relative, for |x| <= 87.
 static inline Floats exponential(Floats x) {
-  x = larger(smaller(x, all(88.0f)), all(-87.0f));
-  const Floats n = round(x * 1.44269504f);
-  // ln 2 in two parts: n * 0.693359375 is exact.
-  const Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  // Cephes expf, degree 5 on |r| <= ln(2) / 2.
-  Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  return p * as_floats((truncate(n) + 127) << 23);
+  constexpr float kLog2E = 1.44269504f;
+  x = larger(smaller(x, all(87.0f)), all(-87.0f));
+  const Floats negative = smaller(x, 0.0f - x) * kLog2E;
+  const Floats small = power_of_two(negative);
+  return select(x < all(0.0f), small, 1.0f / small);
 }
 
 // x * Phi(x) to 5e-6. Phi - 1/2 is x times a polynomial in t = 2 x^2 / 25 - 1, fitted to minimise the largest error of
@@ -219,25 +248,30 @@ static inline void scales(const float* ranges, int count, std::ptrdiff_t stride,
   store(zero, truncate(round(0.0f - low / s)));
 }
 
-// Codes of 16 tokens. A product instead of the quotient x / scale: a division costs more than all the rest here, and
-// only where x / scale is half an integer to within rounding does the code come out one off.
-static inline Ints encode(const Floats& x, const Floats& inverse_scale, const Floats& zero) {
-  const Floats q = round(x * inverse_scale) + zero;
-  return truncate(larger(smaller(q, all(255.0f)), all(0.0f)));
-}
-
-// Words of `Group` codes of consecutive features; the bits of a code are 32 / Group.
+// Words of `Group` codes of consecutive features; the bits of a code are 32 / Group. The product with 1 / scale
+// replaces the quotient x / scale: a division costs more than all the rest here, and only where x / scale is half an
+// integer to within rounding does the code come out one off.
 template <int Group>
 static inline void encode_words(const float* x, int begin, int end, int features, const float* scale,
                                 const int32_t* zero, void* codes) {
-  const Floats inverse = 1.0f / load(scale), offset = to_floats(load(zero));
+  const Floats inverse = 1.0f / load(scale);
+  const Ints offset = load(zero) - bits(all(kRound));
   int32_t* out = static_cast<int32_t*>(codes) + begin / Group * kLanes;
+  const auto code = [&](int f) {
+    const Ints rounded = bits(load(x + f * kLanes) * inverse + kRound) + offset;
+    return larger(smaller(rounded, all(255)), all(0));
+  };
+  int f = begin;
+  for (; f + Group <= end; f += Group, out += kLanes) {
+    Ints word = code(f);
+    PRUNEOFA_UNROLL
+    for (int k = 1; k < Group; ++k) word = word | code(f + k) << (k * (32 / Group));
+    store(out, word);
+  }
   const int padded = end == features ? round_up(features, 64) : end;
-  for (int f = begin; f < padded; f += Group, out += kLanes) {
+  for (; f < padded; f += Group, out += kLanes) {
     Ints word = {};
-    for (int k = 0; k < Group && f + k < end; ++k) {
-      word = word | encode(load(x + (f + k) * kLanes), inverse, offset) << (k * (32 / Group));
-    }
+    for (int k = 0; k < Group && f + k < end; ++k) word = word | code(f + k) << (k * (32 / Group));
     store(out, word);
   }
 }
@@ -324,7 +358,7 @@ static inline void attention(const Attention& a) {
     for (int token = first * kLanes; token < (last + 1) * kLanes; ++token) {
       float* score = scores + (token - first * kLanes) * kLanes;
       const bool mine = token >= a.begin && token < a.end;
-      const Floats weight = mine ? exponential(load(score) - top) : all(0.0f);
+      const Floats weight = mine ? power_of_two((load(score) - top) * 1.44269504f) : all(0.0f);
       store(score, weight);
       total = total + weight;
     }

@@ -7,17 +7,36 @@
 namespace pruneofa {
 namespace {
 
-bool kept(const PackedLayer& layer, int n, int k) {
-  const std::size_t row = (static_cast<std::size_t>(layer.inputs) + 7) / 8;
-  return (layer.bitmask[n * row + k / 8] >> (k % 8)) & 1;
+int popcount(uint64_t bits) {
+#if defined(__GNUC__)
+  return __builtin_popcountll(bits);
+#else
+  int count = 0;
+  for (; bits; bits &= bits - 1) ++count;
+  return count;
+#endif
 }
 
-std::size_t count(const uint8_t* bytes, std::size_t size) {
-  std::size_t bits = 0;
-  for (std::size_t i = 0; i < size; ++i) {
-    for (uint8_t b = bytes[i]; b; b &= static_cast<uint8_t>(b - 1)) ++bits;
+int lowest(uint64_t bits) { return popcount((bits & (~bits + 1)) - 1); }
+
+// Which of the inputs 64 * chunk .. 64 * chunk + 63 of output n are not zero.
+uint64_t mask_at(const PackedLayer& layer, int n, int chunk) {
+  const std::size_t row = (static_cast<std::size_t>(layer.inputs) + 7) / 8, at = static_cast<std::size_t>(chunk) * 8;
+  uint64_t mask = 0;
+  for (std::size_t i = at; i < row && i < at + 8; ++i) {
+    mask |= static_cast<uint64_t>(layer.bitmask[n * row + i]) << (8 * (i - at));
   }
-  return bits;
+  return mask;
+}
+
+// Where the values of each output begin, and the end.
+std::vector<std::size_t> row_begins(const PackedLayer& layer) {
+  std::vector<std::size_t> begin(static_cast<std::size_t>(layer.outputs) + 1, 0);
+  for (int n = 0; n < layer.outputs; ++n) {
+    begin[n + 1] = begin[n];
+    for (int c = 0; c * 64 < layer.inputs; ++c) begin[n + 1] += popcount(mask_at(layer, n, c));
+  }
+  return begin;
 }
 
 // The bits of input k of a word that holds `group` inputs.
@@ -39,8 +58,8 @@ Linear::Linear(const PackedLayer& layer, const Kernels& kernels) : kernels_(kern
   if (layer.outputs < 1 || layer.inputs < 1 || layer.inputs >= 1 << 16 || layer.outputs >= 1 << 24) {
     throw std::invalid_argument("a linear layer needs 1 to 65535 inputs and 1 to 16777215 outputs");
   }
-  const std::size_t row = (static_cast<std::size_t>(layer.inputs) + 7) / 8;
-  if (count(layer.bitmask, row * layer.outputs) != layer.nonzeros) {
+  const std::vector<std::size_t> begin = row_begins(layer);
+  if (begin.back() != layer.nonzeros) {
     throw std::invalid_argument("the bitmask of a linear layer has another number of ones than there are values");
   }
   const double weights = static_cast<double>(layer.outputs) * layer.inputs;
@@ -53,58 +72,52 @@ Linear::Linear(const PackedLayer& layer, const Kernels& kernels) : kernels_(kern
   weights_.bias = bias_.data();
   if (int8_) {
     scale_.assign(layer.scale, layer.scale + layer.outputs);
-    row_sum_.assign(layer.outputs, 0);
-    std::size_t value = 0;
+    row_sum_.assign(layer.outputs, 0.0f);
     for (int n = 0; n < layer.outputs; ++n) {
-      for (int k = 0; k < layer.inputs; ++k) {
-        if (kept(layer, n, k)) row_sum_[n] += layer.codes[value++];
-      }
+      int32_t sum = 0;
+      for (std::size_t i = begin[n]; i < begin[n + 1]; ++i) sum += layer.codes[i];
+      row_sum_[n] = static_cast<float>(sum);
     }
     weights_.scale = scale_.data();
     weights_.row_sum = row_sum_.data();
   }
   if (int8_ && kernels.block_int8 == 0) {
-    lay_out_tiles(layer);
+    lay_out_tiles(layer, begin);
   } else {
     lay_out_groups(layer, int8_ ? kernels.group_int8 : 1, int8_ ? kernels.block_int8 : kernels.block_float);
   }
 }
 
-void Linear::lay_out_tiles(const PackedLayer& layer) {
+void Linear::lay_out_tiles(const PackedLayer& layer, const std::vector<std::size_t>& begin) {
   const int chunks = round_up(layer.inputs, 64) / 64;
   const int rows = round_up(layer.outputs, 16) / 16;
-  std::vector<std::size_t> first(layer.outputs + 1, 0);  // value of each output
-  for (int n = 0; n < layer.outputs; ++n) {
-    const std::size_t bytes = (static_cast<std::size_t>(layer.inputs) + 7) / 8;
-    first[n + 1] = first[n] + count(layer.bitmask + n * bytes, bytes);
-  }
   if (weights_.sparse) {
     masks_ = Aligned<uint64_t>(static_cast<std::size_t>(rows) * chunks * 16);
     values_ = Aligned<int8_t>(layer.nonzeros + 64);  // a vector is read at the last non-zero
-    row_start_.assign(rows, 0);
+    row_start_.assign(rows + 1, static_cast<uint32_t>(layer.nonzeros));
   } else {
     values_ = Aligned<int8_t>(static_cast<std::size_t>(rows) * chunks * 1024);
   }
   std::size_t written = 0;
   for (int row = 0; row < rows; ++row) {
     if (weights_.sparse) row_start_[row] = static_cast<uint32_t>(written);
-    std::vector<std::size_t> next(first.begin() + row * 16,
-                                  first.begin() + (row * 16 + 16 < layer.outputs ? row * 16 + 16 : layer.outputs));
+    const int count = layer.outputs - row * 16 < 16 ? layer.outputs - row * 16 : 16;
+    std::size_t next[16];
+    for (int r = 0; r < count; ++r) next[r] = begin[row * 16 + r];
     for (int c = 0; c < chunks; ++c) {
-      for (int r = 0; r < static_cast<int>(next.size()); ++r) {
-        const std::size_t tile = static_cast<std::size_t>(row) * chunks + c;
-        uint64_t mask = 0;
-        for (int k = c * 64; k < c * 64 + 64 && k < layer.inputs; ++k) {
-          if (!kept(layer, row * 16 + r, k)) continue;
-          const int8_t code = layer.codes[next[r]++];
-          if (weights_.sparse) {
-            mask |= uint64_t{1} << (k % 64);
-            values_[written++] = code;
-          } else {
-            values_[tile * 1024 + r * 64 + k % 64] = code;
-          }
+      const std::size_t tile = static_cast<std::size_t>(row) * chunks + c;
+      for (int r = 0; r < count; ++r) {
+        const uint64_t mask = mask_at(layer, row * 16 + r, c);
+        if (weights_.sparse) {
+          const int found = popcount(mask);
+          masks_[tile * 16 + r] = mask;
+          std::memcpy(values_.data() + written, layer.codes + next[r], found);
+          written += found;
+          next[r] += found;
+        } else {
+          int8_t* to = values_.data() + tile * 1024 + r * 64;
+          for (uint64_t left = mask; left; left &= left - 1) to[lowest(left)] = layer.codes[next[r]++];
         }
-        if (weights_.sparse) masks_[tile * 16 + r] = mask;
       }
     }
   }
@@ -115,41 +128,37 @@ void Linear::lay_out_tiles(const PackedLayer& layer) {
 
 void Linear::lay_out_groups(const PackedLayer& layer, int group, int block) {
   const int groups = (int8_ ? round_up(layer.inputs, 64) : layer.inputs) / group;
-  if (!weights_.sparse) {
-    words_ = Aligned<uint32_t>(static_cast<std::size_t>(round_up(layer.outputs, block)) * groups);
-    std::size_t value = 0;
-    for (int n = 0; n < layer.outputs; ++n) {
-      for (int k = 0; k < layer.inputs; ++k) {
-        if (!kept(layer, n, k)) continue;
-        const std::size_t word = static_cast<std::size_t>(n / block * block) * groups + k / group * block + n % block;
-        words_[word] |= part(layer, value++, group, k);
-      }
-    }
-    weights_.words = words_.data();
-    return;
-  }
+  if (!weights_.sparse) words_ = Aligned<uint32_t>(static_cast<std::size_t>(round_up(layer.outputs, block)) * groups);
   row_start_.assign(layer.outputs + 1, 0);
   std::vector<uint16_t> index;
   std::vector<uint32_t> words;
   std::size_t value = 0;
   for (int n = 0; n < layer.outputs; ++n) {
     int last = -1;
-    for (int k = 0; k < layer.inputs; ++k) {
-      if (!kept(layer, n, k)) continue;
-      if (k / group != last) {
-        last = k / group;
-        index.push_back(static_cast<uint16_t>(last));
-        words.push_back(0);
+    for (int c = 0; c * 64 < layer.inputs; ++c) {
+      for (uint64_t left = mask_at(layer, n, c); left; left &= left - 1) {
+        const int k = c * 64 + lowest(left), g = k / group;
+        const uint32_t bits = part(layer, value++, group, k);
+        if (!weights_.sparse) {
+          words_[static_cast<std::size_t>(n / block * block) * groups + g * block + n % block] |= bits;
+        } else if (g != last) {
+          index.push_back(static_cast<uint16_t>(g));
+          words.push_back(bits);
+        } else {
+          words.back() |= bits;
+        }
+        last = g;
       }
-      words.back() |= part(layer, value++, group, k);
     }
     row_start_[n + 1] = static_cast<uint32_t>(words.size());
   }
-  index_ = Aligned<uint16_t>(index.size());
-  words_ = Aligned<uint32_t>(words.size());
-  if (!words.empty()) {
-    std::memcpy(index_.data(), index.data(), index.size() * sizeof(uint16_t));
-    std::memcpy(words_.data(), words.data(), words.size() * sizeof(uint32_t));
+  if (weights_.sparse) {
+    index_ = Aligned<uint16_t>(index.size());
+    words_ = Aligned<uint32_t>(words.size());
+    if (!words.empty()) {
+      std::memcpy(index_.data(), index.data(), index.size() * sizeof(uint16_t));
+      std::memcpy(words_.data(), words.data(), words.size() * sizeof(uint32_t));
+    }
   }
   weights_.row_start = row_start_.data();
   weights_.index = index_.data();

@@ -40,7 +40,7 @@ class Linear {
   }
 
  private:
-  void lay_out_tiles(const PackedLayer& layer);
+  void lay_out_tiles(const PackedLayer& layer, const std::vector<std::size_t>& begin);
   void lay_out_groups(const PackedLayer& layer, int group, int block);
 
   const Kernels& kernels_;
@@ -52,8 +52,7 @@ class Linear {
   Aligned<uint32_t> words_;
   Aligned<uint64_t> masks_;
   Aligned<int8_t> values_;
-  std::vector<float> scale_, bias_;
-  std::vector<int32_t> row_sum_;
+  std::vector<float> scale_, bias_, row_sum_;
 };
 
 }  // namespace pruneofa

@@ -15,8 +15,7 @@ inline Tokens tokens(const Operands& o, int panel) {
 // Floats from the exact sums of output n for 16 tokens. The sum is exact as a float below 2^24, and larger ones only
 // round to 24 bits; so does zero * row_sum.
 inline lanes::Floats dequantize(const Weights& w, const Tokens& t, int n, const lanes::Ints& sum) {
-  const float row_sum = static_cast<float>(w.row_sum[n]);
-  return (lanes::to_floats(sum) - t.zero * row_sum) * (t.scale * w.scale[n]) + w.bias[n];
+  return (lanes::to_floats(sum) - t.zero * w.row_sum[n]) * (t.scale * w.scale[n]) + w.bias[n];
 }
 
 inline void write(const Operands& o, int panel, int n, const lanes::Floats& y) {
