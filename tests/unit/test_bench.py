@@ -230,14 +230,16 @@ def test_a_run_verifies_times_and_describes(folder, tmp_path):
     pytest.importorskip("torch", reason="outputs are verified against torch, which is not installed")
     dies = {} if PEERS["deepsparse"].missing(elsewhere=True) else {"deepsparse": "/bin/false"}
     peers = ("torch-fp32", *dies)
-    found = measure.run(Settings(path=str(folder), seq=(8,), threads=1, repeats=2, peers=peers, pythons=dies))
+    also = (str(write_folder(tmp_path / "other", "Model")),)
+    settings = Settings(path=str(folder), also=also, seq=(8,), threads=1, repeats=2, peers=peers, pythons=dies)
+    found = measure.run(settings)
     json.dumps(found)
     [row] = found["rows"]
     assert (row["case"], row["tokens"], row["fastest_dense"]) == ("1x8", 8, "torch-fp32")
-    ours, torch = row["runners"]
-    assert (ours["name"], torch["name"]) == (OURS, "torch-fp32")
-    assert ours["verified"] and 0 < ours["error"] < 0.15 and torch["error"] == 0
-    for one in (ours, torch):
+    ours, other, torch = row["runners"]
+    assert [one["name"] for one in row["runners"]] == [OURS, f"{OURS} 2: other", "torch-fp32"]
+    assert other["verified"] and ours["verified"] and 0 < ours["error"] < 0.15 and torch["error"] == 0
+    for one in (ours, other, torch):
         assert len(one["seconds"]) == 2 and 0 < one["p10_ms"] <= one["median_ms"] <= one["p90_ms"]
         assert one["peak"] >= one["baseline"] > 1e6 and one["first_answer"] >= one["load"] > 0 and one["disk"] > 1e3
     assert found["models"][0]["layers"] == 2 and found["machine"]["cpus"] >= 1 and found["versions"]["numpy"]

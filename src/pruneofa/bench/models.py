@@ -118,7 +118,8 @@ def read_models(settings: Settings, root: Path) -> Iterator[Model]:
         for spec in specs:
             check_random(settings.random, *_zeros(spec))
     for index, spec in enumerate(specs):
-        label, here = OURS if index == 0 else f"{OURS} {spec}", root / f"model-{index}"
+        label = OURS if index == 0 else f"{OURS} {index + 1}: {Path(spec).name}"
+        here = root / f"model-{index}"
         folder = here / "folder"
         if settings.random is not None:
             write_random(folder, settings.random, *_zeros(spec))

@@ -206,7 +206,9 @@ def picture(record: Mapping[str, Any], path: Path) -> None:
         for row in record["rows"]
         for runner in row["runners"]
     ]
-    base = altair.Chart(altair.Data(values=rows)).encode(y=altair.Y("name:N", sort="x", title=None))
+    base = altair.Chart(altair.Data(values=rows)).encode(
+        y=altair.Y("name:N", sort=altair.EncodingSortField("median_ms", op="min"), title=None)
+    )
     bars = base.mark_bar().encode(
         x=altair.X("median_ms:Q", title="median, ms (line: p10 to p90)"),
         color=altair.Color(
