@@ -1,11 +1,17 @@
 """What the extension refuses: every wrong argument is an exception that names it, and never a crash."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from pruneofa import _native
 from tests.kernels.cases import Layer, batch, float_layer, int8_layer, model
 
+ROOT = Path(__file__).parents[2]
 K = 12
 
 
@@ -333,3 +339,29 @@ def test_an_encoder_refuses_layers_of_another_size_or_precision(name):
         encoder(name, None)
     with pytest.raises(ValueError, match="norm has another width than hidden"):
         encoder("attention_norm", (ONES[:16].copy(), ONES[:16].copy()))
+
+
+CROWDED = """
+import resource
+from pruneofa import _native
+from tests.kernels.cases import batch, model
+
+parts = model(depth=1)
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + 2**28  # the stacks of a few dozen threads
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+try:
+    parts.build(_native, "scalar", 2000)
+except Exception as error:
+    print("refused:", error)
+print(parts.build(_native, "scalar", 2).forward(*batch([3])).shape)
+"""
+
+
+@pytest.mark.xfail(run=False, reason="hangs: the workers that Pool started are never told to stop")
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space and reads /proc")
+@pytest.mark.skipif("libasan" in os.environ.get("LD_PRELOAD", ""), reason="needs terabytes of address space itself")
+def test_threads_that_cannot_be_started_are_an_error():
+    done = subprocess.run([sys.executable, "-c", CROWDED], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "refused:" in done.stdout and "(3, 64)" in done.stdout
