@@ -122,7 +122,8 @@ class Bench:
         """All runners on one case: prepare, load, verify, time."""
         config = read_json(models[0].folder / "config.json")
         inputs = root / f"{case.name}.npz"
-        np.savez(inputs, **case.inputs(models[0].rows("word"), config.get("pad_token_id") or 0))
+        arrays: dict[str, Any] = dict(case.inputs(models[0].rows("word"), config.get("pad_token_id") or 0))
+        np.savez(inputs, **arrays)
         with self._artifacts(models[0], case, root) as artifacts, contextlib.ExitStack() as stack:
             jobs = {model.label: self._job(model, artifacts, inputs) for model in models}
             first = jobs[models[0].label]

@@ -164,7 +164,7 @@ def _onnxruntime(artifact: str) -> Callable[[Job], Run]:
         path = Path(job["artifacts"]) / artifact / "model.onnx"
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         inputs = read_inputs(job)
-        return lambda: session.run(None, inputs)[0]
+        return lambda: np.asarray(session.run(None, inputs)[0])
 
     return build
 

@@ -219,4 +219,4 @@ def picture(record: Mapping[str, Any], path: Path) -> None:
     chart = (bars + spread).properties(width=480).facet(row=altair.Row("case:N", title=None)).resolve_scale(
         x="independent", y="independent"
     )  # fmt: skip
-    chart.save(str(path), **({"inline": True} if path.suffix == ".html" else {}))
+    chart.save(str(path), inline=path.suffix == ".html")
