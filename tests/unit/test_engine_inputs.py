@@ -15,6 +15,7 @@ from tests.unit.engine_folder import POSITIONS, VOCABULARY, write_folder
 @pytest.fixture(autouse=True)
 def _on_the_reference(monkeypatch):
     monkeypatch.setattr(engine, "native", reference)
+    monkeypatch.delenv("PRUNEOFA_ISA", raising=False)
 
 
 @pytest.fixture(scope="module")
