@@ -84,8 +84,9 @@ std::shared_ptr<Linear> int8_linear(Matrix<uint8_t> bitmask, Vector<int8_t> valu
   return std::make_shared<Linear>(layer, kernels);
 }
 
-std::shared_ptr<Linear> float_linear(Matrix<uint8_t> bitmask, Vector<float> values, nb::handle,
+std::shared_ptr<Linear> float_linear(Matrix<uint8_t> bitmask, Vector<float> values, nb::handle scale,
                                      std::optional<Vector<float>> bias, int k, const std::string& isa) {
+  expect(scale.is_none(), "scale: float weights have none");
   PackedLayer layer = packed_layer(bitmask, std::nullopt, bias, k, values.shape(0));
   layer.values = values.data();
   const Kernels& kernels = kernels_for(isa);
@@ -198,8 +199,9 @@ nb::ndarray<nb::numpy, int32_t, nb::ndim<2>> linear_accumulate(const Linear& lin
 Table table(const nb::handle& source, int hidden, const char* name) {
   Table made;
   if (source.is_none()) return made;
-  const auto pair = nb::cast<std::pair<nb::object, nb::object>>(source);
   const std::string wanted = std::string(name) + ": wanted (int8 rows, float32 scales) or (float32 rows, None)";
+  std::pair<nb::object, nb::object> pair;
+  if (!nb::try_cast(source, pair, false)) throw std::invalid_argument(wanted);
   const auto fits = [&](std::size_t rows, std::size_t columns) {
     if (rows < 1 || rows >= std::size_t{1} << 31 || columns != static_cast<std::size_t>(hidden)) throw std::invalid_argument(wanted);
     made.rows = static_cast<int>(rows);
@@ -222,8 +224,11 @@ Table table(const nb::handle& source, int hidden, const char* name) {
   return made;
 }
 
-Norm norm(const nb::handle& source) {
-  const auto pair = nb::cast<std::pair<Vector<float>, Vector<float>>>(source, false);
+Norm norm(const nb::handle& source, const char* name) {
+  std::pair<Vector<float>, Vector<float>> pair;
+  if (!nb::try_cast(source, pair, false)) {
+    throw std::invalid_argument(std::string(name) + ": wanted (gamma, beta), both float32 vectors");
+  }
   return {{pair.first.data(), pair.first.data() + pair.first.size()},
           {pair.second.data(), pair.second.data() + pair.second.size()}};
 }
@@ -236,9 +241,21 @@ Activation activation(const std::string& name) {
 }
 
 Layer layer(const nb::dict& source) {
-  const auto linear = [&](const char* name) { return nb::cast<std::shared_ptr<Linear>>(source[name]); };
-  return {linear("query"),  linear("key"),    linear("value"), linear("attention_output"), linear("intermediate"),
-          linear("output"), norm(source["attention_norm"]), norm(source["output_norm"])};
+  const auto linear = [&](const char* name) {
+    std::shared_ptr<Linear> found;
+    if (!nb::try_cast(source[name], found, false) || !found) {
+      throw std::invalid_argument(std::string("layers: wanted a Linear for '") + name + "'");
+    }
+    return found;
+  };
+  return {linear("query"),
+          linear("key"),
+          linear("value"),
+          linear("attention_output"),
+          linear("intermediate"),
+          linear("output"),
+          norm(source["attention_norm"], "attention_norm"),
+          norm(source["output_norm"], "output_norm")};
 }
 
 void make_encoder(Encoder* self, int hidden, int heads, float epsilon, const std::string& activation_name, int threads,
@@ -250,7 +267,7 @@ void make_encoder(Encoder* self, int hidden, int heads, float epsilon, const std
   made.reserve(layers.size());
   for (const nb::dict& one : layers) made.push_back(layer(one));
   new (self) Encoder({hidden, heads, epsilon, activation(activation_name), threads}, table(word, hidden, "word"),
-                     table(position, hidden, "position"), table(token_type, hidden, "token_type"), norm(embedding_norm),
+                     table(position, hidden, "position"), table(token_type, hidden, "token_type"), norm(embedding_norm, "embedding_norm"),
                      std::move(made), kernels_for(isa));
 }
 

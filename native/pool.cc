@@ -28,10 +28,17 @@ void spin_until(Done done) {
 }  // namespace
 
 Pool::Pool(int threads) {
-  for (int t = 1; t < threads; ++t) workers_.emplace_back([this, t] { serve(t); });
+  try {
+    for (int t = 1; t < threads; ++t) workers_.emplace_back([this, t] { serve(t); });
+  } catch (...) {  // the system has no more threads to give
+    stop();
+    throw;
+  }
 }
 
-Pool::~Pool() {
+Pool::~Pool() { stop(); }
+
+void Pool::stop() {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     stop_ = true;

@@ -29,6 +29,7 @@ class Pool {
 
  private:
   void serve(int thread);
+  void stop();
 
   std::vector<std::thread> workers_;
   const std::function<void(int)>* work_ = nullptr;
