@@ -242,8 +242,9 @@ Activation activation(const std::string& name) {
 
 Layer layer(const nb::dict& source) {
   const auto linear = [&](const char* name) {
+    const nb::object value = source[name];
     std::shared_ptr<Linear> found;
-    if (!nb::try_cast(source[name], found, false) || !found) {
+    if (!nb::try_cast(value, found, false) || !found) {
       throw std::invalid_argument(std::string("layers: wanted a Linear for '") + name + "'");
     }
     return found;
@@ -254,8 +255,8 @@ Layer layer(const nb::dict& source) {
           linear("attention_output"),
           linear("intermediate"),
           linear("output"),
-          norm(source["attention_norm"], "attention_norm"),
-          norm(source["output_norm"], "output_norm")};
+          norm(nb::object(source["attention_norm"]), "attention_norm"),
+          norm(nb::object(source["output_norm"]), "output_norm")};
 }
 
 void make_encoder(Encoder* self, int hidden, int heads, float epsilon, const std::string& activation_name, int threads,

@@ -102,7 +102,6 @@ def test_a_layer_whose_parts_contradict_each_other_is_refused(change, message):
         _native.Linear(**parts(**change))
 
 
-@pytest.mark.xfail(strict=True, reason="the binding takes a scale with float weights and leaves it out")
 def test_float_weights_take_no_scale():
     """Silently leaving it out would give numbers of another size; the reference refuses too."""
     with pytest.raises((TypeError, ValueError)):
@@ -296,7 +295,6 @@ def test_an_encoder_refuses_arguments_that_do_not_fit(change, error, message):
         encoder(**change)
 
 
-@pytest.mark.xfail(strict=True, reason="the binding says RuntimeError: std::bad_cast", raises=RuntimeError)
 @pytest.mark.parametrize(
     "change",
     [
@@ -335,7 +333,7 @@ def test_an_encoder_refuses_layers_of_another_size_or_precision(name):
             continue  # the output layer is what does not fit then
         with pytest.raises(ValueError, match="do not fit each other in size, precision or isa"):
             encoder(name, wrong.build(_native, "scalar"))
-    with pytest.raises(ValueError, match=r"lacks a linear layer|do not fit each other"):
+    with pytest.raises(ValueError, match=f"wanted a Linear for '{name}'"):
         encoder(name, None)
     with pytest.raises(ValueError, match="norm has another width than hidden"):
         encoder("attention_norm", (ONES[:16].copy(), ONES[:16].copy()))
@@ -358,7 +356,6 @@ print(parts.build(_native, "scalar", 2).forward(*batch([3])).shape)
 """
 
 
-@pytest.mark.xfail(run=False, reason="hangs: the workers that Pool started are never told to stop")
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space and reads /proc")
 @pytest.mark.skipif("libasan" in os.environ.get("LD_PRELOAD", ""), reason="needs terabytes of address space itself")
 def test_threads_that_cannot_be_started_are_an_error():
