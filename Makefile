@@ -32,10 +32,11 @@ test-slow: install
 
 # The kernels' tests on a build that checks every access (AddressSanitizer) and every operation of undefined meaning.
 # The interpreter is not built so: the sanitizer is loaded before it, and what Python itself never frees is no leak.
+# -s: a report ends the process, and pytest would keep it to itself.
 sanitize: $(SANITIZED)/.installed
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 \
-	  $(SANITIZED)/bin/python -m pytest tests/kernels --timeout=1200
+	  $(SANITIZED)/bin/python -m pytest -s tests/kernels --timeout=1200
 
 # The packages of .venv, and above them pruneofa as users install it, not editable.
 $(SANITIZED)/.installed: $(READY) $(shell find src -name '*.py' 2>/dev/null)
