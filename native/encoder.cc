@@ -54,6 +54,7 @@ Encoder::Encoder(EncoderOptions options, Table word, Table position, Table type,
 void Encoder::reserve(int panels) {
   panels_ = panels;
   if (panels <= reserved_) return;
+  reserved_ = 0;  // until all of it is there
   const std::size_t lanes = static_cast<std::size_t>(panels) * kLanes, threads = pool_.threads();
   // A kernel may read, but not use, up to 16 features past the last head.
   const std::size_t slack = kLanes * kLanes;

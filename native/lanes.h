@@ -21,12 +21,13 @@ static inline IntRegister truncate(FloatRegister v) { return __builtin_convertve
 static inline IntRegister bits(FloatRegister v) { return reinterpret_cast<IntRegister>(v); }
 static inline FloatRegister as_floats(IntRegister v) { return reinterpret_cast<FloatRegister>(v); }
 static inline FloatRegister select(IntRegister mask, FloatRegister a, FloatRegister b) { return mask ? a : b; }
+// Where a is NaN, b.
 #if defined(PRUNEOFA_MIN)  // the path's instructions; compilers make two of the general form, for the sake of NaN
 static inline FloatRegister smaller(FloatRegister a, FloatRegister b) { return (FloatRegister)PRUNEOFA_MIN(a, b); }
 static inline FloatRegister larger(FloatRegister a, FloatRegister b) { return (FloatRegister)PRUNEOFA_MAX(a, b); }
 #else
 static inline FloatRegister smaller(FloatRegister a, FloatRegister b) { return a < b ? a : b; }
-static inline FloatRegister larger(FloatRegister a, FloatRegister b) { return a < b ? b : a; }
+static inline FloatRegister larger(FloatRegister a, FloatRegister b) { return a > b ? a : b; }
 #endif
 static inline IntRegister smaller(IntRegister a, IntRegister b) { return a < b ? a : b; }
 static inline IntRegister larger(IntRegister a, IntRegister b) { return a < b ? b : a; }
@@ -47,7 +48,7 @@ static inline float as_floats(int32_t v) {
 }
 static inline float select(int32_t mask, float a, float b) { return mask ? a : b; }
 static inline float smaller(float a, float b) { return a < b ? a : b; }
-static inline float larger(float a, float b) { return a < b ? b : a; }
+static inline float larger(float a, float b) { return a > b ? a : b; }
 static inline int32_t smaller(int32_t a, int32_t b) { return a < b ? a : b; }
 static inline int32_t larger(int32_t a, int32_t b) { return a < b ? b : a; }
 #endif
@@ -165,7 +166,7 @@ constexpr float kRound = 12582912.0f;  // 1.5 * 2^23
 
 static inline Floats round(const Floats& x) { return (x + kRound) - kRound; }
 
-// 2^x to 1e-7 relative, for x <= 0; below -126 it is the smallest normal float instead of a denormal or 0.
+// 2^x to 2e-7 relative, for x <= 0; below -126 it is the smallest normal float instead of a denormal or 0.
 static inline Floats power_of_two(const Floats& x) {
   const Floats shifted = larger(x, all(-126.0f)) + kRound;
   const Floats r = larger(x, all(-126.0f)) - (shifted - kRound);
@@ -178,7 +179,7 @@ static inline Floats power_of_two(const Floats& x) {
   return as_floats(bits(p) + (bits(shifted) << 23));
 }
 
-// e^x to 3e-7 relative, for |x| <= 87.
+// e^x to 4e-6 relative, for |x| <= 87.
 static inline Floats exponential(Floats x) {
   constexpr float kLog2E = 1.44269504f;
   x = larger(smaller(x, all(87.0f)), all(-87.0f));
@@ -245,7 +246,8 @@ static inline void scales(const float* ranges, int count, std::ptrdiff_t stride,
   Floats s = (high - low) / 255.0f;
   s = select(all(0.0f) < s, s, all(1.0f));
   store(scale, s);
-  store(zero, truncate(round(0.0f - low / s)));
+  // Between 0 and 255 unless there are infinities or NaN.
+  store(zero, truncate(smaller(larger(round(0.0f - low / s), all(0.0f)), all(255.0f))));
 }
 
 // Words of `Group` codes of consecutive features; the bits of a code are 32 / Group. The product with 1 / scale

@@ -34,7 +34,7 @@ class Linear {
   const Kernels& kernels() const { return kernels_; }
   std::string choice() const;
 
-  // Rows [begin, end) of y; `begin` is a multiple of kernels().granule.
+  // Rows [begin, end) of y; `begin` is a multiple of 16.
   void run(const Operands& operands, int begin, int end) const {
     (int8_ ? kernels_.linear_int8 : kernels_.linear_float)(weights_, operands, begin, end);
   }
