@@ -12,8 +12,13 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 READY := $(VENV)/.installed
+NATIVE := CMakeLists.txt $(wildcard native/*)
+SANITIZED := $(VENV)/sanitized
+# pip builds the extension in an environment of its own, which -c does not reach in every version of pip.
+export PIP_CONSTRAINT := constraints.txt
+export PIP_BUILD_CONSTRAINT := constraints.txt
 
-.PHONY: demo test test-slow lint readme-table install clean
+.PHONY: demo test test-slow sanitize lint readme-table install clean
 .DELETE_ON_ERROR:
 
 demo: install
@@ -24,6 +29,24 @@ test: install
 
 test-slow: install
 	$(VENV)/bin/python -m pytest -m slow --timeout=1800
+
+# The kernels' tests on a build that checks every access (AddressSanitizer) and every operation of undefined meaning.
+# The interpreter is not built so: the sanitizer is loaded before it, and what Python itself never frees is no leak.
+# -s: a report ends the process, and pytest would keep it to itself.
+sanitize: $(SANITIZED)/.installed
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 \
+	  $(SANITIZED)/bin/python -m pytest -s tests/kernels --timeout=1200
+
+# The packages of .venv, and above them pruneofa as users install it, not editable.
+$(SANITIZED)/.installed: $(READY) $(shell find src -name '*.py' 2>/dev/null)
+	rm -rf $(SANITIZED)
+	$(VENV)/bin/python -m venv --without-pip $(SANITIZED)
+	$(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > "$$($(SANITIZED)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth"
+	$(PIP) --python $(SANITIZED)/bin/python install -q --no-deps --ignore-installed \
+	  -C cmake.define.PRUNEOFA_SANITIZE=ON -C cmake.build-type=RelWithDebInfo .
+	@touch $@
 
 lint: install
 	$(VENV)/bin/ruff check .
@@ -74,6 +97,6 @@ else
 endif
 	@touch $@
 
-$(READY): pyproject.toml constraints.txt $(VENV)/.torch-$(TORCH_VERSION)-$(TORCH)
+$(READY): pyproject.toml constraints.txt $(NATIVE) $(VENV)/.torch-$(TORCH_VERSION)-$(TORCH)
 	$(PIP) install -q -c constraints.txt -e '.[dev]'
 	@touch $@

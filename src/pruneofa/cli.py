@@ -8,13 +8,11 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
+from typing import Any, NoReturn
 
 from pruneofa import __version__
 from pruneofa.errors import CheckFailed, InputError
-
-if TYPE_CHECKING:
-    from pydantic import BaseModel
+from pruneofa.options import add_fields, add_training, read_fields, read_task
 
 EXAMPLES = """\
 examples:
@@ -171,8 +169,8 @@ def _prune(verb: argparse.ArgumentParser) -> None:
         "distill": recipe.Distill,
     }
     for name, model in sections.items():
-        _add_fields(verb, model, f"{name}.")
-    _add_training(verb)
+        add_fields(verb, model, f"{name}.")
+    add_training(verb)
 
     def call(options: argparse.Namespace) -> int:
         from pruneofa.train import pipeline
@@ -180,7 +178,7 @@ def _prune(verb: argparse.ArgumentParser) -> None:
         values: dict[str, Any] = {"name": options.out.name, "model": options.model, "seed": options.seed}
         values |= {"precision": options.precision, "data_root": options.data_root}
         for name, model in sections.items():
-            values[name] = _fields(options, model, f"{name}.")
+            values[name] = read_fields(options, model, f"{name}.")
         if options.no_teacher:
             values["teacher"] = None
         metrics = pipeline.prune(recipe.validate(recipe.Recipe, values), options.out, redo=options.redo)
@@ -201,13 +199,13 @@ def _transfer(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("sparse", help="folder or hub id of a model whose zeros are its pattern")
     verb.add_argument("out", type=Path, help="folder of the task model")
     verb.add_argument("--task", metavar="T", help="sst2, mnli, qnli, qqp or squad; or a name for your own --data")
-    _add_fields(verb, recipe.Task, "")
-    _add_training(verb)
+    add_fields(verb, recipe.Task, "")
+    add_training(verb)
 
     def call(options: argparse.Namespace) -> int:
         from pruneofa.train import pipeline
 
-        name, spec = _task(options)
+        name, spec = read_task(options)
         _say_pattern(options.sparse)
         if spec.teacher is None:
             sys.stderr.write("no --teacher given: learning from the task's own labels alone\n")
@@ -229,7 +227,7 @@ def _evaluate(verb: argparse.ArgumentParser) -> None:
     verb.epilog = "example: pruneofa evaluate runs/minilm-90/tasks/sst2/seed-0/transfer --task sst2 --data sst2"
     verb.add_argument("path", help="folder or hub id of a task model")
     verb.add_argument("--task", metavar="T", help="sst2, mnli, qnli, qqp or squad; or a name for your own --data")
-    _add_fields(verb, recipe.Task, "", only=("data", "validation", "text", "label", "max_length", "stride",
+    add_fields(verb, recipe.Task, "", only=("data", "validation", "text", "label", "max_length", "stride",
                                              "validation_rows", "skip_bad_answers"))  # fmt: skip
     verb.add_argument("--data-root", help="relative data paths are resolved here")
     verb.add_argument("--json", action="store_true", help="print as JSON")
@@ -237,7 +235,7 @@ def _evaluate(verb: argparse.ArgumentParser) -> None:
     def call(options: argparse.Namespace) -> int:
         from pruneofa.train.evaluate import evaluate
 
-        name, spec = _task(options)
+        name, spec = read_task(options)
         _print(evaluate(options.path, name, spec, data_root=options.data_root, whole=True), options.json)
         return 0
 
@@ -254,26 +252,73 @@ def _say_pattern(path: str) -> None:
         _say(f"warning: {path} has no zeros to keep: the result will be dense; name a sparse model", 0)
 
 
-def _inspect(verb: argparse.ArgumentParser) -> None:
-    """Sparsity per layer, non-zeros, pattern hash and sizes of a model folder."""
-    verb.add_argument("path", help="folder or hub id")
-    verb.add_argument("--json", action="store_true", help="print as JSON")
+def _pack(verb: argparse.ArgumentParser) -> None:
+    """Store a Hugging Face folder at a fraction of its size: a bit per weight, and the non-zeros."""
+    verb.epilog = "example: pruneofa pack runs/minilm-90/tasks/sst2/seed-0/transfer packed"
+    verb.add_argument("folder", help="folder or hub id; its zeros are the pattern")
+    verb.add_argument("out", type=Path, help="the packed folder; must not exist, or be empty")
+    choice = "int8 (default), or fp32: unpack gives every bit back"
+    verb.add_argument("--precision", choices=["int8", "fp32"], default="int8", help=choice)
+    verb.add_argument("--compress", action="store_true", help="zstd over the tensors: smaller to send, slower to load")
+    verb.add_argument("--json", action="store_true", help="print the manifest as JSON")
 
     def call(options: argparse.Namespace) -> int:
-        from pruneofa import pattern
+        from pruneofa import packed, packing
 
-        found = pattern.inspect(options.path)
-
-        def show() -> None:
-            rows = [{"layer": name, **values} for name, values in found["layers"].items()]
-            _table(rows)
-            _table([{"": k, "value": v} for k, v in found.items() if not isinstance(v, dict)])
-            _table([{"stored as": k, "MB": v / 1e6} for k, v in found["sizes"].items()])
-
-        _print(found, options.json, show)
+        found = packing.pack(options.folder, options.out, precision=options.precision, compress=options.compress)
+        _print(found, options.json, lambda: _show_model(packed.inspect(options.out), layers=False))
         return 0
 
     verb.set_defaults(call=call)
+
+
+def _unpack(verb: argparse.ArgumentParser) -> None:
+    """Make a Hugging Face folder of a packed one: bit-identical from fp32, the rounded values from int8."""
+    verb.epilog = "example: pruneofa unpack packed model"
+    verb.add_argument("packed", help="packed folder or hub id")
+    verb.add_argument("out", type=Path, help="the Hugging Face folder; must not exist, or be empty")
+    verb.add_argument("--json", action="store_true", help="print as JSON")
+
+    def call(options: argparse.Namespace) -> int:
+        from pruneofa import packing
+
+        packing.unpack(options.packed, options.out)
+        _print({"out": str(options.out)}, options.json)
+        return 0
+
+    verb.set_defaults(call=call)
+
+
+def _inspect(verb: argparse.ArgumentParser) -> None:
+    """Sparsity per layer, non-zeros, pattern hash and sizes of a model folder, packed or not."""
+    verb.add_argument("path", help="folder or hub id")
+    verb.add_argument("--engine", action="store_true", help="how the engine multiplies each layer here, and why")
+    verb.add_argument("--json", action="store_true", help="print as JSON")
+
+    def call(options: argparse.Namespace) -> int:
+        from pruneofa import manifest, packed, pattern
+
+        module = packed if manifest.is_packed(pattern.local_folder(options.path)) else pattern
+        found = module.inspect(options.path)
+        if options.engine:
+            from pruneofa.engine import Engine
+
+            precision = "int8" if found.get("precision", "int8") == "int8" else "fp32"
+            engine = Engine.from_pretrained(options.path, precision=precision)
+            found["engine"] = {"isa": engine.isa, "layers": dict(engine.choices())}
+        _print(found, options.json, lambda: _show_model(found))
+        return 0
+
+    verb.set_defaults(call=call)
+
+
+def _show_model(found: dict[str, Any], layers: bool = True) -> None:
+    if layers:
+        _table([{"layer": name, **values} for name, values in found["layers"].items()])
+    _table([{"": k, "value": v} for k, v in found.items() if not isinstance(v, dict)])
+    _table([{"stored as": k, "MB": v / 1e6} for k, v in found["sizes"].items()])
+    if "engine" in found:
+        _table([{f"on {found['engine']['isa']}": k, "choice": v} for k, v in found["engine"]["layers"].items()])
 
 
 def _verify(verb: argparse.ArgumentParser) -> None:
@@ -302,6 +347,56 @@ def _verify(verb: argparse.ArgumentParser) -> None:
     verb.set_defaults(call=call)
 
 
+def _bench(verb: argparse.ArgumentParser) -> None:
+    """This engine beside every peer that is installed: same weights, inputs and threads, outputs verified first."""
+    verb.usage = "pruneofa bench (PATH | --random SHAPE) [options]"
+    verb.epilog = "example: pruneofa bench runs/minilm-90/sparse --seq 32 128 --mixed --break-even"
+    add = verb.add_argument
+    add("path", nargs="?", help="folder or hub id, packed or not; what is measured is the encoder")
+    add("--random", metavar="SHAPE", help="random weights instead: bert-base, bert-large, minilm or distilbert")
+    add("--sparsity", type=float, default=0.9, metavar="S", help="zeros of --random (default 0.9)")
+    add("--pattern", default="unstructured", metavar="P", help="of --random: unstructured (default), 4x1 or 1x4")
+    add("--also", nargs="+", default=[], metavar="MODEL",
+        help="more models for our engine in the same run: a folder; with --random, PATTERN@SPARSITY")  # fmt: skip
+    add("--seq", nargs="+", type=int, default=[], metavar="N", help="tokens of a sequence (default 32 128 384)")
+    add("--batch", type=int, default=1, metavar="N", help="sequences of these lengths together (default 1)")
+    add("--mixed", nargs="*", metavar="NxA-B",
+        help="batches of N sequences of A to B tokens (default 32x8-128), which peers get padded")  # fmt: skip
+    add("--threads", type=int, metavar="N", help="of every runner (default: one per CPU)")
+    add("--isa", metavar="ISA", help="hold ours and the peers to amx, avx512vnni, avx2 or scalar")
+    add("--precision", choices=["int8", "fp32"], default="int8", help="of ours (default int8)")
+    add("--peers", nargs="*", metavar="PEER", help="compare with these (default: all installed; none: alone)")
+    add("--python", action="append", default=[], metavar="PEER=FILE", help="the interpreter that has PEER")
+    add("--repeats", type=int, default=30, metavar="N", help="timed runs of each (default 30)")
+    add("--work", type=Path, metavar="DIR", help="keep what is exported for the peers for the next run")
+    add("--peak", type=float, metavar="X", help="10^12 operations/s the machine can do, to report our share")
+    add("--break-even", action="store_true", help="per layer: from which sparsity the zeros pay on this machine")
+    add("--at-least", type=float, metavar="X", help="exit 1 unless every dense peer takes X times our time")
+    add("--picture", type=Path, metavar="FILE", help="draw the medians: .svg or .html")
+    add("--json", action="store_true", help="print the record as JSON")
+
+    def call(options: argparse.Namespace) -> int:
+        from pruneofa.bench import measure, tables
+
+        if options.picture:
+            tables.check_picture(options.picture)
+        record = measure.run(measure.settings_of(options), break_even=options.break_even)
+
+        def show() -> None:
+            found = [tables.case_rows(row) for row in record["rows"]] + [tables.break_even_rows(record["break_even"])]
+            sys.stdout.write("".join(map(tables.aligned, found)))
+            sys.stdout.write("".join(f"{line}\n" for line in tables.remarks(record)))
+
+        _print(record, options.json, show)
+        if options.picture:
+            tables.picture(record, options.picture)
+        if options.at_least is not None:
+            measure.check_ratio(record, options.at_least)
+        return 0
+
+    verb.set_defaults(call=call)
+
+
 def _results_table(verb: argparse.ArgumentParser) -> None:
     """Join results.json files into the published table's layout (Markdown)."""
     verb.add_argument("results", nargs="+", type=Path, help="results.json files, or the folders that hold them")
@@ -325,6 +420,9 @@ VERBS: list[tuple[str, str, Callable[[argparse.ArgumentParser], None]]] = [
     ("evaluate", "metrics of a task model", _evaluate),
     ("inspect", "sparsity per layer, pattern hash, sizes", _inspect),
     ("verify", "prove that a derived model keeps the pattern", _verify),
+    ("pack", "store a model at a fraction of its size", _pack),
+    ("unpack", "make a Hugging Face folder of a packed one", _unpack),
+    ("bench", "speed, memory and size beside the peers", _bench),
     ("table", "join results.json files into one table", _results_table),
 ]
 
@@ -338,74 +436,6 @@ def _recipe_file(name: str) -> Path:
         if (folder / f"{name}.yaml").exists():
             return folder / f"{name}.yaml"
     return Path(name)
-
-
-def _add_fields(verb: argparse.ArgumentParser, model: "type[BaseModel]", prefix: str, only: Sequence[str] = ()) -> None:
-    group = verb.add_argument_group(prefix.rstrip(".") or "task")
-    for name, field in model.model_fields.items():
-        if only and name not in only:
-            continue
-        default = "" if field.is_required() or field.default is None else f" (default {field.default})"
-        flags = [f"--{prefix}{name}"]
-        if not prefix and "_" in name:
-            flags.append(f"--{name.replace('_', '-')}")
-        several = name in ("text", "data", "source", "skip")
-        group.add_argument(
-            *flags,
-            dest=f"{prefix}{name}",
-            **({"nargs": "+"} if several else {"nargs": "?", "const": "true"} if field.annotation is bool else {}),
-            metavar=name.upper(),
-            help=f"{field.description or name.replace('_', ' ')}{default}".replace("%", "%%"),
-        )
-
-
-def _fields(options: argparse.Namespace, model: "type[BaseModel]", prefix: str) -> dict[str, Any]:
-    from pruneofa.recipe import parse_override
-
-    def is_text(annotation: Any) -> bool:
-        return annotation is str or get_origin(annotation) is Literal or any(map(is_text, get_args(annotation)))
-
-    values: dict[str, Any] = {}
-    for name, field in model.model_fields.items():
-        given = getattr(options, f"{prefix}{name}", None)
-        if isinstance(given, list):
-            values[name] = given[0] if len(given) == 1 and name != "skip" else given
-        elif given is not None and is_text(field.annotation):
-            values[name] = given  # as it is: a column may be called 0 or #label
-        elif given is not None:
-            values |= parse_override(f"{name}={given}")
-    return values
-
-
-def _task(options: argparse.Namespace) -> tuple[str, Any]:
-    """The task's name and its section of a recipe, defaults filled in."""
-    from pruneofa.recipe import KNOWN_TASKS, Task, check_task_name, validate
-
-    values = _fields(options, Task, "")
-    name = options.task or ("custom" if "data" in values else None)
-    if name is None:
-        raise InputError(
-            "no task: give --task (sst2, mnli, qnli, qqp, squad), or --data FILE --text COLUMN --label COLUMN"
-        )
-    check_task_name(name)
-    if name not in KNOWN_TASKS and not {"data", "text", "label"} <= set(values):
-        raise InputError(f"--task {name}: not one of {', '.join(KNOWN_TASKS)}, so it needs --data, --text and --label")
-    return name, validate(Task, values).resolved(name)
-
-
-def _add_training(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--seed", type=_seed, default=0)
-    verb.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
-    verb.add_argument("--data-root", help="relative data paths are resolved here")
-    verb.add_argument("--redo", action="store_true", help="replace OUT if its settings changed")
-    verb.add_argument("--json", action="store_true", help="print as JSON")
-
-
-def _seed(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 2**32:
-        raise argparse.ArgumentTypeError(f"{value}: wanted 0 to {2**32 - 1}")
-    return value
 
 
 def _print(value: Any, as_json: bool, show: Callable[[], Any] | None = None) -> None:

@@ -23,7 +23,10 @@ TEACHES = {
     "transfer": ["--task", "--data", "--text", "--label", "--teacher", "default: 1e-4", "pattern locked", "example: "],
     "evaluate": ["--task", "--data", "--json"],
     "inspect": ["--json", "pattern hash"],
+    "pack": ["--precision", "--compress", "--json", "zeros are the pattern", "every bit", "example: "],
+    "unpack": ["--json", "bit-identical", "example: "],
     "verify": ["base", "derived", "exit 1"],
+    "bench": ["--random", "--mixed", "--isa", "--break-even", "--at-least", "outputs verified first", "example: "],
     "table": ["results.json", "--json"],
 }
 
@@ -43,7 +46,7 @@ def test_general_help_names_verbs_examples_and_exit_codes(call):
         assert f"\n  {verb} " in said.out or f"\n    {verb} " in said.out, verb
     assert "examples:" in said.out and "exit codes: 0 done, 1 a check failed, 2 wrong input" in said.out
     assert "3 anything else (disk full, a package missing), 130 interrupted" in said.out
-    for missing in ("quantize", "serve", "pack", "bench"):
+    for missing in ("quantize", "serve"):
         assert f" {missing} " not in said.out
 
 

@@ -1,8 +1,14 @@
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
-from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, DataCollatorForLanguageModeling
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    BertForSequenceClassification,
+    DataCollatorForLanguageModeling,
+)
 
 from pruneofa import cli, pattern
 from tests.tiny import tiny_bert, tiny_tokenizer
@@ -31,7 +37,7 @@ def test_the_python_example_prunes_and_locks(tmp_path: Path, monkeypatch: pytest
         "collator": DataCollatorForLanguageModeling(tiny_tokenizer()),
         "steps": 10,
     }
-    [example] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    example = _example("PruningCallback")
     assert len([line for line in example.splitlines() if line]) == 10
     exec(compile(example, "README.md", "exec"), given)
 
@@ -40,6 +46,22 @@ def test_the_python_example_prunes_and_locks(tmp_path: Path, monkeypatch: pytest
     given["model"].save_pretrained("task-model")
     AutoModelForSequenceClassification.from_pretrained("task-model")
     assert pattern.verify("sparse", "task-model")["ok"]
+
+
+def test_the_engine_runs_what_pack_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny_bert(BertForSequenceClassification).save_pretrained("task-model")
+    tiny_tokenizer().save_pretrained("task-model")
+    [command] = re.findall(r"^pruneofa (pack task-model .*)$", README, re.MULTILINE)
+    assert cli.main(command.split()[:3]) == 0
+    given: dict[str, Any] = {}
+    exec(compile(_example("Engine"), "README.md", "exec"), given)
+    assert given["engine"].predict("a good film")["label"] in ("LABEL_0", "LABEL_1")
+
+
+def _example(word: str) -> str:
+    [example] = [e for e in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if word in e]
+    return example
 
 
 def test_the_readme_lists_exactly_the_verbs() -> None:

@@ -1,0 +1,21 @@
+// What the AVX-512 path and the AMX path share. Included as lanes.h is.
+
+struct Int8 {
+  using Sum = __m512i;
+  using Word = __m512i;
+  static constexpr int kGroup = 4, kGroupBytes = 64, kBlock = 4, kDensePanels = 4;
+  static constexpr bool kPadded = true;
+  static Word word(uint32_t w) { return _mm512_set1_epi32(static_cast<int>(w)); }
+  static void add(Sum& sum, const char* x, Word word) { sum = _mm512_dpbusd_epi32(sum, _mm512_load_si512(x), word); }
+  static lanes::Ints value(Sum sum) { return reinterpret_cast<lanes::Ints>(sum); }
+};
+
+struct Float {
+  using Sum = __m512;
+  using Word = __m512;
+  static constexpr int kGroup = 1, kGroupBytes = 64, kBlock = 4, kDensePanels = 4;
+  static constexpr bool kPadded = false;
+  static Word word(uint32_t w) { return _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(w))); }
+  static void add(Sum& sum, const char* x, Word word) { sum = _mm512_fmadd_ps(_mm512_load_ps(x), word, sum); }
+  static lanes::Floats value(Sum sum) { return reinterpret_cast<lanes::Floats>(sum); }
+};

@@ -1,0 +1,117 @@
+// The forward pass of a BERT-like encoder over sequences that lie end to end, without padding between them.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "kernels.h"
+#include "linear.h"
+#include "memory.h"
+#include "pool.h"
+
+namespace pruneofa {
+
+// int8 rows with a scale each, or floats.
+struct Table {
+  std::vector<int8_t> codes;
+  std::vector<float> scale;
+  std::vector<float> values;
+  int rows = 0;
+
+  float at(int row, int column, int width) const {
+    const std::size_t place = static_cast<std::size_t>(row) * width + column;
+    return codes.empty() ? values[place] : static_cast<float>(codes[place]) * scale[row];
+  }
+};
+
+struct Norm {
+  std::vector<float> gamma, beta;
+};
+
+struct Layer {
+  std::shared_ptr<const Linear> query, key, value, attention_output, intermediate, output;
+  Norm attention_norm, output_norm;
+};
+
+struct EncoderOptions {
+  int hidden = 0;
+  int heads = 0;
+  float epsilon = 0;
+  Activation activation = Activation::kGelu;
+  int threads = 1;
+};
+
+// Token ids of sequences end to end; sequence s has the tokens offsets[s] .. offsets[s + 1] - 1.
+struct Sequences {
+  const int32_t* ids = nullptr;
+  const int32_t* positions = nullptr;
+  const int32_t* types = nullptr;
+  const int32_t* offsets = nullptr;
+  int tokens = 0;
+  int count = 0;
+};
+
+class Encoder {
+ public:
+  // Throws std::invalid_argument when sizes do not fit each other.
+  Encoder(EncoderOptions options, Table word, Table position, Table type, Norm embedding_norm, std::vector<Layer> layers,
+          const Kernels& kernels);
+
+  // out: [tokens][hidden]. Threads may call it at the same time; they take turns.
+  // Throws std::invalid_argument for an id out of range or offsets that do not increase from 0 to `tokens`.
+  void forward(const Sequences& sequences, float* out);
+
+  const EncoderOptions& options() const { return options_; }
+  const std::vector<Layer>& layers() const { return layers_; }
+
+ private:
+  // Of `total` features, in units of `unit`, those of a thread.
+  struct Part {
+    int begin, end;
+  };
+  Part part(int total, int unit, int thread) const;
+
+  void reserve(int panels);
+  void check(const Sequences& sequences) const;
+  void pass(int thread, const Sequences& sequences, float* out);
+  void embed(Part features, const Sequences& sequences);
+  void attend(int thread, Part heads, const Sequences& sequences);
+  // Widens the ranges of this thread by its features of x; not needed where what wrote x has done so.
+  void look(int thread, const float* x, int features, Part mine);
+  // x to codes, this thread's features of it, once all threads' ranges are known: two meetings.
+  void encode(int thread, const float* x, int features, Part mine);
+  // y[.., at ..] = linear(x), the rows of this thread.
+  void multiply(int thread, const Linear& linear, const float* x, float* y, int features, int at, Part rows,
+                Activation activation = Activation::kNone, bool ranges = false);
+  // state = norm(state + y), y null for the embedding. One meeting.
+  void add_and_normalize(int thread, const float* y, const Norm& norm, Part mine);
+  void clear_ranges(int thread);
+
+  // What a thread needs alone.
+  struct Own {
+    Aligned<float> scale;  // [panels][16]
+    Aligned<int32_t> zero;
+    Aligned<char> scratch;
+  };
+
+  const EncoderOptions options_;
+  const Table word_, position_, type_;
+  const Norm embedding_norm_;
+  const std::vector<Layer> layers_;
+  const Kernels& kernels_;
+  int widest_ = 0;  // features of the widest layer
+  bool int8_ = false;
+
+  std::mutex mutex_;
+  Pool pool_;
+  int panels_ = 0;    // of this pass
+  int reserved_ = 0;  // panels that the buffers hold
+  Aligned<float> state_, wide_, mixed_;  // [panels][features][16]
+  Aligned<char> codes_;
+  Aligned<float> ranges_, sums_;  // [threads][panels][2][16], what each thread tells the others
+  std::vector<Own> own_;
+};
+
+}  // namespace pruneofa

@@ -1,0 +1,146 @@
+// The contract between the encoder and the kernels of one instruction set ("ISA path").
+//
+// Token panels. The tokens of a chunk of sequences, end to end, are cut into panels of 16; the last panel is padded.
+// Everything between layers is stored panel by panel with the 16 tokens innermost, so that vector lanes run over
+// tokens and nothing is ever reduced across lanes:
+//
+//   float activations   float [panels][features][16]
+//   codes, int8 paths   uint8 [panels][inputs / 4][16][4]      four consecutive inputs of a token are one 32-bit word
+//   codes, avx2         int16 [panels][inputs / 2][16][2]      the same with two inputs, because AVX2 multiplies pairs
+//
+// `inputs` is rounded up to 64 for codes; the padding is zero. All buffers are aligned to 64 bytes.
+//
+// A linear layer is y[n] = sum_k w[n][k] * x[k] for every token. int8: x is quantized per token,
+// x = scale * (code - zero), codes in 0..255, weights in -127..127, so |sum| <= 255 * 127 * inputs fits int32 for
+// inputs < 2^16; the sums are exact and therefore the same on every path. The floats made from them, and all other
+// float operations, may differ between paths by rounding (tests/kernels/test_encoder.py states the tolerance).
+//
+// Nothing here allocates, throws or locks. Rows [begin, end) may be computed by different threads at the same time.
+#pragma once
+
+#include <math.h>
+#include <string.h>
+
+#include <cstddef>
+#include <cstdint>
+
+// Sums in registers need their loops unrolled whatever the optimisation level.
+#if defined(__clang__)
+#define PRUNEOFA_UNROLL _Pragma("clang loop unroll(full)")
+#elif defined(__GNUC__)
+#define PRUNEOFA_UNROLL _Pragma("GCC unroll 16")
+#else
+#define PRUNEOFA_UNROLL
+#endif
+
+namespace pruneofa {
+
+constexpr int kLanes = 16;
+
+enum class Activation { kNone, kGelu, kGeluTanh, kRelu };
+
+// Weights of one linear layer in the layout of one path. Either `masks` (AMX, sparse), or groups: a group is the
+// 32-bit word of 4 int8, 2 int16 or 1 float of consecutive inputs that is broadcast against 16 tokens.
+struct Weights {
+  int outputs = 0;
+  int inputs = 0;
+  // Sparse groups: of row n those in [row_start[n], row_start[n + 1]); `index` counts groups along the inputs.
+  const uint32_t* row_start = nullptr;
+  const uint16_t* index = nullptr;
+  const uint32_t* words = nullptr;  // dense: [outputs / block][groups][block]
+  // AMX, per tile of 16 outputs x 64 inputs, tiles of one row of tiles consecutive.
+  const uint64_t* masks = nullptr;        // sparse: [outputs / 16][inputs / 64][16]
+  const uint32_t* value_start = nullptr;  // sparse: [outputs / 16 + 1]
+  const int8_t* values = nullptr;         // sparse: non-zeros in the order of the masks; dense: whole tiles
+  // int8 only.
+  const float* scale = nullptr;      // [outputs]
+  const float* row_sum = nullptr;    // [outputs], whole numbers below 2^24
+  const float* bias = nullptr;       // [outputs], zeros where the layer has none
+  bool sparse = false;
+};
+
+// Per token of each panel: the smallest and the largest value so far, [panels][2][16], low first.
+// What a thread has seen of its own features; `scales` puts the threads' together.
+using Ranges = float*;
+
+// What a linear layer reads and where it writes.
+struct Operands {
+  const void* x = nullptr;         // codes, or floats for float weights
+  const float* scale = nullptr;    // [panels][16], int8 only
+  const int32_t* zero = nullptr;   // [panels][16], int8 only
+  int panels = 0;
+  float* y = nullptr;              // [panels][.][16], `y_stride` floats from panel to panel
+  std::ptrdiff_t y_stride = 0;
+  Ranges ranges = nullptr;         // if set, widened by what is written to y
+  int32_t* sums = nullptr;         // if set, the raw int32 sums go here, [panels][outputs][16], and nothing to y
+  Activation activation = Activation::kNone;
+  void* scratch = nullptr;         // of this thread, `scratch_bytes` long
+};
+
+// One head of one sequence. Up to 16 features past the head may be read.
+struct Attention {
+  const float* query = nullptr;  // float activations holding the head's rows, panel 0
+  const float* key = nullptr;
+  const float* value = nullptr;
+  float* out = nullptr;              // the head's rows of the output, panel 0
+  std::ptrdiff_t stride = 0;         // floats between panels of query, key and value
+  std::ptrdiff_t out_stride = 0;
+  int size = 0;                      // of a head
+  float scale = 0;                   // of the scores
+  int begin = 0, end = 0;            // tokens of the sequence
+  void* scratch = nullptr;
+};
+
+// The kernels of one path. Rows of a linear layer and features of activations are divided among threads in multiples
+// of 16, so that floats stay in the cache of the core that wrote them; what the others need of them is exchanged as
+// ranges, sums and codes.
+struct Kernels {
+  const char* isa;
+  int group_int8;       // inputs in a word of int8 weights: 4, or 2 on AVX2
+  int block_int8;       // outputs per block of dense int8 words, divides 16; 0: the path takes tiles (AMX)
+  int block_float;      // the same for float words
+  float sparse_above;   // sparsity from which the sparse layout is the faster one, for int8 (docs/kernels.md) ...
+  float sparse_above_float;  // ... and for floats
+
+  void (*begin)();  // once per thread and forward pass
+  void (*end)();
+  void (*linear_int8)(const Weights&, const Operands&, int begin, int end);
+  void (*linear_float)(const Weights&, const Operands&, int begin, int end);
+
+  // Of one panel x [features][16], the features begin .. end - 1 unless said otherwise.
+  // Widen one panel's range [2][16].
+  void (*range)(const float* x, int begin, int end, Ranges range);
+  // Scale and zero point of 16 tokens from `count` ranges that lie `stride` floats apart.
+  void (*scales)(const float* ranges, int count, std::ptrdiff_t stride, float* scale, int32_t* zero);
+  // Codes; the thread with the last feature also clears the padding.
+  void (*encode)(const float* x, int begin, int end, int features, const float* scale, const int32_t* zero, void* codes);
+  // x += y (y may be null), and the sums of x and of x^2 over these features, [2][16].
+  void (*add)(float* x, const float* y, int begin, int end, float* sums);
+  // x = gamma * (x - mean) / deviation + beta, mean and variance from `count` pairs of sums `stride` floats apart over
+  // all features; widens the range if one is given.
+  void (*normalize)(float* x, int begin, int end, int features, const float* sums, int count, std::ptrdiff_t stride,
+                    const float* gamma, const float* beta, float epsilon, Ranges range);
+  void (*attention)(const Attention&);
+};
+
+constexpr int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
+constexpr std::size_t codes_bytes(int inputs, int group_int8) {
+  return static_cast<std::size_t>(round_up(inputs, 64)) * kLanes * (group_int8 == 2 ? 2 : 1);
+}
+// Largest need of any kernel: expanded weight tiles (AMX), or the operands of one head of a sequence (AMX: keys, values
+// and weights as two bfloat16 each) and the scores of a query panel.
+constexpr std::size_t scratch_bytes(int inputs, int tokens, int head) {
+  const std::size_t tiles = static_cast<std::size_t>(round_up(inputs, 64)) * 32 + 8192;
+  const std::size_t keys = static_cast<std::size_t>(round_up(tokens, 2 * kLanes)) + 4 * kLanes;
+  const std::size_t operands = keys * head * 8 + keys * kLanes * 8 + static_cast<std::size_t>(head) * kLanes * 8 + 8192;
+  return tiles > operands ? tiles : operands;
+}
+
+extern const Kernels kScalar;
+#if defined(__x86_64__) && defined(__GNUC__)
+extern const Kernels kAvx2;
+extern const Kernels kAvx512Vnni;
+extern const Kernels kAmx;
+#endif
+
+}  // namespace pruneofa

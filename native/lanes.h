@@ -1,0 +1,392 @@
+// Sixteen floats or int32, one per token, and the functions that the layers between the linear ones need.
+//
+// PRUNEOFA_REGISTER is the size in bytes of the vector registers of the path; sixteen lanes are one register of 64
+// bytes, a pair of 32, or a pair of pairs of 16. Compilers without vector types get pairs down to single floats.
+// Included once per path, inside its namespace and after its target pragma, so that no function of one path can be
+// linked into another.
+#include "kernels.h"
+
+namespace lanes {
+
+template <class Half>
+struct Pair {
+  Half low, high;
+};
+
+#if defined(__GNUC__)
+typedef float FloatRegister __attribute__((vector_size(PRUNEOFA_REGISTER)));
+typedef int32_t IntRegister __attribute__((vector_size(PRUNEOFA_REGISTER)));
+static inline FloatRegister to_floats(IntRegister v) { return __builtin_convertvector(v, FloatRegister); }
+static inline IntRegister truncate(FloatRegister v) { return __builtin_convertvector(v, IntRegister); }
+static inline IntRegister bits(FloatRegister v) { return reinterpret_cast<IntRegister>(v); }
+static inline FloatRegister as_floats(IntRegister v) { return reinterpret_cast<FloatRegister>(v); }
+static inline FloatRegister select(IntRegister mask, FloatRegister a, FloatRegister b) { return mask ? a : b; }
+// Where a is NaN, b.
+#if defined(PRUNEOFA_MIN)  // the path's instructions; compilers make two of the general form, for the sake of NaN
+static inline FloatRegister smaller(FloatRegister a, FloatRegister b) { return (FloatRegister)PRUNEOFA_MIN(a, b); }
+static inline FloatRegister larger(FloatRegister a, FloatRegister b) { return (FloatRegister)PRUNEOFA_MAX(a, b); }
+#else
+static inline FloatRegister smaller(FloatRegister a, FloatRegister b) { return a < b ? a : b; }
+static inline FloatRegister larger(FloatRegister a, FloatRegister b) { return a > b ? a : b; }
+#endif
+static inline IntRegister smaller(IntRegister a, IntRegister b) { return a < b ? a : b; }
+static inline IntRegister larger(IntRegister a, IntRegister b) { return a < b ? b : a; }
+#else
+typedef float FloatRegister;
+typedef int32_t IntRegister;
+static inline float to_floats(int32_t v) { return static_cast<float>(v); }
+static inline int32_t truncate(float v) { return static_cast<int32_t>(v); }
+static inline int32_t bits(float v) {
+  int32_t b;
+  memcpy(&b, &v, sizeof b);
+  return b;
+}
+static inline float as_floats(int32_t v) {
+  float f;
+  memcpy(&f, &v, sizeof f);
+  return f;
+}
+static inline float select(int32_t mask, float a, float b) { return mask ? a : b; }
+static inline float smaller(float a, float b) { return a < b ? a : b; }
+static inline float larger(float a, float b) { return a > b ? a : b; }
+static inline int32_t smaller(int32_t a, int32_t b) { return a < b ? a : b; }
+static inline int32_t larger(int32_t a, int32_t b) { return a < b ? b : a; }
+#endif
+
+template <class V, int Bytes>
+struct Sixteen {
+  typedef typename Sixteen<Pair<V>, Bytes * 2>::Type Type;
+};
+template <class V>
+struct Sixteen<V, 64> {
+  typedef V Type;
+};
+typedef Sixteen<FloatRegister, sizeof(FloatRegister)>::Type Floats;
+typedef Sixteen<IntRegister, sizeof(IntRegister)>::Type Ints;
+
+// Operators and functions of pairs are those of their halves.
+#define PRUNEOFA_OPERATOR(op)                                                        \
+  template <class H>                                                                 \
+  static inline Pair<H> operator op(const Pair<H>& a, const Pair<H>& b) {            \
+    return {a.low op b.low, a.high op b.high};                                       \
+  }                                                                                  \
+  template <class H>                                                                 \
+  static inline Pair<H> operator op(const Pair<H>& a, float b) {                     \
+    return {a.low op b, a.high op b};                                                \
+  }                                                                                  \
+  template <class H>                                                                 \
+  static inline Pair<H> operator op(float a, const Pair<H>& b) {                     \
+    return {a op b.low, a op b.high};                                                \
+  }
+PRUNEOFA_OPERATOR(+)
+PRUNEOFA_OPERATOR(-)
+PRUNEOFA_OPERATOR(*)
+PRUNEOFA_OPERATOR(/)
+#undef PRUNEOFA_OPERATOR
+template <class H>
+static inline Pair<H> operator|(const Pair<H>& a, const Pair<H>& b) {
+  return {a.low | b.low, a.high | b.high};
+}
+template <class H>
+static inline Pair<H> operator<<(const Pair<H>& a, int count) {
+  return {a.low << count, a.high << count};
+}
+template <class H>
+static inline auto operator<(const Pair<H>& a, const Pair<H>& b) -> Pair<decltype(truncate(a.low))> {
+  return {a.low < b.low, a.high < b.high};
+}
+template <class H>
+static inline auto to_floats(const Pair<H>& v) -> Pair<decltype(to_floats(v.low))> {
+  return {to_floats(v.low), to_floats(v.high)};
+}
+template <class H>
+static inline auto truncate(const Pair<H>& v) -> Pair<decltype(truncate(v.low))> {
+  return {truncate(v.low), truncate(v.high)};
+}
+template <class H>
+static inline auto bits(const Pair<H>& v) -> Pair<decltype(bits(v.low))> {
+  return {bits(v.low), bits(v.high)};
+}
+template <class H>
+static inline auto as_floats(const Pair<H>& v) -> Pair<decltype(as_floats(v.low))> {
+  return {as_floats(v.low), as_floats(v.high)};
+}
+template <class M, class H>
+static inline Pair<H> select(const Pair<M>& mask, const Pair<H>& a, const Pair<H>& b) {
+  return {select(mask.low, a.low, b.low), select(mask.high, a.high, b.high)};
+}
+template <class H>
+static inline Pair<H> smaller(const Pair<H>& a, const Pair<H>& b) {
+  return {smaller(a.low, b.low), smaller(a.high, b.high)};
+}
+template <class H>
+static inline Pair<H> larger(const Pair<H>& a, const Pair<H>& b) {
+  return {larger(a.low, b.low), larger(a.high, b.high)};
+}
+
+// Register by register: compilers copy structs in smaller pieces, and reading those back as a register stalls.
+template <class V>
+struct Memory {
+  static inline V load(const void* p) { return *static_cast<const V*>(p); }
+  static inline void store(void* p, const V& v) { *static_cast<V*>(p) = v; }
+};
+template <class Half>
+struct Memory<Pair<Half>> {
+  static inline Pair<Half> load(const void* p) {
+    return {Memory<Half>::load(p), Memory<Half>::load(static_cast<const char*>(p) + sizeof(Half))};
+  }
+  static inline void store(void* p, const Pair<Half>& v) {
+    Memory<Half>::store(p, v.low);
+    Memory<Half>::store(static_cast<char*>(p) + sizeof(Half), v.high);
+  }
+};
+static inline Floats load(const float* p) { return Memory<Floats>::load(p); }
+static inline Ints load(const int32_t* p) { return Memory<Ints>::load(p); }
+static inline void store(float* p, const Floats& v) { Memory<Floats>::store(p, v); }
+static inline void store(int32_t* p, const Ints& v) { Memory<Ints>::store(p, v); }
+template <class V>
+struct Fill {
+  template <class T>
+  static inline V with(T value) {
+    return V{} + value;
+  }
+};
+template <class Half>
+struct Fill<Pair<Half>> {
+  template <class T>
+  static inline Pair<Half> with(T value) {
+    return {Fill<Half>::with(value), Fill<Half>::with(value)};
+  }
+};
+static inline Floats all(float value) { return Fill<Floats>::with(value); }
+static inline Ints all(int32_t value) { return Fill<Ints>::with(value); }
+
+// For |x| < 2^22: the sum has no room for fraction bits, so it holds x rounded half to even in its lowest ones.
+constexpr float kRound = 12582912.0f;  // 1.5 * 2^23
+
+static inline Floats round(const Floats& x) { return (x + kRound) - kRound; }
+
+// 2^x to 2e-7 relative, for x <= 0; below -126 it is the smallest normal float instead of a denormal or 0.
+static inline Floats power_of_two(const Floats& x) {
+  const Floats shifted = larger(x, all(-126.0f)) + kRound;
+  const Floats r = larger(x, all(-126.0f)) - (shifted - kRound);
+  // Minimax on |r| <= 1/2.
+  Floats p = r * 1.3264726899082373e-3f + 9.671512660591575e-3f;
+  p = p * r + 5.550733744244122e-2f;
+  p = p * r + 2.4022242084918582e-1f;
+  p = p * r + 6.93146977598471e-1f;
+  p = p * r + 1.0f;
+  return as_floats(bits(p) + (bits(shifted) << 23));
+}
+
+// e^x to 4e-6 relative, for |x| <= 87.
+static inline Floats exponential(Floats x) {
+  constexpr float kLog2E = 1.44269504f;
+  x = larger(smaller(x, all(87.0f)), all(-87.0f));
+  const Floats negative = smaller(x, 0.0f - x) * kLog2E;
+  const Floats small = power_of_two(negative);
+  return select(x < all(0.0f), small, 1.0f / small);
+}
+
+// x * Phi(x) to 5e-6. Phi - 1/2 is x times a polynomial in t = 2 x^2 / 25 - 1, fitted to minimise the largest error of
+// the product (docs/kernels.md); beyond |x| = 5 Phi is taken from there.
+static inline Floats gelu(const Floats& x) {
+  const Floats c = larger(smaller(x, all(5.0f)), all(-5.0f));
+  const Floats t = c * c * 0.08f - 1.0f;
+  Floats p = t * -0.0010966204572468996f + 0.003194795222952962f;
+  p = p * t - 0.0038864407688379288f;
+  p = p * t + 0.0051126438193023205f;
+  p = p * t - 0.01016566064208746f;
+  p = p * t + 0.016910525038838387f;
+  p = p * t - 0.023624932393431664f;
+  p = p * t + 0.031356628984212875f;
+  p = p * t - 0.04039197787642479f;
+  p = p * t + 0.051525406539440155f;
+  p = p * t - 0.07029823213815689f;
+  p = p * t + 0.14136375486850739f;
+  return x * (c * p + 0.5f);
+}
+
+// The tanh approximation of GELU, as in GPT-2: x * sigmoid(2 * sqrt(2/pi) * (x + 0.044715 x^3)).
+static inline Floats gelu_tanh(const Floats& x) {
+  const Floats u = x * (x * x * 0.044715f + 1.0f) * -1.59576912f;
+  return x / (exponential(u) + 1.0f);
+}
+
+static inline Floats activate(const Floats& x, Activation kind) {
+  if (kind == Activation::kNone) return x;
+  if (kind == Activation::kGelu) return gelu(x);
+  if (kind == Activation::kGeluTanh) return gelu_tanh(x);
+  return larger(x, all(0.0f));
+}
+
+static inline void widen(Ranges range, const Floats& v) {
+  store(range, smaller(load(range), v));
+  store(range + kLanes, larger(load(range + kLanes), v));
+}
+
+static inline void range(const float* x, int begin, int end, Ranges range) {
+  Floats low = load(range), high = load(range + kLanes);
+  for (int f = begin; f < end; ++f) {
+    const Floats v = load(x + f * kLanes);
+    low = smaller(low, v);
+    high = larger(high, v);
+  }
+  store(range, low);
+  store(range + kLanes, high);
+}
+
+// The range includes 0 (design.md, "int8").
+static inline void scales(const float* ranges, int count, std::ptrdiff_t stride, float* scale, int32_t* zero) {
+  Floats low = all(0.0f), high = all(0.0f);
+  for (int i = 0; i < count; ++i) {
+    low = smaller(low, load(ranges + i * stride));
+    high = larger(high, load(ranges + i * stride + kLanes));
+  }
+  Floats s = (high - low) / 255.0f;
+  s = select(all(0.0f) < s, s, all(1.0f));
+  store(scale, s);
+  // Between 0 and 255 unless there are infinities or NaN.
+  store(zero, truncate(smaller(larger(round(0.0f - low / s), all(0.0f)), all(255.0f))));
+}
+
+// Words of `Group` codes of consecutive features; the bits of a code are 32 / Group. The product with 1 / scale
+// replaces the quotient x / scale: a division costs more than all the rest here, and only where x / scale is half an
+// integer to within rounding does the code come out one off.
+template <int Group>
+static inline void encode_words(const float* x, int begin, int end, int features, const float* scale,
+                                const int32_t* zero, void* codes) {
+  const Floats inverse = 1.0f / load(scale);
+  const Ints offset = load(zero) - bits(all(kRound));
+  int32_t* out = static_cast<int32_t*>(codes) + begin / Group * kLanes;
+  const auto code = [&](int f) {
+    const Ints rounded = bits(load(x + f * kLanes) * inverse + kRound) + offset;
+    return larger(smaller(rounded, all(255)), all(0));
+  };
+  int f = begin;
+  for (; f + Group <= end; f += Group, out += kLanes) {
+    Ints word = code(f);
+    PRUNEOFA_UNROLL
+    for (int k = 1; k < Group; ++k) word = word | code(f + k) << (k * (32 / Group));
+    store(out, word);
+  }
+  const int padded = end == features ? round_up(features, 64) : end;
+  for (; f < padded; f += Group, out += kLanes) {
+    Ints word = {};
+    for (int k = 0; k < Group && f + k < end; ++k) word = word | code(f + k) << (k * (32 / Group));
+    store(out, word);
+  }
+}
+
+static inline void add(float* x, const float* y, int begin, int end, float* sums) {
+  Floats sum = all(0.0f), squares = all(0.0f);
+  for (int f = begin; f < end; ++f) {
+    Floats v = load(x + f * kLanes);
+    if (y != nullptr) {
+      v = v + load(y + f * kLanes);
+      store(x + f * kLanes, v);
+    }
+    sum = sum + v;
+    squares = squares + v * v;
+  }
+  store(sums, sum);
+  store(sums + kLanes, squares);
+}
+
+static inline void normalize(float* x, int begin, int end, int features, const float* sums, int count,
+                             std::ptrdiff_t stride, const float* gamma, const float* beta, float epsilon,
+                             Ranges range) {
+  Floats sum = all(0.0f), squares = all(0.0f);
+  for (int i = 0; i < count; ++i) {
+    sum = sum + load(sums + i * stride);
+    squares = squares + load(sums + i * stride + kLanes);
+  }
+  const Floats mean = sum / static_cast<float>(features);
+  const Floats variance = larger(squares / static_cast<float>(features) - mean * mean, all(0.0f));
+  alignas(64) float inverses[kLanes];
+  store(inverses, variance + epsilon);
+  for (int i = 0; i < kLanes; ++i) inverses[i] = 1.0f / sqrtf(inverses[i]);
+  const Floats inverse = load(inverses);
+  Floats low = all(0.0f), high = all(0.0f);
+  for (int f = begin; f < end; ++f) {
+    const Floats v = (load(x + f * kLanes) - mean) * inverse * gamma[f] + beta[f];
+    store(x + f * kLanes, v);
+    low = smaller(low, v);
+    high = larger(high, v);
+  }
+  if (range != nullptr) {
+    store(range, smaller(load(range), low));
+    store(range + kLanes, larger(load(range + kLanes), high));
+  }
+}
+
+// All ones where a token of the panel belongs to the sequence.
+static inline Ints inside(const Attention& a, int panel) {
+  alignas(64) int32_t mask[kLanes];
+  for (int i = 0; i < kLanes; ++i) mask[i] = panel * kLanes + i >= a.begin && panel * kLanes + i < a.end ? -1 : 0;
+  return load(mask);
+}
+
+// softmax(scale * q k^T) v for the query panels of one head of one sequence. Two passes over the scores of a panel,
+// which fit the second-level cache, instead of an online softmax.
+static inline void attention(const Attention& a) {
+  constexpr int kBlock = PRUNEOFA_REGISTER == 64 ? 16 : 4;  // sums that fit the registers
+  float* scores = static_cast<float*>(a.scratch);           // [keys][16]
+  const int first = a.begin / kLanes, last = (a.end - 1) / kLanes;
+  for (int panel = first; panel <= last; ++panel) {
+    const float* q = a.query + panel * a.stride;
+    Floats top = all(-3.0e38f);
+    for (int p = first; p <= last; ++p) {
+      const float* k = a.key + p * a.stride;
+      for (int s0 = 0; s0 < kLanes; s0 += kBlock) {
+        Floats sum[kBlock];
+        PRUNEOFA_UNROLL
+        for (int s = 0; s < kBlock; ++s) sum[s] = all(0.0f);
+        for (int d = 0; d < a.size; ++d) {
+          const Floats v = load(q + d * kLanes);
+          PRUNEOFA_UNROLL
+          for (int s = 0; s < kBlock; ++s) sum[s] = sum[s] + v * k[d * kLanes + s0 + s];
+        }
+        PRUNEOFA_UNROLL
+        for (int s = 0; s < kBlock; ++s) {
+          const int token = p * kLanes + s0 + s;
+          const Floats score = sum[s] * a.scale;
+          store(scores + (token - first * kLanes) * kLanes, score);
+          if (token >= a.begin && token < a.end) top = larger(top, score);
+        }
+      }
+    }
+    Floats total = all(0.0f);
+    for (int token = first * kLanes; token < (last + 1) * kLanes; ++token) {
+      float* score = scores + (token - first * kLanes) * kLanes;
+      const bool mine = token >= a.begin && token < a.end;
+      const Floats weight = mine ? power_of_two((load(score) - top) * 1.44269504f) : all(0.0f);
+      store(score, weight);
+      total = total + weight;
+    }
+    const Floats inverse = 1.0f / total;
+    // Lanes of the panel that belong to other sequences keep what those sequences wrote.
+    const Ints mine = inside(a, panel);
+    float* out = a.out + panel * a.out_stride;
+    for (int d0 = 0; d0 < a.size; d0 += kBlock) {
+      Floats sum[kBlock];
+      PRUNEOFA_UNROLL
+      for (int d = 0; d < kBlock; ++d) sum[d] = all(0.0f);
+      for (int p = first; p <= last; ++p) {
+        const float* v = a.value + p * a.stride + d0 * kLanes;
+        const float* weights = scores + (p - first) * kLanes * kLanes;
+        for (int s = 0; s < kLanes; ++s) {
+          const Floats w = load(weights + s * kLanes);
+          PRUNEOFA_UNROLL
+          for (int d = 0; d < kBlock; ++d) sum[d] = sum[d] + w * v[d * kLanes + s];
+        }
+      }
+      for (int d = 0; d < kBlock && d0 + d < a.size; ++d) {
+        float* place = out + (d0 + d) * kLanes;
+        store(place, select(mine, sum[d] * inverse, load(place)));
+      }
+    }
+  }
+}
+
+}  // namespace lanes

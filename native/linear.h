@@ -1,0 +1,58 @@
+// One linear layer, laid out at construction for the kernels of one path.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "memory.h"
+
+namespace pruneofa {
+
+// A layer as the packed file has it: a bitmask, row by row, and the non-zeros in its order.
+struct PackedLayer {
+  int outputs = 0;
+  int inputs = 0;
+  const uint8_t* bitmask = nullptr;      // [outputs][ceil(inputs / 8)], little-endian bits
+  const int8_t* codes = nullptr;         // int8: [non-zeros] ...
+  const float* scale = nullptr;          //       ... and [outputs]
+  const float* values = nullptr;         // float: [non-zeros]
+  const float* bias = nullptr;           // [outputs] or null
+  std::size_t nonzeros = 0;
+};
+
+class Linear {
+ public:
+  // Throws std::invalid_argument when the mask and the number of values disagree or a size is out of range.
+  Linear(const PackedLayer& layer, const Kernels& kernels);
+
+  int outputs() const { return weights_.outputs; }
+  int inputs() const { return weights_.inputs; }
+  bool is_int8() const { return int8_; }
+  double sparsity() const { return sparsity_; }
+  const Kernels& kernels() const { return kernels_; }
+  std::string choice() const;
+
+  // Rows [begin, end) of y; `begin` is a multiple of 16.
+  void run(const Operands& operands, int begin, int end) const {
+    (int8_ ? kernels_.linear_int8 : kernels_.linear_float)(weights_, operands, begin, end);
+  }
+
+ private:
+  void lay_out_tiles(const PackedLayer& layer, const std::vector<std::size_t>& begin);
+  void lay_out_groups(const PackedLayer& layer, int group, int block);
+
+  const Kernels& kernels_;
+  bool int8_;
+  double sparsity_;
+  Weights weights_;
+  std::vector<uint32_t> row_start_;
+  Aligned<uint16_t> index_;
+  Aligned<uint32_t> words_;
+  Aligned<uint64_t> masks_;
+  Aligned<int8_t> values_;
+  std::vector<float> scale_, bias_, row_sum_;
+};
+
+}  // namespace pruneofa

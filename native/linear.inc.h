@@ -1,0 +1,116 @@
+// Linear layers on words (groups of inputs), for any path: sparse lists of groups, or dense blocks of outputs.
+// `Path` says what a path adds to a sum for one word; see kernels_scalar.cc. Included as lanes.h is.
+
+namespace {
+
+// What the floats of a panel of tokens need, read once for many outputs.
+struct Tokens {
+  lanes::Floats scale, zero;
+};
+
+inline Tokens tokens(const Operands& o, int panel) {
+  return {lanes::load(o.scale + panel * kLanes), lanes::to_floats(lanes::load(o.zero + panel * kLanes))};
+}
+
+// Floats from the exact sums of output n for 16 tokens. The sum is exact as a float below 2^24, and larger ones only
+// round to 24 bits; so does zero * row_sum.
+inline lanes::Floats dequantize(const Weights& w, const Tokens& t, int n, const lanes::Ints& sum) {
+  return (lanes::to_floats(sum) - t.zero * w.row_sum[n]) * (t.scale * w.scale[n]) + w.bias[n];
+}
+
+inline void write(const Operands& o, int panel, int n, const lanes::Floats& y) {
+  lanes::store(o.y + panel * o.y_stride + n * kLanes, y);
+  if (o.ranges != nullptr) lanes::widen(o.ranges + panel * 2 * kLanes, y);
+}
+
+inline void finish(const Weights& w, const Operands& o, int panel, int n, const lanes::Ints& sum) {
+  if (o.sums != nullptr) {
+    lanes::store(o.sums + (static_cast<std::ptrdiff_t>(panel) * w.outputs + n) * kLanes, sum);
+    return;
+  }
+  write(o, panel, n, lanes::activate(dequantize(w, tokens(o, panel), n, sum), o.activation));
+}
+
+inline void finish(const Weights& w, const Operands& o, int panel, int n, const lanes::Floats& sum) {
+  write(o, panel, n, lanes::activate(sum + w.bias[n], o.activation));
+}
+
+// Output n for panels p .. p + Panels - 1 from the groups of row n.
+template <class Path, int Panels>
+inline void sparse_row(const Weights& w, const Operands& o, int n, int p, std::ptrdiff_t panel_bytes) {
+  typename Path::Sum sum[Panels] = {};
+  const char* x = static_cast<const char*>(o.x) + p * panel_bytes;
+  const uint32_t end = w.row_start[n + 1];
+  for (uint32_t g = w.row_start[n]; g < end; ++g) {
+    const typename Path::Word word = Path::word(w.words[g]);
+    const char* place = x + static_cast<std::ptrdiff_t>(w.index[g]) * Path::kGroupBytes;
+    PRUNEOFA_UNROLL
+    for (int i = 0; i < Panels; ++i) Path::add(sum[i], place + i * panel_bytes, word);
+  }
+  for (int i = 0; i < Panels; ++i) finish(w, o, p + i, n, Path::value(sum[i]));
+}
+
+template <class Path>
+inline void sparse_linear(const Weights& w, const Operands& o, int begin, int end) {
+  const std::ptrdiff_t panel_bytes =
+      static_cast<std::ptrdiff_t>(Path::kPadded ? round_up(w.inputs, 64) : w.inputs) / Path::kGroup * Path::kGroupBytes;
+  // Rows outside, panels inside a stretch of rows: a stretch's groups stay in the first-level cache.
+  constexpr int kStretch = 32;
+  for (int n0 = begin; n0 < end; n0 += kStretch) {
+    const int n1 = n0 + kStretch < end ? n0 + kStretch : end;
+    int p = 0;
+    for (; p + 4 <= o.panels; p += 4) {
+      for (int n = n0; n < n1; ++n) sparse_row<Path, 4>(w, o, n, p, panel_bytes);
+    }
+    for (; p + 2 <= o.panels; p += 2) {
+      for (int n = n0; n < n1; ++n) sparse_row<Path, 2>(w, o, n, p, panel_bytes);
+    }
+    for (; p < o.panels; ++p) {
+      for (int n = n0; n < n1; ++n) sparse_row<Path, 1>(w, o, n, p, panel_bytes);
+    }
+  }
+}
+
+// Outputs n .. n + Path::kBlock - 1 for `Panels` panels; `words` is the block, [groups][kBlock].
+template <class Path, int Panels>
+inline void dense_block(const Weights& w, const Operands& o, int n, int p, std::ptrdiff_t panel_bytes, int groups) {
+  typename Path::Sum sum[Path::kBlock][Panels] = {};
+  const char* x = static_cast<const char*>(o.x) + p * panel_bytes;
+  const uint32_t* words = w.words + static_cast<std::ptrdiff_t>(n) * groups;
+  for (int g = 0; g < groups; ++g) {
+    PRUNEOFA_UNROLL
+    for (int r = 0; r < Path::kBlock; ++r) {
+      const typename Path::Word word = Path::word(words[g * Path::kBlock + r]);
+      PRUNEOFA_UNROLL
+      for (int i = 0; i < Panels; ++i) Path::add(sum[r][i], x + g * Path::kGroupBytes + i * panel_bytes, word);
+    }
+  }
+  for (int r = 0; r < Path::kBlock && n + r < w.outputs; ++r) {
+    for (int i = 0; i < Panels; ++i) finish(w, o, p + i, n + r, Path::value(sum[r][i]));
+  }
+}
+
+template <class Path>
+inline void dense_linear(const Weights& w, const Operands& o, int begin, int end) {
+  const int inputs = Path::kPadded ? round_up(w.inputs, 64) : w.inputs;
+  const int groups = inputs / Path::kGroup;
+  const std::ptrdiff_t panel_bytes = static_cast<std::ptrdiff_t>(groups) * Path::kGroupBytes;
+  for (int n = begin; n < end; n += Path::kBlock) {
+    int p = 0;
+    for (; p + Path::kDensePanels <= o.panels; p += Path::kDensePanels) {
+      dense_block<Path, Path::kDensePanels>(w, o, n, p, panel_bytes, groups);
+    }
+    for (; p < o.panels; ++p) dense_block<Path, 1>(w, o, n, p, panel_bytes, groups);
+  }
+}
+
+template <class Path>
+void linear(const Weights& w, const Operands& o, int begin, int end) {
+  if (w.sparse) {
+    sparse_linear<Path>(w, o, begin, end);
+  } else {
+    dense_linear<Path>(w, o, begin, end);
+  }
+}
+
+}  // namespace

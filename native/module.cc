@@ -1,0 +1,332 @@
+// Python's view of the engine. Every array argument is taken as it is (noconvert): a silent cast would give wrong
+// numbers. The GIL is released while kernels run.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <stdexcept>
+
+#include "dispatch.h"
+#include "encoder.h"
+#include "linear.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace pruneofa {
+namespace {
+
+template <class T, std::size_t Dimensions>
+using Array = nb::ndarray<const T, nb::numpy, nb::ndim<Dimensions>, nb::c_contig, nb::device::cpu>;
+template <class T>
+using Vector = Array<T, 1>;
+template <class T>
+using Matrix = Array<T, 2>;
+
+template <class T>
+nb::ndarray<nb::numpy, T, nb::ndim<2>> new_matrix(std::size_t rows, std::size_t columns, T** data) {
+  *data = new T[rows * columns]();
+  nb::capsule owner(*data, [](void* p) noexcept { delete[] static_cast<T*>(p); });
+  return nb::ndarray<nb::numpy, T, nb::ndim<2>>(*data, {rows, columns}, owner);
+}
+
+void expect(bool fits, const char* what) {
+  if (!fits) throw std::invalid_argument(what);
+}
+
+void expect_scales(const Vector<float>& scale) {
+  for (std::size_t i = 0; i < scale.shape(0); ++i) {
+    expect(std::isfinite(scale(i)) && scale(i) > 0, "a scale is not a positive finite number");
+  }
+}
+
+PackedLayer packed_layer(const Matrix<uint8_t>& bitmask, const std::optional<Vector<float>>& scale,
+                         const std::optional<Vector<float>>& bias, int inputs, std::size_t nonzeros) {
+  PackedLayer layer;
+  layer.outputs = static_cast<int>(bitmask.shape(0));
+  layer.inputs = inputs;
+  layer.bitmask = bitmask.data();
+  layer.nonzeros = nonzeros;
+  expect(inputs > 0 && bitmask.shape(1) == (static_cast<std::size_t>(inputs) + 7) / 8, "bitmask: wanted ceil(k / 8) bytes per row");
+  if (inputs % 8 != 0) {
+    for (std::size_t n = 0; n < bitmask.shape(0); ++n) {
+      expect(bitmask(n, bitmask.shape(1) - 1) >> (inputs % 8) == 0, "bitmask: spare bits must be 0");
+    }
+  }
+  if (scale) {
+    expect(scale->shape(0) == bitmask.shape(0), "scale: wanted one per output");
+    expect_scales(*scale);
+    layer.scale = scale->data();
+  }
+  if (bias) {
+    expect(bias->shape(0) == bitmask.shape(0), "bias: wanted one per output");
+    layer.bias = bias->data();
+  }
+  return layer;
+}
+
+std::shared_ptr<Linear> int8_linear(Matrix<uint8_t> bitmask, Vector<int8_t> values, Vector<float> scale,
+                                    std::optional<Vector<float>> bias, int k, const std::string& isa) {
+  PackedLayer layer = packed_layer(bitmask, scale, bias, k, values.shape(0));
+  layer.codes = values.data();
+  for (std::size_t i = 0; i < values.shape(0); ++i) expect(values(i) != -128, "values: -128 is not a weight");
+  const Kernels& kernels = kernels_for(isa);
+  nb::gil_scoped_release release;
+  static const int8_t none = 0;
+  if (values.shape(0) == 0) layer.codes = &none;
+  return std::make_shared<Linear>(layer, kernels);
+}
+
+std::shared_ptr<Linear> float_linear(Matrix<uint8_t> bitmask, Vector<float> values, nb::handle scale,
+                                     std::optional<Vector<float>> bias, int k, const std::string& isa) {
+  expect(scale.is_none(), "scale: float weights have none");
+  PackedLayer layer = packed_layer(bitmask, std::nullopt, bias, k, values.shape(0));
+  layer.values = values.data();
+  const Kernels& kernels = kernels_for(isa);
+  nb::gil_scoped_release release;
+  return std::make_shared<Linear>(layer, kernels);
+}
+
+// Buffers of one call of a single layer, all tokens padded to panels.
+struct Call {
+  Call(const Linear& linear, std::size_t tokens)
+      : panels(round_up(static_cast<int>(tokens), kLanes) / kLanes),
+        x(static_cast<std::size_t>(panels) * linear.inputs() * kLanes),
+        y(static_cast<std::size_t>(panels) * linear.outputs() * kLanes),
+        sums(static_cast<std::size_t>(panels) * linear.outputs() * kLanes),
+        codes(panels * codes_bytes(linear.inputs(), linear.kernels().group_int8)),
+        scale(static_cast<std::size_t>(panels) * kLanes),
+        zero(static_cast<std::size_t>(panels) * kLanes),
+        scratch(scratch_bytes(linear.inputs(), 1, 0)) {
+    operands.x = linear.is_int8() ? static_cast<const void*>(codes.data()) : x.data();
+    operands.scale = scale.data();
+    operands.zero = zero.data();
+    operands.panels = panels;
+    operands.y = y.data();
+    operands.y_stride = static_cast<std::ptrdiff_t>(linear.outputs()) * kLanes;
+    operands.scratch = scratch.data();
+  }
+
+  void run(const Linear& linear) {
+    linear.kernels().begin();
+    linear.run(operands, 0, linear.outputs());
+    linear.kernels().end();
+  }
+
+  int panels;
+  Aligned<float> x, y;
+  Aligned<int32_t> sums;
+  Aligned<char> codes;
+  Aligned<float> scale;
+  Aligned<int32_t> zero;
+  Aligned<char> scratch;
+  Operands operands;
+};
+
+template <class T>
+void from_panels(const T* panels, T* rows, std::size_t tokens, int features) {
+  for (std::size_t t = 0; t < tokens; ++t) {
+    const T* panel = panels + t / kLanes * features * kLanes + t % kLanes;
+    for (int f = 0; f < features; ++f) rows[t * features + f] = panel[f * kLanes];
+  }
+}
+
+nb::ndarray<nb::numpy, float, nb::ndim<2>> linear_forward(const Linear& linear, Matrix<float> x) {
+  expect(x.shape(1) == static_cast<std::size_t>(linear.inputs()), "x: wanted one column per input");
+  expect(x.shape(0) < 1u << 24, "x: too many rows");
+  const std::size_t tokens = x.shape(0);
+  float* out;
+  auto result = new_matrix<float>(tokens, linear.outputs(), &out);
+  nb::gil_scoped_release release;
+  Call call(linear, tokens);
+  for (std::size_t t = 0; t < tokens; ++t) {
+    float* panel = call.x.data() + t / kLanes * linear.inputs() * kLanes + t % kLanes;
+    for (int k = 0; k < linear.inputs(); ++k) panel[k * kLanes] = x(t, k);
+  }
+  if (linear.is_int8()) {
+    const Kernels& kernels = linear.kernels();
+    const std::size_t bytes = codes_bytes(linear.inputs(), kernels.group_int8);
+    for (int p = 0; p < call.panels; ++p) {
+      const float* panel = call.x.data() + static_cast<std::size_t>(p) * linear.inputs() * kLanes;
+      float* scale = call.scale.data() + p * kLanes;
+      int32_t* zero = call.zero.data() + p * kLanes;
+      Aligned<float> range(2 * kLanes);
+      kernels.range(panel, 0, linear.inputs(), range.data());
+      kernels.scales(range.data(), 1, 0, scale, zero);
+      kernels.encode(panel, 0, linear.inputs(), linear.inputs(), scale, zero, call.codes.data() + p * bytes);
+    }
+  }
+  call.run(linear);
+  from_panels(call.y.data(), out, tokens, linear.outputs());
+  return result;
+}
+
+nb::ndarray<nb::numpy, int32_t, nb::ndim<2>> linear_accumulate(const Linear& linear, Matrix<uint8_t> x) {
+  expect(linear.is_int8(), "accumulate is for int8 layers; this one has float weights");
+  expect(x.shape(1) == static_cast<std::size_t>(linear.inputs()), "x: wanted one column per input");
+  expect(x.shape(0) < 1u << 24, "x: too many rows");
+  const std::size_t tokens = x.shape(0);
+  int32_t* out;
+  auto result = new_matrix<int32_t>(tokens, linear.outputs(), &out);
+  nb::gil_scoped_release release;
+  Call call(linear, tokens);
+  const int group = linear.kernels().group_int8;
+  const std::size_t bytes = codes_bytes(linear.inputs(), group);
+  for (std::size_t t = 0; t < tokens; ++t) {
+    char* panel = call.codes.data() + t / kLanes * bytes;
+    for (int k = 0; k < linear.inputs(); ++k) {
+      const std::size_t place = (static_cast<std::size_t>(k / group) * kLanes + t % kLanes) * group + k % group;
+      if (group == 2) {
+        reinterpret_cast<int16_t*>(panel)[place] = x(t, k);
+      } else {
+        reinterpret_cast<uint8_t*>(panel)[place] = x(t, k);
+      }
+    }
+  }
+  call.operands.sums = call.sums.data();
+  call.run(linear);
+  from_panels(call.sums.data(), out, tokens, linear.outputs());
+  return result;
+}
+
+Table table(const nb::handle& source, int hidden, const char* name) {
+  Table made;
+  if (source.is_none()) return made;
+  const std::string wanted = std::string(name) + ": wanted (int8 rows, float32 scales) or (float32 rows, None)";
+  std::pair<nb::object, nb::object> pair;
+  if (!nb::try_cast(source, pair, false)) throw std::invalid_argument(wanted);
+  const auto fits = [&](std::size_t rows, std::size_t columns) {
+    if (rows < 1 || rows >= std::size_t{1} << 31 || columns != static_cast<std::size_t>(hidden)) throw std::invalid_argument(wanted);
+    made.rows = static_cast<int>(rows);
+  };
+  Matrix<int8_t> codes;
+  Matrix<float> values;
+  Vector<float> scale;
+  if (nb::try_cast(pair.first, codes, false) && nb::try_cast(pair.second, scale, false)) {
+    fits(codes.shape(0), codes.shape(1));
+    if (scale.shape(0) != codes.shape(0)) throw std::invalid_argument(wanted);
+    expect_scales(scale);
+    made.codes.assign(codes.data(), codes.data() + codes.size());
+    made.scale.assign(scale.data(), scale.data() + scale.size());
+  } else if (nb::try_cast(pair.first, values, false) && pair.second.is_none()) {
+    fits(values.shape(0), values.shape(1));
+    made.values.assign(values.data(), values.data() + values.size());
+  } else {
+    throw std::invalid_argument(wanted);
+  }
+  return made;
+}
+
+Norm norm(const nb::handle& source, const char* name) {
+  std::pair<Vector<float>, Vector<float>> pair;
+  if (!nb::try_cast(source, pair, false)) {
+    throw std::invalid_argument(std::string(name) + ": wanted (gamma, beta), both float32 vectors");
+  }
+  return {{pair.first.data(), pair.first.data() + pair.first.size()},
+          {pair.second.data(), pair.second.data() + pair.second.size()}};
+}
+
+Activation activation(const std::string& name) {
+  if (name == "gelu") return Activation::kGelu;
+  if (name == "gelu_new" || name == "gelu_pytorch_tanh") return Activation::kGeluTanh;
+  if (name == "relu") return Activation::kRelu;
+  throw std::invalid_argument("activation is '" + name + "', wanted gelu, gelu_new, gelu_pytorch_tanh or relu");
+}
+
+Layer layer(const nb::dict& source) {
+  const auto linear = [&](const char* name) {
+    const nb::object value = source[name];
+    std::shared_ptr<Linear> found;
+    if (!nb::try_cast(value, found, false) || !found) {
+      throw std::invalid_argument(std::string("layers: wanted a Linear for '") + name + "'");
+    }
+    return found;
+  };
+  return {linear("query"),
+          linear("key"),
+          linear("value"),
+          linear("attention_output"),
+          linear("intermediate"),
+          linear("output"),
+          norm(nb::object(source["attention_norm"]), "attention_norm"),
+          norm(nb::object(source["output_norm"]), "output_norm")};
+}
+
+void make_encoder(Encoder* self, int hidden, int heads, float epsilon, const std::string& activation_name, int threads,
+                  const std::string& isa, nb::handle word, nb::handle position, nb::handle token_type,
+                  nb::handle embedding_norm, const std::vector<nb::dict>& layers) {
+  expect(threads >= 1 && threads <= 4096, "threads: wanted 1 to 4096");
+  expect(hidden >= 1, "hidden: wanted at least 1");
+  std::vector<Layer> made;
+  made.reserve(layers.size());
+  for (const nb::dict& one : layers) made.push_back(layer(one));
+  new (self) Encoder({hidden, heads, epsilon, activation(activation_name), threads}, table(word, hidden, "word"),
+                     table(position, hidden, "position"), table(token_type, hidden, "token_type"), norm(embedding_norm, "embedding_norm"),
+                     std::move(made), kernels_for(isa));
+}
+
+nb::ndarray<nb::numpy, float, nb::ndim<2>> encoder_forward(Encoder& encoder, Vector<int32_t> ids,
+                                                           Vector<int32_t> positions, Vector<int32_t> types,
+                                                           Vector<int32_t> offsets) {
+  expect(positions.shape(0) == ids.shape(0) && types.shape(0) == ids.shape(0), "positions and types: wanted one per id");
+  expect(offsets.shape(0) >= 2, "offsets: wanted the sequences' beginnings and the end");
+  expect(ids.shape(0) < 1u << 24, "too many tokens in one call");
+  float* out;
+  auto result = new_matrix<float>(ids.shape(0), encoder.options().hidden, &out);
+  const Sequences sequences = {ids.data(), positions.data(), types.data(), offsets.data(),
+                               static_cast<int>(ids.shape(0)), static_cast<int>(offsets.shape(0)) - 1};
+  nb::gil_scoped_release release;
+  encoder.forward(sequences, out);
+  return result;
+}
+
+std::vector<std::pair<std::string, std::string>> choices(const Encoder& encoder) {
+  std::vector<std::pair<std::string, std::string>> all;
+  for (std::size_t i = 0; i < encoder.layers().size(); ++i) {
+    const Layer& one = encoder.layers()[i];
+    const std::pair<const char*, const Linear*> linears[] = {
+        {"query", one.query.get()},   {"key", one.key.get()},
+        {"value", one.value.get()},   {"attention_output", one.attention_output.get()},
+        {"intermediate", one.intermediate.get()}, {"output", one.output.get()}};
+    for (const auto& [name, linear] : linears) {
+      all.emplace_back("layer." + std::to_string(i) + "." + name, linear->choice());
+    }
+  }
+  return all;
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.doc() = "Sparse int8 and float kernels and the encoder made of them; reference.py defines what each computes.";
+  m.def("available_isas", [] {
+    std::vector<std::string> names;
+    for (const Kernels* kernels : available_kernels()) names.emplace_back(kernels->isa);
+    return names;
+  });
+  nb::class_<Linear>(m, "Linear")
+      .def(nb::new_(&int8_linear), "bitmask"_a.noconvert(), "values"_a.noconvert(), "scale"_a.noconvert(),
+           "bias"_a.noconvert().none(), "k"_a, "isa"_a)
+      .def(nb::new_(&float_linear), "bitmask"_a.noconvert(), "values"_a.noconvert(), "scale"_a.none(),
+           "bias"_a.noconvert().none(), "k"_a, "isa"_a)
+      .def_prop_ro("shape", [](const Linear& l) { return std::pair(l.outputs(), l.inputs()); })
+      .def_prop_ro("sparsity", &Linear::sparsity)
+      .def_prop_ro("choice", &Linear::choice)
+      .def("accumulate", &linear_accumulate, "x"_a.noconvert())
+      .def("forward", &linear_forward, "x"_a.noconvert());
+  nb::class_<Encoder>(m, "Encoder")
+      .def("__init__", &make_encoder, nb::kw_only(), "hidden"_a, "heads"_a, "epsilon"_a, "activation"_a, "threads"_a,
+           "isa"_a, "word"_a, "position"_a, "token_type"_a.none(), "embedding_norm"_a, "layers"_a)
+      .def("forward", &encoder_forward, "ids"_a.noconvert(), "positions"_a.noconvert(), "types"_a.noconvert(),
+           "offsets"_a.noconvert())
+      .def("choices", &choices);
+}
+
+}  // namespace pruneofa

@@ -1,0 +1,96 @@
+#include "pool.h"
+
+namespace pruneofa {
+namespace {
+
+// Phases last microseconds, so threads spin between them; with more threads than free CPUs they give way soon.
+constexpr int kSpins = 2000;
+// After a pass workers stay awake this long for the next one.
+constexpr int kIdleSpins = 20000;
+
+inline void relax() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  __builtin_ia32_pause();
+#endif
+}
+
+template <class Done>
+void spin_until(Done done) {
+  for (int i = 0; !done(); ++i) {
+    if (i < kSpins) {
+      relax();
+    } else {
+      std::this_thread::yield();
+    }
+  }
+}
+
+}  // namespace
+
+Pool::Pool(int threads) {
+  try {
+    for (int t = 1; t < threads; ++t) workers_.emplace_back([this, t] { serve(t); });
+  } catch (...) {  // the system has no more threads to give
+    stop();
+    throw;
+  }
+}
+
+Pool::~Pool() { stop(); }
+
+void Pool::stop() {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    stop_ = true;
+    round_.fetch_add(1, std::memory_order_release);
+  }
+  wake_.notify_all();
+  for (std::thread& worker : workers_) worker.join();
+}
+
+void Pool::run(const std::function<void(int)>& work) {
+  if (!workers_.empty()) {
+    running_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      work_ = &work;
+      round_.fetch_add(1, std::memory_order_release);
+    }
+    wake_.notify_all();
+  }
+  work(0);
+  spin_until([this] { return running_.load(std::memory_order_acquire) == 0; });
+}
+
+void Pool::meet() {
+  if (workers_.empty()) return;
+  const uint64_t phase = phase_.load(std::memory_order_relaxed);
+  if (waiting_.fetch_add(1, std::memory_order_acq_rel) == static_cast<int>(workers_.size())) {
+    waiting_.store(0, std::memory_order_relaxed);
+    phase_.store(phase + 1, std::memory_order_release);
+  } else {
+    spin_until([this, phase] { return phase_.load(std::memory_order_acquire) != phase; });
+  }
+}
+
+void Pool::serve(int thread) {
+  uint64_t seen = 0;
+  for (;;) {
+    for (int i = 0; i < kIdleSpins && round_.load(std::memory_order_acquire) == seen; ++i) relax();
+    if (round_.load(std::memory_order_acquire) == seen) {
+      std::unique_lock<std::mutex> lock(mutex_);
+      wake_.wait(lock, [&] { return round_.load(std::memory_order_acquire) != seen; });
+    }
+    ++seen;
+    const std::function<void(int)>* work;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      if (stop_) return;
+      work = work_;
+    }
+    (*work)(thread);
+    running_.fetch_sub(1, std::memory_order_acq_rel);
+  }
+}
+
+}  // namespace pruneofa

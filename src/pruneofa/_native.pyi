@@ -1,0 +1,143 @@
+"""Sparse int8 and float kernels, and the encoder made of them. `pruneofa.reference` defines what each computes.
+
+Arrays are taken as they are: a NumPy array of the stated type, C-contiguous, is not copied, and anything else is a
+TypeError. The GIL is released while kernels run. Built from native/; how it works is in docs/kernels.md.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+Table = tuple[NDArray[np.int8], Floats] | tuple[Floats, None]  # rows of an embedding: int8 and a scale each, or float32
+
+def available_isas() -> list[str]:
+    """Paths that this CPU and operating system run, worst first: of "scalar", "avx2", "avx512vnni" and "amx"."""
+
+class Linear:
+    """y = x W^T + b with a sparse W, laid out for one path at construction and immutable from then on.
+
+    Several threads may use it at once.
+    """
+
+    @overload
+    def __init__(
+        self,
+        bitmask: NDArray[np.uint8],
+        values: NDArray[np.int8],
+        scale: Floats,
+        bias: Floats | None,
+        k: int,
+        isa: str,
+    ) -> None:
+        """int8 weights.
+
+        Args:
+            bitmask: (n, ceil(k / 8)) uint8, little-endian bits, 1 = kept; spare bits 0.
+            values: (nonzeros,) int8, the kept weights row by row, -127 to 127.
+            scale: (n,) float32, finite and above 0.
+            bias: (n,) float32 or None.
+            k: number of inputs, 1 to 65535.
+            isa: one of `available_isas()`.
+
+        Raises:
+            ValueError: sizes that do not fit together, a value or scale out of range, an unknown isa.
+            TypeError: an array of another type, number of dimensions or memory order.
+        """
+
+    @overload
+    def __init__(
+        self, bitmask: NDArray[np.uint8], values: Floats, scale: None, bias: Floats | None, k: int, isa: str
+    ) -> None:
+        """Float weights: `values` (nonzeros,) float32 and no scale; the rest as for int8."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n, k): outputs and inputs."""
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of weights that are not kept, 0 to 1."""
+
+    @property
+    def choice(self) -> str:
+        """The layout in memory and why: "sparse: ..." or "dense: ..."."""
+
+    def accumulate(self, x: NDArray[np.uint8]) -> NDArray[np.int32]:
+        """Integer sums x W^T of int8 weights: (m, k) uint8 to (m, n) int32, the same on every path.
+
+        No zero point is subtracted and no bias added. Raises ValueError for float weights or another number of
+        columns, TypeError for another type.
+        """
+
+    def forward(self, x: Floats) -> Floats:
+        """(m, k) float32 to (m, n) float32; for int8 weights x is quantized row by row.
+
+        Raises ValueError for another number of columns, TypeError for another type.
+        """
+
+class Encoder:
+    """Embeddings and transformer layers of BERT: attention and feed-forward blocks, LayerNorm after each.
+
+    It has one set of buffers and `threads` - 1 threads of its own. Python threads may share it and take turns.
+    """
+
+    def __init__(
+        self,
+        *,
+        hidden: int,
+        heads: int,
+        epsilon: float,
+        activation: str,
+        threads: int,
+        isa: str,
+        word: Table,
+        position: Table,
+        token_type: Table | None,
+        embedding_norm: tuple[Floats, Floats],
+        layers: Sequence[Mapping[str, Any]],
+    ) -> None:
+        """Copy the tables and norms, and keep the layers.
+
+        Args:
+            hidden: size of a token's vector, divisible by `heads`.
+            heads: attention heads.
+            epsilon: of every LayerNorm.
+            activation: "gelu" (by the error function), "gelu_new" or "gelu_pytorch_tanh" (by tanh), "relu".
+            threads: 1 to 4096, the calling one included.
+            isa: one of `available_isas()`, and that of all layers.
+            word: rows (v, hidden) of the vocabulary; `position` and `token_type` (None without one) likewise.
+            embedding_norm: gamma and beta, (hidden,) float32.
+            layers: dicts of the Linears "query", "key", "value", "attention_output", "intermediate" and "output", and
+                of (gamma, beta) as "attention_norm" and "output_norm".
+
+        Raises:
+            ValueError: parts of sizes, precisions or paths that do not fit each other, or a setting out of range.
+            KeyError: a part that a layer lacks.
+            TypeError: an argument of another type.
+        """
+
+    def forward(
+        self,
+        ids: NDArray[np.int32],
+        positions: NDArray[np.int32],
+        types: NDArray[np.int32],
+        offsets: NDArray[np.int32],
+    ) -> Floats:
+        """Hidden states (t, hidden) of the last layer for sequences that lie end to end, without padding.
+
+        The same bits for the same path and number of threads.
+
+        Args:
+            ids: (t,) int32 rows of `word`; `positions` and `types` (t,) likewise of theirs.
+            offsets: (s + 1,) int32, where the s sequences begin, and t.
+
+        Raises:
+            ValueError: an id, position or type outside of its table; offsets that do not rise from 0 to t.
+            TypeError: an array of another type.
+        """
+
+    def choices(self) -> list[tuple[str, str]]:
+        """("layer.0.query", choice) and so on: `Linear.choice` of every linear layer."""

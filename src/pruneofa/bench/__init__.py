@@ -1,0 +1,1 @@
+"""`pruneofa bench`: this engine beside the peers, and from which sparsity on the zeros pay."""

@@ -1,0 +1,96 @@
+"""From which sparsity the zeros pay on this machine: our kernel against the best dense int8, per shape of a layer."""
+
+import contextlib
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pruneofa.bench.models import Model
+from pruneofa.bench.peers import OURS, PEERS
+from pruneofa.bench.random_folder import prune
+from pruneofa.errors import CheckFailed
+from pruneofa.progress import progress
+
+if TYPE_CHECKING:
+    from pruneofa.bench.measure import Bench
+    from pruneofa.bench.workers import Worker
+
+SPARSITIES = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95)
+DENSE = "torch-int8"
+_ROUNDS = 10
+_TOLERANCE = 0.05  # relative L2 of a product, against float64
+
+
+def break_even(bench: "Bench", model: Model, tokens: Sequence[int]) -> list[dict[str, Any]]:
+    """One row per shape and number of tokens: microseconds of one thread, ours by sparsity and the dense peer's.
+
+    "pays_from" is the least sparsity from which on we are faster than the dense peer, None if from none, or if
+    there is no such peer. Weights are random; each product is verified before it is timed. Raises CheckFailed.
+    """
+    shapes = sorted({tuple(entry["shape"]) for entry in model.linears})
+    dense = PEERS[DENSE]
+    with tempfile.TemporaryDirectory(prefix="pruneofa-bench-") as temporary, contextlib.ExitStack() as stack:
+        root = Path(temporary)
+        job = {"folder": str(model.folder.absolute()), "packed": str(model.packed.absolute())}
+        workers: dict[str, Worker] = {}
+        for peer in (PEERS[OURS], dense):
+            if not peer.missing() and (bench.cap is None or bench.cap in peer.caps or peer.name == OURS):
+                workers[peer.name] = stack.enter_context(bench.worker(peer, root, here=True))
+                workers[peer.name].ask("start", peer=peer.name, job=job)
+        with progress("break-even", len(shapes) * len(tokens)) as advance:
+            return [_row(bench, workers, shape, count, root, advance) for shape in shapes for count in tokens]
+
+
+def _row(
+    bench: "Bench", workers: dict[str, "Worker"], shape: tuple[int, ...], tokens: int, root: Path,
+    advance: Callable[..., None],
+) -> dict[str, Any]:  # fmt: skip
+    random = np.random.default_rng(0)
+    full = random.standard_normal(shape, np.float32) * np.float32(0.02)
+    x = random.standard_normal((tokens, shape[1]), np.float32)
+    keys: list[tuple[str, str]] = []
+    for peer, sparsity in [*((OURS, s) for s in SPARSITIES), (DENSE, 0.0)]:
+        if peer not in workers:
+            continue
+        key, file = f"{peer} {sparsity:g}", root / "layer.npz"
+        weight = prune(full, sparsity, "unstructured")
+        np.savez(file, weight=weight, x=x)
+        workers[peer].ask("layer", key=key, job={"peer": peer, "inputs": str(file), "isa": bench.isa})
+        _verify(workers[peer], key, x.astype(np.float64) @ weight.T.astype(np.float64), root)
+        keys.append((peer, key))
+    seconds: dict[str, list[float]] = {key: [] for _, key in keys}
+    count = math.ceil(bench.settings.repeats / _ROUNDS)
+    for turn in range(_ROUNDS):
+        shift = turn % len(keys)
+        for peer, key in keys[shift:] + keys[:shift]:
+            seconds[key] += workers[peer].ask("time", key=key, count=count)["seconds"]
+    for peer, key in keys:
+        workers[peer].ask("forget", key=key)
+    advance(note=f"{shape[0]}x{shape[1]}")
+    median = {key: 1e6 * float(np.median(values)) for key, values in seconds.items()}
+    ours = {f"{s:g}": median[f"{OURS} {s:g}"] for s in SPARSITIES}
+    dense = median.get(f"{DENSE} 0")
+    return {"shape": list(shape), "tokens": tokens, "ours_us": ours, "dense_us": dense, "dense": dense and DENSE,
+            "pays_from": pays_from(ours, dense)}  # fmt: skip
+
+
+def _verify(worker: "Worker", key: str, wanted: np.ndarray, root: Path) -> None:
+    path = root / "product.npy"
+    worker.ask("save", key=key, path=str(path))
+    error = float(np.linalg.norm(np.load(path) - wanted) / np.linalg.norm(wanted))
+    if not error <= _TOLERANCE and key.startswith(OURS):
+        raise CheckFailed(f"one layer, {key}: error {error:.3g} is above {_TOLERANCE}; not timed")
+
+
+def pays_from(ours: dict[str, float], dense: float | None) -> float | None:
+    """The least sparsity from which on, at every higher one too, ours is faster than dense."""
+    least = None
+    for sparsity in sorted(ours, key=float, reverse=True):
+        if dense is None or ours[sparsity] >= dense:
+            break
+        least = float(sparsity)
+    return least

@@ -1,0 +1,365 @@
+"""This engine beside the peers that are installed: same weights, inputs and threads, outputs verified, then timed.
+
+Every runner lives in a process of its own (`peers.py`) and runs only when asked; runs alternate between the
+processes, so that whatever the machine does besides hits all of them alike. No torch in this process.
+"""
+
+import contextlib
+import difflib
+import importlib.metadata
+import math
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pruneofa import __version__
+from pruneofa.bench.break_even import break_even as break_even_rows
+from pruneofa.bench.models import DEFAULT_MIXED, Case, Model, Settings, describe, read_cases, read_models
+from pruneofa.bench.peers import CAPPING, OURS, PEERS, REFERENCE, Peer
+from pruneofa.bench.workers import Worker, WorkerError
+from pruneofa.errors import CheckFailed, InputError
+from pruneofa.files import fingerprint
+from pruneofa.manifest import read_json
+from pruneofa.progress import progress
+
+FORMAT = "pruneofa-bench"
+ROUNDS = 10  # turns of each process; the timed runs are spread over them
+SETTLE = 0.05  # seconds until the threads of the process before have stopped spinning
+# Error against torch fp32 of the same weights. fp32: largest difference over the largest value; else relative L2.
+TOLERANCES = {"fp32": 1e-3, "bf16": 0.05, "int8": 0.15}
+_VERSIONS = ("torch", "transformers", "onnx", "onnxruntime", "openvino", "nncf", "deepsparse", "numpy")
+
+
+def run(settings: Settings, *, break_even: bool = False) -> dict[str, Any]:
+    """Measure every case, and the break-even per layer if asked; returns the record that `--json` prints.
+
+    Raises:
+        InputError: a peer, case or model that cannot be measured.
+        CheckFailed: our output is not that of torch within the tolerance; nothing of it is timed.
+    """
+    bench = Bench(settings)
+    with tempfile.TemporaryDirectory(prefix="pruneofa-bench-") as temporary:
+        root = Path(temporary)
+        models = list(read_models(settings, root))
+        cases = read_cases(settings, models[0])
+        total = sum(bench.steps(len(models)) for _ in cases)
+        with progress("bench", total) as advance:
+            rows = [bench.measure(case, models, root, advance) for case in cases]
+        tokens = sorted({sum(case.lengths) for case in cases if len(set(case.lengths)) == 1})
+        layers = break_even_rows(bench, models[0], tokens or [128]) if break_even else []
+    return {
+        **bench.head(),
+        "models": [describe(model) for model in models],
+        "rows": rows,
+        "break_even": layers,
+        "left_out": bench.left_out,
+    }
+
+
+class Bench:
+    """Settings checked, peers chosen, and their processes' environment."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Raises InputError as `run` does."""
+        from pruneofa.engine import Engine, _isa, _threads
+
+        available = Engine.available_isas()
+        self.settings = settings
+        self.threads = _threads(settings.threads)
+        self.isa = _isa(settings.isa) if available else ""
+        self.cap = self.isa if available and self.isa != available[-1] else None
+        self.peers, self.left_out = choose(settings, self.cap)
+        self._load = os.getloadavg()[0]
+        if settings.repeats < 1:
+            raise InputError(f"repeats is {settings.repeats}, wanted at least 1")
+
+    def steps(self, models: int) -> int:
+        """Units of the progress bar that one case takes."""
+        runners = models + len(self.peers)
+        return sum(bool(peer.artifact) for peer in self.peers) + models + runners * (1 + self._rounds)
+
+    @property
+    def _rounds(self) -> int:
+        return min(ROUNDS, self.settings.repeats)
+
+    def head(self) -> dict[str, Any]:
+        """What identifies a record: versions, machine, settings."""
+        return {
+            "format": FORMAT,
+            "version": 1,
+            "pruneofa": __version__,
+            "machine": machine() | {"load_average": [self._load, os.getloadavg()[0]]},
+            "versions": versions(),
+            "threads": self.threads,
+            "isa": self.isa,
+            "capped": self.cap is not None,
+            "precision": self.settings.precision,
+            "repeats": self.settings.repeats,
+            "peak": self.settings.peak,
+        }
+
+    def environment(self, peer: Peer) -> dict[str, str]:
+        """Variables of a peer's process."""
+        threads = {name: str(self.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+        quiet = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1",
+                 "TOKENIZERS_PARALLELISM": "false"}  # fmt: skip
+        kept = {name: value for name, value in os.environ.items() if name not in (*CAPPING, "PRUNEOFA_ISA")}
+        return kept | quiet | threads | (dict(peer.caps.get(self.cap, {})) if self.cap else {})
+
+    def worker(self, peer: Peer, root: Path, *, here: bool = False) -> Worker:
+        """A process for `peer`; `here`: by this interpreter in any case."""
+        python = None if here else self.settings.pythons.get(peer.name)
+        return Worker(peer.name, root / f"{peer.name}.log", self.environment(peer), python)
+
+    def measure(self, case: Case, models: Sequence[Model], root: Path, advance: Callable[..., None]) -> dict[str, Any]:
+        """All runners on one case: prepare, load, verify, time."""
+        config = read_json(models[0].folder / "config.json")
+        inputs = root / f"{case.name}.npz"
+        arrays: dict[str, Any] = dict(case.inputs(models[0].rows("word"), config.get("pad_token_id") or 0))
+        np.savez(inputs, **arrays)
+        with self._artifacts(models[0], case, root) as artifacts, contextlib.ExitStack() as stack:
+            jobs = {model.label: self._job(model, artifacts, inputs) for model in models}
+            first = jobs[models[0].label]
+            for peer in [peer for peer in self.peers if peer.artifact]:
+                advance(note=f"{case.name}: preparing {peer.name}")
+                with self._tried(peer.name), self.worker(peer, root, here=True) as worker:
+                    worker.ask("prepare", peer=peer.name, job=first)
+            wanted = {}
+            for model in models:
+                advance(note=f"{case.name}: what {model.label} has to give")
+                wanted[model.label] = self._reference(jobs[model.label], root)
+            runners = [(label, PEERS[OURS], job) for label, job in jobs.items()]
+            runners += [(peer.name, peer, first) for peer in self.peers if peer.name not in self.left_out]
+            loaded: list[tuple[Worker, dict[str, Any]]] = []
+            for label, peer, job in runners:
+                advance(note=f"{case.name}: loading {label}")
+                with self._tried(label, fatal=peer.name == OURS):
+                    worker = stack.enter_context(self.worker(peer, root))
+                    row = self._load_and_verify(worker, label, job, wanted.get(label, wanted[models[0].label]))
+                    loaded.append((worker, row))
+            return self._time(case, models[0], loaded, advance)
+
+    def _job(self, model: Model, artifacts: Path, inputs: Path) -> dict[str, Any]:
+        paths = {"folder": model.folder, "packed": model.packed, "artifacts": artifacts, "inputs": inputs}
+        own = {"threads": self.threads, "isa": self.isa, "precision": self.settings.precision}
+        return {name: str(path.absolute()) for name, path in paths.items()} | own
+
+    @contextlib.contextmanager
+    def _artifacts(self, model: Model, case: Case, root: Path) -> Iterator[Path]:
+        """Where the exported models of a case lie: among those of a former run, or until the case is done."""
+        if self.settings.work is not None:
+            key = fingerprint([model.manifest["source"], versions()])[:16]
+            folder = self.settings.work / key / case.name
+            folder.mkdir(parents=True, exist_ok=True)
+            yield folder
+            return
+        with tempfile.TemporaryDirectory(dir=root) as folder:
+            yield Path(folder)
+
+    @contextlib.contextmanager
+    def _tried(self, label: str, *, fatal: bool = False) -> Iterator[None]:
+        """A peer that fails is left out, by name, with the reason; the others go on."""
+        try:
+            yield
+        except WorkerError as error:
+            if fatal:
+                kind, _, message = str(error).partition(": ")
+                raise InputError(message) if kind == "InputError" else error from None
+            self.left_out[label] = str(error)
+
+    def _reference(self, job: Mapping[str, Any], root: Path) -> NDArray[np.float32] | None:
+        """What torch computes in fp32; None without torch."""
+        peer = PEERS[REFERENCE]
+        if peer.missing():
+            return None
+        path = root / "reference.npy"
+        with self.worker(peer, root, here=True) as worker:
+            try:
+                worker.ask("start", peer=peer.name, job=job)
+                worker.ask("build", peer=peer.name, job=job)
+                worker.ask("save", key=peer.name, path=str(path))
+            except WorkerError as error:
+                raise InputError(f"{job['folder']}: torch cannot run it ({error})") from None
+        return np.load(path)
+
+    def _load_and_verify(
+        self, worker: Worker, label: str, job: Mapping[str, Any], wanted: NDArray[np.float32] | None
+    ) -> dict[str, Any]:
+        peer = PEERS[worker.peer]
+        kind = self.settings.precision if peer.name == OURS else peer.kind
+        baseline = worker.ask("start", peer=peer.name, job=job)["baseline"]
+        row: dict[str, Any] = {"name": label, "peer": peer.name, "kind": kind, "dense": peer.dense}
+        row |= worker.ask("build", peer=peer.name, job=job)
+        path = Path(job["inputs"]).with_name("output.npy")
+        worker.ask("save", key=peer.name, path=str(path))
+        row |= {"baseline": baseline, "disk": peer.size(job), "tolerance": TOLERANCES[kind]}
+        if wanted is not None:
+            with np.load(job["inputs"]) as stored:
+                mask = stored["attention_mask"] == 1 if "attention_mask" in stored else None
+            row["error"] = error_of(np.load(path), wanted, kind, mask)
+            row["verified"] = bool(row["error"] <= row["tolerance"])
+            if peer.name == OURS and not row["verified"]:
+                raise CheckFailed(
+                    f"{label}: error {row['error']:.3g} against torch fp32 is above {row['tolerance']:g}; not timed"
+                )
+        else:
+            row |= {"error": None, "verified": None}
+        return row
+
+    def _time(
+        self, case: Case, model: Model, loaded: Sequence[tuple[Worker, dict[str, Any]]], advance: Callable[..., None]
+    ) -> dict[str, Any]:
+        rounds = self._rounds
+        count = math.ceil(self.settings.repeats / rounds)
+        alive = list(loaded)
+        seconds: dict[str, list[float]] = {row["name"]: [] for _, row in loaded}
+        for turn in range(rounds):
+            shift = turn % len(alive)
+            for worker, row in alive[shift:] + alive[:shift]:  # nobody always runs after the same one
+                advance(note=f"{case.name}: {row['name']}")
+                time.sleep(SETTLE)
+                with self._tried(row["name"], fatal=row["peer"] == OURS):
+                    seconds[row["name"]] += worker.ask("time", key=row["peer"], count=count)["seconds"]
+            alive = [(worker, row) for worker, row in alive if row["name"] not in self.left_out]
+        for worker, row in alive:
+            row["peak"] = worker.ask("memory")["peak"]
+        runners = [row | statistics(seconds[row["name"]]) for _, row in alive]
+        return summary(case, model.operations(case), runners, self.settings.peak)
+
+
+def settings_of(options: Any) -> Settings:
+    """The command line's options. Raises InputError for a --python that names no peer and interpreter."""
+    pythons = {}
+    for spec in options.python:
+        peer, _, file = spec.partition("=")
+        if not os.access(file, os.X_OK):
+            raise InputError(f"--python {spec}: wanted PEER=FILE, the file an interpreter that has PEER")
+        pythons[peer] = file
+    same = ("path", "random", "sparsity", "pattern", "batch", "threads", "isa", "precision", "repeats", "work", "peak")
+    return Settings(
+        **{name: getattr(options, name) for name in same},
+        also=tuple(options.also),
+        seq=tuple(options.seq),
+        mixed=tuple(options.mixed or [DEFAULT_MIXED]) if options.mixed is not None else (),
+        peers=None if options.peers is None else tuple(options.peers),
+        pythons=pythons,
+    )
+
+
+def choose(settings: Settings, cap: str | None) -> tuple[list[Peer], dict[str, str]]:
+    """The peers to run, and why each of the others is left out.
+
+    Raises:
+        InputError: a name that is no peer, or one asked for by name that is not installed.
+    """
+    known = [name for name in PEERS if name != OURS]
+    for name in (*(settings.peers or ()), *settings.pythons):
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1, 0)[0]
+            raise InputError(f"peer {name!r}: there is none of this name; did you mean {near}? ({', '.join(known)})")
+    chosen, left_out = [], {}
+    for name in known if settings.peers is None else dict.fromkeys(settings.peers):
+        peer = PEERS[name]
+        missing = peer.missing(elsewhere=name in settings.pythons)
+        if missing and settings.peers is not None:
+            raise InputError(f"peer {name}: {', '.join(missing)} not installed; pip install {peer.packages}")
+        if missing:
+            left_out[name] = f"not installed ({', '.join(missing)}): pip install {peer.packages}"
+        elif cap is not None and cap not in peer.caps:
+            left_out[name] = f"cannot be held to {cap}"
+        else:
+            chosen.append(peer)
+    return chosen, left_out
+
+
+def error_of(got: NDArray[np.float32], wanted: NDArray[np.float32], kind: str, mask: Any = None) -> float:
+    """Error of hidden states (batch, seq, hidden) where `mask` (batch, seq) is True, as `TOLERANCES` counts it."""
+    if got.shape != wanted.shape:
+        return math.inf
+    if mask is not None:
+        got, wanted = got[mask], wanted[mask]
+    difference = got.astype(np.float64) - wanted
+    if kind == "fp32":
+        return float(np.abs(difference).max() / np.abs(wanted).max())
+    return float(np.linalg.norm(difference) / np.linalg.norm(wanted))
+
+
+def statistics(seconds: Sequence[float]) -> dict[str, Any]:
+    """Median and spread in milliseconds, and the runs themselves."""
+    low, median, high = (1e3 * float(np.percentile(seconds, q)) for q in (10, 50, 90))
+    return {"median_ms": median, "p10_ms": low, "p90_ms": high, "seconds": list(seconds)}
+
+
+def summary(case: Case, operations: int, runners: list[dict[str, Any]], peak: float | None) -> dict[str, Any]:
+    """One row of a record: the first runner is ours, the others get their ratio to it."""
+    ours = runners[0]["median_ms"]
+    for row in runners:
+        row["ratio"] = row["median_ms"] / ours
+        row["per_second"] = 1e3 * len(case.lengths) / row["median_ms"]
+    peers = [row for row in runners if row["peer"] != OURS]
+    fastest = min(peers, key=lambda row: row["median_ms"], default=None)
+    dense = min((row for row in peers if row["dense"]), key=lambda row: row["median_ms"], default=None)
+    rate = operations / ours / 1e9  # 10^12 per second
+    return {
+        "case": case.name,
+        "batch": len(case.lengths),
+        "tokens": sum(case.lengths),
+        "operations": operations,
+        "tera_per_second": rate,
+        "share_of_peak": rate / peak if peak else None,
+        "fastest": fastest and fastest["name"],
+        "fastest_dense": dense and dense["name"],
+        "ratio": dense and dense["ratio"],
+        "runners": runners,
+    }
+
+
+def check_ratio(record: Mapping[str, Any], least: float) -> None:
+    """Raise CheckFailed unless the fastest dense peer of every row takes `least` times our time, and all others ours.
+
+    A peer that skips the zeros too (DeepSparse) has to be beaten, not `least` times.
+    """
+    slow = []
+    for row in record["rows"]:
+        if row["ratio"] is None:
+            slow.append(f"{row['case']}: no peer to compare with")
+            continue
+        best = min(runner["ratio"] for runner in row["runners"] if runner["peer"] != OURS)
+        if row["ratio"] < least:
+            slow.append(f"{row['case']}: {row['ratio']:.2f} times as fast as {row['fastest_dense']}")
+        elif best < 1:
+            slow.append(f"{row['case']}: {best:.2f} times as fast as {row['fastest']}")
+    if slow:
+        raise CheckFailed(f"wanted {least:g} times as fast as every dense peer; " + "; ".join(slow))
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what was compared."""
+    found = {}
+    for name in _VERSIONS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """Processor, CPUs and kernels that it can run."""
+    from pruneofa.engine import Engine
+
+    cpu = platform.processor()
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        cpu = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), cpu)
+    return {
+        "cpu": cpu,
+        "cpus": os.cpu_count(),
+        "isas": Engine.available_isas(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+    }

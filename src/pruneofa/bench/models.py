@@ -1,0 +1,169 @@
+"""What `pruneofa bench` measures: its settings, the models, and batches of random tokens."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pruneofa.bench.peers import OURS
+from pruneofa.bench.random_folder import check_random, write_random
+from pruneofa.errors import InputError
+from pruneofa.manifest import is_packed, read_json, read_manifest
+from pruneofa.packing import pack, unpack
+from pruneofa.pattern import POOLER, local_folder
+
+DEFAULT_SEQ = (32, 128, 384)
+DEFAULT_MIXED = "32x8-128"
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure; the command line's options.
+
+    Attributes:
+        path: folder or hub id; None with `random`, a shape of `random_folder.SHAPES`.
+        also: more models for our engine alone, in the same run: a path or, with `random`, "4x1@0.8".
+        mixed: batches of different lengths, "32x8-128": 32 sequences of 8 to 128 tokens.
+        isa: cap of ours and of the peers; None: what the CPU has.
+        peers: names to compare with; None: all that are installed.
+        pythons: {peer: interpreter that has it}.
+        work: folder that keeps the exported models for the next run; None: a temporary one.
+        peak: what the machine can do at best, 10^12 operations per second, for the share of it.
+    """
+
+    path: str | None = None
+    random: str | None = None
+    sparsity: float = 0.9
+    pattern: str = "unstructured"
+    also: tuple[str, ...] = ()
+    seq: tuple[int, ...] = ()
+    batch: int = 1
+    mixed: tuple[str, ...] = ()
+    threads: int | None = None
+    isa: str | None = None
+    precision: str = "int8"
+    peers: tuple[str, ...] | None = None
+    pythons: Mapping[str, str] = field(default_factory=dict)
+    repeats: int = 30
+    work: Path | None = None
+    peak: float | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One batch: how many tokens each sequence has."""
+
+    name: str
+    lengths: tuple[int, ...]
+
+    def inputs(self, vocabulary: int, pad: int) -> dict[str, NDArray[np.int64]]:
+        """Random token ids (batch, longest) and, where lengths differ, the mask; the same in every run."""
+        low = vocabulary // 10  # past the special tokens
+        ids = np.random.default_rng(_SEED).integers(low, vocabulary, (len(self.lengths), max(self.lengths)))
+        if len(set(self.lengths)) == 1:
+            return {"input_ids": ids}
+        mask = (np.arange(max(self.lengths)) < np.array(self.lengths)[:, None]).astype(np.int64)
+        return {"input_ids": np.where(mask == 1, ids, pad), "attention_mask": mask}
+
+
+@dataclass(frozen=True)
+class Model:
+    """One set of weights: as Hugging Face folder, packed, and what the manifest says."""
+
+    label: str
+    folder: Path
+    packed: Path
+    manifest: Mapping[str, Any]
+
+    @property
+    def linears(self) -> list[Mapping[str, Any]]:
+        """The manifest's entries of the encoder's linear weights."""
+        return [e for name, e in self.manifest["tensors"].items() if e["kind"] == "linear" and name != POOLER]
+
+    def rows(self, table: str) -> int:
+        """Rows of an embedding table."""
+        return self.manifest["tensors"][f"embeddings.{table}_embeddings.weight"]["shape"][0]
+
+    def operations(self, case: Case) -> int:
+        """Multiplications and additions that a dense encoder needs, padding not counted: linears and attention."""
+        weights = sum(math.prod(entry["shape"]) for entry in self.linears)
+        attention = sum(2 * n * n for n in case.lengths) * self.hidden * (len(self.linears) // 6)
+        return 2 * (sum(case.lengths) * weights + attention)
+
+    @property
+    def hidden(self) -> int:
+        """Width of the encoder."""
+        return self.manifest["tensors"]["embeddings.word_embeddings.weight"]["shape"][1]
+
+
+def describe(model: Model) -> dict[str, Any]:
+    """What a record says about a model."""
+    kept = {name: model.manifest[name] for name in ("architecture", "sparsity", "pattern_hash", "precision")}
+    patterns = sorted({entry["pattern"] for entry in model.linears})
+    layers = len(model.linears) // 6
+    return {"name": model.label, **kept, "patterns": patterns, "layers": layers, "hidden": model.hidden}
+
+
+def read_models(settings: Settings, root: Path) -> Iterator[Model]:
+    """The models to measure, each as a Hugging Face folder and packed. Raises InputError."""
+    if (settings.path is None) == (settings.random is None):
+        raise InputError("give one model: PATH, or --random SHAPE")
+    specs = [settings.path or f"{settings.pattern}@{settings.sparsity:g}", *settings.also]
+    if settings.random is not None:
+        for spec in specs:
+            check_random(settings.random, *_zeros(spec))
+    for index, spec in enumerate(specs):
+        label = OURS if index == 0 else f"{OURS} {index + 1}: {Path(spec).name}"
+        here = root / f"model-{index}"
+        folder = here / "folder"
+        if settings.random is not None:
+            write_random(folder, settings.random, *_zeros(spec))
+        else:
+            folder = local_folder(spec)
+        if is_packed(folder):
+            manifest = read_manifest(folder)
+            if settings.precision == "fp32" and manifest["precision"] == "int8":
+                raise InputError(
+                    f"{spec}: packed as int8, but --precision fp32 was asked for; give the original folder"
+                )
+            unpack(folder, here / "unpacked")
+            yield Model(label, here / "unpacked", folder, manifest)
+        else:
+            yield Model(label, folder, here / "packed", pack(folder, here / "packed", precision=settings.precision))
+
+
+def _zeros(spec: str) -> tuple[float, str]:
+    """Sparsity and pattern of PATTERN@SPARSITY."""
+    pattern, _, number = spec.partition("@")
+    try:
+        return float(number), pattern
+    except ValueError:
+        raise InputError(f"--also {spec}: wanted PATTERN@SPARSITY, such as 4x1@0.8, beside --random") from None
+
+
+def read_cases(settings: Settings, model: Model) -> list[Case]:
+    """The batches to measure. Raises InputError for one that is no batch, or too long for the model."""
+    config = read_json(model.folder / "config.json")
+    most = model.rows("position")
+    if config["model_type"] == "roberta":
+        most -= (config.get("pad_token_id", 1)) + 1
+    if settings.batch < 1:
+        raise InputError(f"batch is {settings.batch}, wanted at least 1")
+    seq = settings.seq or (() if settings.mixed else tuple(n for n in DEFAULT_SEQ if n <= most) or (most,))
+    cases = [Case(f"{settings.batch}x{length}", (length,) * settings.batch) for length in seq]
+    for spec in settings.mixed:
+        count, _, lengths = spec.partition("x")
+        low, _, high = lengths.partition("-")
+        if not (count.isdigit() and low.isdigit() and high.isdigit() and 0 < int(low) <= int(high) and int(count)):
+            raise InputError(f"--mixed {spec}: wanted COUNTxSHORTEST-LONGEST, such as 32x8-128")
+        drawn = np.random.default_rng(_SEED).integers(int(low), int(high) + 1, int(count))
+        cases.append(Case(spec, tuple(map(int, drawn))))
+    for case in cases:
+        if not 1 <= min(case.lengths) <= max(case.lengths) <= most:
+            raise InputError(f"{case.name}: {max(case.lengths)} tokens, but the model takes 1 to {most}")
+    return cases

@@ -1,0 +1,119 @@
+"""The files that peers load, made once per shape from the same Hugging Face folder: ONNX and OpenVINO, int8 too."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pruneofa.bench.peers import Job, read_inputs, torch_inputs, torch_model
+
+_CALIBRATION = 16  # batches for post-training quantization
+# What the exporter still writes and DeepSparse, whose last release is of 2024, reads.
+_OLD_OPSET = 14
+
+
+def make(artifact: str, job: Job) -> None:
+    """Make one folder of the job's artifacts, and those it is made from, unless it is there already.
+
+    Raises whatever the exporters raise, and RuntimeError when onnxruntime left linear layers unquantized.
+    """
+    target = Path(job["artifacts"]) / artifact
+    if artifact and not target.exists():
+        if artifact in _SOURCE:
+            make(_SOURCE[artifact], job)
+        with _whole(target) as folder:
+            _MAKERS[artifact](job, folder)
+
+
+def _onnx(job: Job, folder: Path) -> None:
+    _export(job, folder, dynamo=True, verbose=False)
+
+
+def _onnx_old(job: Job, folder: Path) -> None:
+    _export(job, folder, dynamo=False, opset_version=_OLD_OPSET)
+
+
+def _export(job: Job, folder: Path, **options: Any) -> None:
+    import torch
+
+    names = {"input_names": list(read_inputs(job)), "output_names": ["hidden"]}
+    torch.onnx.export(torch_model(job), torch_inputs(job), str(folder / "model.onnx"), **names, **options)
+
+
+def _onnx_int8(job: Job, folder: Path) -> None:
+    import onnx
+    import onnxruntime
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    # Only a weight that is a constant is quantized: transposed ones have to be folded first, whatever their size.
+    folded = folder / "folded.onnx"
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath = str(folded)
+    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "folded.data")
+    source = Path(job["artifacts"]) / "onnx" / "model.onnx"
+    onnxruntime.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
+    model = onnx.load(str(folded))
+    del model.graph.value_info[:]  # shapes that the quantizer's own would contradict
+    quantize_dynamic(model, str(folder / "model.onnx"), weight_type=QuantType.QInt8)
+    for file in folder.glob("folded.*"):
+        file.unlink()
+    _check_quantized(onnx.load(str(folder / "model.onnx")), Path(job["folder"]))
+
+
+def _check_quantized(model: Any, folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    wanted = 6 * (config.get("num_hidden_layers") or config["n_layers"])
+    quantized = sum(node.op_type == "MatMulInteger" for node in model.graph.node)
+    if quantized < wanted:
+        raise RuntimeError(f"onnxruntime quantized {quantized} of the {wanted} linear layers of the exported graph")
+
+
+def _openvino(job: Job, folder: Path) -> None:
+    import openvino
+
+    shapes = [(name, list(array.shape)) for name, array in read_inputs(job).items()]
+    model = openvino.convert_model(torch_model(job), example_input=torch_inputs(job), input=shapes)
+    # Half-precision files are its default; the weights should be the same everywhere.
+    openvino.save_model(model, folder / "model.xml", compress_to_fp16=False)
+
+
+def _openvino_int8(job: Job, folder: Path) -> None:
+    import nncf
+    import openvino
+
+    inputs = read_inputs(job)
+    ids, random = inputs["input_ids"], np.random.default_rng(1)
+    low, high = int(ids.min()), int(ids.max()) + 1
+    samples = [inputs, *({**inputs, "input_ids": random.integers(low, high, ids.shape)} for _ in range(_CALIBRATION))]
+    model = openvino.Core().read_model(Path(job["artifacts"]) / "openvino" / "model.xml")
+    data = nncf.Dataset(samples)
+    quantized = nncf.quantize(model, data, subset_size=len(samples), model_type=nncf.ModelType.TRANSFORMER)
+    openvino.save_model(quantized, folder / "model.xml", compress_to_fp16=False)
+
+
+_SOURCE = {"onnx-int8": "onnx", "openvino-int8": "openvino"}
+_MAKERS = {
+    "onnx": _onnx,
+    "onnx-old": _onnx_old,
+    "onnx-int8": _onnx_int8,
+    "openvino": _openvino,
+    "openvino-int8": _openvino_int8,
+}
+
+
+@contextmanager
+def _whole(target: Path) -> Iterator[Path]:
+    """A folder that becomes `target` when the block succeeds: what is there was made to its end."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

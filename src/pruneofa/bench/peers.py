@@ -1,0 +1,388 @@
+"""What `pruneofa bench` compares, each in a process of its own that obeys lines of JSON on its standard input.
+
+This file is the program of those processes. Its top imports nothing but the standard library and NumPy, and
+nothing of pruneofa, so that an interpreter that has a peer but not pruneofa can run it too.
+
+A *job* is a dict: "folder" (Hugging Face folder), "packed" (the same model packed), "artifacts" (folder of what
+`peer_files` made for this case), "inputs" (.npz of input_ids and, where there is padding, attention_mask), "threads",
+"isa" and "precision" (ours only).
+"""
+
+import importlib
+import importlib.util
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Job = Mapping[str, Any]
+Run = Callable[[], np.ndarray]
+
+# Variables that hold a library below what the CPU has; what the user's shell says about them must not leak in.
+CAPPING = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "NM_ARCH")
+_TORCH_CAPS = {
+    "avx512vnni": {
+        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI",
+        "ATEN_CPU_CAPABILITY": "avx512",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX512",
+    },
+    "avx2": {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
+}
+_OPENVINO_CAPS = {"avx512vnni": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"}}
+_DEEPSPARSE_CAPS = {"avx512vnni": {"NM_ARCH": "avx512"}, "avx2": {"NM_ARCH": "avx2"}}
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A way to run an encoder.
+
+    Attributes:
+        kind: "fp32", "bf16" or "int8": which tolerance its output has to keep.
+        modules: what its process imports before the clock starts.
+        packages: what to `pip install` for it.
+        build: a job to a function that runs it once.
+        artifact: the folder in a job's artifacts that `build` loads (`peer_files.make` makes it); "" where it
+            loads the Hugging Face folder or, ours, the packed one.
+        makers: modules that making the artifact takes.
+        caps: environment that holds it to an ISA; an ISA that is not a key cannot be asked of it.
+        dense: whether it multiplies by the zeros.
+    """
+
+    name: str
+    kind: str
+    modules: tuple[str, ...]
+    packages: str
+    build: Callable[[Job], Run]
+    artifact: str = ""
+    makers: tuple[str, ...] = ()
+    caps: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    dense: bool = True
+
+    def missing(self, *, elsewhere: bool = False) -> list[str]:
+        """Modules that are not installed here; `elsewhere`: another interpreter runs it, this one only prepares."""
+        wanted = self.makers if elsewhere else (*self.modules, *self.makers)
+        return [name for name in wanted if importlib.util.find_spec(name) is None]
+
+    def size(self, job: Job) -> int:
+        """Bytes on disk of the weights it loads."""
+        if self.artifact:
+            files = (Path(job["artifacts"]) / self.artifact).iterdir()
+        else:
+            files = Path(job["packed"] if self.name == OURS else job["folder"]).glob("*.safetensors*")
+        return sum(path.stat().st_size for path in files if path.suffix != ".json")
+
+
+def read_inputs(job: Job) -> dict[str, np.ndarray]:
+    """The job's input_ids int64 (batch, seq) and, where rows are padded, their attention_mask, in this order."""
+    with np.load(job["inputs"]) as stored:
+        return {name: stored[name] for name in ("input_ids", "attention_mask") if name in stored}
+
+
+def _ours(job: Job) -> Run:
+    from pruneofa.engine import Engine
+
+    engine = Engine.from_pretrained(
+        job["packed"], precision=job["precision"], threads=job["threads"], isa=job.get("isa")
+    )
+    inputs = read_inputs(job)
+    return lambda: engine.encode(**inputs)
+
+
+def torch_model(job: Job) -> Any:
+    """The encoder without its pooler, from token ids to the last hidden state."""
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    class LastHiddenState(torch.nn.Module):
+        def __init__(self, encoder: torch.nn.Module) -> None:
+            super().__init__()
+            self.encoder = encoder
+
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+            return self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+
+    torch.set_num_threads(job["threads"])
+    torch.set_grad_enabled(False)
+    pooler = AutoConfig.from_pretrained(job["folder"]).model_type in ("bert", "roberta")
+    options = {"add_pooling_layer": False} if pooler else {}
+    return LastHiddenState(AutoModel.from_pretrained(job["folder"], dtype=torch.float32, **options)).eval()
+
+
+def torch_inputs(job: Job) -> tuple[Any, ...]:
+    """`read_inputs` as tensors."""
+    import torch
+
+    return tuple(torch.from_numpy(array) for array in read_inputs(job).values())
+
+
+def _torch_run(model: Any, job: Job) -> Run:
+    import torch
+
+    inputs = torch_inputs(job)
+
+    def run() -> np.ndarray:
+        with torch.inference_mode():
+            return model(*inputs).float().numpy()
+
+    return run
+
+
+def _torch_fp32(job: Job) -> Run:
+    return _torch_run(torch_model(job), job)
+
+
+def _torch_bf16(job: Job) -> Run:
+    import torch
+
+    # Not autocast: without gradients it converts every weight again in every call, and this peer would lose.
+    return _torch_run(torch_model(job).to(torch.bfloat16), job)
+
+
+def _torch_int8(job: Job) -> Run:
+    return _torch_run(_quantize_dynamic(torch_model(job)), job)
+
+
+def _quantize_dynamic(module: Any) -> Any:
+    import torch
+
+    torch.backends.quantized.engine = "onednn"
+    return torch.ao.quantization.quantize_dynamic(module, {torch.nn.Linear}, dtype=torch.qint8)
+
+
+def _onnxruntime(artifact: str) -> Callable[[Job], Run]:
+    def build(job: Job) -> Run:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = job["threads"], 1
+        path = Path(job["artifacts"]) / artifact / "model.onnx"
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        inputs = read_inputs(job)
+        return lambda: np.asarray(session.run(None, inputs)[0])
+
+    return build
+
+
+def _openvino(artifact: str) -> Callable[[Job], Run]:
+    def build(job: Job) -> Run:
+        import openvino
+
+        core = openvino.Core()
+        options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": job["threads"], "NUM_STREAMS": 1}
+        path = Path(job["artifacts"]) / artifact / "model.xml"
+        request = core.compile_model(core.read_model(path), "CPU", options).create_infer_request()
+        inputs = list(read_inputs(job).values())
+
+        def run() -> np.ndarray:
+            request.infer(inputs, share_inputs=True, share_outputs=True)
+            return request.get_output_tensor().data
+
+        return run
+
+    return build
+
+
+def _deepsparse(job: Job) -> Run:
+    import deepsparse  # pyrefly: ignore
+
+    inputs = list(read_inputs(job).values())
+    path = Path(job["artifacts"]) / "onnx-old" / "model.onnx"
+    engine = deepsparse.compile_model(str(path), batch_size=len(inputs[0]), num_cores=job["threads"])
+    return lambda: engine.run(inputs)[0]
+
+
+OURS, REFERENCE = "pruneofa", "torch-fp32"
+_TORCH = ("torch", "transformers")
+_EXPORT = (*_TORCH, "onnx", "onnxscript")
+_TORCH_PACKAGES, _ONNX_PACKAGES = "torch transformers", "torch transformers onnx onnxruntime onnxscript"
+# What a program that uses the engine has imported; imports are not part of loading, and not of the engine's memory.
+_BASE = ("numpy", "safetensors", "tokenizers", "huggingface_hub", "pydantic", "yaml", "rich", "zstandard",
+         "pruneofa.engine")  # fmt: skip
+
+_ALL = (
+    Peer(OURS, "int8", _BASE, "pruneofa", _ours),
+    Peer(REFERENCE, "fp32", _TORCH, _TORCH_PACKAGES, _torch_fp32, caps=_TORCH_CAPS),
+    Peer("torch-bf16", "bf16", _TORCH, _TORCH_PACKAGES, _torch_bf16, caps=_TORCH_CAPS),
+    Peer("torch-int8", "int8", _TORCH, _TORCH_PACKAGES, _torch_int8, caps=_TORCH_CAPS),
+    Peer(
+        name="onnxruntime",
+        kind="fp32",
+        modules=("onnxruntime",),
+        packages=_ONNX_PACKAGES,
+        build=_onnxruntime("onnx"),
+        artifact="onnx",
+        makers=_EXPORT,
+    ),
+    Peer(
+        name="onnxruntime-int8",
+        kind="int8",
+        modules=("onnxruntime",),
+        packages=_ONNX_PACKAGES,
+        build=_onnxruntime("onnx-int8"),
+        artifact="onnx-int8",
+        makers=_EXPORT,
+    ),
+    Peer(
+        name="openvino",
+        kind="bf16",  # where the CPU has it
+        modules=("openvino",),
+        packages="torch transformers openvino",
+        build=_openvino("openvino"),
+        artifact="openvino",
+        makers=_TORCH,
+        caps=_OPENVINO_CAPS,
+    ),
+    Peer(
+        name="openvino-int8",
+        kind="int8",
+        modules=("openvino",),
+        packages="torch transformers openvino nncf",
+        build=_openvino("openvino-int8"),
+        artifact="openvino-int8",
+        makers=(*_TORCH, "nncf"),
+        caps=_OPENVINO_CAPS,
+    ),
+    Peer(
+        name="deepsparse",
+        kind="fp32",
+        modules=("deepsparse",),
+        packages="deepsparse, into an interpreter of its own (it wants NumPy 1): --python deepsparse=FILE",
+        build=_deepsparse,
+        artifact="onnx-old",
+        makers=_EXPORT,
+        caps=_DEEPSPARSE_CAPS,
+        dense=False,
+    ),
+)
+PEERS = {peer.name: peer for peer in _ALL}
+
+
+def _layer(job: Job) -> Run:
+    """One linear layer by one thread: ours ("isa" is given), or torch's dynamic int8 through oneDNN."""
+    with np.load(job["inputs"]) as stored:
+        weight, x = stored["weight"], stored["x"]
+    if job["peer"] == OURS:
+        from pruneofa.engine import native
+        from pruneofa.packing import pack_linear
+
+        packed = pack_linear(weight, "int8")
+        ours = native.Linear(packed.bitmask, packed.values, packed.scale, None, weight.shape[1], job["isa"])
+        return lambda: ours.forward(x)
+    import torch
+
+    torch.set_num_threads(1)
+    linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    linear.weight = torch.nn.Parameter(torch.from_numpy(weight), requires_grad=False)
+    module, tensor = _quantize_dynamic(torch.nn.Sequential(linear)), torch.from_numpy(x)
+
+    def run() -> np.ndarray:
+        with torch.inference_mode():
+            return module(tensor).numpy()
+
+    return run
+
+
+def peak_memory() -> int:
+    """The most bytes this process has had in memory."""
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would count what the parent had before exec
+        [line] = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
+        return 1024 * int(line.split()[1])
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class _Process:
+    """What a process keeps between two requests."""
+
+    def __init__(self) -> None:
+        self.runs: dict[str, Run] = {}
+
+    def start(self, peer: str, job: Job) -> dict[str, Any]:
+        """Import what the peer needs; memory from here on is its own."""
+        for name in PEERS[peer].modules:
+            importlib.import_module(name)
+        if "transformers" in PEERS[peer].modules:
+            kind = json.loads((Path(job["folder"]) / "config.json").read_text())["model_type"]
+            importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
+        if peer == OURS:
+            from tokenizers import Tokenizer
+
+            Tokenizer.from_file(str(Path(job["packed"]) / "tokenizer.json"))
+        return {"baseline": peak_memory()}
+
+    def prepare(self, peer: str, job: Job) -> dict[str, Any]:
+        """Make the files that a peer loads."""
+        from pruneofa.bench.peer_files import make
+
+        make(PEERS[peer].artifact, job)
+        return {}
+
+    def build(self, peer: str, job: Job) -> dict[str, Any]:
+        """Load the model and give the first answer; seconds of both."""
+        start = time.perf_counter()
+        run = PEERS[peer].build(job)
+        loaded = time.perf_counter()
+        run()
+        self.runs[peer] = run
+        return {"load": loaded - start, "first_answer": time.perf_counter() - start}
+
+    def layer(self, key: str, job: Job) -> dict[str, Any]:
+        """Build one linear layer, to be timed as `key`."""
+        self.runs[key] = _layer(job)
+        return {}
+
+    def save(self, key: str, path: str) -> dict[str, Any]:
+        """Write the output, float32, as .npy."""
+        np.save(path, np.asarray(self.runs[key](), np.float32))
+        return {}
+
+    def time(self, key: str, count: int) -> dict[str, Any]:
+        """Seconds of `count` runs, after one that nobody counts: the others have had the caches."""
+        run = self.runs[key]
+        run()
+        seconds = []
+        for _ in range(count):
+            start = time.perf_counter()
+            run()
+            seconds.append(time.perf_counter() - start)
+        return {"seconds": seconds}
+
+    def forget(self, key: str) -> dict[str, Any]:
+        """Free what `key` needs."""
+        self.runs.pop(key, None)
+        return {}
+
+    def memory(self) -> dict[str, Any]:
+        """The most memory so far."""
+        return {"peak": peak_memory()}
+
+
+def main() -> None:
+    """Answer one line of JSON, {"do": METHOD, ...arguments}, with another, until the input ends."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what libraries print must not get between the answers
+    process = _Process()
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            answer = getattr(process, request.pop("do"))(**request)
+        except Exception as error:
+            import traceback
+
+            traceback.print_exc()
+            first = (str(error).strip().splitlines() or [""])[0][:300]
+            answer = {"error": f"{type(error).__name__}: {first}"}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""Processes of `peers.py`, and how to ask them."""
+
+import contextlib
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+
+class WorkerError(RuntimeError):
+    """A peer's process answered with an error, or ended."""
+
+
+class Worker:
+    """One process of `peers.py`."""
+
+    def __init__(self, peer: str, log: Path, environment: Mapping[str, str], python: str | None = None) -> None:
+        """Start it; what it prints goes to `log`. `python`: another interpreter, which need not have pruneofa."""
+        program = ["-P", str(Path(__file__).with_name("peers.py"))] if python else ["-m", "pruneofa.bench.peers"]
+        self.peer, self._log = peer, log
+        with open(log, "ab") as errors:
+            self._process = subprocess.Popen(
+                [python or sys.executable, *program],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env=dict(environment),
+                text=True,
+                start_new_session=True,  # an interrupt is for this process, which ends the others
+            )
+
+    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
+        """Send a request and wait for its answer. Raises WorkerError."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            last = [text for text in self._log.read_text(errors="replace").splitlines() if text.strip()][-1:]
+            raise WorkerError(f"its process ended with {self._process.wait()}" + "".join(f": {t[:200]}" for t in last))
+        answer = json.loads(line)
+        if "error" in answer:
+            raise WorkerError(answer["error"])
+        return answer
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()

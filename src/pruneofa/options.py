@@ -1,0 +1,81 @@
+"""Options of the command line that are generated from the models of a recipe."""
+
+import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+
+from pruneofa.errors import InputError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+
+def add_fields(verb: argparse.ArgumentParser, model: "type[BaseModel]", prefix: str, only: Sequence[str] = ()) -> None:
+    """Add an option per field of `model`, --PREFIXNAME; `only`: those fields."""
+    group = verb.add_argument_group(prefix.rstrip(".") or "task")
+    for name, field in model.model_fields.items():
+        if only and name not in only:
+            continue
+        default = "" if field.is_required() or field.default is None else f" (default {field.default})"
+        flags = [f"--{prefix}{name}"]
+        if not prefix and "_" in name:
+            flags.append(f"--{name.replace('_', '-')}")
+        several = name in ("text", "data", "source", "skip")
+        group.add_argument(
+            *flags,
+            dest=f"{prefix}{name}",
+            **({"nargs": "+"} if several else {"nargs": "?", "const": "true"} if field.annotation is bool else {}),
+            metavar=name.upper(),
+            help=f"{field.description or name.replace('_', ' ')}{default}".replace("%", "%%"),
+        )
+
+
+def read_fields(options: argparse.Namespace, model: "type[BaseModel]", prefix: str) -> dict[str, Any]:
+    """What was given of the options that `add_fields` made, as values of a recipe."""
+    from pruneofa.recipe import parse_override
+
+    def is_text(annotation: Any) -> bool:
+        return annotation is str or get_origin(annotation) is Literal or any(map(is_text, get_args(annotation)))
+
+    values: dict[str, Any] = {}
+    for name, field in model.model_fields.items():
+        given = getattr(options, f"{prefix}{name}", None)
+        if isinstance(given, list):
+            values[name] = given[0] if len(given) == 1 and name != "skip" else given
+        elif given is not None and is_text(field.annotation):
+            values[name] = given  # as it is: a column may be called 0 or #label
+        elif given is not None:
+            values |= parse_override(f"{name}={given}")
+    return values
+
+
+def read_task(options: argparse.Namespace) -> tuple[str, Any]:
+    """The task's name and its section of a recipe, defaults filled in."""
+    from pruneofa.recipe import KNOWN_TASKS, Task, check_task_name, validate
+
+    values = read_fields(options, Task, "")
+    name = options.task or ("custom" if "data" in values else None)
+    if name is None:
+        raise InputError(
+            "no task: give --task (sst2, mnli, qnli, qqp, squad), or --data FILE --text COLUMN --label COLUMN"
+        )
+    check_task_name(name)
+    if name not in KNOWN_TASKS and not {"data", "text", "label"} <= set(values):
+        raise InputError(f"--task {name}: not one of {', '.join(KNOWN_TASKS)}, so it needs --data, --text and --label")
+    return name, validate(Task, values).resolved(name)
+
+
+def add_training(verb: argparse.ArgumentParser) -> None:
+    """Add what every verb that trains takes."""
+    verb.add_argument("--seed", type=_seed, default=0)
+    verb.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
+    verb.add_argument("--data-root", help="relative data paths are resolved here")
+    verb.add_argument("--redo", action="store_true", help="replace OUT if its settings changed")
+    verb.add_argument("--json", action="store_true", help="print as JSON")
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"{value}: wanted 0 to {2**32 - 1}")
+    return value

@@ -1,0 +1,252 @@
+"""NumPy definition of every native op, with the same names and signatures: plain, slow, the meaning of correct.
+
+Text of t tokens is a (t, hidden) float32 matrix. Several sequences lie end to end in it, without padding;
+`offsets` (s + 1,) says where each begins. A Linear of n outputs and k inputs has an (n, k) weight.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Float = NDArray[np.float32]
+Table = tuple[np.ndarray, Float | None]  # rows of an embedding: int8 and a scale per row, or float32 and None
+
+MOST_INPUTS = 2**16  # 255 * 127 * 2**16 < 2**31: an int32 accumulator cannot overflow
+
+
+def available_isas() -> list[str]:
+    """Instruction sets this module can use, worst first: none but NumPy's."""
+    return ["scalar"]
+
+
+def quantize_rows(x: Float) -> tuple[NDArray[np.uint8], Float, NDArray[np.int32]]:
+    """Quantize each row to uint8 over its own range, which always includes 0.
+
+    x = scale * (q - zero_point) up to rounding; all steps in float32, rounding half to even.
+
+    Args:
+        x: (m, k) float32.
+
+    Returns:
+        q (m, k) uint8, scale (m,) float32 and zero_point (m,) int32; a row of zeros has scale 1.
+    """
+    low = np.minimum(x.min(axis=1), np.float32(0))
+    high = np.maximum(x.max(axis=1), np.float32(0))
+    scale = (high - low) / np.float32(255)
+    scale[scale == 0] = 1
+    zero_point = np.rint(-low / scale)
+    q = np.clip(np.rint(x / scale[:, None]) + zero_point[:, None], 0, 255)
+    return q.astype(np.uint8), scale, zero_point.astype(np.int32)
+
+
+def layer_norm(x: Float, gamma: Float, beta: Float, epsilon: float) -> Float:
+    """Normalize each row of (t, hidden) to mean 0 and variance 1, then scale by `gamma` and shift by `beta`."""
+    centered = x - x.mean(axis=1, keepdims=True)
+    variance = np.square(centered).mean(axis=1, keepdims=True)  # over n, not n - 1
+    return centered / np.sqrt(variance + np.float32(epsilon)) * gamma + beta
+
+
+def gelu(x: Float) -> Float:
+    """x times the probability that a standard normal variable is below x, by the error function."""
+    erf = np.vectorize(math.erf, otypes=[np.float32])
+    return np.float32(0.5) * x * (1 + erf(x * np.float32(math.sqrt(0.5))))
+
+
+def gelu_tanh(x: Float) -> Float:
+    """The approximation of `gelu` by a hyperbolic tangent that GPT-2 introduced."""
+    inner = np.float32(math.sqrt(2 / math.pi)) * (x + np.float32(0.044715) * x * x * x)
+    return np.float32(0.5) * x * (1 + np.tanh(inner))
+
+
+def relu(x: Float) -> Float:
+    """The greater of x and 0."""
+    return np.maximum(x, np.float32(0))
+
+
+ACTIVATIONS: Mapping[str, Callable[[Float], Float]] = {
+    "gelu": gelu,
+    "gelu_new": gelu_tanh,
+    "gelu_pytorch_tanh": gelu_tanh,
+    "relu": relu,
+}
+
+
+def softmax(x: NDArray[Any]) -> NDArray[Any]:
+    """Exponentials of the last axis, divided by their sum; the greatest is subtracted first against overflow."""
+    exponentials = np.exp(x - x.max(axis=-1, keepdims=True))
+    return exponentials / exponentials.sum(axis=-1, keepdims=True)
+
+
+def attention(query: Float, key: Float, value: Float, heads: int, offsets: NDArray[np.int32]) -> Float:
+    """Multi-head attention of every token to all tokens of its own sequence.
+
+    Args:
+        query: (t, hidden); `key` and `value` likewise. A head owns hidden / heads columns next to each other.
+        offsets: (s + 1,) begins of the sequences, the last one t.
+
+    Returns:
+        (t, hidden)
+    """
+    size = query.shape[1] // heads
+    result = np.empty_like(query)
+    for begin, end in itertools.pairwise(offsets):
+        for first in range(0, query.shape[1], size):
+            rows, columns = slice(begin, end), slice(first, first + size)
+            scores = query[rows, columns] @ key[rows, columns].T * np.float32(1 / math.sqrt(size))  # (l, l)
+            result[rows, columns] = softmax(scores) @ value[rows, columns]
+    return result
+
+
+def embedding_rows(table: Table, ids: NDArray[np.int32]) -> Float:
+    """Rows `ids` (t,) of a table as float32 (t, hidden). Raises ValueError for an id outside of the table."""
+    values, scale = table
+    if len(ids) and not 0 <= ids.min() <= ids.max() < len(values):
+        raise ValueError(f"ids from {ids.min()} to {ids.max()}, but the table has rows 0 to {len(values) - 1}")
+    rows = values[ids].astype(np.float32)
+    return rows if scale is None else rows * scale[ids][:, None]
+
+
+class Linear:
+    """y = x W^T + b with a sparse W: int8 with a scale per row, or float32 (`scale` None)."""
+
+    def __init__(
+        self, bitmask: NDArray[np.uint8], values: np.ndarray, scale: Float | None, bias: Float | None, k: int, isa: str
+    ) -> None:
+        """Take the weight as a packed folder stores it.
+
+        Args:
+            bitmask: (n, ceil(k / 8)), little-endian bits, 1 = kept.
+            values: (nonzeros,) the kept weights row by row, int8 or float32.
+            scale: (n,) of int8 values, None of float32 values.
+            bias: (n,) or None.
+            k: number of inputs.
+            isa: one of `available_isas()`.
+
+        Raises:
+            ValueError: an unknown isa, too many inputs, or sizes that do not fit together.
+        """
+        if isa not in available_isas():
+            raise ValueError(f"isa is {isa!r}, wanted one of {', '.join(available_isas())}")
+        if not 1 <= k <= MOST_INPUTS or bitmask.shape[1] != math.ceil(k / 8):
+            raise ValueError(f"{k} inputs and a bitmask of {bitmask.shape[1]} bytes per row; wanted 1 to {MOST_INPUTS}")
+        if (scale is None) != (values.dtype == np.float32):
+            raise ValueError(f"{values.dtype} values {'without' if scale is None else 'with'} a scale")
+        kept = np.unpackbits(bitmask, axis=1, count=k, bitorder="little").astype(bool)
+        if np.count_nonzero(kept) != len(values):
+            raise ValueError(f"{len(values)} values for {np.count_nonzero(kept)} kept weights")
+        self._weight = np.zeros(kept.shape, values.dtype)
+        self._weight[kept] = values
+        self._scale, self._bias = scale, bias
+        self.shape = (len(bitmask), k)
+        self.sparsity = 1 - len(values) / kept.size
+        self.choice = "dense: the reference multiplies by the zeros too"
+
+    def accumulate(self, x: NDArray[np.uint8]) -> NDArray[np.int32]:
+        """Integer sums x W^T of an int8 weight: (m, k) uint8 to (m, n) int32, exact; no zero point, no bias."""
+        if self._scale is None:
+            raise ValueError("a float32 Linear has no integer sums; use forward")
+        # float64 holds every sum exactly (they are below 2**53) and, unlike integers, has a fast product
+        return (x.astype(np.float64) @ self._weight.T.astype(np.float64)).astype(np.int32)
+
+    def forward(self, x: Float) -> Float:
+        """(m, k) float32 to (m, n) float32; an int8 weight meets x quantized row by row."""
+        if self._scale is None:
+            y = x @ self._weight.T
+        else:
+            q, scale, zero_point = quantize_rows(x)
+            row_sums = self._weight.sum(axis=1, dtype=np.int32)
+            sums = self.accumulate(q) - zero_point[:, None] * row_sums
+            y = sums.astype(np.float32) * (scale[:, None] * self._scale)
+        return y if self._bias is None else y + self._bias
+
+
+class Encoder:
+    """Embeddings and transformer layers of BERT: attention and feed-forward blocks, LayerNorm after each."""
+
+    def __init__(
+        self,
+        *,
+        hidden: int,
+        heads: int,
+        epsilon: float,
+        activation: str,
+        threads: int,
+        isa: str,
+        word: Table,
+        position: Table,
+        token_type: Table | None,
+        embedding_norm: tuple[Float, Float],
+        layers: Sequence[Mapping[str, Any]],
+    ) -> None:
+        """Take tables and layers; `threads` changes nothing here.
+
+        Args:
+            hidden: size of a token's vector, divisible by `heads`.
+            heads: attention heads.
+            epsilon: of every LayerNorm.
+            activation: a key of ACTIVATIONS.
+            threads: at most so many work at once.
+            isa: one of `available_isas()`.
+            word: rows of the vocabulary; `position` and `token_type` (None without one) likewise.
+            embedding_norm: gamma and beta (hidden,).
+            layers: the Linears "query", "key", "value", "attention_output", "intermediate" and "output", and
+                (gamma, beta) as "attention_norm" and "output_norm".
+
+        Raises:
+            ValueError: an unknown activation or isa, or heads that do not divide `hidden`.
+        """
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation is {activation!r}, wanted one of {', '.join(ACTIVATIONS)}")
+        if isa not in available_isas():
+            raise ValueError(f"isa is {isa!r}, wanted one of {', '.join(available_isas())}")
+        if heads < 1 or hidden % heads:
+            raise ValueError(f"hidden size {hidden} is not divisible by {heads} heads")
+        del threads
+        self._heads, self._epsilon = heads, epsilon
+        self._activation = ACTIVATIONS[activation]
+        self._word, self._position, self._token_type = word, position, token_type
+        self._embedding_norm = embedding_norm
+        self._layers = list(layers)
+
+    def forward(
+        self,
+        ids: NDArray[np.int32],
+        positions: NDArray[np.int32],
+        types: NDArray[np.int32],
+        offsets: NDArray[np.int32],
+    ) -> Float:
+        """Hidden states (t, hidden) of the last layer, for (t,) ids and `offsets` (s + 1,) of s sequences.
+
+        Raises ValueError for an id, position or type outside of its table, and for offsets that do not rise
+        from 0 to t.
+        """
+        if offsets[0] != 0 or offsets[-1] != len(ids) or (np.diff(offsets) < 1).any():
+            raise ValueError(f"offsets from {offsets[0]} to {offsets[-1]}; wanted to rise from 0 to {len(ids)}")
+        x = embedding_rows(self._word, ids) + embedding_rows(self._position, positions)
+        if self._token_type is not None:
+            x = x + embedding_rows(self._token_type, types)
+        x = self._normalized(x, self._embedding_norm)
+        for layer in self._layers:
+            query, key, value = (layer[name].forward(x) for name in ("query", "key", "value"))
+            context = attention(query, key, value, self._heads, offsets)
+            x = self._normalized(x + layer["attention_output"].forward(context), layer["attention_norm"])
+            inner = self._activation(layer["intermediate"].forward(x))
+            x = self._normalized(x + layer["output"].forward(inner), layer["output_norm"])
+        return x
+
+    def _normalized(self, x: Float, norm: tuple[Float, Float]) -> Float:
+        gamma, beta = norm
+        return layer_norm(x, gamma, beta, self._epsilon)
+
+    def choices(self) -> list[tuple[str, str]]:
+        """(name, choice) of every Linear, layer by layer."""
+        return [
+            (f"{index}.{name}", linear.choice)
+            for index, layer in enumerate(self._layers)
+            for name, linear in layer.items()
+            if isinstance(linear, Linear)
+        ]

@@ -1,0 +1,62 @@
+"""`pruneofa bench` and `pruneofa inspect --engine`."""
+
+import json
+import sys
+
+import pytest
+
+from pruneofa import engine
+from tests.unit.engine_folder import write_folder
+
+pytestmark = pytest.mark.skipif(engine.native is None, reason="the native kernels were not built")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_folder(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--peers", "openvno"], "did you mean openvino"),
+        (["--random", "bert-base"], "give one model: PATH, or --random SHAPE"),
+        (["--seq", "9999"], "1x9999: 9999 tokens, but the model takes 1 to 64"),
+        (["--mixed", "4"], "--mixed 4: wanted COUNTxSHORTEST-LONGEST"),
+        (["--isa", "sse"], "isa is 'sse', which this CPU does not run"),
+        (["--threads", "0"], "threads is 0, wanted an integer from 1"),
+        (["--repeats", "0"], "repeats is 0, wanted at least 1"),
+        (["--picture", "speed.gif"], "wanted a name that ends in .svg or .html"),
+        (["--python", "deepsparse"], "wanted PEER=FILE"),
+        (["--python", f"deepspars={sys.executable}"], "did you mean deepsparse"),
+    ],
+)
+def test_wrong_input_is_one_line(refused, folder, arguments, message):
+    assert message in refused("bench", folder, *arguments)
+
+
+def test_no_model(refused, tmp_path):
+    assert "give one model" in refused("bench", "--peers")
+    assert "no such folder" in refused("bench", tmp_path / "none", "--peers")
+
+
+def test_alone_it_prints_a_table_or_a_record(call, folder):
+    said = call("bench", folder, "--peers", "--seq", 8, "--threads", 1, "--repeats", 2, "--at-least", 3)
+    assert said.code == 1 and "failed: wanted 3 times as fast" in said.err and "1x8: no peer" in said.err
+    first, second, *_ = said.out.splitlines()
+    assert first.split()[:3] == ["1x8", "median", "ms"] and second.startswith("pruneofa ")
+    assert "no peer to compare with" in said.out
+    said = call("bench", folder, "--peers", "--mixed", "3x2-9", "--threads", 1, "--repeats", 1, "--json")
+    assert said.code == 0
+    assert json.loads(said.out)["rows"][0]["case"] == "3x2-9"
+
+
+def test_inspect_says_what_the_engine_chose_and_why(call, folder):
+    said = call("inspect", folder, "--engine", "--json")
+    assert said.code == 0, said.err
+    found = json.loads(said.out)["engine"]
+    assert found["isa"] == engine.Engine.available_isas()[-1]
+    assert len(found["layers"]) == 12 and all("sparsity" in why for why in found["layers"].values())
+    text = call("inspect", folder, "--engine").out
+    assert "layer.1.intermediate" in text and f"on {found['isa']}" in text
+    assert "engine" not in json.loads(call("inspect", folder, "--json").out)

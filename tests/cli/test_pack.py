@@ -1,0 +1,80 @@
+"""`pack`, `unpack`, and `inspect` of what they make."""
+
+import json
+import shutil
+
+import pytest
+from safetensors.numpy import load_file
+
+from pruneofa.files import read_json
+from pruneofa.manifest import COMPRESSED, MANIFEST, TENSORS
+from tests.golden import LAYER, source
+
+
+@pytest.fixture
+def model(tmp_path):
+    return source(tmp_path / "model")
+
+
+def test_there_and_back(model, tmp_path, call):
+    said = call("pack", model, tmp_path / "packed", "--precision", "fp32", "--json")
+    assert (said.code, said.err) == (0, "")
+    assert json.loads(said.out) == read_json(tmp_path / "packed" / MANIFEST)
+    said = call("unpack", tmp_path / "packed", tmp_path / "again", "--json")
+    assert (said.code, json.loads(said.out)) == (0, {"out": str(tmp_path / "again")})
+    before, after = (load_file(folder / "model.safetensors") for folder in (model, tmp_path / "again"))
+    assert {n: (a.dtype, a.tobytes()) for n, a in before.items()} == {
+        n: (a.dtype, a.tobytes()) for n, a in after.items()
+    }
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "model", "packed"]
+
+
+def test_pack_shows_what_it_cost(model, tmp_path, call):
+    said = call("pack", model, tmp_path / "packed", "--compress")
+    assert (said.code, said.err) == (0, "")
+    assert sorted(path.name for path in (tmp_path / "packed").iterdir()) == [
+        "config.json", MANIFEST, COMPRESSED, "tokenizer.json",
+    ]  # fmt: skip
+    for word in ("packed, version 1", "int8", "zstd", "compressed_bits_per_weight", "entropy_bound", "file", "MB"):
+        assert word in said.out
+
+
+def test_inspect_of_a_packed_folder(model, tmp_path, call):
+    call("pack", model, tmp_path / "packed")
+    dense = json.loads(call("inspect", model, "--json").out)
+    packed = json.loads(call("inspect", tmp_path / "packed", "--json").out)
+    for key in ("encoder", "pooler", "pattern_hash", "pooler_hash"):
+        assert packed[key] == dense[key]
+    assert list(packed["layers"]) == list(dense["layers"])
+    for name, layer in dense["layers"].items():
+        assert packed["layers"][name] == layer | {"pattern": packed["layers"][name]["pattern"]}
+    assert packed["sizes"]["file"] == (tmp_path / "packed" / TENSORS).stat().st_size
+    said = call("inspect", tmp_path / "packed")
+    assert said.code == 0 and LAYER.removeprefix("bert.") in said.out and "bits_per_weight" in said.out
+
+
+def test_what_is_refused(model, tmp_path, refused):
+    packed, out = tmp_path / "packed", tmp_path / "out"
+    assert f"{model}: no manifest.json, so not a packed folder; make one with: pruneofa pack" in refused(
+        "unpack", model, out
+    )
+    assert f"{model}: exists and is not an empty folder; name another one" in refused("pack", model, model)
+    assert "no such folder" in refused("pack", tmp_path / "nowhere", out)
+    assert "invalid choice: 'int4'" in refused("pack", model, out, "--precision", "int4")
+    shutil.copytree(model, packed)
+    (packed / "tokenizer.json").unlink()
+    assert "no tokenizer.json in it, which the engine needs" in refused("pack", packed, out)
+    assert not out.exists() and sorted(path.name for path in tmp_path.iterdir()) == ["model", "packed"]
+
+
+def test_a_damaged_packed_folder_is_refused(model, tmp_path, call, refused):
+    call("pack", model, tmp_path / "packed")
+    file = tmp_path / "packed" / TENSORS
+    file.write_bytes(file.read_bytes()[:-1])
+    line = refused("unpack", tmp_path / "packed", tmp_path / "out")
+    assert line.startswith(f"{file}: ") and "as manifest.json says; copy or download the folder again" in line
+
+
+def test_packing_twice_is_refused(model, tmp_path, call, refused):
+    call("pack", model, tmp_path / "packed")
+    assert "is packed already" in refused("pack", tmp_path / "packed", tmp_path / "out")

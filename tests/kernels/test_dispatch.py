@@ -1,0 +1,107 @@
+"""Which path runs: what the CPU has, what PRUNEOFA_ISA and `isa` ask for, and what keeps the paths apart."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pruneofa import Engine, _native
+from pruneofa.errors import InputError
+from tests.kernels.cases import TABLE, Layer, int8_layer, model
+from tests.unit.engine_folder import write_folder
+
+NATIVE = Path(__file__).parents[2] / "native"
+CPUINFO = Path("/proc/cpuinfo")
+# What a path's functions may use, in the names of /proc/cpuinfo.
+NEEDS = {
+    "scalar": set(),
+    "avx2": {"avx2", "fma"},
+    "avx512vnni": {"avx2", "fma", "avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512_vnni"},
+    "amx": {"amx_tile", "amx_int8", "amx_bf16", "avx512vbmi", "avx512_vbmi2", "popcnt"},
+}
+
+
+def test_paths_are_listed_worst_first():
+    available = _native.available_isas()
+    assert available[0] == "scalar"
+    assert [name for name in TABLE if name in available] == available
+    assert Engine.available_isas() == available
+
+
+def test_a_path_is_available_where_the_operating_system_lists_its_instructions():
+    """An independent opinion: the kernel shows flags that the CPU has and whose registers it saves."""
+    if not CPUINFO.is_file() or not (flags := re.search(r"^flags\s*:(.*)$", CPUINFO.read_text(), re.MULTILINE)):
+        pytest.skip("no /proc/cpuinfo with flags on this machine")
+    flags = set(flags[1].split())
+    expected, needed = [], set()
+    for name in TABLE:
+        needed |= NEEDS[name]
+        if needed <= flags:
+            expected.append(name)
+    assert _native.available_isas() == expected
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("model"))
+
+
+def test_the_environment_forces_a_path(isa, folder, monkeypatch):
+    monkeypatch.setenv("PRUNEOFA_ISA", isa)
+    engine = Engine.from_pretrained(folder)
+    assert engine.isa == isa
+    assert all(isa in choice for _, choice in engine.choices())
+    monkeypatch.setenv("PRUNEOFA_ISA", "scalar")
+    assert Engine.from_pretrained(folder, isa=isa).isa == isa  # the argument wins
+
+
+@pytest.mark.parametrize("name", ["neon", "AMX", "amx ", "sse2"])
+def test_a_path_that_is_not_there_is_refused_with_those_that_are(folder, monkeypatch, name):
+    listed = ", ".join(_native.available_isas())
+    monkeypatch.setenv("PRUNEOFA_ISA", name)
+    with pytest.raises(InputError, match=f"PRUNEOFA_ISA is '{name}', .* wanted one of {listed}$"):
+        Engine.from_pretrained(folder)
+    with pytest.raises(ValueError, match=f"isa is '{name}', but this CPU and build have: {listed}$"):
+        int8_layer(np.random.default_rng(0), 3, 4, 0.5).build(_native, name)
+    with pytest.raises(ValueError, match=f"isa is '{name}', but this CPU and build have: {listed}$"):
+        model(depth=1).build(_With(_native, "scalar"), name)
+
+
+class _With:
+    """Linears of one path for an encoder of another."""
+
+    def __init__(self, native, isa):
+        self.Encoder = native.Encoder
+        self.Linear = lambda *parts: native.Linear(*parts[:-1], isa)
+
+
+def test_the_layers_of_an_encoder_are_of_its_path(isa):
+    others = [name for name in _native.available_isas() if name != isa]
+    if not others:
+        pytest.skip("this machine has one path only")
+    with pytest.raises(ValueError, match="do not fit each other in size, precision or isa"):
+        model(depth=1).build(_With(_native, others[0]), isa)
+
+
+def test_each_path_says_which_layouts_it_takes(isa):
+    layer = int8_layer(np.random.default_rng(0), 64, 128, 0.0)
+    assert layer.build(_native, isa).choice.startswith("dense")
+    empty = Layer(np.zeros_like(layer.weight), np.zeros_like(layer.kept), layer.scale, layer.bias)
+    assert empty.build(_native, isa).choice.startswith("sparse")
+
+
+def test_no_instruction_leaks_out_of_its_path():
+    """Intrinsics and target pragmas are in the files of a path only, and no flag of the build names a CPU."""
+    own = {"kernels_avx2.cc", "kernels_avx512vnni.cc", "kernels_amx.cc", "avx512.inc.h", "attention_amx.inc.h"}
+    for file in NATIVE.iterdir():
+        text = file.read_text()
+        if file.name not in own:
+            assert not re.search(r"immintrin|x86intrin|_mm\d*_|GCC target|__attribute__\(\(target", text), file.name
+        if "GCC push_options" in text:
+            # Nothing of the standard library between the pragmas: its inline functions would become the path's.
+            inside = text.split("GCC push_options")[1].split("GCC pop_options")[0]
+            assert set(re.findall(r"#include (\S+)", inside)) <= {
+                '"lanes.h"', '"linear.inc.h"', '"avx512.inc.h"', '"attention_amx.inc.h"',
+            }  # fmt: skip
+    assert not re.search(r"-m(arch|tune|avx|amx|fma)", (NATIVE.parent / "CMakeLists.txt").read_text())

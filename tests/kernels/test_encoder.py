@@ -1,0 +1,227 @@
+"""The native encoder against the reference, on every path.
+
+Stated tolerances, for outputs of a LayerNorm, whose size is about 1:
+- float weights: FLOAT for each value. The sums of float32 in another order, and the polynomials of docs/kernels.md.
+- int8 weights: where no code comes out one off, FLOAT as well. But a float that differs in its last bit may take the
+  next code, one 255th of a token's range further, and a changed code changes floats: RMS and LARGEST for such a batch.
+"""
+
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pruneofa import _native, reference
+from tests.kernels.cases import batch, model, one_by_one
+
+FLOAT = 5e-5
+RMS, LARGEST = 0.02, 0.2
+# hidden, heads and inner: heads of 8, 16, 32 and 64; then heads that no vector or tile divides, hidden sizes that are
+# no multiple of 64, 32, 16 or 4, a head of three 32s, a single number.
+SIZES = [(64, 8, 128), (64, 4, 100), (64, 2, 256), (128, 2, 192), (72, 9, 100), (40, 5, 72), (36, 3, 50), (20, 5, 33),
+         (96, 1, 130), (96, 3, 64), (1, 1, 1)]  # fmt: skip
+LENGTHS = [5, 16, 1, 33, 17]
+
+
+def check(found, wanted, precision):
+    assert found.dtype == np.float32 and found.shape == wanted.shape
+    error = np.abs(found.astype(np.float64) - wanted)
+    if precision == "fp32":
+        assert error.max() <= FLOAT
+    else:
+        assert error.max() <= LARGEST
+        assert np.sqrt(np.square(error).mean()) <= RMS
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("sparsity", [0.0, 0.4, 0.9])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_outputs_are_those_of_the_reference(isa, size, sparsity, precision):
+    hidden, heads, inner = size
+    parts = model(hidden=hidden, heads=heads, inner=inner, sparsity=sparsity, precision=precision)
+    inputs = batch(LENGTHS)
+    check(parts.build(_native, isa).forward(*inputs), parts.build(reference, "scalar").forward(*inputs), precision)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new", "gelu_pytorch_tanh", "relu"])
+def test_activations(isa, activation, precision):
+    parts = model(activation=activation, precision=precision)
+    inputs = batch(LENGTHS)
+    check(parts.build(_native, isa).forward(*inputs), parts.build(reference, "scalar").forward(*inputs), precision)
+
+
+@pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 31, 32, 33, 64, 65, 96])
+@pytest.mark.parametrize("heads", [8, 2, 1])
+def test_lengths_around_panels(isa, length, heads):
+    """One sequence, alone and after another that shifts it within its panels."""
+    parts = model(heads=heads, precision="fp32", depth=1)
+    native, wanted = parts.build(_native, isa), parts.build(reference, "scalar")
+    for lengths in ([length], [3, length, 2]):
+        inputs = batch(lengths)
+        check(native.forward(*inputs), wanted.forward(*inputs), "fp32")
+
+
+def test_int8_outputs_are_exact_to_float_rounding_unless_a_code_differs(isa):
+    """Short sequences keep a differing code to themselves, so most tokens of one layer have none."""
+    parts = model(depth=1, precision="int8")
+    inputs = batch([1, 2, 3] * 60)
+    error = np.abs(parts.build(_native, isa).forward(*inputs) - parts.build(reference, "scalar").forward(*inputs))
+    assert np.mean(error.max(axis=1) <= FLOAT) > 0.75
+    assert error.max() <= LARGEST
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_encoders_without_token_types_ignore_them(isa, precision):
+    parts = model(types=0, precision=precision)
+    ids, positions, types, offsets = batch(LENGTHS)
+    wanted = parts.build(reference, "scalar").forward(ids, positions, types, offsets)
+    check(parts.build(_native, isa).forward(ids, positions, types + 99, offsets), wanted, precision)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+def test_any_number_of_threads(isa, threads, precision):
+    """More threads than heads or blocks leave some without work."""
+    for hidden, heads in ((64, 4), (40, 5), (96, 1)):
+        parts = model(hidden=hidden, heads=heads, precision=precision)
+        inputs = batch(LENGTHS)
+        native = parts.build(_native, isa, threads)
+        check(native.forward(*inputs), parts.build(reference, "scalar").forward(*inputs), precision)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_results_repeat_bit_by_bit(isa, threads, precision):
+    """Also after a larger and a smaller batch have used the same buffers, and in another encoder."""
+    parts = model(precision=precision)
+    inputs = batch(LENGTHS)
+    native = parts.build(_native, isa, threads)
+    first = native.forward(*inputs)
+    for lengths in ([3], [96, 40, 7], [1]):
+        native.forward(*batch(lengths, seed=1))
+        np.testing.assert_array_equal(native.forward(*inputs), first)
+    np.testing.assert_array_equal(parts.build(_native, isa, threads).forward(*inputs), first)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_a_ragged_batch_equals_its_sequences_one_by_one(isa, precision):
+    parts = model(precision=precision)
+    inputs = batch([1, 2, 3, 16, 15, 17, 5, 1, 1, 40, 8, 96, 4])  # many share panels
+    native = parts.build(_native, isa, 2)
+    alone = np.concatenate([native.forward(*inputs) for inputs in one_by_one(inputs)])
+    if isa == "amx":  # its attention adds keys two by two, and pairs depend on where a sequence begins
+        check(native.forward(*inputs), alone, precision)
+    else:
+        np.testing.assert_array_equal(native.forward(*inputs), alone)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_a_sequence_does_not_depend_on_its_neighbours(isa, precision):
+    parts = model(precision=precision)
+    lengths = [5, 9, 20]
+    ids, positions, types, offsets = batch(lengths)
+    native = parts.build(_native, isa, 2)
+    first = native.forward(ids, positions, types, offsets)
+    ids[:5], ids[14:] = (ids[:5] + 7) % 50, (ids[14:] + 3) % 50
+    second = native.forward(ids, positions, types, offsets)
+    np.testing.assert_array_equal(second[5:14], first[5:14])
+    assert (second[:5] != first[:5]).any() and (second[14:] != first[14:]).any()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_paths_agree(precision):
+    parts = model(precision=precision, sparsity=0.9)
+    inputs = batch(LENGTHS)
+    first, *others = (parts.build(_native, isa).forward(*inputs) for isa in _native.available_isas())
+    for other in others:
+        check(other, first, precision)
+
+
+def test_float_scores_too_large_for_exp(isa):
+    """Attention of scores in the hundreds is the one value with the greatest score, not a NaN."""
+    parts = model(precision="fp32", depth=1)
+    large = parts.layers[0] | {
+        name: type(parts.layers[0][name])(parts.layers[0][name].weight * 40, parts.layers[0][name].kept, None, None)
+        for name in ("query", "key")
+    }
+    parts = type(parts)(parts.hidden, parts.heads, parts.activation, parts.tables, parts.embedding_norm, [large])
+    inputs = batch([17, 30])
+    found = parts.build(_native, isa).forward(*inputs)
+    # Scores of 1e4 keep three digits after the point.
+    np.testing.assert_allclose(found, parts.build(reference, "scalar").forward(*inputs), atol=2e-2)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=6),
+    heads=st.integers(1, 6),
+    size=st.sampled_from([4, 8, 12, 16, 20, 32]),
+    inner=st.integers(1, 150),
+    sparsity=st.floats(0, 1),
+    threads=st.integers(1, 4),
+    precision=st.sampled_from(["fp32", "int8"]),
+    seed=st.integers(0, 2**32),
+)
+def test_any_sizes(lengths, heads, size, inner, sparsity, threads, precision, seed):
+    parts = model(
+        hidden=heads * size, heads=heads, inner=inner, sparsity=sparsity, precision=precision, depth=1, seed=seed
+    )
+    inputs = batch(lengths, seed=seed)
+    wanted = parts.build(reference, "scalar").forward(*inputs)
+    for isa in _native.available_isas():
+        check(parts.build(_native, isa, threads).forward(*inputs), wanted, precision)
+
+
+def at_once(works):
+    """Run the functions at the same time; their results in order."""
+    results: list = [None] * len(works)
+
+    def run(index):
+        results[index] = works[index]()
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(works))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def test_several_python_threads_share_an_encoder(isa):
+    native = model().build(_native, isa, 2)
+    inputs = [batch([length, 3], seed=length) for length in (1, 9, 17, 40)]
+    wanted = [native.forward(*one) for one in inputs]
+    found = at_once([lambda one=one: [native.forward(*one) for _ in range(10)] for one in inputs])
+    for results, one in zip(found, wanted, strict=True):
+        for result in results:
+            np.testing.assert_array_equal(result, one)
+
+
+def test_several_encoders_run_at_once(isa):
+    natives = [model(seed=seed).build(_native, isa, 2) for seed in range(3)]
+    inputs = batch(LENGTHS)
+    wanted = [native.forward(*inputs) for native in natives]
+    found = at_once([lambda native=native: [native.forward(*inputs) for _ in range(10)] for native in natives])
+    for results, one in zip(found, wanted, strict=True):
+        for result in results:
+            np.testing.assert_array_equal(result, one)
+
+
+def test_encoders_on_different_paths_run_at_once():
+    """Tile registers of one thread are not left configured for another."""
+    isas = _native.available_isas()
+    natives = [model().build(_native, isa, 2) for isa in isas]
+    inputs = batch(LENGTHS)
+    wanted = [native.forward(*inputs) for native in natives]
+    found = at_once([lambda native=native: native.forward(*inputs) for native in natives])
+    for isa, result, one in zip(isas, found, wanted, strict=True):
+        np.testing.assert_array_equal(result, one, isa)
+
+
+def test_choices_name_every_linear_layer(isa):
+    choices = dict(model(depth=2, sparsity=0.9).build(_native, isa).choices())
+    assert list(choices)[:2] == ["layer.0.query", "layer.0.key"] and len(choices) == 12
+    assert all(choice.startswith("sparse: sparsity 0.") for choice in choices.values())

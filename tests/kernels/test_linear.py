@@ -1,0 +1,187 @@
+"""Linear layers of every path against the reference, around the edges of tiles, panels and blocks.
+
+Integer sums are equal to the last bit. Floats: `rounding` and `one_code` below are the stated tolerances.
+"""
+
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pruneofa import _native, reference
+from tests.kernels.cases import Layer, float_layer, int8_layer, pairwise
+
+OUTPUTS = (1, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 129)
+INPUTS = (1, 7, 15, 16, 17, 31, 33, 48, 63, 64, 65, 127, 129, 200)
+TOKENS = (1, 2, 15, 16, 17, 32, 33, 48, 64, 65, 80)
+SPARSITY = (0.0, 0.3, 0.5, 0.9, 1.0)
+FILLS = ("random", "high", "low", "extremes", "empty rows", "full rows", "last column")
+CODES = ("random", "zeros", "highest", "ends")
+CASES = pairwise(OUTPUTS, INPUTS, TOKENS, SPARSITY, FILLS, CODES)
+
+
+def codes(random, shape, kind):
+    if kind == "zeros":
+        return np.zeros(shape, np.uint8)
+    if kind == "highest":
+        return np.full(shape, 255, np.uint8)
+    if kind == "ends":
+        return random.choice(np.array([0, 255], np.uint8), shape)
+    return random.integers(0, 256, shape, dtype=np.uint8)
+
+
+@pytest.mark.parametrize("outputs", OUTPUTS)
+def test_integer_sums_are_those_of_the_reference(isa, outputs):
+    for n, k, m, sparsity, fill, kind in CASES:
+        if n != outputs:
+            continue
+        random = np.random.default_rng(n * 1000 + k)
+        layer = int8_layer(random, n, k, sparsity, fill)
+        x = codes(random, (m, k), kind)
+        sums = layer.build(_native, isa).accumulate(x)
+        wanted = layer.build(reference, "scalar").accumulate(x)
+        assert sums.dtype == np.int32
+        np.testing.assert_array_equal(sums, wanted, f"{n=} {k=} {m=} {sparsity=} {fill=} codes={kind}")
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.9])
+@pytest.mark.parametrize("value", [127, -127])
+def test_sums_of_the_widest_layer_fit(isa, value, sparsity):
+    k = 65535
+    kept = np.random.default_rng(0).random((17, k)) >= sparsity
+    layer = Layer(np.where(kept, value, 0).astype(np.int8), kept, np.ones(17, np.float32), None)
+    sums = layer.build(_native, isa).accumulate(np.full((1, k), 255, np.uint8))
+    np.testing.assert_array_equal(sums[0], kept.sum(axis=1) * value * 255)
+
+
+def test_one_input_too_many_is_refused(isa):
+    k = 65536
+    layer = Layer(np.zeros((1, k), np.int8), np.zeros((1, k), bool), np.ones(1, np.float32), None)
+    with pytest.raises(ValueError, match="1 to 65535 inputs"):
+        layer.build(_native, isa)
+
+
+# Longer than the buffers between two blocks of tiles, and than what a row of tiles expands to.
+@pytest.mark.parametrize(("n", "k", "m"), [(80, 1000, 50), (40, 3072, 20), (300, 70, 130)])
+@pytest.mark.parametrize("sparsity", [0.0, 0.6, 0.9])
+def test_larger_layers(isa, n, k, m, sparsity):
+    random = np.random.default_rng(1)
+    layer = int8_layer(random, n, k, sparsity)
+    x = random.integers(0, 256, (m, k), dtype=np.uint8)
+    wanted = layer.build(reference, "scalar").accumulate(x)
+    np.testing.assert_array_equal(layer.build(_native, isa).accumulate(x), wanted)
+
+
+def rounding(layer, sums, zero_point, scale):
+    """What float32 loses in (sums - zero * row sums) * scales + bias: three roundings of 24 bits of each term."""
+    row_sums = layer.weight.sum(axis=1, dtype=np.int64)
+    terms = np.abs(sums.astype(np.float64)) + np.abs(np.outer(zero_point, row_sums))
+    return 2**-22 * (terms * scale[:, None] * layer.scale + np.abs(layer.bias))
+
+
+@pytest.mark.parametrize("sparsity", SPARSITY)
+def test_int8_forward_differs_from_the_reference_by_rounding(isa, sparsity):
+    random = np.random.default_rng(2)
+    for n, k, m in pairwise(OUTPUTS, INPUTS, TOKENS)[::5]:
+        layer = int8_layer(random, n, k, sparsity)
+        # The step is exact and no value lies near the middle between two codes: every path finds the same codes.
+        zero, step = random.integers(0, 256, (m, 1)), np.float32(2) ** random.integers(-9, 3, (m, 1))
+        x = random.integers(0, 256, (m, k)) - zero + random.uniform(-0.4, 0.4, (m, k))
+        x = np.clip(x, -zero, 255 - zero)
+        if k > 1:
+            x[:, :1], x[:, -1:] = -zero, 255 - zero
+        x = (x * step).astype(np.float32)
+        wanted = layer.build(reference, "scalar")
+        q, scale, zero_point = reference.quantize_rows(x)
+        tolerance = rounding(layer, wanted.accumulate(q), zero_point, scale)
+        error = np.abs(layer.build(_native, isa).forward(x).astype(np.float64) - wanted.forward(x))
+        assert (error <= tolerance).all(), (n, k, m, sparsity, (error - tolerance).max())
+
+
+def test_int8_forward_of_any_floats_is_at_most_one_code_of_one_input_off(isa):
+    """A kernel multiplies by 1 / scale: a value in the middle of two codes may take the other one."""
+    random = np.random.default_rng(3)
+    layer = int8_layer(random, 65, 129, 0.5)
+    x = random.normal(size=(80, 129)).astype(np.float32)
+    x[3], x[4], x[5] = 0, 7, -7  # ranges that do not cross 0 are widened to it
+    x[6] *= np.float32(1e30)
+    x[7] *= np.float32(1e-30)
+    wanted = layer.build(reference, "scalar")
+    q, scale, zero_point = reference.quantize_rows(x)
+    one_code = 127 * scale[:, None] * layer.scale
+    tolerance = rounding(layer, wanted.accumulate(q), zero_point, scale) + one_code
+    error = np.abs(layer.build(_native, isa).forward(x).astype(np.float64) - wanted.forward(x))
+    assert (error <= tolerance).all()
+    assert np.mean(error > tolerance - one_code) < 0.01  # and hardly any is
+
+
+@pytest.mark.parametrize("sparsity", SPARSITY)
+def test_float_forward_is_the_product(isa, sparsity):
+    random = np.random.default_rng(4)
+    for n, k, m in pairwise(OUTPUTS, INPUTS, TOKENS)[::5]:
+        layer = float_layer(random, n, k, sparsity)
+        x = random.normal(size=(m, k)).astype(np.float32)
+        wanted = x.astype(np.float64) @ layer.weight.T.astype(np.float64) + layer.bias
+        size = np.abs(x) @ np.abs(layer.weight.T) + np.abs(layer.bias)
+        error = np.abs(layer.build(_native, isa).forward(x) - wanted)
+        assert (error <= 1e-5 * size).all(), (n, k, m, sparsity)
+
+
+def test_layers_without_bias_and_calls_without_rows(isa):
+    random = np.random.default_rng(5)
+    for layer in (int8_layer(random, 17, 33, 0.5), float_layer(random, 17, 33, 0.5)):
+        plain = Layer(layer.weight, layer.kept, layer.scale, None)
+        x = random.normal(size=(3, 33)).astype(np.float32)
+        with_bias, without = layer.build(_native, isa).forward(x), plain.build(_native, isa).forward(x)
+        np.testing.assert_allclose(without + layer.bias, with_bias, rtol=1e-5, atol=1e-5)
+        assert plain.build(_native, isa).forward(x[:0]).shape == (0, 17)
+    assert int8_layer(random, 17, 33, 0.5).build(_native, isa).accumulate(np.empty((0, 33), np.uint8)).shape == (0, 17)
+
+
+def test_a_layer_says_what_it_is(isa):
+    layer = int8_layer(np.random.default_rng(6), 40, 100, 0.9)
+    for parts in (layer, Layer(layer.weight.astype(np.float32), layer.kept, None, None)):
+        linear = parts.build(_native, isa)
+        assert linear.shape == (40, 100)
+        assert linear.sparsity == pytest.approx(1 - layer.kept.mean())
+        assert linear.choice.startswith("sparse: sparsity 0.9")
+    dense = int8_layer(np.random.default_rng(6), 40, 100, 0.0).build(_native, isa)
+    assert dense.choice.startswith("dense: sparsity 0.000") and isa in dense.choice
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    n=st.integers(1, 70),
+    k=st.integers(1, 140),
+    m=st.integers(1, 40),
+    sparsity=st.floats(0, 1),
+    seed=st.integers(0, 2**32),
+)
+def test_any_shape_has_the_sums_of_the_reference(n, k, m, sparsity, seed):
+    random = np.random.default_rng(seed)
+    layer = int8_layer(random, n, k, sparsity, FILLS[seed % len(FILLS)])
+    x = random.integers(0, 256, (m, k), dtype=np.uint8)
+    wanted = layer.build(reference, "scalar").accumulate(x)
+    for isa in _native.available_isas():
+        np.testing.assert_array_equal(layer.build(_native, isa).accumulate(x), wanted, isa)
+
+
+def test_a_layer_may_be_used_by_several_threads(isa):
+    random = np.random.default_rng(7)
+    linear = int8_layer(random, 65, 129, 0.5).build(_native, isa)
+    x = random.integers(0, 256, (33, 129), dtype=np.uint8)
+    wanted = linear.accumulate(x)
+    found = []
+
+    def work():
+        for _ in range(20):
+            found.append(np.array_equal(linear.accumulate(x), wanted))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [True] * 80
