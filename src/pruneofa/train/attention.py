@@ -1,7 +1,7 @@
 """Attention that trains faster than PyTorch's in bfloat16 on a CPU.
 
 There `scaled_dot_product_attention` computes its backward pass, and with dropout everything, mostly outside matrix
-units. Written out, with every step in bfloat16, a whole training step takes a quarter less
+units. Written out, with every step in bfloat16, a whole training step takes a quarter to a half less
 (`benchmarks/attention.py`). In float32 and on GPUs PyTorch's own is the better one.
 """
 
