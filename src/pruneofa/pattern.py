@@ -62,7 +62,7 @@ def read_weights(
 
 
 def local_folder(path: str | Path) -> Path:
-    """The folder at `path`, or a snapshot of the hub model of that id (JSON, safetensors and text files only).
+    """The folder at `path`, or a snapshot of the hub model of that id (JSON, safetensors, packed and text files only).
 
     Raises InputError when it is neither.
     """
@@ -76,7 +76,7 @@ def local_folder(path: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.txt"]))
+        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.zst", "*.txt"]))
     except (OSError, ValueError) as error:  # hub errors, offline, not cached
         reason = str(error).strip().split("\n")[0]
         raise InputError(f"{path}: no such folder, and the hub gave no such model ({reason})") from None
