@@ -76,12 +76,10 @@ inline void finish_some(const Weights& w, const Operands& o, Pending& pending, i
     lanes::Floats v = dequantize(w, t, n, lanes::load(sums));
     v = kind == Activation::kGelu ? lanes::gelu(v) : kind == Activation::kNone ? v : lanes::activate(v, o.activation);
     lanes::store(y + n * kLanes, v);
-    if (kind != Activation::kNone) {
-      low = lanes::smaller(low, v);
-      high = lanes::larger(high, v);
-    }
+    low = lanes::smaller(low, v);
+    high = lanes::larger(high, v);
   }
-  if (kind != Activation::kNone && o.ranges != nullptr) {
+  if (o.ranges != nullptr) {
     lanes::widen(o.ranges + pending.panel * 2 * kLanes, low);
     lanes::widen(o.ranges + pending.panel * 2 * kLanes, high);
   }
