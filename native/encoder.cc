@@ -37,7 +37,7 @@ Encoder::Encoder(EncoderOptions options, Table word, Table position, Table type,
     return static_cast<int>(norm.gamma.size()) == hidden && static_cast<int>(norm.beta.size()) == hidden;
   };
   expect(norm_fits(embedding_norm_), "the embedding's norm has another width than hidden");
-  widest_ = 3 * hidden;
+  widest_ = hidden;
   for (const Layer& layer : layers_) {
     expect(layer.query && layer.intermediate, "a layer lacks a linear layer");
     const int wide = layer.intermediate->outputs();
@@ -55,22 +55,30 @@ void Encoder::reserve(int panels) {
   panels_ = panels;
   if (panels <= reserved_) return;
   reserved_ = 0;  // until all of it is there
-  const std::size_t lanes = static_cast<std::size_t>(panels) * kLanes, threads = pool_.threads();
-  // A kernel may read, but not use, up to 16 features past the last head.
-  const std::size_t slack = kLanes * kLanes;
-  state_ = Aligned<float>(lanes * options_.hidden);
-  mixed_ = Aligned<float>(lanes * options_.hidden + slack);
-  wide_ = Aligned<float>(lanes * widest_ + slack);
-  if (int8_) codes_ = Aligned<char>(static_cast<std::size_t>(panels) * codes_bytes(widest_, kernels_.group_int8));
-  ranges_ = Aligned<float>(threads * lanes * 2);
-  sums_ = Aligned<float>(threads * lanes * 2);
+  const std::size_t lanes = static_cast<std::size_t>(panels) * kLanes;
+  const int threads = pool_.threads();
+  shared_ = Aligned<char>(panels * shared_bytes(widest_));
+  ranges_ = Aligned<float>(lanes * 2 * threads);
+  sums_ = Aligned<float>(lanes * 2 * threads);
   own_.clear();
-  for (std::size_t t = 0; t < threads; ++t) {
-    own_.push_back({Aligned<float>(lanes), Aligned<int32_t>(lanes),
-                    Aligned<char>(scratch_bytes(widest_, panels * kLanes, options_.hidden / options_.heads))});
+  // At most so many features has a thread of `total`, divided in units.
+  const auto most = [&](int total, int unit) { return round_up((total + unit - 1) / unit, threads) / threads * unit; };
+  const int mine = most(options_.hidden, 32), mixed = most(options_.heads, head_unit()) * head_size();
+  const int wide = std::max({mine, 3 * mixed, most(widest_, 32)});
+  for (int t = 0; t < threads; ++t) {
+    // A kernel may read, but not use, up to 16 features past the last head.
+    own_.push_back({Aligned<float>(lanes * mine), Aligned<float>(lanes * wide + kLanes * kLanes), Aligned<float>(lanes),
+                    Aligned<int32_t>(lanes), Aligned<char>(scratch_bytes(widest_, panels * kLanes, head_size()))});
   }
   reserved_ = panels;
 }
+
+std::size_t Encoder::shared_bytes(int features) const {
+  if (!int8_) return static_cast<std::size_t>(features) * kLanes * sizeof(float);
+  return codes_bytes(features, kernels_.group_int8);
+}
+
+int Encoder::head_unit() const { return kLanes / std::gcd(kLanes, head_size()); }
 
 Encoder::Part Encoder::part(int total, int unit, int thread) const {
   const int units = (total + unit - 1) / unit, threads = pool_.threads();
@@ -103,43 +111,49 @@ void Encoder::forward(const Sequences& sequences, float* out) {
 }
 
 void Encoder::pass(int thread, const Sequences& sequences, float* out) {
-  const int hidden = options_.hidden, size = hidden / options_.heads;
-  const Part mine = part(hidden, 32, thread);
-  // Whole heads, and a multiple of 16 features of them.
-  const Part heads = part(options_.heads, kLanes / std::gcd(kLanes, size), thread);
-  const Part mixed = {heads.begin * size, heads.end * size};
+  Own& own = own_[thread];
+  const auto slice = [](Aligned<float>& data, const Part& part, int features) {
+    return Slice{data.data(), part.begin, part.count(), features, std::ptrdiff_t{part.count()} * kLanes};
+  };
+  const int hidden = options_.hidden, size = head_size();
+  const Part heads = part(options_.heads, head_unit(), thread), mine = part(hidden, 32, thread);
+  const Slice state = slice(own.state, mine, hidden), narrow = slice(own.wide, mine, hidden);
+  Slice query = slice(own.wide, {heads.begin * size, heads.end * size}, hidden);
+  query.stride *= 3;
+  Slice key = query, value = query;
+  key.data += query.count * kLanes;
+  value.data += 2 * query.count * kLanes;
   kernels_.begin();
   clear_ranges(thread);
-  embed(mine, sequences);
-  add_and_normalize(thread, nullptr, embedding_norm_, mine);
+  embed(state, sequences);
+  add_and_normalize(thread, state, nullptr, embedding_norm_);
   for (const Layer& layer : layers_) {
-    encode(thread, state_.data(), hidden, mine);
-    multiply(thread, *layer.query, state_.data(), wide_.data(), 3 * hidden, 0, mixed);
-    multiply(thread, *layer.key, state_.data(), wide_.data(), 3 * hidden, hidden, mixed);
-    multiply(thread, *layer.value, state_.data(), wide_.data(), 3 * hidden, 2 * hidden, mixed);
-    attend(thread, heads, sequences);
-    look(thread, mixed_.data(), hidden, mixed);
-    encode(thread, mixed_.data(), hidden, mixed);
-    multiply(thread, *layer.attention_output, mixed_.data(), wide_.data(), hidden, 0, mine);
-    add_and_normalize(thread, wide_.data(), layer.attention_norm, mine);
+    share(thread, state);
+    multiply(thread, *layer.query, query);
+    multiply(thread, *layer.key, key);
+    multiply(thread, *layer.value, value);
+    attend(thread, query, sequences);
+    look(thread, query);
+    share(thread, query);
+    multiply(thread, *layer.attention_output, narrow);
+    add_and_normalize(thread, state, narrow.data, layer.attention_norm);
     const int intermediate = layer.intermediate->outputs();
-    const Part rows = part(intermediate, 32, thread);
-    encode(thread, state_.data(), hidden, mine);
-    multiply(thread, *layer.intermediate, state_.data(), wide_.data(), intermediate, 0, rows, options_.activation,
-             true);
-    encode(thread, wide_.data(), intermediate, rows);
-    multiply(thread, *layer.output, wide_.data(), mixed_.data(), hidden, 0, mine);
-    add_and_normalize(thread, mixed_.data(), layer.output_norm, mine);
+    const Slice wide = slice(own.wide, part(intermediate, 32, thread), intermediate);
+    share(thread, state);
+    multiply(thread, *layer.intermediate, wide, options_.activation, true);
+    share(thread, wide);
+    multiply(thread, *layer.output, narrow);
+    add_and_normalize(thread, state, narrow.data, layer.output_norm);
   }
   for (int token = 0; token < sequences.tokens; ++token) {
-    const float* state = state_.data() + static_cast<std::ptrdiff_t>(token / kLanes) * hidden * kLanes + token % kLanes;
-    float* row = out + static_cast<std::ptrdiff_t>(token) * hidden;
-    for (int f = mine.begin; f < mine.end; ++f) row[f] = state[f * kLanes];
+    const float* from = state.data + token / kLanes * state.stride + token % kLanes;
+    float* row = out + static_cast<std::ptrdiff_t>(token) * hidden + state.first;
+    for (int f = 0; f < state.count; ++f) row[f] = from[f * kLanes];
   }
   kernels_.end();
 }
 
-void Encoder::embed(Part features, const Sequences& sequences) {
+void Encoder::embed(const Slice& state, const Sequences& sequences) {
   const int hidden = options_.hidden;
   const auto row = [&](const Table& table, int id, int begin, int count, float* sum) {
     const std::size_t place = static_cast<std::size_t>(id) * hidden + begin;
@@ -153,34 +167,32 @@ void Encoder::embed(Part features, const Sequences& sequences) {
   for (int token = 0; token < panels_ * kLanes; ++token) {
     // Lanes past the last token repeat it: finite values that nothing reads.
     const int source = std::min(token, sequences.tokens - 1);
-    float* state = state_.data() + static_cast<std::ptrdiff_t>(token / kLanes) * hidden * kLanes + token % kLanes;
-    for (int f = features.begin; f < features.end; f += kLanes) {
-      const int count = std::min(kLanes, features.end - f);
+    float* to = state.data + token / kLanes * state.stride + token % kLanes;
+    for (int f = 0; f < state.count; f += kLanes) {
+      const int count = std::min(kLanes, state.count - f);
       float sum[kLanes] = {};
-      row(word_, sequences.ids[source], f, count, sum);
-      row(position_, sequences.positions[source], f, count, sum);
-      if (type_.rows > 0) row(type_, sequences.types[source], f, count, sum);
-      for (int i = 0; i < count; ++i) state[(f + i) * kLanes] = sum[i];
+      row(word_, sequences.ids[source], state.first + f, count, sum);
+      row(position_, sequences.positions[source], state.first + f, count, sum);
+      if (type_.rows > 0) row(type_, sequences.types[source], state.first + f, count, sum);
+      for (int i = 0; i < count; ++i) to[(f + i) * kLanes] = sum[i];
     }
   }
 }
 
-void Encoder::attend(int thread, Part heads, const Sequences& sequences) {
-  const int hidden = options_.hidden, size = hidden / options_.heads;
-  const std::ptrdiff_t narrow = static_cast<std::ptrdiff_t>(hidden) * kLanes;
-  for (int head = heads.begin; head < heads.end; ++head) {
+void Encoder::attend(int thread, const Slice& query, const Sequences& sequences) {
+  const int size = head_size();
+  for (int f = 0; f < query.count; f += size) {
     for (int s = 0; s < sequences.count; ++s) {
       Attention a;
-      a.query = wide_.data() + static_cast<std::ptrdiff_t>(head) * size * kLanes;
-      a.key = a.query + narrow;
-      a.value = a.key + narrow;
-      a.out = mixed_.data() + static_cast<std::ptrdiff_t>(head) * size * kLanes;
-      a.stride = 3 * narrow;
-      a.out_stride = narrow;
+      a.query = query.data + f * kLanes;
+      a.key = a.query + query.count * kLanes;
+      a.value = a.key + query.count * kLanes;
+      a.stride = query.stride;
       a.size = size;
       a.scale = 1.0f / sqrtf(static_cast<float>(size));
       a.begin = sequences.offsets[s];
       a.end = sequences.offsets[s + 1];
+      a.exact = !int8_;
       a.scratch = own_[thread].scratch.data();
       kernels_.attention(a);
     }
@@ -192,62 +204,65 @@ void Encoder::clear_ranges(int thread) {
   std::fill(ranges, ranges + panels_ * 2 * kLanes, 0.0f);
 }
 
-void Encoder::look(int thread, const float* x, int features, Part mine) {
+void Encoder::look(int thread, const Slice& x) {
   if (!int8_) return;
   for (int p = 0; p < panels_; ++p) {
-    kernels_.range(x + static_cast<std::ptrdiff_t>(p) * features * kLanes, mine.begin, mine.end,
+    kernels_.range(x.data + p * x.stride, x.count,
                    ranges_.data() + (static_cast<std::ptrdiff_t>(thread) * reserved_ + p) * 2 * kLanes);
   }
 }
 
-void Encoder::encode(int thread, const float* x, int features, Part mine) {
+void Encoder::share(int thread, const Slice& x) {
   pool_.meet();
-  if (!int8_) return;
   Own& own = own_[thread];
-  const std::size_t bytes = codes_bytes(features, kernels_.group_int8);
+  const std::size_t bytes = shared_bytes(x.features);
   const std::ptrdiff_t stride = static_cast<std::ptrdiff_t>(reserved_) * 2 * kLanes;
   for (int p = 0; p < panels_; ++p) {
-    kernels_.scales(ranges_.data() + p * 2 * kLanes, pool_.threads(), stride, own.scale.data() + p * kLanes,
-                    own.zero.data() + p * kLanes);
-    if (mine.begin < mine.end) {
-      kernels_.encode(x + static_cast<std::ptrdiff_t>(p) * features * kLanes, mine.begin, mine.end, features,
-                      own.scale.data() + p * kLanes, own.zero.data() + p * kLanes, codes_.data() + p * bytes);
+    const float* from = x.data + p * x.stride;
+    char* to = shared_.data() + p * bytes;
+    if (!int8_) {
+      std::memcpy(to + x.first * kLanes * sizeof(float), from, x.count * kLanes * sizeof(float));
+      continue;
     }
+    float* const scale = own.scale.data() + p * kLanes;
+    int32_t* const zero = own.zero.data() + p * kLanes;
+    kernels_.scales(ranges_.data() + p * 2 * kLanes, pool_.threads(), stride, scale, zero);
+    if (x.count > 0) kernels_.encode(from, x.first, x.first + x.count, x.features, scale, zero, to);
   }
   pool_.meet();
   clear_ranges(thread);
 }
 
-void Encoder::multiply(int thread, const Linear& linear, const float* x, float* y, int features, int at, Part rows,
-                       Activation activation, bool ranges) {
-  if (rows.begin == rows.end) return;
+void Encoder::multiply(int thread, const Linear& linear, const Slice& y, Activation activation, bool ranges) {
+  if (y.count == 0) return;
   Own& own = own_[thread];
   Operands o;
-  o.x = int8_ ? static_cast<const void*>(codes_.data()) : x;
+  o.x = shared_.data();
   o.scale = own.scale.data();
   o.zero = own.zero.data();
   o.panels = panels_;
-  o.y = y + static_cast<std::ptrdiff_t>(at) * kLanes;
-  o.y_stride = static_cast<std::ptrdiff_t>(features) * kLanes;
+  o.y = y.data;
+  o.y_stride = y.stride;
+  o.first = y.first;
   o.activation = activation;
   if (int8_ && ranges) o.ranges = ranges_.data() + static_cast<std::ptrdiff_t>(thread) * reserved_ * 2 * kLanes;
   o.scratch = own.scratch.data();
-  linear.run(o, rows.begin, rows.end);
+  linear.run(o, y.first, y.first + y.count);
 }
 
-void Encoder::add_and_normalize(int thread, const float* y, const Norm& norm, Part mine) {
-  const std::ptrdiff_t narrow = static_cast<std::ptrdiff_t>(options_.hidden) * kLanes;
+void Encoder::add_and_normalize(int thread, const Slice& state, const float* y, const Norm& norm) {
   const std::ptrdiff_t stride = static_cast<std::ptrdiff_t>(reserved_) * 2 * kLanes;
   float* const sums = sums_.data() + thread * stride;
   float* const ranges = ranges_.data() + thread * stride;
   for (int p = 0; p < panels_; ++p) {
-    kernels_.add(state_.data() + p * narrow, y ? y + p * narrow : nullptr, mine.begin, mine.end, sums + p * 2 * kLanes);
+    const std::ptrdiff_t at = p * state.stride;
+    kernels_.add(state.data + at, y ? y + at : nullptr, state.count, sums + p * 2 * kLanes);
   }
   pool_.meet();
   for (int p = 0; p < panels_; ++p) {
-    kernels_.normalize(state_.data() + p * narrow, mine.begin, mine.end, options_.hidden, sums_.data() + p * 2 * kLanes,
-                       pool_.threads(), stride, norm.gamma.data(), norm.beta.data(), options_.epsilon,
-                       int8_ ? ranges + p * 2 * kLanes : nullptr);
+    kernels_.normalize(state.data + p * state.stride, state.count, options_.hidden, sums_.data() + p * 2 * kLanes,
+                       pool_.threads(), stride, norm.gamma.data() + state.first, norm.beta.data() + state.first,
+                       options_.epsilon, int8_ ? ranges + p * 2 * kLanes : nullptr);
   }
 }
 

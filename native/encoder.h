@@ -70,28 +70,41 @@ class Encoder {
   // Of `total` features, in units of `unit`, those of a thread.
   struct Part {
     int begin, end;
+    int count() const { return end - begin; }
   };
   Part part(int total, int unit, int thread) const;
+  int head_unit() const;  // heads that make a multiple of 16 features
+  int head_size() const { return options_.hidden / options_.heads; }
+  std::size_t shared_bytes(int features) const;  // of a panel
 
   void reserve(int panels);
   void check(const Sequences& sequences) const;
   void pass(int thread, const Sequences& sequences, float* out);
-  void embed(Part features, const Sequences& sequences);
-  void attend(int thread, Part heads, const Sequences& sequences);
-  // Widens the ranges of this thread by its features of x; not needed where what wrote x has done so.
-  void look(int thread, const float* x, int features, Part mine);
-  // x to codes, this thread's features of it, once all threads' ranges are known: two meetings.
-  void encode(int thread, const float* x, int features, Part mine);
-  // y[.., at ..] = linear(x), the rows of this thread.
-  void multiply(int thread, const Linear& linear, const float* x, float* y, int features, int at, Part rows,
-                Activation activation = Activation::kNone, bool ranges = false);
+  // A thread's features of an activation: `first` .. `first + count - 1` of `features`, panel by panel, `stride`
+  // floats apart.
+  struct Slice {
+    float* data;
+    int first, count, features;
+    std::ptrdiff_t stride;
+  };
+  void embed(const Slice& state, const Sequences& sequences);
+  // From query, key and value, each as wide as `query` and one after the other; the result replaces the query.
+  void attend(int thread, const Slice& query, const Sequences& sequences);
+  // Widens the ranges of this thread by x; not needed where what wrote x has done so.
+  void look(int thread, const Slice& x);
+  // Gives x to all threads, as codes once all ranges are known: two meetings.
+  void share(int thread, const Slice& x);
+  // y = linear(what was shared last), the rows of this thread.
+  void multiply(int thread, const Linear& linear, const Slice& y, Activation activation = Activation::kNone,
+                bool ranges = false);
   // state = norm(state + y), y null for the embedding. One meeting.
-  void add_and_normalize(int thread, const float* y, const Norm& norm, Part mine);
+  void add_and_normalize(int thread, const Slice& state, const float* y, const Norm& norm);
   void clear_ranges(int thread);
 
-  // What a thread needs alone.
+  // What a thread needs alone. Every linear layer writes to `wide`, so that it stays in the thread's cache.
   struct Own {
-    Aligned<float> scale;  // [panels][16]
+    Aligned<float> state, wide;  // [panels][features of the thread][16]
+    Aligned<float> scale;        // [panels][16]
     Aligned<int32_t> zero;
     Aligned<char> scratch;
   };
@@ -108,8 +121,7 @@ class Encoder {
   Pool pool_;
   int panels_ = 0;    // of this pass
   int reserved_ = 0;  // panels that the buffers hold
-  Aligned<float> state_, wide_, mixed_;  // [panels][features][16]
-  Aligned<char> codes_;
+  Aligned<char> shared_;  // what the next linear layer reads: codes, or floats [panels][features][16]
   Aligned<float> ranges_, sums_;  // [threads][panels][2][16], what each thread tells the others
   std::vector<Own> own_;
 };

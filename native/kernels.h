@@ -4,7 +4,7 @@
 // Everything between layers is stored panel by panel with the 16 tokens innermost, so that vector lanes run over
 // tokens and nothing is ever reduced across lanes:
 //
-//   float activations   float [panels][features][16]
+//   float activations   float [panels][features][16]          a thread keeps those of its own features
 //   codes, int8 paths   uint8 [panels][inputs / 4][16][4]      four consecutive inputs of a token are one 32-bit word
 //   codes, avx2         int16 [panels][inputs / 2][16][2]      the same with two inputs, because AVX2 multiplies pairs
 //
@@ -69,8 +69,9 @@ struct Operands {
   const float* scale = nullptr;    // [panels][16], int8 only
   const int32_t* zero = nullptr;   // [panels][16], int8 only
   int panels = 0;
-  float* y = nullptr;              // [panels][.][16], `y_stride` floats from panel to panel
+  float* y = nullptr;              // [panels][.][16], from row `first` on, `y_stride` floats from panel to panel
   std::ptrdiff_t y_stride = 0;
+  int first = 0;
   Ranges ranges = nullptr;         // if set, widened by what is written to y
   int32_t* sums = nullptr;         // if set, the raw int32 sums go here, [panels][outputs][16], and nothing to y
   Activation activation = Activation::kNone;
@@ -79,15 +80,14 @@ struct Operands {
 
 // One head of one sequence. Up to 16 features past the head may be read.
 struct Attention {
-  const float* query = nullptr;  // float activations holding the head's rows, panel 0
+  float* query = nullptr;  // float activations holding the head's rows, panel 0; the output replaces them
   const float* key = nullptr;
   const float* value = nullptr;
-  float* out = nullptr;              // the head's rows of the output, panel 0
-  std::ptrdiff_t stride = 0;         // floats between panels of query, key and value
-  std::ptrdiff_t out_stride = 0;
+  std::ptrdiff_t stride = 0;         // floats between panels
   int size = 0;                      // of a head
   float scale = 0;                   // of the scores
   int begin = 0, end = 0;            // tokens of the sequence
+  bool exact = false;                // as exact as floats; otherwise operands may be rounded to bfloat16
   void* scratch = nullptr;
 };
 
@@ -107,18 +107,18 @@ struct Kernels {
   void (*linear_int8)(const Weights&, const Operands&, int begin, int end);
   void (*linear_float)(const Weights&, const Operands&, int begin, int end);
 
-  // Of one panel x [features][16], the features begin .. end - 1 unless said otherwise.
+  // Of one panel, x [count][16] being the features of this thread.
   // Widen one panel's range [2][16].
-  void (*range)(const float* x, int begin, int end, Ranges range);
+  void (*range)(const float* x, int count, Ranges range);
   // Scale and zero point of 16 tokens from `count` ranges that lie `stride` floats apart.
   void (*scales)(const float* ranges, int count, std::ptrdiff_t stride, float* scale, int32_t* zero);
-  // Codes; the thread with the last feature also clears the padding.
+  // Codes, x being the features begin .. end - 1 of `features`; the thread with the last one also clears the padding.
   void (*encode)(const float* x, int begin, int end, int features, const float* scale, const int32_t* zero, void* codes);
   // x += y (y may be null), and the sums of x and of x^2 over these features, [2][16].
-  void (*add)(float* x, const float* y, int begin, int end, float* sums);
-  // x = gamma * (x - mean) / deviation + beta, mean and variance from `count` pairs of sums `stride` floats apart over
-  // all features; widens the range if one is given.
-  void (*normalize)(float* x, int begin, int end, int features, const float* sums, int count, std::ptrdiff_t stride,
+  void (*add)(float* x, const float* y, int count, float* sums);
+  // x = gamma * (x - mean) / deviation + beta, mean and variance over all `features` from `parts` pairs of sums that
+  // lie `stride` floats apart; gamma and beta are those of x. Widens the range if one is given.
+  void (*normalize)(float* x, int count, int features, const float* sums, int parts, std::ptrdiff_t stride,
                     const float* gamma, const float* beta, float epsilon, Ranges range);
   void (*attention)(const Attention&);
 };
@@ -127,12 +127,12 @@ constexpr int round_up(int value, int multiple) { return (value + multiple - 1) 
 constexpr std::size_t codes_bytes(int inputs, int group_int8) {
   return static_cast<std::size_t>(round_up(inputs, 64)) * kLanes * (group_int8 == 2 ? 2 : 1);
 }
-// Largest need of any kernel: expanded weight tiles (AMX), or the operands of one head of a sequence (AMX: keys, values
-// and weights as two bfloat16 each) and the scores of a query panel.
+// Largest need of any kernel: expanded weight tiles (AMX), or the operands of one head of a sequence (AMX: keys, values,
+// a query panel and its weights as two bfloat16 each) and the scores of two query panels.
 constexpr std::size_t scratch_bytes(int inputs, int tokens, int head) {
   const std::size_t tiles = static_cast<std::size_t>(round_up(inputs, 64)) * 32 + 8192;
   const std::size_t keys = static_cast<std::size_t>(round_up(tokens, 2 * kLanes)) + 4 * kLanes;
-  const std::size_t operands = keys * head * 8 + keys * kLanes * 8 + static_cast<std::size_t>(head) * kLanes * 8 + 8192;
+  const std::size_t operands = keys * head * 8 + keys * kLanes * 12 + static_cast<std::size_t>(head) * kLanes * 8 + 8192;
   return tiles > operands ? tiles : operands;
 }
 

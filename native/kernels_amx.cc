@@ -70,7 +70,7 @@ inline void finish_some(const Weights& w, const Operands& o, Pending& pending, i
   const int stop = pending.n + rows < pending.stop ? pending.n + rows : pending.stop;
   const Tokens t = tokens(o, pending.panel);
   lanes::Floats low = lanes::all(0.0f), high = lanes::all(0.0f);
-  float* y = o.y + pending.panel * o.y_stride;
+  float* y = o.y + pending.panel * o.y_stride - o.first * kLanes;
   const int32_t* sums = pending.sums;
   for (int n = pending.n; n < stop; ++n, sums += kLanes) {
     lanes::Floats v = dequantize(w, t, n, lanes::load(sums));

@@ -225,9 +225,9 @@ static inline void widen(Ranges range, const Floats& v) {
   store(range + kLanes, larger(load(range + kLanes), v));
 }
 
-static inline void range(const float* x, int begin, int end, Ranges range) {
+static inline void range(const float* x, int count, Ranges range) {
   Floats low = load(range), high = load(range + kLanes);
-  for (int f = begin; f < end; ++f) {
+  for (int f = 0; f < count; ++f) {
     const Floats v = load(x + f * kLanes);
     low = smaller(low, v);
     high = larger(high, v);
@@ -260,7 +260,7 @@ static inline void encode_words(const float* x, int begin, int end, int features
   const Ints offset = load(zero) - bits(all(kRound));
   int32_t* out = static_cast<int32_t*>(codes) + begin / Group * kLanes;
   const auto code = [&](int f) {
-    const Ints rounded = bits(load(x + f * kLanes) * inverse + kRound) + offset;
+    const Ints rounded = bits(load(x + (f - begin) * kLanes) * inverse + kRound) + offset;
     return larger(smaller(rounded, all(255)), all(0));
   };
   int f = begin;
@@ -278,9 +278,9 @@ static inline void encode_words(const float* x, int begin, int end, int features
   }
 }
 
-static inline void add(float* x, const float* y, int begin, int end, float* sums) {
+static inline void add(float* x, const float* y, int count, float* sums) {
   Floats sum = all(0.0f), squares = all(0.0f);
-  for (int f = begin; f < end; ++f) {
+  for (int f = 0; f < count; ++f) {
     Floats v = load(x + f * kLanes);
     if (y != nullptr) {
       v = v + load(y + f * kLanes);
@@ -293,11 +293,10 @@ static inline void add(float* x, const float* y, int begin, int end, float* sums
   store(sums + kLanes, squares);
 }
 
-static inline void normalize(float* x, int begin, int end, int features, const float* sums, int count,
-                             std::ptrdiff_t stride, const float* gamma, const float* beta, float epsilon,
-                             Ranges range) {
+static inline void normalize(float* x, int count, int features, const float* sums, int parts, std::ptrdiff_t stride,
+                             const float* gamma, const float* beta, float epsilon, Ranges range) {
   Floats sum = all(0.0f), squares = all(0.0f);
-  for (int i = 0; i < count; ++i) {
+  for (int i = 0; i < parts; ++i) {
     sum = sum + load(sums + i * stride);
     squares = squares + load(sums + i * stride + kLanes);
   }
@@ -308,7 +307,7 @@ static inline void normalize(float* x, int begin, int end, int features, const f
   for (int i = 0; i < kLanes; ++i) inverses[i] = 1.0f / sqrtf(inverses[i]);
   const Floats inverse = load(inverses);
   Floats low = all(0.0f), high = all(0.0f);
-  for (int f = begin; f < end; ++f) {
+  for (int f = 0; f < count; ++f) {
     const Floats v = (load(x + f * kLanes) - mean) * inverse * gamma[f] + beta[f];
     store(x + f * kLanes, v);
     low = smaller(low, v);
@@ -367,7 +366,7 @@ static inline void attention(const Attention& a) {
     const Floats inverse = 1.0f / total;
     // Lanes of the panel that belong to other sequences keep what those sequences wrote.
     const Ints mine = inside(a, panel);
-    float* out = a.out + panel * a.out_stride;
+    float* out = a.query + panel * a.stride;
     for (int d0 = 0; d0 < a.size; d0 += kBlock) {
       Floats sum[kBlock];
       PRUNEOFA_UNROLL

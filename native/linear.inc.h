@@ -19,7 +19,7 @@ inline lanes::Floats dequantize(const Weights& w, const Tokens& t, int n, const 
 }
 
 inline void write(const Operands& o, int panel, int n, const lanes::Floats& y) {
-  lanes::store(o.y + panel * o.y_stride + n * kLanes, y);
+  lanes::store(o.y + panel * o.y_stride + (n - o.first) * kLanes, y);
   if (o.ranges != nullptr) lanes::widen(o.ranges + panel * 2 * kLanes, y);
 }
 

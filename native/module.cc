@@ -158,7 +158,7 @@ nb::ndarray<nb::numpy, float, nb::ndim<2>> linear_forward(const Linear& linear, 
       float* scale = call.scale.data() + p * kLanes;
       int32_t* zero = call.zero.data() + p * kLanes;
       Aligned<float> range(2 * kLanes);
-      kernels.range(panel, 0, linear.inputs(), range.data());
+      kernels.range(panel, linear.inputs(), range.data());
       kernels.scales(range.data(), 1, 0, scale, zero);
       kernels.encode(panel, 0, linear.inputs(), linear.inputs(), scale, zero, call.codes.data() + p * bytes);
     }
