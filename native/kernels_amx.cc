@@ -18,6 +18,8 @@ namespace amx {
 #define PRUNEOFA_REGISTER 64
 #define PRUNEOFA_MIN(a, b) _mm512_maskz_min_ps(0xffff, (__m512)(a), (__m512)(b))
 #define PRUNEOFA_MAX(a, b) _mm512_maskz_max_ps(0xffff, (__m512)(a), (__m512)(b))
+#define PRUNEOFA_LOOKUP(table, index) \
+  (FloatRegister) _mm512_permutex2var_ps(_mm512_load_ps(table), (__m512i)(index), _mm512_load_ps((table) + 16))
 #include "lanes.h"
 #include "linear.inc.h"
 #include "avx512.inc.h"

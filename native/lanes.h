@@ -188,6 +188,47 @@ static inline Floats exponential(Floats x) {
   return select(x < all(0.0f), small, 1.0f / small);
 }
 
+#if defined(PRUNEOFA_LOOKUP)  // the path's instruction: 16 of 32 floats by the lowest 5 bits of an index
+// |x| * (Phi(|x|) - 1/2) by cubics around 0, 1/6, ... 31/6, fitted to Chebyshev points: coefficients of r^0 .. r^3 with
+// |x| = (n + r) / 6. The last is |x| / 2.
+alignas(64) constexpr float kGelu[4][32] = {
+    {0.00000000e+00f, 1.10310148e-02f, 4.35198583e-02f, 9.57314372e-02f, 1.65005058e-01f, 2.48059660e-01f,
+     3.41344625e-01f, 4.41381902e-01f, 5.45051515e-01f, 6.49788976e-01f, 7.53682554e-01f, 8.55476260e-01f,
+     9.54499602e-01f, 1.05055130e+00f, 1.14376426e+00f, 1.23447585e+00f, 1.32311904e+00f, 1.41014075e+00f,
+     1.49595034e+00f, 1.58089185e+00f, 1.66523647e+00f, 1.74918580e+00f, 1.83288288e+00f, 1.91642439e+00f,
+     1.99987328e+00f, 2.08326888e+00f, 2.16663480e+00f, 2.24998474e+00f, 2.33332610e+00f, 2.41666341e+00f,
+     2.49999857e+00f, 2.58333325e+00f},
+    {-1.59809906e-06f, 2.19594948e-02f, 4.27254662e-02f, 6.12491295e-02f, 7.67454058e-02f, 8.87663141e-02f,
+     9.72192064e-02f, 1.02332078e-01f, 1.04578137e-01f, 1.04578204e-01f, 1.03000827e-01f, 1.00476794e-01f,
+     9.75386575e-02f, 9.45890024e-02f, 9.18948650e-02f, 8.96018595e-02f, 8.77598226e-02f, 8.63523409e-02f,
+     8.53242725e-02f, 8.46039578e-02f, 8.41186419e-02f, 8.38036239e-02f, 8.36063549e-02f, 8.34870338e-02f,
+     8.34172741e-02f, 8.33778158e-02f, 8.33562091e-02f, 8.33447576e-02f, 8.33388716e-02f, 8.33359361e-02f,
+     8.33345279e-02f, 8.33333358e-02f},
+    {1.10977199e-02f, 1.07650654e-02f, 9.89068300e-03f, 8.55060294e-03f, 6.89886417e-03f, 5.11268154e-03f,
+     3.36458674e-03f, 1.79838494e-03f, 5.13161533e-04f, -4.42758290e-04f, -1.06842327e-03f, -1.39988738e-03f,
+     -1.49627682e-03f, -1.42568524e-03f, -1.25349790e-03f, -1.03455735e-03f, -8.09410994e-04f, -6.03996450e-04f,
+     -4.31656837e-04f, -2.96307291e-04f, -1.95780609e-04f, -1.24715298e-04f, -7.66893863e-05f, -4.55666013e-05f,
+     -2.61819296e-05f, -1.45574559e-05f, -7.83673931e-06f, -4.08649521e-06f, -2.06491427e-06f, -1.01142609e-06f,
+     -4.80367248e-07f, 0.00000000e+00f},
+    {-5.12125480e-05f, -2.00593073e-04f, -3.76762939e-04f, -5.08452009e-04f, -5.83318761e-04f, -5.98347280e-04f,
+     -5.59469510e-04f, -4.79471404e-04f, -3.74848081e-04f, -2.62442452e-04f, -1.56625174e-04f, -6.75105330e-05f,
+     -3.61302938e-07f, 4.39734395e-05f, 6.79416044e-05f, 7.59061295e-05f, 7.28526356e-05f, 6.34137323e-05f,
+     5.12944353e-05f, 3.90676578e-05f, 2.82411802e-05f, 1.94774966e-05f, 1.28630054e-05f, 8.15556450e-06f,
+     4.97424980e-06f, 2.92299683e-06f, 1.65684969e-06f, 9.06812204e-07f, 4.79601340e-07f, 2.45280575e-07f,
+     1.21369879e-07f, 0.00000000e+00f},
+};
+
+// x * Phi(x) to 2e-6. Half as many instructions as the polynomial below, and half of these are shuffles, which have a
+// port of their own: tile instructions leave only one for multiplications.
+static inline Floats gelu(const Floats& x) {
+  const Floats a = as_floats(bits(x) & 0x7fffffff);
+  const Floats shifted = smaller(a * 6.0f + kRound, all(kRound + 31.0f));
+  const Floats r = a * 6.0f - (shifted - kRound);
+  const auto coefficient = [&](int i) { return PRUNEOFA_LOOKUP(kGelu[i], bits(shifted)); };
+  const Floats p = ((coefficient(3) * r + coefficient(2)) * r + coefficient(1)) * r + coefficient(0);
+  return x * 0.5f + p;
+}
+#else
 // x * Phi(x) to 5e-6. Phi - 1/2 is x times a polynomial in t = 2 x^2 / 25 - 1, fitted to minimise the largest error of
 // the product (docs/kernels.md); beyond |x| = 5 Phi is taken from there.
 static inline Floats gelu(const Floats& x) {
@@ -206,6 +247,7 @@ static inline Floats gelu(const Floats& x) {
   p = p * t + 0.14136375486850739f;
   return x * (c * p + 0.5f);
 }
+#endif
 
 // The tanh approximation of GELU, as in GPT-2: x * sigmoid(2 * sqrt(2/pi) * (x + 0.044715 x^3)).
 static inline Floats gelu_tanh(const Floats& x) {
