@@ -52,6 +52,7 @@ struct Weights {
   const uint64_t* masks = nullptr;        // sparse: [outputs / 16][inputs / 64][16]
   const uint32_t* value_start = nullptr;  // sparse: [outputs / 16 + 1]
   const int8_t* values = nullptr;         // sparse: non-zeros in the order of the masks; dense: whole tiles
+  bool short_runs = false;  // no mask has more than 32 ones
   // int8 only.
   const float* scale = nullptr;      // [outputs]
   const float* row_sum = nullptr;    // [outputs], whole numbers below 2^24

@@ -40,15 +40,22 @@ void begin() { _tile_loadconfig(&kEightFullTiles); }
 void end() { _tile_release(); }
 
 // Sixteen rows of 64 weights from their masks; returns where the non-zeros of the next tile begin. Reads up to 63
-// bytes past the last non-zero.
-inline const int8_t* expand(const uint64_t* masks, const int8_t* values, int8_t* tile) {
+// bytes past the last non-zero. `Most` non-zeros per row: shorter loads straddle fewer cache lines.
+template <int Most>
+inline const int8_t* expand_rows(const uint64_t* masks, const int8_t* values, int8_t* tile) {
+  asm("" : "+r"(masks), "+r"(tile));  // or GCC keeps sixteen addresses of each
   PRUNEOFA_UNROLL
   for (int r = 0; r < 16; ++r) {
-    const __m512i packed = _mm512_loadu_si512(values);
+    const __m512i packed = Most > 32 ? _mm512_loadu_si512(values)
+                                     : _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)values));
     _mm512_store_si512(tile + r * 64, _mm512_maskz_expand_epi8(masks[r], packed));
     values += _mm_popcnt_u64(masks[r]);
   }
   return values;
+}
+
+inline const int8_t* expand(bool short_runs, const uint64_t* masks, const int8_t* values, int8_t* tile) {
+  return short_runs ? expand_rows<32>(masks, values, tile) : expand_rows<64>(masks, values, tile);
 }
 
 // The sums of two rows of tiles for two panels that wait to become floats. They do so a few rows at a time between
@@ -141,13 +148,18 @@ void multiply_tiles(const Weights& w, const Operands& o, int begin, int end) {
       masks[i] = w.masks + mine * chunks * 16;
       values[i] = w.values + w.value_start[mine];
     }
+    const auto expand_chunk = [&](int c) {
+      for (int i = 0; i < 2; ++i) {
+        values[i] = expand(w.short_runs, masks[i] + c * 16, values[i], tiles + (i * chunks + c) * kTile);
+      }
+    };
     for (int p = 0; p < o.panels; p += 2) {
       const bool fresh = w.sparse && p == 0;
       const char* x0 = x + p * panel_bytes;
       const char* x1 = p + 1 < o.panels ? x0 + panel_bytes : x0;
-      if (fresh) {  // one chunk ahead of the multiplication
-        for (int i = 0; i < 2; ++i) values[i] = expand(masks[i], values[i], tiles + i * chunks * kTile);
-      }
+      // A tile read soon after it was written waits for the writes: two chunks ahead of the multiplication.
+      if (fresh) expand_chunk(0);
+      if (fresh && chunks > 1) expand_chunk(1);
       _tile_zero(0);
       _tile_zero(1);
       _tile_zero(2);
@@ -161,11 +173,7 @@ void multiply_tiles(const Weights& w, const Operands& o, int begin, int end) {
         _tile_loadd(7, x1 + c * kTile, 64);
         _tile_dpbsud(2, 4, 7);
         _tile_dpbsud(3, 5, 7);
-        if (fresh && c + 1 < chunks) {
-          for (int i = 0; i < 2; ++i) {
-            values[i] = expand(masks[i] + (c + 1) * 16, values[i], tiles + (i * chunks + c + 1) * kTile);
-          }
-        }
+        if (fresh && c + 2 < chunks) expand_chunk(c + 2);
         if (w.sparse && p + 2 >= o.panels) prefetch(w, row + 2, chunks, c);
         finish_rows(w, o, pending, share);
       }

@@ -99,6 +99,7 @@ void Linear::lay_out_tiles(const PackedLayer& layer, const std::vector<std::size
     values_ = Aligned<int8_t>(static_cast<std::size_t>(rows) * chunks * 1024);
   }
   std::size_t written = 0;
+  weights_.short_runs = true;
   for (int row = 0; row < rows; ++row) {
     if (weights_.sparse) row_start_[row] = static_cast<uint32_t>(written);
     const int count = layer.outputs - row * 16 < 16 ? layer.outputs - row * 16 : 16;
@@ -111,6 +112,7 @@ void Linear::lay_out_tiles(const PackedLayer& layer, const std::vector<std::size
         if (weights_.sparse) {
           const int found = popcount(mask);
           masks_[tile * 16 + r] = mask;
+          weights_.short_runs = weights_.short_runs && found <= 32;
           std::memcpy(values_.data() + written, layer.codes + next[r], found);
           written += found;
           next[r] += found;

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -25,6 +25,10 @@ class Layer:
         """`module.Linear`: module is pruneofa.reference or pruneofa._native."""
         bitmask = np.packbits(self.kept, axis=1, bitorder="little")
         return module.Linear(bitmask, self.weight[self.kept], self.scale, self.bias, self.kept.shape[1], isa)
+
+    def in_floats(self) -> "Layer":
+        """The same layer of int8 weights with float weights."""
+        return replace(self, weight=(self.weight * self.scale[:, None]).astype(np.float32), scale=None)
 
 
 def int8_layer(random: np.random.Generator, n: int, k: int, sparsity: float, fill: str = "random") -> Layer:
@@ -95,6 +99,13 @@ class Model:
             hidden=self.hidden, heads=self.heads, epsilon=1e-12, activation=self.activation, threads=threads, isa=isa,
             embedding_norm=self.embedding_norm, layers=layers, **self.tables,
         )  # fmt: skip
+
+    def in_floats(self) -> "Model":
+        """The same model of int8 weights with float weights, so that activations are not quantized."""
+        return replace(self, layers=[
+            {name: part.in_floats() if isinstance(part, Layer) else part for name, part in layer.items()}
+            for layer in self.layers
+        ])  # fmt: skip
 
 
 def model(
