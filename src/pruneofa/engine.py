@@ -52,7 +52,7 @@ class Engine:
     """
 
     def __init__(self, packed: Packed, *, precision: Precision, threads: int, isa: str) -> None:
-        """Lay out a packed model for one ISA; arguments as `from_pretrained` has checked them."""
+        """Lay out a packed model for one ISA, and use it up; arguments as `from_pretrained` has checked them."""
         folder = packed.folder
         architecture = read_architecture(packed.config, folder)
         weights = Weights(packed, native, isa)
@@ -269,11 +269,12 @@ class Engine:
 
 
 def _quantized(packed: Packed) -> Packed:
-    """A model packed as fp32, as int8."""
+    """A model packed as fp32, as int8; tensor by tensor, so that memory never holds both."""
+    linears, embeddings = packed.linears, packed.embeddings
     return dataclasses.replace(
         packed,
-        linears={name: pack_linear(linear.dense(), "int8") for name, linear in packed.linears.items()},
-        embeddings={name: PackedEmbedding(*quantize_weight(table.values)) for name, table in packed.embeddings.items()},
+        linears={name: pack_linear(linears.pop(name).dense(), "int8") for name in list(linears)},
+        embeddings={name: PackedEmbedding(*quantize_weight(embeddings.pop(name).values)) for name in list(embeddings)},
     )
 
 
