@@ -180,7 +180,7 @@ void Encoder::embed(const Slice& state, const Sequences& sequences) {
   const int hidden = options_.hidden;
   const auto row = [&](const Table& table, int id, int begin, int count, float* sum) {
     const std::size_t place = static_cast<std::size_t>(id) * hidden + begin;
-    if (table.codes.empty()) {
+    if (table.codes == nullptr) {
       for (int i = 0; i < count; ++i) sum[i] += table.values[place + i];
     } else {
       const float scale = table.scale[id];

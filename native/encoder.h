@@ -13,17 +13,13 @@
 
 namespace pruneofa {
 
-// int8 rows with a scale each, or floats.
+// int8 rows with a scale each, or floats. The rows are not copied: they are most of the memory of a small model.
 struct Table {
-  std::vector<int8_t> codes;
-  std::vector<float> scale;
-  std::vector<float> values;
+  std::shared_ptr<const void> owner;  // of the rows
+  const int8_t* codes = nullptr;      // [rows][hidden] or null
+  const float* values = nullptr;      // [rows][hidden] or null
+  std::vector<float> scale;           // [rows] with codes
   int rows = 0;
-
-  float at(int row, int column, int width) const {
-    const std::size_t place = static_cast<std::size_t>(row) * width + column;
-    return codes.empty() ? values[place] : static_cast<float>(codes[place]) * scale[row];
-  }
 };
 
 struct Norm {

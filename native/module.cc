@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <optional>
 #include <stdexcept>
 
@@ -196,6 +197,7 @@ nb::ndarray<nb::numpy, int32_t, nb::ndim<2>> linear_accumulate(const Linear& lin
   return result;
 }
 
+// Keeps the array of the rows; whoever lets go of it last, its destructor takes the GIL.
 Table table(const nb::handle& source, int hidden, const char* name) {
   Table made;
   if (source.is_none()) return made;
@@ -213,11 +215,13 @@ Table table(const nb::handle& source, int hidden, const char* name) {
     fits(codes.shape(0), codes.shape(1));
     if (scale.shape(0) != codes.shape(0)) throw std::invalid_argument(wanted);
     expect_scales(scale);
-    made.codes.assign(codes.data(), codes.data() + codes.size());
+    made.codes = codes.data();
     made.scale.assign(scale.data(), scale.data() + scale.size());
+    made.owner = std::make_shared<Matrix<int8_t>>(codes);
   } else if (nb::try_cast(pair.first, values, false) && pair.second.is_none()) {
     fits(values.shape(0), values.shape(1));
-    made.values.assign(values.data(), values.data() + values.size());
+    made.values = values.data();
+    made.owner = std::make_shared<Matrix<float>>(values);
   } else {
     throw std::invalid_argument(wanted);
   }

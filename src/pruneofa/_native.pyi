@@ -99,7 +99,7 @@ class Encoder:
         embedding_norm: tuple[Floats, Floats],
         layers: Sequence[Mapping[str, Any]],
     ) -> None:
-        """Copy the tables and norms, and keep the layers.
+        """Copy norms and scales; keep the layers, and the rows of the tables, which must not change from then on.
 
         Args:
             hidden: size of a token's vector, divisible by `heads`.

@@ -170,7 +170,10 @@ def _problem_type(config: Mapping[str, Any], where: Any) -> str | None:
 
 
 class Weights:
-    """The tensors of a packed model by name, in the precision asked for, with errors that name what is wrong."""
+    """The tensors of a packed model by name, in the precision asked for, with errors that name what is wrong.
+
+    A linear layer is taken out of the packed model as it is laid out: both at once would be twice the memory.
+    """
 
     def __init__(self, packed: Packed, native: Any, isa: str) -> None:
         self._packed, self._native, self._isa = packed, native, isa
@@ -193,8 +196,8 @@ class Weights:
         return name in self._packed.plain
 
     def linear(self, name: str, rows: int, columns: int) -> Any:
-        """`native.Linear` of NAME.weight and NAME.bias."""
-        weight = self._packed.linears.get(f"{name}.weight")
+        """`native.Linear` of NAME.weight and NAME.bias; it can be asked for once."""
+        weight = self._packed.linears.pop(f"{name}.weight", None)
         if weight is None:
             raise self._missing(f"{name}.weight")
         if tuple(weight.shape) != (rows, columns):

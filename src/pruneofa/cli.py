@@ -220,7 +220,7 @@ def _transfer(verb: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(verb: argparse.ArgumentParser) -> None:
-    """Metrics of any task model's folder."""
+    """Metrics of any task model's folder: a packed one by the engine, another one by torch or by the engine."""
     from pruneofa import recipe
 
     verb.usage = "pruneofa evaluate PATH (--task T | --data FILE --text A [B] --label L) [options]"
@@ -230,13 +230,20 @@ def _evaluate(verb: argparse.ArgumentParser) -> None:
     add_fields(verb, recipe.Task, "", only=("data", "validation", "text", "label", "max_length", "stride",
                                              "validation_rows", "skip_bad_answers"))  # fmt: skip
     verb.add_argument("--data-root", help="relative data paths are resolved here")
+    group = verb.add_argument_group("engine")
+    group.add_argument("--engine", action="store_true", help="by the engine, as packed folders are in any case")
+    choice = "of the engine's weights (default int8); torch computes in fp32"
+    group.add_argument("--precision", choices=["int8", "fp32"], help=choice)
+    group.add_argument("--threads", type=int, metavar="N", help="of the engine (default: one per CPU)")
+    group.add_argument("--isa", metavar="ISA", help="hold the engine to amx, avx512vnni, avx2 or scalar")
     verb.add_argument("--json", action="store_true", help="print as JSON")
 
     def call(options: argparse.Namespace) -> int:
         from pruneofa.train.evaluate import evaluate
 
         name, spec = read_task(options)
-        _print(evaluate(options.path, name, spec, data_root=options.data_root, whole=True), options.json)
+        engine = {key: getattr(options, key) for key in ("engine", "precision", "threads", "isa")}
+        _print(evaluate(options.path, name, spec, data_root=options.data_root, whole=True, **engine), options.json)
         return 0
 
     verb.set_defaults(call=call)
@@ -417,7 +424,7 @@ VERBS: list[tuple[str, str, Callable[[argparse.ArgumentParser], None]]] = [
     ("demo", "the whole method in minutes, on text this machine has", _demo),
     ("prune", "teacher preparation and pruning alone", _prune),
     ("transfer", "fine-tune a sparse model on a task, pattern locked", _transfer),
-    ("evaluate", "metrics of a task model", _evaluate),
+    ("evaluate", "metrics of a task model, packed or not", _evaluate),
     ("inspect", "sparsity per layer, pattern hash, sizes", _inspect),
     ("verify", "prove that a derived model keeps the pattern", _verify),
     ("pack", "store a model at a fraction of its size", _pack),

@@ -49,10 +49,11 @@ class Engine:
         task: what `predict` does: "classification", "question answering", "token classification",
             "masked-LM" or "embedding".
         max_length: most tokens of a sequence, special ones included.
+        labels: of classification, the names of the classes by their id; otherwise empty.
     """
 
     def __init__(self, packed: Packed, *, precision: Precision, threads: int, isa: str) -> None:
-        """Lay out a packed model for one ISA; arguments as `from_pretrained` has checked them."""
+        """Lay out a packed model for one ISA, and use it up; arguments as `from_pretrained` has checked them."""
         folder = packed.folder
         architecture = read_architecture(packed.config, folder)
         weights = Weights(packed, native, isa)
@@ -74,6 +75,7 @@ class Engine:
         )
         self._head: Head = sentence or _task_head(weights, architecture, self._tokenizer)
         self.task = "embedding" if sentence else architecture.task
+        self.labels = list(self._head.labels) if isinstance(self._head, Classification) else []
 
     @classmethod
     def from_pretrained(
@@ -209,6 +211,41 @@ class Engine:
             return results[0]
         return np.stack(results) if self.task == "embedding" else results
 
+    def logits(
+        self, input_ids: Sequence[NDArray[np.integer]], token_type_ids: Sequence[NDArray[np.integer]] | None = None
+    ) -> list[NDArray[np.float32]]:
+        """What the head gives before any softmax, for sequences that are tokenized already.
+
+        Args:
+            input_ids: of each sequence the ids (tokens,), special tokens included and no padding.
+            token_type_ids: (tokens,) likewise; None: all 0. A model without token types ignores them.
+
+        Returns:
+            Of each sequence, in order: (classes,) of classification, (tokens, 2) start and end of question answering.
+
+        Raises:
+            InputError: a model of another task, or an id that is not the model's.
+            ValueError: a token type out of range, or a sequence longer than `max_length`.
+        """
+        head = self._head
+        if not isinstance(head, Classification | QuestionAnswering):
+            raise InputError(f"logits are of classification and question answering; this model does {self.task}")
+        if not input_ids:
+            return []
+        largest = max(int(ids.max()) for ids in input_ids)
+        if largest >= self._vocabulary:
+            raise InputError(
+                f"the tokenizer gives id {largest}, but the model has {self._vocabulary} word embeddings; "
+                "tokenizer.json belongs to another model"
+            )
+        types = token_type_ids if self._architecture.types > 1 and token_type_ids is not None else None
+        sequences = [
+            Tokens(ids.astype(np.int32), np.zeros(len(ids), np.int32) if types is None else types[i].astype(np.int32))
+            for i, ids in enumerate(input_ids)
+        ]
+        reduced = self._reduced(sequences)
+        return list(head.logits(reduced)) if isinstance(head, Classification) else reduced
+
     def _predict(self, texts: Sequence[Any], names: Sequence[str], truncate: bool) -> list[Any]:
         head = self._head
         if isinstance(head, QuestionAnswering):
@@ -269,11 +306,12 @@ class Engine:
 
 
 def _quantized(packed: Packed) -> Packed:
-    """A model packed as fp32, as int8."""
+    """A model packed as fp32, as int8; tensor by tensor, so that memory never holds both."""
+    linears, embeddings = packed.linears, packed.embeddings
     return dataclasses.replace(
         packed,
-        linears={name: pack_linear(linear.dense(), "int8") for name, linear in packed.linears.items()},
-        embeddings={name: PackedEmbedding(*quantize_weight(table.values)) for name, table in packed.embeddings.items()},
+        linears={name: pack_linear(linears.pop(name).dense(), "int8") for name in list(linears)},
+        embeddings={name: PackedEmbedding(*quantize_weight(embeddings.pop(name).values)) for name in list(embeddings)},
     )
 
 

@@ -54,7 +54,11 @@ class Dense:
 
 
 class Classification:
-    """One class, or a probability of each of several, from the first token."""
+    """One class, or a probability of each of several, from the first token.
+
+    Attributes:
+        labels: names of the classes by their id.
+    """
 
     def __init__(self, weights: Weights, architecture: Architecture) -> None:
         hidden, family = architecture.hidden, architecture.family
@@ -67,15 +71,21 @@ class Classification:
             )
         self._activation = reference.relu if family == "distilbert" else np.tanh
         self._out = Dense.read(weights, "classifier.out_proj" if family == "roberta" else "classifier", -1, hidden)
-        self._labels = label_names(architecture, len(self._out.bias))
+        self.labels = label_names(architecture, len(self._out.bias))
         # As transformers' pipeline decides where the config does not.
         self._problem = architecture.problem_type or (
-            "multi_label_classification" if len(self._labels) == 1 else "single_label_classification"
+            "multi_label_classification" if len(self.labels) == 1 else "single_label_classification"
         )
 
     def reduce(self, hidden: Float, tokens: Tokens) -> Float:
         """The first token, (hidden,)."""
         return hidden[0].copy()
+
+    def logits(self, reduced: Sequence[Float]) -> Float:
+        """(texts, classes), before any softmax."""
+        rows = np.stack(reduced)
+        inner = self._dense(rows) if self._pooler is None else self._pooler.forward(rows)
+        return self._out(self._activation(inner))
 
     def results(self, reduced: Sequence[Float], tokens: Sequence[Tokens], texts: Sequence[Any]) -> list[dict[str, Any]]:
         """{"label", "score", "scores": {label: score}} of each text, scores in the order of the classes.
@@ -83,14 +93,12 @@ class Classification:
         A score is a probability among all classes; of one class by itself when the model is multi-label or
         has a single class; and the bare output of a regression.
         """
-        rows = np.stack(reduced)
-        inner = self._dense(rows) if self._pooler is None else self._pooler.forward(rows)
-        scores = self._out(self._activation(inner))
+        scores = self.logits(reduced)
         if self._problem == "single_label_classification":
             scores = reference.softmax(scores)
         elif self._problem == "multi_label_classification":
             scores = 1 / (1 + np.exp(-scores.astype(np.float64)))
-        return [_best(self._labels, row) for row in scores]
+        return [_best(self.labels, row) for row in scores]
 
 
 class QuestionAnswering:

@@ -8,7 +8,10 @@ Stated tolerances, for outputs of a LayerNorm, whose size is about 1:
   everywhere. All it may add to the distance from float weights, that int8 makes, is BFLOAT16 of it.
 """
 
+import dataclasses
+import gc
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -254,3 +257,28 @@ def test_choices_name_every_linear_layer(isa):
     choices = dict(model(depth=2, sparsity=0.9).build(_native, isa).choices())
     assert list(choices)[:2] == ["layer.0.query", "layer.0.key"] and len(choices) == 12
     assert all(choice.startswith("sparse: sparsity 0.") for choice in choices.values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_rows_of_tables_are_kept_and_not_copied(precision):
+    parts = model(precision=precision)
+    inputs = batch(LENGTHS)
+    wanted = parts.build(reference, "scalar").forward(*inputs)
+    encoder = parts.build(_native, "scalar")
+    rows = [weakref.ref(values) for values, _ in parts.tables.values()]
+    del parts
+    gc.collect()
+    assert all(alive() is not None for alive in rows)
+    check(encoder.forward(*inputs), wanted, precision)
+    del encoder
+    assert [alive() for alive in rows] == [None] * 3
+
+
+def test_tables_that_are_refused_are_let_go():
+    parts = model()
+    rows = weakref.ref(parts.tables["word"][0])
+    with pytest.raises(ValueError, match="hidden"):
+        dataclasses.replace(parts, heads=3).build(_native, "scalar")
+    del parts
+    gc.collect()
+    assert rows() is None

@@ -5,13 +5,14 @@ import os
 import subprocess
 import sys
 import threading
+import weakref
 
 import numpy as np
 import pytest
 import torch
 import transformers
 
-from pruneofa import Engine
+from pruneofa import Engine, packed
 from pruneofa.packing import pack
 from tests.tiny import tiny_bert, tiny_distilbert, tiny_roberta, tiny_tokenizer
 from tests.unit.engine_folder import write_folder
@@ -308,3 +309,14 @@ print(pruneofa.Engine.from_pretrained({str(tmp_path)!r}).predict("the river")["l
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("label ")
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp32"])
+def test_linears_do_not_stay_in_memory_as_packed(tmp_path, precision):
+    pack(write_folder(tmp_path / "model"), tmp_path / "packed", precision=precision)
+    model = packed.read(tmp_path / "packed")
+    bitmasks = [weakref.ref(linear.bitmask) for linear in model.linears.values()]
+    engine = Engine(model, precision=precision, threads=1, isa="scalar")
+    assert len(bitmasks) == 13 and all(alive() is None for alive in bitmasks)
+    same = Engine.from_pretrained(tmp_path / "packed", precision=precision, threads=1, isa="scalar")
+    assert engine.predict("the great film") == same.predict("the great film")

@@ -1,9 +1,9 @@
-"""Metrics of a model on a task, in percent."""
+"""Metrics of a model on a task, in percent, by torch or by the engine."""
 
 import contextlib
 import inspect
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,15 +12,22 @@ import torch
 from numpy.typing import NDArray
 
 from pruneofa import recipe
+from pruneofa.architectures import Precision as EnginePrecision
+from pruneofa.engine import Engine
 from pruneofa.errors import InputError, first_line
+from pruneofa.manifest import is_packed
+from pruneofa.pattern import local_folder
 from pruneofa.progress import progress
 from pruneofa.train import squad
 from pruneofa.train.models import read_model
 from pruneofa.train.tasks import Task, TaskData, load_task, longest_input
 
-Precision = Literal["fp32", "bf16"]
+TorchPrecision = Literal["fp32", "bf16"]
+# Features, and the logits of each: one (classes,) row, or start and end of at least as many tokens as it has.
+Batch = tuple[NDArray[np.int64], tuple[Sequence[NDArray[np.float32]] | NDArray[np.float32], ...]]
 _FULL_LENGTH = 128  # tokens per row that batch_size is meant for; shorter rows go in larger batches
 _MOST = 8  # times batch_size, at most
+_ENGINE_ROWS = 256  # a step of the progress bar; the engine cuts batches for itself
 _TARGETS = ("labels", "start_positions", "end_positions")
 
 
@@ -32,7 +39,10 @@ def evaluate(
     data_root: str | Path | None = None,
     whole: bool = False,
     batch_size: int = 64,
-    precision: Precision = "fp32",
+    precision: TorchPrecision | EnginePrecision | None = None,
+    engine: bool = False,
+    threads: int | None = None,
+    isa: str | None = None,
 ) -> dict[str, float]:
     """Metrics of the task model in the folder (or hub id) `path`; see `evaluate_model`.
 
@@ -40,31 +50,55 @@ def evaluate(
     Of data without validation rows the tenth counts that training would hold out, so that the number compares
     with those of models trained on it; `whole` takes all rows. How many there were goes to stderr.
 
+    Args:
+        precision: of torch fp32 (default) or bf16; of the engine int8 (default) or fp32.
+        engine: compute by `pruneofa.Engine`, as a packed folder always is; otherwise by torch.
+        threads: of the engine; `isa` likewise, see `Engine.from_pretrained`.
+
     Raises:
-        InputError: the folder has no trained head for this kind of task, or other labels; or wrong data.
+        InputError: the folder has no trained head for this kind of task, or other labels; wrong data; or
+            settings of the engine for torch, or the other way round.
     """
+    kind: Literal["classification", "qa"] = "qa" if name == "squad" else "classification"
+    data = {"data_root": data_root, "whole": whole}
+    if engine or is_packed(Path(path).expanduser()):
+        folder = local_folder(path)
+        chosen: Any = precision or "int8"  # the engine refuses bf16
+        ours = Engine.from_pretrained(folder, precision=chosen, threads=threads, isa=isa)
+        if ours.task != (purpose := "question answering" if kind == "qa" else kind):
+            raise InputError(f"{path}: its head is for {ours.task}, --task {name} wants one for {purpose}; "
+                             "name a model of this task, or make one with `pruneofa transfer`")  # fmt: skip
+        how = f", by the engine in {ours.precision} on {ours.isa}"
+        return evaluate_engine(ours, _read_task(folder, name, spec, ours.labels, ours.max_length, how, **data))
+    if precision == "int8" or threads is not None or isa is not None:
+        raise InputError(f"{path}: int8, --threads and --isa are the engine's, and this folder goes to torch; "
+                         "add --engine, or leave them out")  # fmt: skip
+    model = load_task_model(path, kind)
+    task = _read_task(path, name, spec, _class_names(model.config), longest_input(model.config), **data)
+    return evaluate_model(model, task, batch_size=batch_size, precision=precision or "fp32")
+
+
+def _read_task(
+    path: str | Path,
+    name: str,
+    spec: recipe.Task,
+    classes: list[str],
+    max_positions: int,
+    how: str = "",
+    **data: Any,
+) -> Task:
+    """The task for a model with these classes, by the tokenizer in its folder; says how many rows there are."""
     from transformers import AutoTokenizer
 
-    model = load_task_model(path, "qa" if name == "squad" else "classification")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: no usable tokenizer there ({first_line(error)})") from None
-    own = name not in recipe.KNOWN_TASKS and not _unnamed(model.config)
-    labels = [model.config.id2label[index] for index in range(model.config.num_labels)] if own else None
-    task = load_task(
-        name,
-        spec,
-        tokenizer,
-        data_root=data_root,
-        train=False,
-        whole=whole,
-        labels=labels,
-        max_positions=longest_input(model.config),
-    )
-    counts = " and ".join(f"{data.rows.num_rows:,} rows" for data in task.evaluations.values())
-    sys.stderr.write(f"evaluate {name}: {counts}\n")
-    return evaluate_model(model, task, batch_size=batch_size, precision=precision)
+    labels = None if name in recipe.KNOWN_TASKS or _unnamed(classes) else classes
+    task = load_task(name, spec, tokenizer, train=False, labels=labels, max_positions=max_positions, **data)
+    counts = " and ".join(f"{split.rows.num_rows:,} rows" for split in task.evaluations.values())
+    sys.stderr.write(f"evaluate {name}: {counts}{how}\n")
+    return task
 
 
 def load_task_model(path: str | Path, kind: Literal["classification", "qa"]) -> torch.nn.Module:
@@ -88,7 +122,7 @@ def load_task_model(path: str | Path, kind: Literal["classification", "qa"]) -> 
 
 
 def evaluate_model(
-    model: torch.nn.Module, task: Task, *, batch_size: int = 64, precision: Precision = "fp32"
+    model: torch.nn.Module, task: Task, *, batch_size: int = 64, precision: TorchPrecision = "fp32"
 ) -> dict[str, float]:
     """Metrics of `model` on the evaluation rows of `task`, in percent.
 
@@ -102,17 +136,28 @@ def evaluate_model(
         accuracy (SST-2, QNLI), accuracy and accuracy_mm (MNLI), accuracy and f1 (QQP: of the class
         duplicate; a task of one's own: macro average), or exact_match and f1 (SQuAD).
     """
-    metrics: dict[str, float] = {}
     columns = label_order(model.config, task) if task.kind == "classification" else None
     with _evaluating(model):
-        for suffix, data in task.evaluations.items():
-            if columns is None:
-                metrics |= squad.metrics(*_answers(model, task, data, batch_size, precision))
-                continue
-            predicted = np.zeros(len(data), np.int64)
-            for rows, logits in _forward(model, task, data, batch_size, precision):
-                predicted[rows] = logits[0][:, columns].argmax(axis=1)
-            metrics |= _classification_metrics(task, data, predicted, suffix)
+        return _metrics(task, columns, lambda data: _forward(model, task, data, batch_size, precision))
+
+
+def evaluate_engine(engine: Engine, task: Task) -> dict[str, float]:
+    """What `evaluate_model` gives, of an engine whose head is for this kind of task."""
+    columns = _order(engine.labels, task) if task.kind == "classification" else None
+    return _metrics(task, columns, lambda data: _engine_forward(engine, task, data))
+
+
+def _metrics(task: Task, columns: list[int] | None, forward: Callable[[TaskData], Iterator[Batch]]) -> dict[str, float]:
+    """Metrics from the logits of all evaluation rows; `columns` as `label_order` gives it, None for SQuAD."""
+    metrics: dict[str, float] = {}
+    for suffix, data in task.evaluations.items():
+        if columns is None:
+            metrics |= squad.metrics(*_answers(task, data, forward(data)))
+            continue
+        predicted = np.zeros(len(data), np.int64)
+        for rows, logits in forward(data):
+            predicted[rows] = np.asarray(logits[0])[:, columns].argmax(axis=1)
+        metrics |= _classification_metrics(task, data, predicted, suffix)
     return metrics
 
 
@@ -125,8 +170,11 @@ def label_order(config: Any, task: Task) -> list[int]:
     Raises:
         InputError: the model has other labels.
     """
-    theirs = [str(config.id2label[index]) for index in range(config.num_labels)]
-    if _unnamed(config) and len(theirs) == len(task.labels):
+    return _order(_class_names(config), task)
+
+
+def _order(theirs: list[str], task: Task) -> list[int]:
+    if _unnamed(theirs) and len(theirs) == len(task.labels):
         return list(range(len(theirs)))
     ids = {name.lower(): index for index, name in enumerate(theirs)}
     wanted = [label.lower() for label in task.labels]
@@ -140,8 +188,12 @@ def label_order(config: Any, task: Task) -> list[int]:
     return [ids[label] for label in wanted]
 
 
-def _unnamed(config: Any) -> bool:
-    return all(config.id2label[index] == f"LABEL_{index}" for index in range(config.num_labels))
+def _class_names(config: Any) -> list[str]:
+    return [str(config.id2label[index]) for index in range(config.num_labels)]
+
+
+def _unnamed(classes: Sequence[str]) -> bool:
+    return all(name == f"LABEL_{index}" for index, name in enumerate(classes))
 
 
 def _some(labels: Sequence[str]) -> str:
@@ -160,14 +212,12 @@ def _classification_metrics(task: Task, data: TaskData, predicted: NDArray[np.in
     return result
 
 
-def _answers(
-    model: torch.nn.Module, task: Task, data: TaskData, batch_size: int, precision: Precision
-) -> tuple[list[str], list[list[str]]]:
+def _answers(task: Task, data: TaskData, batches: Iterator[Batch]) -> tuple[list[str], list[list[str]]]:
     """The best answer of each row over its windows, and the gold answers."""
     windows = data.windows
     assert windows is not None  # question answering always has them
     best: dict[int, tuple[float, int, int]] = {}
-    for indices, (starts, ends) in _forward(model, task, data, batch_size, precision):
+    for indices, (starts, ends) in batches:
         for index, start, end in zip(indices, starts, ends, strict=True):
             chars = windows.chars[windows.bounds[index] : windows.bounds[index + 1]]
             span = squad.best_span(start[: len(chars)], end[: len(chars)], chars)
@@ -180,8 +230,8 @@ def _answers(
 
 
 def _forward(
-    model: torch.nn.Module, task: Task, data: TaskData, batch_size: int, precision: Precision
-) -> Iterator[tuple[NDArray[np.int64], tuple[NDArray[np.float32], ...]]]:
+    model: torch.nn.Module, task: Task, data: TaskData, batch_size: int, precision: TorchPrecision
+) -> Iterator[Batch]:
     """Yield (features, logits) of batches of similar length, longest first: what does not fit fails at once.
 
     Logits are float32: one (batch, classes) array, or start and end of shape (batch, tokens).
@@ -201,6 +251,19 @@ def _forward(
             heads = (output.start_logits, output.end_logits) if task.kind == "qa" else (output.logits,)
             yield rows, tuple(head.float().cpu().numpy() for head in heads)
             begin += len(rows)
+            advance(len(rows))
+
+
+def _engine_forward(engine: Engine, task: Task, data: TaskData) -> Iterator[Batch]:
+    """Like `_forward`; of question answering every window has its own number of tokens."""
+    order = np.argsort(-data.lengths, kind="stable")
+    with progress(f"evaluate {task.name}", len(order)) as advance:
+        for begin in range(0, len(order), _ENGINE_ROWS):
+            rows = order[begin : begin + _ENGINE_ROWS]
+            items = [data[int(row)] for row in rows]
+            types = None if data.types is None else [item["token_type_ids"] for item in items]
+            logits = engine.logits([item["input_ids"] for item in items], types)
+            yield rows, ([x[:, 0] for x in logits], [x[:, 1] for x in logits]) if task.kind == "qa" else (logits,)
             advance(len(rows))
 
 
