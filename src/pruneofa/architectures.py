@@ -29,7 +29,7 @@ _ARCHITECTURES: dict[str, tuple[Family, Task]] = {
 }
 
 # The engine's names and those of the tensors, both below one layer.
-_BERT_LAYER = {
+BERT_LAYER = {
     "query": "attention.self.query",
     "key": "attention.self.key",
     "value": "attention.self.value",
@@ -39,7 +39,7 @@ _BERT_LAYER = {
     "output": "output.dense",
     "output_norm": "output.LayerNorm",
 }
-_DISTILBERT_LAYER = {
+DISTILBERT_LAYER = {
     "query": "attention.q_lin",
     "key": "attention.k_lin",
     "value": "attention.v_lin",
@@ -246,7 +246,7 @@ def build_encoder(native: Any, weights: Weights, architecture: Architecture, *, 
     """
     hidden = architecture.hidden
     distil = architecture.family == "distilbert"
-    prefix, names = ("transformer", _DISTILBERT_LAYER) if distil else ("encoder", _BERT_LAYER)
+    prefix, names = ("transformer", DISTILBERT_LAYER) if distil else ("encoder", BERT_LAYER)
     shapes = {"intermediate": (architecture.inner, hidden), "output": (hidden, architecture.inner)}
     layers = []
     for index in range(architecture.layers):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pruneofa.errors import InputError, first_line
-from pruneofa.pattern import POOLER, _position_bits, base_name, is_encoder_weight
+from pruneofa.pattern import POOLER, base_name, is_encoder_weight, position_bits
 
 FORMAT = "pruneofa-packed"
 VERSION = 1
@@ -148,8 +148,8 @@ def figures(tensors: Mapping[str, Mapping[str, Any]], precision: str) -> dict[st
     stored = sum(slot.nbytes for slot in layout(tensors, precision).values() if slot.encoder)
     bound = (8 if precision == "int8" else 32) * nonzeros
     for entry in linears:
-        sparsity = 1 - entry["nonzeros"] / math.prod(entry["shape"])
-        bound += _position_bits({"shape": entry["shape"], "sparsity": sparsity})
+        size = math.prod(entry["shape"])
+        bound += position_bits(size, 1 - entry["nonzeros"] / size)
     return {
         "sparsity": 1 - nonzeros / weights,
         "encoder": stored,
