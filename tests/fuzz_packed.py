@@ -30,7 +30,7 @@ from types import FunctionType, SimpleNamespace
 import numpy as np
 import zstandard
 
-from pruneofa import architectures, engine, heads, manifest, packed, pattern, reference, tokens
+from pruneofa import engine, reference
 from pruneofa.engine import Engine
 from pruneofa.errors import InputError
 from pruneofa.manifest import COMPRESSED, MANIFEST, MAX_RATIO, MAX_SLACK, METADATA, TENSORS, figures, header, layout
@@ -304,17 +304,28 @@ def check(files: Files, folder: Path) -> tuple[str, float]:
             (folder / name).write_bytes(content)
     (folder / COMPRESSED).write_bytes(files[TENSORS])  # the manifest says which of the two is read
     begin = time.process_time()
-    tracemalloc.start()
-    try:
+    with _tracing():
+        before = tracemalloc.get_traced_memory()[0]
+        tracemalloc.reset_peak()
         ending = _read_and_run(folder)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
+        peak = tracemalloc.get_traced_memory()[1] - before
     if (taken := time.process_time() - begin) > SECONDS:
         raise Broken(f"{taken:.1f} s; allowed {SECONDS}")
     if peak > (allowed := BYTES + BYTES_EACH * _size(files)):
         raise Broken(f"{peak} bytes of memory; allowed {allowed}")
     return ending, taken
+
+
+@contextlib.contextmanager
+def _tracing() -> Iterator[None]:
+    """Memory is traced; if it was before, as in a long run, it stays so: each start of tracemalloc leaks a little."""
+    already = tracemalloc.is_tracing()
+    tracemalloc.start()
+    try:
+        yield
+    finally:
+        if not already:
+            tracemalloc.stop()
 
 
 def _size(files: Files) -> int:
@@ -331,25 +342,28 @@ def _read_and_run(folder: Path) -> str:
     try:
         model = read(folder)
     except InputError as error:
-        return f"refused by the reader: {_place(error, folder)}"
+        return f"refused by the reader: {_refusal(error, folder)}"
     isas = engine.native.available_isas()
     for precision in sorted({model.manifest["precision"], "int8"}):
         isa = isas[model.manifest["sizes"]["file"] % len(isas)]
         try:
             Engine.from_pretrained(folder, precision=precision, threads=1, isa=isa).encode([[0, 0]])
         except InputError as error:
-            return f"refused by the engine: {_place(error, folder)}"
+            return f"refused by the engine: {_refusal(error, folder)}"
     return "read and run"
 
 
-def _place(error: BaseException, folder: Path) -> str:
-    """Where it was raised; of an InputError, once its message has proved to be one line that can be printed."""
-    if isinstance(error, InputError):
-        text = str(error).replace(str(folder), "")
-        if len(text) > 700 or not text.isprintable():
-            raise Broken(f"a message of {len(text)} characters: {ascii(text)[:200]}") from error
+def _refusal(error: InputError, folder: Path) -> str:
+    """Where it was raised. Raises Broken unless its message is one short line that can be printed."""
+    text = str(error).replace(str(folder), "")
+    if len(text) > 700 or not text.isprintable():
+        raise Broken(f"a message of {len(text)} characters: {ascii(text)[:200]}") from error
+    return _place(error)
+
+
+def _place(error: BaseException) -> str:
     calls = [call for call in traceback.extract_tb(error.__traceback__) if "pruneofa" in call.filename]
-    calls = [call for call in calls if call.name not in ("want", "_want")] or calls
+    calls = [call for call in calls if call.name not in ("want", "_want")] or calls  # they refuse for their callers
     return f"{Path(calls[-1].filename).name}:{calls[-1].lineno}" if calls else "nowhere"
 
 
@@ -380,7 +394,7 @@ class Fuzzing:
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt):
                 raise
-            ending = f"{type(error).__name__} {_place(error.__cause__ or error, Path())}"
+            ending = f"{type(error).__name__} {_place(error.__cause__ or error)}"
             if ending not in self.found:
                 self.found[ending] = f"{error}"[:300]
                 name = "".join(c if c.isalnum() else "-" for c in ending)
@@ -410,7 +424,8 @@ class Fuzzing:
 
 def instrumented() -> Iterator[FunctionType]:
     """The functions whose branches the fuzzer follows: those that see what a folder says."""
-    for module in (manifest, packed, pattern, architectures, heads, tokens):
+    for name in ("files", "manifest", "packed", "pattern", "architectures", "heads", "tokens"):
+        module = sys.modules[f"pruneofa.{name}"]
         for value in vars(module).values():
             for found in vars(value).values() if isinstance(value, type) else [value]:
                 function = inspect.unwrap(found) if callable(found) else None
@@ -455,6 +470,7 @@ def main() -> None:
         mutated = pack(mutate(files, random, lambda part: bytes(atheris.Mutate(part, len(part) + 64))))
         return mutated if len(mutated) <= most else data
 
+    tracemalloc.start()
     fuzzing = Fuzzing(options.work, options.seconds)
     settings = {"seed": options.seed, "max_len": LARGEST, "rss_limit_mb": 2048, "timeout": 60, "mutate_depth": 1,
                 "artifact_prefix": f"{options.work}/", "print_final_stats": 1}  # fmt: skip
