@@ -472,7 +472,8 @@ def main() -> None:
 
     tracemalloc.start()
     fuzzing = Fuzzing(options.work, options.seconds)
-    settings = {"seed": options.seed, "max_len": LARGEST, "rss_limit_mb": 2048, "timeout": 60, "mutate_depth": 1,
+    # The timeout is of wall time, which passes while the process is stopped: only for what never ends.
+    settings = {"seed": options.seed, "max_len": LARGEST, "rss_limit_mb": 2048, "timeout": 900, "mutate_depth": 1,
                 "artifact_prefix": f"{options.work}/", "print_final_stats": 1}  # fmt: skip
     arguments = [sys.argv[0], str(corpus), *(f"-{name}={value}" for name, value in settings.items())]
     atheris.Setup(arguments, fuzzing.try_, custom_mutator=custom, internal_libfuzzer=True)
