@@ -14,6 +14,7 @@ import sys
 import time
 
 import torch
+from machine import MINILM
 from transformers import BertConfig, BertModel
 
 from pruneofa.train.attention import NAME, use_bf16_attention
@@ -24,14 +25,7 @@ TOLERANCE = 0.05
 
 def build(dropout: float) -> BertModel:
     """An encoder of MiniLM's shape."""
-    config = BertConfig(
-        hidden_size=384,
-        num_hidden_layers=6,
-        num_attention_heads=12,
-        intermediate_size=1536,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=dropout,
-    )
+    config = BertConfig(**MINILM, hidden_dropout_prob=0.0, attention_probs_dropout_prob=dropout)
     torch.manual_seed(0)
     return BertModel(config).train()
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from machine import MINILM
 from torch import Tensor
 from transformers import BertConfig, BertForPreTraining
 
@@ -35,15 +36,7 @@ Batch = dict[str, Tensor]
 
 def build() -> tuple[BertForPreTraining, BertForPreTraining]:
     """Student and teacher of MiniLM's shape with different random weights; no dropout, so that losses compare."""
-    config = BertConfig(
-        vocab_size=30522,
-        hidden_size=384,
-        num_hidden_layers=6,
-        num_attention_heads=12,
-        intermediate_size=1536,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
+    config = BertConfig(**MINILM, vocab_size=30522, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     torch.manual_seed(0)
     return BertForPreTraining(config), BertForPreTraining(config).eval().requires_grad_(False)
 

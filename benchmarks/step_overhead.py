@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from machine import machine
+from machine import MINILM, machine
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -22,10 +22,7 @@ from pruneofa.train.lock import PatternLock
 from pruneofa.train.masks import magnitude_mask, prunable
 from pruneofa.train.prune import GradualPruner
 
-SHAPES = {
-    "minilm": {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536, "num_attention_heads": 12},
-    "bert-base": {},
-}
+SHAPES = {"minilm": MINILM, "bert-base": {}}
 LIMIT, INTERVAL, SPARSITY = 1.03, 100, 0.9
 
 

@@ -21,6 +21,23 @@ OUTPUT = "encoder.layer.0.output.dense.weight"
 WORDS = "embeddings.word_embeddings.weight"
 HUGE = 10**12
 REMOVED = object()
+WRONG = [
+    REMOVED,
+    None,
+    True,
+    -1,
+    0,
+    2.5,
+    float("inf"),
+    10**30,
+    int("9" * 400),
+    "x",
+    "\ud800",
+    [],
+    {},
+    [[]],
+    {"kind": "static"},
+]
 
 
 def copy(variant, tmp_path):
@@ -70,6 +87,15 @@ def put(folder, name, edit):
     array = array.reshape(head[name]["shape"]).copy()
     edit(array)
     seal(folder, head, data[:start] + array.tobytes() + data[end:])
+
+
+def paths(value, path=()):
+    """The path of every field of a JSON value."""
+    if path:
+        yield path
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in pairs:
+        yield from paths(item, (*path, key))
 
 
 def at(value, path):

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pruneofa.errors import InputError
+from pruneofa.errors import InputError, short
 from pruneofa.packed import Packed, PackedEmbedding
 
 Family = Literal["bert", "distilbert", "roberta"]
@@ -29,7 +29,7 @@ _ARCHITECTURES: dict[str, tuple[Family, Task]] = {
 }
 
 # The engine's names and those of the tensors, both below one layer.
-_BERT_LAYER = {
+BERT_LAYER = {
     "query": "attention.self.query",
     "key": "attention.self.key",
     "value": "attention.self.value",
@@ -39,7 +39,7 @@ _BERT_LAYER = {
     "output": "output.dense",
     "output_norm": "output.LayerNorm",
 }
-_DISTILBERT_LAYER = {
+DISTILBERT_LAYER = {
     "query": "attention.q_lin",
     "key": "attention.k_lin",
     "value": "attention.v_lin",
@@ -98,12 +98,14 @@ def read_architecture(config: Mapping[str, Any], where: Any) -> Architecture:
         )
     kind = config.get("position_embedding_type", "absolute")
     if kind != "absolute":
-        raise InputError(f"{where}: position_embedding_type is {kind!r} in config.json, wanted 'absolute'; "
+        raise InputError(f"{where}: position_embedding_type is {short(kind)} in config.json, wanted 'absolute'; "
                          "models with relative positions run in transformers only")  # fmt: skip
     distil = family == "distilbert"
     activation = config.get("activation" if distil else "hidden_act", "gelu")
     if activation not in ACTIVATIONS:
-        raise InputError(f"{where}: activation {activation!r} in config.json, wanted one of {', '.join(ACTIVATIONS)}")
+        raise InputError(
+            f"{where}: activation {short(activation)} in config.json, wanted one of {', '.join(ACTIVATIONS)}"
+        )
     hidden = _size(config, "dim" if distil else "hidden_size", where)
     heads = _size(config, "n_heads" if distil else "num_attention_heads", where)
     if hidden % heads:
@@ -112,7 +114,7 @@ def read_architecture(config: Mapping[str, Any], where: Any) -> Architecture:
         )
     epsilon = 1e-12 if distil else config.get("layer_norm_eps", 1e-12)  # DistilBERT's is written into its code
     if not isinstance(epsilon, float) or not 0 < epsilon < 1:
-        raise InputError(f"{where}: layer_norm_eps is {epsilon!r} in config.json, wanted a number such as 1e-12")
+        raise InputError(f"{where}: layer_norm_eps is {short(epsilon)} in config.json, wanted a number such as 1e-12")
     return Architecture(
         family=family,
         task=task,
@@ -136,19 +138,21 @@ def _family_and_task(config: Mapping[str, Any], where: Any) -> tuple[Family, Tas
             if family == config.get("model_type"):
                 return family, "embedding"
         raise InputError(
-            f"{where}: config.json has no architectures and model_type {config.get('model_type')!r}, "
+            f"{where}: config.json has no architectures and model_type {short(config.get('model_type'))}, "
             f"wanted one of {', '.join(_FAMILIES.values())}"
         )
     name = architectures[0] if isinstance(architectures, list) else architectures
     if name not in _ARCHITECTURES:
-        raise InputError(f"{where}: architecture {name!r} in config.json, wanted one of {', '.join(_ARCHITECTURES)}")
+        raise InputError(
+            f"{where}: architecture {short(name)} in config.json, wanted one of {', '.join(_ARCHITECTURES)}"
+        )
     return _ARCHITECTURES[name]
 
 
 def _size(config: Mapping[str, Any], key: str, where: Any, *, least: int = 1, default: int | None = None) -> int:
     value = config.get(key, default)
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**31:
-        raise InputError(f"{where}: {key} is {value!r} in config.json, wanted an integer of at least {least}")
+        raise InputError(f"{where}: {key} is {short(value)} in config.json, wanted an integer of at least {least}")
     return value
 
 
@@ -165,7 +169,7 @@ def _problem_type(config: Mapping[str, Any], where: Any) -> str | None:
     known = ("regression", "single_label_classification", "multi_label_classification")
     value = config.get("problem_type")
     if value is not None and value not in known:
-        raise InputError(f"{where}: problem_type is {value!r} in config.json, wanted one of {', '.join(known)}")
+        raise InputError(f"{where}: problem_type is {short(value)} in config.json, wanted one of {', '.join(known)}")
     return value
 
 
@@ -196,14 +200,21 @@ class Weights:
         return name in self._packed.plain
 
     def linear(self, name: str, rows: int, columns: int) -> Any:
-        """`native.Linear` of NAME.weight and NAME.bias; it can be asked for once."""
+        """`native.Linear` of NAME.weight and NAME.bias; it can be asked for once.
+
+        Raises:
+            InputError: there is no such weight or bias, it has another shape, or it is too large for the kernels.
+        """
         weight = self._packed.linears.pop(f"{name}.weight", None)
         if weight is None:
             raise self._missing(f"{name}.weight")
         if tuple(weight.shape) != (rows, columns):
             raise self._wrong_shape(f"{name}.weight", weight.shape, (rows, columns))
         bias = self.plain(f"{name}.bias", rows)
-        return self._native.Linear(weight.bitmask, weight.values, weight.scale, bias, columns, self._isa)
+        try:
+            return self._native.Linear(weight.bitmask, weight.values, weight.scale, bias, columns, self._isa)
+        except ValueError as error:  # the kernels take fewer inputs than the format has columns
+            raise InputError(f"{self._packed.folder}: {name}.weight: {error}; use a narrower model") from None
 
     def norm(self, name: str, hidden: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Gamma and beta of a LayerNorm."""
@@ -249,7 +260,7 @@ def build_encoder(native: Any, weights: Weights, architecture: Architecture, *, 
     """
     hidden = architecture.hidden
     distil = architecture.family == "distilbert"
-    prefix, names = ("transformer", _DISTILBERT_LAYER) if distil else ("encoder", _BERT_LAYER)
+    prefix, names = ("transformer", DISTILBERT_LAYER) if distil else ("encoder", BERT_LAYER)
     shapes = {"intermediate": (architecture.inner, hidden), "output": (hidden, architecture.inner)}
     layers = []
     for index in range(architecture.layers):

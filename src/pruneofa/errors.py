@@ -1,4 +1,6 @@
-"""The two exceptions a user can cause, which the CLI turns into exit codes, and the gist of all others."""
+"""The two exceptions a user can cause, which the CLI turns into exit codes, and what their messages may quote."""
+
+from typing import Any
 
 
 class InputError(ValueError):
@@ -12,3 +14,9 @@ class CheckFailed(RuntimeError):  # noqa: N818 - it is a verdict, not a malfunct
 def first_line(error: BaseException) -> str:
     """The first line of another library's message, short enough to be part of ours; its type if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def short(value: Any) -> str:
+    """A value from a file, as part of a message: one line, and no lone surrogate that a terminal could not print."""
+    text = ascii(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

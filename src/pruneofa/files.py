@@ -44,12 +44,14 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Parse a JSON file. Raises InputError naming the file when it is missing or not JSON."""
+    """Parse a JSON file. Raises InputError naming the file when it is missing, unreadable or not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); wanted a JSON file") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, a hundred thousand brackets
         raise InputError(f"{path}: not valid JSON ({error}); it may be half-written, delete it") from None
 
 

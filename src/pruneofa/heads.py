@@ -4,6 +4,7 @@ Every class has the same two methods. `reduce` takes the hidden states of one se
 of them, so that those of a batch need not be kept; `results` turns what was kept of a batch into answers.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from pruneofa import reference
 from pruneofa.architectures import Architecture, Weights
-from pruneofa.errors import InputError
+from pruneofa.errors import InputError, short
 from pruneofa.files import read_json
 from pruneofa.packed import PackedEmbedding
 from pruneofa.tokens import Tokens
@@ -321,11 +322,14 @@ def sentence_head(folder: Path) -> Embedding | None:
     except (TypeError, KeyError):
         raise InputError(f"{file}: not a list of modules with type and path; copy the file again") from None
     if unknown := sorted(set(kinds) - {"Transformer", "Pooling", "Normalize"}):
-        raise InputError(f"{file}: module {unknown[0]}, wanted only Transformer, Pooling and Normalize; "
+        raise InputError(f"{file}: module {short(unknown[0])}, wanted only Transformer, Pooling and Normalize; "
                          "run this model with sentence-transformers")  # fmt: skip
     if "Pooling" not in kinds:
         return None
     name = Path(kinds["Pooling"]).name  # never a path that leads out of the folder
+    if not re.fullmatch(r"[\w.-]{1,99}", name):
+        raise InputError(f"{file}: the path of Pooling is {short(kinds['Pooling'])}, wanted such as '1_Pooling'; "
+                         "copy the file again")  # fmt: skip
     return Embedding(_pooling(folder / name / "config.json"), normalize="Normalize" in kinds)
 
 
@@ -339,6 +343,6 @@ def _pooling(file: Path) -> Pooling:
     mode = settings.get("pooling_mode", [new for old, new in _OLD_POOLING.items() if settings.get(old)] or "mean")
     mode = mode[0] if isinstance(mode, list) and len(mode) == 1 else mode
     if mode not in ("cls", "mean", "max"):
-        raise InputError(f"{file}: pooling is {mode!r}, wanted one of cls, mean, max; run this model with "
+        raise InputError(f"{file}: pooling is {short(mode)}, wanted one of cls, mean, max; run this model with "
                          "sentence-transformers")  # fmt: skip
     return mode

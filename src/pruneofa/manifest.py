@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pruneofa.errors import InputError, first_line
-from pruneofa.pattern import POOLER, _position_bits, base_name, is_encoder_weight
+from pruneofa.errors import InputError, first_line, short
+from pruneofa.pattern import POOLER, base_name, is_encoder_weight, position_bits
 
 FORMAT = "pruneofa-packed"
 VERSION = 1
@@ -148,8 +148,8 @@ def figures(tensors: Mapping[str, Mapping[str, Any]], precision: str) -> dict[st
     stored = sum(slot.nbytes for slot in layout(tensors, precision).values() if slot.encoder)
     bound = (8 if precision == "int8" else 32) * nonzeros
     for entry in linears:
-        sparsity = 1 - entry["nonzeros"] / math.prod(entry["shape"])
-        bound += _position_bits({"shape": entry["shape"], "sparsity": sparsity})
+        size = math.prod(entry["shape"])
+        bound += position_bits(size, 1 - entry["nonzeros"] / size)
     return {
         "sparsity": 1 - nonzeros / weights,
         "encoder": stored,
@@ -180,7 +180,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise InputError(f'{path}: wanted "format": "{FORMAT}"; this is the manifest of something else')
     if type(version := manifest.get("version")) is not int or version != VERSION:
-        raise InputError(f"{path}: format version {_short(version)}; this pruneofa reads {VERSION}: upgrade it")
+        raise InputError(f"{path}: format version {short(version)}; this pruneofa reads {VERSION}: upgrade it")
     check_manifest(manifest, str(path))
     return manifest
 
@@ -191,7 +191,7 @@ def read_config(folder: Path, manifest: Mapping[str, Any] | None = None) -> dict
     config = read_json(path)
     model_type = config.get("model_type") if isinstance(config, dict) else None
     if model_type not in MODEL_TYPES:
-        raise InputError(f"{path}: model_type is {_short(model_type)}; wanted one of {', '.join(MODEL_TYPES)}")
+        raise InputError(f"{path}: model_type is {short(model_type)}; wanted one of {', '.join(MODEL_TYPES)}")
     if manifest is not None and (named := architecture(config, path)) != manifest["architecture"]:
         raise InputError(
             f"{path}: architecture {named}, but {manifest['architecture']} in {MANIFEST}: files of two models; {AGAIN}"
@@ -203,7 +203,7 @@ def architecture(config: Mapping[str, Any], path: Path) -> str | None:
     """The model class that a config names, or None."""
     named = config.get("architectures") or [None]
     if not isinstance(named, list) or not (named[0] is None or _is_name(named[0])):
-        raise InputError(f"{path}: architectures is {_short(named)}; wanted a list of class names")
+        raise InputError(f"{path}: architectures is {short(named)}; wanted a list of class names")
     return named[0]
 
 
@@ -349,17 +349,12 @@ def _keys(found: Mapping[str, Any], where: str, wanted: Iterable[str], optional:
             raise InputError(f"{where}: no {key} in it; {AGAIN}")
     for key in found:
         if key not in wanted and key not in optional:
-            raise InputError(f"{where}: {_short(key)} is unknown to format version {VERSION}; {AGAIN}")
+            raise InputError(f"{where}: {short(key)} is unknown to format version {VERSION}; {AGAIN}")
 
 
 def _want(good: object, where: str, got: Any, wanted: str) -> None:
     if not good:
-        raise InputError(f"{where} is {_short(got)}; wanted {wanted}; {AGAIN}")
-
-
-def _short(value: Any) -> str:
-    text = ascii(value)  # one line, and no lone surrogate that a terminal could not print
-    return text if len(text) <= 60 else f"{text[:57]}..."
+        raise InputError(f"{where} is {short(got)}; wanted {wanted}; {AGAIN}")
 
 
 def _is_name(value: Any) -> bool:

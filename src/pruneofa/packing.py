@@ -45,8 +45,9 @@ from pruneofa.manifest import (
     source_name,
 )
 from pruneofa.packed import MAX_SCALE, Packed, PackedEmbedding, PackedLinear, pattern_hashes, pattern_holds, read
-from pruneofa.pattern import POOLER, _header, _read, _Stored, _weight_files, local_folder
+from pruneofa.pattern import POOLER, local_folder
 from pruneofa.progress import progress
+from pruneofa.weights import StoredTensor, read_tensor, tensors_of, weight_files
 
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
               "vocab.txt", "vocab.json", "merges.txt")  # fmt: skip
@@ -213,11 +214,11 @@ def pattern_of(kept: np.ndarray) -> str:
     return next((p for p in candidates if pattern_holds(kept[:4], p) and pattern_holds(kept, p)), "unstructured")
 
 
-def _source_tensors(folder: Path) -> dict[str, tuple[str, _Stored]]:
+def _source_tensors(folder: Path) -> dict[str, tuple[str, StoredTensor]]:
     """{canonical name: (name in the source, where it lies)} of every floating-point tensor."""
-    found: dict[str, tuple[str, _Stored]] = {}
-    for file in _weight_files(folder):
-        for original, stored in _header(file):
+    found: dict[str, tuple[str, StoredTensor]] = {}
+    for file in weight_files(folder):
+        for original, stored in tensors_of(file):
             name = canonical_name(original)
             if stored.dtype not in SOURCE_DTYPES:
                 if name.split(".")[-1] in _BUFFERS:
@@ -232,7 +233,7 @@ def _source_tensors(folder: Path) -> dict[str, tuple[str, _Stored]]:
     return found
 
 
-def _prefix(folder: Path, found: Mapping[str, tuple[str, _Stored]]) -> str:
+def _prefix(folder: Path, found: Mapping[str, tuple[str, StoredTensor]]) -> str:
     """What stands before the names of the encoder's linears in the source, such as "bert."."""
     for name, (original, stored) in sorted(found.items()):
         if name != POOLER and kind_of(name, len(stored.shape)) == "linear":
@@ -242,16 +243,18 @@ def _prefix(folder: Path, found: Mapping[str, tuple[str, _Stored]]) -> str:
     )
 
 
-def _read_float(original: str, stored: _Stored) -> np.ndarray:
+def _read_float(original: str, stored: StoredTensor) -> np.ndarray:
     """A tensor as float32, which holds every float16 and bfloat16 exactly. Raises InputError for NaN and infinity."""
-    weight = _read(original, stored).astype(np.float32, copy=False)
+    weight = read_tensor(original, stored).astype(np.float32, copy=False)
     if not np.isfinite(weight).all():
         count = weight.size - int(np.count_nonzero(np.isfinite(weight)))
         raise InputError(f"{stored.file}: {original} has {count} NaN or infinite; wanted numbers: train again")
     return weight
 
 
-def _is_tied(name: str, stored: _Stored, weight: np.ndarray, found: Mapping[str, tuple[str, _Stored]]) -> bool:
+def _is_tied(
+    name: str, stored: StoredTensor, weight: np.ndarray, found: Mapping[str, tuple[str, StoredTensor]]
+) -> bool:
     """Whether this is the decoder of a masked-LM head, bit for bit the word embeddings."""
     if name not in _DECODERS or EMBEDDINGS[0] not in found:
         return False

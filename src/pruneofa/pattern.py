@@ -5,36 +5,20 @@ a time, so that memory is bounded by the largest layer, whatever the size of the
 """
 
 import hashlib
-import json
 import math
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pruneofa.errors import InputError
+from pruneofa.weights import StoredTensor, read_tensor, tensors_of, weight_files
 
 POOLER = "pooler.dense.weight"
 _PREFIX = re.compile(r"(?:(?:module|_orig_mod|model|bert|distilbert|roberta)\.)+")
 _LINEAR = re.compile(r"(?:encoder|transformer)\.layer\.\d+\.(?!.*embedding).+\.weight")
-_DTYPES = {
-    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "BOOL": "?",
-    "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1",
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """Where a tensor lies: file, dtype name of safetensors, shape, first byte."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
 
 
 def base_name(name: str) -> str:
@@ -58,7 +42,7 @@ def read_weights(
     """
     for name, stored in sorted(_stored_tensors(local_folder(path)).items()):
         if wanted is None or wanted(name, len(stored.shape)):
-            yield name, _read(name, stored)
+            yield name, read_tensor(name, stored)
 
 
 def local_folder(path: str | Path) -> Path:
@@ -109,11 +93,12 @@ def inspect(path: str | Path) -> dict[str, Any]:
         raise InputError(_nothing_there(path))
     weights = sum(math.prod(layer["shape"]) for layer in layers.values())
     nonzeros = sum(layer["nonzeros"] for layer in layers.values())
+    positions = sum(position_bits(math.prod(layer["shape"]), layer["sparsity"]) for layer in layers.values())
     sizes = {
         "dense_fp32": 4 * weights,
         "nonzeros_bitmask_fp32": 4 * nonzeros + math.ceil(weights / 8),
         "nonzeros_bitmask_int8": nonzeros + math.ceil(weights / 8),
-        "entropy_bound_int8": nonzeros + math.ceil(sum(map(_position_bits, layers.values())) / 8),
+        "entropy_bound_int8": nonzeros + math.ceil(positions / 8),
     }
     return {
         "encoder": 1 - nonzeros / weights,
@@ -148,8 +133,8 @@ def verify(base: str | Path, derived: str | Path) -> dict[str, Any]:
             shapes = ["x".join(map(str, t[name].shape)) for t in (base_tensors, derived_tensors)]
             raise InputError(f"{name}: shape {shapes[1]} in {derived}, but {shapes[0]} in {base}: another model")
     for name in common:
-        pruned = _read(name, base_tensors[name]) == 0
-        weight = _read(name, derived_tensors[name])
+        pruned = read_tensor(name, base_tensors[name]) == 0
+        weight = read_tensor(name, derived_tensors[name])
         nonzero = weight != 0
         count = int(np.count_nonzero(nonzero & pruned))
         if count:
@@ -193,7 +178,7 @@ def _prunable(name: str, ndim: int) -> bool:
     return name == POOLER or is_encoder_weight(name, ndim)
 
 
-def _pruned_tensors(path: str | Path) -> dict[str, _Stored]:
+def _pruned_tensors(path: str | Path) -> dict[str, StoredTensor]:
     """Encoder linears and the pooler of a model, by canonical name in order, none of them read yet."""
     stored = sorted(_stored_tensors(local_folder(path)).items())
     found = {name: tensor for name, tensor in stored if _prunable(name, len(tensor.shape))}
@@ -206,78 +191,22 @@ def _nothing_there(path: str | Path) -> str:
     return f"{path}: no weight named encoder.layer.N or transformer.layer.N; wanted a BERT, DistilBERT or RoBERTa model"
 
 
-def _position_bits(layer: Mapping[str, Any]) -> float:
-    """Least bits that tell which weights of a layer are not zero: binary entropy of its density."""
-    density = 1 - layer["sparsity"]
+def position_bits(weights: int, sparsity: float) -> float:
+    """Least bits that tell which of so many weights are not zero: the binary entropy of their density."""
+    density = 1 - sparsity
     if density in (0, 1):
         return 0.0
     entropy = -density * math.log2(density) - (1 - density) * math.log2(1 - density)
-    return math.prod(layer["shape"]) * entropy
+    return weights * entropy
 
 
-def _stored_tensors(folder: Path) -> dict[str, _Stored]:
+def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of a folder by canonical name; only the headers of its files are read."""
-    tensors: dict[str, _Stored] = {}
-    for file in _weight_files(folder):
-        for name, stored in _header(file):
+    tensors: dict[str, StoredTensor] = {}
+    for file in weight_files(folder):
+        for name, stored in tensors_of(file):
             canonical = base_name(name)
             if canonical in tensors:
                 raise InputError(f"{file}: {name} and another tensor are both {canonical}; keep only one of them")
             tensors[canonical] = stored
     return tensors
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{index}: not a valid index of shards ({error}); download it again") from None
-        for name in names:
-            if os.path.basename(name) != name or not (folder / name).is_file():
-                raise InputError(f"{index}: names {name}, which is not in {folder}; download the missing shard")
-        return [folder / name for name in names]
-    if binaries := sorted(folder.glob("pytorch_model*.bin")):
-        command = (
-            "import sys, torch; from safetensors.torch import save_file; "
-            "w = {k: v.clone() for f in sys.argv[2:] for k, v in torch.load(f, weights_only=True).items()}; "
-            "save_file(w, sys.argv[1], {'format': 'pt'})"
-        )
-        files = " ".join(str(path) for path in [single, *binaries])
-        raise InputError(
-            f"{folder}: only a .bin file, which may run code when read; wanted model.safetensors; convert it "
-            f'with: python -c "{command}" {files}'
-        )
-    raise InputError(f"{folder}: no model.safetensors in it; wanted a Hugging Face model folder")
-
-
-def _header(file: Path) -> list[tuple[str, _Stored]]:
-    """Name and place of every tensor of a safetensors file; the library checks that the file is whole."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="numpy"):
-            pass
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{file}: not a complete safetensors file ({error}); copy or download it again") from None
-    with open(file, "rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
-    header.pop("__metadata__", None)
-    return [
-        (name, _Stored(file, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]))
-        for name, entry in header.items()
-    ]
-
-
-def _read(name: str, stored: _Stored) -> np.ndarray:
-    if stored.dtype not in _DTYPES:
-        raise InputError(f"{stored.file}: {name} has dtype {stored.dtype}; wanted one of {', '.join(_DTYPES)}")
-    count = math.prod(stored.shape)
-    raw = np.fromfile(stored.file, _DTYPES[stored.dtype], count, offset=stored.start)
-    if stored.dtype == "BF16":  # the upper half of a float32
-        raw = (raw.astype("<u4") << 16).view("<f4")
-    return raw.reshape(stored.shape)

@@ -185,7 +185,9 @@ class Task(Section):
     hidden: Weight = Field(0.0, description="weight of the MSE between their hidden states, all layers")
     temperature: Rate = 2.0
     dropout: Fraction | None = Field(None, description="of the sparse model in transfer (default: as in its config)")
-    teacher: str | None = Field(None, description="dense task model; null: fine-tuned from the dense model here")
+    teacher: str | None = Field(
+        None, description="dense model of the task; without: run fine-tunes one, transfer learns from the labels alone"
+    )
     dense_epochs: Positive | None = Field(None, description="epochs of that fine-tuning (default: epochs)")
     dense_lr: Rate | None = Field(None, description="its learning rate (default: lr)")
     train_rows: Positive | None = Field(None, description="use only the first rows, for trials")

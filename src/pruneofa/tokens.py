@@ -4,6 +4,8 @@ Nothing here is changed after loading, so that any number of threads may tokeniz
 padding, which the tokenizers library keeps as state, are off and done here.
 """
 
+import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +17,12 @@ from tokenizers import Tokenizer
 from tokenizers.normalizers import Lowercase
 from tokenizers.normalizers import Sequence as Sequenced
 
-from pruneofa.errors import InputError, first_line
+from pruneofa.errors import InputError, first_line, short
 from pruneofa.files import read_json
 
 CHUNK_TOKENS = 512  # activations of one call of the encoder have to stay in the cache
 WINDOW, STRIDE = 384, 128  # of question answering, as in the official SQuAD script
+_HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair: nothing that a tokenizer could know
 _LEAST_CONTEXT = 16  # context tokens per window; a question that leaves fewer is too long
 
 Text = str | tuple[str, str]
@@ -105,6 +108,8 @@ class TextTokenizer:
             if (folder / name).is_file():
                 config |= _table(read_json(folder / name), folder / name)
         names = config.get("model_input_names") or ["token_type_ids"]
+        if not isinstance(names, list):
+            raise InputError(f"{folder}: model_input_names is {short(names)} in tokenizer_config.json, wanted a list")
         self._typed = types > 1 and "token_type_ids" in names
         self._vocabulary = vocabulary
         self._limit = min(limit, settings.limit) if settings else limit
@@ -113,7 +118,8 @@ class TextTokenizer:
 
     def _mask_id(self, named: Any) -> int | None:
         name = named.get("content") if isinstance(named, dict) else named  # added tokens are written as tables
-        found = [self._tokenizer.token_to_id(token) for token in (name, "[MASK]", "<mask>") if isinstance(token, str)]
+        names = [token for token in (name, "[MASK]", "<mask>") if isinstance(token, str) and not _HALF.search(token)]
+        found = [self._tokenizer.token_to_id(token) for token in names]
         return next((index for index in found if index is not None), None)
 
     def token(self, index: int) -> str:
@@ -290,6 +296,10 @@ def sentence_settings(folder: Path) -> SentenceSettings:
     named = _table(prompts.get("prompts") or {}, folder / names[2])
     prompt = named.get(str(prompts.get("default_prompt_name"))) or ""
     limit = limits[0] if limits else 2**31
-    if not isinstance(limit, int | float) or limit < 1 or not isinstance(prompt, str):
-        raise InputError(f"{folder}: max_seq_length {limit!r} and prompt {prompt!r}, wanted a number and a str")
+    if not isinstance(limit, int | float) or not 1 <= limit < math.inf or not isinstance(prompt, str):
+        raise InputError(
+            f"{folder}: max_seq_length {short(limit)} and prompt {short(prompt)}, wanted a number and a str"
+        )
+    if prompt:
+        check_text(prompt, f"{folder}: the prompt")
     return SentenceSettings(int(limit), sentence.get("do_lower_case") is True, prompt)

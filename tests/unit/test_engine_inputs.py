@@ -7,7 +7,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from pruneofa import Engine, engine, reference
+from pruneofa.architectures import Weights
 from pruneofa.errors import InputError
+from pruneofa.packed import Packed, PackedLinear
 from pruneofa.packing import pack
 from tests.unit.engine_folder import POSITIONS, VOCABULARY, write_folder
 
@@ -210,12 +212,26 @@ def test_paths_of_the_wrong_type(path):
         ({"id2label": {"0": "a", "2": "b"}}, "id2label in config.json is no table"),
         ({"id2label": {"0": "a"}}, "the classifier has 3 classes, id2label in config.json names 1"),
         ({"model_type": "gpt2"}, "model_type is 'gpt2'"),
+        ({"hidden_act": "x" * 5000}, "activation 'x+... in config.json"),
+        ({"position_embedding_type": "\ud800\n" * 900}, r"position_embedding_type is '.ud800.n.*\.\.\. in config.json"),
+        ({"hidden_size": [0] * 5000}, r"hidden_size is \[0, .*\.\.\. in config.json"),
+        ({"layer_norm_eps": "9" * 5000}, "layer_norm_eps is '9+... in config.json"),
+        ({"problem_type": "x" * 5000}, "problem_type is 'x+... in config.json"),
     ],
 )
 def test_configs_the_engine_does_not_run(config, message, tmp_path):
     write_folder(tmp_path, **config)
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=message) as caught:
         Engine.from_pretrained(tmp_path)
+    assert len(str(caught.value)) < 700 and str(caught.value).isprintable()
+
+
+def test_a_layer_that_is_too_wide_for_the_kernels_is_named(tmp_path):
+    wide = PackedLinear((1, 2**17), np.zeros((1, 2**14), np.uint8), np.zeros(0, np.int8), np.ones(1, np.float32))
+    name = "encoder.layer.0.output.dense"
+    packed = Packed({}, {}, {f"{name}.weight": wide}, {}, {f"{name}.bias": np.zeros(1, np.float32)}, tmp_path)
+    with pytest.raises(InputError, match=f"{name}.weight: 131072 inputs .*; use a narrower model"):
+        Weights(packed, reference, "scalar").linear(name, 1, 2**17)
 
 
 def test_a_task_without_its_weights(tmp_path):
@@ -257,7 +273,7 @@ def test_int8_cannot_be_asked_for_float_weights(tmp_path):
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("modules.json", [{"path": "2_Dense", "type": "models.Dense"}], "module Dense, wanted only Transformer"),
+        ("modules.json", [{"path": "2_Dense", "type": "models.Dense"}], "module 'Dense', wanted only Transformer"),
         ("modules.json", {"type": "Pooling"}, "not a list of modules with type and path"),
         (
             "1_Pooling/config.json",
@@ -268,6 +284,19 @@ def test_int8_cannot_be_asked_for_float_weights(tmp_path):
         ("1_Pooling/config.json", {"pooling_mode": "mean", "include_prompt": False}, "include_prompt is false"),
         ("1_Pooling/config.json", [], "wanted a JSON object, got list"),
         ("1_Pooling/config.json", None, "config.json: no such file"),
+        ("1_Pooling/config.json", {"pooling_mode": "x" * 5000}, "pooling is 'x+..., wanted one of"),
+        ("modules.json", [{"path": "", "type": "x" * 5000}], "module 'x+..., wanted only Transformer"),
+        ("modules.json", [{"path": "\ud800", "type": "Pooling"}], "the path of Pooling is '.ud800', wanted such as"),
+        ("modules.json", [{"path": "\0", "type": "Pooling"}], "the path of Pooling is '.x00', wanted such as"),
+        ("modules.json", [{"path": "x" * 5000, "type": "Pooling"}], "the path of Pooling is 'x+..., wanted such as"),
+        ("tokenizer_config.json", {"model_input_names": 5}, "model_input_names is 5 in tokenizer_config.json, wanted"),
+        ("sentence_bert_config.json", {"max_seq_length": float("inf")}, "max_seq_length inf and prompt"),
+        ("sentence_bert_config.json", {"max_seq_length": float("nan")}, "max_seq_length nan and prompt"),
+        (
+            "config_sentence_transformers.json",
+            {"prompts": {"query": "\ud800"}, "default_prompt_name": "query"},
+            r"the prompt has a lone surrogate U\+D800 at 0",
+        ),
     ],
 )
 def test_sentence_transformers_folders_the_engine_does_not_run(file, content, message, tmp_path):
@@ -275,10 +304,19 @@ def test_sentence_transformers_folders_the_engine_does_not_run(file, content, me
     (tmp_path / "1_Pooling").mkdir()
     modules = [{"path": "", "type": "models.Transformer"}, {"path": "../1_Pooling", "type": "models.Pooling"}]
     (tmp_path / "modules.json").write_text(json.dumps(modules))
+    if file != "1_Pooling/config.json":
+        (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": "mean"}))
     if content is not None:
         (tmp_path / file).write_text(json.dumps(content))
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=message) as caught:
         Engine.from_pretrained(tmp_path)
+    assert len(str(caught.value)) < 700
+
+
+def test_a_mask_token_that_no_tokenizer_can_know(tmp_path):
+    write_folder(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"mask_token": "\ud800"}))
+    assert "label" in Engine.from_pretrained(tmp_path).predict("a good film")
 
 
 def test_a_sentence_model_is_held_to_the_length_it_was_made_for(tmp_path):

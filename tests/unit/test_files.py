@@ -156,7 +156,9 @@ def test_after_a_kill_in_the_block_the_old_folder_stands_and_the_next_try_succee
 def test_json_that_cannot_be_read_is_named(tmp_path):
     with pytest.raises(InputError, match=r"none\.json: no such file"):
         files.read_json(tmp_path / "none.json")
-    for bad in (b'{"a": ', b"\xff\xfe", b""):
+    with pytest.raises(InputError, match=r"cannot be read \(Is a directory\)"):
+        files.read_json(tmp_path)
+    for bad in (b'{"a": ', b"\xff\xfe", b"", b"9" * 5000, b"[" * 100_000):
         (tmp_path / "half.json").write_bytes(bad)
         with pytest.raises(InputError, match=r"half\.json: not valid JSON .* half-written, delete it"):
             files.read_json(tmp_path / "half.json")

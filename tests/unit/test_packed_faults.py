@@ -15,9 +15,11 @@ from tests.broken import (
     QUERY,
     REMOVED,
     WORDS,
+    WRONG,
     at,
     copy,
     parts,
+    paths,
     put,
     refused,
     replaced,
@@ -42,38 +44,10 @@ def fp32(tmp_path):
 # manifest.json
 
 
-def paths(value, path=()):
-    """The path of every field of a JSON value."""
-    if path:
-        yield path
-    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, item in pairs:
-        yield from paths(item, (*path, key))
-
-
 def fields(manifest):
     """Every field but those of tensors that are like one that is in it."""
     alike = {WORDS, QUERY, OUTPUT, "pooler.dense.weight", "classifier.bias"}
     return [path for path in paths(manifest) if path[0] != "tensors" or len(path) == 1 or path[1] in alike]
-
-
-WRONG = [
-    REMOVED,
-    None,
-    True,
-    -1,
-    0,
-    2.5,
-    float("inf"),
-    10**30,
-    int("9" * 400),
-    "x",
-    "\ud800",
-    [],
-    {},
-    [[]],
-    {"kind": "static"},
-]
 
 
 @pytest.mark.parametrize("variant", ["v1-fp32", "v1-int8-zstd"])

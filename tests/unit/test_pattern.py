@@ -126,8 +126,7 @@ def test_inspect_every_architecture(tmp_path, make, pooler):
 
 
 def test_sizes_of_bert_base_at_90_percent():
-    layer = {"shape": [768, 768], "sparsity": 0.9}
-    assert pattern._position_bits(layer) / 768**2 == pytest.approx(0.469, abs=1e-3)
+    assert pattern.position_bits(768 * 768, 0.9) / 768**2 == pytest.approx(0.469, abs=1e-3)
 
 
 def test_sizes(base):

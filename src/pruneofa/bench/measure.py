@@ -26,6 +26,7 @@ from pruneofa.bench.peers import CAPPING, OURS, PEERS, REFERENCE, Peer
 from pruneofa.bench.workers import Worker, WorkerError
 from pruneofa.errors import CheckFailed, InputError
 from pruneofa.files import fingerprint
+from pruneofa.hardware import processor
 from pruneofa.manifest import read_json
 from pruneofa.progress import progress
 
@@ -353,11 +354,8 @@ def machine() -> dict[str, Any]:
     """Processor, CPUs and kernels that it can run."""
     from pruneofa.engine import Engine
 
-    cpu = platform.processor()
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
-        cpu = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), cpu)
     return {
-        "cpu": cpu,
+        "cpu": processor(),
         "cpus": os.cpu_count(),
         "isas": Engine.available_isas(),
         "platform": platform.platform(),

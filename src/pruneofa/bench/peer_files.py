@@ -1,15 +1,13 @@
 """The files that peers load, made once per shape from the same Hugging Face folder: ONNX and OpenVINO, int8 too."""
 
 import json
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pruneofa.bench.peers import Job, read_inputs, torch_inputs, torch_model
+from pruneofa.files import new_folder
 
 _CALIBRATION = 16  # batches for post-training quantization
 # What the exporter still writes and DeepSparse, whose last release is of 2024, reads.
@@ -25,7 +23,7 @@ def make(artifact: str, job: Job) -> None:
     if artifact and not target.exists():
         if artifact in _SOURCE:
             make(_SOURCE[artifact], job)
-        with _whole(target) as folder:
+        with new_folder(target) as folder:
             _MAKERS[artifact](job, folder)
 
 
@@ -104,16 +102,3 @@ _MAKERS = {
     "openvino": _openvino,
     "openvino-int8": _openvino_int8,
 }
-
-
-@contextmanager
-def _whole(target: Path) -> Iterator[Path]:
-    """A folder that becomes `target` when the block succeeds: what is there was made to its end."""
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

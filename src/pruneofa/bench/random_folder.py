@@ -79,7 +79,7 @@ def _config(sizes: dict[str, int], distil: bool) -> dict[str, object]:
 
 
 def _tensors(shape: str, sparsity: float, pattern: str, seed: int) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    from pruneofa.architectures import _BERT_LAYER, _DISTILBERT_LAYER
+    from pruneofa.architectures import BERT_LAYER, DISTILBERT_LAYER
 
     random = np.random.default_rng(seed)
 
@@ -92,7 +92,7 @@ def _tensors(shape: str, sparsity: float, pattern: str, seed: int) -> Iterator[t
     for name, rows in tables.items():
         yield f"embeddings.{name}_embeddings.weight", gaussian(rows, hidden)
     norms = ["embeddings.LayerNorm"]
-    prefix, names = ("transformer", _DISTILBERT_LAYER) if distil else ("encoder", _BERT_LAYER)
+    prefix, names = ("transformer", DISTILBERT_LAYER) if distil else ("encoder", BERT_LAYER)
     wide = {"intermediate": (inner, hidden), "output": (hidden, inner)}
     for index in range(sizes["layers"]):
         for ours, theirs in names.items():

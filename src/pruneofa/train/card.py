@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from pruneofa.errors import InputError
+from pruneofa.errors import InputError, short
 from pruneofa.files import read_json, write_text
 from pruneofa.recipe import Card, to_yaml
 
@@ -107,14 +107,14 @@ def _check_runs(value: Any, source: str, key: str) -> None:
 
 def _mapping(value: Any, source: str, key: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise InputError(f"{source}: {key} is {_short(value)}, wanted a mapping")
+        raise InputError(f"{source}: {key} is {short(value)}, wanted a mapping")
     return value
 
 
 def _number(value: Any, source: str, key: str, largest: float = math.inf) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= largest:
         limit = "a number of at least 0" if largest == math.inf else f"a number from 0 to {largest:g}"
-        raise InputError(f"{source}: {key} is {_short(value)}, wanted {limit}")
+        raise InputError(f"{source}: {key} is {short(value)}, wanted {limit}")
     return float(value)
 
 
@@ -123,11 +123,6 @@ def _one_of(name: str, known: Iterable[str], source: str, key: str) -> None:
         near = get_close_matches(name, known, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
         raise InputError(f"{source}: {key} has {name!r}; {hint}")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 # ------------------------------------------------------------------------------------------------- the table

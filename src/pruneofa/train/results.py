@@ -14,6 +14,7 @@ import torch
 from pruneofa import pattern
 from pruneofa.errors import CheckFailed
 from pruneofa.files import read_json, write_json, write_text
+from pruneofa.hardware import processor
 from pruneofa.recipe import Recipe
 from pruneofa.train.models import with_safetensors
 
@@ -107,17 +108,9 @@ def environment() -> dict[str, Any]:
     return {
         "versions": versions(),
         "hardware": {
-            "processor": _processor(),
+            "processor": processor(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "gpus": devices,
         },
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
