@@ -57,6 +57,62 @@ struct Float {
   }
 };
 
+// Gathered words from rows of 64 bytes per input, 32 of each of two panels: tokens 0 .. 3, 8 .. 11, 4 .. 7, 12 .. 15,
+// so that interleaving two rows gives the tokens in order.
+struct Gather {
+  static constexpr int kGroup = 2, kGroupBytes = 64, kPanels = 2;
+
+  static void spread(const char* x, std::ptrdiff_t panel_bytes, int groups, int count, char* rows) {
+    const __m256i by_input = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
+    for (int i = 0; i < count; ++i) {
+      const __m256i* codes = reinterpret_cast<const __m256i*>(x + i * panel_bytes);
+      __m256i* row = reinterpret_cast<__m256i*>(rows) + i;
+      for (int g = 0; g < groups; ++g, codes += 2, row += 4) {
+        const __m256i low = _mm256_shuffle_epi8(_mm256_load_si256(codes), by_input);
+        const __m256i high = _mm256_shuffle_epi8(_mm256_load_si256(codes + 1), by_input);
+        _mm256_store_si256(row, _mm256_unpacklo_epi64(low, high));
+        _mm256_store_si256(row + 2, _mm256_unpackhi_epi64(low, high));
+      }
+    }
+  }
+
+  template <int Shared, int Panels>
+  static void block(const Weights& w, const Operands& o, int n, int p, const char* rows) {
+    Int8::Sum sum[Shared][Panels] = {};
+    const uint32_t end = w.row_start[n / Shared + 1];
+    for (uint32_t e = w.row_start[n / Shared]; e < end; ++e) {
+      const uint16_t* index = w.index + std::size_t{e} * 2;
+      const uint32_t* words = w.words + std::size_t{e} * Shared;
+      PRUNEOFA_UNROLL
+      for (int i = 0; i < Panels; ++i) {
+        const __m256i a = _mm256_load_si256(reinterpret_cast<const __m256i*>(rows + index[0] * 64) + i);
+        const __m256i b = _mm256_load_si256(reinterpret_cast<const __m256i*>(rows + index[1] * 64) + i);
+        const __m256i low = _mm256_unpacklo_epi16(a, b), high = _mm256_unpackhi_epi16(a, b);
+        PRUNEOFA_UNROLL
+        for (int r = 0; r < Shared; ++r) {
+          const __m256i word = Int8::word(words[r]);
+          sum[r][i].half[0] = _mm256_add_epi32(sum[r][i].half[0], _mm256_madd_epi16(low, word));
+          sum[r][i].half[1] = _mm256_add_epi32(sum[r][i].half[1], _mm256_madd_epi16(high, word));
+        }
+      }
+    }
+    for (int r = 0; r < Shared && n + r < w.outputs; ++r) {
+      for (int i = 0; i < Panels; ++i) finish(w, o, p + i, n + r, Int8::value(sum[r][i]));
+    }
+  }
+
+  static void outputs(const Weights& w, const Operands& o, int n, int p, int count, const char* rows) {
+    if (w.shared == 1) return count == 2 ? block<1, 2>(w, o, n, p, rows) : block<1, 1>(w, o, n, p, rows);
+    // The sums of two panels would not fit the registers.
+    for (int i = 0; i < count; ++i) block<4, 1>(w, o, n, p + i, rows + i * 32);
+  }
+};
+
+void linear_int8(const Weights& w, const Operands& o, int begin, int end) {
+  w.shared ? gathered_linear<Gather>(w, o, begin, end) : linear<Int8>(w, o, begin, end);
+}
+
 void nothing() {}
 
 }  // namespace avx2
@@ -64,9 +120,9 @@ void nothing() {}
 
 const Kernels kAvx2 = {
     "avx2",
-    2, 2, 2, 0.5f, 0.5f,
+    2, 2, 2, 0.4f, 0.4f,
     avx2::nothing, avx2::nothing,
-    avx2::linear<avx2::Int8>,
+    avx2::linear_int8,
     avx2::linear<avx2::Float>,
     avx2::lanes::range,
     avx2::lanes::scales,
@@ -74,6 +130,7 @@ const Kernels kAvx2 = {
     avx2::lanes::add,
     avx2::lanes::normalize,
     avx2::lanes::attention,
+    1.4f, 4.2f,
 };
 
 }  // namespace pruneofa

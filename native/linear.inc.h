@@ -100,7 +100,25 @@ inline void dense_linear(const Weights& w, const Operands& o, int begin, int end
     for (; p + Path::kDensePanels <= o.panels; p += Path::kDensePanels) {
       dense_block<Path, Path::kDensePanels>(w, o, n, p, panel_bytes, groups);
     }
+    if constexpr (Path::kDensePanels > 2) {
+      for (; p + 2 <= o.panels; p += 2) dense_block<Path, 2>(w, o, n, p, panel_bytes, groups);
+    }
     for (; p < o.panels; ++p) dense_block<Path, 1>(w, o, n, p, panel_bytes, groups);
+  }
+}
+
+// Gathered words: any inputs of an output share a word, not only consecutive ones. So the codes of a few panels are
+// first put into rows, one per input, in the thread's scratch; `Gather` interleaves the rows of an entry's inputs into
+// the words that `Path` multiplies. Every thread makes the rows for itself: that is cheap against a meeting.
+template <class Gather>
+void gathered_linear(const Weights& w, const Operands& o, int begin, int end) {
+  const int groups = round_up(w.inputs, 64) / Gather::kGroup;
+  const std::ptrdiff_t panel_bytes = static_cast<std::ptrdiff_t>(groups) * Gather::kGroupBytes;
+  char* rows = static_cast<char*>(o.scratch);
+  for (int p = 0; p < o.panels; p += Gather::kPanels) {
+    const int count = o.panels - p < Gather::kPanels ? o.panels - p : Gather::kPanels;
+    Gather::spread(static_cast<const char*>(o.x) + p * panel_bytes, panel_bytes, groups, count, rows);
+    for (int n = begin; n < end; n += w.shared) Gather::outputs(w, o, n, p, count, rows);
   }
 }
 
