@@ -19,16 +19,20 @@ namespace avx2 {
 
 struct Int8 {
   struct Sum {
-    __m256i half[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+    lanes::IntRegister half[2];  // not __m256i, which is of 64-bit numbers: compilers would copy between the two
   };
   using Word = __m256i;
+  using Number = int32_t;
   static constexpr int kGroup = 2, kGroupBytes = 64, kBlock = 2, kDensePanels = 2;
   static constexpr bool kPadded = true;
   static Word word(uint32_t w) { return _mm256_set1_epi32(static_cast<int>(w)); }
+  static void add(Sum& sum, __m256i low, __m256i high, Word word) {
+    sum.half[0] += reinterpret_cast<lanes::IntRegister>(_mm256_madd_epi16(low, word));
+    sum.half[1] += reinterpret_cast<lanes::IntRegister>(_mm256_madd_epi16(high, word));
+  }
   static void add(Sum& sum, const char* x, Word word) {
     const __m256i* place = reinterpret_cast<const __m256i*>(x);
-    sum.half[0] = _mm256_add_epi32(sum.half[0], _mm256_madd_epi16(_mm256_load_si256(place), word));
-    sum.half[1] = _mm256_add_epi32(sum.half[1], _mm256_madd_epi16(_mm256_load_si256(place + 1), word));
+    add(sum, _mm256_load_si256(place), _mm256_load_si256(place + 1), word);
   }
   static lanes::Ints value(const Sum& sum) {
     lanes::Ints v;
@@ -42,6 +46,7 @@ struct Float {
     __m256 half[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
   };
   using Word = __m256;
+  using Number = float;
   static constexpr int kGroup = 1, kGroupBytes = 64, kBlock = 2, kDensePanels = 2;
   static constexpr bool kPadded = false;
   static Word word(uint32_t w) { return _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(w))); }
@@ -86,20 +91,16 @@ struct Gather {
       const uint32_t* words = w.words + std::size_t{e} * Shared;
       PRUNEOFA_UNROLL
       for (int i = 0; i < Panels; ++i) {
-        const __m256i a = _mm256_load_si256(reinterpret_cast<const __m256i*>(rows + index[0] * 64) + i);
-        const __m256i b = _mm256_load_si256(reinterpret_cast<const __m256i*>(rows + index[1] * 64) + i);
+        const __m256i a = _mm256_load_si256(reinterpret_cast<const __m256i*>(rows + std::size_t{index[0]} * 64) + i);
+        const __m256i b = _mm256_load_si256(reinterpret_cast<const __m256i*>(rows + std::size_t{index[1]} * 64) + i);
         const __m256i low = _mm256_unpacklo_epi16(a, b), high = _mm256_unpackhi_epi16(a, b);
         PRUNEOFA_UNROLL
-        for (int r = 0; r < Shared; ++r) {
-          const __m256i word = Int8::word(words[r]);
-          sum[r][i].half[0] = _mm256_add_epi32(sum[r][i].half[0], _mm256_madd_epi16(low, word));
-          sum[r][i].half[1] = _mm256_add_epi32(sum[r][i].half[1], _mm256_madd_epi16(high, word));
-        }
+        for (int r = 0; r < Shared; ++r) Int8::add(sum[r][i], low, high, Int8::word(words[r]));
       }
     }
-    for (int r = 0; r < Shared && n + r < w.outputs; ++r) {
-      for (int i = 0; i < Panels; ++i) finish(w, o, p + i, n + r, Int8::value(sum[r][i]));
-    }
+    Kept<Int8, Shared, Panels> kept;
+    keep(kept, sum);
+    finish(w, o, n, p, kept);
   }
 
   static void outputs(const Weights& w, const Operands& o, int n, int p, int count, const char* rows) {

@@ -50,18 +50,18 @@ struct Gather {
 
   // Entries e .. e + Together - 1.
   template <int Shared, int Panels, int Together>
-  static void add(__m512i (&sum)[Shared][Panels], const Weights& w, const char* rows, uint32_t e) {
+  static void add(Int8::Sum (&sum)[Shared][Panels], const Weights& w, const char* rows, uint32_t e) {
     constexpr int kCopies = 4 / Panels;  // of a panel in a row
     const uint16_t* index = w.index + std::size_t{e} * 4;
     const uint32_t* words = w.words + std::size_t{e} * Shared;
     __m512i row[4], codes[4];
     PRUNEOFA_UNROLL
     for (int k = 0; k < 4; ++k) {
-      row[k] = _mm512_load_si512(rows + index[k] * 64);
+      row[k] = _mm512_load_si512(rows + std::size_t{index[k]} * 64);
       PRUNEOFA_UNROLL
       for (int i = 1; i < Together; ++i) {
         const __mmask16 every = static_cast<__mmask16>((kCopies == 2 ? 0x5555 : 0x1111) << i);
-        row[k] = _mm512_mask_load_epi32(row[k], every, rows + index[4 * i + k] * 64);
+        row[k] = _mm512_mask_load_epi32(row[k], every, rows + std::size_t{index[4 * i + k]} * 64);
       }
     }
     const __m512i a = _mm512_unpacklo_epi8(row[0], row[1]), b = _mm512_unpacklo_epi8(row[2], row[3]);
@@ -76,29 +76,29 @@ struct Gather {
       for (int i = 0; i < Together; ++i) {
         const __m512i word = Int8::word(words[i * Shared + r]);
         PRUNEOFA_UNROLL
-        for (int p = 0; p < Panels; ++p) sum[r][p] = _mm512_dpbusd_epi32(sum[r][p], codes[p * kCopies + i], word);
+        for (int p = 0; p < Panels; ++p) Int8::add(sum[r][p], codes[p * kCopies + i], word);
       }
     }
   }
 
   template <int Shared, int Panels>
-  static void block(const Weights& w, const Operands& o, int n, int p, int count, const char* rows) {
+  static void block(const Weights& w, const Operands& o, int n, int p, const char* rows) {
     constexpr int kTogether = 4 / Panels;
-    __m512i sum[Shared][Panels] = {};
+    Int8::Sum sum[Shared][Panels] = {};
     uint32_t e = w.row_start[n / Shared];
     const uint32_t end = w.row_start[n / Shared + 1];
     for (; e + kTogether <= end; e += kTogether) add<Shared, Panels, kTogether>(sum, w, rows, e);
     for (; e < end; ++e) add<Shared, Panels, 1>(sum, w, rows, e);
-    for (int r = 0; r < Shared && n + r < w.outputs; ++r) {
-      for (int i = 0; i < Panels && i < count; ++i) finish(w, o, p + i, n + r, Int8::value(sum[r][i]));
-    }
+    Kept<Int8, Shared, Panels> kept;
+    keep(kept, sum);
+    finish(w, o, n, p, kept);
   }
 
   template <int Shared>
   static void outputs_of(const Weights& w, const Operands& o, int n, int p, int count, const char* rows) {
-    if (count > 2) return block<Shared, 4>(w, o, n, p, count, rows);
-    if (count == 2) return block<Shared, 2>(w, o, n, p, count, rows);
-    block<Shared, 1>(w, o, n, p, count, rows);
+    if (count > 2) return block<Shared, 4>(w, o, n, p, rows);
+    if (count == 2) return block<Shared, 2>(w, o, n, p, rows);
+    block<Shared, 1>(w, o, n, p, rows);
   }
 
   static void outputs(const Weights& w, const Operands& o, int n, int p, int count, const char* rows) {

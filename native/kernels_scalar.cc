@@ -13,6 +13,7 @@ struct Int8 {
     int32_t of[kLanes] = {};
   };
   using Word = uint32_t;
+  using Number = int32_t;
   static constexpr int kGroup = 4, kGroupBytes = 64, kBlock = 1, kDensePanels = 1;
   static constexpr bool kPadded = true;
   static Word word(uint32_t w) { return w; }
@@ -34,6 +35,7 @@ struct Int8 {
 struct Float {
   using Sum = lanes::Floats;
   using Word = float;
+  using Number = float;
   static constexpr int kGroup = 1, kGroupBytes = 64, kBlock = 4, kDensePanels = 1;
   static constexpr bool kPadded = false;
   static Word word(uint32_t w) {
