@@ -211,10 +211,10 @@ void Linear::lay_out_gathered(const PackedLayer& layer, const std::vector<std::s
   std::vector<uint16_t> index;
   std::vector<uint32_t> words;
   index.reserve(layer.nonzeros + layer.nonzeros / 8);
-  words.reserve(layer.nonzeros / group * shared);
+  words.reserve(layer.nonzeros / group + layer.outputs);
   row_start_.assign(round_up(layer.outputs, shared) / shared + 1, 0);
   for (int n = 0; n < layer.outputs; n += shared) {
-    std::size_t next[4];
+    std::size_t next[4] = {0, 0, 0, 0};
     for (int r = 0; r < shared && n + r < layer.outputs; ++r) next[r] = begin[n + r];
     int taken = 0;  // inputs of this list
     for (int c = 0; c * 64 < layer.inputs; ++c) {
@@ -248,17 +248,17 @@ void Linear::keep_lists(const std::vector<uint16_t>& index, const std::vector<ui
 }
 
 std::string Linear::choice() const {
-  char text[128];
+  char text[160];
   if (int8_ && kernels_.block_int8 > 0) {
-    char layout[64] = "dense";
-    if (weights_.shared == 4) {
-      std::snprintf(layout, sizeof layout, "sparse blocks of 4 outputs");
-    } else if (weights_.sparse) {
-      std::snprintf(layout, sizeof layout, "sparse");
+    if (!weights_.sparse) {
+      std::snprintf(text, sizeof text, "dense: sparsity %.3f; skipping zeros would cost %.2f times as much with %s",
+                    sparsity_, cost_, kernels_.isa);
+      return text;
     }
-    const char* inputs = weights_.shared ? "any" : "consecutive";
-    std::snprintf(text, sizeof text, "%s: sparsity %.3f; words of %d %s inputs cost %.2f of dense with %s", layout,
-                  sparsity_, kernels_.group_int8, inputs, cost_, kernels_.isa);
+    std::snprintf(text, sizeof text, "%s: sparsity %.3f; words of %s%d %sinputs cost %.2f of dense with %s",
+                  weights_.shared == 4 ? "sparse blocks of 4 outputs" : "sparse", sparsity_,
+                  weights_.shared ? "any " : "", kernels_.group_int8, weights_.shared ? "" : "consecutive ", cost_,
+                  kernels_.isa);
     return text;
   }
   const double limit = int8_ ? kernels_.sparse_above : kernels_.sparse_above_float;

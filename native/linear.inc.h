@@ -35,8 +35,8 @@ inline void finish(const Weights& w, const Operands& o, int panel, int n, const 
   write(o, panel, n, lanes::activate(sum + w.bias[n], o.activation));
 }
 
-// Sums on their way to becoming floats. They go by way of memory, with constant indices: an array that a loop picks from
-// would be kept there, and written in every turn of the loop that adds up.
+// Sums on their way to becoming floats. They go by way of memory, with constant indices: an array that a loop picks
+// from would be kept there, and written in every turn of the loop that adds up.
 template <class Path, int Rows, int Panels>
 struct alignas(64) Kept {
   typename Path::Number of[Rows][Panels][kLanes];

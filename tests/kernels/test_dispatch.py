@@ -97,7 +97,7 @@ def test_each_path_says_which_layouts_it_takes(isa):
     [
         ("4x1", 0.8, {"avx2": "sparse blocks of 4 outputs", "avx512vnni": "sparse blocks of 4 outputs"}),
         ("1x4", 0.8, dict.fromkeys(TABLE[:3], "consecutive inputs")),
-        ("random", 0.9, {"avx2": "any inputs", "avx512vnni": "any inputs", "scalar": "consecutive inputs"}),
+        ("random", 0.9, {"avx2": "any 2 inputs", "avx512vnni": "any 4 inputs", "scalar": "4 consecutive inputs"}),
         ("random", 0.1, dict.fromkeys(TABLE, "dense")),
     ],
 )
