@@ -1,18 +1,23 @@
 // What the AVX-512 path and the AMX path share. Included as lanes.h is.
 
 struct Int8 {
-  using Sum = __m512i;
+  using Sum = lanes::Ints;  // not __m512i, which is of 64-bit numbers: compilers would copy between the two
   using Word = __m512i;
+  using Number = int32_t;
   static constexpr int kGroup = 4, kGroupBytes = 64, kBlock = 4, kDensePanels = 4;
   static constexpr bool kPadded = true;
   static Word word(uint32_t w) { return _mm512_set1_epi32(static_cast<int>(w)); }
-  static void add(Sum& sum, const char* x, Word word) { sum = _mm512_dpbusd_epi32(sum, _mm512_load_si512(x), word); }
-  static lanes::Ints value(Sum sum) { return reinterpret_cast<lanes::Ints>(sum); }
+  static void add(Sum& sum, __m512i codes, Word word) {
+    sum = reinterpret_cast<Sum>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sum), codes, word));
+  }
+  static void add(Sum& sum, const char* x, Word word) { add(sum, _mm512_load_si512(x), word); }
+  static lanes::Ints value(Sum sum) { return sum; }
 };
 
 struct Float {
   using Sum = __m512;
   using Word = __m512;
+  using Number = float;
   static constexpr int kGroup = 1, kGroupBytes = 64, kBlock = 4, kDensePanels = 4;
   static constexpr bool kPadded = false;
   static Word word(uint32_t w) { return _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(w))); }

@@ -48,6 +48,10 @@ struct Weights {
   const uint32_t* row_start = nullptr;
   const uint16_t* index = nullptr;
   const uint32_t* words = nullptr;  // dense: [outputs / block][groups][block]
+  // Gathered words: `shared` outputs have one list, the entries [row_start[n / shared], row_start[n / shared + 1]). An
+  // entry e is a group of any inputs, index[group * e ...] (inputs, not groups), and a word for each output,
+  // words[shared * e ...].
+  int shared = 0;  // 1 or 4; 0: not gathered
   // AMX, per tile of 16 outputs x 64 inputs, tiles of one row of tiles consecutive.
   const uint64_t* masks = nullptr;        // sparse: [outputs / 16][inputs / 64][16]
   const uint32_t* value_start = nullptr;  // sparse: [outputs / 16 + 1]
@@ -122,16 +126,21 @@ struct Kernels {
   void (*normalize)(float* x, int count, int features, const float* sums, int parts, std::ptrdiff_t stride,
                     const float* gamma, const float* beta, float epsilon, Ranges range);
   void (*attention)(const Attention&);
+
+  // What an entry of a gathered int8 list costs, in words of a plain one: of one output, and shared by four. 0: the
+  // path has no such kernel.
+  float gathered = 0, gathered_by_4 = 0;
 };
 
 constexpr int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 constexpr std::size_t codes_bytes(int inputs, int group_int8) {
   return static_cast<std::size_t>(round_up(inputs, 64)) * kLanes * (group_int8 == 2 ? 2 : 1);
 }
-// Largest need of any kernel: expanded weight tiles (AMX), or the operands of one head of a sequence (AMX: keys, values,
-// a query panel and its weights as two bfloat16 each) and the scores of two query panels.
+// Largest need of any kernel: expanded weight tiles (AMX), codes by input for gathered words (64 bytes each), or the
+// operands of one head of a sequence (AMX: keys, values, a query panel and its weights as two bfloat16 each) and the
+// scores of two query panels.
 constexpr std::size_t scratch_bytes(int inputs, int tokens, int head) {
-  const std::size_t tiles = static_cast<std::size_t>(round_up(inputs, 64)) * 32 + 8192;
+  const std::size_t tiles = static_cast<std::size_t>(round_up(inputs, 64)) * 64 + 8192;
   const std::size_t keys = static_cast<std::size_t>(round_up(tokens, 2 * kLanes)) + 4 * kLanes;
   const std::size_t operands = keys * head * 8 + keys * kLanes * 12 + static_cast<std::size_t>(head) * kLanes * 8 + 8192;
   return tiles > operands ? tiles : operands;

@@ -206,7 +206,7 @@ void linear_int8(const Weights& w, const Operands& o, int begin, int end) {
 
 const Kernels kAmx = {
     "amx",
-    4, 0, 4, 0.3f, 0.5f,
+    4, 0, 4, 0.3f, 0.6f,
     amx::begin, amx::end,
     amx::linear_int8,
     amx::linear<amx::Float>,

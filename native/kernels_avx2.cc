@@ -19,16 +19,20 @@ namespace avx2 {
 
 struct Int8 {
   struct Sum {
-    __m256i half[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+    lanes::IntRegister half[2];  // not __m256i, which is of 64-bit numbers: compilers would copy between the two
   };
   using Word = __m256i;
-  static constexpr int kGroup = 2, kGroupBytes = 64, kBlock = 2, kDensePanels = 2;
+  using Number = int32_t;
+  static constexpr int kGroup = 2, kGroupBytes = 64, kBlock = 4, kDensePanels = 1;
   static constexpr bool kPadded = true;
   static Word word(uint32_t w) { return _mm256_set1_epi32(static_cast<int>(w)); }
+  static void add(Sum& sum, __m256i low, __m256i high, Word word) {
+    sum.half[0] += reinterpret_cast<lanes::IntRegister>(_mm256_madd_epi16(low, word));
+    sum.half[1] += reinterpret_cast<lanes::IntRegister>(_mm256_madd_epi16(high, word));
+  }
   static void add(Sum& sum, const char* x, Word word) {
     const __m256i* place = reinterpret_cast<const __m256i*>(x);
-    sum.half[0] = _mm256_add_epi32(sum.half[0], _mm256_madd_epi16(_mm256_load_si256(place), word));
-    sum.half[1] = _mm256_add_epi32(sum.half[1], _mm256_madd_epi16(_mm256_load_si256(place + 1), word));
+    add(sum, _mm256_load_si256(place), _mm256_load_si256(place + 1), word);
   }
   static lanes::Ints value(const Sum& sum) {
     lanes::Ints v;
@@ -42,7 +46,8 @@ struct Float {
     __m256 half[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
   };
   using Word = __m256;
-  static constexpr int kGroup = 1, kGroupBytes = 64, kBlock = 2, kDensePanels = 2;
+  using Number = float;
+  static constexpr int kGroup = 1, kGroupBytes = 64, kBlock = 4, kDensePanels = 1;
   static constexpr bool kPadded = false;
   static Word word(uint32_t w) { return _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(w))); }
   static void add(Sum& sum, const char* x, Word word) {
@@ -57,6 +62,58 @@ struct Float {
   }
 };
 
+// Gathered words from rows of 64 bytes per input, 32 of each of two panels: tokens 0 .. 3, 8 .. 11, 4 .. 7, 12 .. 15,
+// so that interleaving two rows gives the tokens in order.
+struct Gather {
+  static constexpr int kGroup = 2, kGroupBytes = 64, kPanels = 2;
+
+  static void spread(const char* x, std::ptrdiff_t panel_bytes, int groups, int count, char* rows) {
+    const __m256i by_input = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
+    for (int i = 0; i < count; ++i) {
+      const __m256i* codes = reinterpret_cast<const __m256i*>(x + i * panel_bytes);
+      __m256i* row = reinterpret_cast<__m256i*>(rows) + i;
+      for (int g = 0; g < groups; ++g, codes += 2, row += 4) {
+        const __m256i low = _mm256_shuffle_epi8(_mm256_load_si256(codes), by_input);
+        const __m256i high = _mm256_shuffle_epi8(_mm256_load_si256(codes + 1), by_input);
+        _mm256_store_si256(row, _mm256_unpacklo_epi64(low, high));
+        _mm256_store_si256(row + 2, _mm256_unpackhi_epi64(low, high));
+      }
+    }
+  }
+
+  template <int Shared, int Panels>
+  static void block(const Weights& w, const Operands& o, int n, int p, const char* rows) {
+    Int8::Sum sum[Shared][Panels] = {};
+    const uint32_t end = w.row_start[n / Shared + 1];
+    for (uint32_t e = w.row_start[n / Shared]; e < end; ++e) {
+      const uint16_t* index = w.index + std::size_t{e} * 2;
+      const uint32_t* words = w.words + std::size_t{e} * Shared;
+      PRUNEOFA_UNROLL
+      for (int i = 0; i < Panels; ++i) {
+        const __m256i a = _mm256_load_si256(reinterpret_cast<const __m256i*>(rows + std::size_t{index[0]} * 64) + i);
+        const __m256i b = _mm256_load_si256(reinterpret_cast<const __m256i*>(rows + std::size_t{index[1]} * 64) + i);
+        const __m256i low = _mm256_unpacklo_epi16(a, b), high = _mm256_unpackhi_epi16(a, b);
+        PRUNEOFA_UNROLL
+        for (int r = 0; r < Shared; ++r) Int8::add(sum[r][i], low, high, Int8::word(words[r]));
+      }
+    }
+    Kept<Int8, Shared, Panels> kept;
+    keep(kept, sum);
+    finish(w, o, n, p, kept);
+  }
+
+  static void outputs(const Weights& w, const Operands& o, int n, int p, int count, const char* rows) {
+    if (w.shared == 1) return count == 2 ? block<1, 2>(w, o, n, p, rows) : block<1, 1>(w, o, n, p, rows);
+    // The sums of two panels would not fit the registers.
+    for (int i = 0; i < count; ++i) block<4, 1>(w, o, n, p + i, rows + i * 32);
+  }
+};
+
+void linear_int8(const Weights& w, const Operands& o, int begin, int end) {
+  w.shared ? gathered_linear<Gather>(w, o, begin, end) : linear<Int8>(w, o, begin, end);
+}
+
 void nothing() {}
 
 }  // namespace avx2
@@ -64,9 +121,9 @@ void nothing() {}
 
 const Kernels kAvx2 = {
     "avx2",
-    2, 2, 2, 0.5f, 0.5f,
+    2, 4, 4, 0.52f, 0.5f,
     avx2::nothing, avx2::nothing,
-    avx2::linear<avx2::Int8>,
+    avx2::linear_int8,
     avx2::linear<avx2::Float>,
     avx2::lanes::range,
     avx2::lanes::scales,
@@ -74,6 +131,7 @@ const Kernels kAvx2 = {
     avx2::lanes::add,
     avx2::lanes::normalize,
     avx2::lanes::attention,
+    1.3f, 3.0f,
 };
 
 }  // namespace pruneofa

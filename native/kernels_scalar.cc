@@ -13,13 +13,20 @@ struct Int8 {
     int32_t of[kLanes] = {};
   };
   using Word = uint32_t;
-  static constexpr int kGroup = 4, kGroupBytes = 64, kBlock = 4, kDensePanels = 1;
+  using Number = int32_t;
+  static constexpr int kGroup = 4, kGroupBytes = 64, kBlock = 1, kDensePanels = 1;
   static constexpr bool kPadded = true;
   static Word word(uint32_t w) { return w; }
   static void add(Sum& sum, const char* x, Word word) {
-    for (int k = 0; k < 4; ++k) {
-      const int32_t weight = static_cast<int8_t>(word >> (8 * k));
-      for (int i = 0; i < kLanes; ++i) sum.of[i] += weight * static_cast<uint8_t>(x[4 * i + k]);
+    // Shifts of whole words, which compilers turn into vectors of any size; bytes 4 apart they do not.
+    uint32_t codes[kLanes];
+    memcpy(codes, x, sizeof codes);
+    const int32_t a = static_cast<int8_t>(word), b = static_cast<int8_t>(word >> 8);
+    const int32_t c = static_cast<int8_t>(word >> 16), d = static_cast<int8_t>(word >> 24);
+    for (int i = 0; i < kLanes; ++i) {
+      const uint32_t v = codes[i];
+      sum.of[i] += a * static_cast<int32_t>(v & 255) + b * static_cast<int32_t>(v >> 8 & 255) +
+                   c * static_cast<int32_t>(v >> 16 & 255) + d * static_cast<int32_t>(v >> 24);
     }
   }
   static lanes::Ints value(const Sum& sum) { return lanes::load(sum.of); }
@@ -28,6 +35,7 @@ struct Int8 {
 struct Float {
   using Sum = lanes::Floats;
   using Word = float;
+  using Number = float;
   static constexpr int kGroup = 1, kGroupBytes = 64, kBlock = 4, kDensePanels = 1;
   static constexpr bool kPadded = false;
   static Word word(uint32_t w) {
@@ -46,7 +54,7 @@ void nothing() {}
 
 const Kernels kScalar = {
     "scalar",
-    4, 4, 4, 0.3f, 0.3f,
+    4, 1, 4, 0.4f, 0.3f,
     scalar::nothing, scalar::nothing,
     scalar::linear<scalar::Int8>,
     scalar::linear<scalar::Float>,

@@ -1,5 +1,7 @@
 #include "linear.h"
 
+#include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <stdexcept>
@@ -66,7 +68,11 @@ Linear::Linear(const PackedLayer& layer, const Kernels& kernels) : kernels_(kern
   sparsity_ = 1.0 - static_cast<double>(layer.nonzeros) / weights;
   weights_.outputs = layer.outputs;
   weights_.inputs = layer.inputs;
-  weights_.sparse = sparsity_ > (int8_ ? kernels.sparse_above : kernels.sparse_above_float);
+  if (int8_ && kernels.block_int8 > 0) {
+    choose(layer);
+  } else {
+    weights_.sparse = sparsity_ > (int8_ ? kernels.sparse_above : kernels.sparse_above_float);
+  }
   bias_.assign(layer.outputs, 0.0f);
   if (layer.bias != nullptr) bias_.assign(layer.bias, layer.bias + layer.outputs);
   weights_.bias = bias_.data();
@@ -83,9 +89,53 @@ Linear::Linear(const PackedLayer& layer, const Kernels& kernels) : kernels_(kern
   }
   if (int8_ && kernels.block_int8 == 0) {
     lay_out_tiles(layer, begin);
+  } else if (weights_.shared > 0) {
+    lay_out_gathered(layer, begin, kernels.group_int8);
   } else {
     lay_out_groups(layer, int8_ ? kernels.group_int8 : 1, int8_ ? kernels.block_int8 : kernels.block_float);
   }
+}
+
+// Which layout of int8 words does the least work, in words of a plain list. A dense layer counts as much as an
+// unstructured one at the sparsity where the two were measured to be equally fast.
+void Linear::choose(const PackedLayer& layer) {
+  const int group = kernels_.group_int8;
+  const double gathered = kernels_.gathered, gathered_by_4 = kernels_.gathered_by_4;
+  const uint64_t first = group == 4 ? 0x1111111111111111u : 0x5555555555555555u;  // inputs that begin a word
+  std::size_t words = 0, entries[2] = {0, 0};                                     // entries: of one output, of four
+  const auto round_to_entries = [group](int inputs) { return static_cast<std::size_t>((inputs + group - 1) / group); };
+  for (int n = 0; n < layer.outputs; n += 4) {
+    int kept[4] = {0, 0, 0, 0}, kept_by_any = 0;
+    for (int c = 0; c * 64 < layer.inputs; ++c) {
+      uint64_t any = 0;
+      for (int r = 0; r < 4 && n + r < layer.outputs; ++r) {
+        const uint64_t mask = mask_at(layer, n + r, c);
+        uint64_t word = mask | mask >> 1;
+        if (group == 4) word |= word >> 2;
+        words += popcount(word & first);
+        kept[r] += popcount(mask);
+        any |= mask;
+      }
+      kept_by_any += popcount(any);
+    }
+    for (int inputs : kept) entries[0] += round_to_entries(inputs);
+    entries[1] += round_to_entries(kept_by_any);
+  }
+  double best = static_cast<double>(words);
+  if (gathered > 0 && entries[0] * gathered < best) {
+    best = entries[0] * gathered;
+    weights_.shared = 1;
+  }
+  if (gathered_by_4 > 0 && entries[1] * gathered_by_4 < best) {
+    best = entries[1] * gathered_by_4;
+    weights_.shared = 4;
+  }
+  const double kept = 1.0 - kernels_.sparse_above;  // at the limit
+  double dense = 1.0 - std::pow(kernels_.sparse_above, group);
+  if (gathered > 0) dense = std::min(dense, kept * gathered);
+  cost_ = best / (dense * layer.outputs * static_cast<double>(round_to_entries(layer.inputs)));
+  weights_.sparse = cost_ < 1.0;
+  if (!weights_.sparse) weights_.shared = 0;
 }
 
 void Linear::lay_out_tiles(const PackedLayer& layer, const std::vector<std::size_t>& begin) {
@@ -154,13 +204,45 @@ void Linear::lay_out_groups(const PackedLayer& layer, int group, int block) {
     }
     row_start_[n + 1] = static_cast<uint32_t>(words.size());
   }
-  if (weights_.sparse) {
-    index_ = Aligned<uint16_t>(index.size());
-    words_ = Aligned<uint32_t>(words.size());
-    if (!words.empty()) {
-      std::memcpy(index_.data(), index.data(), index.size() * sizeof(uint16_t));
-      std::memcpy(words_.data(), words.data(), words.size() * sizeof(uint32_t));
+  if (weights_.sparse) return keep_lists(index, words);
+  weights_.words = words_.data();
+}
+
+void Linear::lay_out_gathered(const PackedLayer& layer, const std::vector<std::size_t>& begin, int group) {
+  const int shared = weights_.shared;
+  std::vector<uint16_t> index;
+  std::vector<uint32_t> words;
+  index.reserve(layer.nonzeros + layer.nonzeros / 8);
+  words.reserve(layer.nonzeros / group + layer.outputs);
+  row_start_.assign(round_up(layer.outputs, shared) / shared + 1, 0);
+  for (int n = 0; n < layer.outputs; n += shared) {
+    std::size_t next[4] = {0, 0, 0, 0};
+    for (int r = 0; r < shared && n + r < layer.outputs; ++r) next[r] = begin[n + r];
+    int taken = 0;  // inputs of this list
+    for (int c = 0; c * 64 < layer.inputs; ++c) {
+      uint64_t mask[4] = {0, 0, 0, 0}, any = 0;
+      for (int r = 0; r < shared && n + r < layer.outputs; ++r) any |= mask[r] = mask_at(layer, n + r, c);
+      for (; any; any &= any - 1, ++taken) {
+        const int bit = lowest(any);
+        if (taken % group == 0) words.resize(words.size() + shared);
+        index.push_back(static_cast<uint16_t>(c * 64 + bit));
+        for (int r = 0; r < shared; ++r) {
+          if (mask[r] >> bit & 1) words[words.size() - shared + r] |= part(layer, next[r]++, group, taken % group);
+        }
+      }
     }
+    for (; taken % group != 0; ++taken) index.push_back(index.back());  // with a weight of zero
+    row_start_[n / shared + 1] = static_cast<uint32_t>(words.size() / shared);
+  }
+  keep_lists(index, words);
+}
+
+void Linear::keep_lists(const std::vector<uint16_t>& index, const std::vector<uint32_t>& words) {
+  index_ = Aligned<uint16_t>(index.size());
+  words_ = Aligned<uint32_t>(words.size());
+  if (!words.empty()) {
+    std::memcpy(index_.data(), index.data(), index.size() * sizeof(uint16_t));
+    std::memcpy(words_.data(), words.data(), words.size() * sizeof(uint32_t));
   }
   weights_.row_start = row_start_.data();
   weights_.index = index_.data();
@@ -168,7 +250,19 @@ void Linear::lay_out_groups(const PackedLayer& layer, int group, int block) {
 }
 
 std::string Linear::choice() const {
-  char text[96];
+  char text[160];
+  if (int8_ && kernels_.block_int8 > 0) {
+    if (!weights_.sparse) {
+      std::snprintf(text, sizeof text, "dense: sparsity %.3f; skipping zeros would cost %.2f times as much with %s",
+                    sparsity_, cost_, kernels_.isa);
+      return text;
+    }
+    std::snprintf(text, sizeof text, "%s: sparsity %.3f; words of %s%d %sinputs cost %.2f of dense with %s",
+                  weights_.shared == 4 ? "sparse blocks of 4 outputs" : "sparse", sparsity_,
+                  weights_.shared ? "any " : "", kernels_.group_int8, weights_.shared ? "" : "consecutive ", cost_,
+                  kernels_.isa);
+    return text;
+  }
   const double limit = int8_ ? kernels_.sparse_above : kernels_.sparse_above_float;
   std::snprintf(text, sizeof text, "%s: sparsity %.3f is %s %.2f, where %s skips enough to pay",
                 weights_.sparse ? "sparse" : "dense", sparsity_, weights_.sparse ? "above" : "not above", limit,

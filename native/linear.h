@@ -40,12 +40,16 @@ class Linear {
   }
 
  private:
+  void choose(const PackedLayer& layer);
   void lay_out_tiles(const PackedLayer& layer, const std::vector<std::size_t>& begin);
   void lay_out_groups(const PackedLayer& layer, int group, int block);
+  void lay_out_gathered(const PackedLayer& layer, const std::vector<std::size_t>& begin, int group);
+  void keep_lists(const std::vector<uint16_t>& index, const std::vector<uint32_t>& words);
 
   const Kernels& kernels_;
   bool int8_;
   double sparsity_;
+  double cost_ = 0;  // of the best sparse layout of int8 words, in those of the dense one
   Weights weights_;
   std::vector<uint32_t> row_start_;
   Aligned<uint16_t> index_;

@@ -35,19 +35,45 @@ inline void finish(const Weights& w, const Operands& o, int panel, int n, const 
   write(o, panel, n, lanes::activate(sum + w.bias[n], o.activation));
 }
 
+// Sums on their way to becoming floats. They go by way of memory, with constant indices: an array that a loop picks
+// from would be kept there, and written in every turn of the loop that adds up.
+template <class Path, int Rows, int Panels>
+struct alignas(64) Kept {
+  typename Path::Number of[Rows][Panels][kLanes];
+};
+
+template <class Path, int Rows, int Panels>
+inline void keep(Kept<Path, Rows, Panels>& kept, const typename Path::Sum (&sum)[Rows][Panels]) {
+  PRUNEOFA_UNROLL
+  for (int r = 0; r < Rows; ++r) {
+    PRUNEOFA_UNROLL
+    for (int i = 0; i < Panels; ++i) lanes::store(kept.of[r][i], Path::value(sum[r][i]));
+  }
+}
+
+// Outputs n .. and panels p .., those that there are.
+template <class Path, int Rows, int Panels>
+inline void finish(const Weights& w, const Operands& o, int n, int p, const Kept<Path, Rows, Panels>& kept) {
+  for (int r = 0; r < Rows && n + r < w.outputs; ++r) {
+    for (int i = 0; i < Panels && p + i < o.panels; ++i) finish(w, o, p + i, n + r, lanes::load(kept.of[r][i]));
+  }
+}
+
 // Output n for panels p .. p + Panels - 1 from the groups of row n.
 template <class Path, int Panels>
 inline void sparse_row(const Weights& w, const Operands& o, int n, int p, std::ptrdiff_t panel_bytes) {
-  typename Path::Sum sum[Panels] = {};
+  typename Path::Sum sum[1][Panels] = {};
   const char* x = static_cast<const char*>(o.x) + p * panel_bytes;
   const uint32_t end = w.row_start[n + 1];
   for (uint32_t g = w.row_start[n]; g < end; ++g) {
     const typename Path::Word word = Path::word(w.words[g]);
     const char* place = x + static_cast<std::ptrdiff_t>(w.index[g]) * Path::kGroupBytes;
     PRUNEOFA_UNROLL
-    for (int i = 0; i < Panels; ++i) Path::add(sum[i], place + i * panel_bytes, word);
+    for (int i = 0; i < Panels; ++i) Path::add(sum[0][i], place + i * panel_bytes, word);
   }
-  for (int i = 0; i < Panels; ++i) finish(w, o, p + i, n, Path::value(sum[i]));
+  Kept<Path, 1, Panels> kept;
+  keep(kept, sum);
+  finish(w, o, n, p, kept);
 }
 
 template <class Path>
@@ -85,9 +111,9 @@ inline void dense_block(const Weights& w, const Operands& o, int n, int p, std::
       for (int i = 0; i < Panels; ++i) Path::add(sum[r][i], x + g * Path::kGroupBytes + i * panel_bytes, word);
     }
   }
-  for (int r = 0; r < Path::kBlock && n + r < w.outputs; ++r) {
-    for (int i = 0; i < Panels; ++i) finish(w, o, p + i, n + r, Path::value(sum[r][i]));
-  }
+  Kept<Path, Path::kBlock, Panels> kept;
+  keep(kept, sum);
+  finish(w, o, n, p, kept);
 }
 
 template <class Path>
@@ -100,7 +126,25 @@ inline void dense_linear(const Weights& w, const Operands& o, int begin, int end
     for (; p + Path::kDensePanels <= o.panels; p += Path::kDensePanels) {
       dense_block<Path, Path::kDensePanels>(w, o, n, p, panel_bytes, groups);
     }
+    if constexpr (Path::kDensePanels > 2) {
+      for (; p + 2 <= o.panels; p += 2) dense_block<Path, 2>(w, o, n, p, panel_bytes, groups);
+    }
     for (; p < o.panels; ++p) dense_block<Path, 1>(w, o, n, p, panel_bytes, groups);
+  }
+}
+
+// Gathered words: any inputs of an output share a word, not only consecutive ones. So the codes of a few panels are
+// first put into rows, one per input, in the thread's scratch; `Gather` interleaves the rows of an entry's inputs into
+// the words that `Path` multiplies. Every thread makes the rows for itself: that is cheap against a meeting.
+template <class Gather>
+void gathered_linear(const Weights& w, const Operands& o, int begin, int end) {
+  const int groups = round_up(w.inputs, 64) / Gather::kGroup;
+  const std::ptrdiff_t panel_bytes = static_cast<std::ptrdiff_t>(groups) * Gather::kGroupBytes;
+  char* rows = static_cast<char*>(o.scratch);
+  for (int p = 0; p < o.panels; p += Gather::kPanels) {
+    const int count = o.panels - p < Gather::kPanels ? o.panels - p : Gather::kPanels;
+    Gather::spread(static_cast<const char*>(o.x) + p * panel_bytes, panel_bytes, groups, count, rows);
+    for (int n = begin; n < end; n += w.shared) Gather::outputs(w, o, n, p, count, rows);
   }
 }
 

@@ -33,8 +33,11 @@ class Layer:
 
 def int8_layer(random: np.random.Generator, n: int, k: int, sparsity: float, fill: str = "random") -> Layer:
     """`fill` says which weights: "random", "high" (127), "low" (-127), "extremes" (-127, 0 and 127),
-    "empty rows" (every second one), "full rows" (every second one), "last column"."""
-    kept = random.random((n, k)) >= sparsity
+    "empty rows" (every second one), "full rows" (every second one), "last column"; or which pattern: "4x1" (4 outputs
+    of one input share their fate), "1x4" (4 inputs of one output do); blocks at the edges are cut off."""
+    rows, columns = {"4x1": (4, 1), "1x4": (1, 4)}.get(fill, (1, 1))
+    blocks = random.random((-(-n // rows), -(-k // columns))) >= sparsity
+    kept = blocks.repeat(rows, axis=0).repeat(columns, axis=1)[:n, :k]
     weight = random.integers(-127, 128, (n, k)).astype(np.int8)
     if fill == "high":
         weight[:] = 127

@@ -54,8 +54,8 @@ def guarded_model(parts: Model) -> Model:
 
 def linears(isa: str) -> None:
     random = np.random.default_rng(0)
-    for n, k, m, sparsity in pairwise(OUTPUTS, INPUTS, TOKENS, SPARSITY):
-        layer = int8_layer(random, n, k, sparsity)
+    for n, k, m, sparsity, pattern in pairwise(OUTPUTS, INPUTS, TOKENS, SPARSITY, ("random", "4x1", "1x4")):
+        layer = int8_layer(random, n, k, sparsity, pattern)
         linear = layer.build(Native, isa)
         codes = guarded(random.integers(0, 256, (m, k), dtype=np.uint8))
         np.testing.assert_array_equal(linear.accumulate(codes), layer.build(reference, "scalar").accumulate(codes))

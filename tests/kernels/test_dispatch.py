@@ -91,6 +91,22 @@ def test_each_path_says_which_layouts_it_takes(isa):
     assert empty.build(_native, isa).choice.startswith("sparse")
 
 
+# What skipping has to find, by path, for the cheapest of the sparse layouts; AMX has one for all.
+@pytest.mark.parametrize(
+    ("fill", "sparsity", "layouts"),
+    [
+        ("4x1", 0.8, {"avx2": "sparse blocks of 4 outputs", "avx512vnni": "sparse blocks of 4 outputs"}),
+        ("1x4", 0.8, dict.fromkeys(TABLE[:3], "consecutive inputs")),
+        ("random", 0.9, {"avx2": "any 2 inputs", "avx512vnni": "any 4 inputs", "scalar": "4 consecutive inputs"}),
+        ("random", 0.1, dict.fromkeys(TABLE, "dense")),
+    ],
+)
+def test_the_layout_follows_the_weights(isa, fill, sparsity, layouts):
+    choice = int8_layer(np.random.default_rng(0), 64, 768, sparsity, fill).build(_native, isa).choice
+    assert layouts.get(isa, "sparse") in choice
+    assert choice.startswith("dense" if sparsity == 0.1 else "sparse")
+
+
 def test_no_instruction_leaks_out_of_its_path():
     """Intrinsics and target pragmas are in the files of a path only, and no flag of the build names a CPU."""
     own = {"kernels_avx2.cc", "kernels_avx512vnni.cc", "kernels_amx.cc", "avx512.inc.h", "attention_amx.inc.h"}

@@ -17,7 +17,7 @@ OUTPUTS = (1, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 129)
 INPUTS = (1, 7, 15, 16, 17, 31, 33, 48, 63, 64, 65, 127, 129, 200)
 TOKENS = (1, 2, 15, 16, 17, 32, 33, 48, 64, 65, 80)
 SPARSITY = (0.0, 0.3, 0.5, 0.9, 1.0)
-FILLS = ("random", "high", "low", "extremes", "empty rows", "full rows", "last column")
+FILLS = ("random", "high", "low", "extremes", "empty rows", "full rows", "last column", "4x1", "1x4")
 CODES = ("random", "zeros", "highest", "ends")
 CASES = pairwise(OUTPUTS, INPUTS, TOKENS, SPARSITY, FILLS, CODES)
 
@@ -72,6 +72,34 @@ def test_larger_layers(isa, n, k, m, sparsity):
     x = random.integers(0, 256, (m, k), dtype=np.uint8)
     wanted = layer.build(reference, "scalar").accumulate(x)
     np.testing.assert_array_equal(layer.build(_native, isa).accumulate(x), wanted)
+
+
+# Lists that four outputs share: around a block of outputs, one word of inputs, and one to five panels (four are
+# multiplied together, so are the entries of two or four words where there are fewer).
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.8, 0.9, 1.0])
+@pytest.mark.parametrize("pattern", ["4x1", "1x4", "random"])
+def test_patterns_of_blocks_have_the_sums_of_the_reference(isa, pattern, sparsity):
+    for n, k, m in pairwise((1, 3, 4, 5, 16, 18, 31, 32, 63), (1, 4, 5, 64, 65, 131, 260), (1, 16, 17, 48, 64, 65, 81)):
+        random = np.random.default_rng(n + k)
+        layer = int8_layer(random, n, k, sparsity, pattern)
+        x = random.integers(0, 256, (m, k), dtype=np.uint8)
+        wanted = layer.build(reference, "scalar").accumulate(x)
+        np.testing.assert_array_equal(layer.build(_native, isa).accumulate(x), wanted, f"{n=} {k=} {m=}")
+
+
+@pytest.mark.parametrize("kept_inputs", range(10))
+def test_lists_of_any_length_have_the_sums_of_the_reference(isa, kept_inputs):
+    """Words that are not full, and entries left over when two or four are multiplied together."""
+    random = np.random.default_rng(kept_inputs)
+    kept = np.zeros((8, 70), bool)
+    kept[:4, random.permutation(70)[:kept_inputs]] = True  # the second block is empty
+    weight = np.where(kept, random.integers(-127, 128, kept.shape), 0).astype(np.int8)
+    for wanted_rows in (kept, kept & (np.arange(8) % 4 == 1)[:, None]):  # four outputs share a list, or one has it
+        layer = Layer(weight * wanted_rows, wanted_rows, np.ones(8, np.float32), None)
+        for m in (16, 32, 48, 64, 80):
+            x = random.integers(0, 256, (m, 70), dtype=np.uint8)
+            wanted = layer.build(reference, "scalar").accumulate(x)
+            np.testing.assert_array_equal(layer.build(_native, isa).accumulate(x), wanted, f"{m=}")
 
 
 def rounding(layer, sums, zero_point, scale):
