@@ -66,6 +66,10 @@ struct Pending {
   int panel = 0, more = 0;        // panels after this one
 };
 
+// Without an activation a row is little work: so many at once, and the first when the sums of the block before have
+// certainly been stored. Beside an activation the work has to be spread evenly.
+constexpr int kLightRows = 8;
+
 // One call stays within a panel.
 template <Activation kind>
 inline void finish_some(const Weights& w, const Operands& o, Pending& pending, int rows) {
@@ -81,12 +85,19 @@ inline void finish_some(const Weights& w, const Operands& o, Pending& pending, i
   lanes::Floats low = lanes::all(0.0f), high = lanes::all(0.0f);
   float* y = o.y + pending.panel * o.y_stride - o.first * kLanes;
   const int32_t* sums = pending.sums;
-  for (int n = pending.n; n < stop; ++n, sums += kLanes) {
+  const auto row = [&](int n) {
     lanes::Floats v = dequantize(w, t, n, lanes::load(sums));
     v = kind == Activation::kGelu ? lanes::gelu(v) : kind == Activation::kNone ? v : lanes::activate(v, o.activation);
     lanes::store(y + n * kLanes, v);
     low = lanes::smaller(low, v);
     high = lanes::larger(high, v);
+    sums += kLanes;
+  };
+  if (kind == Activation::kNone && rows == kLightRows && stop - pending.n == rows) {
+    PRUNEOFA_UNROLL
+    for (int i = 0; i < kLightRows; ++i) row(pending.n + i);
+  } else {
+    for (int n = pending.n; n < stop; ++n) row(n);
   }
   if (o.ranges != nullptr) {
     lanes::widen(o.ranges + pending.panel * 2 * kLanes, low);
@@ -126,7 +137,9 @@ inline void prefetch(const Weights& w, int row, int chunks, int c) {
 template <void (*finish_rows)(const Weights&, const Operands&, Pending&, int)>
 void multiply_tiles(const Weights& w, const Operands& o, int begin, int end) {
   const int chunks = round_up(w.inputs, 64) / 64;
-  const int share = (32 + chunks / 2 - 1) / (chunks / 2 ? chunks / 2 : 1);  // rows to finish per chunk
+  const bool light = o.activation == Activation::kNone && chunks > 9;
+  const int share = light ? kLightRows : (32 + chunks / 2 - 1) / (chunks / 2 ? chunks / 2 : 1);  // rows to finish
+  const int first = light ? 2 : 0, step = light ? (chunks - 2) / 8 : 1;  // in which chunks
   int8_t* tiles = static_cast<int8_t*>(o.scratch);
   int32_t* sums[2];
   sums[0] = reinterpret_cast<int32_t*>(tiles + 2 * chunks * kTile);
@@ -164,7 +177,7 @@ void multiply_tiles(const Weights& w, const Operands& o, int begin, int end) {
       _tile_zero(1);
       _tile_zero(2);
       _tile_zero(3);
-      for (int c = 0; c < chunks; ++c) {
+      for (int c = 0, next = first; c < chunks; ++c) {
         _tile_loadd(4, weights[0] + c * kTile, 64);
         _tile_loadd(6, x0 + c * kTile, 64);
         _tile_dpbsud(0, 4, 6);
@@ -175,7 +188,10 @@ void multiply_tiles(const Weights& w, const Operands& o, int begin, int end) {
         _tile_dpbsud(3, 5, 7);
         if (fresh && c + 2 < chunks) expand_chunk(c + 2);
         if (w.sparse && p + 2 >= o.panels) prefetch(w, row + 2, chunks, c);
-        finish_rows(w, o, pending, share);
+        if (c == next) {
+          finish_rows(w, o, pending, share);
+          next += step;
+        }
       }
       finish_rows(w, o, pending, 32);
       finish_rows(w, o, pending, 32);
