@@ -45,21 +45,22 @@ $(SANITIZED)/.installed: $(READY) $(shell find src -name '*.py' 2>/dev/null)
 	$(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 	  > "$$($(SANITIZED)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth"
 	$(PIP) --python $(SANITIZED)/bin/python install -q --no-deps --ignore-installed \
-	  -C cmake.define.PRUNEOFA_SANITIZE=ON -C cmake.build-type=RelWithDebInfo .
+	  -C cmake.define.PRUNEOFA_SANITIZE=ON -C cmake.define.PRUNEOFA_WERROR=ON -C cmake.build-type=RelWithDebInfo .
 	@touch $@
 
 lint: install
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-# The tables of the README, from the committed runs.
+# The tables of the README, from the committed runs and records.
 readme-table: install
-	$(call fill,results,$(filter-out results/demo/%,$(wildcard results/*/results.json)))
-	$(call fill,demo,$(wildcard results/demo/results.json))
+	$(call fill,results,$(VENV)/bin/pruneofa table,$(filter-out results/demo/%,$(wildcard results/*/results.json)))
+	$(call fill,demo,$(VENV)/bin/pruneofa table,$(wildcard results/demo/results.json))
+	$(call fill,speed,$(VENV)/bin/python benchmarks/speed_table.py,$(sort $(wildcard benchmarks/records/*-engine/bench_*.json)))
 
-# $(call fill,NAME,RESULTS): put the table of RESULTS between the markers NAME:begin and NAME:end.
+# $(call fill,NAME,COMMAND,FILES): put what COMMAND prints of FILES between the markers NAME:begin and NAME:end.
 define fill
-@$(if $(2),$(VENV)/bin/pruneofa table $(2),true) > $(VENV)/table.md
+@$(if $(3),$(2) $(3),true) > $(VENV)/table.md
 @awk -v file=$(VENV)/table.md 'BEGIN { while ((getline line < file) > 0) table = table line "\n" } \
   /<!-- $(1):end -->/ { skip = 0 } !skip { print } /<!-- $(1):begin -->/ { printf "%s", table; skip = 1 }' \
   README.md > $(VENV)/README.md
@@ -98,5 +99,5 @@ endif
 	@touch $@
 
 $(READY): pyproject.toml constraints.txt $(NATIVE) $(VENV)/.torch-$(TORCH_VERSION)-$(TORCH)
-	$(PIP) install -q -c constraints.txt -e '.[dev]'
+	$(PIP) install -q -c constraints.txt -C cmake.define.PRUNEOFA_WERROR=ON -e '.[dev]'
 	@touch $@

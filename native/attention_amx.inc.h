@@ -69,6 +69,9 @@ inline Head head_in(const Attention& a) {
     h.query[i] = next, next += h.depth * 256;
     h.weight[i] = next, next += doubles * 256;
   }
+  for (int i = Parts; i < 2; ++i) {  // never written or read, but pointed into
+    h.key[i] = h.key[0], h.value[i] = h.value[0], h.query[i] = h.query[0], h.weight[i] = h.weight[0];
+  }
   for (int i = 0; i < 2; ++i) h.scores[i] = reinterpret_cast<float*>(next), next += doubles * 512;
   return h;
 }
@@ -100,13 +103,13 @@ inline void load_keys(const Attention& a, const Head& h) {
       _mm256_store_si256(reinterpret_cast<__m256i*>(h.value[1] + place), narrow(low));
     }
   }
-  if (h.panels % 2 == 0) return;
-  for (int d = 0; d < a.size; ++d) {  // the missing half must be finite; its weights are 0
+  for (int d = 0; h.panels % 2 && d < a.size; ++d) {  // the missing half must be finite; its weights are 0
     const std::ptrdiff_t place = (h.panels / 2 * h.outputs + d / 16) * 256 + d % 16 * 16 + 8;
     for (int i = 0; i < Parts; ++i) {
       _mm256_store_si256(reinterpret_cast<__m256i*>(h.value[i] + place), _mm256_setzero_si256());
     }
   }
+  written();
 }
 
 template <int Parts>
@@ -116,6 +119,7 @@ inline void load_query(const Attention& a, const Head& h, int panel) {
     int32_t* const to[2] = {h.query[0] + d * 256, h.query[1] + d * 256};
     right_operand<Parts>(query + d * 32 * kLanes, to);
   }
+  written();
 }
 
 // Tile `sum` += left * right, in parts; uses tiles 5, and 4 and 7 for the right operand.
@@ -168,7 +172,7 @@ inline void clear_sums() {
   _tile_zero(3);
 }
 
-// 2^x for x <= 0, to 8e-8 relative, or 8e-5 where bfloat16 follows. Minimax on the fraction, 0 <= r < 1.
+// 2^x for x <= 0, to 2e-7 relative, or 8e-5 where bfloat16 follows. Minimax on the fraction, 0 <= r < 1.
 template <int Parts>
 inline lanes::Floats weight_of(const lanes::Floats& x) {
   const __m512 v = reinterpret_cast<__m512>(x);
@@ -206,6 +210,7 @@ inline lanes::Floats weigh(const Attention& a, const Head& h, int pair, const fl
     int32_t* const to[2] = {h.weight[0] + s / 2 * 16, h.weight[1] + s / 2 * 16};
     split<Parts>(weight[0], weight[1], to);
   }
+  written();
   return total;
 }
 

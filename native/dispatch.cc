@@ -2,7 +2,7 @@
 
 #include <stdexcept>
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(PRUNEOFA_X86)
 #include <cpuid.h>
 #if defined(__linux__)
 #include <sys/syscall.h>
@@ -13,7 +13,7 @@
 namespace pruneofa {
 namespace {
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(PRUNEOFA_X86)
 
 struct Cpu {
   bool avx2 = false, avx512vnni = false, amx = false;
@@ -55,7 +55,7 @@ Cpu detect() {
 
 std::vector<const Kernels*> find() {
   std::vector<const Kernels*> found = {&kScalar};
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(PRUNEOFA_X86)
   const Cpu cpu = detect();
   if (cpu.avx2) found.push_back(&kAvx2);
   if (cpu.avx512vnni) found.push_back(&kAvx512Vnni);

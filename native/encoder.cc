@@ -11,10 +11,6 @@
 namespace pruneofa {
 namespace {
 
-// Sequences pass together until the widest layer has so many outputs: enough to use each weight often, few enough that
-// what a thread writes comes from the caches. Measured with BERT-Base, 384 tokens.
-constexpr int kTogether = 384 * 3072;
-
 void expect(bool fits, const char* what) {
   if (!fits) throw std::invalid_argument(what);
 }
@@ -111,26 +107,8 @@ void Encoder::check(const Sequences& s) const {
 void Encoder::forward(const Sequences& sequences, float* out) {
   check(sequences);
   const std::lock_guard<std::mutex> turn(mutex_);
-  const int most = kTogether / widest_;
-  std::vector<int32_t> offsets;
-  for (int first = 0, last; first < sequences.count; first = last) {
-    const int begin = sequences.offsets[first];
-    offsets.assign(1, 0);
-    for (last = first; last < sequences.count; ++last) {
-      const int tokens = sequences.offsets[last + 1] - begin;
-      if (last > first && tokens > most) break;
-      offsets.push_back(tokens);
-    }
-    Sequences some = sequences;
-    some.ids += begin;
-    some.positions += begin;
-    if (some.types != nullptr) some.types += begin;
-    some.offsets = offsets.data();
-    some.tokens = offsets.back();
-    some.count = last - first;
-    reserve(round_up(some.tokens, kLanes) / kLanes);
-    pool_.run([&](int thread) { pass(thread, some, out + static_cast<std::ptrdiff_t>(begin) * options_.hidden); });
-  }
+  reserve(round_up(sequences.tokens, kLanes) / kLanes);
+  pool_.run([&](int thread) { pass(thread, sequences, out); });
 }
 
 void Encoder::pass(int thread, const Sequences& sequences, float* out) {

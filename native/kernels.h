@@ -24,6 +24,11 @@
 #include <cstddef>
 #include <cstdint>
 
+// The x86 paths choose their instructions by GCC's pragmas, which Clang does not know: it compiles the portable path.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define PRUNEOFA_X86
+#endif
+
 // Sums in registers need their loops unrolled whatever the optimisation level.
 #if defined(__clang__)
 #define PRUNEOFA_UNROLL _Pragma("clang loop unroll(full)")
@@ -39,7 +44,7 @@ constexpr int kLanes = 16;
 
 enum class Activation { kNone, kGelu, kGeluTanh, kRelu };
 
-// Weights of one linear layer in the layout of one path. Either `masks` (AMX, sparse), or groups: a group is the
+// Weights of one linear layer in the layout of one path. On AMX tiles, dense or as masks; else groups: a group is the
 // 32-bit word of 4 int8, 2 int16 or 1 float of consecutive inputs that is broadcast against 16 tokens.
 struct Weights {
   int outputs = 0;
@@ -147,7 +152,7 @@ constexpr std::size_t scratch_bytes(int inputs, int tokens, int head) {
 }
 
 extern const Kernels kScalar;
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(PRUNEOFA_X86)
 extern const Kernels kAvx2;
 extern const Kernels kAvx512Vnni;
 extern const Kernels kAmx;

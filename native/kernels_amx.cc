@@ -2,11 +2,12 @@
 //
 // The weights are the left operand, so that a row of a tile is a run of 64 weights of one output: it is expanded from
 // one 64-bit mask and the non-zeros that follow in memory (VPEXPANDB). The codes of a token panel are the right
-// operand as they lie. A pair of tile rows is expanded once, into the first-level cache, while the first two panels
-// are multiplied; further panels read the expanded tiles.
+// operand as they lie. A pair of tile rows is expanded once, into memory that stays in the first-level cache up to about
+// 1000 inputs and in the second-level one beyond, while the first two panels are multiplied; further panels read the
+// expanded tiles.
 #include "kernels.h"
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(PRUNEOFA_X86)
 #include <immintrin.h>
 
 #pragma GCC push_options
@@ -37,6 +38,9 @@ const TileConfig kEightFullTiles = {1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, 
 
 void begin() { _tile_loadconfig(&kEightFullTiles); }
 
+// After writing what a tile will be loaded from: GCC's tile loads do not say that they read memory.
+inline void written() { asm volatile("" ::: "memory"); }
+
 void end() { _tile_release(); }
 
 // Sixteen rows of 64 weights from their masks; returns where the non-zeros of the next tile begin. Reads up to 63
@@ -51,6 +55,7 @@ inline const int8_t* expand_rows(const uint64_t* masks, const int8_t* values, in
     _mm512_store_si512(tile + r * 64, _mm512_maskz_expand_epi8(masks[r], packed));
     values += _mm_popcnt_u64(masks[r]);
   }
+  written();
   return values;
 }
 
@@ -108,6 +113,7 @@ inline void finish_some(const Weights& w, const Operands& o, Pending& pending, i
 }
 
 inline void copy_sums(const Weights& w, const Operands& o, Pending& pending, int) {
+  if (pending.sums == nullptr) return;
   for (int more = pending.more; more >= 0; --more, ++pending.panel) {
     for (pending.n = pending.begin; pending.n < pending.stop; ++pending.n, pending.sums += kLanes) {
       finish(w, o, pending.panel, pending.n, lanes::load(pending.sums));

@@ -2,7 +2,7 @@
 // instruction (VPMADDUBSW) saturates.
 #include "kernels.h"
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(PRUNEOFA_X86)
 #include <immintrin.h>
 
 #pragma GCC push_options

@@ -2,7 +2,7 @@
 // which does not saturate between them).
 #include "kernels.h"
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(PRUNEOFA_X86)
 #include <immintrin.h>
 
 #pragma GCC push_options

@@ -60,6 +60,7 @@ Linear::Linear(const PackedLayer& layer, const Kernels& kernels) : kernels_(kern
   if (layer.outputs < 1 || layer.inputs < 1 || layer.inputs >= 1 << 16 || layer.outputs >= 1 << 24) {
     throw std::invalid_argument("a linear layer needs 1 to 65535 inputs and 1 to 16777215 outputs");
   }
+  if (layer.nonzeros >> 32 != 0) throw std::invalid_argument("a linear layer can have at most 2^32 - 1 non-zeros");
   const std::vector<std::size_t> begin = row_begins(layer);
   if (begin.back() != layer.nonzeros) {
     throw std::invalid_argument("the bitmask of a linear layer has another number of ones than there are values");

@@ -93,19 +93,6 @@ def test_rounding_to_bfloat16_in_attention_is_small_beside_int8(isa, size):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_a_batch_too_large_for_the_caches_is_computed_in_parts(isa, precision):
-    """Outputs stand where they would without parts; the longest sequence alone is more than a part may have."""
-    parts = model(hidden=32, heads=2, inner=1 << 14, depth=1, precision=precision)  # so that 72 tokens make a part
-    inputs = batch([60, 5, 96, 1, 71, 2, 30, 41])
-    native = parts.build(_native, isa, 2)
-    alone = np.concatenate([native.forward(*inputs) for inputs in one_by_one(inputs)])
-    if isa == "amx":  # as in the test of ragged batches below
-        check(native.forward(*inputs), alone, precision)
-    else:
-        np.testing.assert_array_equal(native.forward(*inputs), alone)
-
-
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_encoders_without_token_types_ignore_them(isa, precision):
     parts = model(types=0, precision=precision)
     ids, positions, types, offsets = batch(LENGTHS)
