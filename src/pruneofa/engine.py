@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -60,8 +59,6 @@ class Engine:
         self.isa, self.threads, self.precision = isa, threads, precision
         self._architecture = architecture
         self._encoder = build_encoder(native, weights, architecture, threads=threads, isa=isa)
-        # The encoder has one set of scratch memory and one pool of threads: one call at a time.
-        self._lock = threading.Lock()
         self._vocabulary = len(weights.table("word", -1, architecture.hidden).values)
         rows = len(weights.table("position", -1, architecture.hidden).values)
         self.max_length = rows if architecture.pad_id is None else rows - architecture.pad_id - 1
@@ -107,7 +104,7 @@ class Engine:
             raise InputError(f"precision is {precision!r}, wanted 'int8' or 'fp32'")
         if not isinstance(path_or_id, (str, os.PathLike)):
             raise InputError(f"path_or_id is {type(path_or_id).__name__}, wanted a folder's path or a hub id")
-        settings: dict[str, Any] = {"precision": precision, "threads": _threads(threads), "isa": _isa(isa)}
+        settings: dict[str, Any] = {"precision": precision, "threads": choose_threads(threads), "isa": choose_isa(isa)}
         folder = local_folder(path_or_id)
         if not (folder / MANIFEST).is_file():
             return cls(pack_folder(folder, precision), **settings)
@@ -152,21 +149,11 @@ class Engine:
         """
         ids = _matrix(input_ids, "input_ids")
         lengths = _lengths(attention_mask, ids.shape)
-        kept = np.arange(ids.shape[1]) < lengths[:, None]
-        _check_range(ids, kept, self._vocabulary, "input_ids", "the vocabulary has")
-        types = np.zeros(ids.shape, np.int32)
-        if token_type_ids is not None:
-            types = _matrix(token_type_ids, "token_type_ids", ids.shape)
-            _check_range(types, kept, max(self._architecture.types, 1), "token_type_ids", "the model's types number")
-        if (longest := int(lengths.max())) > self.max_length:
-            row = int(lengths.argmax())
-            raise InputError(
-                f"input_ids: row {row} has {longest} tokens, the model takes at most {self.max_length}; cut the row"
-            )
-        sequences = [
-            Tokens(ids[row, :length].astype(np.int32), types[row, :length].astype(np.int32))
-            for row, length in enumerate(lengths)
-        ]
+        types = None if token_type_ids is None else _matrix(token_type_ids, "token_type_ids", ids.shape)
+        sequences = self._sequences(
+            [ids[row, :length] for row, length in enumerate(lengths)],
+            None if types is None else [types[row, :length] for row, length in enumerate(lengths)],
+        )
         result = np.zeros((*ids.shape, self._architecture.hidden), np.float32)
         for row, hidden in self._hidden(sequences):
             result[row, : len(hidden)] = hidden
@@ -212,7 +199,7 @@ class Engine:
         return np.stack(results) if self.task == "embedding" else results
 
     def logits(
-        self, input_ids: Sequence[NDArray[np.integer]], token_type_ids: Sequence[NDArray[np.integer]] | None = None
+        self, input_ids: Sequence[ArrayLike], token_type_ids: Sequence[ArrayLike] | None = None
     ) -> list[NDArray[np.float32]]:
         """What the head gives before any softmax, for sequences that are tokenized already.
 
@@ -224,26 +211,23 @@ class Engine:
             Of each sequence, in order: (classes,) of classification, (tokens, 2) start and end of question answering.
 
         Raises:
-            InputError: a model of another task, or an id that is not the model's.
-            ValueError: a token type out of range, or a sequence longer than `max_length`.
+            InputError: a model of another task; arrays of the wrong shape, type or range; an empty sequence, or one
+                longer than `max_length`.
         """
         head = self._head
         if not isinstance(head, Classification | QuestionAnswering):
             raise InputError(f"logits are of classification and question answering; this model does {self.task}")
-        if not input_ids:
+        if len(input_ids) == 0:
             return []
-        largest = max(int(ids.max()) for ids in input_ids)
-        if largest >= self._vocabulary:
-            raise InputError(
-                f"the tokenizer gives id {largest}, but the model has {self._vocabulary} word embeddings; "
-                "tokenizer.json belongs to another model"
-            )
-        types = token_type_ids if self._architecture.types > 1 and token_type_ids is not None else None
-        sequences = [
-            Tokens(ids.astype(np.int32), np.zeros(len(ids), np.int32) if types is None else types[i].astype(np.int32))
-            for i, ids in enumerate(input_ids)
-        ]
-        reduced = self._reduced(sequences)
+        ids = [_row(row, f"input_ids[{index}]") for index, row in enumerate(input_ids)]
+        types = None
+        if self._architecture.types > 1 and token_type_ids is not None:
+            if len(token_type_ids) != len(ids):
+                raise InputError(f"token_type_ids has {len(token_type_ids)} sequences, input_ids {len(ids)}; give both")
+            types = [
+                _row(row, f"token_type_ids[{index}]", ids[index].shape) for index, row in enumerate(token_type_ids)
+            ]
+        reduced = self._reduced(self._sequences(ids, types))
         return list(head.logits(reduced)) if isinstance(head, Classification) else reduced
 
     def _predict(self, texts: Sequence[Any], names: Sequence[str], truncate: bool) -> list[Any]:
@@ -257,6 +241,25 @@ class Engine:
             for sequence, name in zip(tokens, names, strict=True):
                 head.check(sequence, name)
         return head.results(self._reduced(tokens), tokens, texts)
+
+    def _sequences(
+        self, input_ids: Sequence[NDArray[Any]], token_type_ids: Sequence[NDArray[Any]] | None
+    ) -> list[Tokens]:
+        """Rows (tokens,) of integers, of any range, as what the encoder takes. Raises InputError."""
+        _check_range(input_ids, self._vocabulary, "input_ids", "the vocabulary has")
+        if token_type_ids is None:
+            token_type_ids = [np.zeros(len(ids), np.int32) for ids in input_ids]
+        _check_range(token_type_ids, max(self._architecture.types, 1), "token_type_ids", "the model's types number")
+        for row, ids in enumerate(input_ids):
+            if len(ids) > self.max_length:
+                raise InputError(
+                    f"input_ids: row {row} has {len(ids)} tokens, the model takes at most {self.max_length}; "
+                    "cut the row"
+                )
+        return [
+            Tokens(ids.astype(np.int32), types.astype(np.int32))
+            for ids, types in zip(input_ids, token_type_ids, strict=True)
+        ]
 
     def _reduced(self, sequences: Sequence[Tokens]) -> list[NDArray[np.float32]]:
         """What the head keeps of each sequence, in order."""
@@ -274,8 +277,7 @@ class Engine:
                 np.concatenate([sequence.types for sequence in part]),
                 bounds,
             )
-            with self._lock:
-                hidden = self._encoder.forward(*arguments)
+            hidden = self._encoder.forward(*arguments)  # Python threads take turns in there
             for position, index in enumerate(chunk):
                 yield index, hidden[bounds[position] : bounds[position + 1]]
 
@@ -329,7 +331,8 @@ def _task_head(weights: Weights, architecture: Architecture, tokenizer: TextToke
             return Embedding("mean", normalize=False)
 
 
-def _isa(wanted: str | None) -> str:
+def choose_isa(wanted: str | None) -> str:
+    """`wanted` if this CPU runs it; None: PRUNEOFA_ISA if set, else the best there is. Raises InputError."""
     available = native.available_isas()
     source = "isa" if wanted is not None else "PRUNEOFA_ISA"
     wanted = wanted if wanted is not None else os.environ.get("PRUNEOFA_ISA") or available[-1]
@@ -338,7 +341,8 @@ def _isa(wanted: str | None) -> str:
     return wanted
 
 
-def _threads(wanted: int | None) -> int:
+def choose_threads(wanted: int | None) -> int:
+    """`wanted` if it is a number of threads; None: one per CPU that this process may use. Raises InputError."""
     if wanted is None:
         # not every platform can say which CPUs are ours
         cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -364,6 +368,21 @@ def _matrix(value: ArrayLike, name: str, shape: tuple[int, ...] | None = None, *
     return array
 
 
+def _row(value: ArrayLike, name: str, shape: tuple[int, ...] | None = None) -> NDArray[Any]:
+    """`value` as an array of integers (tokens,); of `shape` if given. Raises InputError."""
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError, OverflowError):
+        raise InputError(f"{name} is no array, wanted (tokens,) integers; give one sequence each") from None
+    if array.size and array.dtype.kind not in "iu":
+        raise InputError(f"{name} has dtype {array.dtype}, wanted integers; convert with .astype('int64')")
+    if shape is not None and array.shape != shape:
+        raise InputError(f"{name} has shape {array.shape}, wanted {shape}, that of input_ids")
+    if array.ndim != 1 or not array.size:
+        raise InputError(f"{name} has shape {array.shape}, wanted (tokens,), at least 1; leave out what is empty")
+    return array
+
+
 def _lengths(mask: ArrayLike | None, shape: tuple[int, ...]) -> NDArray[np.int64]:
     """Tokens of every row (batch,). Raises InputError for a mask that is not ones and then zeros."""
     if mask is None:
@@ -385,12 +404,13 @@ def _lengths(mask: ArrayLike | None, shape: tuple[int, ...]) -> NDArray[np.int64
     return lengths
 
 
-def _check_range(array: NDArray[Any], kept: NDArray[np.bool_], size: int, name: str, what: str) -> None:
-    """Raise InputError for a value outside of 0 to size - 1 at a position that counts."""
-    wrong = kept & ((array < 0) | (array >= size))
-    if wrong.any():
-        row, column = (int(index) for index in np.argwhere(wrong)[0])
-        raise InputError(
-            f"{name}[{row}, {column}] is {array[row, column]}, wanted 0 to {size - 1}: {what} {size}; "
-            "use the model's own tokenizer"
-        )
+def _check_range(rows: Sequence[NDArray[Any]], size: int, name: str, what: str) -> None:
+    """Raise InputError for a value outside of 0 to size - 1 in one of the rows (tokens,)."""
+    for index, row in enumerate(rows):
+        wrong = (row < 0) | (row >= size)
+        if wrong.any():
+            column = int(wrong.argmax())
+            raise InputError(
+                f"{name}[{index}, {column}] is {row[column]}, wanted 0 to {size - 1}: {what} {size}; "
+                "use the model's own tokenizer"
+            )

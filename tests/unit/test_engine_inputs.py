@@ -75,6 +75,45 @@ def test_wrong_arrays(loaded, arguments, message):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ([[5, 6], [5, LAST + 1]],),
+            rf"input_ids\[1, 1\] is {LAST + 1}, wanted 0 to {LAST}: the vocabulary has {LAST + 1}; use",
+        ),
+        (([[5, -1]],), r"input_ids\[0, 1\] is -1, wanted 0 to"),
+        (([np.array([5, 2**32 + 5])],), rf"input_ids\[0, 1\] is {2**32 + 5}, wanted 0 to"),
+        (([np.array([2**64 - 1], np.uint64)],), rf"input_ids\[0, 0\] is {2**64 - 1}, wanted 0 to"),
+        (([[5], []],), r"input_ids\[1\] has shape \(0,\), wanted \(tokens,\), at least 1; leave out"),
+        (([5, 6],), r"input_ids\[0\] has shape \(\), wanted \(tokens,\)"),
+        (([[[5]]],), r"input_ids\[0\] has shape \(1, 1\), wanted \(tokens,\)"),
+        (([[[5], [6, 7]]],), r"input_ids\[0\] is no array, wanted"),
+        (([[5.0]],), r"input_ids\[0\] has dtype float64, wanted integers; convert"),
+        (([[True]],), r"input_ids\[0\] has dtype bool"),
+        (
+            ([[5], [5] * (POSITIONS + 1)],),
+            f"row 1 has {POSITIONS + 1} tokens, the model takes at most {POSITIONS}; cut",
+        ),
+        (([[5], [6]], [[0]]), "token_type_ids has 1 sequences, input_ids 2; give"),
+        (([[5, 6]], [[0]]), r"token_type_ids\[0\] has shape \(1,\), wanted \(2,\), that of input_ids"),
+        (([[5, 6]], [[0, 2]]), r"token_type_ids\[0, 1\] is 2, wanted 0 to 1"),
+        (([[5, 6]], [[0, -1]]), r"token_type_ids\[0, 1\] is -1"),
+        (([[5, 6]], [[0.0, 1.0]]), r"token_type_ids\[0\] has dtype float64"),
+    ],
+)
+def test_wrong_sequences(loaded, arguments, message):
+    with pytest.raises(InputError, match=message):
+        loaded().logits(*arguments)
+
+
+def test_sequences_of_any_integers_are_the_same(loaded):
+    wanted = loaded().logits([np.array([5, 6], np.int32), np.array([7])])
+    for ids in ([[5, 6], [7]], [np.array([5, 6], np.uint8), np.array([7], np.uint64)]):
+        for got, logits in zip(loaded().logits(ids), wanted, strict=True):
+            np.testing.assert_array_equal(got, logits)
+
+
+@pytest.mark.parametrize(
     ("x", "message"),
     [
         ([], "x is an empty list, wanted a str, a pair"),

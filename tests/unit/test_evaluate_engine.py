@@ -191,12 +191,8 @@ def test_logits_refuse_what_is_not_the_models(tmp_path):
     assert alone.shape == (3,) and alone.dtype == np.float32
     assert not np.array_equal(alone, engine.logits([ids], [np.array([0, 0, 1])])[0])
     assert engine.logits([]) == []
-    with pytest.raises(InputError, match="the tokenizer gives id 9999, but the model has"):
+    with pytest.raises(InputError, match=r"input_ids\[1, 0\] is 9999, wanted 0 to \d+: the vocabulary has"):
         engine.logits([ids, np.array([9999])])
-    with pytest.raises(ValueError, match="outside"):
-        engine.logits([np.full(65, 7)])
-    with pytest.raises(ValueError, match="outside"):
-        engine.logits([ids], [np.array([0, 0, 2])])
     masked = Engine.from_pretrained(save(tmp_path / "mlm", "Bert", "MaskedLM"))
     assert masked.labels == []
     with pytest.raises(InputError, match="logits are of classification and question answering; .* masked-LM"):

@@ -69,12 +69,12 @@ class Bench:
 
     def __init__(self, settings: Settings) -> None:
         """Raises InputError as `run` does."""
-        from pruneofa.engine import Engine, _isa, _threads
+        from pruneofa.engine import Engine, choose_isa, choose_threads
 
         available = Engine.available_isas()
         self.settings = settings
-        self.threads = _threads(settings.threads)
-        self.isa = _isa(settings.isa) if available else ""
+        self.threads = choose_threads(settings.threads)
+        self.isa = choose_isa(settings.isa) if available else ""
         self.cap = self.isa if available and self.isa != available[-1] else None
         self.peers, self.left_out = choose(settings, self.cap)
         self._load = os.getloadavg()[0]
