@@ -1,6 +1,7 @@
 """`evaluate` by the engine, of packed folders and others; by torch it is in test_verbs.py."""
 
 import json
+import shutil
 
 import pytest
 from transformers import BertForSequenceClassification
@@ -43,6 +44,19 @@ def test_the_same_numbers_from_torch_and_the_engine(made, call):
         assert json.loads(said.out) == wanted
     said = call("evaluate", root / "fp32", *data)
     assert said.code == 0 and "by the engine in int8 on " in said.err and "accuracy" in said.out
+
+
+@pytest.mark.parametrize(("name", "how"), [("int8", ", by the engine in int8 on scalar"), ("model", "")])
+def test_a_hub_id_is_looked_at_where_its_snapshot_lies(made, tmp_path, name, how):
+    root, data = made
+    repository = tmp_path / "models--org--name"
+    shutil.copytree(root / name, repository / "snapshots" / "0" / "")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0")
+    hub = {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1", "PRUNEOFA_ISA": "scalar"}
+    said = program("evaluate", "org/name", *data, "--json", **hub)
+    assert said.code == 0 and f"evaluate custom: 96 rows{how}\n" in said.err, said.err
+    assert set(json.loads(said.out)) == {"accuracy", "f1"}
 
 
 def test_what_does_not_fit_is_one_line(made, refused, tmp_path):

@@ -61,8 +61,8 @@ def evaluate(
     """
     kind: Literal["classification", "qa"] = "qa" if name == "squad" else "classification"
     data = {"data_root": data_root, "whole": whole}
-    if engine or is_packed(Path(path).expanduser()):
-        folder = local_folder(path)
+    folder = local_folder(path)  # of a hub id the snapshot in the cache, where transformers finds the weights again
+    if engine or is_packed(folder):
         chosen: Any = precision or "int8"  # the engine refuses bf16
         ours = Engine.from_pretrained(folder, precision=chosen, threads=threads, isa=isa)
         if ours.task != (purpose := "question answering" if kind == "qa" else kind):
