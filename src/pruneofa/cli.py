@@ -134,7 +134,7 @@ def _run(verb: argparse.ArgumentParser) -> None:
 
 def _demo(verb: argparse.ArgumentParser) -> None:
     """Everything, on real text that is already on this machine: the documentation of the installed Python."""
-    verb.add_argument("--out", type=Path, default=Path("runs/demo"), help="the run's folder")
+    verb.add_argument("--out", type=Path, default=Path("runs/demo"), help="the run's folder (default: runs/demo)")
     verb.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override a key of recipes/demo.yaml")
     verb.add_argument("--redo", action="store_true", help="make stages again whose settings changed")
     verb.add_argument("--json", action="store_true", help="print results as JSON")
@@ -199,7 +199,8 @@ def _transfer(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("sparse", help="folder or hub id of a model whose zeros are its pattern")
     verb.add_argument("out", type=Path, help="folder of the task model")
     verb.add_argument("--task", metavar="T", help="sst2, mnli, qnli, qqp or squad; or a name for your own --data")
-    add_fields(verb, recipe.Task, "")
+    # They set how a run trains the dense teacher; transfer is given one, or none.
+    add_fields(verb, recipe.Task, "", without=("dense_epochs", "dense_lr"))
     add_training(verb)
 
     def call(options: argparse.Namespace) -> int:
@@ -220,7 +221,10 @@ def _transfer(verb: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(verb: argparse.ArgumentParser) -> None:
-    """Metrics of any task model's folder: a packed one by the engine, another one by torch or by the engine."""
+    """Metrics of any task model's folder: a packed one by the engine, another one by torch or by the engine.
+
+    Task data is read and tokenized by the train extra, for the engine too: pip install '.[train]'.
+    """
     from pruneofa import recipe
 
     verb.usage = "pruneofa evaluate PATH (--task T | --data FILE --text A [B] --label L) [options]"

@@ -10,11 +10,18 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
 
-def add_fields(verb: argparse.ArgumentParser, model: "type[BaseModel]", prefix: str, only: Sequence[str] = ()) -> None:
-    """Add an option per field of `model`, --PREFIXNAME; `only`: those fields."""
+def add_fields(
+    verb: argparse.ArgumentParser,
+    model: "type[BaseModel]",
+    prefix: str,
+    *,
+    only: Sequence[str] = (),
+    without: Sequence[str] = (),
+) -> None:
+    """Add an option per field of `model`, --PREFIXNAME; `only` those fields, or all `without` those."""
     group = verb.add_argument_group(prefix.rstrip(".") or "task")
     for name, field in model.model_fields.items():
-        if only and name not in only:
+        if (only and name not in only) or name in without:
             continue
         default = "" if field.is_required() or field.default is None else f" (default {field.default})"
         flags = [f"--{prefix}{name}"]
@@ -67,8 +74,11 @@ def read_task(options: argparse.Namespace) -> tuple[str, Any]:
 
 def add_training(verb: argparse.ArgumentParser) -> None:
     """Add what every verb that trains takes."""
-    verb.add_argument("--seed", type=_seed, default=0)
-    verb.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
+    verb.add_argument(
+        "--seed", type=_seed, default=0, metavar="N", help="of data order, dropout and new heads (default 0)"
+    )
+    precision = "to train in: bf16 (default) by autocast over fp32 weights, or fp32 throughout"
+    verb.add_argument("--precision", choices=["bf16", "fp32"], default="bf16", help=precision)
     verb.add_argument("--data-root", help="relative data paths are resolved here")
     verb.add_argument("--redo", action="store_true", help="replace OUT if its settings changed")
     verb.add_argument("--json", action="store_true", help="print as JSON")

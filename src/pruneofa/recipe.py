@@ -82,7 +82,7 @@ class _Optimization(Section):
     batch: Positive = Field(256, description="examples per optimizer step, over all processes")
     micro_batch: Positive | None = Field(None, description="examples per forward pass and process (default: batch)")
     warmup: Fraction = Field(0.01, description="share of the steps with rising learning rate")
-    weight_decay: Weight = 0.01
+    weight_decay: Weight = Field(0.01, description="of AdamW; biases and norms have none")
     max_grad_norm: Weight = Field(1.0, description="gradient clipping; 0 switches it off")
     dropout: Fraction | None = Field(None, description="replaces the model's dropout rates; null keeps them")
     checkpoint_activations: bool = Field(False, description="recompute activations in the backward pass")
@@ -101,7 +101,7 @@ class Prune(_Optimization):
     stop: Positive | None = Field(None, description="last step that may select the mask anew (default: 80 %)")
     interval: Positive | None = Field(None, description="steps between selections (default: a hundredth)")
     final: Fraction = Field(0.9, description="final sparsity of the encoder's linear weights")
-    initial: Fraction = 0.0
+    initial: Fraction = Field(0.0, description="sparsity from which it rises, at begin")
     pattern: Annotated[str, Field(pattern=r"^(unstructured|4x1|1x4|\d+:\d+)$")] = Field(
         "unstructured", description="unstructured, 4x1 (4 output rows), 1x4 (4 inputs) or n:m such as 2:4"
     )
@@ -152,7 +152,7 @@ class Distill(Section):
 
     hard: Weight = Field(0.5, description="weight of the MLM (+ NSP) loss")
     kd: Weight = Field(0.5, description="weight of the distillation of logits")
-    temperature: Rate = 2.0
+    temperature: Rate = Field(2.0, description="softens both sides of the distillation of logits")
     hidden: Weight = Field(0.0, description="weight of the MSE between hidden states, all layers")
     positions: Literal["all", "masked"] = Field("all", description="positions whose MLM logits are distilled")
 
@@ -177,13 +177,13 @@ class Task(Section):
         None, description="tokens per example, special tokens included (default: 128, SQuAD 384)"
     )
     stride: Annotated[int, Field(ge=0)] | None = Field(None, description="overlap of question-answering windows")
-    warmup: Fraction = 0.0
-    weight_decay: Weight = 0.0
-    max_grad_norm: Weight = 1.0
+    warmup: Fraction = Field(0.0, description="share of the steps with rising learning rate")
+    weight_decay: Weight = Field(0.0, description="of AdamW; biases and norms have none")
+    max_grad_norm: Weight = Field(1.0, description="gradient clipping; 0 switches it off")
     hard: Weight = Field(0.0, description="weight of the task's own loss in transfer")
     kd: Weight = Field(1.0, description="weight of the distillation from the dense task teacher")
     hidden: Weight = Field(0.0, description="weight of the MSE between their hidden states, all layers")
-    temperature: Rate = 2.0
+    temperature: Rate = Field(2.0, description="softens both sides of the distillation of logits")
     dropout: Fraction | None = Field(None, description="of the sparse model in transfer (default: as in its config)")
     teacher: str | None = Field(
         None, description="dense model of the task; without: run fine-tunes one, transfer learns from the labels alone"

@@ -1,5 +1,7 @@
 """What can be said without torch is said at once."""
 
+import argparse
+import re
 import subprocess
 import sys
 import time
@@ -11,7 +13,7 @@ from pruneofa import cli
 VERBS = [name for name, *_ in cli.VERBS]
 TEACHES = {
     "run": ["recipe", "--set A.B=C", "--dry-run", "--redo", "--json", "later ones win"],
-    "demo": ["--out", "--json", "documentation of the installed Python"],
+    "demo": ["--out", "(default: runs/demo)", "--json", "documentation of the installed Python"],
     "prune": [
         "--prune.final",
         "--corpus.source",
@@ -21,7 +23,7 @@ TEACHES = {
         "--no-teacher",
     ],
     "transfer": ["--task", "--data", "--text", "--label", "--teacher", "default: 1e-4", "pattern locked", "example: "],
-    "evaluate": ["--task", "--data", "--json"],
+    "evaluate": ["--task", "--data", "--json", "train extra, for the engine too"],
     "inspect": ["--json", "pattern hash"],
     "pack": ["--precision", "--compress", "--json", "zeros are the pattern", "every bit", "example: "],
     "unpack": ["--json", "bit-identical", "example: "],
@@ -39,6 +41,15 @@ def test_help_teaches(call, verb):
     assert [part for part in TEACHES[verb] if part not in text] == []
 
 
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_option_says_more_than_its_name(verb):
+    parser = argparse.ArgumentParser()
+    next(describe for name, _, describe in cli.VERBS if name == verb)(parser)
+    for action in parser._actions:
+        name = action.dest.rpartition(".")[2].replace("_", " ")
+        assert action.help and re.sub(r" \(default.*", "", action.help) != name, action.dest
+
+
 def test_general_help_names_verbs_examples_and_exit_codes(call):
     said = call("--help")
     assert said.code == 0
@@ -52,7 +63,16 @@ def test_general_help_names_verbs_examples_and_exit_codes(call):
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["prun"], ["run"], ["verify", "x"], ["inspect", "x", "--jsn"], ["transfer", "x", "y", "--seed", "-1"]],
+    [
+        [],
+        ["prun"],
+        ["run"],
+        ["verify", "x"],
+        ["inspect", "x", "--jsn"],
+        ["transfer", "x", "y", "--seed", "-1"],
+        ["transfer", "x", "y", "--task", "sst2", "--dense-lr", "1e-4"],
+        ["transfer", "x", "y", "--task", "sst2", "--dense_epochs", "3"],
+    ],
 )
 def test_a_wrong_call_is_one_line(refused, arguments):
     assert "--help" in refused(*arguments)

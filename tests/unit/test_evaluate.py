@@ -200,7 +200,7 @@ def test_folder_without_a_trained_head_is_refused(tmp_path, own):
 
 
 def test_unreadable_folders(tmp_path, own):
-    with pytest.raises(InputError, match="not a loadable model folder"):
+    with pytest.raises(InputError, match="nothing: no such folder; give a Hugging Face folder or a hub id"):
         evaluate(tmp_path / "nothing", "mine", own)
     folder = tmp_path / "cut"
     save(tiny_bert(BertForSequenceClassification), folder)
