@@ -1,5 +1,9 @@
 #include "pool.h"
 
+#if defined(__linux__)
+#include <sched.h>
+#endif
+
 namespace pruneofa {
 namespace {
 
@@ -23,6 +27,27 @@ void spin_until(Done done) {
       std::this_thread::yield();
     }
   }
+}
+
+int current_cpu() {
+#if defined(__linux__)
+  return sched_getcpu();
+#else
+  return -1;
+#endif
+}
+
+// Moves this thread to another CPU, if it may run on one.
+void leave([[maybe_unused]] int cpu) {
+#if defined(__linux__)
+  cpu_set_t allowed;
+  if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
+  cpu_set_t others = allowed;
+  CPU_CLR(cpu, &others);
+  if (CPU_COUNT(&others) > 0 && sched_setaffinity(0, sizeof others, &others) == 0) {
+    sched_setaffinity(0, sizeof allowed, &allowed);
+  }
+#endif
 }
 
 }  // namespace
@@ -50,6 +75,7 @@ void Pool::stop() {
 
 void Pool::run(const std::function<void(int)>& work) {
   if (!workers_.empty()) {
+    cpu_.store(current_cpu(), std::memory_order_relaxed);
     running_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
     {
       const std::lock_guard<std::mutex> lock(mutex_);
@@ -88,6 +114,10 @@ void Pool::serve(int thread) {
       if (stop_) return;
       work = work_;
     }
+    // After sleep two threads may wake on one CPU, and the scheduler lets them share it for some milliseconds: longer
+    // than a pass. Only the caller's CPU is known for certain.
+    const int cpu = cpu_.load(std::memory_order_relaxed);
+    if (cpu >= 0 && current_cpu() == cpu) leave(cpu);
     (*work)(thread);
     running_.fetch_sub(1, std::memory_order_acq_rel);
   }

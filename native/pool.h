@@ -36,6 +36,7 @@ class Pool {
   std::mutex mutex_;
   std::condition_variable wake_;
   bool stop_ = false;
+  std::atomic<int> cpu_{-1};  // of the caller; -1: not known
   // Each on a cache line of its own: threads spin on the one while others write the next.
   alignas(64) std::atomic<uint64_t> round_{0};
   alignas(64) std::atomic<int> running_{0};
