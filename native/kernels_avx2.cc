@@ -114,8 +114,6 @@ void linear_int8(const Weights& w, const Operands& o, int begin, int end) {
   w.shared ? gathered_linear<Gather>(w, o, begin, end) : linear<Int8>(w, o, begin, end);
 }
 
-void nothing() {}
-
 }  // namespace avx2
 }  // namespace
 

@@ -47,8 +47,6 @@ struct Float {
   static lanes::Floats value(const Sum& sum) { return sum; }
 };
 
-void nothing() {}
-
 }  // namespace scalar
 }  // namespace
 

@@ -3,6 +3,9 @@
 
 namespace {
 
+// For paths that have nothing to prepare.
+inline void nothing() {}
+
 // What the floats of a panel of tokens need, read once for many outputs.
 struct Tokens {
   lanes::Floats scale, zero;

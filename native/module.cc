@@ -139,10 +139,15 @@ void from_panels(const T* panels, T* rows, std::size_t tokens, int features) {
   }
 }
 
+// The number of rows, if a matrix of `rows` x `columns` fits.
+std::size_t rows_for(const Linear& linear, std::size_t rows, std::size_t columns) {
+  expect(columns == static_cast<std::size_t>(linear.inputs()), "x: wanted one column per input");
+  expect(rows < 1u << 24, "x: too many rows");
+  return rows;
+}
+
 nb::ndarray<nb::numpy, float, nb::ndim<2>> linear_forward(const Linear& linear, Matrix<float> x) {
-  expect(x.shape(1) == static_cast<std::size_t>(linear.inputs()), "x: wanted one column per input");
-  expect(x.shape(0) < 1u << 24, "x: too many rows");
-  const std::size_t tokens = x.shape(0);
+  const std::size_t tokens = rows_for(linear, x.shape(0), x.shape(1));
   float* out;
   auto result = new_matrix<float>(tokens, linear.outputs(), &out);
   nb::gil_scoped_release release;
@@ -158,9 +163,9 @@ nb::ndarray<nb::numpy, float, nb::ndim<2>> linear_forward(const Linear& linear, 
       const float* panel = call.x.data() + static_cast<std::size_t>(p) * linear.inputs() * kLanes;
       float* scale = call.scale.data() + p * kLanes;
       int32_t* zero = call.zero.data() + p * kLanes;
-      Aligned<float> range(2 * kLanes);
-      kernels.range(panel, linear.inputs(), range.data());
-      kernels.scales(range.data(), 1, 0, scale, zero);
+      alignas(64) float range[2 * kLanes] = {};
+      kernels.range(panel, linear.inputs(), range);
+      kernels.scales(range, 1, 0, scale, zero);
       kernels.encode(panel, 0, linear.inputs(), linear.inputs(), scale, zero, call.codes.data() + p * bytes);
     }
   }
@@ -171,9 +176,7 @@ nb::ndarray<nb::numpy, float, nb::ndim<2>> linear_forward(const Linear& linear, 
 
 nb::ndarray<nb::numpy, int32_t, nb::ndim<2>> linear_accumulate(const Linear& linear, Matrix<uint8_t> x) {
   expect(linear.is_int8(), "accumulate is for int8 layers; this one has float weights");
-  expect(x.shape(1) == static_cast<std::size_t>(linear.inputs()), "x: wanted one column per input");
-  expect(x.shape(0) < 1u << 24, "x: too many rows");
-  const std::size_t tokens = x.shape(0);
+  const std::size_t tokens = rows_for(linear, x.shape(0), x.shape(1));
   int32_t* out;
   auto result = new_matrix<int32_t>(tokens, linear.outputs(), &out);
   nb::gil_scoped_release release;
