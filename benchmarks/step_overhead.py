@@ -83,7 +83,7 @@ def nothing() -> None:
 
 
 def measure(shape: dict[str, int], turns: int) -> dict:
-    """Ratios of alternating single steps of one model, and seconds per mask selection."""
+    """Ratios of alternating steps of one model, and seconds per mask selection, cold step after it included."""
     model, batch = build(shape)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     step(model, batch, optimizer, nothing)  # warm up, and create the optimizer's state
@@ -93,9 +93,11 @@ def measure(shape: dict[str, int], turns: int) -> dict:
     for turn in range(turns):
         for guard in order[turn % 3 :] + order[: turn % 3]:
             after, end, selection = (nothing, nothing, 0.0) if guard == "none" else guarded(model, guard)
+            # A selection leaves the caches and the allocator's memory cold: the step after it belongs to its cost.
+            first = step(model, batch, optimizer, after)
             seconds[guard].append(step(model, batch, optimizer, after))
             end()
-            selections += [selection] if guard == "prune" else []
+            selections += [selection + first - seconds[guard][-1]] if guard == "prune" else []
     median = {key: statistics.median(values) for key, values in seconds.items()}
     # The ratio of neighbours in time, then its median: what the rest of the machine does mostly cancels.
     ratios = {
