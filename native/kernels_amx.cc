@@ -2,9 +2,9 @@
 //
 // The weights are the left operand, so that a row of a tile is a run of 64 weights of one output: it is expanded from
 // one 64-bit mask and the non-zeros that follow in memory (VPEXPANDB). The codes of a token panel are the right
-// operand as they lie. A pair of tile rows is expanded once, into memory that stays in the first-level cache up to about
-// 1000 inputs and in the second-level one beyond, while the first two panels are multiplied; further panels read the
-// expanded tiles.
+// operand as they lie. A pair of tile rows is expanded once, into memory that stays in the first-level cache up to
+// about 1000 inputs and in the second-level one beyond, while the first two panels are multiplied; further panels read
+// the expanded tiles.
 #include "kernels.h"
 
 #if defined(PRUNEOFA_X86)
@@ -98,7 +98,7 @@ inline void finish_some(const Weights& w, const Operands& o, Pending& pending, i
     high = lanes::larger(high, v);
     sums += kLanes;
   };
-  if (kind == Activation::kNone && rows == kLightRows && stop - pending.n == rows) {
+  if (kind == Activation::kNone && stop - pending.n == kLightRows) {
     PRUNEOFA_UNROLL
     for (int i = 0; i < kLightRows; ++i) row(pending.n + i);
   } else {

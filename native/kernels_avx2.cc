@@ -110,10 +110,6 @@ struct Gather {
   }
 };
 
-void linear_int8(const Weights& w, const Operands& o, int begin, int end) {
-  w.shared ? gathered_linear<Gather>(w, o, begin, end) : linear<Int8>(w, o, begin, end);
-}
-
 }  // namespace avx2
 }  // namespace
 
@@ -121,7 +117,7 @@ const Kernels kAvx2 = {
     "avx2",
     2, 4, 4, 0.52f, 0.5f,
     avx2::nothing, avx2::nothing,
-    avx2::linear_int8,
+    avx2::linear_or_gathered<avx2::Int8, avx2::Gather>,
     avx2::linear<avx2::Float>,
     avx2::lanes::range,
     avx2::lanes::scales,

@@ -108,10 +108,6 @@ struct Gather {
   }
 };
 
-void linear_int8(const Weights& w, const Operands& o, int begin, int end) {
-  w.shared ? gathered_linear<Gather>(w, o, begin, end) : linear<Int8>(w, o, begin, end);
-}
-
 }  // namespace avx512vnni
 }  // namespace
 
@@ -119,7 +115,7 @@ const Kernels kAvx512Vnni = {
     "avx512vnni",
     4, 4, 4, 0.7f, 0.6f,
     avx512vnni::nothing, avx512vnni::nothing,
-    avx512vnni::linear_int8,
+    avx512vnni::linear_or_gathered<avx512vnni::Int8, avx512vnni::Gather>,
     avx512vnni::linear<avx512vnni::Float>,
     avx512vnni::lanes::range,
     avx512vnni::lanes::scales,

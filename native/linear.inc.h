@@ -160,4 +160,9 @@ void linear(const Weights& w, const Operands& o, int begin, int end) {
   }
 }
 
+template <class Path, class Gather>
+void linear_or_gathered(const Weights& w, const Operands& o, int begin, int end) {
+  w.shared ? gathered_linear<Gather>(w, o, begin, end) : linear<Path>(w, o, begin, end);
+}
+
 }  // namespace

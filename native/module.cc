@@ -208,7 +208,8 @@ Table table(const nb::handle& source, int hidden, const char* name) {
   std::pair<nb::object, nb::object> pair;
   if (!nb::try_cast(source, pair, false)) throw std::invalid_argument(wanted);
   const auto fits = [&](std::size_t rows, std::size_t columns) {
-    if (rows < 1 || rows >= std::size_t{1} << 31 || columns != static_cast<std::size_t>(hidden)) throw std::invalid_argument(wanted);
+    const bool right = rows >= 1 && rows < std::size_t{1} << 31 && columns == static_cast<std::size_t>(hidden);
+    if (!right) throw std::invalid_argument(wanted);
     made.rows = static_cast<int>(rows);
   };
   Matrix<int8_t> codes;
@@ -275,8 +276,8 @@ void make_encoder(Encoder* self, int hidden, int heads, float epsilon, const std
   made.reserve(layers.size());
   for (const nb::dict& one : layers) made.push_back(layer(one));
   new (self) Encoder({hidden, heads, epsilon, activation(activation_name), threads}, table(word, hidden, "word"),
-                     table(position, hidden, "position"), table(token_type, hidden, "token_type"), norm(embedding_norm, "embedding_norm"),
-                     std::move(made), kernels_for(isa));
+                     table(position, hidden, "position"), table(token_type, hidden, "token_type"),
+                     norm(embedding_norm, "embedding_norm"), std::move(made), kernels_for(isa));
 }
 
 nb::ndarray<nb::numpy, float, nb::ndim<2>> encoder_forward(Encoder& encoder, Vector<int32_t> ids,
