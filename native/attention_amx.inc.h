@@ -172,46 +172,85 @@ inline void clear_sums() {
   _tile_zero(3);
 }
 
-// 2^x for x <= 0, to 2e-7 relative, or 8e-5 where bfloat16 follows. Minimax on the fraction, 0 <= r < 1.
-template <int Parts>
-inline lanes::Floats weight_of(const lanes::Floats& x) {
+// 2^x for x <= 0, to 2e-7 relative. Minimax on the fraction, 0 <= r < 1.
+inline lanes::Floats power_of_two(const lanes::Floats& x) {
   const __m512 v = reinterpret_cast<__m512>(x);
   const lanes::Floats r = reinterpret_cast<lanes::Floats>(_mm512_maskz_reduce_ps(0xffff, v, 1));  // x - floor(x)
-  lanes::Floats p;
-  if (Parts == 1) {
-    p = r * 0.07802452f + 0.22606716f;
-    p = p * r + 0.69583354f;
-    p = p * r + 0.99992522f;
-  } else {
-    p = r * 0.00187758f + 0.00898934f;
-    p = p * r + 0.05582632f;
-    p = p * r + 0.24015362f;
-    p = p * r + 0.69315307f;
-    p = p * r + 0.99999993f;
-  }
+  lanes::Floats p = r * 0.00187758f + 0.00898934f;
+  p = p * r + 0.05582632f;
+  p = p * r + 0.24015362f;
+  p = p * r + 0.69315307f;
+  p = p * r + 0.99999993f;
   return reinterpret_cast<lanes::Floats>(_mm512_maskz_scalef_ps(0xffff, reinterpret_cast<__m512>(p), v));
 }
 
-// The weights of 32 keys, before division by their total.
+// The fraction of 2^(f / 128), in 128ths.
+alignas(64) constexpr uint8_t kFraction[128] = {
+    0, 1, 1, 2, 3, 4, 4, 5, 6, 6, 7, 8, 9, 9, 10, 11,
+    12, 12, 13, 14, 15, 15, 16, 17, 18, 19, 19, 20, 21, 22, 23, 23,
+    24, 25, 26, 27, 28, 28, 29, 30, 31, 32, 33, 34, 34, 35, 36, 37,
+    38, 39, 40, 41, 42, 43, 43, 44, 45, 46, 47, 48, 49, 50, 51, 52,
+    53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63, 64, 65, 66, 67, 68,
+    69, 70, 72, 73, 74, 75, 76, 77, 78, 79, 80, 82, 83, 84, 85, 86,
+    87, 88, 90, 91, 92, 93, 94, 96, 97, 98, 99, 100, 102, 103, 104, 105,
+    107, 108, 109, 111, 112, 113, 115, 116, 117, 118, 120, 121, 123, 124, 125, 127,
+};
+
+// The weights of 32 keys, before division by their total: 2^(score * base - top). In one part, a weight is found as
+// bfloat16: as a fixed-point number with 7 fraction bits the exponent is one already, but for the fraction, which is
+// looked up. Rounding the exponent changes a weight by at most 0.27 %, as rounding to bfloat16 does by 0.39 %.
 template <int Parts, bool All>
 inline lanes::Floats weigh(const Attention& a, const Head& h, int pair, const float* scores, float base,
                            const lanes::Floats& top) {
-  lanes::Floats total = lanes::all(0.0f);
-  for (int s = pair * 32; s < pair * 32 + 32; s += 2) {
-    lanes::Floats weight[2];
-    for (int i = 0; i < 2; ++i) {
-      const int token = h.first * kLanes + s + i;
-      weight[i] = lanes::all(0.0f);
-      if (All || (token >= a.begin && token < a.end)) {
-        weight[i] = weight_of<Parts>(lanes::load(scores + (s + i) * kLanes) * base - top);
+  lanes::Floats totals[2] = {lanes::all(0.0f), lanes::all(0.0f)};
+  const auto mine = [&](int s) { return All || (h.first * kLanes + s >= a.begin && h.first * kLanes + s < a.end); };
+  if (Parts == 1) {
+    constexpr float kOne = 127 * 128;  // the bits of 1 as bfloat16
+    const lanes::Floats shift = lanes::all(lanes::kRound + kOne) - top * 128.0f;
+    const __m512i low = _mm512_load_si512(kFraction), high = _mm512_load_si512(kFraction + 64);
+    const __m512i ones = _mm512_set1_epi32(0x3f803f80);
+    const __m512i swap = _mm512_set4_epi32(0x0d0c0f0e, 0x09080b0a, 0x05040706, 0x01000302);
+    PRUNEOFA_UNROLL
+    for (int s = pair * 32; s < pair * 32 + 32; s += 2) {
+      lanes::Floats fixed[2];
+      for (int i = 0; i < 2; ++i) {
+        fixed[i] = lanes::load(scores + (s + i) * kLanes) * (base * 128.0f) + shift;
+        fixed[i] = mine(s + i) ? lanes::larger(fixed[i], lanes::all(lanes::kRound)) : lanes::all(lanes::kRound);
       }
-      total = total + weight[i];
+      const __m512i odd = _mm512_maskz_shuffle_epi8(~0ull, reinterpret_cast<__m512i>(fixed[1]), swap);
+      const __m512i both = _mm512_mask_blend_epi16(0xaaaaaaaa, reinterpret_cast<__m512i>(fixed[0]), odd);
+      const __m512i fraction = _mm512_permutex2var_epi8(low, both, high);
+      const __m512i weights = _mm512_ternarylogic_epi32(_mm512_set1_epi32(0x007f007f), fraction, both, 0xca);
+      lanes::Floats& total = totals[s / 2 % 2];
+      total = reinterpret_cast<lanes::Floats>(
+          _mm512_dpbf16_ps(reinterpret_cast<__m512>(total), (__m512bh)weights, (__m512bh)ones));
+      _mm512_store_si512(h.weight[0] + s / 2 * 16, weights);
     }
-    int32_t* const to[2] = {h.weight[0] + s / 2 * 16, h.weight[1] + s / 2 * 16};
-    split<Parts>(weight[0], weight[1], to);
+  } else {
+    for (int s = pair * 32; s < pair * 32 + 32; s += 2) {
+      lanes::Floats weight[2];
+      for (int i = 0; i < 2; ++i) {
+        weight[i] = mine(s + i) ? power_of_two(lanes::load(scores + (s + i) * kLanes) * base - top) : lanes::all(0.0f);
+        totals[i] = totals[i] + weight[i];
+      }
+      int32_t* const to[2] = {h.weight[0] + s / 2 * 16, h.weight[1] + s / 2 * 16};
+      split<Parts>(weight[0], weight[1], to);
+    }
   }
   written();
-  return total;
+  return totals[0] + totals[1];
+}
+
+// The largest of each column of `rows` rows, in four chains because a comparison takes four cycles.
+inline lanes::Floats largest(const float* scores, int rows) {
+  lanes::Floats top[4] = {lanes::load(scores), lanes::load(scores), lanes::load(scores), lanes::load(scores)};
+  int r = 0;
+  for (; r + 4 <= rows; r += 4) {
+    PRUNEOFA_UNROLL
+    for (int i = 0; i < 4; ++i) top[i] = lanes::larger(top[i], lanes::load(scores + (r + i) * kLanes));
+  }
+  for (; r < rows; ++r) top[0] = lanes::larger(top[0], lanes::load(scores + r * kLanes));
+  return lanes::larger(lanes::larger(top[0], top[1]), lanes::larger(top[2], top[3]));
 }
 
 template <int Parts>
@@ -225,11 +264,7 @@ void tile_attention(const Attention& a) {
   for (int panel = h.first; panel <= last; ++panel) {
     const float* scores = h.scores[(panel - h.first) % 2];
     float* next = h.scores[(panel - h.first + 1) % 2];
-    lanes::Floats top = lanes::all(-3.0e38f);
-    for (int token = a.begin; token < a.end; ++token) {
-      top = lanes::larger(top, lanes::load(scores + (token - h.first * kLanes) * kLanes));
-    }
-    top = top * base;
+    const lanes::Floats top = largest(scores + (a.begin - h.first * kLanes) * kLanes, a.end - a.begin) * base;
     if (panel < last) load_query<Parts>(a, h, panel + 1);
     // The tile unit works beside the vector units: on the mix of the pair of panels before and on the scores of the
     // next query panel.

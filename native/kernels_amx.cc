@@ -11,7 +11,8 @@
 #include <immintrin.h>
 
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512vbmi2,avx2,fma,popcnt,amx-tile,amx-int8,amx-bf16")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512vbmi2,avx512bf16,avx2,fma,popcnt,amx-tile,amx-int8,amx-bf16")
+#pragma GCC optimize("no-tree-slp-vectorize")  // it keeps pairs of pointers in vector registers
 
 namespace pruneofa {
 namespace {
@@ -43,182 +44,239 @@ inline void written() { asm volatile("" ::: "memory"); }
 
 void end() { _tile_release(); }
 
-// Sixteen rows of 64 weights from their masks; returns where the non-zeros of the next tile begin. Reads up to 63
-// bytes past the last non-zero. `Most` non-zeros per row: shorter loads straddle fewer cache lines.
-template <int Most>
-inline const int8_t* expand_rows(const uint64_t* masks, const int8_t* values, int8_t* tile) {
-  asm("" : "+r"(masks), "+r"(tile));  // or GCC keeps sixteen addresses of each
-  PRUNEOFA_UNROLL
-  for (int r = 0; r < 16; ++r) {
-    const __m512i packed = Most > 32 ? _mm512_loadu_si512(values)
-                                     : _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)values));
-    _mm512_store_si512(tile + r * 64, _mm512_maskz_expand_epi8(masks[r], packed));
-    values += _mm_popcnt_u64(masks[r]);
-  }
-  written();
-  return values;
-}
-
-inline const int8_t* expand(bool short_runs, const uint64_t* masks, const int8_t* values, int8_t* tile) {
-  return short_runs ? expand_rows<32>(masks, values, tile) : expand_rows<64>(masks, values, tile);
-}
-
-// The sums of two rows of tiles for two panels that wait to become floats. They do so a few rows at a time between
-// the tile instructions of the next block, which leave the vector units idle.
-struct Pending {
-  const int32_t* sums = nullptr;  // of the next output: [16 tokens]
-  int n = 0, stop = 0, begin = 0; // outputs; the next one, and those of the block
-  int panel = 0, more = 0;        // panels after this one
+// Turns one row of tiles after the other from masks and non-zeros into tiles, half a tile at a time.
+struct Expander {
+  const uint64_t* masks;
+  const int8_t* values;
+  int8_t* tile;
+  bool short_runs;
 };
 
-// Without an activation a row is little work: so many at once, and the first when the sums of the block before have
-// certainly been stored. Beside an activation the work has to be spread evenly.
-constexpr int kLightRows = 8;
-
-// One call stays within a panel.
-template <Activation kind>
-inline void finish_some(const Weights& w, const Operands& o, Pending& pending, int rows) {
-  if (pending.n == pending.stop) {
-    if (pending.more == 0) return;
-    pending.sums += (32 - (pending.stop - pending.begin)) * kLanes;
-    pending.n = pending.begin;
-    --pending.more;
-    ++pending.panel;
+// Eight rows of 64 weights. Reads up to 63 bytes past the last non-zero. `Most` non-zeros per row: shorter loads straddle
+// fewer cache lines.
+template <int Most>
+inline void expand_rows(Expander& e) {
+  const uint64_t* masks = e.masks;
+  const int8_t* values = e.values;
+  int8_t* tile = e.tile;
+  // Weights come from memory once per pass over the layers.
+  _mm_prefetch(reinterpret_cast<const char*>(masks) + 1024, _MM_HINT_T0);
+  _mm_prefetch(reinterpret_cast<const char*>(values) + 1024, _MM_HINT_T0);
+  asm("" : "+r"(masks), "+r"(tile));  // or GCC keeps eight addresses of each
+  PRUNEOFA_UNROLL
+  for (int r = 0; r < 8; ++r) {
+    const __m512i packed = Most > 32 ? _mm512_loadu_si512(values)
+                                     : _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)values));
+    uint64_t mask = masks[r];
+    asm("" : "+r"(mask));  // or GCC loads it twice
+    _mm512_store_si512(tile + r * 64, _mm512_maskz_expand_epi8(mask, packed));
+    values += _mm_popcnt_u64(mask);
   }
-  const int stop = pending.n + rows < pending.stop ? pending.n + rows : pending.stop;
-  const Tokens t = tokens(o, pending.panel);
-  lanes::Floats low = lanes::all(0.0f), high = lanes::all(0.0f);
-  float* y = o.y + pending.panel * o.y_stride - o.first * kLanes;
-  const int32_t* sums = pending.sums;
-  const auto row = [&](int n) {
-    lanes::Floats v = dequantize(w, t, n, lanes::load(sums));
-    v = kind == Activation::kGelu ? lanes::gelu(v) : kind == Activation::kNone ? v : lanes::activate(v, o.activation);
-    lanes::store(y + n * kLanes, v);
-    low = lanes::smaller(low, v);
-    high = lanes::larger(high, v);
-    sums += kLanes;
-  };
-  if (kind == Activation::kNone && stop - pending.n == kLightRows) {
-    PRUNEOFA_UNROLL
-    for (int i = 0; i < kLightRows; ++i) row(pending.n + i);
-  } else {
-    for (int n = pending.n; n < stop; ++n) row(n);
-  }
-  if (o.ranges != nullptr) {
-    lanes::widen(o.ranges + pending.panel * 2 * kLanes, low);
-    lanes::widen(o.ranges + pending.panel * 2 * kLanes, high);
-  }
-  pending.sums = sums;
-  pending.n = stop;
+  written();
+  e = {masks + 8, values, tile + kTile / 2, e.short_runs};
 }
 
-inline void copy_sums(const Weights& w, const Operands& o, Pending& pending, int) {
-  if (pending.sums == nullptr) return;
-  for (int more = pending.more; more >= 0; --more, ++pending.panel) {
-    for (pending.n = pending.begin; pending.n < pending.stop; ++pending.n, pending.sums += kLanes) {
-      finish(w, o, pending.panel, pending.n, lanes::load(pending.sums));
+inline void expand_tile(Expander& e) {
+  for (int half = 0; half < 2; ++half) e.short_runs ? expand_rows<32>(e) : expand_rows<64>(e);
+}
+
+// A block: two rows of tiles times two panels. Its sums lie in memory, [panel][32 outputs][16], and become floats a few
+// rows at a time between the tile instructions of the next block, which leave the vector units idle.
+struct Block {
+  int n = 0, rows = 0;        // outputs
+  int panel = 0, panels = 0;
+};
+
+void copy_sums(const Weights& w, const Operands& o, const Block& block, const int32_t* sums) {
+  for (int i = 0; i < block.panels; ++i) {
+    for (int r = 0; r < block.rows; ++r) {
+      finish(w, o, block.panel + i, block.n + r, lanes::load(sums + (i * 32 + r) * kLanes));
     }
-    pending.sums += (32 - (pending.stop - pending.begin)) * kLanes;
-  }
-  pending = {};
-}
-
-// Weights come from memory once per pass over the layers, and their runs are too short for the prefetcher to find. Fetch
-// chunk `c` of the next block's two rows of tiles.
-inline void prefetch(const Weights& w, int row, int chunks, int c) {
-  const int last = round_up(w.outputs, 16) / 16 - 1;
-  for (int i = 0; i < 2; ++i) {
-    const int mine = row + i < last ? row + i : last;
-    const char* masks = reinterpret_cast<const char*>(w.masks + (static_cast<std::ptrdiff_t>(mine) * chunks + c) * 16);
-    const int8_t* values = w.values + w.value_start[mine];
-    const std::ptrdiff_t bytes = w.value_start[mine + 1] - w.value_start[mine];
-    _mm_prefetch(masks, _MM_HINT_T0);
-    _mm_prefetch(masks + 64, _MM_HINT_T0);
-    const char* from = reinterpret_cast<const char*>(values + bytes * c / chunks);
-    const char* to = reinterpret_cast<const char*>(values + bytes * (c + 1) / chunks);
-    for (; from < to; from += 64) _mm_prefetch(from, _MM_HINT_T0);
   }
 }
 
-template <void (*finish_rows)(const Weights&, const Operands&, Pending&, int)>
+// Rows of one panel on their way to becoming floats.
+struct Finisher {
+  const float *row_sum, *scale, *bias;  // of the next output
+  const int32_t* sums;
+  float* y;
+  float* ranges;  // null: not asked for
+  Tokens tokens;
+  Activation activation;
+  lanes::Floats low, high;
+};
+
+inline Finisher finisher(const Weights& w, const Operands& o, const Block& block, int row, const int32_t* sums) {
+  const int panel = block.panel + row / 32, n = block.n + row % 32;
+  return {w.row_sum + n,
+          w.scale + n,
+          w.bias + n,
+          sums + row * kLanes,
+          o.y + panel * o.y_stride + (n - o.first) * kLanes,
+          o.ranges == nullptr ? nullptr : o.ranges + panel * 2 * kLanes,
+          tokens(o, panel),
+          o.activation,
+          lanes::all(0.0f),
+          lanes::all(0.0f)};
+}
+
+template <Activation kind, int Rows>
+inline void finish_rows(Finisher& f) {
+  PRUNEOFA_UNROLL
+  for (int i = 0; i < Rows; ++i) {
+    lanes::Floats v = dequantize(f.tokens, f.row_sum[i], f.scale[i], f.bias[i], lanes::load(f.sums + i * kLanes));
+    if (kind == Activation::kGelu) v = lanes::gelu(v);
+    if (kind == Activation::kRelu) v = lanes::activate(v, f.activation);
+    lanes::store(f.y + i * kLanes, v);
+    if (kind == Activation::kNone) continue;  // without ranges, see `linear_int8`
+    f.low = lanes::smaller(f.low, v);
+    f.high = lanes::larger(f.high, v);
+  }
+  f.row_sum += Rows;
+  f.scale += Rows;
+  f.bias += Rows;
+  f.sums += Rows * kLanes;
+  f.y += Rows * kLanes;
+}
+
+inline void finish_ranges(const Finisher& f) {
+  if (f.ranges == nullptr) return;
+  lanes::widen(f.ranges, f.low);
+  lanes::widen(f.ranges, f.high);
+}
+
+// The rows of a block that were not finished beside tile instructions: from `row` on, counted over both panels.
+template <Activation kind>
+void finish_rest(const Weights& w, const Operands& o, const Block& block, int row, const int32_t* sums) {
+  for (; row < block.panels * 32; row = row / 32 * 32 + 32) {
+    Finisher f = finisher(w, o, block, row, sums);
+    for (int r = row % 32; r < block.rows; ++r) finish_rows<kind, 1>(f);
+    finish_ranges(f);
+  }
+}
+
+// What a block is made of.
+struct Multiply {
+  const int8_t* weights;  // the first row of tiles
+  std::ptrdiff_t second;  // from it to the second
+  const char* x;          // the first panel
+  std::ptrdiff_t next;    // from it to the second
+  int32_t* sums;
+  int chunks;
+  Expander expander[2];   // of the two rows
+};
+
+// A chunk: four tile products, and between them `Rows` rows each of the block before, or all at the end where tiles are
+// expanded, `Fresh`. In the first chunk the sums of the block before go to memory, each just before its tile is cleared.
+template <Activation kind, int Rows, bool Fresh, bool First>
+inline void multiply_chunk(Multiply& m, int c, Finisher& f) {
+  const int8_t* const weights = m.weights + c * kTile;
+  const char* const x = m.x + c * kTile;
+  _tile_loadd(4, weights, 64);
+  _tile_loadd(6, x, 64);
+  if (First) _tile_stored(0, m.sums, 64);
+  if (First) _tile_zero(0);
+  _tile_dpbsud(0, 4, 6);
+  if (!Fresh) finish_rows<kind, Rows>(f);
+  _tile_loadd(5, weights + m.second, 64);
+  if (First) _tile_stored(1, m.sums + 256, 64);
+  if (First) _tile_zero(1);
+  _tile_dpbsud(1, 5, 6);
+  if (!Fresh) finish_rows<kind, Rows>(f);
+  _tile_loadd(7, x + m.next, 64);
+  if (First) _tile_stored(2, m.sums + 512, 64);
+  if (First) _tile_zero(2);
+  _tile_dpbsud(2, 4, 7);
+  if (!Fresh) finish_rows<kind, Rows>(f);
+  if (First) _tile_stored(3, m.sums + 768, 64);
+  if (First) _tile_zero(3);
+  _tile_dpbsud(3, 5, 7);
+  if (!Fresh) return finish_rows<kind, Rows>(f);
+  expand_tile(m.expander[0]);
+  expand_tile(m.expander[1]);
+  finish_rows<kind, 4 * Rows>(f);
+}
+
+// A tile read soon after it was written waits for the writes: so many chunks pass between them, and between storing sums
+// and reading them.
+constexpr int kAhead = 2;
+
+// `Rows` outputs of the block before become floats after each tile product. Many at once would fill the scheduler and keep
+// tile instructions from it, so chunks with rows to finish alternate with `gap` - 1 without. A branch that is mispredicted
+// waits for the tile instructions before it, up to 250 ns: loops have few turns, the same number every time.
+template <Activation kind, int Rows, bool Fresh>
+void multiply_block(const Weights& w, const Operands& o, Multiply& m, const Block& before) {
+  const int chunks = m.chunks, expanded = Fresh ? chunks - kAhead : 0;  // beside the chunks before this one
+  Finisher f = {};
+  for (int c = 0; Fresh && c < kAhead && c < chunks; ++c) {
+    expand_tile(m.expander[0]);
+    expand_tile(m.expander[1]);
+  }
+  const auto quiet = [&](int c) __attribute__((always_inline)) {
+    Fresh && c < expanded ? multiply_chunk<kind, 0, Fresh, false>(m, c, f) : multiply_chunk<kind, 0, false, false>(m, c, f);
+  };
+  expanded > 0 ? multiply_chunk<kind, 0, Fresh, true>(m, 0, f) : multiply_chunk<kind, 0, false, true>(m, 0, f);
+  int c = 1, finished = 0;
+  for (; c < kAhead && c < chunks; ++c) quiet(c);
+  const int rows = before.rows == 32 && o.sums == nullptr ? before.panels * 32 : 0;
+  const int gap = (chunks - kAhead) * Rows / 16;
+  for (; finished < rows && c < chunks; finished += 4 * Rows) {
+    f = finisher(w, o, before, finished, m.sums);
+    Fresh && c < expanded ? multiply_chunk<kind, Rows, Fresh, false>(m, c, f)
+                          : multiply_chunk<kind, Rows, false, false>(m, c, f);
+    finish_ranges(f);
+    ++c;
+    for (int g = 1; g < gap; ++g, ++c) quiet(c);
+  }
+  for (; c < chunks; ++c) quiet(c);
+  if (o.sums != nullptr) return copy_sums(w, o, before, m.sums);
+  finish_rest<kind>(w, o, before, finished, m.sums);
+}
+
+template <Activation kind, int Rows>
 void multiply_tiles(const Weights& w, const Operands& o, int begin, int end) {
-  const int chunks = round_up(w.inputs, 64) / 64;
-  const bool light = o.activation == Activation::kNone && chunks > 9;
-  const int share = light ? kLightRows : (32 + chunks / 2 - 1) / (chunks / 2 ? chunks / 2 : 1);  // rows to finish
-  const int first = light ? 2 : 0, step = light ? (chunks - 2) / 8 : 1;  // in which chunks
-  int8_t* tiles = static_cast<int8_t*>(o.scratch);
-  int32_t* sums[2];
-  sums[0] = reinterpret_cast<int32_t*>(tiles + 2 * chunks * kTile);
-  sums[1] = sums[0] + 1024;
-  int turn = 0;
-  Pending pending;
-  const char* x = static_cast<const char*>(o.x);
-  const std::ptrdiff_t panel_bytes = static_cast<std::ptrdiff_t>(chunks) * kTile;
+  Multiply m = {};
+  m.chunks = round_up(w.inputs, 64) / 64;
+  const std::ptrdiff_t row_bytes = static_cast<std::ptrdiff_t>(m.chunks) * kTile;
+  int8_t* const tiles = static_cast<int8_t*>(o.scratch);
+  m.sums = reinterpret_cast<int32_t*>(tiles + 2 * row_bytes);
+  Block before;
   for (int n = begin; n < end; n += 32) {
     const int row = n / 16;
-    const int second = n + 16 < end ? row + 1 : row;  // a lone row of tiles is multiplied twice
-    const uint64_t* masks[2] = {};
-    const int8_t* values[2] = {};
-    const int8_t* weights[2];
-    for (int i = 0; i < 2; ++i) {
-      const std::ptrdiff_t mine = i ? second : row;
-      weights[i] = w.sparse ? tiles + i * chunks * kTile : w.values + mine * chunks * kTile;
-      if (!w.sparse) continue;
-      masks[i] = w.masks + mine * chunks * 16;
-      values[i] = w.values + w.value_start[mine];
+    m.second = n + 16 < end ? row_bytes : 0;  // a lone row of tiles is multiplied twice
+    m.weights = w.sparse ? tiles : w.values + row * row_bytes;
+    for (int i = 0; w.sparse && i < 2; ++i) {
+      const int mine = m.second ? row + i : row;
+      m.expander[i] = {w.masks + static_cast<std::ptrdiff_t>(mine) * m.chunks * 16, w.values + w.value_start[mine],
+                       tiles + (m.second ? i : 0) * row_bytes, w.short_runs};
     }
-    const auto expand_chunk = [&](int c) {
-      for (int i = 0; i < 2; ++i) {
-        values[i] = expand(w.short_runs, masks[i] + c * 16, values[i], tiles + (i * chunks + c) * kTile);
-      }
-    };
     for (int p = 0; p < o.panels; p += 2) {
-      const bool fresh = w.sparse && p == 0;
-      const char* x0 = x + p * panel_bytes;
-      const char* x1 = p + 1 < o.panels ? x0 + panel_bytes : x0;
-      // A tile read soon after it was written waits for the writes: two chunks ahead of the multiplication.
-      if (fresh) expand_chunk(0);
-      if (fresh && chunks > 1) expand_chunk(1);
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
-      for (int c = 0, next = first; c < chunks; ++c) {
-        _tile_loadd(4, weights[0] + c * kTile, 64);
-        _tile_loadd(6, x0 + c * kTile, 64);
-        _tile_dpbsud(0, 4, 6);
-        _tile_loadd(5, weights[1] + c * kTile, 64);
-        _tile_dpbsud(1, 5, 6);
-        _tile_loadd(7, x1 + c * kTile, 64);
-        _tile_dpbsud(2, 4, 7);
-        _tile_dpbsud(3, 5, 7);
-        if (fresh && c + 2 < chunks) expand_chunk(c + 2);
-        if (w.sparse && p + 2 >= o.panels) prefetch(w, row + 2, chunks, c);
-        if (c == next) {
-          finish_rows(w, o, pending, share);
-          next += step;
-        }
-      }
-      finish_rows(w, o, pending, 32);
-      finish_rows(w, o, pending, 32);
-      int32_t* mine = sums[turn];
-      _tile_stored(0, mine, 64);
-      _tile_stored(1, mine + 256, 64);
-      _tile_stored(2, mine + 512, 64);
-      _tile_stored(3, mine + 768, 64);
-      turn = 1 - turn;
-      pending = {mine, n, end - n < 32 ? end : n + 32, n, p, o.panels - p < 2 ? 0 : 1};
+      m.x = static_cast<const char*>(o.x) + p * row_bytes;
+      m.next = p + 1 < o.panels ? row_bytes : 0;
+      w.sparse && p == 0 ? multiply_block<kind, Rows, true>(w, o, m, before)
+                         : multiply_block<kind, Rows, false>(w, o, m, before);
+      before = {n, end - n < 32 ? end - n : 32, p, m.next ? 2 : 1};
     }
   }
-  finish_rows(w, o, pending, 32);
-  finish_rows(w, o, pending, 32);
+  _tile_stored(0, m.sums, 64);
+  _tile_stored(1, m.sums + 256, 64);
+  _tile_stored(2, m.sums + 512, 64);
+  _tile_stored(3, m.sums + 768, 64);
+  if (o.sums != nullptr) return copy_sums(w, o, before, m.sums);
+  finish_rest<kind>(w, o, before, 0, m.sums);
+}
+
+// The rows of a block are finished in 8 chunks, or in 4 where there are few.
+template <Activation kind>
+void multiply(const Weights& w, const Operands& o, int begin, int end) {
+  if (w.inputs > (kAhead + 7) * 64) return multiply_tiles<kind, 2>(w, o, begin, end);
+  multiply_tiles<kind, 4>(w, o, begin, end);
 }
 
 void linear_int8(const Weights& w, const Operands& o, int begin, int end) {
-  if (o.sums != nullptr) return multiply_tiles<copy_sums>(w, o, begin, end);
-  if (o.activation == Activation::kNone) return multiply_tiles<finish_some<Activation::kNone>>(w, o, begin, end);
-  if (o.activation == Activation::kGelu) return multiply_tiles<finish_some<Activation::kGelu>>(w, o, begin, end);
-  multiply_tiles<finish_some<Activation::kRelu>>(w, o, begin, end);  // any other, asked for each row
+  if (o.activation == Activation::kNone && o.ranges == nullptr) return multiply<Activation::kNone>(w, o, begin, end);
+  if (o.activation == Activation::kGelu) return multiply<Activation::kGelu>(w, o, begin, end);
+  multiply<Activation::kRelu>(w, o, begin, end);  // any other, asked for each row
 }
 
 #include "attention_amx.inc.h"

@@ -17,8 +17,8 @@ inline Tokens tokens(const Operands& o, int panel) {
 
 // Floats from the exact sums of output n for 16 tokens. The sum is exact as a float below 2^24, and larger ones only
 // round to 24 bits; so does zero * row_sum.
-inline lanes::Floats dequantize(const Weights& w, const Tokens& t, int n, const lanes::Ints& sum) {
-  return (lanes::to_floats(sum) - t.zero * w.row_sum[n]) * (t.scale * w.scale[n]) + w.bias[n];
+inline lanes::Floats dequantize(const Tokens& t, float row_sum, float scale, float bias, const lanes::Ints& sum) {
+  return (lanes::to_floats(sum) - t.zero * row_sum) * (t.scale * scale) + bias;
 }
 
 inline void write(const Operands& o, int panel, int n, const lanes::Floats& y) {
@@ -31,7 +31,8 @@ inline void finish(const Weights& w, const Operands& o, int panel, int n, const 
     lanes::store(o.sums + (static_cast<std::ptrdiff_t>(panel) * w.outputs + n) * kLanes, sum);
     return;
   }
-  write(o, panel, n, lanes::activate(dequantize(w, tokens(o, panel), n, sum), o.activation));
+  const lanes::Floats v = dequantize(tokens(o, panel), w.row_sum[n], w.scale[n], w.bias[n], sum);
+  write(o, panel, n, lanes::activate(v, o.activation));
 }
 
 inline void finish(const Weights& w, const Operands& o, int panel, int n, const lanes::Floats& sum) {
