@@ -1,6 +1,7 @@
 """What an installation takes on disk, by package: python benchmarks/install_size.py [PYTHON_OF_A_VENV]
 
-Counted are the files that pip recorded, compiled bytecode included, without pip and setuptools.
+Counted are the files that pip recorded, without pip and setuptools: as they come in wheels, and the bytecode that
+Python compiles of them (`pip install --no-compile` leaves it out).
 """
 
 import json
@@ -9,10 +10,12 @@ import sys
 
 PROGRAM = """
 import importlib.metadata as metadata, json
-def size(distribution):
+def sizes(distribution):
     files = [file.locate() for file in distribution.files or ()]
-    return sum(file.stat().st_size for file in files if file.is_file())
-print(json.dumps({found.metadata["Name"]: size(found) for found in metadata.distributions()}))
+    files = [file for file in files if file.is_file()]
+    bytecode = sum(file.stat().st_size for file in files if file.suffix == ".pyc")
+    return sum(file.stat().st_size for file in files) - bytecode, bytecode
+print(json.dumps({found.metadata["Name"]: sizes(found) for found in metadata.distributions()}))
 """
 
 
@@ -20,9 +23,11 @@ def main(python: str) -> None:
     """Print a line per package, the largest first, and the sum."""
     found = json.loads(subprocess.run([python, "-c", PROGRAM], check=True, capture_output=True, text=True).stdout)
     sizes = {name: size for name, size in found.items() if name not in ("pip", "setuptools")}
-    for name, size in sorted(sizes.items(), key=lambda item: -item[1]):
-        print(f"{size / 1e6:8.1f} MB  {name}")
-    print(f"{sum(sizes.values()) / 1e6:8.1f} MB  all {len(sizes)}")
+    print("  wheels  bytecode, MB")
+    for name, (files, bytecode) in sorted(sizes.items(), key=lambda item: -sum(item[1])):
+        print(f"{files / 1e6:8.1f}  {bytecode / 1e6:8.1f}  {name}")
+    totals = [sum(size[part] for size in sizes.values()) / 1e6 for part in (0, 1)]
+    print(f"{totals[0]:8.1f}  {totals[1]:8.1f}  {sum(totals):.1f} in all, {len(sizes)} packages")
 
 
 if __name__ == "__main__":
