@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pruneofa import __version__
+from pruneofa.bench.verb import bench
 from pruneofa.errors import CheckFailed, InputError
 from pruneofa.options import add_fields, add_training, read_fields, read_task
 
@@ -42,8 +43,9 @@ def _main(arguments: Sequence[str]) -> int:
         return _say(f"error: {error}", 3 if _disk_is_full(error) else 2)
     except CheckFailed as error:
         return _say(f"failed: {error}", 1)
-    except KeyboardInterrupt:
-        return _say("interrupted; the same command resumes from the last checkpoint", 130)
+    except KeyboardInterrupt as stop:
+        after = stop.args[0] if stop.args else "the same command resumes from the last checkpoint"
+        return _say(f"interrupted; {after}", 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -358,56 +360,6 @@ def _verify(verb: argparse.ArgumentParser) -> None:
     verb.set_defaults(call=call)
 
 
-def _bench(verb: argparse.ArgumentParser) -> None:
-    """This engine beside every peer that is installed: same weights, inputs and threads, outputs verified first."""
-    verb.usage = "pruneofa bench (PATH | --random SHAPE) [options]"
-    verb.epilog = "example: pruneofa bench runs/minilm-90/sparse --seq 32 128 --mixed --break-even"
-    add = verb.add_argument
-    add("path", nargs="?", help="folder or hub id, packed or not; what is measured is the encoder")
-    add("--random", metavar="SHAPE", help="random weights instead: bert-base, bert-large, minilm or distilbert")
-    add("--sparsity", type=float, default=0.9, metavar="S", help="zeros of --random (default 0.9)")
-    add("--pattern", default="unstructured", metavar="P", help="of --random: unstructured (default), 4x1 or 1x4")
-    add("--also", nargs="+", default=[], metavar="MODEL",
-        help="more models for our engine in the same run: a folder; with --random, PATTERN@SPARSITY")  # fmt: skip
-    add("--seq", nargs="+", type=int, default=[], metavar="N", help="tokens of a sequence (default 32 128 384)")
-    add("--batch", type=int, default=1, metavar="N", help="sequences of these lengths together (default 1)")
-    add("--mixed", nargs="*", metavar="NxA-B",
-        help="batches of N sequences of A to B tokens (default 32x8-128), which peers get padded")  # fmt: skip
-    add("--threads", type=int, metavar="N", help="of every runner (default: one per CPU)")
-    add("--isa", metavar="ISA", help="hold ours and the peers to amx, avx512vnni, avx2 or scalar")
-    add("--precision", choices=["int8", "fp32"], default="int8", help="of ours (default int8)")
-    add("--peers", nargs="*", metavar="PEER", help="compare with these (default: all installed; none: alone)")
-    add("--python", action="append", default=[], metavar="PEER=FILE", help="the interpreter that has PEER")
-    add("--repeats", type=int, default=30, metavar="N", help="timed runs of each (default 30)")
-    add("--work", type=Path, metavar="DIR", help="keep what is exported for the peers for the next run")
-    add("--peak", type=float, metavar="X", help="10^12 operations/s the machine can do, to report our share")
-    add("--break-even", action="store_true", help="per layer: from which sparsity the zeros pay on this machine")
-    add("--at-least", type=float, metavar="X", help="exit 1 unless every dense peer takes X times our time")
-    add("--picture", type=Path, metavar="FILE", help="draw the medians: .svg or .html")
-    add("--json", action="store_true", help="print the record as JSON")
-
-    def call(options: argparse.Namespace) -> int:
-        from pruneofa.bench import measure, tables
-
-        if options.picture:
-            tables.check_picture(options.picture)
-        record = measure.run(measure.settings_of(options), break_even=options.break_even)
-
-        def show() -> None:
-            found = [tables.case_rows(row) for row in record["rows"]] + [tables.break_even_rows(record["break_even"])]
-            sys.stdout.write("".join(map(tables.aligned, found)))
-            sys.stdout.write("".join(f"{line}\n" for line in tables.remarks(record)))
-
-        _print(record, options.json, show)
-        if options.picture:
-            tables.picture(record, options.picture)
-        if options.at_least is not None:
-            measure.check_ratio(record, options.at_least)
-        return 0
-
-    verb.set_defaults(call=call)
-
-
 def _results_table(verb: argparse.ArgumentParser) -> None:
     """Join results.json files into the published table's layout (Markdown)."""
     verb.add_argument("results", nargs="+", type=Path, help="results.json files, or the folders that hold them")
@@ -433,7 +385,7 @@ VERBS: list[tuple[str, str, Callable[[argparse.ArgumentParser], None]]] = [
     ("verify", "prove that a derived model keeps the pattern", _verify),
     ("pack", "store a model at a fraction of its size", _pack),
     ("unpack", "make a Hugging Face folder of a packed one", _unpack),
-    ("bench", "speed, memory and size beside the peers", _bench),
+    ("bench", "speed, memory and size beside the peers", bench),
     ("table", "join results.json files into one table", _results_table),
 ]
 

@@ -34,6 +34,7 @@ from pruneofa.manifest import (
 from pruneofa.pattern import POOLER, local_folder
 
 MAX_SCALE = np.nextafter(np.finfo(np.float32).max / np.float32(127), np.float32(0))  # 127 times it is finite
+_CHUNK = 1 << 20  # a decompressor makes a copy of what it gives
 DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I8": "i1", "U8": "u1"}
 
 
@@ -296,7 +297,7 @@ class _Stream:
         buffer = np.empty(count, np.uint8)
         view, done = buffer.data, 0
         while done < count:
-            if not (got := self.raw.readinto(view[done:])):
+            if not (got := self.raw.readinto(view[done : done + _CHUNK])):
                 raise InputError(f"{self.file}: ends after {self.taken + done} bytes; {AGAIN}")
             done += got
         self.taken += count
@@ -316,19 +317,21 @@ def _opened(file: Path, manifest: Mapping[str, Any]) -> Iterator[Any]:
             if not manifest["compression"]:
                 yield raw
                 return
-            import zstandard
+            from pruneofa.zstd import DecompressionParameter, ZstdError, ZstdFile, get_frame_info, window_size
 
             try:
-                frame = zstandard.get_frame_parameters(raw.read(64))
-                if frame.content_size != sizes["file"] or frame.window_size > MAX_WINDOW:
-                    stated = f"{frame.content_size} bytes with a window of {frame.window_size}"
+                head = raw.read(64)
+                size, window = get_frame_info(head).decompressed_size, window_size(head)
+                if size != sizes["file"] or window > MAX_WINDOW:
+                    stated = f"{'an unknown number of' if size is None else size} bytes with a window of {window}"
                     raise InputError(
                         f"{file}: unpacks to {stated}; wanted {sizes['file']} and at most {MAX_WINDOW}; {AGAIN}"
                     )
                 raw.seek(0)
-                reader = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW).stream_reader(raw)
-                yield reader
-            except zstandard.ZstdError as error:
+                limit = {DecompressionParameter.window_log_max: MAX_WINDOW.bit_length() - 1}
+                with ZstdFile(raw, options=limit) as reader:
+                    yield reader
+            except (ZstdError, EOFError) as error:
                 raise InputError(f"{file}: not a whole zstd file ({first_line(error)}); {AGAIN}") from None
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror or first_line(error)}); {AGAIN}") from None

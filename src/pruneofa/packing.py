@@ -321,15 +321,15 @@ def _compress(folder: Path, head: int, slots: Iterable[Slot]) -> tuple[int, int]
     repetition and codes every byte by its frequency alone: the best that can be done for bits and values in no
     order, where the chance repetitions that higher levels find cost more than they save. Block patterns do repeat.
     """
-    import zstandard
+    from pruneofa.zstd import CompressionParameter, ZstdCompressor
 
     kinds = itertools.groupby(slots, key=lambda slot: (slot.dtype, slot.encoder))
     parts = [(head, False), *((sum(slot.nbytes for slot in group), encoder) for (_, encoder), group in kinds)]
     results = []
-    for way, (level, settings) in enumerate(((1, {"hash_log": 6}), (3, {}))):
-        frame = {"write_content_size": True, "write_checksum": True}
-        parameters = zstandard.ZstdCompressionParameters.from_level(level, **settings, **frame)
-        packer = zstandard.ZstdCompressor(compression_params=parameters).compressobj(size=sum(n for n, _ in parts))
+    key = CompressionParameter
+    for way, settings in enumerate(({key.compression_level: 1, key.hash_log: 6}, {key.compression_level: 3})):
+        packer = ZstdCompressor(options={**settings, key.checksum_flag: 1})
+        packer.set_pledged_input_size(sum(n for n, _ in parts))
         written = {True: 0, False: 0}
         target = folder / f"{way}.zst"
         with open(folder / TENSORS, "rb") as file, open(target, "wb") as out:
@@ -339,7 +339,7 @@ def _compress(folder: Path, head: int, slots: Iterable[Slot]) -> tuple[int, int]
                     left -= len(data)
                     written[encoder] += out.write(packer.compress(data))
                 # The block ends here: its table of frequencies is of one kind of bytes, and they can be counted.
-                written[encoder] += out.write(packer.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK))
+                written[encoder] += out.write(packer.flush(packer.FLUSH_BLOCK))
             written[False] += out.write(packer.flush())
         results.append((sum(written.values()), written[True], target))
     (size, encoder, best), (*_, worse) = sorted(results)

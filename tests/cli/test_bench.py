@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from pruneofa import engine
+from pruneofa.bench.workers import Worker
 from tests.unit.engine_folder import write_folder
 
 pytestmark = pytest.mark.skipif(engine.native is None, reason="the native kernels were not built")
@@ -26,6 +27,8 @@ def folder(tmp_path):
         (["--isa", "sse"], "isa is 'sse', which this CPU does not run"),
         (["--threads", "0"], "threads is 0, wanted an integer from 1"),
         (["--repeats", "0"], "repeats is 0, wanted at least 1"),
+        (["--limit", "0"], "limit is 0 seconds, wanted more than 0"),
+        (["--record", "/dev/null/x"], "--record /dev/null/x: File exists; name a file that you may write"),
         (["--picture", "speed.gif"], "wanted a name that ends in .svg or .html"),
         (["--python", "deepsparse"], "wanted PEER=FILE"),
         (["--python", f"deepspars={sys.executable}"], "did you mean deepsparse"),
@@ -49,6 +52,26 @@ def test_alone_it_prints_a_table_or_a_record(call, folder):
     said = call("bench", folder, "--peers", "--mixed", "3x2-9", "--threads", 1, "--repeats", 1, "--json")
     assert said.code == 0
     assert json.loads(said.out)["rows"][0]["case"] == "3x2-9"
+
+
+def test_an_interrupt_prints_what_was_measured(call, folder, tmp_path, monkeypatch):
+    ask, asked = Worker.ask, []
+
+    def interrupted(worker, do, **arguments):
+        asked.append(do)
+        if asked.count("time") == 4:
+            raise KeyboardInterrupt
+        return ask(worker, do, **arguments)
+
+    monkeypatch.setattr(Worker, "ask", interrupted)
+    given = ["bench", folder, "--peers", "--seq", 4, 8, "--threads", 1, "--repeats", 3, "--record"]
+    said = call(*given, tmp_path / "r.json")
+    assert said.code == 130 and "pruneofa: interrupted; what was measured until then is above\n" in said.err
+    assert said.out.startswith("1x4 ") and "1x8" not in said.out and "not complete: " in said.out
+    assert [row["case"] for row in json.loads((tmp_path / "r.json").read_text())["rows"]] == ["1x4"]
+    asked[:] = ["time"] * 3
+    said = call(*given, tmp_path / "s.json")
+    assert said.code == 130 and said.out == "" and "nothing was measured yet" in said.err
 
 
 def test_inspect_says_what_the_engine_chose_and_why(call, folder):

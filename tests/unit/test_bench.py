@@ -17,7 +17,7 @@ from pruneofa.bench.break_even import SPARSITIES, pays_from
 from pruneofa.bench.models import Case, Settings
 from pruneofa.bench.peers import OURS, PEERS
 from pruneofa.bench.random_folder import PATTERNS, SHAPES, prune, write_random
-from pruneofa.bench.workers import Worker, WorkerError
+from pruneofa.bench.workers import TimeLimitError, Worker, WorkerError
 from pruneofa.errors import CheckFailed, InputError
 from pruneofa.packed import pattern_holds
 from tests.unit.engine_folder import POSITIONS, VOCABULARY, write_folder
@@ -225,6 +225,88 @@ def test_another_interpreter_needs_nothing_of_ours(tmp_path):
         assert 1e6 < worker.ask("memory")["peak"] < 1e9
 
 
+def test_a_process_that_takes_too_long_is_ended(tmp_path):
+    with Worker(OURS, tmp_path / "log", os.environ, limit=0.001) as worker:
+        with pytest.raises(TimeLimitError, match=r"took longer than the 0\.001 seconds of --limit to memory"):
+            worker.ask("memory")
+        assert worker._process.wait(5) == -signal.SIGKILL
+    with pytest.raises(InputError, match="limit is 0 seconds, wanted more than 0"):
+        measure.Bench(Settings(limit=0))
+
+
+def stopping(monkeypatch, peer: str, do: str, nth: int, error: BaseException) -> None:
+    """Let the nth request of this kind to a peer raise."""
+    ask, asked = Worker.ask, []
+
+    def stopped(worker, what, **arguments):
+        if (worker.peer, what) == (peer, do):
+            asked.append(what)
+            if len(asked) == nth:
+                raise error
+        return ask(worker, what, **arguments)
+
+    monkeypatch.setattr(Worker, "ask", stopped)
+
+
+@needs_kernels
+@pytest.mark.parametrize("do", ["build", "time"])
+def test_a_peer_over_its_limit_is_left_out_and_the_others_go_on(folder, monkeypatch, do):
+    pytest.importorskip("torch", reason="the peers here are torch")
+    stopping(monkeypatch, "torch-bf16", do, 2 if do == "time" else 1, TimeLimitError("took longer"))
+    peers = ("torch-fp32", "torch-bf16")
+    found = measure.run(Settings(path=str(folder), seq=(4, 8), threads=1, repeats=4, peers=peers))
+    assert found["left_out"] == {"torch-bf16": "1x4: took longer"} and found["complete"]
+    for row in found["rows"]:
+        assert [(one["name"], len(one["seconds"])) for one in row["runners"]] == [(OURS, 4), ("torch-fp32", 4)]
+
+
+@needs_kernels
+def test_ours_over_its_limit_is_an_error(folder, monkeypatch):
+    stopping(monkeypatch, OURS, "build", 1, TimeLimitError("took longer"))
+    with pytest.raises(InputError, match="1x8: pruneofa took longer"):
+        measure.run(Settings(path=str(folder), seq=(8,), threads=1, repeats=1, peers=()))
+
+
+@needs_kernels
+def test_what_was_measured_is_the_callers_whatever_ends_the_rest(folder, tmp_path, monkeypatch):
+    stopping(monkeypatch, OURS, "time", 5, KeyboardInterrupt())
+    file, kept = tmp_path / "out" / "record.json", []
+
+    def keep(record):
+        measure.write_record(record, file)
+        kept.append(len(record["rows"]))
+
+    with pytest.raises(KeyboardInterrupt):
+        measure.run(Settings(path=str(folder), seq=(4, 8), threads=1, repeats=3, peers=()), keep=keep)
+    [found] = tables.read_records([file])
+    assert [(row["case"], len(row["runners"][0]["seconds"])) for row in found["rows"]] == [("1x4", 3), ("1x8", 1)]
+    assert kept == [0, 1, 1, 1, 2]
+    said = tables.remarks(found)
+    assert "fewer than 3 runs: pruneofa 1" in said and any(line.startswith("not complete") for line in said)
+    assert "BERT" not in tables.speed_table([found]) and "1 × 4 tokens" in tables.speed_table([found])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="--record .*name a file that you may write"):
+        measure.write_record(found, tmp_path / "file" / "record.json")
+
+
+@needs_kernels
+def test_a_runner_that_has_run_for_long_enough_is_not_run_again(folder, monkeypatch):
+    monkeypatch.setattr(measure, "ENOUGH", 0.0)
+    found = measure.run(Settings(path=str(folder), seq=(4,), threads=1, repeats=10, peers=()))
+    assert len(found["rows"][0]["runners"][0]["seconds"]) == measure.FEWEST
+
+
+def test_long_runs_need_no_run_before_them(monkeypatch):
+    from pruneofa.bench import peers
+
+    ran, process = [], peers._Process()
+    process.runs["x"] = lambda: ran.append(1)
+    monkeypatch.setattr(peers, "LONG", -1.0)
+    for runs in (3, 5):  # one that does not count, then never again
+        process.time("x", 2)
+        assert len(ran) == runs
+
+
 @needs_kernels
 def test_a_run_verifies_times_and_describes(folder, tmp_path):
     pytest.importorskip("torch", reason="outputs are verified against torch, which is not installed")
@@ -244,7 +326,7 @@ def test_a_run_verifies_times_and_describes(folder, tmp_path):
         assert one["peak"] >= one["baseline"] > 1e6 and one["first_answer"] >= one["load"] > 0 and one["disk"] > 1e3
     assert found["models"][0]["layers"] == 2 and found["machine"]["cpus"] >= 1 and found["versions"]["numpy"]
     if dies:  # what exports the model for it is installed
-        assert "its process ended with 1" in found["left_out"]["deepsparse"]
+        assert "1x8: its process ended with 1" in found["left_out"]["deepsparse"]
 
 
 @needs_kernels
@@ -277,7 +359,7 @@ def test_break_even_measures_every_shape(folder, tmp_path):
     from pruneofa.bench.break_even import break_even
 
     settings = Settings(path=str(folder), threads=1, repeats=1, peers=())
-    rows = break_even(measure.Bench(settings), next(models.read_models(settings, tmp_path)), [4])
+    rows = list(break_even(measure.Bench(settings), next(models.read_models(settings, tmp_path)), [4]))
     assert [row["shape"] for row in rows] == [[32, 32], [32, 64], [64, 32]]
     assert all(len(row["ours_us"]) == len(SPARSITIES) and min(row["ours_us"].values()) > 0 for row in rows)
     if not PEERS["torch-int8"].missing():

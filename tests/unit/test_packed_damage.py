@@ -12,6 +12,7 @@ from pruneofa.errors import InputError
 from pruneofa.files import read_json
 from pruneofa.manifest import COMPRESSED, MANIFEST, METADATA, TENSORS, header, layout
 from pruneofa.packed import read
+from pruneofa.zstd import window_size
 from tests.broken import copy, parts, refused, state, write
 from tests.golden import GOLDEN
 
@@ -173,24 +174,44 @@ def reframe(folder, frame):
     write(folder, manifest)
 
 
+def stored_frame(raw, window_log):
+    """A zstd frame (RFC 8878) that states its size and a window, whatever the size, and holds one block as it is."""
+    size = (len(raw) - 256).to_bytes(2, "little")
+    block = (len(raw) << 3 | 1).to_bytes(3, "little")
+    return b"\x28\xb5\x2f\xfd\x40" + bytes([(window_log - 10) << 3]) + size + block + raw
+
+
 def test_frames_that_are_not_what_the_manifest_says(zstd):
     raw = (GOLDEN_INT8 / TENSORS).read_bytes()
     reframe(zstd, zstandard.compress(raw + b"\0"))
     assert "unpacks to 4744 bytes with a window of 4744; wanted 4743" in small(zstd)
     unsized = zstandard.ZstdCompressor(write_content_size=False).compress(raw)
     reframe(zstd, unsized)
-    assert "unpacks to 18446744073709551615 bytes" in small(zstd)
+    assert "unpacks to an unknown number of bytes" in small(zstd)
     wide = zstandard.ZstdCompressionParameters.from_level(1, window_log=27, write_content_size=True)
     stream = zstandard.ZstdCompressor(compression_params=wide).compressobj(size=2**27 + 1)
     head = stream.compress(raw) + stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
     reframe(zstd, head)
     assert "with a window of 134217728; wanted 4743 and at most 8388608" in small(zstd)
+    reframe(zstd, stored_frame(raw, window_log=24))
+    assert "unpacks to 4743 bytes with a window of 16777216; wanted 4743 and at most 8388608" in small(zstd)
+    reframe(zstd, stored_frame(raw, window_log=23))
+    assert read(zstd).manifest["compression"] == "zstd"
     reframe(zstd, zstandard.compress(raw)[:500])
     assert "ends after" in small(zstd) or "not a whole zstd file" in small(zstd)
     reframe(zstd, b"not a frame" * 20)
     assert "not a whole zstd file" in small(zstd)
     reframe(zstd, zstandard.compress(raw, 19))
     assert read(zstd).manifest["compression"] == "zstd"  # any level will do
+
+
+@pytest.mark.parametrize("log", [10, 17, 23, 27])
+def test_the_window_is_that_of_the_header(log):
+    wide = zstandard.ZstdCompressionParameters.from_level(1, window_log=log, write_content_size=False)
+    frame = zstandard.ZstdCompressor(compression_params=wide).compressobj().compress(bytes(2**20))
+    whole = zstandard.compress(bytes(5000))
+    for head in (frame, whole, stored_frame(b"x" * 300, log)):
+        assert window_size(head) == zstandard.get_frame_parameters(head).window_size
 
 
 def test_a_frame_that_lies_about_its_content(zstd):

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +25,8 @@ _ROUNDS = 10
 _TOLERANCE = 0.05  # relative L2 of a product, against float64
 
 
-def break_even(bench: "Bench", model: Model, tokens: Sequence[int]) -> list[dict[str, Any]]:
-    """One row per shape and number of tokens: microseconds of one thread, ours by sparsity and the dense peer's.
+def break_even(bench: "Bench", model: Model, tokens: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Yield a row per shape and number of tokens: microseconds of one thread, ours by sparsity and the dense peer's.
 
     "pays_from" is the least sparsity from which on we are faster than the dense peer, None if from none, or if
     there is no such peer. Weights are random; each product is verified before it is timed. Raises CheckFailed.
@@ -42,7 +42,9 @@ def break_even(bench: "Bench", model: Model, tokens: Sequence[int]) -> list[dict
                 workers[peer.name] = stack.enter_context(bench.worker(peer, root, here=True))
                 workers[peer.name].ask("start", peer=peer.name, job=job)
         with progress("break-even", len(shapes) * len(tokens)) as advance:
-            return [_row(bench, workers, shape, count, root, advance) for shape in shapes for count in tokens]
+            for shape in shapes:
+                for count in tokens:
+                    yield _row(bench, workers, shape, count, root, advance)
 
 
 def _row(

@@ -23,45 +23,56 @@ from pruneofa import __version__
 from pruneofa.bench.break_even import break_even as break_even_rows
 from pruneofa.bench.models import DEFAULT_MIXED, Case, Model, Settings, describe, read_cases, read_models
 from pruneofa.bench.peers import CAPPING, OURS, PEERS, REFERENCE, Peer
-from pruneofa.bench.workers import Worker, WorkerError
+from pruneofa.bench.workers import TimeLimitError, Worker, WorkerError
 from pruneofa.errors import CheckFailed, InputError
-from pruneofa.files import fingerprint
+from pruneofa.files import fingerprint, write_json
 from pruneofa.hardware import processor
 from pruneofa.manifest import read_json
 from pruneofa.progress import progress
 
 FORMAT = "pruneofa-bench"
 ROUNDS = 10  # turns of each process; the timed runs are spread over them
+FEWEST, ENOUGH = 3, 20.0  # a runner that has run so often for so many seconds needs no further round
 SETTLE = 0.05  # seconds until the threads of the process before have stopped spinning
 # Error against torch fp32 of the same weights. fp32: largest difference over the largest value; else relative L2.
 TOLERANCES = {"fp32": 1e-3, "bf16": 0.05, "int8": 0.15}
 _VERSIONS = ("torch", "transformers", "onnx", "onnxruntime", "openvino", "nncf", "deepsparse", "numpy")
 
 
-def run(settings: Settings, *, break_even: bool = False) -> dict[str, Any]:
+def run(
+    settings: Settings, *, break_even: bool = False, keep: Callable[[dict[str, Any]], Any] = lambda record: None
+) -> dict[str, Any]:
     """Measure every case, and the break-even per layer if asked; returns the record that `--json` prints.
+
+    `keep` is given the record, "complete" false, whenever a runner has been timed: what is measured is then the
+    caller's, whatever ends the rest.
 
     Raises:
         InputError: a peer, case or model that cannot be measured.
         CheckFailed: our output is not that of torch within the tolerance; nothing of it is timed.
     """
     bench = Bench(settings)
+    record = bench.head() | {"models": [], "rows": [], "break_even": [], "left_out": bench.left_out}
+    keep(record)
     with tempfile.TemporaryDirectory(prefix="pruneofa-bench-") as temporary:
         root = Path(temporary)
         models = list(read_models(settings, root))
+        record["models"] = [describe(model) for model in models]
         cases = read_cases(settings, models[0])
         total = sum(bench.steps(len(models)) for _ in cases)
         with progress("bench", total) as advance:
-            rows = [bench.measure(case, models, root, advance) for case in cases]
+            for index, case in enumerate(cases):
+                for row in bench.measure(case, models, root, advance):
+                    record["rows"][index:] = [row]
+                    keep(record)
         tokens = sorted({sum(case.lengths) for case in cases if len(set(case.lengths)) == 1})
-        layers = break_even_rows(bench, models[0], tokens or [128]) if break_even else []
-    return {
-        **bench.head(),
-        "models": [describe(model) for model in models],
-        "rows": rows,
-        "break_even": layers,
-        "left_out": bench.left_out,
-    }
+        for row in break_even_rows(bench, models[0], tokens or [128]) if break_even else ():
+            record["break_even"].append(row)
+            keep(record)
+    record["complete"] = True
+    record["machine"]["load_average"][1] = os.getloadavg()[0]
+    keep(record)
+    return record
 
 
 class Bench:
@@ -80,6 +91,8 @@ class Bench:
         self._load = os.getloadavg()[0]
         if settings.repeats < 1:
             raise InputError(f"repeats is {settings.repeats}, wanted at least 1")
+        if not settings.limit > 0:
+            raise InputError(f"limit is {settings.limit:g} seconds, wanted more than 0")
 
     def steps(self, models: int) -> int:
         """Units of the progress bar that one case takes."""
@@ -95,6 +108,7 @@ class Bench:
         return {
             "format": FORMAT,
             "version": 1,
+            "complete": False,
             "pruneofa": __version__,
             "machine": machine() | {"load_average": [self._load, os.getloadavg()[0]]},
             "versions": versions(),
@@ -117,10 +131,12 @@ class Bench:
     def worker(self, peer: Peer, root: Path, *, here: bool = False) -> Worker:
         """A process for `peer`; `here`: by this interpreter in any case."""
         python = None if here else self.settings.pythons.get(peer.name)
-        return Worker(peer.name, root / f"{peer.name}.log", self.environment(peer), python)
+        return Worker(peer.name, root / f"{peer.name}.log", self.environment(peer), python, self.settings.limit)
 
-    def measure(self, case: Case, models: Sequence[Model], root: Path, advance: Callable[..., None]) -> dict[str, Any]:
-        """All runners on one case: prepare, load, verify, time."""
+    def measure(
+        self, case: Case, models: Sequence[Model], root: Path, advance: Callable[..., None]
+    ) -> Iterator[dict[str, Any]]:
+        """All runners on one case: prepare, load, verify, time; yields the row as it is each time one has run."""
         config = read_json(models[0].folder / "config.json")
         inputs = root / f"{case.name}.npz"
         arrays: dict[str, Any] = dict(case.inputs(models[0].rows("word"), config.get("pad_token_id") or 0))
@@ -128,9 +144,9 @@ class Bench:
         with self._artifacts(models[0], case, root) as artifacts, contextlib.ExitStack() as stack:
             jobs = {model.label: self._job(model, artifacts, inputs) for model in models}
             first = jobs[models[0].label]
-            for peer in [peer for peer in self.peers if peer.artifact]:
+            for peer in [peer for peer in self.peers if peer.artifact and peer.name not in self.left_out]:
                 advance(note=f"{case.name}: preparing {peer.name}")
-                with self._tried(peer.name), self.worker(peer, root, here=True) as worker:
+                with self._tried(peer.name, case), self.worker(peer, root, here=True) as worker:
                     worker.ask("prepare", peer=peer.name, job=first)
             wanted = {}
             for model in models:
@@ -141,11 +157,11 @@ class Bench:
             loaded: list[tuple[Worker, dict[str, Any]]] = []
             for label, peer, job in runners:
                 advance(note=f"{case.name}: loading {label}")
-                with self._tried(label, fatal=peer.name == OURS):
+                with self._tried(label, case, fatal=peer.name == OURS):
                     worker = stack.enter_context(self.worker(peer, root))
                     row = self._load_and_verify(worker, label, job, wanted.get(label, wanted[models[0].label]))
                     loaded.append((worker, row))
-            return self._time(case, models[0], loaded, advance)
+            yield from self._time(case, models[0], loaded, advance)
 
     def _job(self, model: Model, artifacts: Path, inputs: Path) -> dict[str, Any]:
         paths = {"folder": model.folder, "packed": model.packed, "artifacts": artifacts, "inputs": inputs}
@@ -165,15 +181,19 @@ class Bench:
             yield Path(folder)
 
     @contextlib.contextmanager
-    def _tried(self, label: str, *, fatal: bool = False) -> Iterator[None]:
-        """A peer that fails is left out, by name, with the reason; the others go on."""
+    def _tried(self, label: str, case: Case, *, fatal: bool = False) -> Iterator[None]:
+        """A peer that fails, or takes too long, is left out from this case on, by name; the others go on."""
         try:
             yield
+        except TimeLimitError as error:
+            if fatal:
+                raise InputError(f"{case.name}: {label} {error}") from None
+            self.left_out[label] = f"{case.name}: {error}"
         except WorkerError as error:
             if fatal:
                 kind, _, message = str(error).partition(": ")
                 raise InputError(message) if kind == "InputError" else error from None
-            self.left_out[label] = str(error)
+            self.left_out[label] = f"{case.name}: {error}"
 
     def _reference(self, job: Mapping[str, Any], root: Path) -> NDArray[np.float32] | None:
         """What torch computes in fp32; None without torch."""
@@ -216,23 +236,32 @@ class Bench:
 
     def _time(
         self, case: Case, model: Model, loaded: Sequence[tuple[Worker, dict[str, Any]]], advance: Callable[..., None]
-    ) -> dict[str, Any]:
-        rounds = self._rounds
-        count = math.ceil(self.settings.repeats / rounds)
-        alive = list(loaded)
+    ) -> Iterator[dict[str, Any]]:
+        count = math.ceil(self.settings.repeats / self._rounds)
         seconds: dict[str, list[float]] = {row["name"]: [] for _, row in loaded}
-        for turn in range(rounds):
+        for turn in range(self._rounds):
+            alive = [(worker, row) for worker, row in loaded if row["name"] not in self.left_out]
             shift = turn % len(alive)
             for worker, row in alive[shift:] + alive[:shift]:  # nobody always runs after the same one
-                advance(note=f"{case.name}: {row['name']}")
+                name, peer = row["name"], row["peer"]
+                advance(note=f"{case.name}: {name}")
+                if len(seconds[name]) >= FEWEST and sum(seconds[name]) > ENOUGH:
+                    continue
                 time.sleep(SETTLE)
-                with self._tried(row["name"], fatal=row["peer"] == OURS):
-                    seconds[row["name"]] += worker.ask("time", key=row["peer"], count=count)["seconds"]
-            alive = [(worker, row) for worker, row in alive if row["name"] not in self.left_out]
-        for worker, row in alive:
-            row["peak"] = worker.ask("memory")["peak"]
-        runners = [row | statistics(seconds[row["name"]]) for _, row in alive]
-        return summary(case, model.operations(case), runners, self.settings.peak)
+                with self._tried(name, case, fatal=peer == OURS):
+                    seconds[name] += worker.ask("time", key=peer, count=count)["seconds"]
+                    row["peak"] = worker.ask("memory")["peak"]
+                timed = [one for _, one in loaded if seconds[one["name"]] and one["name"] not in self.left_out]
+                runners = [one | statistics(seconds[one["name"]]) for one in timed]
+                yield summary(case, model.operations(case), runners, self.settings.peak)
+
+
+def write_record(record: Mapping[str, Any], path: Path) -> None:
+    """Write the file of `--record`, whole or not at all. Raises InputError where it cannot be written."""
+    try:
+        write_json(path, record)
+    except OSError as error:
+        raise InputError(f"--record {path}: {error.strerror}; name a file that you may write") from error
 
 
 def settings_of(options: Any) -> Settings:
@@ -243,7 +272,8 @@ def settings_of(options: Any) -> Settings:
         if not os.access(file, os.X_OK):
             raise InputError(f"--python {spec}: wanted PEER=FILE, the file an interpreter that has PEER")
         pythons[peer] = file
-    same = ("path", "random", "sparsity", "pattern", "batch", "threads", "isa", "precision", "repeats", "work", "peak")
+    same = ("path", "random", "sparsity", "pattern", "batch", "threads", "isa", "precision", "repeats", "work", "peak",
+            "limit")  # fmt: skip
     return Settings(
         **{name: getattr(options, name) for name in same},
         also=tuple(options.also),

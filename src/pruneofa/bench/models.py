@@ -33,6 +33,7 @@ class Settings:
         peers: names to compare with; None: all that are installed.
         pythons: {peer: interpreter that has it}.
         work: folder that keeps the exported models for the next run; None: a temporary one.
+        limit: seconds that a step of a peer may take, such as its export or its runs of a round; then it is left out.
         peak: what the machine can do at best, 10^12 operations per second, for the share of it.
     """
 
@@ -51,6 +52,7 @@ class Settings:
     pythons: Mapping[str, str] = field(default_factory=dict)
     repeats: int = 30
     work: Path | None = None
+    limit: float = 600
     peak: float | None = None
 
 

@@ -64,6 +64,13 @@ def remarks(record: Mapping[str, Any]) -> list[str]:
         found.append("outputs were not verified: that takes torch and transformers; pip install 'pruneofa[train]'")
     if record["break_even"]:
         found.append(break_even_remark(record["break_even"]))
+    repeats = record.get("repeats", 0)
+    few = [(runner["name"], len(runner["seconds"])) for row in record["rows"] for runner in row["runners"]]
+    few = sorted({(name, runs) for name, runs in few if runs < repeats})
+    if few:
+        found.append(f"fewer than {repeats} runs: " + ", ".join(f"{name} {runs}" for name, runs in few))
+    if not record.get("complete", True):
+        found.append("not complete: this is what was measured until it ended")
     found += [f"left out: {name}: {reason}" for name, reason in record["left_out"].items()]
     load, cpus = record["machine"]["load_average"][0], record["machine"]["cpus"] or 1
     if load > 0.3 * cpus:

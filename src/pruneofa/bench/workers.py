@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import select
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -13,13 +14,27 @@ class WorkerError(RuntimeError):
     """A peer's process answered with an error, or ended."""
 
 
+class TimeLimitError(WorkerError):
+    """A peer's process gave no answer in time, and was ended."""
+
+
 class Worker:
     """One process of `peers.py`."""
 
-    def __init__(self, peer: str, log: Path, environment: Mapping[str, str], python: str | None = None) -> None:
-        """Start it; what it prints goes to `log`. `python`: another interpreter, which need not have pruneofa."""
+    def __init__(
+        self,
+        peer: str,
+        log: Path,
+        environment: Mapping[str, str],
+        python: str | None = None,
+        limit: float | None = None,
+    ) -> None:
+        """Start it; what it prints goes to `log`.
+
+        `python`: another interpreter, which need not have pruneofa. `limit`: seconds that an answer may take.
+        """
         program = ["-P", str(Path(__file__).with_name("peers.py"))] if python else ["-m", "pruneofa.bench.peers"]
-        self.peer, self._log = peer, log
+        self.peer, self._log, self._limit = peer, log, limit
         with open(log, "ab") as errors:
             self._process = subprocess.Popen(
                 [python or sys.executable, *program],
@@ -32,11 +47,15 @@ class Worker:
             )
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """Send a request and wait for its answer. Raises WorkerError."""
+        """Send a request and wait for its answer. Raises WorkerError, or TimeLimitError."""
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
             self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
             self._process.stdin.flush()
+            # A file descriptor rather than a buffer: one request has one answer, so nothing is left in the buffer.
+            if not select.select([self._process.stdout.fileno()], [], [], self._limit)[0]:
+                self._process.kill()
+                raise TimeLimitError(f"took longer than the {self._limit:g} seconds of --limit to {do}")
             line = self._process.stdout.readline()
         except BrokenPipeError:
             line = ""

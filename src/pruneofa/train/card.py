@@ -25,6 +25,7 @@ VARIANTS = {
     "quantize": "Prune Once for All + int8 in training",
 }
 NO_ENCODER = ("majority", "bag_of_words")
+INT8 = {"ptq", "quantize", "ptq_engine", "quantize_engine"}
 # The published table's columns: title, task, metrics.
 COLUMNS = (
     ("SQuADv1.1 (EM/F1)", "squad", ("exact_match", "f1")),
@@ -52,6 +53,10 @@ NOTES = (
     "linear weights, without embeddings and heads: size is all of them in fp32 for dense rows, non-zeros plus one "
     "bit per weight for sparse rows (an ordinary folder on disk still stores the zeros)."
 )
+INT8_NOTES = (
+    "int8 rows: by torch the arithmetic of int8 is simulated, by the engine it is done; size is as packed in int8, "
+    "scales counted."
+)
 
 
 # ---------------------------------------------------------------------------------------------- results.json
@@ -76,8 +81,7 @@ def check_results(value: Any, source: str = "results") -> dict[str, Any]:
     for stage, costs in _mapping(top["stages"], source, "stages").items():
         for key in ("tokens", "seconds"):
             _number(_mapping(costs, source, f"stages.{stage}").get(key), source, f"stages.{stage}.{key}")
-    for name, size in _mapping(top.get("sizes") or {}, source, "sizes").items():
-        _number(size, source, f"sizes.{name}")
+    _check_costs(top, source)
     for task, metrics in _mapping(top["tasks"], source, "tasks").items():
         for metric, variants in _mapping(metrics, source, f"tasks.{task}").items():
             _one_of(metric, METRICS, source, f"tasks.{task}")
@@ -85,6 +89,16 @@ def check_results(value: Any, source: str = "results") -> dict[str, Any]:
                 _one_of(variant.removesuffix("_engine"), VARIANTS, source, f"tasks.{task}.{metric}")
                 _check_runs(value, source, f"tasks.{task}.{metric}.{variant}")
     return top
+
+
+def _check_costs(top: dict[str, Any], source: str) -> None:
+    for name, size in _mapping(top.get("sizes") or {}, source, "sizes").items():
+        _number(size, source, f"sizes.{name}")
+    for variant, times in _mapping(top.get("latency") or {}, source, "latency").items():
+        if variant != "setting":
+            _one_of(variant.removesuffix("_engine"), VARIANTS, source, "latency")
+            for key in ("median_ms", "p10_ms", "p90_ms"):
+                _number(_mapping(times, source, f"latency.{variant}").get(key), source, f"latency.{variant}.{key}")
 
 
 def _check_runs(value: Any, source: str, key: str) -> None:
@@ -137,7 +151,12 @@ def write_table(results: Sequence[dict[str, Any]], *, drop_empty: bool = False) 
     header, rows = table_rows(results, drop_empty=drop_empty)
     right = ["---", *["--:"] * (len(header) - 1)]
     lines = ["| " + " | ".join(map(cell, line)) + " |" for line in [header, right, *rows]]
-    return "\n".join(lines) + f"\n\n{NOTES}\n"
+    return "\n".join(lines) + f"\n\n{notes(results)}\n"
+
+
+def notes(results: Sequence[dict[str, Any]]) -> str:
+    """What a reader of the table has to know; of int8 only where it has such rows."""
+    return f"{NOTES} {INT8_NOTES}" if any(set(_variants(result)) & INT8 for result in results) else NOTES
 
 
 def table_rows(results: Sequence[dict[str, Any]], *, drop_empty: bool = False) -> tuple[list[str], list[list[str]]]:
@@ -155,8 +174,11 @@ def table_rows(results: Sequence[dict[str, Any]], *, drop_empty: bool = False) -
             numbers = [_score(result, task, metrics, variant) for _, task, metrics in columns]
             name = f"{result['recipe']['name']}: {variant_name(variant)} ({_seeds(result, variant)})"
             rows.append([name, _sparsity(result, variant), _size(result, variant), *numbers])
-        kept = [_retention(result, task, metrics) for _, task, metrics in columns]
-        rows.append([f"{result['recipe']['name']}: retention (%)", "-", "-", *kept])
+        for variant in ("quantize", "transfer"):
+            kept = [_retention(result, task, metrics, variant) for _, task, metrics in columns]
+            of = " of int8 in training" if variant == "quantize" else ""
+            if not of or set(kept) != {"-"}:
+                rows.append([f"{result['recipe']['name']}: retention{of} (%)", "-", "-", *kept])
     return ["Model", "Sparsity", "Model size", *(title for title, _, _ in columns)], rows
 
 
@@ -203,8 +225,8 @@ def retention(result: dict[str, Any], task: str, metric: str, variant: str = "tr
     return 100 * (sum(kept) / len(kept)) / (sum(dense) / len(dense))
 
 
-def _retention(result: dict[str, Any], task: str, metrics: Sequence[str]) -> str:
-    ratios = [retention(result, task, metric) for metric in metrics]
+def _retention(result: dict[str, Any], task: str, metrics: Sequence[str], variant: str) -> str:
+    ratios = [retention(result, task, metric, variant) for metric in metrics]
     return "-" if ratios.count(None) == len(ratios) else "/".join("-" if r is None else f"{r:.1f}" for r in ratios)
 
 
@@ -227,11 +249,9 @@ def _sparsity(result: dict[str, Any], variant: str) -> str:
 
 
 def _size(result: dict[str, Any], variant: str) -> str:
-    base = variant.removesuffix("_engine")
-    key = {"dense": "dense_fp32", "transfer": "nonzeros_bitmask_fp32", "control": "nonzeros_bitmask_fp32"}.get(
-        base, "nonzeros_bitmask_int8"
-    )
-    size = (result.get("sizes") or {}).get(key)
+    base, sizes = variant.removesuffix("_engine"), result.get("sizes") or {}
+    fp32 = {"dense": "dense_fp32", "transfer": "nonzeros_bitmask_fp32", "control": "nonzeros_bitmask_fp32"}
+    size = sizes.get(fp32[base]) if base in fp32 else sizes.get("packed_int8", sizes.get("nonzeros_bitmask_int8"))
     return "-" if size is None or base in NO_ENCODER else megabytes(size)
 
 
@@ -264,6 +284,8 @@ def write_card(
     Nothing in the card shows where on this machine anything lies. Raises InputError for bad `results`.
     """
     from huggingface_hub import ModelCard, ModelCardData
+
+    from pruneofa.train.cost import cost_tables
 
     check_results(results)
     stated = Card.model_validate(recipe.get("card") or {})
@@ -300,6 +322,7 @@ def write_card(
         date=date or datetime.datetime.now(datetime.UTC).date().isoformat(),
         sparsity=results["sparsity"],
         table=write_table([results]) if results["tasks"] else "",
+        costs=cost_tables(results),
         architecture=architecture(config),
         sources=_sources(portable(recipe)),
         task_data={task: _local_copy(task, recipe) or HUB[task][1] for task in results["tasks"]},

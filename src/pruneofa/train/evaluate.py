@@ -2,7 +2,9 @@
 
 import contextlib
 import inspect
+import math
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,11 +13,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pruneofa import recipe
+from pruneofa import __version__, recipe
 from pruneofa.architectures import Precision as EnginePrecision
 from pruneofa.engine import Engine
 from pruneofa.errors import InputError, first_line
 from pruneofa.manifest import is_packed
+from pruneofa.packing import pack
 from pruneofa.pattern import local_folder
 from pruneofa.progress import progress
 from pruneofa.train import squad
@@ -145,6 +148,35 @@ def evaluate_engine(engine: Engine, task: Task) -> dict[str, float]:
     """What `evaluate_model` gives, of an engine whose head is for this kind of task."""
     columns = _order(engine.labels, task) if task.kind == "classification" else None
     return _metrics(task, columns, lambda data: _engine_forward(engine, task, data))
+
+
+def evaluate_by_engine(folder: Path, task: Task, precision: EnginePrecision) -> dict[str, Any]:
+    """Metrics of a task model by the engine on the validation rows of `task`, in percent, and what computed them.
+
+    An int8 model is packed first, as it would be deployed, which gives its sizes: see `_sizes`.
+    """
+    how: dict[str, Any] = {"precision": precision, "pruneofa": __version__}
+    if precision == "fp32":
+        engine = Engine.from_pretrained(folder, precision=precision)
+    else:
+        with tempfile.TemporaryDirectory(prefix="pruneofa-") as temporary:
+            how["sizes"] = _sizes(pack(folder, Path(temporary) / "packed", precision=precision, compress=True))
+            engine = Engine.from_pretrained(Path(temporary) / "packed", precision=precision)
+    sys.stderr.write(f"evaluate {folder.name} on {task.name} by the engine in {precision} on {engine.isa}\n")
+    return {"metrics": evaluate_engine(engine, task), "isa": engine.isa, "longest": engine.max_length, **how}
+
+
+def _sizes(manifest: dict[str, Any]) -> dict[str, int]:
+    """Bytes of a packed model: of its encoder's linear weights, scales counted, and of all its tensors."""
+    sizes = manifest["sizes"]
+    tensors = [entry["shape"] for entry in manifest["tensors"].values() if entry["kind"] != "tied"]
+    return {
+        "model_fp32": 4 * sum(map(math.prod, tensors)),
+        "packed_int8": sizes["encoder"],
+        "packed_int8_model": sizes["file"],
+        "compressed_int8": sizes["compressed_encoder"],
+        "compressed_int8_model": sizes["compressed"],
+    }
 
 
 def _metrics(task: Task, columns: list[int] | None, forward: Callable[[TaskData], Iterator[Batch]]) -> dict[str, float]:

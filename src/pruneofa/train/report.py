@@ -10,9 +10,9 @@ from typing import Any
 from pruneofa.files import write_text
 from pruneofa.train.card import (
     METRIC_NAMES,
-    NOTES,
     VARIANTS,
     check_results,
+    notes,
     portable,
     recipe_yaml,
     render,
@@ -20,6 +20,7 @@ from pruneofa.train.card import (
     table_rows,
     variant_name,
 )
+from pruneofa.train.cost import latency_rows, latency_setting, size_rows
 
 POINTS = 400  # per curve: more cannot be told apart on a screen
 LOSSES = {
@@ -76,7 +77,11 @@ def write_report(
         tiles=_tiles(results, inspection),
         header=header,
         rows=rows,
-        notes=NOTES,
+        notes=notes([results]),
+        costs=[
+            ("Size", "Of a task model, its weights as stored.", size_rows(results)),
+            ("Latency", latency_setting(results), latency_rows(results)),
+        ],
         rewound=bool(recipe.get("prune")) and recipe["prune"]["rewind"] != "none",
         charts={name: _script(chart) for name, chart in charts.items() if chart is not None},
         vega=vl_convert.javascript_bundle(vl_version=vl_version_for_vl_convert()),
@@ -273,7 +278,7 @@ def accuracy_chart(results: dict[str, Any]) -> Any | None:
         return None
     present = sorted({bar["order"] for bar in bars})
     names = [variant_name(order[i]) for i in present]
-    colors = [COLORS[order[i].removesuffix("_engine")] for i in present]
+    colors = [_lighter(COLORS[order[i - 1]]) if i % 2 else COLORS[order[i]] for i in present]  # engine twins are odd
     panels = list(dict.fromkeys(bar["panel"] for bar in bars))
     columns = min(len(panels), 4)
     base = alt.Chart().encode(
@@ -294,6 +299,11 @@ def accuracy_chart(results: dict[str, Any]) -> Any | None:
         facet=alt.Facet("panel:N", sort=panels, title=None), columns=columns, data=alt.Data(values=bars), spacing=16
     )
     return _style(faceted)
+
+
+def _lighter(color: str) -> str:
+    """#rrggbb halfway to white."""
+    return "#" + "".join(f"{(int(color[i : i + 2], 16) + 255) // 2:02x}" for i in (1, 3, 5))
 
 
 def _panel(task: str, metric: str) -> str:

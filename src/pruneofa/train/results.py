@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -16,16 +16,11 @@ from pruneofa.errors import CheckFailed
 from pruneofa.files import read_json, write_json, write_text
 from pruneofa.hardware import processor
 from pruneofa.recipe import Recipe
+from pruneofa.train.by_engine import FILE as ENGINE_FILE
+from pruneofa.train.by_engine import Finished, engine_columns, place
 from pruneofa.train.models import with_safetensors
 
 PACKAGES = ("pruneofa", "torch", "transformers", "datasets", "tokenizers", "numpy")
-
-
-class Finished(Protocol):
-    """A stage that is complete."""
-
-    name: str
-    folder: Path
 
 
 def collect(recipe: Recipe, folder: Path, stages: Iterable[Finished]) -> dict[str, Any]:
@@ -33,41 +28,50 @@ def collect(recipe: Recipe, folder: Path, stages: Iterable[Finished]) -> dict[st
     costs = {}
     made_with = versions()
     measured: dict[str, Any] = {}
+    models: list[tuple[str, Path]] = []
     for stage in stages:
         record = read_json(stage.folder / "stage.json")
         made_with = record["versions"]
         costs[stage.name] = {"tokens": record["tokens"], "seconds": record["seconds"]}
         if not stage.name.startswith("tasks/"):
             continue
-        _, task, seed, variant = stage.name.split("/")
-        for metric, value in read_json(stage.folder / "metrics.json").items():
-            runs = measured.setdefault(task, {}).setdefault(metric, {})
-            entry = runs.setdefault("dense" if variant == "teacher" else variant, {"mean": 0.0, "runs": []})
-            entry["runs"].append({"seed": int(seed.removeprefix("seed-")), "value": value})
-            entry["mean"] = statistics.fmean(run["value"] for run in entry["runs"])
+        task, seed, variant = place(stage.name)
+        models.append((variant, stage.folder))
+        _add_runs(measured, task, seed, variant, read_json(stage.folder / "metrics.json"))
+        if (by_engine := stage.folder / ENGINE_FILE).exists():
+            _add_runs(measured, task, seed, f"{variant}_engine", read_json(by_engine)["metrics"])
+    of_engine = engine_columns(models)
     inspection = pattern.inspect(sparse_folder(recipe, folder))
     results = {
         "recipe": publishable(recipe),
         "sparsity": inspection["encoder"],
         "versions": made_with,
         "stages": costs,
-        "sizes": inspection["sizes"],
-        "latency": {},
+        "sizes": inspection["sizes"] | of_engine["sizes"],
+        "latency": of_engine["latency"],
         "tasks": measured,
     }
     write_json(folder / "results.json", results)
     return results
 
 
+def _add_runs(measured: dict[str, Any], task: str, seed: int, variant: str, metrics: dict[str, float]) -> None:
+    for metric, value in metrics.items():
+        entry = measured.setdefault(task, {}).setdefault(metric, {}).setdefault(variant, {"mean": 0.0, "runs": []})
+        entry["runs"].append({"seed": seed, "value": value})
+        entry["mean"] = statistics.fmean(run["value"] for run in entry["runs"])
+
+
 def write_reports(recipe: Recipe, folder: Path, results: dict[str, Any]) -> None:
     """table.md, the model card in sparse/, and report.html."""
     from pruneofa.train.card import write_card, write_table
+    from pruneofa.train.cost import cost_tables
     from pruneofa.train.report import write_report
 
     inspection = pattern.inspect(sparse_folder(recipe, folder))
     log = folder / "log.jsonl"
     events = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
-    write_text(folder / "table.md", write_table([results]))
+    write_text(folder / "table.md", write_table([results]) + cost_tables(results))
     shown = publishable(recipe)
     if recipe.prune:
         write_card(folder / "sparse", results=results, recipe=shown, inspection=inspection, versions=versions())
@@ -76,13 +80,12 @@ def write_reports(recipe: Recipe, folder: Path, results: dict[str, Any]) -> None
 
 def verify_run(recipe: Recipe, folder: Path) -> int:
     """Number of task models proved to keep the sparse model's pattern. Raises CheckFailed naming one that does not."""
-    checked = 0
-    for transfer in sorted((folder / "tasks").glob("*/seed-*/transfer")):
-        result = pattern.verify(sparse_folder(recipe, folder), str(transfer))
+    models = [m for m in sorted((folder / "tasks").glob("*/seed-*/*")) if m.name in ("transfer", "ptq", "quantize")]
+    for model in models:
+        result = pattern.verify(sparse_folder(recipe, folder), str(model))
         if not result["ok"]:
-            raise CheckFailed(f"{transfer}: {result['revived'] or result['missing']} differ from the sparse model")
-        checked += 1
-    return checked
+            raise CheckFailed(f"{model}: {result['revived'] or result['missing']} differ from the sparse model")
+    return len(models)
 
 
 def sparse_folder(recipe: Recipe, folder: Path) -> str:

@@ -13,7 +13,6 @@ import contextlib
 import difflib
 import gzip
 import hashlib
-import io
 import json
 import re
 import zlib
@@ -219,17 +218,16 @@ def _need_column(where: object, column: str, columns: Iterable[str]) -> None:
 @contextlib.contextmanager
 def _decompressed(path: Path, raw: BinaryIO) -> Iterator[Any]:
     """A buffered reader of the text bytes of `raw`."""
-    import zstandard
+    from pruneofa.zstd import ZstdError, ZstdFile
 
     try:
         if path.suffix == ".gz":
             yield gzip.GzipFile(fileobj=raw)
         elif path.suffix == ".zst":
-            reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True, closefd=False)
-            yield io.BufferedReader(reader, PEEK)
+            yield ZstdFile(raw)
         else:
             yield raw
-    except (gzip.BadGzipFile, EOFError, zlib.error, zstandard.ZstdError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error, ZstdError) as error:
         raise InputError(f"{path}: damaged or not really {path.suffix[1:]} ({error}); compress it again") from None
 
 
