@@ -15,16 +15,13 @@ import numpy as np
 
 from pruneofa.errors import InputError, short
 from pruneofa.files import write_json
-from pruneofa.manifest import canonical_name, kind_of, read_json
+from pruneofa.manifest import canonical_name, check_inputs, kind_of, read_json
 from pruneofa.packed import MAX_SCALE
 from pruneofa.weights import read_tensor, tensors_of, weight_files
 
 SETTINGS, SCALES = "quantization.json", "quantization.safetensors"
 FORMAT, VERSION = "pruneofa-quantization", 1
-LEAST_INPUT_SCALE = float(np.finfo(np.float32).smallest_normal)  # 1 / scale must be finite
-MOST_INPUT_SCALE = float(np.finfo(np.float32).max / 256)  # 255 * scale must be finite
 
-_SHARED = re.compile(r"(.*\.attention)\.(?:self\.(?:query|key|value)|[qkv]_lin)\.weight")
 _HASH = re.compile(r"[0-9a-f]{64}")
 _AGAIN = "quantize the model again with: pruneofa quantize"
 
@@ -97,7 +94,12 @@ class Quantization:
         for what, found in (("input scale", self.input_scale), ("input zero point", self.input_zero_point)):
             if names := sorted(inputs ^ set(found)):
                 raise InputError(f"{'no' if names[0] in inputs else 'unexpected'} {what} of {names[0]}; {_AGAIN}")
-        check_inputs({name: (self.input_scale[name], self.input_zero_point[name]) for name in self.input_scale})
+        try:
+            check_inputs(
+                {name: (_plain(self.input_scale[name]), _plain(self.input_zero_point[name])) for name in inputs}
+            )
+        except InputError as error:
+            raise InputError(f"{error}; {_AGAIN}") from None
         if self.pattern_hash is not None and not _HASH.fullmatch(self.pattern_hash):
             raise InputError(f"pattern_hash is {short(self.pattern_hash)}; wanted 64 hexadecimal digits; {_AGAIN}")
 
@@ -122,32 +124,6 @@ class Quantization:
             raise InputError(f"weight scale of {name} is {scale[row]} in row {row}; wanted a number above 0; {_AGAIN}")
         if kind == "linear" and self.weights.strategy == "tensor" and (scale != scale[0]).any():
             raise InputError(f"weight scale of {name} differs from row to row; wanted one per tensor; {_AGAIN}")
-
-
-def check_inputs(inputs: Mapping[str, tuple[float, int]]) -> None:
-    """Check static activations, {NAME: (scale, zero point)}.
-
-    Raises:
-        InputError: a scale that no living layer gives, a zero point that is no code, or a query, key and value, which
-            read the same input, that differ; it names the layer.
-    """
-    seen: dict[str, tuple[str, tuple[float, int]]] = {}
-    for name, (scale, zero) in sorted(inputs.items()):
-        number = isinstance(scale, float | np.floating) and LEAST_INPUT_SCALE <= scale <= MOST_INPUT_SCALE
-        if not number or float(np.float32(scale)) != float(scale):
-            raise InputError(
-                f"input scale of {name} is {short(scale)}: dead activations, or calibrated on nothing; wanted a "
-                f"float32 from {LEAST_INPUT_SCALE:.1e} to {MOST_INPUT_SCALE:.1e}; look at that layer, quantize again"
-            )
-        if isinstance(zero, bool) or not isinstance(zero, int | np.integer) or not 0 <= zero <= 255:
-            raise InputError(f"input zero point of {name} is {short(zero)}; wanted an integer from 0 to 255; {_AGAIN}")
-        if match := _SHARED.fullmatch(name):
-            first, same = seen.setdefault(match[1], (name, (scale, zero)))
-            if same != (scale, zero):
-                raise InputError(
-                    f"{name} and {first} read the same input but have input scale and zero point {(scale, zero)} and "
-                    f"{same}; {_AGAIN}"
-                )
 
 
 def codes(name: str, weight: np.ndarray, scale: np.ndarray, lowest: int = -127) -> np.ndarray:
@@ -302,6 +278,11 @@ def _check_names(folder: Path, quantization: Quantization) -> None:
     for name, scale in quantization.weight_scale.items():
         if len(scale) != rows[name]:
             raise InputError(f"{where}: {len(scale)} weight scales of {name}; wanted {rows[name]}, its rows; {_AGAIN}")
+
+
+def _plain(value: Any) -> Any:
+    """A NumPy number as Python's."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _shown(args: Any) -> str:
