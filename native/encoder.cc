@@ -32,7 +32,7 @@ Encoder::Encoder(EncoderOptions options, Table word, Table position, Table type,
   expect(!layers_.empty(), "an encoder needs at least one layer");
   const auto fits = [&](const std::shared_ptr<const Linear>& linear, int inputs, int outputs) {
     return linear && linear->inputs() == inputs && linear->outputs() == outputs && &linear->kernels() == &kernels_ &&
-           linear->is_int8() == layers_[0].query->is_int8();
+           linear->is_int8() == layers_[0].query->is_int8() && linear->is_static() == layers_[0].query->is_static();
   };
   const auto norm_fits = [&](const Norm& norm) {
     return static_cast<int>(norm.gamma.size()) == hidden && static_cast<int>(norm.beta.size()) == hidden;
@@ -45,11 +45,14 @@ Encoder::Encoder(EncoderOptions options, Table word, Table position, Table type,
     expect(fits(layer.query, hidden, hidden) && fits(layer.key, hidden, hidden) && fits(layer.value, hidden, hidden) &&
                fits(layer.attention_output, hidden, hidden) && fits(layer.intermediate, hidden, wide) &&
                fits(layer.output, wide, hidden),
-           "the linear layers of a layer do not fit each other in size, precision or isa");
+           "the linear layers of a layer do not fit each other in size, precision, static input or isa");
+    expect(layer.query->input() == layer.key->input() && layer.query->input() == layer.value->input(),
+           "query, key and value read the same input but have another static scale or zero point");
     expect(norm_fits(layer.attention_norm) && norm_fits(layer.output_norm), "a norm has another width than hidden");
     widest_ = std::max(widest_, wide);
   }
   int8_ = layers_[0].query->is_int8();
+  ranged_ = int8_ && !layers_[0].query->is_static();
 }
 
 void Encoder::reserve(int panels) {
@@ -129,20 +132,20 @@ void Encoder::pass(int thread, const Sequences& sequences, float* out) {
   embed(state, sequences);
   add_and_normalize(thread, state, nullptr, embedding_norm_);
   for (const Layer& layer : layers_) {
-    share(thread, state);
+    share(thread, state, *layer.query);
     multiply(thread, *layer.query, query);
     multiply(thread, *layer.key, key);
     multiply(thread, *layer.value, value);
     attend(thread, query, sequences);
     look(thread, query);
-    share(thread, query);
+    share(thread, query, *layer.attention_output);
     multiply(thread, *layer.attention_output, narrow);
     add_and_normalize(thread, state, narrow.data, layer.attention_norm);
     const int intermediate = layer.intermediate->outputs();
     const Slice wide = slice(own.wide, part(intermediate, 32, thread), intermediate);
-    share(thread, state);
+    share(thread, state, *layer.intermediate);
     multiply(thread, *layer.intermediate, wide, options_.activation, true);
-    share(thread, wide);
+    share(thread, wide, *layer.output);
     multiply(thread, *layer.output, narrow);
     add_and_normalize(thread, state, narrow.data, layer.output_norm);
   }
@@ -201,19 +204,20 @@ void Encoder::attend(int thread, const Slice& query, const Sequences& sequences)
 }
 
 void Encoder::clear_ranges(int thread) {
+  if (!ranged_) return;
   float* ranges = ranges_.data() + static_cast<std::ptrdiff_t>(thread) * reserved_ * 2 * kLanes;
   std::fill(ranges, ranges + panels_ * 2 * kLanes, 0.0f);
 }
 
 void Encoder::look(int thread, const Slice& x) {
-  if (!int8_) return;
+  if (!ranged_) return;
   for (int p = 0; p < panels_; ++p) {
     kernels_.range(x.data + p * x.stride, x.count,
                    ranges_.data() + (static_cast<std::ptrdiff_t>(thread) * reserved_ + p) * 2 * kLanes);
   }
 }
 
-void Encoder::share(int thread, const Slice& x) {
+void Encoder::share(int thread, const Slice& x, const Linear& linear) {
   pool_.meet();
   Own& own = own_[thread];
   const std::size_t bytes = shared_bytes(x.features);
@@ -227,7 +231,12 @@ void Encoder::share(int thread, const Slice& x) {
     }
     float* const scale = own.scale.data() + p * kLanes;
     int32_t* const zero = own.zero.data() + p * kLanes;
-    kernels_.scales(ranges_.data() + p * 2 * kLanes, pool_.threads(), stride, scale, zero);
+    if (ranged_) {
+      kernels_.scales(ranges_.data() + p * 2 * kLanes, pool_.threads(), stride, scale, zero);
+    } else {
+      std::fill(scale, scale + kLanes, linear.input().scale);
+      std::fill(zero, zero + kLanes, linear.input().zero);
+    }
     if (x.count > 0) kernels_.encode(from, x.first, x.first + x.count, x.features, scale, zero, to);
   }
   pool_.meet();
@@ -246,7 +255,7 @@ void Encoder::multiply(int thread, const Linear& linear, const Slice& y, Activat
   o.y_stride = y.stride;
   o.first = y.first;
   o.activation = activation;
-  if (int8_ && ranges) o.ranges = ranges_.data() + static_cast<std::ptrdiff_t>(thread) * reserved_ * 2 * kLanes;
+  if (ranged_ && ranges) o.ranges = ranges_.data() + static_cast<std::ptrdiff_t>(thread) * reserved_ * 2 * kLanes;
   o.scratch = own.scratch.data();
   linear.run(o, y.first, y.first + y.count);
 }
@@ -263,7 +272,7 @@ void Encoder::add_and_normalize(int thread, const Slice& state, const float* y, 
   for (int p = 0; p < panels_; ++p) {
     kernels_.normalize(state.data + p * state.stride, state.count, options_.hidden, sums_.data() + p * 2 * kLanes,
                        pool_.threads(), stride, norm.gamma.data() + state.first, norm.beta.data() + state.first,
-                       options_.epsilon, int8_ ? ranges + p * 2 * kLanes : nullptr);
+                       options_.epsilon, ranged_ ? ranges + p * 2 * kLanes : nullptr);
   }
 }
 

@@ -88,8 +88,8 @@ class Encoder {
   void attend(int thread, const Slice& query, const Sequences& sequences);
   // Widens the ranges of this thread by x; not needed where what wrote x has done so.
   void look(int thread, const Slice& x);
-  // Gives x to all threads, as codes once all ranges are known: two meetings.
-  void share(int thread, const Slice& x);
+  // Gives x to all threads, as codes for `linear` once all ranges are known: two meetings.
+  void share(int thread, const Slice& x, const Linear& linear);
   // y = linear(what was shared last), the rows of this thread.
   void multiply(int thread, const Linear& linear, const Slice& y, Activation activation = Activation::kNone,
                 bool ranges = false);
@@ -112,6 +112,7 @@ class Encoder {
   const Kernels& kernels_;
   int widest_ = 0;  // features of the widest layer
   bool int8_ = false;
+  bool ranged_ = false;  // int8 with a scale for each token, so that ranges are needed
 
   std::mutex mutex_;
   Pool pool_;

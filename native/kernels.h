@@ -10,9 +10,9 @@
 //
 // `inputs` is rounded up to 64 for codes; the padding is zero. All buffers are aligned to 64 bytes.
 //
-// A linear layer is y[n] = sum_k w[n][k] * x[k] for every token. int8: x is quantized per token,
-// x = scale * (code - zero), codes in 0..255, weights in -127..127, so |sum| <= 255 * 127 * inputs fits int32 for
-// inputs < 2^16; the sums are exact and therefore the same on every path. The floats made from them, and all other
+// A linear layer is y[n] = sum_k w[n][k] * x[k] for every token. int8: x is quantized, per token or by the layer's
+// static scale, x = scale * (code - zero), codes in 0..255, weights in -128..127, so |sum| <= 255 * 128 * inputs fits
+// int32 for inputs < 2^16; the sums are exact and therefore the same on every path. The floats made from them, and all other
 // float operations, may differ between paths by rounding (tests/kernels/test_encoder.py states the tolerance).
 //
 // Nothing here allocates, throws or locks. Rows [begin, end) may be computed by different threads at the same time.
@@ -64,7 +64,7 @@ struct Weights {
   bool short_runs = false;  // no mask has more than 32 ones
   // int8 only.
   const float* scale = nullptr;      // [outputs]
-  const float* row_sum = nullptr;    // [outputs], whole numbers below 2^24
+  const float* row_sum = nullptr;    // [outputs], whole numbers up to 128 * 2^16 = 2^23
   const float* bias = nullptr;       // [outputs], zeros where the layer has none
   bool sparse = false;
 };

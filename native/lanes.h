@@ -299,11 +299,12 @@ template <int Group>
 static inline void encode_words(const float* x, int begin, int end, int features, const float* scale,
                                 const int32_t* zero, void* codes) {
   const Floats inverse = 1.0f / load(scale);
-  const Ints offset = load(zero) - bits(all(kRound));
+  // Clipped before the zero point is added: far outside of a static range the sum is negative, or infinite.
+  const Ints offset = load(zero) - bits(all(kRound)), least = all(0) - offset, most = all(255) - offset;
   int32_t* out = static_cast<int32_t*>(codes) + begin / Group * kLanes;
   const auto code = [&](int f) {
-    const Ints rounded = bits(load(x + (f - begin) * kLanes) * inverse + kRound) + offset;
-    return larger(smaller(rounded, all(255)), all(0));
+    const Ints rounded = bits(load(x + (f - begin) * kLanes) * inverse + kRound);
+    return larger(smaller(rounded, most), least) + offset;
   };
   int f = begin;
   for (; f + Group <= end; f += Group, out += kLanes) {

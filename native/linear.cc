@@ -55,8 +55,9 @@ uint32_t part(const PackedLayer& layer, std::size_t value, int group, int k) {
 
 }  // namespace
 
-Linear::Linear(const PackedLayer& layer, const Kernels& kernels) : kernels_(kernels), int8_(layer.codes != nullptr) {
-  // 255 * 127 * inputs has to fit int32, and an index of a group 16 bits.
+Linear::Linear(const PackedLayer& layer, const Kernels& kernels)
+    : kernels_(kernels), int8_(layer.codes != nullptr), input_(layer.input) {
+  // 255 * 128 * inputs has to fit int32, and an index of a group 16 bits.
   if (layer.outputs < 1 || layer.inputs < 1 || layer.inputs >= 1 << 16 || layer.outputs >= 1 << 24) {
     throw std::invalid_argument("a linear layer needs 1 to 65535 inputs and 1 to 16777215 outputs");
   }

@@ -10,6 +10,13 @@
 
 namespace pruneofa {
 
+// Scale and zero point of everything a layer reads, where they are known beforehand; scale 0: found for each token.
+struct StaticInput {
+  float scale = 0;
+  int32_t zero = 0;
+  bool operator==(const StaticInput& other) const { return scale == other.scale && zero == other.zero; }
+};
+
 // A layer as the packed file has it: a bitmask, row by row, and the non-zeros in its order.
 struct PackedLayer {
   int outputs = 0;
@@ -20,6 +27,7 @@ struct PackedLayer {
   const float* values = nullptr;         // float: [non-zeros]
   const float* bias = nullptr;           // [outputs] or null
   std::size_t nonzeros = 0;
+  StaticInput input;                     // int8 only
 };
 
 class Linear {
@@ -30,6 +38,8 @@ class Linear {
   int outputs() const { return weights_.outputs; }
   int inputs() const { return weights_.inputs; }
   bool is_int8() const { return int8_; }
+  bool is_static() const { return input_.scale > 0; }
+  const StaticInput& input() const { return input_; }
   double sparsity() const { return sparsity_; }
   const Kernels& kernels() const { return kernels_; }
   std::string choice() const;
@@ -48,6 +58,7 @@ class Linear {
 
   const Kernels& kernels_;
   bool int8_;
+  StaticInput input_;
   double sparsity_;
   double cost_ = 0;  // of the best sparse layout of int8 words, in those of the dense one
   Weights weights_;

@@ -74,10 +74,16 @@ PackedLayer packed_layer(const Matrix<uint8_t>& bitmask, const std::optional<Vec
 }
 
 std::shared_ptr<Linear> int8_linear(Matrix<uint8_t> bitmask, Vector<int8_t> values, Vector<float> scale,
-                                    std::optional<Vector<float>> bias, int k, const std::string& isa) {
+                                    std::optional<Vector<float>> bias, int k, const std::string& isa,
+                                    std::optional<std::pair<float, int>> input) {
   PackedLayer layer = packed_layer(bitmask, scale, bias, k, values.shape(0));
   layer.codes = values.data();
-  for (std::size_t i = 0; i < values.shape(0); ++i) expect(values(i) != -128, "values: -128 is not a weight");
+  if (input) {
+    // 1 / scale and 255 * scale are finite.
+    expect(input->first >= 0x1p-126f && input->first <= 0x1p119f, "input: the scale is 0, too small, too large or NaN");
+    expect(input->second >= 0 && input->second <= 255, "input: wanted a zero point from 0 to 255");
+    layer.input = {input->first, input->second};
+  }
   const Kernels& kernels = kernels_for(isa);
   nb::gil_scoped_release release;
   static const int8_t none = 0;
@@ -163,9 +169,14 @@ nb::ndarray<nb::numpy, float, nb::ndim<2>> linear_forward(const Linear& linear, 
       const float* panel = call.x.data() + static_cast<std::size_t>(p) * linear.inputs() * kLanes;
       float* scale = call.scale.data() + p * kLanes;
       int32_t* zero = call.zero.data() + p * kLanes;
-      alignas(64) float range[2 * kLanes] = {};
-      kernels.range(panel, linear.inputs(), range);
-      kernels.scales(range, 1, 0, scale, zero);
+      if (linear.is_static()) {
+        std::fill(scale, scale + kLanes, linear.input().scale);
+        std::fill(zero, zero + kLanes, linear.input().zero);
+      } else {
+        alignas(64) float range[2 * kLanes] = {};
+        kernels.range(panel, linear.inputs(), range);
+        kernels.scales(range, 1, 0, scale, zero);
+      }
       kernels.encode(panel, 0, linear.inputs(), linear.inputs(), scale, zero, call.codes.data() + p * bytes);
     }
   }
@@ -321,7 +332,7 @@ NB_MODULE(_native, m) {
   });
   nb::class_<Linear>(m, "Linear")
       .def(nb::new_(&int8_linear), "bitmask"_a.noconvert(), "values"_a.noconvert(), "scale"_a.noconvert(),
-           "bias"_a.noconvert().none(), "k"_a, "isa"_a)
+           "bias"_a.noconvert().none(), "k"_a, "isa"_a, "input"_a = nb::none())
       .def(nb::new_(&float_linear), "bitmask"_a.noconvert(), "values"_a.noconvert(), "scale"_a.none(),
            "bias"_a.noconvert().none(), "k"_a, "isa"_a)
       .def_prop_ro("shape", [](const Linear& l) { return std::pair(l.outputs(), l.inputs()); })

@@ -15,6 +15,7 @@ import contextlib
 import inspect
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -201,6 +202,7 @@ def _other_shapes(files: Files, random: Random, blind: Blind) -> Files:
     name = random.choice(list(manifest["tensors"]))
     if random.random() < 0.3:
         del manifest["tensors"][name]
+        manifest["activations"].get("scales", {}).pop(name, None)
     else:
         shape = manifest["tensors"][name]["shape"]
         shape[random.randrange(len(shape))] = random.choice((1, 2, 3, 5, 8, 64, 65))
@@ -215,6 +217,18 @@ def _other_shapes(files: Files, random: Random, blind: Blind) -> Files:
     return files | {MANIFEST: json.dumps(manifest).encode(), TENSORS: _stored(files, whole)}
 
 
+def _a_static_scale(files: Files, random: Random, blind: Blind) -> Files:
+    """Another scale or zero point of the layers that read the same input, of any size or kind."""
+    manifest = json.loads(files[MANIFEST])
+    linears = [name for name, entry in manifest["tensors"].items() if entry["kind"] == "linear"]
+    scales = manifest["activations"].setdefault("scales", {name: [1.0, 0] for name in linears})
+    manifest["activations"]["kind"] = "static"
+    chosen = re.sub("query|key|value", "(query|key|value)", random.choice(list(scales)))
+    pair = [random.choice((2.0**-126, 2.0**119, 1e-40, 0.1, 0.5, *WRONG)), random.choice((0, 255, 256, *WRONG))]
+    scales |= {name: pair for name in scales if re.fullmatch(chosen, name)}
+    return files | {MANIFEST: json.dumps(manifest).encode()}
+
+
 MUTATIONS = (
     _some_bytes,
     _some_content,
@@ -225,6 +239,7 @@ MUTATIONS = (
     _the_length_of_the_header,
     _a_number,
     _a_number,
+    _a_static_scale,
     _another_frame,
     _other_shapes,
 )

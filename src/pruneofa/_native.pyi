@@ -31,19 +31,21 @@ class Linear:
         bias: Floats | None,
         k: int,
         isa: str,
+        input: tuple[float, int] | None = None,
     ) -> None:
         """int8 weights.
 
         Args:
             bitmask: (n, ceil(k / 8)) uint8, little-endian bits, 1 = kept; spare bits 0.
-            values: (nonzeros,) int8, the kept weights row by row, -127 to 127.
+            values: (nonzeros,) int8, the kept weights row by row.
             scale: (n,) float32, finite and above 0.
             bias: (n,) float32 or None.
             k: number of inputs, 1 to 65535.
             isa: one of `available_isas()`.
+            input: static (scale, zero point) of all that `forward` is given; None: found for each row.
 
         Raises:
-            ValueError: sizes that do not fit together, a value or scale out of range, an unknown isa.
+            ValueError: sizes that do not fit together, a scale or zero point out of range, an unknown isa.
             TypeError: an array of another type, number of dimensions or memory order.
         """
 
@@ -73,7 +75,7 @@ class Linear:
         """
 
     def forward(self, x: Floats) -> Floats:
-        """(m, k) float32 to (m, n) float32; for int8 weights x is quantized row by row.
+        """(m, k) float32 to (m, n) float32; for int8 weights x is quantized, row by row or by the static input.
 
         Raises ValueError for another number of columns, TypeError for another type.
         """
@@ -114,7 +116,8 @@ class Encoder:
                 of (gamma, beta) as "attention_norm" and "output_norm".
 
         Raises:
-            ValueError: parts of sizes, precisions or paths that do not fit each other, or a setting out of range.
+            ValueError: parts of sizes, precisions, static inputs or paths that do not fit each other, or a setting
+                out of range.
             KeyError: a part that a layer lacks.
             TypeError: an argument of another type.
         """

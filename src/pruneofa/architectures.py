@@ -181,6 +181,8 @@ class Weights:
 
     def __init__(self, packed: Packed, native: Any, isa: str) -> None:
         self._packed, self._native, self._isa = packed, native, isa
+        scales = packed.manifest["activations"].get("scales", {})
+        self._static = {full: (scale, zero) for full, (scale, zero) in scales.items()}
 
     def plain(self, name: str, *shape: int) -> NDArray[np.float32]:
         """The float32 tensor `name`; -1 in `shape` stands for any size.
@@ -211,8 +213,10 @@ class Weights:
         if tuple(weight.shape) != (rows, columns):
             raise self._wrong_shape(f"{name}.weight", weight.shape, (rows, columns))
         bias = self.plain(f"{name}.bias", rows)
+        static = self._static.get(f"{name}.weight")
         try:
-            return self._native.Linear(weight.bitmask, weight.values, weight.scale, bias, columns, self._isa)
+            arguments = (weight.bitmask, weight.values, weight.scale, bias, columns, self._isa)
+            return self._native.Linear(*arguments) if static is None else self._native.Linear(*arguments, static)
         except ValueError as error:  # the kernels take fewer inputs than the format has columns
             raise InputError(f"{self._packed.folder}: {name}.weight: {error}; use a narrower model") from None
 

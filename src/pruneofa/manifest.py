@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import struct
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,11 +32,14 @@ MAX_JSON = 4 << 20  # bytes; BERT-Large needs 0.1 MB
 MAX_COLUMNS = 1 << 16  # 65536 products of 255 · 127 still fit the int32 sum of a kernel
 MAX_RATIO, MAX_SLACK = 64, 1 << 20  # a compressed file may become this many times larger, and a MiB
 MAX_WINDOW = 8 << 20  # bytes of history that a decompressor may be made to keep
+LEAST_INPUT_SCALE = 2.0**-126  # of activations; 1 / scale is finite
+MOST_INPUT_SCALE = 2.0**119  # 255 * scale is finite
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,256}", re.ASCII)
 _HASH = re.compile(r"[0-9a-f]{64}")
 _CHECKSUM = re.compile(r"crc32:[0-9a-f]{8}")
 _PATTERN = re.compile(r"unstructured|4x1|1x4|([1-9]\d?):([1-9]\d?)", re.ASCII)
+_SHARED = re.compile(r"(.*\.attention)\.(?:self\.(?:query|key|value)|[qkv]_lin)\.weight")  # they read the same input
 _BASE_MODULES = ("embeddings", "encoder", "transformer", "pooler")  # their names carry the base model's prefix
 _OLD_NORM = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 _BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1}  # in the order of a file: what is larger first
@@ -158,6 +162,32 @@ def figures(tensors: Mapping[str, Mapping[str, Any]], precision: str) -> dict[st
     }
 
 
+def check_inputs(inputs: Mapping[str, tuple[float, int]]) -> None:
+    """Check static activations: (scale, zero point) of the input of each linear layer by its canonical NAME.
+
+    Raises:
+        InputError: a scale that no living layer gives, a zero point that is no code, or a query, key and value, which
+            read the same input, that differ; it names the layer.
+    """
+    seen: dict[str, tuple[str, tuple[float, int]]] = {}
+    for name, (scale, zero) in sorted(inputs.items()):
+        good = type(scale) is float and LEAST_INPUT_SCALE <= scale <= MOST_INPUT_SCALE
+        if not good or struct.unpack("f", struct.pack("f", scale))[0] != scale:
+            raise InputError(
+                f"input scale of {name} is {short(scale)}: dead activations, or calibrated on nothing; wanted a "
+                f"float32 from {LEAST_INPUT_SCALE:.1e} to {MOST_INPUT_SCALE:.1e}; look at what that layer reads"
+            )
+        if not is_count(zero) or zero > 255:
+            raise InputError(f"input zero point of {name} is {short(zero)}; wanted an integer from 0 to 255")
+        if match := _SHARED.fullmatch(name):
+            first, same = seen.setdefault(match[1], (name, (scale, zero)))
+            if same != (scale, zero):
+                raise InputError(
+                    f"{name} and {first} read the same input but have input scale and zero point {[scale, zero]} and "
+                    f"{list(same)}"
+                )
+
+
 def tensor_file(manifest: Mapping[str, Any]) -> str:
     """Name of the file that holds the tensors."""
     return COMPRESSED if manifest["compression"] else TENSORS
@@ -263,20 +293,41 @@ def check_manifest(manifest: dict[str, Any], where: str) -> None:
     want("pruneofa", isinstance(manifest["pruneofa"], str), "a version")
     for key in ("pattern_hash", "source"):
         want(key, _is_hash(manifest[key]), "64 hexadecimal digits")
-    activations = manifest["activations"]
-    want("activations", activations == {"kind": "dynamic"}, '{"kind": "dynamic"}, all that version 1 has')
     tensors = manifest["tensors"]
     want("tensors", isinstance(tensors, dict), "an object")
     for name, entry in tensors.items():
         _check_entry(name, entry, tensors, manifest["precision"], where)
     if not any(entry["kind"] == "linear" and name != POOLER for name, entry in tensors.items()):
         raise InputError(f"{where}: no linear weight of an encoder in it; {AGAIN}")
+    _check_activations(manifest, where)
     pooler = manifest["pooler_hash"]
     if POOLER in tensors:
         want("pooler_hash", _is_hash(pooler), f"64 hexadecimal digits, as there is {POOLER}")
     else:
         want("pooler_hash", pooler is None, f"null, as there is no {POOLER}")
     _check_sizes(manifest, where)
+
+
+def _check_activations(manifest: dict[str, Any], where: str) -> None:
+    """Dynamic; or static, with the scale and zero point of every linear of an int8 model and of nothing else."""
+    activations, where = manifest["activations"], f"{where}: activations"
+    if activations == {"kind": "dynamic"}:
+        return
+    static = isinstance(activations, dict) and activations.get("kind") == "static" and manifest["precision"] == "int8"
+    _want(static, where, activations, '{"kind": "dynamic"} or, of int8, {"kind": "static", "scales": ...}')
+    _keys(activations, where, ("kind", "scales"))
+    scales = activations["scales"]
+    _want(isinstance(scales, dict), f"{where}: scales", scales, "an object")
+    linears = {name for name, entry in manifest["tensors"].items() if entry["kind"] == "linear"}
+    if names := sorted(linears ^ scales.keys()):
+        fault = "no scale of" if names[0] in linears else "a scale of"
+        raise InputError(f"{where}: {fault} {short(names[0])}; wanted one of every linear weight; {AGAIN}")
+    for name, pair in scales.items():
+        _want(isinstance(pair, list) and len(pair) == 2, f"{where}: {name}", pair, "[scale, zero point]")
+    try:
+        check_inputs({name: tuple(pair) for name, pair in scales.items()})
+    except InputError as error:
+        raise InputError(f"{where}: {error}; {AGAIN}") from None
 
 
 def _check_entry(name: str, entry: Any, tensors: dict[str, Any], precision: str, where: str) -> None:

@@ -33,7 +33,8 @@ from pruneofa.manifest import (
 )
 from pruneofa.pattern import POOLER, local_folder
 
-MAX_SCALE = np.nextafter(np.finfo(np.float32).max / np.float32(127), np.float32(0))  # 127 times it is finite
+MAX_SCALE = np.nextafter(np.finfo(np.float32).max / np.float32(127), np.float32(0))  # 127 times it is finite ...
+_MAX_SCALE_128 = np.finfo(np.float32).max / np.float32(128)  # ... and 128 times this
 _CHUNK = 1 << 20  # a decompressor makes a copy of what it gives
 DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I8": "i1", "U8": "u1"}
 
@@ -61,7 +62,7 @@ class PackedLinear:
         _check_bits("bitmask", self.bitmask, rows, columns)
         if (kept := _ones(self.bitmask)) != self.values.size:
             raise InputError(f"bitmask has {kept} bits set, but there are {self.values.size} values")
-        _check_values(self.values, self.scale, rows)
+        _check_values(self.values, self.scale, rows, lowest=-128)
         if self.values.dtype != np.int8 and not self.values.all():
             raise InputError("values has a zero, which no kept weight is")
         if self.negative_zeros is not None:
@@ -236,20 +237,22 @@ def _check_bits(what: str, bits: np.ndarray, rows: int, columns: int) -> None:
         raise InputError(f"{what} has bits set beyond column {columns}")
 
 
-def _check_values(values: np.ndarray, scale: np.ndarray | None, rows: int) -> None:
+def _check_values(values: np.ndarray, scale: np.ndarray | None, rows: int, lowest: int = -127) -> None:
     wanted = np.dtype(np.float32 if scale is None else np.int8)
     if values.dtype != wanted:
         raise InputError(f"values is {values.dtype}; wanted {wanted} {'without' if scale is None else 'with'} scale")
     if scale is None:
         _check_finite("values", values)
         return
-    if values.size and values.min() == -128:
-        raise InputError("values has -128; wanted -127 to 127, so that no kernel overflows where it negates")
+    least = values.min() if values.size else 0
+    if least < lowest:
+        raise InputError("values has -128; wanted -127 to 127 in an embedding table")
     if scale.dtype != np.float32 or scale.shape != (rows,):
         raise InputError(f"scale is {scale.dtype} {scale.shape}; wanted float32 {(rows,)}")
     _check_finite("scale", scale)
-    if not ((scale > 0) & (scale <= MAX_SCALE)).all():
-        raise InputError(f"scale has a number that is not above 0 and at most {MAX_SCALE:.6e}")
+    most = _MAX_SCALE_128 if least == -128 else MAX_SCALE
+    if not ((scale > 0) & (scale <= most)).all():
+        raise InputError(f"scale has a number that is not above 0 and at most {most:.6e}")
 
 
 def _check_finite(what: str, values: np.ndarray) -> None:

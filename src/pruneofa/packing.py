@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from pruneofa import __version__
+from pruneofa import __version__, quantization
 from pruneofa.errors import InputError
 from pruneofa.files import new_folder, write_json
 from pruneofa.manifest import (
@@ -47,6 +47,7 @@ from pruneofa.manifest import (
 from pruneofa.packed import MAX_SCALE, Packed, PackedEmbedding, PackedLinear, pattern_hashes, pattern_holds, read
 from pruneofa.pattern import POOLER, local_folder
 from pruneofa.progress import progress
+from pruneofa.quantization import Quantization, QuantizationArgs
 from pruneofa.weights import StoredTensor, read_tensor, tensors_of, weight_files
 
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -89,8 +90,9 @@ def pack(source: str | Path, out: str | Path, *, precision: str = "int8", compre
 def unpack(packed: str | Path, out: str | Path) -> None:
     """Write the Hugging Face folder `out` of a packed folder or hub id.
 
-    Names and dtypes are those of the source; from fp32 every bit is, from int8 the values are the rounded ones.
-    Raises InputError as `packed.read` does, or when `out` holds something.
+    Names and dtypes are those of the source; from fp32 every bit is, from int8 the values are the rounded ones. Static
+    scales are written beside them, so that packing gives the same bytes again. Raises InputError as `packed.read`
+    does, or when `out` holds something.
     """
     folder = local_folder(packed)
     with _new_output(out) as temporary:
@@ -107,12 +109,15 @@ def unpack(packed: str | Path, out: str | Path) -> None:
             for stored, slot in slots.items():
                 file.write(_narrow(_dense(model, names[stored]), slot.dtype).reshape(-1).data)
                 advance()
+        if model.manifest["activations"]["kind"] == "static":
+            quantization.write(temporary, _quantization(model))
 
 
 def pack_folder(source: str | Path, precision: str = "int8", *, show_progress: bool = False) -> Packed:
     """The Hugging Face folder or hub id `source` as a packed model in memory.
 
-    Its manifest has no "checksum" and no size of a file. Raises InputError as `pack` does.
+    A folder that is quantized already keeps its scales, as int8; as fp32 its weights are taken as they are. The
+    manifest has no "checksum" and no size of a file. Raises InputError as `pack` does.
     """
     if precision not in PRECISIONS:
         raise InputError(f"precision is {precision!r}; wanted one of {', '.join(PRECISIONS)}")
@@ -122,6 +127,8 @@ def pack_folder(source: str | Path, precision: str = "int8", *, show_progress: b
     config = read_config(folder)
     found = _source_tensors(folder)
     prefix = _prefix(folder, found)
+    quantized = quantization.read(folder)
+    known = quantized if precision == "int8" else None
     model = Packed({}, config, {}, {}, {}, folder)
     tensors: dict[str, dict[str, Any]] = {}
     digest = hashlib.sha256()
@@ -139,18 +146,21 @@ def pack_folder(source: str | Path, precision: str = "int8", *, show_progress: b
             if _is_tied(name, stored, weight, found):
                 entry |= {"kind": "tied", "to": EMBEDDINGS[0]}
             elif entry["kind"] == "linear":
-                model.linears[name] = linear = pack_linear(weight, precision)
+                model.linears[name] = linear = pack_linear(weight, precision, _known_codes(known, name, weight, folder))
                 entry |= {"nonzeros": linear.values.size, "pattern": pattern_of(linear.kept)}
                 if linear.negative_zeros is not None:
                     entry["negative_zeros"] = int(np.bitwise_count(linear.negative_zeros).sum(dtype=np.int64))
             elif entry["kind"] == "embedding":
-                values, scale = quantize_weight(weight) if precision == "int8" else (weight, None)
+                codes = _known_codes(known, name, weight, folder)
+                values, scale = codes or (quantize_weight(weight) if precision == "int8" else (weight, None))
                 model.embeddings[name] = PackedEmbedding(values, scale)
             else:
                 model.plain[name] = weight
             tensors[name] = entry
             advance()
     hashes = pattern_hashes(model.linears)
+    if quantized is not None:
+        quantization.check_pattern(folder, quantized, hashes[0])
     sizes = figures(tensors, precision)
     model.manifest.update(
         {
@@ -162,7 +172,7 @@ def pack_folder(source: str | Path, precision: str = "int8", *, show_progress: b
             "pattern_hash": hashes[0],
             "pooler_hash": hashes[1],
             "sparsity": sizes.pop("sparsity"),
-            "activations": {"kind": "dynamic"},
+            "activations": _activations(known),
             "source": digest.hexdigest(),
             "pruneofa": __version__,
             "compression": None,
@@ -174,12 +184,16 @@ def pack_folder(source: str | Path, precision: str = "int8", *, show_progress: b
     return model
 
 
-def pack_linear(weight: np.ndarray, precision: str) -> PackedLinear:
-    """A weight, float32 (rows, columns), packed; the pattern is where it is not zero, whatever int8 rounds to."""
+def pack_linear(weight: np.ndarray, precision: str, codes: tuple[np.ndarray, np.ndarray] | None = None) -> PackedLinear:
+    """A weight, float32 (rows, columns), packed; the pattern is where it is not zero, whatever int8 rounds to.
+
+    `codes` are int8 codes (rows, columns) and scales (rows,) where they are known; otherwise `quantize_weight` finds
+    them.
+    """
     kept = weight != 0
     bits = np.packbits(kept, axis=1, bitorder="little")
     if precision == "int8":
-        quantized, scale = quantize_weight(weight)
+        quantized, scale = codes or quantize_weight(weight)
         return PackedLinear(weight.shape, bits, quantized[kept], scale)
     negative = np.packbits(np.signbit(weight) & ~kept, axis=1, bitorder="little")
     return PackedLinear(weight.shape, bits, weight[kept], None, negative if negative.any() else None)
@@ -200,6 +214,45 @@ def quantize_weight(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         scale[rows][largest == 0] = 1
         quantized[rows] = np.clip(np.rint(weight[rows] / scale[rows, None]), -127, 127)
     return quantized, scale
+
+
+def _known_codes(
+    known: Quantization | None, name: str, weight: np.ndarray, folder: Path
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """int8 codes and scales of a weight that was put on the grid in training; None of any other."""
+    if known is None or name not in known.weight_scale:
+        return None
+    scale = known.weight_scale[name]
+    try:
+        return quantization.codes(name, weight, scale, known.lowest if kind_of(name, 2) == "linear" else -127), scale
+    except InputError as error:
+        raise InputError(f"{folder}: {error}") from None
+
+
+def _activations(known: Quantization | None) -> dict[str, Any]:
+    """What the manifest says of activations."""
+    if known is None or known.input_activations.dynamic:
+        return {"kind": "dynamic"}
+    pairs = {name: [float(known.input_scale[name]), int(known.input_zero_point[name])] for name in known.linears()}
+    return {"kind": "static", "scales": pairs}
+
+
+def _quantization(model: Packed) -> Quantization:
+    """What a Hugging Face folder says of a packed model with static scales."""
+    scales = model.manifest["activations"]["scales"]
+    linears = {name: linear.scale for name, linear in model.linears.items() if linear.scale is not None}
+    tables = {name: table.scale for name, table in model.embeddings.items() if table.scale is not None}
+    # One scale in all rows of every layer is one per tensor, whose codes go to -128.
+    shared = all((scale == scale[0]).all() for scale in linears.values())
+    return Quantization(
+        weights=QuantizationArgs("tensor" if shared else "channel", symmetric=True),
+        input_activations=QuantizationArgs("tensor", symmetric=False),
+        embeddings=QuantizationArgs("channel", symmetric=True) if tables else None,
+        weight_scale=linears | tables,
+        input_scale={name: scale for name, (scale, _) in scales.items()},
+        input_zero_point={name: zero for name, (_, zero) in scales.items()},
+        pattern_hash=model.manifest["pattern_hash"],
+    )
 
 
 def pattern_of(kept: np.ndarray) -> str:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 Float = NDArray[np.float32]
 Table = tuple[np.ndarray, Float | None]  # rows of an embedding: int8 and a scale per row, or float32 and None
 
-MOST_INPUTS = 2**16  # 255 * 127 * 2**16 < 2**31: an int32 accumulator cannot overflow
+MOST_INPUTS = 2**16  # 255 * 128 * 2**16 < 2**31: an int32 accumulator cannot overflow
 
 
 def available_isas() -> list[str]:
@@ -38,9 +38,16 @@ def quantize_rows(x: Float) -> tuple[NDArray[np.uint8], Float, NDArray[np.int32]
     high = np.maximum(x.max(axis=1), np.float32(0))
     scale = (high - low) / np.float32(255)
     scale[scale == 0] = 1
-    zero_point = np.rint(-low / scale)
-    q = np.clip(np.rint(x / scale[:, None]) + zero_point[:, None], 0, 255)
-    return q.astype(np.uint8), scale, zero_point.astype(np.int32)
+    zero_point = np.rint(-low / scale).astype(np.int32)
+    return quantize(x, scale[:, None], zero_point[:, None]), scale, zero_point
+
+
+def quantize(x: Float, scale: Float | np.float32, zero_point: NDArray[np.int32] | int) -> NDArray[np.uint8]:
+    """Codes clip(rint(x / scale) + zero_point, 0, 255) of (m, k) float32, in float32, rounding half to even.
+
+    `scale` and `zero_point` are (m, 1), or one number where they are static.
+    """
+    return np.clip(np.rint(x / scale) + np.float32(zero_point), 0, 255).astype(np.uint8)
 
 
 def layer_norm(x: Float, gamma: Float, beta: Float, epsilon: float) -> Float:
@@ -114,7 +121,14 @@ class Linear:
     """y = x W^T + b with a sparse W: int8 with a scale per row, or float32 (`scale` None)."""
 
     def __init__(
-        self, bitmask: NDArray[np.uint8], values: np.ndarray, scale: Float | None, bias: Float | None, k: int, isa: str
+        self,
+        bitmask: NDArray[np.uint8],
+        values: np.ndarray,
+        scale: Float | None,
+        bias: Float | None,
+        k: int,
+        isa: str,
+        input: tuple[float, int] | None = None,
     ) -> None:
         """Take the weight as a packed folder stores it.
 
@@ -125,9 +139,10 @@ class Linear:
             bias: (n,) or None.
             k: number of inputs.
             isa: one of `available_isas()`.
+            input: static (scale, zero point) of all that `forward` is given, of int8 values; None: found for each row.
 
         Raises:
-            ValueError: an unknown isa, too many inputs, or sizes that do not fit together.
+            ValueError: an unknown isa, too many inputs, sizes that do not fit together, or an input out of range.
         """
         if isa not in available_isas():
             raise ValueError(f"isa is {isa!r}, wanted one of {', '.join(available_isas())}")
@@ -135,12 +150,14 @@ class Linear:
             raise ValueError(f"{k} inputs and a bitmask of {bitmask.shape[1]} bytes per row; wanted 1 to {MOST_INPUTS}")
         if (scale is None) != (values.dtype == np.float32):
             raise ValueError(f"{values.dtype} values {'without' if scale is None else 'with'} a scale")
+        if input is not None and not (scale is not None and 2.0**-126 <= input[0] <= 2.0**119 and 0 <= input[1] <= 255):
+            raise ValueError(f"input is {input}; wanted (scale, zero point) of an int8 weight")
         kept = np.unpackbits(bitmask, axis=1, count=k, bitorder="little").astype(bool)
         if np.count_nonzero(kept) != len(values):
             raise ValueError(f"{len(values)} values for {np.count_nonzero(kept)} kept weights")
         self._weight = np.zeros(kept.shape, values.dtype)
         self._weight[kept] = values
-        self._scale, self._bias = scale, bias
+        self._scale, self._bias, self._input = scale, bias, input
         self.shape = (len(bitmask), k)
         self.sparsity = 1 - len(values) / kept.size
         self.choice = "dense: the reference multiplies by the zeros too"
@@ -153,11 +170,16 @@ class Linear:
         return (x.astype(np.float64) @ self._weight.T.astype(np.float64)).astype(np.int32)
 
     def forward(self, x: Float) -> Float:
-        """(m, k) float32 to (m, n) float32; an int8 weight meets x quantized row by row."""
+        """(m, k) float32 to (m, n) float32; an int8 weight meets x quantized, row by row or by the static input."""
         if self._scale is None:
             y = x @ self._weight.T
         else:
-            q, scale, zero_point = quantize_rows(x)
+            if self._input is None:
+                q, scale, zero_point = quantize_rows(x)
+            else:
+                scale = np.full(len(x), self._input[0], np.float32)
+                zero_point = np.full(len(x), self._input[1], np.int32)
+                q = quantize(x, scale[:, None], zero_point[:, None])
             row_sums = self._weight.sum(axis=1, dtype=np.int32)
             sums = self.accumulate(q) - zero_point[:, None] * row_sums
             y = sums.astype(np.float32) * (scale[:, None] * self._scale)

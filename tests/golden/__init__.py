@@ -1,8 +1,9 @@
 """Golden packed folders, one per format version and variant, and the recipe they were made by.
 
 `source(folder)` writes the Hugging Face folder they are packed from: a BERT of one layer, hidden size 4, whose
-weights are quarters computed from their position, with rows of zeros and -0.0 where a format can go wrong. To
-add the folders of a new version: `pack(source(tmp), GOLDEN / "v2-int8")` and so on; those of old versions stay.
+weights are quarters computed from their position, with rows of zeros and -0.0 where a format can go wrong. The one of
+`STATIC` is put on the int8 grid first, one scale per tensor, with codes of -128 and static activations. To add the
+folders of a new version: `pack(source(tmp), GOLDEN / "v2-int8")` and so on; those of old versions stay.
 """
 
 import json
@@ -11,12 +12,16 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
+from tests.quantized import quantize_folder
+
 GOLDEN = Path(__file__).parent
 VARIANTS = {
     "v1-int8": {"precision": "int8"},
     "v1-fp32": {"precision": "fp32"},
     "v1-int8-zstd": {"precision": "int8", "compress": True},
+    "v1-int8-static": {"precision": "int8"},
 }
+STATIC = "v1-int8-static"
 HIDDEN, WIDE, WORDS, POSITIONS = 4, 10, 7, 6  # 4 and 10 columns: neither fills whole bytes of bits
 LAYER = "bert.encoder.layer.0."
 CONFIG = {
@@ -58,8 +63,8 @@ def tensors() -> dict[str, np.ndarray]:
     return found | {"classifier.weight": weight(2, HIDDEN, 5), "classifier.bias": np.float32([0.25, -0.5])}
 
 
-def source(folder: Path) -> Path:
-    """Write the Hugging Face folder; returns it."""
+def source(folder: Path, variant: str = "") -> Path:
+    """Write the Hugging Face folder of a variant; returns it."""
     folder.mkdir(parents=True)
     save_file(tensors(), folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(CONFIG, indent=1) + "\n")
@@ -69,4 +74,6 @@ def source(folder: Path) -> Path:
     parts = ("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder")
     tokenizer = {"version": "1.0", "added_tokens": [], **dict.fromkeys(parts), "model": model}
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer) + "\n")
+    if variant == STATIC:
+        quantize_folder(folder, strategy="tensor")
     return folder

@@ -9,6 +9,13 @@ from typing import Any
 import numpy as np
 
 TABLE = ("scalar", "avx2", "avx512vnni", "amx")  # every row of the dispatch table, worst first
+# Scales and zero points of what layers of `model` read: norms, attention's mixtures of values, GELU's outputs. As fine
+# as those of a token, so that a code counts as little; the largest numbers are clipped.
+_NORMED = (0.025, 121)
+STATIC = {
+    "query": _NORMED, "key": _NORMED, "value": _NORMED, "attention_output": (0.02, 130), "intermediate": (0.024, 126),
+    "output": (0.018, 9),
+}  # fmt: skip
 LINEARS = ("query", "key", "value", "attention_output", "intermediate", "output")
 
 
@@ -20,31 +27,33 @@ class Layer:
     kept: np.ndarray  # (n, k) bool; a kept weight may be 0
     scale: np.ndarray | None
     bias: np.ndarray | None
+    input: tuple[float, int] | None = None  # static scale and zero point
 
     def build(self, module: ModuleType, isa: str) -> Any:
         """`module.Linear`: module is pruneofa.reference or pruneofa._native."""
         bitmask = np.packbits(self.kept, axis=1, bitorder="little")
-        return module.Linear(bitmask, self.weight[self.kept], self.scale, self.bias, self.kept.shape[1], isa)
+        arguments = (bitmask, self.weight[self.kept], self.scale, self.bias, self.kept.shape[1], isa)
+        return module.Linear(*arguments) if self.input is None else module.Linear(*arguments, self.input)
 
     def in_floats(self) -> "Layer":
         """The same layer of int8 weights with float weights."""
-        return replace(self, weight=(self.weight * self.scale[:, None]).astype(np.float32), scale=None)
+        return replace(self, weight=(self.weight * self.scale[:, None]).astype(np.float32), scale=None, input=None)
 
 
 def int8_layer(random: np.random.Generator, n: int, k: int, sparsity: float, fill: str = "random") -> Layer:
-    """`fill` says which weights: "random", "high" (127), "low" (-127), "extremes" (-127, 0 and 127),
+    """`fill` says which weights: "random", "high" (127), "low" (-128), "extremes" (-128, 0 and 127),
     "empty rows" (every second one), "full rows" (every second one), "last column"; or which pattern: "4x1" (4 outputs
     of one input share their fate), "1x4" (4 inputs of one output do); blocks at the edges are cut off."""
     rows, columns = {"4x1": (4, 1), "1x4": (1, 4)}.get(fill, (1, 1))
     blocks = random.random((-(-n // rows), -(-k // columns))) >= sparsity
     kept = blocks.repeat(rows, axis=0).repeat(columns, axis=1)[:n, :k]
-    weight = random.integers(-127, 128, (n, k)).astype(np.int8)
+    weight = random.integers(-128, 128, (n, k)).astype(np.int8)
     if fill == "high":
         weight[:] = 127
     elif fill == "low":
-        weight[:] = -127
+        weight[:] = -128
     elif fill == "extremes":
-        weight = random.choice(np.array([-127, 0, 127], np.int8), (n, k))
+        weight = random.choice(np.array([-128, 0, 127], np.int8), (n, k))
     elif fill == "empty rows":
         kept[::2] = False
     elif fill == "full rows":
@@ -116,7 +125,11 @@ def model(
     sparsity: float = 0.4, activation: str = "gelu", words: int = 50, positions: int = 96, types: int = 2,
     seed: int = 0,
 ) -> Model:  # fmt: skip
-    """Weights of the size that trained ones have: outputs of a linear layer vary about as much as its inputs."""
+    """Weights of the size that trained ones have: outputs of a linear layer vary about as much as its inputs.
+
+    `precision` is "fp32", "int8" (activations by the token) or "static" (int8 with the scales of `STATIC`).
+    """
+    static, precision = precision == "static", "int8" if precision == "static" else precision
     random = np.random.default_rng(seed)
 
     def table(rows: int) -> tuple[np.ndarray, np.ndarray | None]:
@@ -138,7 +151,8 @@ def model(
 
     shapes = dict.fromkeys(LINEARS[:4], (hidden, hidden)) | {"intermediate": (inner, hidden), "output": (hidden, inner)}
     layers = [
-        {name: linear(*shape) for name, shape in shapes.items()} | {"attention_norm": norm(), "output_norm": norm()}
+        {name: replace(linear(*shape), input=STATIC[name] if static else None) for name, shape in shapes.items()}
+        | {"attention_norm": norm(), "output_norm": norm()}
         for _ in range(depth)
     ]
     tables = {"word": table(words), "position": table(positions), "token_type": table(types) if types else None}

@@ -33,9 +33,9 @@ class Native:
     """_native, given guarded copies of every array."""
 
     @staticmethod
-    def Linear(bitmask, values, scale, bias, k, isa):
+    def Linear(bitmask, values, scale, bias, k, isa, input=None):
         arrays = (None if part is None else guarded(part) for part in (bitmask, values, scale, bias))
-        return _native.Linear(*arrays, k, isa)
+        return _native.Linear(*arrays, k, isa) if input is None else _native.Linear(*arrays, k, isa, input)
 
     Encoder = _native.Encoder
 
@@ -68,7 +68,7 @@ def linears(isa: str) -> None:
 
 def encoders(isa: str) -> None:
     for hidden, heads, inner in SIZES:
-        for precision, threads in (("fp32", 1), ("int8", 1), ("int8", 2)):
+        for precision, threads in (("fp32", 1), ("int8", 1), ("static", 2)):
             parts = model(hidden=hidden, heads=heads, inner=inner, precision=precision, depth=1)
             native = guarded_model(parts).build(Native, isa, threads)
             wanted = parts.build(reference, "scalar")

@@ -3,13 +3,14 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from pruneofa import _native
-from tests.kernels.cases import Layer, batch, float_layer, int8_layer, model
+from tests.kernels.cases import LINEARS, Layer, batch, float_layer, int8_layer, model
 
 ROOT = Path(__file__).parents[2]
 K = 12
@@ -62,6 +63,10 @@ def test_the_untouched_arguments_are_taken():
         {"k": None},
         {"isa": None},
         {"isa": b"scalar"},
+        {"input": 1.0},
+        {"input": (1.0,)},
+        {"input": (1.0, 1.5)},
+        {"input": (1.0, 1), "values": np.ones(5, np.float32), "scale": None},
     ],
     ids=str,
 )
@@ -74,7 +79,14 @@ def test_a_layer_takes_arrays_as_they_are(change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"values": np.array([1, 2, 3, 4, -128], np.int8)}, "values: -128 is not a weight"),
+        ({"input": (0.0, 0)}, "input: the scale is 0, too small, too large or NaN"),
+        ({"input": (-1.0, 0)}, "input: the scale is 0, too small, too large or NaN"),
+        ({"input": (float("nan"), 0)}, "input: the scale is 0, too small, too large or NaN"),
+        ({"input": (float("inf"), 0)}, "input: the scale is 0, too small, too large or NaN"),
+        ({"input": (1e-39, 0)}, "input: the scale is 0, too small, too large or NaN"),
+        ({"input": (1e38, 0)}, "input: the scale is 0, too small, too large or NaN"),
+        ({"input": (1.0, -1)}, "input: wanted a zero point from 0 to 255"),
+        ({"input": (1.0, 256)}, "input: wanted a zero point from 0 to 255"),
         ({"values": np.ones(4, np.int8)}, "another number of ones than there are values"),
         ({"values": np.ones(6, np.int8)}, "another number of ones than there are values"),
         ({"values": np.empty(0, np.int8)}, "another number of ones than there are values"),
@@ -331,12 +343,31 @@ def test_an_encoder_refuses_layers_of_another_size_or_precision(name):
     ):  # fmt: skip
         if name == "intermediate" and wrong.kept.shape == (65, 64):
             continue  # the output layer is what does not fit then
-        with pytest.raises(ValueError, match="do not fit each other in size, precision or isa"):
+        with pytest.raises(ValueError, match="do not fit each other in size, precision, static input or isa"):
             encoder(name, wrong.build(_native, "scalar"))
     with pytest.raises(ValueError, match=f"wanted a Linear for '{name}'"):
         encoder(name, None)
     with pytest.raises(ValueError, match="norm has another width than hidden"):
         encoder("attention_norm", (ONES[:16].copy(), ONES[:16].copy()))
+
+
+@pytest.mark.parametrize("name", LINEARS)
+def test_an_encoder_has_static_inputs_everywhere_or_nowhere(name):
+    parts = model(precision="static")
+    last = parts.layers[-1]
+    last[name] = replace(last[name], input=None)
+    with pytest.raises(ValueError, match="do not fit each other in size, precision, static input or isa"):
+        parts.build(_native, "scalar")
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_query_key_and_value_read_the_same_input(name):
+    parts = model(precision="static")
+    last = parts.layers[-1]
+    for other in ((last[name].input[0], 3), (0.5, last[name].input[1])):
+        last[name] = replace(last[name], input=other)
+        with pytest.raises(ValueError, match="query, key and value read the same input but have another static"):
+            parts.build(_native, "scalar")
 
 
 CROWDED = """

@@ -41,7 +41,7 @@ def check(found, wanted, precision):
         assert np.sqrt(np.square(error).mean()) <= RMS
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "int8", "static"])
 @pytest.mark.parametrize("sparsity", [0.0, 0.4, 0.9])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_outputs_are_those_of_the_reference(isa, size, sparsity, precision):
@@ -51,7 +51,7 @@ def test_outputs_are_those_of_the_reference(isa, size, sparsity, precision):
     check(parts.build(_native, isa).forward(*inputs), parts.build(reference, "scalar").forward(*inputs), precision)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "int8", "static"])
 @pytest.mark.parametrize("activation", ["gelu", "gelu_new", "gelu_pytorch_tanh", "relu"])
 def test_activations(isa, activation, precision):
     parts = model(activation=activation, precision=precision)
@@ -70,9 +70,10 @@ def test_lengths_around_panels(isa, length, heads):
         check(native.forward(*inputs), wanted.forward(*inputs), "fp32")
 
 
-def test_int8_outputs_are_exact_to_float_rounding_unless_a_code_differs(isa):
+@pytest.mark.parametrize("precision", ["int8", "static"])
+def test_int8_outputs_are_exact_to_float_rounding_unless_a_code_differs(isa, precision):
     """Short sequences keep a differing code to themselves, so most tokens of one layer have none."""
-    parts = model(depth=1, precision="int8")
+    parts = model(depth=1, precision=precision)
     inputs = batch([1, 2, 3] * 60)
     error = np.abs(parts.build(_native, isa).forward(*inputs) - parts.build(reference, "scalar").forward(*inputs))
     assert np.mean(error.max(axis=1) <= FLOAT) > 0.75
@@ -92,7 +93,7 @@ def test_rounding_to_bfloat16_in_attention_is_small_beside_int8(isa, size):
     assert distance(_native, isa) <= (1 + BFLOAT16) * distance(reference, "scalar")
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "int8", "static"])
 def test_encoders_without_token_types_ignore_them(isa, precision):
     parts = model(types=0, precision=precision)
     ids, positions, types, offsets = batch(LENGTHS)
@@ -100,7 +101,7 @@ def test_encoders_without_token_types_ignore_them(isa, precision):
     check(parts.build(_native, isa).forward(ids, positions, types + 99, offsets), wanted, precision)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "int8", "static"])
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
 def test_any_number_of_threads(isa, threads, precision):
     """More threads than heads or blocks leave some without work."""
@@ -111,7 +112,7 @@ def test_any_number_of_threads(isa, threads, precision):
         check(native.forward(*inputs), parts.build(reference, "scalar").forward(*inputs), precision)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "int8", "static"])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_results_repeat_bit_by_bit(isa, threads, precision):
     """Also after a larger and a smaller batch have used the same buffers, and in another encoder."""
@@ -125,7 +126,7 @@ def test_results_repeat_bit_by_bit(isa, threads, precision):
     np.testing.assert_array_equal(parts.build(_native, isa, threads).forward(*inputs), first)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "int8", "static"])
 def test_a_ragged_batch_equals_its_sequences_one_by_one(isa, precision):
     parts = model(precision=precision)
     inputs = batch([1, 2, 3, 16, 15, 17, 5, 1, 1, 40, 8, 96, 4])  # many share panels
@@ -137,7 +138,7 @@ def test_a_ragged_batch_equals_its_sequences_one_by_one(isa, precision):
         np.testing.assert_array_equal(native.forward(*inputs), alone)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "int8", "static"])
 def test_a_sequence_does_not_depend_on_its_neighbours(isa, precision):
     parts = model(precision=precision)
     lengths = [5, 9, 20]
@@ -150,7 +151,7 @@ def test_a_sequence_does_not_depend_on_its_neighbours(isa, precision):
     assert (second[:5] != first[:5]).any() and (second[14:] != first[14:]).any()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "int8", "static"])
 def test_paths_agree(precision):
     parts = model(precision=precision, sparsity=0.9)
     inputs = batch(LENGTHS)
@@ -181,7 +182,7 @@ def test_float_scores_too_large_for_exp(isa):
     inner=st.integers(1, 150),
     sparsity=st.floats(0, 1),
     threads=st.integers(1, 4),
-    precision=st.sampled_from(["fp32", "int8"]),
+    precision=st.sampled_from(["fp32", "int8", "static"]),
     seed=st.integers(0, 2**32),
 )
 def test_any_sizes(lengths, heads, size, inner, sparsity, threads, precision, seed):

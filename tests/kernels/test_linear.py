@@ -4,6 +4,7 @@ Integer sums are equal to the last bit. Floats: `rounding` and `one_code` below 
 """
 
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -47,7 +48,7 @@ def test_integer_sums_are_those_of_the_reference(isa, outputs):
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.9])
-@pytest.mark.parametrize("value", [127, -127])
+@pytest.mark.parametrize("value", [127, -128])
 def test_sums_of_the_widest_layer_fit(isa, value, sparsity):
     k = 65535
     kept = np.random.default_rng(0).random((17, k)) >= sparsity
@@ -93,7 +94,7 @@ def test_lists_of_any_length_have_the_sums_of_the_reference(isa, kept_inputs):
     random = np.random.default_rng(kept_inputs)
     kept = np.zeros((8, 70), bool)
     kept[:4, random.permutation(70)[:kept_inputs]] = True  # the second block is empty
-    weight = np.where(kept, random.integers(-127, 128, kept.shape), 0).astype(np.int8)
+    weight = np.where(kept, random.integers(-128, 128, kept.shape), 0).astype(np.int8)
     for wanted_rows in (kept, kept & (np.arange(8) % 4 == 1)[:, None]):  # four outputs share a list, or one has it
         layer = Layer(weight * wanted_rows, wanted_rows, np.ones(8, np.float32), None)
         for m in (16, 32, 48, 64, 80):
@@ -143,6 +144,34 @@ def test_int8_forward_of_any_floats_is_at_most_one_code_of_one_input_off(isa):
     error = np.abs(layer.build(_native, isa).forward(x).astype(np.float64) - wanted.forward(x))
     assert (error <= tolerance).all()
     assert np.mean(error > tolerance - one_code) < 0.01  # and hardly any is
+
+
+@pytest.mark.parametrize("zero", [0, 1, 100, 255])
+def test_static_inputs_have_the_codes_of_their_scale(isa, zero):
+    """Also far outside of the range, where codes are clipped; and rows do not see each other."""
+    random = np.random.default_rng(zero)
+    scale = np.float32(0.037)
+    for n, k, m in ((65, 129, 40), (16, 64, 1), (33, 200, 17)):
+        layer = replace(int8_layer(random, n, k, 0.5), input=(float(scale), zero))
+        # In the middle of a code: dividing, and multiplying by 1 / scale, give the same one.
+        x = random.integers(-300, 600, (m, k)) + random.uniform(-0.4, 0.4, (m, k))
+        x[:, ::7] *= 10.0 ** random.integers(0, 30, x[:, ::7].shape)
+        x = (x * scale).astype(np.float32)
+        wanted = layer.build(reference, "scalar")
+        sums = wanted.accumulate(reference.quantize(x, scale, zero))
+        tolerance = rounding(layer, sums, np.full(m, zero), np.full(m, scale))
+        found = layer.build(_native, isa).forward(x)
+        assert (np.abs(found.astype(np.float64) - wanted.forward(x)) <= tolerance).all(), (n, k, m)
+        exact = (sums - zero * layer.weight.sum(axis=1, dtype=np.int64)) * (scale * layer.scale) + layer.bias
+        assert (np.abs(found - exact) <= tolerance).all()
+
+
+def test_floats_beyond_any_static_range_are_clipped(isa):
+    layer = Layer(np.full((16, 64), 1, np.int8), np.ones((16, 64), bool), np.ones(16, np.float32), None, (1e-3, 50))
+    for x in (np.inf, 3e38, 1e10, 13000.0, 1e4, 5e3):  # 12583 is where the sum with 1.5 * 2^23 changes its sign
+        for sign, code in ((1, 255), (-1, 0)):
+            found = layer.build(_native, isa).forward(np.full((1, 64), sign * x, np.float32))
+            np.testing.assert_allclose(found, 64 * (code - 50) * 1e-3, rtol=1e-6)
 
 
 @pytest.mark.parametrize("sparsity", SPARSITY)
