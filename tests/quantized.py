@@ -1,0 +1,56 @@
+"""Hugging Face folders on the int8 grid, made from any folder without torch and without data."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from pruneofa import pattern, quantization
+from pruneofa.manifest import canonical_name, kind_of
+from pruneofa.quantization import Quantization, QuantizationArgs
+
+STATIC = QuantizationArgs("tensor", False)
+DYNAMIC = QuantizationArgs("token", False, dynamic=True)
+
+
+def fake_quantized(weight: np.ndarray, strategy: str) -> tuple[np.ndarray, np.ndarray]:
+    """A weight (rows, columns) on the grid, and its scale (rows,), by the formulas of design.md."""
+    largest = np.abs(weight).max(axis=1)
+    if strategy == "tensor":
+        scale = np.full(len(weight), np.abs(weight).max() / np.float32(127.5), np.float32)
+    else:
+        scale = np.where(largest == 0, np.float32(1), largest / np.float32(127)).astype(np.float32)
+    lowest = -128 if strategy == "tensor" else -127
+    code = np.clip(np.rint(weight / scale[:, None]), lowest, 127).astype(np.int8)
+    return code * scale[:, None], scale
+
+
+def quantize_folder(
+    folder: Path, *, strategy: str = "channel", static: bool = True, embeddings: bool = True, seed: int = 0
+) -> Quantization:
+    """Put the weights of a folder on the grid, in place, with random scales of activations; returns what it wrote."""
+    tensors = load_file(folder / "model.safetensors")
+    random = np.random.default_rng(seed)
+    scales, inputs, zeros, drawn = {}, {}, {}, {}
+    for original in sorted(tensors):
+        name, kind = canonical_name(original), kind_of(canonical_name(original), tensors[original].ndim)
+        if kind == "plain" or (kind == "embedding" and not embeddings):
+            continue
+        tensors[original], scales[name] = fake_quantized(tensors[original], strategy if kind == "linear" else "channel")
+        if kind == "linear" and static:
+            shared = re.sub(r"self\.(query|key|value)|[qkv]_lin", "qkv", name)  # they read the same input
+            drawn.setdefault(shared, (float(np.float32(random.uniform(0.02, 0.04))), int(random.integers(90, 160))))
+            inputs[name], zeros[name] = drawn[shared]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    found = Quantization(
+        weights=QuantizationArgs(strategy, True),
+        input_activations=STATIC if static else DYNAMIC,
+        embeddings=QuantizationArgs("channel", True) if embeddings else None,
+        weight_scale=scales,
+        input_scale=inputs,
+        input_zero_point=zeros,
+        pattern_hash=pattern.inspect(folder)["pattern_hash"],
+    )
+    quantization.write(folder, found)
+    return found
