@@ -67,7 +67,7 @@ class Codes(torch.autograd.Function):
         first, last = -zero_point, 255 - zero_point
         codes = torch.empty(x.shape, dtype=dtype, device=x.device)
         for rows in _chunks(x):
-            part = x[rows].float().div_(_of_rows(scale, rows)).round_()
+            part = (x[rows].float() / _of_rows(scale, rows)).round_()  # never in place: .float() may be x itself
             codes[rows] = torch.clamp(part, _of_rows(first, rows), _of_rows(last, rows), out=part)
         if ctx.needs_input_grad[0]:
             flat, below, above = (value.reshape(-1) for value in (scale, first, last))
