@@ -22,7 +22,7 @@ from pruneofa.train.masks import magnitude_mask, prunable
 from pruneofa.train.objective import TransferObjective
 from pruneofa.train.quantize import FakeQuantizer
 
-LIMIT, SPARSITY, ROWS, LENGTH = 1.35, 0.9, 32, 128
+LIMIT, SPARSITY, ROWS = 1.35, 0.9, 32
 KINDS = ("transfer", "static", "frozen", "dynamic", "tensor")
 SETTINGS: dict[str, dict] = {
     "static": {},
@@ -35,7 +35,7 @@ SETTINGS: dict[str, dict] = {
 class Step:
     """One student with its teacher, optimizer and lock; quantized or not."""
 
-    def __init__(self, kind: str, precision: str, shape: dict[str, int]) -> None:
+    def __init__(self, kind: str, precision: str, shape: dict[str, int], length: int) -> None:
         torch.manual_seed(0)
         config = BertConfig(**shape, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
         student, teacher = BertForSequenceClassification(config).train(), BertForSequenceClassification(config)
@@ -54,7 +54,7 @@ class Step:
         self.lock = PatternLock.capture(student)
         self.quantizer = FakeQuantizer(student, **SETTINGS[kind]) if kind in SETTINGS else None
         self.optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5)
-        self.batch = {"input_ids": torch.randint(5, 30000, (ROWS, LENGTH))}
+        self.batch = {"input_ids": torch.randint(5, 30000, (ROWS, length))}
         self.batch["attention_mask"] = torch.ones_like(self.batch["input_ids"])
         self.steps = 0
 
@@ -78,15 +78,15 @@ def check(precision: str) -> None:
     """Quantized and ordinary steps start from nearly the same loss, and neither revives a weight."""
     small = {"hidden_size": 48, "num_hidden_layers": 2, "intermediate_size": 96, "num_attention_heads": 12}
     for kind in KINDS:
-        step = Step(kind, precision, small)
+        step = Step(kind, precision, small, 16)
         for _ in range(3):
             step()
         step.lock.verify()
 
 
-def measure(precision: str, turns: int, kinds: list[str]) -> dict:
+def measure(precision: str, turns: int, kinds: list[str], length: int) -> dict:
     """Median seconds of each kind of step, and the median ratio of neighbours in time."""
-    steps = {kind: Step(kind, precision, MINILM) for kind in kinds}
+    steps = {kind: Step(kind, precision, MINILM, length) for kind in kinds}
     for step in steps.values():
         step(), step()  # warm up, and create the optimizer's state
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
@@ -108,6 +108,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=9, help="timed steps of each kind")
     parser.add_argument("--precision", choices=["bf16", "fp32"], action="append", help="default: both")
     parser.add_argument("--kind", choices=KINDS[1:], action="append", help="default: all")
+    parser.add_argument("--length", type=int, default=128, help="tokens of each of the 32 rows")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -117,7 +118,9 @@ def main() -> None:
     over = []
     for precision in args.precision or ["bf16", "fp32"]:
         check(precision)
-        record[precision] = result = measure(precision, args.turns, ["transfer", *(args.kind or KINDS[1:])])
+        record[precision] = result = measure(
+            precision, args.turns, ["transfer", *(args.kind or KINDS[1:])], args.length
+        )
         print(f"{precision}: a step of transfer takes {result['median_seconds']['transfer']:.3f} s")
         for kind, ratio in result["ratios"].items():
             print(f"  {kind:8} {ratio:.3f} times that (limit {LIMIT})")
