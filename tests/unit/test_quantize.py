@@ -298,6 +298,17 @@ def test_without_ranges_nothing_is_computed(model):
         quantizer.fold()
 
 
+def test_a_folder_that_only_claims_to_be_on_the_grid_is_refused(model):
+    quantizer = FakeQuantizer(model)
+    quantizer.calibrate([batch(model)])
+    folded = quantizer.fold()
+    quantizer.release()
+    with torch.no_grad():
+        model.bert.encoder.layer[0].output.dense.weight[0, 0] += 1e-4
+    with pytest.raises(InputError, match=rf"{OUTPUT}\.weight claims to be on the int8 grid but is not: 1 of"):
+        FakeQuantizer.of(model, folded)
+
+
 def test_names_copies_and_files_are_as_without_it(model, tmp_path):
     expected = logits(model, batch(model))
     quantizer = FakeQuantizer(model)

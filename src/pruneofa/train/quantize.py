@@ -19,6 +19,7 @@ from pruneofa import pattern
 from pruneofa.errors import InputError
 from pruneofa.pattern import base_name, is_encoder_weight
 from pruneofa.quantization import Quantization, QuantizationArgs
+from pruneofa.quantization import codes as check_codes
 from pruneofa.train.fake_quant import Codes, CodesLinear, Rows, exact, input_scale, weight_codes, weight_scale
 from pruneofa.train.masks import prunable
 
@@ -74,13 +75,19 @@ class FakeQuantizer:
 
     @classmethod
     def of(cls, model: nn.Module, quantization: Quantization) -> "FakeQuantizer":
-        """Attach to a model whose weights are on the grid of `quantization`, as in the folder they were read from."""
+        """Attach to a model whose weights are on the grid of `quantization`, as in the folder they were read from.
+
+        Raises InputError naming a weight that is not.
+        """
         self = cls(
             model,
             weights="tensor" if quantization.weights.strategy == "tensor" else "channel",
             activations="dynamic" if quantization.input_activations.dynamic else "static",
             embeddings=quantization.embeddings is not None,
         )
+        for name, module in (self.linears | self.tables).items():
+            lowest = quantization.lowest if name in self.linears else -127
+            check_codes(name, module.weight.detach().cpu().numpy(), quantization.weight_scale[name], lowest)
         self._settle(quantization)
         return self
 
