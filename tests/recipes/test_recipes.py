@@ -76,7 +76,18 @@ def test_the_published_numbers(name: str) -> None:
     assert set(loaded.tasks) == ({"squad"} if name == "bert-base-80" else {"sst2", "mnli", "qnli", "qqp", "squad"})
     for task, spec in loaded.tasks.items():
         defaults = recipe.Task().resolved(task)
-        for key in ("epochs", "lr", "batch", "max_length", "stride", "hard", "kd", "temperature", "qat_epochs", "qat_lr"):
+        for key in (
+            "epochs",
+            "lr",
+            "batch",
+            "max_length",
+            "stride",
+            "hard",
+            "kd",
+            "temperature",
+            "qat_epochs",
+            "qat_lr",
+        ):
             assert getattr(spec.resolved(task), key) == getattr(defaults, key), (task, key)
 
 

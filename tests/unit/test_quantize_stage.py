@@ -1,5 +1,6 @@
 """The stages ptq and quantize of a run, and the same alone."""
 
+import itertools
 import json
 import shutil
 
@@ -99,7 +100,7 @@ def test_the_folder_is_ordinary_on_the_grid_and_keeps_the_pattern(done, variant)
     made = folder / SEED / variant
     found = pattern.verify(str(folder / "sparse"), str(made))
     assert found["ok"] and not found["negative_zeros"]
-    model, info = AutoModelForSequenceClassification.from_pretrained(made, output_loading_info=True)
+    _, info = AutoModelForSequenceClassification.from_pretrained(made, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     scales = quantization.read(made)
     for name, weight in pattern.read_weights(made, lambda name, _: name in scales.weight_scale):
@@ -210,7 +211,7 @@ def test_observers_freeze_at_their_share_of_the_steps(done, tmp_path, monkeypatc
         work=tmp_path,
         emit=lambda event: None,
     )
-    moved = [not all(torch.equal(a[name], b[name]) for name in a) for a, b in zip(seen, seen[1:], strict=False)]
+    moved = [not all(torch.equal(a[name], b[name]) for name in a) for a, b in itertools.pairwise(seen)]
     assert moved == [True] * 8 + [False] * 9
 
 
@@ -280,4 +281,6 @@ def test_the_sparse_model_of_a_run_is_found_and_of_other_folders_is_not(done, tm
     assert pipeline.sparse_of_run(folder / SEED / "transfer") == str(folder.resolve() / "sparse")
     shutil.copytree(folder / SEED / "transfer", tmp_path / "copy")
     assert pipeline.sparse_of_run(tmp_path / "copy") is None
-    assert pipeline.sparse_of_run(folder / "data" / "model") is None
+    assert pipeline.sparse_of_run(folder / SEED / "teacher") is None
+    assert pipeline.sparse_of_run(folder / "sparse") is None
+    assert pipeline.sparse_of_run(folder.parent / "data" / "model") is None

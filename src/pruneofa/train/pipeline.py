@@ -418,12 +418,15 @@ def quantize(
 
 
 def sparse_of_run(model: Path) -> str | None:
-    """The sparse model that a run made this task model from; None for a model from elsewhere."""
+    """The sparse model that a run made this task model from; None for a dense one, or a model from elsewhere."""
     folder = model.resolve()
     root = folder.parents[3] if len(folder.parents) > 3 else folder
-    if not (folder / "stage.json").exists() or not (root / "recipe.yaml").exists() or folder.parents[2].name != "tasks":
+    if not (folder / "stage.json").exists() or not (root / "recipe.yaml").exists():
         return None
-    if folder.name == "control":
+    place, _, variant = read_json(folder / "stage.json")["stage"].rpartition("/")
+    if not place.startswith("tasks/") or variant not in ("transfer", "control"):
+        return None
+    if variant == "control":
         return str(root / "control")
     recipe = load([root / "recipe.yaml"])
     return None if recipe.prune and not (root / "sparse").exists() else sparse_folder(recipe, root)
