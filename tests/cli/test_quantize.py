@@ -84,20 +84,10 @@ def test_wrong_tasks_and_folders_are_refused(root, command, call, tmp_path):
     line = last(call(*command[:3], "--task", "squad", "--data", root / "task.csv", "--ptq"))
     assert "tasks.squad" in line or "question" in line
     (tmp_path / "others.csv").write_text("sentence,verdict\n" + "the king,meh\nthe queen,great\n" * 20)
-    line = last(
-        call(
-            *command[:3],
-            "--data",
-            tmp_path / "others.csv",
-            "--validation",
-            tmp_path / "others.csv",
-            *TEXT,
-            *FAST,
-            "--ptq",
-        )
-    )
+    others = ["--data", tmp_path / "others.csv", "--validation", tmp_path / "others.csv"]
+    line = last(call(*command[:3], *others, *TEXT, *FAST, "--ptq"))
     assert "the model's labels are bad, good, the task's great, meh" in line
-    line = last(call(*command[:3], "--data", root / "task.csv", "--text", "review", "--label", "verdict", "--ptq"))
+    line = last(call(*command[:3], "--data", root / "task.csv", "--text", "review", "--label", "verdict", *FAST))
     assert "'review'" in line
     line = last(call(*command[:2], tmp_path / "out", *command[3:], "--ptq", "--observer", "median"))
     assert "observer is 'median': input should be 'minmax' or 'percentile'" in line
