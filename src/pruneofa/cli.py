@@ -173,7 +173,7 @@ def _prune(verb: argparse.ArgumentParser) -> None:
     add_training(verb)
 
     def call(options: argparse.Namespace) -> int:
-        from pruneofa.train import pipeline
+        from pruneofa.train import alone
 
         values: dict[str, Any] = {"name": options.out.name, "model": options.model, "seed": options.seed}
         values |= {"precision": options.precision, "data_root": options.data_root}
@@ -181,7 +181,7 @@ def _prune(verb: argparse.ArgumentParser) -> None:
             values[name] = read_fields(options, model, f"{name}.")
         if options.no_teacher:
             values["teacher"] = None
-        metrics = pipeline.prune(recipe.validate(recipe.Recipe, values), options.out, redo=options.redo)
+        metrics = alone.prune(recipe.validate(recipe.Recipe, values), options.out, redo=options.redo)
         _print({"out": str(options.out), **metrics}, options.json)
         return 0
 
@@ -204,7 +204,7 @@ def _transfer(verb: argparse.ArgumentParser) -> None:
     add_training(verb)
 
     def call(options: argparse.Namespace) -> int:
-        from pruneofa.train import pipeline
+        from pruneofa.train import alone
 
         name, spec = read_task(options)
         _say_pattern(options.sparse)
@@ -213,7 +213,7 @@ def _transfer(verb: argparse.ArgumentParser) -> None:
             spec = spec.model_copy(update={"hard": 1.0, "kd": 0.0, "hidden": 0.0})
         training = {"seed": options.seed, "precision": options.precision}
         root, redo = options.data_root, options.redo
-        metrics = pipeline.transfer(options.sparse, options.out, name, spec, data_root=root, redo=redo, **training)
+        metrics = alone.transfer(options.sparse, options.out, name, spec, data_root=root, redo=redo, **training)
         _print({"out": str(options.out), **metrics}, options.json)
         return 0
 
@@ -246,7 +246,7 @@ def _quantize(verb: argparse.ArgumentParser) -> None:
     add_training(verb)
 
     def call(options: argparse.Namespace) -> int:
-        from pruneofa.train import pipeline
+        from pruneofa.train import alone
 
         name, spec = read_task(options)
         values = read_fields(options, recipe.Quantize, "") | {"ptq": options.ptq}
@@ -257,7 +257,7 @@ def _quantize(verb: argparse.ArgumentParser) -> None:
             spec = spec.model_copy(update={"hard": 1.0, "kd": 0.0, "hidden": 0.0})
         training = {"seed": options.seed, "precision": options.precision}
         root, redo = options.data_root, options.redo
-        metrics = pipeline.quantize(
+        metrics = alone.quantize(
             options.folder, options.out, name, spec, settings, data_root=root, redo=redo, **training
         )
         _print({"out": str(options.out), **metrics}, options.json)

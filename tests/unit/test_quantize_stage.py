@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification
 from pruneofa import pattern, quantization, recipe
 from pruneofa.errors import CheckFailed, InputError
 from pruneofa.files import read_json
-from pruneofa.train import pipeline, stages
+from pruneofa.train import alone, pipeline, stages
 from pruneofa.train.estimate import estimate
 from pruneofa.train.evaluate import evaluate
 from pruneofa.train.tasks import load_task
@@ -138,7 +138,7 @@ def test_a_pattern_broken_by_hand_stops_the_next_stage_with_layer_and_count(done
     data = write_task(copy.parent / "t.csv")
     spec = recipe.Task(data=str(data), text="sentence", label="verdict", max_length=32, kd=0, hard=1).resolved("mine")
     with pytest.raises(CheckFailed, match=f"{KEY}: 3 revived"):
-        pipeline.quantize(str(file.parent), copy.parent / "out", "mine", spec, recipe.Quantize(), **ALONE)
+        alone.quantize(str(file.parent), copy.parent / "out", "mine", spec, recipe.Quantize(), **ALONE)
     assert sorted(path.name for path in copy.parent.iterdir()) == ["run", "t.csv"]
 
 
@@ -269,7 +269,7 @@ def test_quantizing_twice_is_refused(done, tmp_path):
     settings, folder, *_ = done
     spec = settings.tasks["mine"].model_copy(update={"hard": 1.0, "kd": 0.0}).resolved("mine")
     with pytest.raises(InputError, match=r"quantized already \(quantization\.json is in it\), and quantizing twice"):
-        pipeline.quantize(
+        alone.quantize(
             str(folder / SEED / "ptq"), tmp_path / "out", "mine", spec, recipe.Quantize(),
             **ALONE | {"data_root": settings.data_root},
         )  # fmt: skip
@@ -278,9 +278,9 @@ def test_quantizing_twice_is_refused(done, tmp_path):
 
 def test_the_sparse_model_of_a_run_is_found_and_of_other_folders_is_not(done, tmp_path):
     _, folder, *_ = done
-    assert pipeline.sparse_of_run(folder / SEED / "transfer") == str(folder.resolve() / "sparse")
+    assert alone.sparse_of_run(folder / SEED / "transfer") == str(folder.resolve() / "sparse")
     shutil.copytree(folder / SEED / "transfer", tmp_path / "copy")
-    assert pipeline.sparse_of_run(tmp_path / "copy") is None
-    assert pipeline.sparse_of_run(folder / SEED / "teacher") is None
-    assert pipeline.sparse_of_run(folder / "sparse") is None
-    assert pipeline.sparse_of_run(folder.parent / "data" / "model") is None
+    assert alone.sparse_of_run(tmp_path / "copy") is None
+    assert alone.sparse_of_run(folder / SEED / "teacher") is None
+    assert alone.sparse_of_run(folder / "sparse") is None
+    assert alone.sparse_of_run(folder.parent / "data" / "model") is None
