@@ -28,7 +28,8 @@ def by_tensor(weight):
 
 def of_inputs(x, scale, zero_point):
     """Codes less the zero point of a static range, in NumPy and float32."""
-    codes = np.clip(np.rint(x / np.float32(scale)) + np.float32(zero_point), 0, 255)
+    with np.errstate(over="ignore"):
+        codes = np.clip(np.rint(x / np.float32(scale)) + np.float32(zero_point), 0, 255)
     return codes - np.float32(zero_point)
 
 
