@@ -175,7 +175,7 @@ def _prune(verb: argparse.ArgumentParser) -> None:
     add_training(verb)
 
     def call(options: argparse.Namespace) -> int:
-        from pruneofa.train import pipeline
+        from pruneofa.train import alone
 
         values: dict[str, Any] = {"name": options.out.name, "model": options.model, "seed": options.seed}
         values |= {"precision": options.precision, "data_root": options.data_root}
@@ -183,7 +183,7 @@ def _prune(verb: argparse.ArgumentParser) -> None:
             values[name] = read_fields(options, model, f"{name}.")
         if options.no_teacher:
             values["teacher"] = None
-        metrics = pipeline.prune(recipe.validate(recipe.Recipe, values), options.out, redo=options.redo)
+        metrics = alone.prune(recipe.validate(recipe.Recipe, values), options.out, redo=options.redo)
         _print({"out": str(options.out), **metrics}, options.json)
         return 0
 
@@ -206,7 +206,7 @@ def _transfer(verb: argparse.ArgumentParser) -> None:
     add_training(verb)
 
     def call(options: argparse.Namespace) -> int:
-        from pruneofa.train import pipeline
+        from pruneofa.train import alone
 
         name, spec = read_task(options)
         _say_pattern(options.sparse)
@@ -215,7 +215,53 @@ def _transfer(verb: argparse.ArgumentParser) -> None:
             spec = spec.model_copy(update={"hard": 1.0, "kd": 0.0, "hidden": 0.0})
         training = {"seed": options.seed, "precision": options.precision}
         root, redo = options.data_root, options.redo
-        metrics = pipeline.transfer(options.sparse, options.out, name, spec, data_root=root, redo=redo, **training)
+        metrics = alone.transfer(options.sparse, options.out, name, spec, data_root=root, redo=redo, **training)
+        _print({"out": str(options.out), **metrics}, options.json)
+        return 0
+
+    verb.set_defaults(call=call)
+
+
+def _quantize(verb: argparse.ArgumentParser) -> None:
+    """Make an int8 model of a task model: train through int8 arithmetic, its zeros locked; or round it as it is.
+
+    OUT is an ordinary Hugging Face folder whose weights are on the int8 grid, with its scales in quantization.json
+    and quantization.safetensors beside them; `pruneofa pack OUT PACKED` stores and the engine computes just that.
+    """
+    from pruneofa import recipe
+
+    verb.usage = (
+        "pruneofa quantize FOLDER OUT (--task T | --data FILE --text A [B] --label L) [--teacher DIR | --ptq] [options]"
+    )
+    verb.epilog = (
+        "example: pruneofa quantize runs/minilm-90/tasks/sst2/seed-0/transfer out --task sst2 --data sst2 "
+        "--teacher runs/minilm-90/tasks/sst2/seed-0/teacher"
+    )
+    verb.add_argument("folder", help="folder or hub id of a task model; its zeros are kept")
+    verb.add_argument("out", type=Path, help="folder of the int8 model")
+    verb.add_argument("--task", metavar="T", help="sst2, mnli, qnli, qqp or squad; or a name for your own --data")
+    ptq = "post-training quantization: no training, ranges from --calibration examples; seconds, but less accurate"
+    verb.add_argument("--ptq", action="store_true", help=ptq)
+    add_fields(verb, recipe.Quantize, "", without=("ptq",), title="int8")
+    # They set how a run trains the models that this verb is given.
+    add_fields(verb, recipe.Task, "", without=("dense_epochs", "dense_lr", "epochs", "lr"))
+    add_training(verb)
+
+    def call(options: argparse.Namespace) -> int:
+        from pruneofa.train import alone
+
+        name, spec = read_task(options)
+        values = read_fields(options, recipe.Quantize, "") | {"ptq": options.ptq}
+        settings = recipe.validate(recipe.Quantize, values)
+        _say_pattern(options.folder)
+        if spec.teacher is None and not options.ptq:
+            sys.stderr.write("no --teacher given: learning from the task's own labels alone\n")
+            spec = spec.model_copy(update={"hard": 1.0, "kd": 0.0, "hidden": 0.0})
+        training = {"seed": options.seed, "precision": options.precision}
+        root, redo = options.data_root, options.redo
+        metrics = alone.quantize(
+            options.folder, options.out, name, spec, settings, data_root=root, redo=redo, **training
+        )
         _print({"out": str(options.out), **metrics}, options.json)
         return 0
 
@@ -380,6 +426,7 @@ VERBS: list[tuple[str, str, Callable[[argparse.ArgumentParser], None]]] = [
     ("demo", "the whole method in minutes, on text this machine has", _demo),
     ("prune", "teacher preparation and pruning alone", _prune),
     ("transfer", "fine-tune a sparse model on a task, pattern locked", _transfer),
+    ("quantize", "make an int8 model of a task model, zeros kept", _quantize),
     ("evaluate", "metrics of a task model, packed or not", _evaluate),
     ("inspect", "sparsity per layer, pattern hash, sizes", _inspect),
     ("verify", "prove that a derived model keeps the pattern", _verify),

@@ -17,9 +17,13 @@ def add_fields(
     *,
     only: Sequence[str] = (),
     without: Sequence[str] = (),
+    title: str = "task",
 ) -> None:
-    """Add an option per field of `model`, --PREFIXNAME; `only` those fields, or all `without` those."""
-    group = verb.add_argument_group(prefix.rstrip(".") or "task")
+    """Add an option per field of `model`, --PREFIXNAME; `only` those fields, or all `without` those.
+
+    The group is called like the prefix, or `title` without one.
+    """
+    group = verb.add_argument_group(prefix.rstrip(".") or title)
     for name, field in model.model_fields.items():
         if (only and name not in only) or name in without:
             continue

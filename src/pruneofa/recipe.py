@@ -190,6 +190,9 @@ class Task(Section):
     )
     dense_epochs: Positive | None = Field(None, description="epochs of that fine-tuning (default: epochs)")
     dense_lr: Rate | None = Field(None, description="its learning rate (default: lr)")
+    qat_epochs: Positive | None = Field(None, description="epochs of quantization-aware training (default: 3, SQuAD 2)")
+    qat_lr: Rate | None = Field(None, description="its peak learning rate (default: 1e-5)")
+    qat_rows: Positive | None = Field(None, description="rows of each of its epochs, drawn at random (default: all)")
     train_rows: Positive | None = Field(None, description="use only the first rows, for trials")
     validation_rows: Positive | None = Field(None, description="evaluate on the first rows only, for trials")
     skip_bad_answers: bool = Field(False, description="drop SQuAD answers whose offsets do not match")
@@ -201,17 +204,41 @@ class Task(Section):
         return self
 
     def resolved(self, name: str) -> "Task":
-        """Fill the defaults of method.md A6: GLUE 9 epochs, 1e-4, 32 x 128; SQuAD 8, 1.5e-4, 12 x 384/128."""
+        """Fill the defaults of method.md A6: GLUE 9 epochs, 1e-4, 32 x 128; SQuAD 8, 1.5e-4, 12 x 384/128.
+
+        Quantization-aware training: 3 epochs, SQuAD 2, 1e-5.
+        """
         squad = name == "squad"
         defaults = (
-            {"epochs": 8, "lr": 1.5e-4, "batch": 12, "max_length": 384, "stride": 128}
+            {"epochs": 8, "lr": 1.5e-4, "batch": 12, "max_length": 384, "stride": 128, "qat_epochs": 2}
             if squad
-            else {"epochs": 9, "lr": 1e-4, "batch": 32, "max_length": 128}
+            else {"epochs": 9, "lr": 1e-4, "batch": 32, "max_length": 128, "qat_epochs": 3}
         )
         task = self.model_copy(update={k: v for k, v in defaults.items() if getattr(self, k) is None})
         return task.model_copy(
-            update={"dense_epochs": task.dense_epochs or task.epochs, "dense_lr": task.dense_lr or task.lr}
+            update={
+                "dense_epochs": task.dense_epochs or task.epochs,
+                "dense_lr": task.dense_lr or task.lr,
+                "qat_lr": task.qat_lr or 1e-5,
+            }
         )
+
+
+class Quantize(Section):
+    """int8 for the task models: quantization-aware training, and post-training quantization to compare with."""
+
+    weights: Literal["channel", "tensor"] = Field("channel", description="a scale per output row, or per weight")
+    activations: Literal["static", "dynamic"] = Field("static", description="scales learned once, or per token")
+    embeddings: bool = Field(True, description="int8 embedding tables too, a scale per row")
+    freeze: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.8, description="share of the steps after which static scales stay as they are; 1: never"
+    )
+    ptq: bool = Field(True, description="also quantize without training, to see what training buys")
+    calibration: Positive = Field(256, description="training examples that post-training static scales come from")
+    observer: Literal["minmax", "percentile"] = Field("minmax", description="how they come from them")
+    percentile: Annotated[float, Field(gt=50, lt=100)] = Field(
+        99.99, description="of observer percentile: per cent of the numbers that lie below the range's end"
+    )
 
 
 class Control(Section):
@@ -246,7 +273,7 @@ class Recipe(Section):
     prune: Prune | None = None
     distill: Distill = Distill()
     tasks: dict[str, Task] = {}
-    quantize: None = Field(None, description="reserved: quantization is not built yet")
+    quantize: Quantize | None = Field(None, description="null: the task models stay float32")
     seeds: Annotated[list[Seed], Field(min_length=1)] = [0, 1]
     seed: Seed = Field(0, description="seed of teacher preparation and pruning")
     control: Control | bool = False
@@ -369,7 +396,7 @@ def _explain(model: type[BaseModel], location: list[str], problem: Any) -> str:
 def _known_keys(model: type[BaseModel], location: list[str]) -> list[str]:
     sections: dict[str, type[Section]] = {
         "corpus": Corpus, "teacher": Teacher, "prune": Prune, "distill": Distill, "tasks": Task, "control": Control,
-        "card": Card,
+        "card": Card, "quantize": Quantize,
     }  # fmt: skip
     owner: type[BaseModel] = sections.get(location[0], model) if location else model
     return list(owner.model_fields)

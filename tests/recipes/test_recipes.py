@@ -72,11 +72,23 @@ def test_the_published_numbers(name: str) -> None:
     assert (corpus.source, corpus.config) == ("wikimedia/wikipedia", "20231101.en")
     assert (corpus.max_length, corpus.nsp) == (512, not name.startswith("distilbert"))
     assert loaded.seeds == [0, 1]
+    assert loaded.quantize == recipe.Quantize(weights="tensor", activations="static", embeddings=False, freeze=1)
     assert set(loaded.tasks) == ({"squad"} if name == "bert-base-80" else {"sst2", "mnli", "qnli", "qqp", "squad"})
     for task, spec in loaded.tasks.items():
         defaults = recipe.Task().resolved(task)
-        for key in ("epochs", "lr", "batch", "max_length", "stride", "hard", "kd", "temperature"):
-            assert getattr(spec, key) == getattr(defaults, key), (task, key)
+        for key in (
+            "epochs",
+            "lr",
+            "batch",
+            "max_length",
+            "stride",
+            "hard",
+            "kd",
+            "temperature",
+            "qat_epochs",
+            "qat_lr",
+        ):
+            assert getattr(spec.resolved(task), key) == getattr(defaults, key), (task, key)
 
 
 def test_the_demo_prunes_for_a_thousand_steps() -> None:
@@ -141,7 +153,8 @@ def _overrides(file: Path, root: Path) -> list[str]:
     _write_tasks(root)
     settings = [f"model={root / 'model'}", f"data_root={root}", "seeds=[0]", "precision=fp32", *FEW_STEPS]
     for task in recipe.load([file]).tasks:
-        short = {"data": task, "epochs": 1, "dense_epochs": 1, "batch": 8, "max_length": 32, "train_rows": 16}
+        short = {"data": task, "epochs": 1, "dense_epochs": 1, "batch": 8, "max_length": 32, "train_rows": 16,
+                 "qat_epochs": 1}  # fmt: skip
         settings += [f"tasks.{task}.{key}={value}" for key, value in short.items()]
     return [*settings, "tasks.squad.stride=8", "tasks.squad.max_length=48"]
 
@@ -164,8 +177,9 @@ def _check(file: Path, run: Path) -> None:
                 kept = (weight != 0).reshape(weight.shape[0] // 4, 4, weight.shape[1])
                 assert (kept.all(1) | ~kept.any(1)).all(), layer
     for task, metrics in results["tasks"].items():
-        assert pattern.verify(run / "sparse", run / "tasks" / task / "seed-0" / "transfer")["ok"]
-        assert all({"dense", "transfer"} <= set(variants) for variants in metrics.values())
+        for variant in ("transfer", "ptq", "quantize"):
+            assert pattern.verify(run / "sparse", run / "tasks" / task / "seed-0" / variant)["ok"]
+        assert all({"dense", "transfer", "ptq", "quantize"} <= set(variants) for variants in metrics.values())
     assert (run / "table.md").exists() and (run / "report.html").exists() and (run / "sparse" / "README.md").exists()
 
 

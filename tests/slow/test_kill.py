@@ -21,6 +21,8 @@ SETTINGS = [
     f"prune={{steps: {PRUNE_STEPS}, batch: 8, lr: 1e-3, end: 30, stop: 48, interval: 3, save_steps: 7}}",
     f"tasks.mine.epochs={TRANSFER_EPOCHS}",
     "tasks.mine.dense_epochs=2",
+    "tasks.mine.qat_epochs=15",
+    "quantize={}",
 ]
 
 
@@ -73,25 +75,26 @@ def weights(out: Path) -> dict[str, bytes]:
     return {str(path.parent.relative_to(out)): path.read_bytes() for path in out.rglob("model.safetensors")}
 
 
-TRANSFER = "tasks/mine/seed-0/transfer"
+TRANSFER, QUANTIZE = "tasks/mine/seed-0/transfer", "tasks/mine/seed-0/quantize"
+STAGES = {"prune": "prune", "mine/seed-0/transfer": TRANSFER, "mine/seed-0/quantize": QUANTIZE}
 
 
-@pytest.mark.parametrize("steps", [(16, 25), (45, 60)], ids=["while pruning", "near the end"])
-def test_killed_twice_it_ends_with_the_same_bits(file, straight, tmp_path, steps):
+@pytest.mark.parametrize("steps", [(16, 25, 20), (45, 60, 80)], ids=["while pruning", "near the end"])
+def test_killed_in_every_stage_it_ends_with_the_same_bits(file, straight, tmp_path, steps):
     out = tmp_path / "run"
-    for stage, folder, step in (("prune", "prune", steps[0]), ("mine/seed-0/transfer", TRANSFER, steps[1])):
+    for (stage, folder), step in zip(STAGES.items(), steps, strict=True):
         process = start(file, out)
         wait_for(process, out / ".work" / folder, out, stage, step)
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL
-        assert not (out / ("sparse" if stage == "prune" else TRANSFER)).exists()
+        assert not (out / ("sparse" if stage == "prune" else folder)).exists()
         assert last_checkpoint(out / ".work" / folder) is not None
     finish(start(file, out))
     ended = weights(out)
-    assert set(ended) == {"teacher", "sparse", "tasks/mine/seed-0/teacher", TRANSFER}
+    assert set(ended) == {"teacher", "sparse", "tasks/mine/seed-0/teacher", TRANSFER, "tasks/mine/seed-0/ptq", QUANTIZE}
     assert [folder for folder in ended if ended[folder] != straight[folder]] == []
-    for stage in ("prune", "mine/seed-0/transfer"):
+    for stage in STAGES:
         assert [event["step"] > 0 for event in events(out, "start", stage)] == [False, True]
     assert not (out / ".work").exists()
 

@@ -8,7 +8,7 @@ from transformers import AutoModelForPreTraining, AutoModelForSequenceClassifica
 from pruneofa import pattern, recipe
 from pruneofa.errors import InputError
 from pruneofa.files import read_json
-from pruneofa.train import pipeline
+from pruneofa.train import alone, pipeline
 from pruneofa.train.estimate import estimate
 from pruneofa.train.results import verify_run
 from tests.small import small_recipe, write_model, write_task
@@ -208,19 +208,19 @@ def test_a_sparse_model_is_a_start(done, tmp_path):
     spec = recipe.Task(data=str(data), text="sentence", label="verdict", epochs=1, max_length=32, kd=0, hard=1)
     options = {"data_root": None, "seed": 0, "precision": "fp32"}
     out = tmp_path / "out"
-    metrics = pipeline.transfer(str(folder / "sparse"), out, "mine", spec.resolved("mine"), **options)
+    metrics = alone.transfer(str(folder / "sparse"), out, "mine", spec.resolved("mine"), **options)
     assert set(metrics) == {"accuracy", "f1"}
     assert pattern.verify(str(folder / "sparse"), str(out))["ok"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "t.csv"]
     assert "transfer" in (out / "log.jsonl").read_text()
     (tmp_path / "mine").mkdir()
     with pytest.raises(InputError, match="was not made by this command"):
-        pipeline.transfer(str(folder / "sparse"), tmp_path / "mine", "mine", spec.resolved("mine"), **options)
+        alone.transfer(str(folder / "sparse"), tmp_path / "mine", "mine", spec.resolved("mine"), **options)
 
 
 def test_prune_alone(tmp_path):
     settings = small_recipe(tmp_path / "data", "prune.pattern=4x1", "prune.final=0.75")
-    metrics = pipeline.prune(settings.model_copy(update={"tasks": {}}), tmp_path / "out")
+    metrics = alone.prune(settings.model_copy(update={"tasks": {}}), tmp_path / "out")
     assert metrics["loss"] > 0
     assert pattern.inspect(str(tmp_path / "out"))["encoder"] == pytest.approx(0.75, abs=5e-3)
     assert json.loads((tmp_path / "out" / "stage.json").read_text())["settings"]["pattern"] == "4x1"

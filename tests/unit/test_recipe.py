@@ -69,6 +69,7 @@ def test_defaults_of_the_tasks_are_the_published_ones():
     assert (sst2.epochs, sst2.lr, sst2.batch, sst2.max_length, sst2.stride) == (9, 1e-4, 32, 128, None)
     assert (squad.epochs, squad.lr, squad.batch, squad.max_length, squad.stride) == (8, 1.5e-4, 12, 384, 128)
     assert (sst2.hard, sst2.kd, sst2.temperature) == (0, 1, 2)
+    assert (sst2.qat_epochs, sst2.qat_lr, squad.qat_epochs, squad.qat_lr) == (3, 1e-5, 2, 1e-5)
     assert (sst2.dense_epochs, sst2.dense_lr) == (9, 1e-4)
     assert make("tasks.sst2={dense_lr: 1e-5}").tasks["sst2"].resolved("sst2").dense_lr == 1e-5
 
@@ -137,7 +138,12 @@ def test_an_unknown_key_names_the_nearest(override, message):
         ("control={tasks: [qqp]}", "control.tasks names 'qqp', which is not in tasks"),
         ("name=a/b", "name is 'a/b'"),
         ("model=null", "model is None"),
-        ("quantize={bits: 8}", "quantize is {'bits': 8}"),
+        ("quantize={weight: tensor}", "unknown key 'quantize.weight'; did you mean 'weights'?"),
+        ("quantize={activations: statik}", "quantize.activations is 'statik': input should be 'static' or 'dynamic'"),
+        ("quantize={freeze: 0}", "quantize.freeze is 0"),
+        ("quantize={percentile: 50}", "quantize.percentile is 50"),
+        ("quantize=true", "quantize is True"),
+        ("tasks.sst2.qat_epochs=0", "tasks.sst2.qat_epochs is 0"),
         ("precision=fp16", "precision is 'fp16'"),
     ],
 )

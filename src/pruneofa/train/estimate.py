@@ -13,7 +13,15 @@ from pruneofa.recipe import Control, Corpus, Prune, Recipe, Task, Teacher
 from pruneofa.train import tasks as task_data
 from pruneofa.train.models import load_for_pretraining, load_for_task, load_tokenizer
 from pruneofa.train.pipeline import Run, Stage, check_folder
-from pruneofa.train.stages import Text, student_objective, teacher_objective, transfer_objective
+from pruneofa.train.quantize import FakeQuantizer
+from pruneofa.train.stages import (
+    Text,
+    numerics,
+    qat_dataset,
+    student_objective,
+    teacher_objective,
+    transfer_objective,
+)
 from pruneofa.train.trainer import last_checkpoint, split_batch
 
 PROBE_STEPS = 5
@@ -93,9 +101,13 @@ def _size(this: Run, stage: Stage) -> tuple[Any, int, int]:
         return kind, settings.steps * tries, settings.steps * tries * settings.batch * recipe.corpus.max_length
     _, name, seed, variant = stage.name.split("/")
     spec = recipe.tasks[name].resolved(name)
-    if variant == "teacher" and spec.teacher is not None:
+    if variant == "ptq" or (variant == "teacher" and spec.teacher is not None):
         return None, 0, 0
     data = this.task(name).train
+    if variant == "quantize":
+        _, steps = qat_dataset(spec, this.task(name), int(seed.removeprefix("seed-")))
+        assert data is not None and spec.batch is not None
+        return (name, variant), steps, int(sum(data.lengths) / len(data) * steps * spec.batch)
     epochs = spec.dense_epochs if variant == "teacher" else spec.epochs
     assert data is not None and epochs is not None and spec.batch is not None
     kind = (name, "dense" if variant == "teacher" else "transfer")
@@ -112,6 +124,9 @@ def _seconds_per_token(this: Run, stage: Stage, tokens_per_step: float) -> float
     else:
         _, name, _, variant = stage.name.split("/")
         objective, batch = _task_probe(this, name, tokens_per_step, dense=variant == "teacher")
+        if variant == "quantize":
+            assert recipe.quantize is not None
+            FakeQuantizer(objective.student, **numerics(recipe.quantize))
     return _time(objective, batch, recipe.precision) / int(batch["attention_mask"].sum())
 
 

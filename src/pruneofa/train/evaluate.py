@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pruneofa import __version__, recipe
+from pruneofa import __version__, quantization, recipe
 from pruneofa.architectures import Precision as EnginePrecision
 from pruneofa.engine import Engine
 from pruneofa.errors import InputError, first_line
@@ -23,6 +23,7 @@ from pruneofa.pattern import local_folder
 from pruneofa.progress import progress
 from pruneofa.train import squad
 from pruneofa.train.models import read_model
+from pruneofa.train.quantize import FakeQuantizer
 from pruneofa.train.tasks import Task, TaskData, load_task, longest_input
 
 TorchPrecision = Literal["fp32", "bf16"]
@@ -49,6 +50,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Metrics of the task model in the folder (or hub id) `path`; see `evaluate_model`.
 
+    A folder that `pruneofa quantize` made is computed in the engine's int8 arithmetic, by torch too.
     Labels are compared by name, the model's own names, so that another order of class ids does no harm.
     Of data without validation rows the tenth counts that training would hold out, so that the number compares
     with those of models trained on it; `whole` takes all rows. How many there were goes to stderr.
@@ -77,6 +79,9 @@ def evaluate(
         raise InputError(f"{path}: int8, --threads and --isa are the engine's, and this folder goes to torch; "
                          "add --engine, or leave them out")  # fmt: skip
     model = load_task_model(path, kind)
+    if scales := quantization.read(folder):
+        FakeQuantizer.of(model, scales)
+        sys.stderr.write(f"{path} is quantized: torch simulates the engine's int8\n")
     task = _read_task(path, name, spec, _class_names(model.config), longest_input(model.config), **data)
     return evaluate_model(model, task, batch_size=batch_size, precision=precision or "fp32")
 

@@ -1,4 +1,4 @@
-"""The whole method: teacher, prune, then for each task and seed dense, transfer and control, then results."""
+"""The whole method: teacher, prune, for each task and seed dense, transfer, int8 and control, then results."""
 
 import contextlib
 import fcntl
@@ -7,14 +7,14 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pruneofa import pattern
-from pruneofa.errors import InputError
+from pruneofa.errors import CheckFailed, InputError
 from pruneofa.files import fingerprint, new_folder, read_json, write_json, write_text
-from pruneofa.recipe import Control, Recipe, Task, dump, load
+from pruneofa.recipe import Control, Quantize, Recipe, Task, dump, load
 from pruneofa.train import corpus, tasks
 from pruneofa.train.models import load_config, load_tokenizer, model_fingerprint, with_safetensors
 from pruneofa.train.results import collect, environment, versions, write_reports
@@ -29,6 +29,8 @@ from pruneofa.train.stages import (
     prepare_teacher,
     prune_once,
     prune_student,
+    quantize_aware,
+    quantize_trained,
     read_text,
 )
 from pruneofa.train.trainer import processes
@@ -216,7 +218,56 @@ class Run:
             settings = _dense_settings(spec) | spec.model_dump(include=sparse_only, exclude_defaults=True) | common
             inputs = {"model": start_print, "teacher": teacher_print, "data": data}
             stages.append(Stage(f"tasks/{name}/seed-{seed}/{variant}", folder / variant, settings, inputs, build))
+            if variant == "transfer" and recipe.quantize:
+                made = (str(folder / variant), stages[-1].fingerprint)
+                stages += self.int8_stages(name, spec, recipe.quantize, seed, made, (teacher_of, teacher_print), start)
         return stages
+
+    def int8_stages(
+        self,
+        name: str,
+        spec: Task,
+        settings: Quantize,
+        seed: int,
+        start: tuple[str, str],
+        teacher: tuple[str | None, str],
+        sparse: str | None,
+    ) -> list[Stage]:
+        """Post-training quantization, if it is asked for, and quantization-aware training of one task model.
+
+        `start` and `teacher` are a model and its fingerprint; `sparse` is the model whose pattern `start` must have.
+        """
+        folder = self.folder / "tasks" / name / f"seed-{seed}"
+        common = {"seed": seed, "precision": self.recipe.precision}
+        data = self.task(name).fingerprint
+
+        def train(work: Path) -> Outcome:
+            check_pattern(sparse, start[0])
+            stage, task = f"{name}/seed-{seed}/quantize", self.task(name)
+            return quantize_aware(
+                start[0], teacher[0], spec, settings, task, stage=stage, work=work, emit=self.emit, **common
+            )
+
+        def calibrate(work: Path) -> Outcome:
+            check_pattern(sparse, start[0])
+            return quantize_trained(start[0], settings, self.task(name), seed=seed)
+
+        numerics = settings.model_dump(include={"weights", "activations", "embeddings"})
+        stages = []
+        if settings.ptq:
+            visible = numerics | {"seed": seed}
+            if settings.activations == "static":
+                names = {"calibration", "observer"} | ({"percentile"} if settings.observer == "percentile" else set())
+                visible |= settings.model_dump(include=names)
+            inputs = {"model": start[1], "data": data}
+            stages.append(Stage(f"tasks/{name}/seed-{seed}/ptq", folder / "ptq", visible, inputs, calibrate))
+        losses = {"hard", "kd", "hidden", "temperature", "dropout", "qat_rows"}
+        visible = _dense_settings(spec.model_copy(update={"epochs": spec.qat_epochs, "lr": spec.qat_lr}))
+        visible |= spec.model_dump(include=losses, exclude_defaults=True) | numerics | common
+        if settings.activations == "static":
+            visible["freeze"] = settings.freeze
+        inputs = {"model": start[1], "teacher": teacher[1], "data": data}
+        return [*stages, Stage(f"tasks/{name}/seed-{seed}/quantize", folder / "quantize", visible, inputs, train)]
 
     def _tune(
         self,
@@ -288,60 +339,19 @@ def run(recipe: Recipe, folder: Path, *, redo: bool = False) -> dict[str, Any]:
     return results
 
 
-def prune(recipe: Recipe, out: Path, *, redo: bool = False) -> dict[str, float]:
-    """Teacher preparation and pruning alone; `out` becomes the sparse model, `out`-teacher its teacher.
-
-    Returns the sparse model's validation losses. Raises as `run` does.
-    """
-    places = {"teacher": out.with_name(f"{out.name}-teacher"), "sparse": out}
-    this = Run(recipe, out.with_name(f".{out.name}.work"), places)
-    return _alone(this.stages(), this, redo)
-
-
-def transfer(
-    sparse: str,
-    out: Path,
-    name: str,
-    spec: Task,
-    *,
-    data_root: str | None,
-    seed: int,
-    precision: Literal["bf16", "fp32"],
-    redo: bool = False,
-) -> dict[str, float]:
-    """Fine-tune one sparse model on one task with its pattern locked; `out` becomes the task model.
-
-    Returns its metrics in percent. Raises as `run` does.
-    """
-    recipe = Recipe(
-        name="transfer",
-        model=sparse,
-        model_is_sparse=True,
-        data_root=data_root,
-        tasks={name: spec},
-        seeds=[seed],
-        precision=precision,
-    )
-    this = Run(recipe, out.with_name(f".{out.name}.work"))
-    stage = next(stage for stage in this.stages() if stage.name.endswith("/transfer"))
-    return _alone([replace(stage, folder=out)], this, redo)
-
-
-def _alone(stages: list[Stage], this: Run, redo: bool) -> dict[str, float]:
-    for stage in stages:
-        if stage.folder.exists() and not (stage.folder / "stage.json").exists():
-            raise InputError(f"{stage.folder}: exists and was not made by this command; choose another OUT")
-    this.check(stages, redo)
-    this.folder.mkdir(parents=True, exist_ok=True)
-    for stage in stages:
-        if stage.status != "done":
-            carry_out(stage, this.folder, this.emit)
-    if processes().is_main_process:
-        log = this.folder / "log.jsonl"
-        if log.exists():
-            shutil.move(log, stages[-1].folder / log.name)
-        shutil.rmtree(this.folder, ignore_errors=True)
-    return read_json(stages[-1].folder / "metrics.json")
+def check_pattern(sparse: str | None, model: str) -> None:
+    """Raises CheckFailed naming layer and count when zeros of `sparse`, if known, are not zero in `model`."""
+    if sparse is None:
+        return
+    found = pattern.verify(with_safetensors(sparse), model)
+    if not found["ok"]:
+        what = [f"{layer['layer']}: {layer['count']} revived" for layer in found["revived"]]
+        what += [f"{layer}: missing" for layer in found["missing"]]
+        raise CheckFailed(
+            f"{model}: lost the pattern of {sparse}: {what[0]}"
+            + (f" (and {len(what) - 1} more layers)" if len(what) > 1 else "")
+            + "; make it again with its pattern locked"
+        )
 
 
 def check_folder(recipe: Recipe, folder: Path) -> None:

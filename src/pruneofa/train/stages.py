@@ -1,29 +1,44 @@
 """The stages of the method, each a function to be read top to bottom: models in, trained model out."""
 
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
+from torch.utils.data import Subset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pruneofa import quantization as int8
 from pruneofa.errors import InputError
 from pruneofa.files import read_json, write_json
-from pruneofa.recipe import Control, Corpus, Distill, Prune, Task, Teacher
+from pruneofa.pattern import local_folder
+from pruneofa.recipe import Control, Corpus, Distill, Prune, Quantize, Task, Teacher
 from pruneofa.train import corpus as corpora
 from pruneofa.train import tasks as task_data
 from pruneofa.train.evaluate import evaluate_model, label_order, load_task_model
 from pruneofa.train.models import load_for_pretraining, load_for_task, load_tokenizer, reorder_classes, set_dropout
-from pruneofa.train.objective import PretrainingObjective, TransferObjective
+from pruneofa.train.objective import INPUTS, PretrainingObjective, TransferObjective
 from pruneofa.train.prune import GradualPruner
+from pruneofa.train.quantize import FakeQuantizer
 from pruneofa.train.schedule import cyclic_lr, linear_lr, rewound_lr
-from pruneofa.train.trainer import LockCallback, PruningCallback, batches, processes, split_batch, train
+from pruneofa.train.trainer import (
+    LockCallback,
+    PruningCallback,
+    QuantizeCallback,
+    batches,
+    processes,
+    split_batch,
+    train,
+)
 
 VALIDATION_EXAMPLES = 512
+CALIBRATION_BATCH = 32
 Emit = Callable[[dict[str, Any]], None]
 
 
@@ -36,12 +51,15 @@ class Outcome:
     metrics: dict[str, float]
     seconds: float = 0.0
     tokens: int = 0
+    quantization: int8.Quantization | None = None
 
     def save(self, folder: Path) -> None:
         """Write an ordinary Hugging Face folder."""
         if self.model is not None and self.tokenizer is not None:
             self.model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
+        if self.quantization is not None:
+            int8.write(folder, self.quantization)
 
 
 @dataclass(frozen=True)
@@ -221,6 +239,123 @@ def fine_tune(
     return Outcome(objective.student, tokenizer, metrics, **clock)
 
 
+def quantize_aware(
+    model: str,
+    teacher: str | None,
+    spec: Task,
+    settings: Quantize,
+    task: task_data.Task,
+    *,
+    stage: str,
+    seed: int,
+    precision: str,
+    work: Path,
+    emit: Emit,
+) -> Outcome:
+    """Quantization-aware training: fine-tune a task model through its int8 arithmetic, locked to its pattern.
+
+    The weights of the outcome are on the int8 grid, and its metrics are those of the int8 arithmetic.
+    """
+    transformers.set_seed(seed)
+    student = task_student(model, task)
+    objective = transfer_objective(student, teacher, spec, task)
+    if spec.dropout is not None:
+        set_dropout(student, spec.dropout)
+    quantizer = FakeQuantizer(student, **numerics(settings))
+    data, steps = qat_dataset(spec, task, seed)
+    clock = train(
+        objective,
+        stage=stage,
+        work=work,
+        dataset=data,
+        collate=task.collate,
+        steps=steps,
+        batch=spec.batch,
+        lr=spec.qat_lr,
+        rate=partial(linear_lr, total=steps, warmup=int(steps * spec.warmup)),
+        emit=emit,
+        weight_decay=spec.weight_decay,
+        max_grad_norm=spec.max_grad_norm,
+        precision=precision,
+        seed=seed,
+        callbacks=[LockCallback(), QuantizeCallback(quantizer, settings.freeze)],
+    )
+    return _quantized(student, quantizer, load_tokenizer(model), task, **clock)
+
+
+def quantize_trained(model: str, settings: Quantize, task: task_data.Task, *, seed: int) -> Outcome:
+    """Post-training quantization: a task model rounded as it is; static ranges from some of its training data.
+
+    The examples are drawn with `seed`. Outcome as of `quantize_aware`.
+    """
+    start = time.monotonic()
+    student = task_student(model, task)
+    quantizer = FakeQuantizer(student, **numerics(settings))
+    if settings.activations == "static":
+        assert task.train is not None
+        drawn = np.random.default_rng(seed).permutation(len(task.train))[: settings.calibration]
+        device = next(student.parameters()).device
+        chosen = Subset(task.train, sorted(map(int, drawn)))
+        inputs = (
+            {name: value.to(device) for name, value in batch.items() if name in INPUTS}
+            for batch in batches(chosen, task.collate, CALIBRATION_BATCH)
+        )
+        quantizer.calibrate(inputs, settings.percentile if settings.observer == "percentile" else None)
+    return _quantized(student, quantizer, load_tokenizer(model), task, seconds=time.monotonic() - start)
+
+
+def _quantized(
+    student: PreTrainedModel,
+    quantizer: FakeQuantizer,
+    tokenizer: PreTrainedTokenizerBase,
+    task: task_data.Task,
+    **clock: Any,
+) -> Outcome:
+    """Fold the quantizer into the model, and measure what the engine will compute."""
+    folded = quantizer.fold()
+    metrics = evaluate_model(student, task)
+    quantizer.release()
+    return Outcome(student, tokenizer, metrics, **clock, quantization=folded)
+
+
+def numerics(settings: Quantize) -> dict[str, Any]:
+    """The arguments of `FakeQuantizer` that a quantize section holds."""
+    return settings.model_dump(include={"weights", "activations", "embeddings"})
+
+
+def qat_dataset(spec: Task, task: task_data.Task, seed: int) -> tuple[Any, int]:
+    """What quantization-aware training reads, and its number of steps.
+
+    `qat_rows` limits an epoch to that share of the features, whole batches out of all in their shuffled order.
+    """
+    assert task.train is not None
+    data = task.train.train_dataset(spec.batch, seed, spec.qat_epochs)
+    share = min(1.0, spec.qat_rows / task.train.rows.num_rows) if spec.qat_rows else 1.0
+    steps = spec.qat_epochs * max(1, round(share * data.steps_per_epoch))
+    return Subset(data, range(steps * spec.batch)), steps
+
+
+def task_student(model: str, task: task_data.Task) -> PreTrainedModel:
+    """A fine-tuned model whose classes follow the task's order.
+
+    Raises:
+        InputError: it is quantized already, has no trained head for this kind of task, or other labels.
+    """
+    if int8.is_quantized(local_folder(model)):
+        raise InputError(
+            f"{model}: quantized already ({int8.SETTINGS} is in it), and quantizing twice loses accuracy for "
+            "nothing; name the folder it was made from"
+        )
+    student = load_task_model(model, task.kind)
+    if task.kind == "classification":
+        order = label_order(student.config, task)
+        reorder_classes(student, order)
+        names = [student.config.id2label[index] for index in order]
+        student.config.id2label = dict(enumerate(names))
+        student.config.label2id = {name: index for index, name in enumerate(names)}
+    return student
+
+
 def schedule(settings: Prune) -> dict[str, Any]:
     """The arguments of `GradualPruner` that a prune section holds."""
     names = ("final", "begin", "end", "stop", "interval", "initial", "pattern", "scope", "skip")
@@ -255,13 +390,13 @@ def student_objective(teacher: str, settings: Prune, distill: Distill, *, nsp: b
 
 
 def transfer_objective(
-    model: str, teacher: str | PreTrainedModel | None, spec: Task, task: task_data.Task
+    model: str | PreTrainedModel, teacher: str | PreTrainedModel | None, spec: Task, task: task_data.Task
 ) -> TransferObjective:
     """A task model and the losses it is trained with; without a teacher the task's own loss alone.
 
     Raises InputError when the folder `teacher` has no trained head for this task.
     """
-    student = load_for_task(model, task.kind, **task.model_kwargs())
+    student = load_for_task(model, task.kind, **task.model_kwargs()) if isinstance(model, str) else model
     if teacher is None:
         return TransferObjective(student, None, kind=task.kind, hard=1.0, kd=0.0, temperature=1.0)
     loaded = load_task_model(teacher, task.kind) if isinstance(teacher, str) else teacher

@@ -24,8 +24,10 @@ from pruneofa.progress import progress
 from pruneofa.train.attention import use_bf16_attention
 from pruneofa.train.lock import PatternLock
 from pruneofa.train.prune import GradualPruner
+from pruneofa.train.quantize import FakeQuantizer
 
 PRUNER_FILE = "pruner.safetensors"
+OBSERVER_FILE = "observers.safetensors"
 CLOCK_FILE = "clock.json"
 
 
@@ -103,6 +105,34 @@ class LockCallback(TrainerCallback):
         """Prove that nothing revived."""
         assert self.lock is not None
         self.lock.verify()
+
+
+class QuantizeCallback(TrainerCallback):
+    """Let the observers of a `FakeQuantizer` move for a share of the steps, and keep them in every checkpoint."""
+
+    def __init__(self, quantizer: FakeQuantizer, freeze: float) -> None:
+        """Freeze the observers after the share `freeze` of the steps; 1 = never."""
+        self.quantizer = quantizer
+        self.freeze = freeze
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Take the ranges from the checkpoint that training resumes from."""
+        if state.global_step == 0:
+            return
+        file = Path(args.output_dir) / f"checkpoint-{state.global_step}" / OBSERVER_FILE
+        if not file.exists():
+            raise InputError(f"{file}: missing, so quantization cannot resume here; start again or restore the file")
+        self.quantizer.load_state_dict(safetensors.torch.load_file(file))
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Freeze once the time has come; the first step always observes."""
+        self.quantizer.observing = state.global_step < max(1, int(self.freeze * state.max_steps))
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Write the ranges beside the checkpoint's weights."""
+        if state.is_world_process_zero:
+            file = Path(args.output_dir) / f"checkpoint-{state.global_step}" / OBSERVER_FILE
+            safetensors.torch.save_file(self.quantizer.state_dict(), file)
 
 
 class StageTrainer(Trainer):

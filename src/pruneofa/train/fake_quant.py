@@ -1,0 +1,180 @@
+"""Fake quantization as pure functions: the int8 arithmetic of the engine on tensors, with straight-through gradients.
+
+A quantized linear multiplies whole numbers, codes less their zero point, which bfloat16 holds exactly. Gradients
+pass as if nothing had been rounded, and are 0 where a value was cut off at the end of its range.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pruneofa.packed import MAX_SCALE
+
+_CHUNK = 1 << 17  # numbers worked on together: temporaries stay in cache, and there are enough for all threads
+_EXACT = 2**24  # float32 sums of whole numbers are exact below
+_SMALLEST = 2.0**-149
+
+
+def weight_scale(weight: Tensor, strategy: str) -> Tensor:
+    """Scales float32 (rows,) of a weight (rows, columns): max|row| / 127, or max|weight| / 127.5 for all rows.
+
+    1 for a row (a weight) of zeros; at the ends of float32 kept where neither 1 / scale nor 127 scale is infinite.
+    """
+    largest = torch.maximum(weight.amax(1), -weight.amin(1)).float()
+    if strategy == "tensor":
+        largest = largest.max().expand(len(weight))
+    scale = (largest / (127.5 if strategy == "tensor" else 127.0)).clamp(_SMALLEST, float(MAX_SCALE))
+    return scale.masked_fill(largest == 0, 1.0)
+
+
+def weight_codes(weight: Tensor, scale: Tensor, strategy: str) -> Tensor:
+    """Codes of a weight, whole numbers in float32: clip(rint(weight / scale), -127, 127), of a tensor from -128."""
+    lowest = -128 if strategy == "tensor" else -127
+    return (weight.float() / scale[:, None]).round_().clamp_(lowest, 127)
+
+
+def input_scale(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and zero point, float32, of uint8 activations from `low` to `high`, a range made to include 0."""
+    low, high = low.float().clamp(max=0), high.float().clamp(min=0)
+    scale = (high - low) / 255.0
+    scale = scale.masked_fill(scale == 0, 1.0)
+    return scale, torch.round(-low / scale)
+
+
+class Codes(torch.autograd.Function):
+    """Whole numbers clip(rint(x / scale) + zero_point, 0, 255) - zero_point in a type that holds them exactly."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, low: Tensor, high: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        """Codes of the rows of `x`.
+
+        Args:
+            ctx: autograd's.
+            x: (rows, columns) of any float type.
+            scale: float32 () or (rows, 1); `zero_point` likewise.
+            zero_point: of `x`.
+            low: least number of each row, (rows,); only rows that reach beyond the range pay for the gradient's mask.
+            high: greatest number of each row.
+            dtype: float32 or bfloat16.
+
+        Returns:
+            (rows, columns) of `dtype`. The gradient it expects is that of codes times scale.
+        """
+        first, last = -zero_point, 255 - zero_point
+        codes = torch.empty(x.shape, dtype=dtype, device=x.device)
+        for rows in _chunks(x):
+            part = (x[rows].float() / _of_rows(scale, rows)).round_()  # never in place: .float() may be x itself
+            codes[rows] = torch.clamp(part, _of_rows(first, rows), _of_rows(last, rows), out=part)
+        if ctx.needs_input_grad[0]:
+            flat, below, above = (value.reshape(-1) for value in (scale, first, last))
+            beyond = (torch.round(low.float() / flat) < below) | (torch.round(high.float() / flat) > above)
+            rows = beyond.nonzero().squeeze(-1)
+            part = torch.round(x[rows].float() / _of_rows(scale, rows))
+            outside = (part < _of_rows(first, rows)) | (part > _of_rows(last, rows))
+            ctx.save_for_backward(rows, outside)
+        return codes
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient itself, 0 where the code was cut off."""
+        rows, outside = ctx.saved_tensors
+        (gradient,) = gradients
+        if len(rows):
+            gradient = gradient.clone()
+            gradient[rows] = gradient[rows].masked_fill(outside, 0.0)
+        return gradient, None, None, None, None, None
+
+
+class CodesLinear(torch.autograd.Function):
+    """y = codes · weight codesᵀ · (input scale · weight scale) + bias."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scale: Tensor,
+        codes: Tensor,
+        each: Tensor,
+        outside: Tensor | None,
+    ) -> Tensor:
+        """The output of one quantized linear, in the type of `x`.
+
+        Args:
+            ctx: autograd's.
+            x: `Codes` of the input, (rows, in).
+            weight: (out, in), only to be given its gradient.
+            bias: (out,) or None.
+            scale: of the input, () or (rows, 1) float32.
+            codes: of the weight, (out, in), of the type of `x`, or float64 where float32 sums would round.
+            each: scale of the weight, (out,) float32.
+            outside: where the weight was cut off, bool (out, in); None: nowhere.
+
+        Returns:
+            (rows, out)
+        """
+        y = x.to(codes.dtype) @ codes.t()
+        if codes.dtype == torch.float64:
+            y = y.float()
+        for rows in _chunks(y):
+            part = y[rows].float() * (_of_rows(scale, rows) * each)
+            y[rows] = part if bias is None else part.add_(bias)
+        ctx.save_for_backward(x, scale, codes, each, outside)
+        ctx.bias = bias is not None
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients as of a linear whose input and weight are codes times scale."""
+        x, scale, codes, each, outside = ctx.saved_tensors
+        (gradient,) = gradients
+        for_x = for_weight = for_bias = None
+        if ctx.needs_input_grad[0]:
+            for_x = gradient @ (codes * each[:, None]).to(gradient.dtype)
+        if ctx.needs_input_grad[1]:
+            if scale.ndim == 0:
+                for_weight = (gradient.t() @ x.to(gradient.dtype)).float().mul_(scale)
+            else:
+                for_weight = (gradient.t() @ (x * scale).to(gradient.dtype)).float()
+            if outside is not None:
+                for_weight.masked_fill_(outside, 0.0)
+        if ctx.bias and ctx.needs_input_grad[2]:
+            for_bias = gradient.sum(0, dtype=torch.float32)
+        return for_x, for_weight, for_bias, None, None, None, None
+
+
+class Rows(torch.autograd.Function):
+    """Rows of an embedding table, each rounded to its own 255 steps; a row's scale covers it, so nothing is cut off."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """Codes times scale of every row of (..., columns)."""
+        rows = x.reshape(-1, x.shape[-1])
+        scale = weight_scale(rows, "channel")
+        return (weight_codes(rows, scale, "channel") * scale[:, None]).view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        """The gradient itself."""
+        return gradients[0]
+
+
+def exact(codes: Tensor) -> Tensor:
+    """Codes of a weight in a type whose sums of products with activations' codes are exact."""
+    return codes if float(codes.abs().sum(1).max()) * 255 < _EXACT else codes.double()
+
+
+def _chunks(x: Tensor) -> Iterator[slice]:
+    """Rows of `x` that are worked on together; on a GPU all."""
+    size = len(x) if x.is_cuda else max(1, _CHUNK // x.shape[1])
+    return (slice(start, start + size) for start in range(0, len(x), size))
+
+
+def _of_rows(value: Tensor, rows: Any) -> Tensor:
+    """A number of all rows, or those of some rows."""
+    return value if value.ndim == 0 else value[rows]

@@ -1,0 +1,117 @@
+"""`pruneofa quantize` on the task model of a small run."""
+
+import json
+import shutil
+
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from pruneofa.files import read_json
+from tests.cli.conftest import program, write_recipe
+
+TEXT = ["--text", "sentence", "--label", "verdict"]
+FAST = ["--qat_epochs", "1", "--batch", "16", "--max-length", "32", "--precision", "fp32"]
+SEED = "run/tasks/mine/seed-0"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("cli")
+    said = program("run", write_recipe(root), "--out", root / "run", "--json")
+    assert said.code == 0, said.err
+    return root
+
+
+@pytest.fixture
+def command(root, tmp_path):
+    data = ["--data", root / "task.csv", "--validation", root / "validation.csv"]
+    return ["quantize", root / SEED / "transfer", tmp_path / "out", *data, *TEXT, *FAST]
+
+
+def last(said, code=2):
+    assert said.code == code, said.err
+    assert "Traceback" not in said.err and said.out == ""
+    return said.err.splitlines()[-1]
+
+
+def test_with_and_without_training(root, command, call, tmp_path):
+    said = call(*command, "--ptq", "--json")
+    assert said.code == 0, said.err
+    assert "no --teacher" not in said.err and "89.97 % of its encoder's weights are zero" in said.err
+    result = json.loads(said.out)
+    assert result.pop("out") == str(tmp_path / "out")
+    assert result == read_json(tmp_path / "out" / "metrics.json")
+    assert {"quantization.json", "quantization.safetensors"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    assert call("verify", root / "run" / "sparse", tmp_path / "out").code == 0
+    assert call(*command, "--ptq", "--json").out == said.out
+    assert "--redo" in last(call(*command, "--ptq", "--weights", "tensor"))
+
+    taught = [*command[:2], tmp_path / "taught", *command[3:], "--teacher", root / SEED / "teacher"]
+    said = call(*taught, "--activations", "dynamic", "--weights", "tensor", "--embeddings", "false")
+    assert said.code == 0 and "no --teacher" not in said.err, said.err
+    record = read_json(tmp_path / "taught" / "stage.json")
+    assert record["settings"]["weights"] == "tensor" and record["inputs"]["teacher"]
+    assert read_json(tmp_path / "taught" / "quantization.json")["embeddings"] is None
+    assert call("verify", root / "run" / "sparse", tmp_path / "taught").code == 0
+    assert "quantize" in (tmp_path / "taught" / "log.jsonl").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "taught"]
+
+
+def test_without_a_teacher_it_says_so_and_learns_from_labels(command, call):
+    said = call(*command, "--qat_lr", "1e-3")
+    assert said.code == 0, said.err
+    assert "no --teacher given: learning from the task's own labels alone" in said.err
+
+
+def test_evaluate_simulates_what_the_folder_says(root, command, call, tmp_path):
+    assert call(*command, "--ptq").code == 0
+    data = ["--data", root / "validation.csv", *TEXT, "--max-length", "32"]
+    said = call("evaluate", tmp_path / "out", *data, "--json")
+    assert said.code == 0 and "simulates the engine's int8" in said.err, said.err
+    assert json.loads(said.out) == read_json(tmp_path / "out" / "metrics.json")
+
+
+def test_a_dense_model_gets_a_warning(root, command, call):
+    said = call("quantize", root / SEED / "teacher", *command[2:], "--ptq")
+    assert said.code == 0, said.err
+    assert "has no zeros to keep" in said.err
+
+
+def test_wrong_tasks_and_folders_are_refused(root, command, call, tmp_path):
+    rest = command[2:]
+    line = last(call("quantize", root / "run" / "sparse", *rest, "--ptq"))
+    assert "not fine-tuned for classification" in line
+    line = last(call(*command[:3], "--task", "squad", "--data", root / "task.csv", "--ptq"))
+    assert "tasks.squad" in line or "question" in line
+    (tmp_path / "others.csv").write_text("sentence,verdict\n" + "the king,meh\nthe queen,great\n" * 20)
+    others = ["--data", tmp_path / "others.csv", "--validation", tmp_path / "others.csv"]
+    line = last(call(*command[:3], *others, *TEXT, *FAST, "--ptq"))
+    assert "the model's labels are bad, good, the task's great, meh" in line
+    line = last(call(*command[:3], "--data", root / "task.csv", "--text", "review", "--label", "verdict", *FAST))
+    assert "'review'" in line
+    line = last(call(*command[:2], tmp_path / "out", *command[3:], "--ptq", "--observer", "median"))
+    assert "observer is 'median': input should be 'minmax' or 'percentile'" in line
+    line = last(call("quantize", tmp_path / "nowhere", *rest, "--ptq"))
+    assert "nowhere: neither a folder nor a model on the hub" in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["others.csv"]
+
+
+def test_quantizing_twice_is_refused(command, call, tmp_path):
+    assert call(*command, "--ptq").code == 0
+    line = last(call("quantize", tmp_path / "out", tmp_path / "again", *command[3:], "--ptq"))
+    assert "quantized already (quantization.json is in it)" in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_a_pattern_broken_by_hand_fails_with_layer_and_count(root, command, call, tmp_path):
+    shutil.copytree(root / "run", tmp_path / "run")
+    broken = tmp_path / SEED / "transfer"
+    tensors = load_file(broken / "model.safetensors")
+    layer = "encoder.layer.0.output.dense.weight"
+    weight = tensors[f"bert.{layer}"]
+    weight[tuple(index[0] for index in (weight == 0).nonzero())] = 0.5
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    line = last(call("quantize", broken, *command[2:], "--ptq"), code=1)
+    assert line.startswith("pruneofa: failed: ") and f"{layer}: 1 revived" in line
+    shutil.copytree(broken, tmp_path / "elsewhere")  # nothing tells what its pattern was
+    assert call("quantize", tmp_path / "elsewhere", *command[2:], "--ptq").code == 0
