@@ -16,6 +16,7 @@ from pruneofa.errors import CheckFailed, InputError
 from pruneofa.files import fingerprint, new_folder, read_json, write_json, write_text
 from pruneofa.recipe import Control, Quantize, Recipe, Task, dump, load
 from pruneofa.train import corpus, tasks
+from pruneofa.train.by_engine import measure_by_engine
 from pruneofa.train.models import load_config, load_tokenizer, model_fingerprint, with_safetensors
 from pruneofa.train.results import collect, environment, versions, write_reports
 from pruneofa.train.stages import (
@@ -333,6 +334,7 @@ def run(recipe: Recipe, folder: Path, *, redo: bool = False) -> dict[str, Any]:
             carry_out(stage, this.work, this.emit)
         if main:
             shutil.rmtree(this.work, ignore_errors=True)
+            measure_by_engine(stages, this.task)
             results = collect(recipe, folder, stages)
             write_reports(recipe, folder, results)
         processes().wait_for_everyone()
