@@ -302,7 +302,7 @@ void tile_attention(const Attention& a) {
 }
 
 void attention(const Attention& a) {
-  if (a.size % 32 != 0) return lanes::attention(a);
-  if (a.exact) return tile_attention<2>(a);
+  if (a.size % 32 != 0 || a.rounding == Rounding::kNone) return lanes::attention(a);
+  if (a.rounding == Rounding::kTwoBfloat16) return tile_attention<2>(a);
   tile_attention<1>(a);
 }

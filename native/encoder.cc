@@ -53,6 +53,7 @@ Encoder::Encoder(EncoderOptions options, Table word, Table position, Table type,
   }
   int8_ = layers_[0].query->is_int8();
   ranged_ = int8_ && !layers_[0].query->is_static();
+  activation_ = ranged_ && options_.activation == Activation::kGelu ? Activation::kGeluRough : options_.activation;
 }
 
 void Encoder::reserve(int panels) {
@@ -144,7 +145,7 @@ void Encoder::pass(int thread, const Sequences& sequences, float* out) {
     const int intermediate = layer.intermediate->outputs();
     const Slice wide = slice(own.wide, part(intermediate, 32, thread), intermediate);
     share(thread, state, *layer.intermediate);
-    multiply(thread, *layer.intermediate, wide, options_.activation, true);
+    multiply(thread, *layer.intermediate, wide, activation_, true);
     share(thread, wide, *layer.output);
     multiply(thread, *layer.output, narrow);
     add_and_normalize(thread, state, narrow.data, layer.output_norm);
@@ -196,7 +197,8 @@ void Encoder::attend(int thread, const Slice& query, const Sequences& sequences)
       a.scale = 1.0f / sqrtf(static_cast<float>(size));
       a.begin = sequences.offsets[s];
       a.end = sequences.offsets[s + 1];
-      a.exact = !int8_;
+      // With static inputs the codes are those that training simulated, as long as floats are (decision 0007).
+      a.rounding = !int8_ ? Rounding::kTwoBfloat16 : ranged_ ? Rounding::kBfloat16 : Rounding::kNone;
       a.scratch = own_[thread].scratch.data();
       kernels_.attention(a);
     }

@@ -111,6 +111,7 @@ class Encoder {
   const std::vector<Layer> layers_;
   const Kernels& kernels_;
   int widest_ = 0;  // features of the widest layer
+  Activation activation_ = Activation::kNone;
   bool int8_ = false;
   bool ranged_ = false;  // int8 with a scale for each token, so that ranges are needed
 

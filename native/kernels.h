@@ -42,7 +42,8 @@ namespace pruneofa {
 
 constexpr int kLanes = 16;
 
-enum class Activation { kNone, kGelu, kGeluTanh, kRelu };
+// Rough is for what is quantized by the token: no one has computed the same codes before.
+enum class Activation { kNone, kGelu, kGeluRough, kGeluTanh, kRelu };
 
 // Weights of one linear layer in the layout of one path. On AMX tiles, dense or as masks; else groups: a group is the
 // 32-bit word of 4 int8, 2 int16 or 1 float of consecutive inputs that is broadcast against 16 tokens.
@@ -88,6 +89,9 @@ struct Operands {
   void* scratch = nullptr;         // of this thread, `scratch_bytes` long
 };
 
+// What operands of attention may be rounded to, on a path that gains by it.
+enum class Rounding { kNone, kTwoBfloat16, kBfloat16 };
+
 // One head of one sequence. Up to 16 features past the head may be read.
 struct Attention {
   float* query = nullptr;  // float activations holding the head's rows, panel 0; the output replaces them
@@ -97,7 +101,7 @@ struct Attention {
   int size = 0;                      // of a head
   float scale = 0;                   // of the scores
   int begin = 0, end = 0;            // tokens of the sequence
-  bool exact = false;                // as exact as floats; otherwise operands may be rounded to bfloat16
+  Rounding rounding = Rounding::kNone;
   void* scratch = nullptr;
 };
 

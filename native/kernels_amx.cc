@@ -126,6 +126,7 @@ inline void finish_rows(Finisher& f) {
   for (int i = 0; i < Rows; ++i) {
     lanes::Floats v = dequantize(f.tokens, f.row_sum[i], f.scale[i], f.bias[i], lanes::load(f.sums + i * kLanes));
     if (kind == Activation::kGelu) v = lanes::gelu(v);
+    if (kind == Activation::kGeluRough) v = lanes::gelu_rough(v);
     if (kind == Activation::kRelu) v = lanes::activate(v, f.activation);
     lanes::store(f.y + i * kLanes, v);
     if (kind == Activation::kNone) continue;  // without ranges, see `linear_int8`
@@ -275,6 +276,7 @@ void multiply(const Weights& w, const Operands& o, int begin, int end) {
 
 void linear_int8(const Weights& w, const Operands& o, int begin, int end) {
   if (o.activation == Activation::kNone && o.ranges == nullptr) return multiply<Activation::kNone>(w, o, begin, end);
+  if (o.activation == Activation::kGeluRough) return multiply<Activation::kGeluRough>(w, o, begin, end);
   if (o.activation == Activation::kGelu) return multiply<Activation::kGelu>(w, o, begin, end);
   multiply<Activation::kRelu>(w, o, begin, end);  // any other, asked for each row
 }

@@ -364,7 +364,8 @@ def _inspect(verb: argparse.ArgumentParser) -> None:
 
             precision = "int8" if found.get("precision", "int8") == "int8" else "fp32"
             engine = Engine.from_pretrained(options.path, precision=precision)
-            found["engine"] = {"isa": engine.isa, "layers": dict(engine.choices())}
+            layers = dict(engine.choices())
+            found["engine"] = {"isa": engine.isa, "activations": engine.activations, "layers": layers}
         _print(found, options.json, lambda: _show_model(found))
         return 0
 
@@ -377,7 +378,8 @@ def _show_model(found: dict[str, Any], layers: bool = True) -> None:
     _table([{"": k, "value": v} for k, v in found.items() if not isinstance(v, dict)])
     _table([{"stored as": k, "MB": v / 1e6} for k, v in found["sizes"].items()])
     if "engine" in found:
-        _table([{f"on {found['engine']['isa']}": k, "choice": v} for k, v in found["engine"]["layers"].items()])
+        where = f"on {found['engine']['isa']}, {found['engine']['activations']} activations"
+        _table([{where: k, "choice": v} for k, v in found["engine"]["layers"].items()])
 
 
 def _verify(verb: argparse.ArgumentParser) -> None:

@@ -45,6 +45,8 @@ class Engine:
         isa: the kernels in use, one of `available_isas()`.
         threads: how many threads compute.
         precision: "int8" or "fp32".
+        activations: what int8 layers read: "static", with the scales of training, or "dynamic", by the token; "float"
+            of fp32.
         task: what `predict` does: "classification", "question answering", "token classification",
             "masked-LM" or "embedding".
         max_length: most tokens of a sequence, special ones included.
@@ -57,6 +59,7 @@ class Engine:
         architecture = read_architecture(packed.config, folder)
         weights = Weights(packed, native, isa)
         self.isa, self.threads, self.precision = isa, threads, precision
+        self.activations: str = packed.manifest["activations"]["kind"] if precision == "int8" else "float"
         self._architecture = architecture
         self._encoder = build_encoder(native, weights, architecture, threads=threads, isa=isa)
         self._vocabulary = len(weights.table("word", -1, architecture.hidden).values)
@@ -87,7 +90,8 @@ class Engine:
 
         Args:
             path_or_id: BERT (MiniLM too), DistilBERT or RoBERTa; what is not packed is packed in memory.
-            precision: int8 quantizes what is not int8 yet, activations by the token; fp32 keeps float32.
+            precision: int8 quantizes what is not int8 yet; activations by the static scales that the folder brings,
+                else by the token. fp32 keeps float32.
             threads: by default one per CPU that this process may use.
             isa: by default PRUNEOFA_ISA if set, else the best this CPU has.
 

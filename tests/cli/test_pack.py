@@ -8,7 +8,7 @@ from safetensors.numpy import load_file
 
 from pruneofa.files import read_json
 from pruneofa.manifest import COMPRESSED, MANIFEST, TENSORS
-from tests.golden import LAYER, source
+from tests.golden import GOLDEN, LAYER, STATIC, source
 
 
 @pytest.fixture
@@ -51,6 +51,13 @@ def test_inspect_of_a_packed_folder(model, tmp_path, call):
     assert packed["sizes"]["file"] == (tmp_path / "packed" / TENSORS).stat().st_size
     said = call("inspect", tmp_path / "packed")
     assert said.code == 0 and LAYER.removeprefix("bert.") in said.out and "bits_per_weight" in said.out
+
+
+@pytest.mark.parametrize(("variant", "activations"), [(STATIC, "static"), ("v1-int8", "dynamic"), ("v1-fp32", "float")])
+def test_inspect_says_what_the_engine_reads(variant, activations, call):
+    said = json.loads(call("inspect", GOLDEN / variant, "--engine", "--json").out)
+    assert said["engine"]["activations"] == activations
+    assert f"{activations} activations" in call("inspect", GOLDEN / variant, "--engine").out
 
 
 def test_what_is_refused(model, tmp_path, refused):
