@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import logging
 import shutil
 
 import numpy as np
@@ -34,12 +33,6 @@ def needs(writer):
 
 
 needs_onnx, needs_openvino, needs_compressed = map(needs, (export_onnx, export_openvino, export_compressed))
-
-
-@pytest.fixture(autouse=True)
-def _without_traces(monkeypatch):
-    """torch renders traces for whoever listens at the root, as pytest does: minutes."""
-    monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)
 
 
 def save(folder, family="Bert", head=CLASSIFIER, *, static=True, strategy="channel", int8=True, **config):
@@ -135,6 +128,15 @@ def test_dynamic_activations_keep_a_scale_per_token(tmp_path, strategy):
     folder = save(tmp_path / "model", static=False, strategy=strategy)
     report = good(export(folder, tmp_path / "out", to="onnx"))
     assert (report["activations"], report["executed"]) == ("dynamic", {"MatMulInteger": 7})
+
+
+@needs_onnx
+@pytest.mark.parametrize("static", [True, False])
+def test_the_setting_for_cpus_whose_products_overflow(tmp_path, monkeypatch, static):
+    monkeypatch.setattr(export_onnx, "_overflows", lambda: True)
+    report = good(export(save(tmp_path / "model", static=static), tmp_path / "out", to="onnx"))
+    assert sum(report["executed"].values()) == 7
+    assert report["settings"] == {"session.x64quantprecision": "1"}
 
 
 @needs_onnx

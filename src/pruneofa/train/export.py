@@ -114,7 +114,9 @@ def summary(report: Mapping[str, Any]) -> str:
     for name, value in (report["metrics"] or {}).items():
         rows[f"{name} (torch, exported)"] = f"{value['torch']:.2f}, {value['exported']:.2f}"
     if report["executed"]:
-        rows["run as"] = ", ".join(f"{count} x {kernel}" for kernel, count in report["executed"].items())
+        rows["run in int8 as"] = ", ".join(f"{count} x {kernel}" for kernel, count in report["executed"].items())
+    if report["settings"]:
+        rows["set"] = ", ".join(f"{key}={value}" for key, value in report["settings"].items())
     rows["zeros (before, after, lost)"] = f"{zeros['before']:,}, {zeros['after']:,}, {zeros['lost']:,}"
     rows["MB (source, exported)"] = f"{sizes['source'] / 1e6:.2f}, {sizes['exported'] / 1e6:.2f}"
     width = max(map(len, rows))
@@ -174,6 +176,7 @@ def _compare(source: Exportable, exported: Exported, task: Task | None, *, must_
         ],
         "logits": logits,
         "metrics": metrics,
+        "settings": exported.settings,
         "executed": dict(Counter(kernel for kernel in executed.values() if kernel)),
         "zeros": {key: sum(count[key] or 0 for count in layers.values()) for key in ("before", "after", "lost")},
         "layers": layers,

@@ -63,7 +63,7 @@ def load(source: Exportable, folder: Path) -> Exported:
         return tuple(result.numpy() for result in results)
 
     weights = dict(read_weights(folder, lambda name, _: name in source.linears))
-    return Exported(run=run, weights=weights, executed={})
+    return Exported(run=run, weights=weights, executed={}, settings={})
 
 
 def _whole_batch(found: Quantization) -> bool:

@@ -7,6 +7,7 @@ around MatMulInteger, and compute what the engine does.
 
 import contextlib
 import logging
+import platform
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -24,6 +25,9 @@ from pruneofa.train.exportable import Exportable, Exported, Traced, example_inpu
 MODULES = ("onnx", "onnxruntime", "onnxscript")
 PARTS = ("onnx", "onnxscript")
 FILE = "model.onnx"
+# Of a session: without it int8 products on x86 CPUs that lack VNNI are added up in 16 bits, and overflow.
+EXACT = {"session.x64quantprecision": "1"}
+_EXACT_WEIGHT = "_s8_2_u8"  # what it calls a weight that it changed there
 # What multiplies int8 codes in an executed graph.
 _INT8 = ("MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "QGemm", "DynamicQuantizeMatMul")
 _OPSET = 20
@@ -58,6 +62,9 @@ def load(source: Exportable, folder: Path) -> Exported:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
+    settings = EXACT if _overflows() else {}
+    for key, value in settings.items():
+        options.add_session_config_entry(key, value)
     with tempfile.TemporaryDirectory() as temporary:
         options.optimized_model_filepath = str(Path(temporary) / FILE)
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
@@ -68,14 +75,25 @@ def load(source: Exportable, folder: Path) -> Exported:
         canonical_name(tensor.name): np.ascontiguousarray(onnx.numpy_helper.to_array(tensor).T)
         for tensor in stored.initializer
     }
-    found = {canonical_name(name): node.op_type for node in executed.node if node.op_type in _INT8
-             for name in node.input}  # fmt: skip
+    found = {
+        canonical_name(name.removesuffix(_EXACT_WEIGHT)): node.op_type
+        for node in executed.node
+        if node.op_type in _INT8
+        for name in node.input
+    }
     aliases = source.stored_as(arrays)
     return Exported(
         run=lambda inputs: tuple(session.run(list(source.outputs), inputs)),
         weights={name: arrays[alias] for name, alias in aliases.items()},
         executed={name: found[alias] for name, alias in aliases.items() if alias in found},
+        settings=settings,
     )
+
+
+def _overflows() -> bool:
+    """Whether this is an x86 CPU without VNNI, as far as one can tell."""
+    flags = Path("/proc/cpuinfo")
+    return platform.machine() in ("x86_64", "AMD64") and not (flags.exists() and "vnni" in flags.read_text())
 
 
 @contextlib.contextmanager
@@ -134,7 +152,6 @@ class _Static(_Int8):
 
     def __init__(self, *weight: Any, scale: float, zero_point: int) -> None:
         super().__init__(*weight)
-        self.register_buffer("weight_zero_point", torch.zeros_like(self.weight_scale, dtype=torch.int8))
         self.register_buffer("input_scale", torch.tensor(scale, dtype=torch.float32))
         self.register_buffer("input_zero_point", torch.tensor(zero_point, dtype=torch.uint8))
 
@@ -145,7 +162,8 @@ class _Static(_Int8):
         given = (self.input_scale, self.input_zero_point)
         codes = _node("QuantizeLinear", (x, *given), torch.uint8, x.shape)
         rounded = _node("DequantizeLinear", (codes, *given), torch.float32, x.shape)
-        weight = (self.weight, self.weight_scale, self.weight_zero_point)
+        # No zero point, which is 0: layers would share one, and EXACT fails on the second that it changes.
+        weight = (self.weight, self.weight_scale)
         return rounded @ _node("DequantizeLinear", weight, torch.float32, self.weight.shape, axis=1) + self.bias
 
 

@@ -13,6 +13,7 @@ from pruneofa.train.exportable import Arrays, Exportable, Exported
 
 MODULES = ("openvino", "onnx", "onnxscript")
 FILE = "openvino_model.xml"
+_SETTINGS = {"INFERENCE_PRECISION_HINT": "f32"}
 _ABOUT = ("layerType", "runtimePrecision", "originalLayersNames")
 
 
@@ -41,7 +42,7 @@ def load(source: Exportable, folder: Path) -> Exported:
 
     core = openvino.Core()
     model = core.read_model(folder / FILE)
-    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = core.compile_model(model, "CPU", _SETTINGS)
     request = compiled.create_infer_request()
     found = _multiplied(model)
     aliases = source.stored_as(arrays := {name: array for name, (_, array) in found.items()})
@@ -56,6 +57,7 @@ def load(source: Exportable, folder: Path) -> Exported:
         run=run,
         weights={name: arrays[alias] for name, alias in aliases.items()},
         executed={name: executed[alias] for name, alias in aliases.items() if executed[alias]},
+        settings=_SETTINGS,
     )
 
 

@@ -87,11 +87,13 @@ class Exported:
         run: input arrays by name, int64 (batch, tokens), to outputs in the order of `Exportable.outputs`.
         weights: {canonical name: array (rows, columns) of codes or floats} of the linears, as they are stored.
         executed: {canonical name of a linear's weight: what multiplied it in int8, such as "MatMulIntegerToFloat"}.
+        settings: of the library that are not its defaults.
     """
 
     run: Callable[[Arrays], tuple[NDArray[np.float32], ...]]
     weights: Mapping[str, NDArray[Any]]
     executed: dict[str, str]
+    settings: dict[str, str]
 
 
 class Traced(nn.Module):
