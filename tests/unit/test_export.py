@@ -280,12 +280,14 @@ def test_a_layer_in_float_leaves_nothing(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("difference", "exported", "count"),
-    [(1e-6, 89.81, 0), (1e-6, 95.0, 0), (1e-6, 89.79, 1), (0.031, 90, 1), (float("nan"), 90, 1)],
-)
-def test_what_is_too_different(difference, exported, count):
+    ("median", "greatest", "exported", "count"),
+    [(1e-6, 0.4, 89.81, 0), (0.019, 0.1, 95.0, 0), (1e-6, 1e-6, 89.79, 1), (0.021, 0.1, 90, 1), (1e-6, 0.6, 90, 1),
+     (float("nan"), float("nan"), 90, 1), (1e-6, float("nan"), 90, 1)],
+)  # fmt: skip
+def test_what_is_too_different(median, greatest, exported, count):
+    logits = {"relative_l2_median": median, "relative_l2_max": greatest}
     metrics = {"accuracy": {"torch": 90.0, "exported": exported}}
-    assert len(list(module._too_different({"relative_l2_max": difference}, metrics, 3e-2))) == count
+    assert len(list(module._too_different(logits, metrics, module._MOST_DIFFERENT["int8"]))) == count
 
 
 def test_interrupted(tmp_path, monkeypatch):

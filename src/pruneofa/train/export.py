@@ -34,8 +34,9 @@ FORMATS: dict[str, Any] = {
 }
 REPORT = "export.json"
 MOST_LOST = 0.2  # points of a metric
-# Relative L2 of the logits: rounding of float32 in another order, and now and then an activation to another code.
-_MOST_DIFFERENT = {"fp32": 1e-3, "int8": 3e-2}
+# Relative L2 of a sequence's outputs, median and greatest. In int8 an activation that lies between two codes may be
+# rounded to the other one after sums in another order, which moves logits near 0 by per cents, in one text of many.
+_MOST_DIFFERENT = {"fp32": (1e-3, 1e-3), "int8": (2e-2, 0.5)}
 _ROWS, _BATCH = 64, 16  # of the task whose logits are compared; its metrics are of all rows
 _TINY = float(np.finfo(np.float32).tiny)
 _WEIGHTS = (".safetensors", ".onnx", ".data", ".xml", ".bin")
@@ -183,9 +184,15 @@ def _compare(source: Exportable, exported: Exported, task: Task | None, *, must_
     }
 
 
-def _too_different(logits: dict[str, float], metrics: dict[str, Any] | None, limit: float) -> Iterator[str]:
-    if not logits["relative_l2_max"] <= limit:  # NaN too
-        yield f"logits are {logits['relative_l2_max']:.2g} from torch's (relative L2), wanted at most {limit:g}"
+def _too_different(
+    logits: Mapping[str, float], metrics: Mapping[str, Any] | None, limits: tuple[float, float]
+) -> Iterator[str]:
+    median, greatest = logits["relative_l2_median"], logits["relative_l2_max"]
+    if not (median <= limits[0] and greatest <= limits[1]):  # NaN too
+        yield (
+            f"outputs are {median:.2g} (median) and {greatest:.2g} (most) from torch's, relative L2 of a sequence; "
+            f"wanted at most {limits[0]:g} and {limits[1]:g}"
+        )
     for name, value in (metrics or {}).items():
         if value["torch"] - value["exported"] > MOST_LOST:
             yield f"{name} is {value['exported']:.2f}, by torch {value['torch']:.2f}: more than {MOST_LOST} points lost"

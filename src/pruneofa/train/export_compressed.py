@@ -47,7 +47,7 @@ def write(source: Exportable, folder: Path) -> None:
         for name, at in quantized.items():
             _set_scales(model.get_submodule(at), found, name)
         compressor.compress_model(model)
-    model.save_pretrained(folder)
+        model.save_pretrained(folder)
     compressor.update_config(str(folder))
 
 
