@@ -52,7 +52,11 @@ def write(source: Exportable, folder: Path) -> None:
 
 
 def load(source: Exportable, folder: Path) -> Exported:
-    """The folder in transformers, which computes in float with the int8 codes: exact, and not faster."""
+    """The folder in transformers, which computes in float with the int8 codes: no faster.
+
+    It rounds x / scale + zero point where the engine adds the zero point to what was rounded, so that a number that
+    lies between two codes may get the other one.
+    """
     with _quiet():
         model, _ = read_model(type(source.model), folder)
     traced = Traced(model.eval(), source)

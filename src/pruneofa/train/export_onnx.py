@@ -83,7 +83,7 @@ def load(source: Exportable, folder: Path) -> Exported:
     }
     aliases = source.stored_as(arrays)
     return Exported(
-        run=lambda inputs: tuple(session.run(list(source.outputs), inputs)),
+        run=lambda inputs: tuple(map(np.asarray, session.run(list(source.outputs), inputs))),
         weights={name: arrays[alias] for name, alias in aliases.items()},
         executed={name: found[alias] for name, alias in aliases.items() if alias in found},
         settings=settings,
@@ -200,7 +200,7 @@ class _Table(nn.Module):
         return embedding(ids, self.weight).float() * embedding(ids, self.weight_scale)
 
 
-def _node(operator: str, inputs: tuple[Any, ...], dtype: torch.dtype, shape: Any, **attributes: int) -> torch.Tensor:
+def _node(operator: str, inputs: tuple[Any, ...], dtype: torch.dtype, shape: Any, **attributes: Any) -> torch.Tensor:
     return torch.onnx.ops.symbolic(operator, inputs, attributes, dtype=dtype, shape=shape, version=_OPSET)
 
 
