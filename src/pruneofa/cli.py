@@ -13,7 +13,8 @@ from typing import Any, NoReturn
 from pruneofa import __version__
 from pruneofa.bench.verb import bench
 from pruneofa.errors import CheckFailed, InputError
-from pruneofa.options import add_fields, add_training, read_fields, read_task
+from pruneofa.export_verb import export
+from pruneofa.options import EVALUATED, add_fields, add_training, read_fields, read_task
 
 EXAMPLES = """\
 examples:
@@ -279,8 +280,7 @@ def _evaluate(verb: argparse.ArgumentParser) -> None:
     verb.epilog = "example: pruneofa evaluate runs/minilm-90/tasks/sst2/seed-0/transfer --task sst2 --data sst2"
     verb.add_argument("path", help="folder or hub id of a task model")
     verb.add_argument("--task", metavar="T", help="sst2, mnli, qnli, qqp or squad; or a name for your own --data")
-    add_fields(verb, recipe.Task, "", only=("data", "validation", "text", "label", "max_length", "stride",
-                                             "validation_rows", "skip_bad_answers"))  # fmt: skip
+    add_fields(verb, recipe.Task, "", only=EVALUATED)
     verb.add_argument("--data-root", help="relative data paths are resolved here")
     group = verb.add_argument_group("engine")
     group.add_argument("--engine", action="store_true", help="by the engine, as packed folders are in any case")
@@ -434,6 +434,7 @@ VERBS: list[tuple[str, str, Callable[[argparse.ArgumentParser], None]]] = [
     ("verify", "prove that a derived model keeps the pattern", _verify),
     ("pack", "store a model at a fraction of its size", _pack),
     ("unpack", "make a Hugging Face folder of a packed one", _unpack),
+    ("export", "write it for ONNX Runtime, OpenVINO or compressed-tensors", export),
     ("bench", "speed, memory and size beside the peers", bench),
     ("table", "join results.json files into one table", _results_table),
 ]

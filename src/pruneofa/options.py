@@ -9,6 +9,9 @@ from pruneofa.errors import InputError
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
+# Of a task's section of a recipe, what evaluation takes.
+EVALUATED = ("data", "validation", "text", "label", "max_length", "stride", "validation_rows", "skip_bad_answers")
+
 
 def add_fields(
     verb: argparse.ArgumentParser,

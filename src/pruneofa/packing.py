@@ -73,14 +73,14 @@ def pack(source: str | Path, out: str | Path, *, precision: str = "int8", compre
         InputError: the source cannot be packed, or `out` holds something.
     """
     folder = local_folder(source)
-    with _new_output(out) as temporary:
+    with new_output(out) as temporary:
         if not (folder / "tokenizer.json").is_file() and not is_packed(folder):
             raise InputError(
                 f"{folder}: no tokenizer.json in it, which the engine needs; write one with "
                 f"AutoTokenizer.from_pretrained(MODEL).save_pretrained({str(folder)!r})"
             )
         packed = pack_folder(folder, precision, show_progress=True)
-        _copy(folder, temporary)
+        copy_settings(folder, temporary)
         manifest = _write_tensors(packed, temporary, compress)
         check_manifest(manifest, str(folder))  # what is written can be read
         write_json(temporary / MANIFEST, manifest)
@@ -95,12 +95,12 @@ def unpack(packed: str | Path, out: str | Path) -> None:
     does, or when `out` holds something.
     """
     folder = local_folder(packed)
-    with _new_output(out) as temporary:
+    with new_output(out) as temporary:
         model = read(folder)
         tensors, prefix = model.manifest["tensors"], model.manifest["prefix"]
         names = {source_name(name, entry, prefix): name for name, entry in tensors.items()}
         slots = in_order({s: Slot(tensors[n]["dtype"], tuple(tensors[n]["shape"])) for s, n in names.items()})
-        _copy(folder, temporary)
+        copy_settings(folder, temporary)
         with (
             open(temporary / "model.safetensors", "wb") as file,
             progress(f"unpacking {packed}", len(slots)) as advance,
@@ -403,7 +403,7 @@ def _compress(folder: Path, head: int, slots: Iterable[Slot]) -> tuple[int, int]
 
 
 @contextlib.contextmanager
-def _new_output(out: str | Path) -> Iterator[Path]:
+def new_output(out: str | Path) -> Iterator[Path]:
     """A temporary folder that becomes `out` when the block succeeds. Raises InputError when `out` holds something."""
     target = Path(out).expanduser().absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -415,7 +415,7 @@ def _new_output(out: str | Path) -> Iterator[Path]:
         raise InputError(f"{error.filename or out}: {error.strerror}; name a folder that you may write to") from None
 
 
-def _copy(source: Path, target: Path) -> None:
+def copy_settings(source: Path, target: Path) -> None:
     """Configuration and tokenizer, and what sentence-transformers needs to know how to pool."""
     for name in ("config.json", *_TOKENIZER, *_SENTENCE):
         if (source / name).is_file():

@@ -82,8 +82,13 @@ def evaluate(
     if scales := quantization.read(folder):
         FakeQuantizer.of(model, scales)
         sys.stderr.write(f"{path} is quantized: torch simulates the engine's int8\n")
-    task = _read_task(path, name, spec, _class_names(model.config), longest_input(model.config), **data)
+    task = task_of(model, path, name, spec, **data)
     return evaluate_model(model, task, batch_size=batch_size, precision=precision or "fp32")
+
+
+def task_of(model: Any, path: str | Path, name: str, spec: recipe.Task, **data: Any) -> Task:
+    """The evaluation rows of a task for a transformers model, by the tokenizer in its folder; see `load_task`."""
+    return _read_task(path, name, spec, _class_names(model.config), longest_input(model.config), **data)
 
 
 def _read_task(
