@@ -62,7 +62,9 @@ def change(folder, name, edit):
 def good(report, limit=1e-5):
     assert report["failures"] == []
     assert report["zeros"]["lost"] == 0 and report["zeros"]["before"] == report["zeros"]["after"] > 1000
-    assert report["logits"]["relative_l2_max"] <= limit
+    assert report["logits"]["relative_l2_median"] <= limit
+    # In int8 sums in another order may round a number that lies between two codes to the other one, in a text of many.
+    assert report["logits"]["relative_l2_max"] <= (limit if report["precision"] == "fp32" else 3e-2)
     assert report["logits"]["sequences"] == 7
     return report
 
@@ -156,8 +158,7 @@ def test_equal_layers_that_the_exporter_stores_once(tmp_path):
 @pytest.mark.parametrize(("family", "head"), zip([*FAMILIES, "Bert", "DistilBert"], HEADS, strict=True))
 def test_openvino_computes_the_simulation_in_int8(tmp_path, family, head):
     report = export(save(tmp_path / "model", family, head), tmp_path / "out", to="openvino")
-    good(report, limit=3e-2)  # its FakeQuantize may round to another code
-    assert report["logits"]["relative_l2_median"] < 1e-5
+    good(report)
     pooled = family == "Bert" and head == CLASSIFIER
     assert report["executed"] == {"FullyConnected u8": 6 + pooled}
     assert {p.name for p in (tmp_path / "out").iterdir()} > {"openvino_model.xml", "openvino_model.bin", "config.json"}
