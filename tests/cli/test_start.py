@@ -39,6 +39,7 @@ TEACHES = {
     "pack": ["--precision", "--compress", "--json", "zeros are the pattern", "every bit", "example: "],
     "unpack": ["--json", "bit-identical", "example: "],
     "verify": ["base", "derived", "exit 1"],
+    "export": ["--to", "--precision", "--task", "compressed-tensors", "a zero is lost", "exit 1", "example: "],
     "bench": ["--random", "--mixed", "--isa", "--break-even", "--at-least", "outputs verified first", "example: "],
     "table": ["results.json", "--json"],
 }
