@@ -268,7 +268,14 @@ def test_configs_the_engine_does_not_run(config, message, tmp_path):
 def test_a_layer_that_is_too_wide_for_the_kernels_is_named(tmp_path):
     wide = PackedLinear((1, 2**17), np.zeros((1, 2**14), np.uint8), np.zeros(0, np.int8), np.ones(1, np.float32))
     name = "encoder.layer.0.output.dense"
-    packed = Packed({}, {}, {f"{name}.weight": wide}, {}, {f"{name}.bias": np.zeros(1, np.float32)}, tmp_path)
+    packed = Packed(
+        {"activations": {"kind": "dynamic"}},
+        {},
+        {f"{name}.weight": wide},
+        {},
+        {f"{name}.bias": np.zeros(1, np.float32)},
+        tmp_path,
+    )
     with pytest.raises(InputError, match=f"{name}.weight: 131072 inputs .*; use a narrower model"):
         Weights(packed, reference, "scalar").linear(name, 1, 2**17)
 
