@@ -42,7 +42,7 @@ namespace pruneofa {
 
 constexpr int kLanes = 16;
 
-// Rough is for what is quantized by the token: no one has computed the same codes before.
+// Rough may be rougher, for what is quantized by the token: no one has computed the same codes before.
 enum class Activation { kNone, kGelu, kGeluRough, kGeluTanh, kRelu };
 
 // Weights of one linear layer in the layout of one path. On AMX tiles, dense or as masks; else groups: a group is the

@@ -18,6 +18,7 @@ namespace pruneofa {
 namespace {
 namespace amx {
 #define PRUNEOFA_REGISTER 64
+#define PRUNEOFA_ROUGH
 #define PRUNEOFA_MIN(a, b) _mm512_maskz_min_ps(0xffff, (__m512)(a), (__m512)(b))
 #define PRUNEOFA_MAX(a, b) _mm512_maskz_max_ps(0xffff, (__m512)(a), (__m512)(b))
 #define PRUNEOFA_LOOKUP(table, index) \

@@ -241,8 +241,6 @@ static inline Floats gelu_by_table(const Floats& x) {
   return x * 0.5f + p;
 }
 static inline Floats gelu(const Floats& x) { return gelu_by_table<false>(x); }
-// Without the fourth power: to 4e-6.
-static inline Floats gelu_rough(const Floats& x) { return gelu_by_table<true>(x); }
 #else
 // x * Phi(x) to 2e-7 up to x = 1 and to a few 1e-7 of x beyond. Phi - 1/2 is x times a polynomial in
 // t = 2 x^2 / 25 - 1, fitted to minimise the largest error of the product (docs/kernels.md); beyond |x| = 5 Phi is
@@ -266,6 +264,10 @@ static inline Floats gelu(const Floats& x) {
   p = p * t + 0.14136379957199097f;
   return x * (c * p + 0.5f);
 }
+#endif
+#if defined(PRUNEOFA_ROUGH)  // where attention is rough too: without the fourth power, to 4e-6
+static inline Floats gelu_rough(const Floats& x) { return gelu_by_table<true>(x); }
+#else
 static inline Floats gelu_rough(const Floats& x) { return gelu(x); }
 #endif
 
