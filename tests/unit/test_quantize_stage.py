@@ -65,7 +65,8 @@ def test_a_finished_run_is_continued_and_nothing_else_is_made_again(done):
     assert set(results["stages"]) == {"teacher", "prune"} | {
         f"{SEED}/{variant}" for variant in ("teacher", "transfer", "ptq", "quantize")
     }
-    assert set(results["tasks"]["mine"]["accuracy"]) == {"dense", "transfer", "ptq", "quantize"}
+    variants = {"dense", "transfer", "ptq", "quantize"}
+    assert set(results["tasks"]["mine"]["accuracy"]) == variants | {f"{variant}_engine" for variant in variants}
     assert results["stages"][f"{SEED}/quantize"]["tokens"] > 0 == results["stages"][f"{SEED}/ptq"]["tokens"]
 
 
