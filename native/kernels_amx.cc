@@ -175,7 +175,7 @@ inline void multiply_chunk(Multiply& m, int c, Finisher& f) {
   const int8_t* const weights = m.weights + c * kTile;
   const char* const x = m.x + c * kTile;
   _tile_loadd(4, weights, 64);
-  _tile_loadd(6, x, 64);
+  _tile_stream_loadd(6, x, 64);
   if (First) _tile_stored(0, m.sums, 64);
   if (First) _tile_zero(0);
   _tile_dpbsud(0, 4, 6);
@@ -185,7 +185,7 @@ inline void multiply_chunk(Multiply& m, int c, Finisher& f) {
   if (First) _tile_zero(1);
   _tile_dpbsud(1, 5, 6);
   if (!Fresh) finish_rows<kind, Rows>(f);
-  _tile_loadd(7, x + m.next, 64);
+  _tile_stream_loadd(7, x + m.next, 64);
   if (First) _tile_stored(2, m.sums + 512, 64);
   if (First) _tile_zero(2);
   _tile_dpbsud(2, 4, 7);
