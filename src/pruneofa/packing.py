@@ -160,7 +160,7 @@ def pack_folder(source: str | Path, precision: str = "int8", *, show_progress: b
             advance()
     hashes = pattern_hashes(model.linears)
     if quantized is not None:
-        quantization.check_pattern(folder, quantized, hashes[0])
+        quantization.check_pattern(folder, quantized, *hashes)
     sizes = figures(tensors, precision)
     model.manifest.update(
         {
@@ -252,6 +252,7 @@ def _quantization(model: Packed) -> Quantization:
         input_scale={name: scale for name, (scale, _) in scales.items()},
         input_zero_point={name: zero for name, (_, zero) in scales.items()},
         pattern_hash=model.manifest["pattern_hash"],
+        pooler_hash=model.manifest["pooler_hash"],
     )
 
 

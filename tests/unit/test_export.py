@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from pruneofa import quantization, recipe
 from pruneofa.errors import InputError
 from pruneofa.packing import pack
+from pruneofa.pattern import POOLER
 from pruneofa.train import export as module
 from pruneofa.train import export_compressed, export_onnx, export_openvino
 from pruneofa.train.export import export, summary
@@ -326,15 +327,16 @@ class TestBadInput:
         self.refused(folder, "compressed-tensors holds int8", to="compressed-tensors", precision="fp32")
 
     @pytest.mark.parametrize("precision", ["int8", "fp32"])
-    def test_a_zero_revived_by_hand(self, tmp_path, precision):
+    @pytest.mark.parametrize("name", [QUERY, POOLER])
+    def test_a_zero_revived_by_hand(self, tmp_path, name, precision):
         folder = save(tmp_path / "model")
-        scale = quantization.read(folder).weight_scale[QUERY]
+        scale = quantization.read(folder).weight_scale[name]
 
         def revive(weight):
             row, column = np.argwhere(weight == 0)[0]
             weight[row, column] = scale[row]
 
-        change(folder, f"bert.{QUERY}", revive)
+        change(folder, f"bert.{name}", revive)
         self.refused(folder, "its pattern lock was broken after quantization", precision=precision)
 
     def test_a_weight_off_the_grid(self, tmp_path):

@@ -12,6 +12,7 @@ from pruneofa.files import read_json
 from pruneofa.manifest import MANIFEST, TENSORS
 from pruneofa.packed import PackedLinear, read
 from pruneofa.packing import pack, pack_folder, unpack
+from pruneofa.pattern import POOLER
 from pruneofa.quantization import SCALES, SETTINGS
 from tests.broken import OUTPUT, QUERY, WORDS, WRONG, copy, paths, put, refused, replaced, write
 from tests.golden import STATIC, source
@@ -131,6 +132,19 @@ def test_a_pattern_that_changed_after_quantization_is_found(folder, tmp_path):
     edit_weight(folder, QUERY, lambda weight: weight.__setitem__(weight != 0, 0))
     for precision in ("int8", "fp32"):
         with pytest.raises(InputError, match="its pattern lock was broken after quantization"):
+            pack(folder, tmp_path / "packed", precision=precision)
+
+
+def test_a_pooler_zero_that_was_revived_is_found(folder, tmp_path):
+    scale = quantization.read(folder).weight_scale[POOLER]
+
+    def revive(weight):
+        row, column = np.argwhere(weight == 0)[0]
+        weight[row, column] = scale[row]  # code 1: still on the grid
+
+    edit_weight(folder, POOLER, revive)
+    for precision in ("int8", "fp32"):
+        with pytest.raises(InputError, match="the pooler's sparsity pattern has hash .*: its pattern lock was broken"):
             pack(folder, tmp_path / "packed", precision=precision)
 
 

@@ -163,7 +163,7 @@ class FakeQuantizer:
             scale = self._weights[name][1] if name in self._weights else weight_scale(module.weight, "channel")
             module.weight.copy_(weight_codes(module.weight, scale, "channel").mul_(scale[:, None]).add_(0.0))
             scales[name] = scale.cpu().numpy().copy()
-        kept.pop(pattern.POOLER, None)
+        pooler = {name: kept.pop(name) for name in (pattern.POOLER,) if name in kept}
         quantization = Quantization(
             weights=QuantizationArgs(self.strategy, symmetric=True),
             input_activations=QuantizationArgs("tensor" if self.static else "token", False, dynamic=not self.static),
@@ -172,6 +172,7 @@ class FakeQuantizer:
             input_scale={name: float(scale) for name, (scale, _) in inputs.items()},
             input_zero_point={name: int(zero) for name, (_, zero) in inputs.items()},
             pattern_hash=pattern.pattern_hash(kept),
+            pooler_hash=pattern.pattern_hash(pooler) if pooler else None,
         )
         self._settle(quantization)
         return quantization
