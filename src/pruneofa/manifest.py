@@ -276,7 +276,7 @@ def is_count(value: Any) -> bool:
 
 def check_manifest(manifest: dict[str, Any], where: str) -> None:
     """Raise InputError, with the name of the field, for what FORMAT.md does not allow."""
-    _keys(manifest, where, _KEYS)
+    _keys(manifest, where, _KEYS, optional=("quantized",))
 
     def want(key: str, good: bool, wanted: str) -> None:
         _want(good, f"{where}: {key}", manifest[key], wanted)
@@ -300,6 +300,10 @@ def check_manifest(manifest: dict[str, Any], where: str) -> None:
     if not any(entry["kind"] == "linear" and name != POOLER for name, entry in tensors.items()):
         raise InputError(f"{where}: no linear weight of an encoder in it; {AGAIN}")
     _check_activations(manifest, where)
+    if "quantized" in manifest:
+        good = manifest["quantized"] is True and manifest["precision"] == "int8"
+        good = good and manifest["activations"] == {"kind": "dynamic"}
+        want("quantized", good, "true, of int8 with dynamic activations, or nothing")
     pooler = manifest["pooler_hash"]
     if POOLER in tensors:
         want("pooler_hash", _is_hash(pooler), f"64 hexadecimal digits, as there is {POOLER}")

@@ -90,9 +90,9 @@ def pack(source: str | Path, out: str | Path, *, precision: str = "int8", compre
 def unpack(packed: str | Path, out: str | Path) -> None:
     """Write the Hugging Face folder `out` of a packed folder or hub id.
 
-    Names and dtypes are those of the source; from fp32 every bit is, from int8 the values are the rounded ones. Static
-    scales are written beside them, so that packing gives the same bytes again. Raises InputError as `packed.read`
-    does, or when `out` holds something.
+    Names and dtypes are those of the source; from fp32 every bit is, from int8 the values are the rounded ones. Scales
+    that the source brought are written beside them, so that packing gives the same bytes again. Raises InputError as
+    `packed.read` does, or when `out` holds something.
     """
     folder = local_folder(packed)
     with new_output(out) as temporary:
@@ -109,7 +109,7 @@ def unpack(packed: str | Path, out: str | Path) -> None:
             for stored, slot in slots.items():
                 file.write(_narrow(_dense(model, names[stored]), slot.dtype).reshape(-1).data)
                 advance()
-        if model.manifest["activations"]["kind"] == "static":
+        if "quantized" in model.manifest or model.manifest["activations"]["kind"] == "static":
             quantization.write(temporary, _quantization(model))
 
 
@@ -173,6 +173,8 @@ def pack_folder(source: str | Path, precision: str = "int8", *, show_progress: b
             "pooler_hash": hashes[1],
             "sparsity": sizes.pop("sparsity"),
             "activations": _activations(known),
+            # Static activations say it already.
+            **({"quantized": True} if known is not None and known.input_activations.dynamic else {}),
             "source": digest.hexdigest(),
             "pruneofa": __version__,
             "compression": None,
@@ -238,15 +240,16 @@ def _activations(known: Quantization | None) -> dict[str, Any]:
 
 
 def _quantization(model: Packed) -> Quantization:
-    """What a Hugging Face folder says of a packed model with static scales."""
-    scales = model.manifest["activations"]["scales"]
+    """What a Hugging Face folder says of a packed model whose source brought its scales."""
+    activations = model.manifest["activations"]
+    static, scales = activations["kind"] == "static", activations.get("scales", {})
     linears = {name: linear.scale for name, linear in model.linears.items() if linear.scale is not None}
     tables = {name: table.scale for name, table in model.embeddings.items() if table.scale is not None}
     # One scale in all rows of every layer is one per tensor, whose codes go to -128.
     shared = all((scale == scale[0]).all() for scale in linears.values())
     return Quantization(
         weights=QuantizationArgs("tensor" if shared else "channel", symmetric=True),
-        input_activations=QuantizationArgs("tensor", symmetric=False),
+        input_activations=QuantizationArgs("tensor" if static else "token", symmetric=False, dynamic=not static),
         embeddings=QuantizationArgs("channel", symmetric=True) if tables else None,
         weight_scale=linears | tables,
         input_scale={name: scale for name, (scale, _) in scales.items()},

@@ -69,8 +69,11 @@ def test_codes_and_scales_are_those_of_training(folder):
     }
 
 
+@pytest.mark.parametrize("static", [True, False])
 @pytest.mark.parametrize("compress", [True, False])
-def test_unpacking_gives_the_folder_back_and_packing_the_same_bytes(folder, compress, tmp_path):
+def test_unpacking_gives_the_folder_back_and_packing_the_same_bytes(strategy, static, compress, tmp_path):
+    folder = source(tmp_path / "model")
+    quantize_folder(folder, strategy=strategy, static=static)
     pack(folder, tmp_path / "packed", compress=compress)
     unpack(tmp_path / "packed", tmp_path / "again")
     weights, again = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "again"))
@@ -88,11 +91,31 @@ def test_scales_of_dynamic_folders_are_kept_too(tmp_path, strategy):
     assert manifest["activations"] == {"kind": "dynamic"}
     for name, linear in read(tmp_path / "packed").linears.items():
         np.testing.assert_array_equal(linear.scale, known.weight_scale[name])
+
+
+def test_tables_that_packing_quantized_are_unpacked_with_their_scales(tmp_path):
+    quantize_folder(source(tmp_path / "model"), static=False, embeddings=False)
+    pack(tmp_path / "model", tmp_path / "packed")
     unpack(tmp_path / "packed", tmp_path / "again")
-    assert not (tmp_path / "again" / SETTINGS).exists()
+    assert WORDS in quantization.read(tmp_path / "again").weight_scale
+    pack(tmp_path / "again", tmp_path / "packed again")
+    assert (tmp_path / "packed" / TENSORS).read_bytes() == (tmp_path / "packed again" / TENSORS).read_bytes()
 
 
-def test_tables_without_scales_are_quantized_by_packing(tmp_path):
+def test_weights_that_packing_quantized_are_unpacked_without_scales(tmp_path):
+    assert "quantized" not in pack(source(tmp_path / "model"), tmp_path / "packed")
+    unpack(tmp_path / "packed", tmp_path / "again")
+    assert not quantization.is_quantized(tmp_path / "again")
+
+
+@pytest.mark.parametrize(("variant", "value"), [("v1-int8", False), ("v1-int8", 1), ("v1-fp32", True), (STATIC, True)])
+def test_quantized_says_nothing_else(variant, value, tmp_path):
+    folder = copy(variant, tmp_path)
+    write(folder, read_json(folder / MANIFEST) | {"quantized": value})
+    assert f"{MANIFEST}: quantized is {value}; wanted true, of int8 with dynamic activations" in refused(folder)
+
+
+def test_tables_without_without_scales_are_quantized_by_packing(tmp_path):
     folder = source(tmp_path / "model")
     quantize_folder(folder, embeddings=False)
     wanted = pack_folder(source(tmp_path / "plain")).embeddings
