@@ -18,6 +18,7 @@ import numpy as np
 from pruneofa import __version__, quantization
 from pruneofa.errors import InputError
 from pruneofa.files import new_folder, write_json
+from pruneofa.lineage import check_lock
 from pruneofa.manifest import (
     COMPRESSED,
     EMBEDDINGS,
@@ -70,10 +71,12 @@ def pack(source: str | Path, out: str | Path, *, precision: str = "int8", compre
         compress: zstd over the tensors, for transport.
 
     Raises:
-        InputError: the source cannot be packed, or `out` holds something.
+        InputError: the source cannot be packed, has lost the pattern of the run that it lies in, or `out` holds
+            something.
     """
     folder = local_folder(source)
     with new_output(out) as temporary:
+        check_lock(folder)
         if not (folder / "tokenizer.json").is_file() and not is_packed(folder):
             raise InputError(
                 f"{folder}: no tokenizer.json in it, which the engine needs; write one with "

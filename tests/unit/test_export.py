@@ -19,7 +19,7 @@ from pruneofa.train import export_compressed, export_onnx, export_openvino
 from pruneofa.train.export import export, summary
 from pruneofa.train.exportable import read_exportable
 from tests.quantized import quantize_folder
-from tests.small import write_model, write_task
+from tests.small import small_recipe, write_model, write_task
 from tests.tiny import tiny_bert, tiny_distilbert, tiny_roberta
 
 FAMILIES = {"Bert": tiny_bert, "DistilBert": tiny_distilbert, "Roberta": tiny_roberta}
@@ -338,6 +338,18 @@ class TestBadInput:
 
         change(folder, f"bert.{name}", revive)
         self.refused(folder, "its pattern lock was broken after quantization", precision=precision)
+
+    @pytest.mark.parametrize("precision", ["int8", "fp32"])
+    def test_a_lock_broken_by_hand_in_a_run(self, tmp_path, precision):
+        sparse, stage = save(tmp_path / "run" / "sparse"), "tasks/mine/seed-0/transfer"
+        folder = shutil.copytree(sparse, tmp_path / "run" / stage)
+        (folder / "stage.json").write_text(json.dumps({"stage": stage}))
+        (tmp_path / "run" / "recipe.yaml").write_text(recipe.dump(small_recipe(tmp_path / "data")))
+        for settings in folder.glob("quantization.*"):
+            if precision == "fp32":
+                settings.unlink()
+        change(folder, f"bert.{QUERY}", lambda weight: weight.__setitem__(tuple(np.argwhere(weight == 0)[0]), 0.5))
+        self.refused(folder, f"transfer: lost the pattern of .*sparse: {QUERY}: 1 revived", precision=precision)
 
     def test_a_weight_off_the_grid(self, tmp_path):
         folder = save(tmp_path / "model")
