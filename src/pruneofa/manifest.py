@@ -237,25 +237,25 @@ def architecture(config: Mapping[str, Any], path: Path) -> str | None:
     return named[0]
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file of at most MAX_JSON bytes. Raises InputError for anything else."""
+def read_json(path: Path, advice: str = AGAIN) -> Any:
+    """A JSON file of at most MAX_JSON bytes. Raises InputError, which ends with the advice, for anything else."""
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             raw = file.read(min(size, MAX_JSON + 1))  # read(n) takes n bytes of memory, however small the file
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); {AGAIN}") from None
+        raise InputError(f"{path}: cannot be read ({error.strerror}); {advice}") from None
     if len(raw) > MAX_JSON:
-        raise InputError(f"{path}: larger than {MAX_JSON} bytes; {AGAIN}")
-    return parse_json(raw, str(path))
+        raise InputError(f"{path}: larger than {MAX_JSON} bytes; {advice}")
+    return parse_json(raw, str(path), advice)
 
 
-def parse_json(raw: bytes, where: str) -> Any:
+def parse_json(raw: bytes, where: str, advice: str = AGAIN) -> Any:
     """JSON as the standard has it: UTF-8, no key twice (readers would differ), no NaN. Raises InputError."""
     try:
         return json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:  # RecursionError: a million brackets
-        raise InputError(f"{where}: not valid JSON ({first_line(error)}); {AGAIN}") from None
+        raise InputError(f"{where}: not valid JSON ({first_line(error)}); {advice}") from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

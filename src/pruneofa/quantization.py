@@ -183,7 +183,7 @@ def read(folder: Path) -> Quantization | None:
     if not is_quantized(folder):
         return None
     path, where = folder / SETTINGS, folder / SCALES
-    settings = read_json(path)
+    settings = read_json(path, _AGAIN)
     arguments = _arguments(settings, path)
     if not where.is_file():
         raise InputError(f"{folder}: no {SCALES} in it, but {SETTINGS}; copy it too, or {_AGAIN}")

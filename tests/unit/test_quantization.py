@@ -245,7 +245,11 @@ def test_damaged_files(folder):
     assert f"no {SCALES} in it" in refused(folder)
     for text in ("", "{", "[]", '{"a": 1, "a": 2}', "NaN"):
         (folder / SETTINGS).write_text(text)
-        refused(folder)
+        assert refused(folder).endswith("quantize the model again with: pruneofa quantize")
+    (folder / SETTINGS).unlink()
+    (folder / SETTINGS).mkdir()
+    text = refused(folder)
+    assert "cannot be read" in text and text.endswith("quantize the model again with: pruneofa quantize")
 
 
 def test_a_changed_pattern(folder):
