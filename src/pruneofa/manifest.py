@@ -26,6 +26,8 @@ PRECISIONS = ("int8", "fp32")
 MODEL_TYPES = ("bert", "distilbert", "roberta")
 SOURCE_DTYPES = ("F32", "F16", "BF16")
 EMBEDDINGS = tuple(f"embeddings.{table}_embeddings.weight" for table in ("word", "position", "token_type"))
+# Query, key and value of a layer read the same input.
+SHARED_INPUT = re.compile(r"(.*\.attention)\.(?:self\.(?:query|key|value)|[qkv]_lin)\.weight")
 AGAIN = "copy or download the folder again, or make it again with pruneofa pack"
 
 MAX_JSON = 4 << 20  # bytes; BERT-Large needs 0.1 MB
@@ -39,7 +41,6 @@ _NAME = re.compile(r"[A-Za-z0-9_.-]{1,256}", re.ASCII)
 _HASH = re.compile(r"[0-9a-f]{64}")
 _CHECKSUM = re.compile(r"crc32:[0-9a-f]{8}")
 _PATTERN = re.compile(r"unstructured|4x1|1x4|([1-9]\d?):([1-9]\d?)", re.ASCII)
-_SHARED = re.compile(r"(.*\.attention)\.(?:self\.(?:query|key|value)|[qkv]_lin)\.weight")  # they read the same input
 _BASE_MODULES = ("embeddings", "encoder", "transformer", "pooler")  # their names carry the base model's prefix
 _OLD_NORM = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 _BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1}  # in the order of a file: what is larger first
@@ -179,7 +180,7 @@ def check_inputs(inputs: Mapping[str, tuple[float, int]]) -> None:
             )
         if not is_count(zero) or zero > 255:
             raise InputError(f"input zero point of {name} is {short(zero)}; wanted an integer from 0 to 255")
-        if match := _SHARED.fullmatch(name):
+        if match := SHARED_INPUT.fullmatch(name):
             first, same = seen.setdefault(match[1], (name, (scale, zero)))
             if same != (scale, zero):
                 raise InputError(
