@@ -64,6 +64,9 @@ _CHUNK = 1 << 20
 def pack(source: str | Path, out: str | Path, *, precision: str = "int8", compress: bool = False) -> dict[str, Any]:
     """Write the packed folder `out` of a Hugging Face folder or hub id; returns its manifest.
 
+    Embedding tables become int8 with the rest, even those that quantization left float in training: `unlike_training`
+    says so.
+
     Args:
         source: BERT, DistilBERT or RoBERTa with safetensors weights of float32, float16 or bfloat16.
         out: a folder that does not exist yet, or is empty.
@@ -88,6 +91,23 @@ def pack(source: str | Path, out: str | Path, *, precision: str = "int8", compre
         check_manifest(manifest, str(folder))  # what is written can be read
         write_json(temporary / MANIFEST, manifest)
     return manifest
+
+
+def unlike_training(source: str | Path, precision: str) -> str | None:
+    """One line on how the packed folder of a quantized one differs from what was trained; None if it does not."""
+    if (quantized := quantization.read(local_folder(source))) is None:
+        return None
+    if precision == "fp32":
+        return (
+            f"fp32 leaves out the int8 scales of {source}: what is run as int8 later has other ones; to keep them, "
+            "pack it without --precision fp32"
+        )
+    if quantized.embeddings is None:
+        return (
+            f"training left the embedding tables of {source} float, and packing made them int8: the engine does not "
+            "compute exactly what was trained; to train that, quantize with embeddings: true"
+        )
+    return None
 
 
 def unpack(packed: str | Path, out: str | Path) -> None:
