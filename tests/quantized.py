@@ -43,6 +43,7 @@ def quantize_folder(
             made.setdefault(shared, (float(np.float32((20 + 3 * number % 20) / 1000)), 90 + 11 * number % 70))
             inputs[name], zeros[name] = made[shared]
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    hashes = pattern.inspect(folder)
     found = Quantization(
         weights=QuantizationArgs(strategy, True),
         input_activations=STATIC if static else DYNAMIC,
@@ -50,7 +51,8 @@ def quantize_folder(
         weight_scale=scales,
         input_scale=inputs,
         input_zero_point=zeros,
-        pattern_hash=pattern.inspect(folder)["pattern_hash"],
+        pattern_hash=hashes["pattern_hash"],
+        pooler_hash=hashes["pooler_hash"],
     )
     quantization.write(folder, found)
     return found

@@ -312,7 +312,10 @@ def _say_pattern(path: str) -> None:
 
 
 def _pack(verb: argparse.ArgumentParser) -> None:
-    """Store a Hugging Face folder at a fraction of its size: a bit per weight, and the non-zeros."""
+    """Store a Hugging Face folder at a fraction of its size: a bit per weight, and the non-zeros.
+
+    int8 keeps the scales of `pruneofa quantize`. Embedding tables are int8 too, even where training left them float.
+    """
     verb.epilog = "example: pruneofa pack runs/minilm-90/tasks/sst2/seed-0/transfer packed"
     verb.add_argument("folder", help="folder or hub id; its zeros are the pattern")
     verb.add_argument("out", type=Path, help="the packed folder; must not exist, or be empty")
@@ -325,6 +328,8 @@ def _pack(verb: argparse.ArgumentParser) -> None:
         from pruneofa import packed, packing
 
         found = packing.pack(options.folder, options.out, precision=options.precision, compress=options.compress)
+        if note := packing.unlike_training(options.folder, options.precision):
+            _say(f"note: {note}", 0)
         _print(found, options.json, lambda: _show_model(packed.inspect(options.out), layers=False))
         return 0
 

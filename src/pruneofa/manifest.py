@@ -26,6 +26,8 @@ PRECISIONS = ("int8", "fp32")
 MODEL_TYPES = ("bert", "distilbert", "roberta")
 SOURCE_DTYPES = ("F32", "F16", "BF16")
 EMBEDDINGS = tuple(f"embeddings.{table}_embeddings.weight" for table in ("word", "position", "token_type"))
+# Query, key and value of a layer read the same input.
+SHARED_INPUT = re.compile(r"(.*\.attention)\.(?:self\.(?:query|key|value)|[qkv]_lin)\.weight")
 AGAIN = "copy or download the folder again, or make it again with pruneofa pack"
 
 MAX_JSON = 4 << 20  # bytes; BERT-Large needs 0.1 MB
@@ -39,7 +41,6 @@ _NAME = re.compile(r"[A-Za-z0-9_.-]{1,256}", re.ASCII)
 _HASH = re.compile(r"[0-9a-f]{64}")
 _CHECKSUM = re.compile(r"crc32:[0-9a-f]{8}")
 _PATTERN = re.compile(r"unstructured|4x1|1x4|([1-9]\d?):([1-9]\d?)", re.ASCII)
-_SHARED = re.compile(r"(.*\.attention)\.(?:self\.(?:query|key|value)|[qkv]_lin)\.weight")  # they read the same input
 _BASE_MODULES = ("embeddings", "encoder", "transformer", "pooler")  # their names carry the base model's prefix
 _OLD_NORM = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 _BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1}  # in the order of a file: what is larger first
@@ -179,7 +180,7 @@ def check_inputs(inputs: Mapping[str, tuple[float, int]]) -> None:
             )
         if not is_count(zero) or zero > 255:
             raise InputError(f"input zero point of {name} is {short(zero)}; wanted an integer from 0 to 255")
-        if match := _SHARED.fullmatch(name):
+        if match := SHARED_INPUT.fullmatch(name):
             first, same = seen.setdefault(match[1], (name, (scale, zero)))
             if same != (scale, zero):
                 raise InputError(
@@ -237,25 +238,25 @@ def architecture(config: Mapping[str, Any], path: Path) -> str | None:
     return named[0]
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file of at most MAX_JSON bytes. Raises InputError for anything else."""
+def read_json(path: Path, advice: str = AGAIN) -> Any:
+    """A JSON file of at most MAX_JSON bytes. Raises InputError, which ends with the advice, for anything else."""
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             raw = file.read(min(size, MAX_JSON + 1))  # read(n) takes n bytes of memory, however small the file
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); {AGAIN}") from None
+        raise InputError(f"{path}: cannot be read ({error.strerror}); {advice}") from None
     if len(raw) > MAX_JSON:
-        raise InputError(f"{path}: larger than {MAX_JSON} bytes; {AGAIN}")
-    return parse_json(raw, str(path))
+        raise InputError(f"{path}: larger than {MAX_JSON} bytes; {advice}")
+    return parse_json(raw, str(path), advice)
 
 
-def parse_json(raw: bytes, where: str) -> Any:
+def parse_json(raw: bytes, where: str, advice: str = AGAIN) -> Any:
     """JSON as the standard has it: UTF-8, no key twice (readers would differ), no NaN. Raises InputError."""
     try:
         return json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:  # RecursionError: a million brackets
-        raise InputError(f"{where}: not valid JSON ({first_line(error)}); {AGAIN}") from None
+        raise InputError(f"{where}: not valid JSON ({first_line(error)}); {advice}") from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -276,7 +277,7 @@ def is_count(value: Any) -> bool:
 
 def check_manifest(manifest: dict[str, Any], where: str) -> None:
     """Raise InputError, with the name of the field, for what FORMAT.md does not allow."""
-    _keys(manifest, where, _KEYS)
+    _keys(manifest, where, _KEYS, optional=("quantized",))
 
     def want(key: str, good: bool, wanted: str) -> None:
         _want(good, f"{where}: {key}", manifest[key], wanted)
@@ -300,6 +301,10 @@ def check_manifest(manifest: dict[str, Any], where: str) -> None:
     if not any(entry["kind"] == "linear" and name != POOLER for name, entry in tensors.items()):
         raise InputError(f"{where}: no linear weight of an encoder in it; {AGAIN}")
     _check_activations(manifest, where)
+    if "quantized" in manifest:
+        good = manifest["quantized"] is True and manifest["precision"] == "int8"
+        good = good and manifest["activations"] == {"kind": "dynamic"}
+        want("quantized", good, "true, of int8 with dynamic activations, or nothing")
     pooler = manifest["pooler_hash"]
     if POOLER in tensors:
         want("pooler_hash", _is_hash(pooler), f"64 hexadecimal digits, as there is {POOLER}")

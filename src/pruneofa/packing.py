@@ -18,6 +18,7 @@ import numpy as np
 from pruneofa import __version__, quantization
 from pruneofa.errors import InputError
 from pruneofa.files import new_folder, write_json
+from pruneofa.lineage import check_lock
 from pruneofa.manifest import (
     COMPRESSED,
     EMBEDDINGS,
@@ -63,6 +64,9 @@ _CHUNK = 1 << 20
 def pack(source: str | Path, out: str | Path, *, precision: str = "int8", compress: bool = False) -> dict[str, Any]:
     """Write the packed folder `out` of a Hugging Face folder or hub id; returns its manifest.
 
+    Embedding tables become int8 with the rest, even those that quantization left float in training: `unlike_training`
+    says so.
+
     Args:
         source: BERT, DistilBERT or RoBERTa with safetensors weights of float32, float16 or bfloat16.
         out: a folder that does not exist yet, or is empty.
@@ -70,10 +74,12 @@ def pack(source: str | Path, out: str | Path, *, precision: str = "int8", compre
         compress: zstd over the tensors, for transport.
 
     Raises:
-        InputError: the source cannot be packed, or `out` holds something.
+        InputError: the source cannot be packed, has lost the pattern of the run that it lies in, or `out` holds
+            something.
     """
     folder = local_folder(source)
     with new_output(out) as temporary:
+        check_lock(folder)
         if not (folder / "tokenizer.json").is_file() and not is_packed(folder):
             raise InputError(
                 f"{folder}: no tokenizer.json in it, which the engine needs; write one with "
@@ -87,12 +93,29 @@ def pack(source: str | Path, out: str | Path, *, precision: str = "int8", compre
     return manifest
 
 
+def unlike_training(source: str | Path, precision: str) -> str | None:
+    """One line on how the packed folder of a quantized one differs from what was trained; None if it does not."""
+    if (quantized := quantization.read(local_folder(source))) is None:
+        return None
+    if precision == "fp32":
+        return (
+            f"fp32 leaves out the int8 scales of {source}: what is run as int8 later has other ones; to keep them, "
+            "pack it without --precision fp32"
+        )
+    if quantized.embeddings is None:
+        return (
+            f"training left the embedding tables of {source} float, and packing made them int8: the engine does not "
+            "compute exactly what was trained; to train that, quantize with embeddings: true"
+        )
+    return None
+
+
 def unpack(packed: str | Path, out: str | Path) -> None:
     """Write the Hugging Face folder `out` of a packed folder or hub id.
 
-    Names and dtypes are those of the source; from fp32 every bit is, from int8 the values are the rounded ones. Static
-    scales are written beside them, so that packing gives the same bytes again. Raises InputError as `packed.read`
-    does, or when `out` holds something.
+    Names and dtypes are those of the source; from fp32 every bit is, from int8 the values are the rounded ones. Scales
+    that the source brought are written beside them, so that packing gives the same bytes again. Raises InputError as
+    `packed.read` does, or when `out` holds something.
     """
     folder = local_folder(packed)
     with new_output(out) as temporary:
@@ -109,7 +132,7 @@ def unpack(packed: str | Path, out: str | Path) -> None:
             for stored, slot in slots.items():
                 file.write(_narrow(_dense(model, names[stored]), slot.dtype).reshape(-1).data)
                 advance()
-        if model.manifest["activations"]["kind"] == "static":
+        if "quantized" in model.manifest or model.manifest["activations"]["kind"] == "static":
             quantization.write(temporary, _quantization(model))
 
 
@@ -160,7 +183,7 @@ def pack_folder(source: str | Path, precision: str = "int8", *, show_progress: b
             advance()
     hashes = pattern_hashes(model.linears)
     if quantized is not None:
-        quantization.check_pattern(folder, quantized, hashes[0])
+        quantization.check_pattern(folder, quantized, *hashes)
     sizes = figures(tensors, precision)
     model.manifest.update(
         {
@@ -173,6 +196,8 @@ def pack_folder(source: str | Path, precision: str = "int8", *, show_progress: b
             "pooler_hash": hashes[1],
             "sparsity": sizes.pop("sparsity"),
             "activations": _activations(known),
+            # Static activations say it already.
+            **({"quantized": True} if known is not None and known.input_activations.dynamic else {}),
             "source": digest.hexdigest(),
             "pruneofa": __version__,
             "compression": None,
@@ -238,20 +263,22 @@ def _activations(known: Quantization | None) -> dict[str, Any]:
 
 
 def _quantization(model: Packed) -> Quantization:
-    """What a Hugging Face folder says of a packed model with static scales."""
-    scales = model.manifest["activations"]["scales"]
+    """What a Hugging Face folder says of a packed model whose source brought its scales."""
+    activations = model.manifest["activations"]
+    static, scales = activations["kind"] == "static", activations.get("scales", {})
     linears = {name: linear.scale for name, linear in model.linears.items() if linear.scale is not None}
     tables = {name: table.scale for name, table in model.embeddings.items() if table.scale is not None}
     # One scale in all rows of every layer is one per tensor, whose codes go to -128.
     shared = all((scale == scale[0]).all() for scale in linears.values())
     return Quantization(
         weights=QuantizationArgs("tensor" if shared else "channel", symmetric=True),
-        input_activations=QuantizationArgs("tensor", symmetric=False),
+        input_activations=QuantizationArgs("tensor" if static else "token", symmetric=False, dynamic=not static),
         embeddings=QuantizationArgs("channel", symmetric=True) if tables else None,
         weight_scale=linears | tables,
         input_scale={name: scale for name, (scale, _) in scales.items()},
         input_zero_point={name: zero for name, (_, zero) in scales.items()},
         pattern_hash=model.manifest["pattern_hash"],
+        pooler_hash=model.manifest["pooler_hash"],
     )
 
 

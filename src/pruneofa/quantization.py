@@ -23,6 +23,7 @@ SETTINGS, SCALES = "quantization.json", "quantization.safetensors"
 FORMAT, VERSION = "pruneofa-quantization", 1
 
 _HASH = re.compile(r"[0-9a-f]{64}")
+_HASHES = ("pattern_hash", "pooler_hash")
 _AGAIN = "quantize the model again with: pruneofa quantize"
 
 
@@ -67,6 +68,7 @@ class Quantization:
         input_zero_point: {NAME: 0..255}, of the same names.
         pattern_hash: `pattern.pattern_hash` of the folder's encoder when it was written, so that a pattern that
             changed afterwards is found; None if unknown.
+        pooler_hash: the same of the pooler, whose zeros are locked too; None if unknown, or without a pooler.
 
     Raises:
         InputError: the parts contradict each other, or a scale or zero point is out of range; it names the layer.
@@ -79,6 +81,7 @@ class Quantization:
     input_scale: dict[str, float]
     input_zero_point: dict[str, int]
     pattern_hash: str | None = None
+    pooler_hash: str | None = None
 
     def __post_init__(self) -> None:
         for field, allowed in (("weights", _WEIGHTS), ("input_activations", _ACTIVATIONS), ("embeddings", _EMBEDDINGS)):
@@ -100,8 +103,9 @@ class Quantization:
             )
         except InputError as error:
             raise InputError(f"{error}; {_AGAIN}") from None
-        if self.pattern_hash is not None and not _HASH.fullmatch(self.pattern_hash):
-            raise InputError(f"pattern_hash is {short(self.pattern_hash)}; wanted 64 hexadecimal digits; {_AGAIN}")
+        for field in _HASHES:
+            if (value := getattr(self, field)) is not None and not _HASH.fullmatch(value):
+                raise InputError(f"{field} is {short(value)}; wanted 64 hexadecimal digits; {_AGAIN}")
 
     @property
     def lowest(self) -> int:
@@ -154,13 +158,15 @@ def codes(name: str, weight: np.ndarray, scale: np.ndarray, lowest: int = -127) 
 _ROWS = 4096  # at a time: an embedding table has tens of thousands
 
 
-def check_pattern(folder: Path, quantization: Quantization, pattern_hash: str) -> None:
-    """Raise InputError where `pattern_hash`, of the folder's weights, is not the one written with the scales."""
-    if quantization.pattern_hash not in (None, pattern_hash):
-        raise InputError(
-            f"{folder}: the encoder's sparsity pattern has hash {pattern_hash}, but {quantization.pattern_hash} in "
-            f"{SETTINGS}: its pattern lock was broken after quantization; quantize the locked model again"
-        )
+def check_pattern(folder: Path, quantization: Quantization, pattern_hash: str, pooler_hash: str | None) -> None:
+    """Raise InputError where a hash, of the folder's weights, is not the one written with the scales."""
+    written = (("encoder", quantization.pattern_hash, pattern_hash), ("pooler", quantization.pooler_hash, pooler_hash))
+    for part, wanted, found in written:
+        if wanted not in (None, found):
+            raise InputError(
+                f"{folder}: the {part}'s sparsity pattern has hash {found}, but {wanted} in {SETTINGS}: its pattern "
+                "lock was broken after quantization; quantize the locked model again"
+            )
 
 
 def is_quantized(folder: Path) -> bool:
@@ -177,7 +183,7 @@ def read(folder: Path) -> Quantization | None:
     if not is_quantized(folder):
         return None
     path, where = folder / SETTINGS, folder / SCALES
-    settings = read_json(path)
+    settings = read_json(path, _AGAIN)
     arguments = _arguments(settings, path)
     if not where.is_file():
         raise InputError(f"{folder}: no {SCALES} in it, but {SETTINGS}; copy it too, or {_AGAIN}")
@@ -215,7 +221,8 @@ def write(folder: Path, quantization: Quantization) -> None:
     temporary = folder / f".{SCALES}.tmp"
     save_file(arrays, temporary)
     temporary.replace(folder / SCALES)
-    settings = {"format": FORMAT, "version": VERSION, "pattern_hash": quantization.pattern_hash}
+    settings: dict[str, Any] = {"format": FORMAT, "version": VERSION}
+    settings |= {field: getattr(quantization, field) for field in _HASHES}
     for field in ("weights", "input_activations", "embeddings"):
         args = getattr(quantization, field)
         settings[field] = None if args is None else dataclasses.asdict(args)
@@ -232,10 +239,12 @@ def _arguments(settings: Any, path: Path) -> dict[str, Any]:
         raise InputError(f'{path}: wanted "format": "{FORMAT}"; this file is of something else: {_AGAIN}')
     if type(version := settings.get("version")) is not int or version != VERSION:
         raise InputError(f"{path}: version {short(version)}; this pruneofa reads {VERSION}: upgrade it")
-    _keys(settings, path, ("format", "version", "weights", "input_activations", "embeddings", "pattern_hash"))
-    arguments: dict[str, Any] = {"pattern_hash": settings["pattern_hash"]}
-    if not isinstance(arguments["pattern_hash"], str | None):
-        raise InputError(f"{path}: pattern_hash is {short(arguments['pattern_hash'])}; wanted a text or null; {_AGAIN}")
+    settings = {"pooler_hash": None} | settings  # not in folders of before it was checked
+    _keys(settings, path, ("format", "version", "weights", "input_activations", "embeddings", *_HASHES))
+    arguments: dict[str, Any] = {field: settings[field] for field in _HASHES}
+    for field, value in arguments.items():
+        if not isinstance(value, str | None):
+            raise InputError(f"{path}: {field} is {short(value)}; wanted a text or null; {_AGAIN}")
     for field in ("weights", "input_activations", "embeddings"):
         value = settings[field]
         if value is None and field == "embeddings":

@@ -229,7 +229,9 @@ class Quantize(Section):
 
     weights: Literal["channel", "tensor"] = Field("channel", description="a scale per output row, or per weight")
     activations: Literal["static", "dynamic"] = Field("static", description="scales learned once, or per token")
-    embeddings: bool = Field(True, description="int8 embedding tables too, a scale per row")
+    embeddings: bool = Field(
+        True, description="int8 embedding tables too, a scale per row; false: float here, but pack makes them int8"
+    )
     freeze: Annotated[float, Field(gt=0, le=1)] = Field(
         0.8, description="share of the steps after which static scales stay as they are; 1: never"
     )

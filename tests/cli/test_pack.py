@@ -9,6 +9,7 @@ from safetensors.numpy import load_file
 from pruneofa.files import read_json
 from pruneofa.manifest import COMPRESSED, MANIFEST, TENSORS
 from tests.golden import GOLDEN, LAYER, STATIC, source
+from tests.quantized import quantize_folder
 
 
 @pytest.fixture
@@ -37,6 +38,19 @@ def test_pack_shows_what_it_cost(model, tmp_path, call):
     ]  # fmt: skip
     for word in ("packed, version 1", "int8", "zstd", "compressed_bits_per_weight", "entropy_bound", "file", "MB"):
         assert word in said.out
+
+
+@pytest.mark.parametrize(
+    ("precision", "embeddings", "note"),
+    [("int8", True, ""), ("fp32", True, "fp32 leaves out the int8 scales of"),
+     ("fp32", False, "fp32 leaves out the int8 scales of"), ("int8", False, "training left the embedding tables of")],
+)  # fmt: skip
+def test_what_differs_from_training_is_said_in_one_line(precision, embeddings, note, model, tmp_path, call):
+    quantize_folder(model, embeddings=embeddings)
+    said = call("pack", model, tmp_path / "packed", "--precision", precision, "--json")
+    assert said.code == 0 and json.loads(said.out)["precision"] == precision
+    assert said.err == "" if not note else said.err.startswith(f"pruneofa: note: {note} {model}")
+    assert said.err.count("\n") == bool(note)
 
 
 def test_inspect_of_a_packed_folder(model, tmp_path, call):

@@ -2,8 +2,9 @@
 
 `source(folder)` writes the Hugging Face folder they are packed from: a BERT of one layer, hidden size 4, whose
 weights are quarters computed from their position, with rows of zeros and -0.0 where a format can go wrong. The one of
-`STATIC` is put on the int8 grid first, one scale per tensor, with codes of -128 and static activations. To add the
-folders of a new version: `pack(source(tmp), GOLDEN / "v2-int8")` and so on; those of old versions stay.
+`STATIC` is put on the int8 grid first, one scale per tensor, with codes of -128 and static activations; the one of
+`DYNAMIC` with a scale per row and dynamic activations. To add the folders of a new version:
+`pack(source(tmp), GOLDEN / "v2-int8")` and so on; those of old versions stay.
 """
 
 import json
@@ -20,8 +21,9 @@ VARIANTS = {
     "v1-fp32": {"precision": "fp32"},
     "v1-int8-zstd": {"precision": "int8", "compress": True},
     "v1-int8-static": {"precision": "int8"},
+    "v1-int8-quantized": {"precision": "int8"},
 }
-STATIC = "v1-int8-static"
+STATIC, DYNAMIC = "v1-int8-static", "v1-int8-quantized"
 HIDDEN, WIDE, WORDS, POSITIONS = 4, 10, 7, 6  # 4 and 10 columns: neither fills whole bytes of bits
 LAYER = "bert.encoder.layer.0."
 CONFIG = {
@@ -76,4 +78,6 @@ def source(folder: Path, variant: str = "") -> Path:
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer) + "\n")
     if variant == STATIC:
         quantize_folder(folder, strategy="tensor")
+    if variant == DYNAMIC:
+        quantize_folder(folder, static=False)
     return folder

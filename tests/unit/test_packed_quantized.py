@@ -12,6 +12,7 @@ from pruneofa.files import read_json
 from pruneofa.manifest import MANIFEST, TENSORS
 from pruneofa.packed import PackedLinear, read
 from pruneofa.packing import pack, pack_folder, unpack
+from pruneofa.pattern import POOLER
 from pruneofa.quantization import SCALES, SETTINGS
 from tests.broken import OUTPUT, QUERY, WORDS, WRONG, copy, paths, put, refused, replaced, write
 from tests.golden import STATIC, source
@@ -68,8 +69,11 @@ def test_codes_and_scales_are_those_of_training(folder):
     }
 
 
+@pytest.mark.parametrize("static", [True, False])
 @pytest.mark.parametrize("compress", [True, False])
-def test_unpacking_gives_the_folder_back_and_packing_the_same_bytes(folder, compress, tmp_path):
+def test_unpacking_gives_the_folder_back_and_packing_the_same_bytes(strategy, static, compress, tmp_path):
+    folder = source(tmp_path / "model")
+    quantize_folder(folder, strategy=strategy, static=static)
     pack(folder, tmp_path / "packed", compress=compress)
     unpack(tmp_path / "packed", tmp_path / "again")
     weights, again = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "again"))
@@ -87,11 +91,31 @@ def test_scales_of_dynamic_folders_are_kept_too(tmp_path, strategy):
     assert manifest["activations"] == {"kind": "dynamic"}
     for name, linear in read(tmp_path / "packed").linears.items():
         np.testing.assert_array_equal(linear.scale, known.weight_scale[name])
+
+
+def test_tables_that_packing_quantized_are_unpacked_with_their_scales(tmp_path):
+    quantize_folder(source(tmp_path / "model"), static=False, embeddings=False)
+    pack(tmp_path / "model", tmp_path / "packed")
     unpack(tmp_path / "packed", tmp_path / "again")
-    assert not (tmp_path / "again" / SETTINGS).exists()
+    assert WORDS in quantization.read(tmp_path / "again").weight_scale
+    pack(tmp_path / "again", tmp_path / "packed again")
+    assert (tmp_path / "packed" / TENSORS).read_bytes() == (tmp_path / "packed again" / TENSORS).read_bytes()
 
 
-def test_tables_without_scales_are_quantized_by_packing(tmp_path):
+def test_weights_that_packing_quantized_are_unpacked_without_scales(tmp_path):
+    assert "quantized" not in pack(source(tmp_path / "model"), tmp_path / "packed")
+    unpack(tmp_path / "packed", tmp_path / "again")
+    assert not quantization.is_quantized(tmp_path / "again")
+
+
+@pytest.mark.parametrize(("variant", "value"), [("v1-int8", False), ("v1-int8", 1), ("v1-fp32", True), (STATIC, True)])
+def test_quantized_says_nothing_else(variant, value, tmp_path):
+    folder = copy(variant, tmp_path)
+    write(folder, read_json(folder / MANIFEST) | {"quantized": value})
+    assert f"{MANIFEST}: quantized is {value}; wanted true, of int8 with dynamic activations" in refused(folder)
+
+
+def test_tables_without_without_scales_are_quantized_by_packing(tmp_path):
     folder = source(tmp_path / "model")
     quantize_folder(folder, embeddings=False)
     wanted = pack_folder(source(tmp_path / "plain")).embeddings
@@ -131,6 +155,19 @@ def test_a_pattern_that_changed_after_quantization_is_found(folder, tmp_path):
     edit_weight(folder, QUERY, lambda weight: weight.__setitem__(weight != 0, 0))
     for precision in ("int8", "fp32"):
         with pytest.raises(InputError, match="its pattern lock was broken after quantization"):
+            pack(folder, tmp_path / "packed", precision=precision)
+
+
+def test_a_pooler_zero_that_was_revived_is_found(folder, tmp_path):
+    scale = quantization.read(folder).weight_scale[POOLER]
+
+    def revive(weight):
+        row, column = np.argwhere(weight == 0)[0]
+        weight[row, column] = scale[row]  # code 1: still on the grid
+
+    edit_weight(folder, POOLER, revive)
+    for precision in ("int8", "fp32"):
+        with pytest.raises(InputError, match="the pooler's sparsity pattern has hash .*: its pattern lock was broken"):
             pack(folder, tmp_path / "packed", precision=precision)
 
 

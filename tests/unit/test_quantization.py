@@ -50,7 +50,8 @@ def edit_settings(folder, edit):
 def same(a: Quantization, b: Quantization):
     assert (a.weights, a.input_activations, a.embeddings) == (b.weights, b.input_activations, b.embeddings)
     assert (a.input_scale, a.input_zero_point) == (b.input_scale, b.input_zero_point)
-    assert a.pattern_hash == b.pattern_hash and sorted(a.weight_scale) == sorted(b.weight_scale)
+    assert (a.pattern_hash, a.pooler_hash) == (b.pattern_hash, b.pooler_hash)
+    assert sorted(a.weight_scale) == sorted(b.weight_scale)
     for name, scale in a.weight_scale.items():
         np.testing.assert_array_equal(scale, b.weight_scale[name], strict=True)
 
@@ -217,6 +218,7 @@ def test_one_scale_per_tensor_is_one(folder):
     [
         {"format": "other"}, {"version": 2}, {"version": True}, {"junk": 1}, {"weights": None}, {"weights": {}},
         {"pattern_hash": 3}, {"pattern_hash": "abc"}, {"embeddings": []}, {"input_activations": "int8"},
+        {"pooler_hash": 3}, {"pooler_hash": "abc"},
         {"weights": {"strategy": "group", "symmetric": True, "dynamic": False, "num_bits": 8, "type": "int"}},
         {"weights": {"strategy": "channel", "symmetric": True, "dynamic": False, "num_bits": 4, "type": "int"}},
         {"weights": {"strategy": "channel", "symmetric": 1, "dynamic": False, "num_bits": 8, "type": "int"}},
@@ -243,15 +245,27 @@ def test_damaged_files(folder):
     assert f"no {SCALES} in it" in refused(folder)
     for text in ("", "{", "[]", '{"a": 1, "a": 2}', "NaN"):
         (folder / SETTINGS).write_text(text)
-        refused(folder)
+        assert refused(folder).endswith("quantize the model again with: pruneofa quantize")
+    (folder / SETTINGS).unlink()
+    (folder / SETTINGS).mkdir()
+    text = refused(folder)
+    assert "cannot be read" in text and text.endswith("quantize the model again with: pruneofa quantize")
 
 
 def test_a_changed_pattern(folder):
     found = read(folder)
-    quantization.check_pattern(folder, found, found.pattern_hash)
-    with pytest.raises(InputError, match="pattern lock was broken after quantization"):
-        quantization.check_pattern(folder, found, "0" * 64)
-    quantization.check_pattern(folder, dataclasses.replace(found, pattern_hash=None), "0" * 64)
+    quantization.check_pattern(folder, found, found.pattern_hash, found.pooler_hash)
+    for part, hashes in (("encoder", ("0" * 64, found.pooler_hash)), ("pooler", (found.pattern_hash, "0" * 64))):
+        with pytest.raises(InputError, match=f"the {part}'s sparsity pattern .* lock was broken after quantization"):
+            quantization.check_pattern(folder, found, *hashes)
+    unknown = dataclasses.replace(found, pattern_hash=None, pooler_hash=None)
+    quantization.check_pattern(folder, unknown, "0" * 64, "0" * 64)
+
+
+def test_folders_of_before_the_pooler_was_hashed(folder):
+    wanted = dataclasses.replace(read(folder), pooler_hash=None)
+    edit_settings(folder, lambda settings: settings.pop("pooler_hash"))
+    same(read(folder), wanted)
 
 
 def test_a_quantization_of_nothing():

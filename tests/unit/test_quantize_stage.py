@@ -106,7 +106,8 @@ def test_the_folder_is_ordinary_on_the_grid_and_keeps_the_pattern(done, variant)
     scales = quantization.read(made)
     for name, weight in pattern.read_weights(made, lambda name, _: name in scales.weight_scale):
         quantization.codes(name, weight, scales.weight_scale[name])
-    assert scales.pattern_hash == pattern.inspect(made)["pattern_hash"]
+    hashes = pattern.inspect(made)
+    assert (scales.pattern_hash, scales.pooler_hash) == (hashes["pattern_hash"], hashes["pooler_hash"])
     start = weights(folder / SEED / "transfer")
     biases = [name for name in start if name.endswith("bias")]
     same = [np.array_equal(weights(made)[name], start[name]) for name in biases]

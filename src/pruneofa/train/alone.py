@@ -7,10 +7,10 @@ from typing import Literal
 
 from pruneofa.errors import InputError
 from pruneofa.files import read_json
-from pruneofa.recipe import Quantize, Recipe, Task, load
+from pruneofa.lineage import sparse_of_run
+from pruneofa.recipe import Quantize, Recipe, Task
 from pruneofa.train.models import model_fingerprint
 from pruneofa.train.pipeline import Run, Stage, carry_out, check_pattern
-from pruneofa.train.results import sparse_folder
 from pruneofa.train.stages import task_student
 from pruneofa.train.trainer import processes
 
@@ -90,21 +90,6 @@ def quantize(
     wanted = "/ptq" if settings.ptq else "/quantize"
     stage = next(stage for stage in stages if stage.name.endswith(wanted))
     return _alone([replace(stage, folder=out)], this, redo)
-
-
-def sparse_of_run(model: Path) -> str | None:
-    """The sparse model that a run made this task model from; None for a dense one, or a model from elsewhere."""
-    folder = model.resolve()
-    root = folder.parents[3] if len(folder.parents) > 3 else folder
-    if not (folder / "stage.json").exists() or not (root / "recipe.yaml").exists():
-        return None
-    place, _, variant = read_json(folder / "stage.json")["stage"].rpartition("/")
-    if not place.startswith("tasks/") or variant not in ("transfer", "control"):
-        return None
-    if variant == "control":
-        return str(root / "control")
-    recipe = load([root / "recipe.yaml"])
-    return None if recipe.prune and not (root / "sparse").exists() else sparse_folder(recipe, root)
 
 
 def _alone(stages: list[Stage], this: Run, redo: bool) -> dict[str, float]:

@@ -17,6 +17,7 @@ from torch import nn
 from pruneofa import recipe
 from pruneofa.errors import InputError
 from pruneofa.files import write_json
+from pruneofa.lineage import check_lock
 from pruneofa.packing import copy_settings, new_output
 from pruneofa.pattern import local_folder
 from pruneofa.progress import progress
@@ -72,7 +73,8 @@ def export(
         not run in int8, a zero that was lost, logits of something else, or more than 0.2 points of a metric lost.
 
     Raises:
-        InputError: the folder cannot be exported so, or the task's data are not for it.
+        InputError: the folder cannot be exported so, has lost the pattern of the run that it lies in, or the task's
+            data are not for it.
         ImportError: a library that writes or runs the export is not installed.
     """
     if to not in FORMATS:
@@ -85,6 +87,7 @@ def export(
     int8 = (None if precision is None else precision == "int8") if dense else True
     report: dict[str, Any] = {}
     with progress(f"export to {to}", 4) as advance, contextlib.suppress(_Rejected), new_output(out) as temporary:
+        check_lock(folder)
         source = read_exportable(folder, int8=int8, whole=not dense)
         task = None if name is None or spec is None else _read_task(source, name, spec, data_root)
         advance(note="writing")

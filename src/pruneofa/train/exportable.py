@@ -148,7 +148,8 @@ def read_exportable(folder: Path, *, int8: bool | None = None, whole: bool = Fal
     if found is not None:
         for name in source.linears | (source.tables if found.embeddings else {}):
             source.codes(name)
-        quantization.check_pattern(folder, found, pattern.inspect(folder)["pattern_hash"])
+        hashes = pattern.inspect(folder)
+        quantization.check_pattern(folder, found, hashes["pattern_hash"], hashes["pooler_hash"])
     if int8 is False:
         source.quantization = None
     head = model.get_output_embeddings()  # of masked-LM, tied: its weight is a table too, and stays float

@@ -14,6 +14,7 @@ from typing import Any
 from pruneofa import pattern
 from pruneofa.errors import CheckFailed, InputError
 from pruneofa.files import fingerprint, new_folder, read_json, write_json, write_text
+from pruneofa.lineage import lost_pattern
 from pruneofa.recipe import Control, Quantize, Recipe, Task, dump, load
 from pruneofa.train import corpus, tasks
 from pruneofa.train.by_engine import measure_by_engine
@@ -345,15 +346,8 @@ def check_pattern(sparse: str | None, model: str) -> None:
     """Raises CheckFailed naming layer and count when zeros of `sparse`, if known, are not zero in `model`."""
     if sparse is None:
         return
-    found = pattern.verify(with_safetensors(sparse), model)
-    if not found["ok"]:
-        what = [f"{layer['layer']}: {layer['count']} revived" for layer in found["revived"]]
-        what += [f"{layer}: missing" for layer in found["missing"]]
-        raise CheckFailed(
-            f"{model}: lost the pattern of {sparse}: {what[0]}"
-            + (f" (and {len(what) - 1} more layers)" if len(what) > 1 else "")
-            + "; make it again with its pattern locked"
-        )
+    if lost := lost_pattern(with_safetensors(sparse), model):
+        raise CheckFailed(lost)
 
 
 def check_folder(recipe: Recipe, folder: Path) -> None:

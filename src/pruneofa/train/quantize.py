@@ -4,7 +4,6 @@ The weights stay ordinary float32 parameters; scales and ranges live beside the 
 change.
 """
 
-import re
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, Literal
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from pruneofa import pattern
 from pruneofa.errors import InputError
+from pruneofa.manifest import EMBEDDINGS, SHARED_INPUT
 from pruneofa.pattern import base_name, is_encoder_weight
 from pruneofa.quantization import Quantization, QuantizationArgs
 from pruneofa.quantization import codes as check_codes
@@ -25,8 +25,6 @@ from pruneofa.train.masks import prunable
 
 EMA = 0.01  # weight of the newest batch in the moving average of a static range (method.md A7)
 _BINS = 2048  # of the histogram that percentiles are read from
-_SHARED_INPUT = re.compile(r"(.*\.attention)\.(?:self\.(?:query|key|value)|[qkv]_lin)\.weight")
-_TABLE = re.compile(r"embeddings\.(?:word|position|token_type)_embeddings\.weight")
 
 
 class FakeQuantizer:
@@ -62,7 +60,7 @@ class FakeQuantizer:
             for name, module in modules.items()
             if isinstance(module, nn.Linear) and (name == pattern.POOLER or is_encoder_weight(name, 2))
         }
-        found = {n: m for n, m in modules.items() if isinstance(m, nn.Embedding) and _TABLE.fullmatch(n)}
+        found = {n: m for n, m in modules.items() if isinstance(m, nn.Embedding) and n in EMBEDDINGS}
         self.tables = found if embeddings else {}
         for name, module in self.linears.items():
             module.forward = partial(self._linear, name, module)
@@ -163,7 +161,7 @@ class FakeQuantizer:
             scale = self._weights[name][1] if name in self._weights else weight_scale(module.weight, "channel")
             module.weight.copy_(weight_codes(module.weight, scale, "channel").mul_(scale[:, None]).add_(0.0))
             scales[name] = scale.cpu().numpy().copy()
-        kept.pop(pattern.POOLER, None)
+        pooler = {name: kept.pop(name) for name in (pattern.POOLER,) if name in kept}
         quantization = Quantization(
             weights=QuantizationArgs(self.strategy, symmetric=True),
             input_activations=QuantizationArgs("tensor" if self.static else "token", False, dynamic=not self.static),
@@ -172,6 +170,7 @@ class FakeQuantizer:
             input_scale={name: float(scale) for name, (scale, _) in inputs.items()},
             input_zero_point={name: int(zero) for name, (_, zero) in inputs.items()},
             pattern_hash=pattern.pattern_hash(kept),
+            pooler_hash=pattern.pattern_hash(pooler) if pooler else None,
         )
         self._settle(quantization)
         return quantization
@@ -290,5 +289,5 @@ class FakeQuantizer:
 
 def input_name(name: str) -> str:
     """Name of what a linear reads: query, key and value of a layer read the same."""
-    shared = _SHARED_INPUT.fullmatch(name)
+    shared = SHARED_INPUT.fullmatch(name)
     return f"{shared[1]}.input" if shared else f"{name.removesuffix('.weight')}.input"
