@@ -14,7 +14,7 @@ from pruneofa import __version__
 from pruneofa.bench.verb import bench
 from pruneofa.errors import CheckFailed, InputError
 from pruneofa.export_verb import export
-from pruneofa.options import EVALUATED, add_fields, add_training, read_fields, read_task
+from pruneofa.options import EVALUATED, add_fields, add_training, read_fields, read_task, refuse_unused
 
 EXAMPLES = """\
 examples:
@@ -202,8 +202,8 @@ def _transfer(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("sparse", help="folder or hub id of a model whose zeros are its pattern")
     verb.add_argument("out", type=Path, help="folder of the task model")
     verb.add_argument("--task", metavar="T", help="sst2, mnli, qnli, qqp or squad; or a name for your own --data")
-    # They set how a run trains the dense teacher; transfer is given one, or none.
-    add_fields(verb, recipe.Task, "", without=("dense_epochs", "dense_lr"))
+    # They set how a run trains the dense teacher and the int8 model.
+    add_fields(verb, recipe.Task, "", without=("dense_epochs", "dense_lr", "qat_epochs", "qat_lr", "qat_rows"))
     add_training(verb)
 
     def call(options: argparse.Namespace) -> int:
@@ -241,7 +241,7 @@ def _quantize(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("folder", help="folder or hub id of a task model; its zeros are kept")
     verb.add_argument("out", type=Path, help="folder of the int8 model")
     verb.add_argument("--task", metavar="T", help="sst2, mnli, qnli, qqp or squad; or a name for your own --data")
-    ptq = "post-training quantization: no training, ranges from --calibration examples; seconds, but less accurate"
+    ptq = "post-training quantization: no training, static ranges from --calibration examples; takes seconds"
     verb.add_argument("--ptq", action="store_true", help=ptq)
     add_fields(verb, recipe.Quantize, "", without=("ptq",), title="int8")
     # They set how a run trains the models that this verb is given.
@@ -252,6 +252,7 @@ def _quantize(verb: argparse.ArgumentParser) -> None:
         from pruneofa.train import alone
 
         name, spec = read_task(options)
+        refuse_unused(options)
         values = read_fields(options, recipe.Quantize, "") | {"ptq": options.ptq}
         settings = recipe.validate(recipe.Quantize, values)
         _say_pattern(options.folder)
@@ -284,7 +285,7 @@ def _evaluate(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--data-root", help="relative data paths are resolved here")
     group = verb.add_argument_group("engine")
     group.add_argument("--engine", action="store_true", help="by the engine, as packed folders are in any case")
-    choice = "of the engine's weights (default int8); torch computes in fp32"
+    choice = "of the engine (default int8), or fp32 instead of the int8 that torch simulates of a quantized folder"
     group.add_argument("--precision", choices=["int8", "fp32"], help=choice)
     group.add_argument("--threads", type=int, metavar="N", help="of the engine (default: one per CPU)")
     group.add_argument("--isa", metavar="ISA", help="hold the engine to amx, avx512vnni, avx2 or scalar")

@@ -100,10 +100,7 @@ class Engine:
                 fp32, or an argument is out of range.
             ImportError: the native extension was not built.
         """
-        if native is None:
-            raise ImportError(
-                f"the native extension of pruneofa is missing ({_not_built}); build it with: pip install ."
-            )
+        _check_built()
         if precision not in ("int8", "fp32"):
             raise InputError(f"precision is {precision!r}, wanted 'int8' or 'fp32'")
         if not isinstance(path_or_id, (str, os.PathLike)):
@@ -335,8 +332,17 @@ def _task_head(weights: Weights, architecture: Architecture, tokenizer: TextToke
             return Embedding("mean", normalize=False)
 
 
+def _check_built() -> None:
+    if native is None:
+        raise ImportError(f"the native extension of pruneofa is missing ({_not_built}); build it with: pip install .")
+
+
 def choose_isa(wanted: str | None) -> str:
-    """`wanted` if this CPU runs it; None: PRUNEOFA_ISA if set, else the best there is. Raises InputError."""
+    """`wanted` if this CPU runs it; None: PRUNEOFA_ISA if set, else the best there is.
+
+    Raises InputError, and ImportError where the extension was not built.
+    """
+    _check_built()
     available = native.available_isas()
     source = "isa" if wanted is not None else "PRUNEOFA_ISA"
     wanted = wanted if wanted is not None else os.environ.get("PRUNEOFA_ISA") or available[-1]

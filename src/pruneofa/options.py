@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 
 # Of a task's section of a recipe, what evaluation takes.
 EVALUATED = ("data", "validation", "text", "label", "max_length", "stride", "validation_rows", "skip_bad_answers")
+# What `quantize` has use for only with --ptq, or only without.
+CALIBRATION = ("calibration", "observer", "percentile")
+TRAINING = ("teacher", "qat_epochs", "qat_lr", "qat_rows", "hard", "kd", "hidden", "temperature", "dropout", "freeze")
 
 
 def add_fields(
@@ -61,6 +64,16 @@ def read_fields(options: argparse.Namespace, model: "type[BaseModel]", prefix: s
         elif given is not None:
             values |= parse_override(f"{name}={given}")
     return values
+
+
+def refuse_unused(options: argparse.Namespace) -> None:
+    """Raise InputError for an option of `quantize` that --ptq, or its absence, makes meaningless."""
+    reason = "--ptq does not train" if options.ptq else "without --ptq static scales come from training"
+    for name in TRAINING if options.ptq else CALIBRATION:
+        if getattr(options, name) is not None:
+            raise InputError(f"--{name.replace('_', '-')} was given, but {reason}; leave one of them out")
+    if options.percentile is not None and options.observer != "percentile":
+        raise InputError("--percentile was given, but --observer is minmax; add --observer percentile, or leave it out")
 
 
 def read_task(options: argparse.Namespace) -> tuple[str, Any]:

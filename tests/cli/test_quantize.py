@@ -10,7 +10,8 @@ from pruneofa.files import read_json
 from tests.cli.conftest import program, write_recipe
 
 TEXT = ["--text", "sentence", "--label", "verdict"]
-FAST = ["--qat_epochs", "1", "--batch", "16", "--max-length", "32", "--precision", "fp32"]
+ONCE = ["--qat_epochs", "1"]
+FAST = ["--batch", "16", "--max-length", "32", "--precision", "fp32"]
 SEED = "run/tasks/mine/seed-0"
 
 
@@ -47,7 +48,7 @@ def test_with_and_without_training(root, command, call, tmp_path):
     assert "--redo" in last(call(*command, "--ptq", "--weights", "tensor"))
 
     taught = [*command[:2], tmp_path / "taught", *command[3:], "--teacher", root / SEED / "teacher"]
-    said = call(*taught, "--activations", "dynamic", "--weights", "tensor", "--embeddings", "false")
+    said = call(*taught, *ONCE, "--activations", "dynamic", "--weights", "tensor", "--embeddings", "false")
     assert said.code == 0 and "no --teacher" not in said.err, said.err
     record = read_json(tmp_path / "taught" / "stage.json")
     assert record["settings"]["weights"] == "tensor" and record["inputs"]["teacher"]
@@ -58,7 +59,7 @@ def test_with_and_without_training(root, command, call, tmp_path):
 
 
 def test_without_a_teacher_it_says_so_and_learns_from_labels(command, call):
-    said = call(*command, "--qat_lr", "1e-3")
+    said = call(*command, *ONCE, "--qat_lr", "1e-3")
     assert said.code == 0, said.err
     assert "no --teacher given: learning from the task's own labels alone" in said.err
 
@@ -69,6 +70,21 @@ def test_evaluate_simulates_what_the_folder_says(root, command, call, tmp_path):
     said = call("evaluate", tmp_path / "out", *data, "--json")
     assert said.code == 0 and "simulates the engine's int8" in said.err, said.err
     assert json.loads(said.out) == read_json(tmp_path / "out" / "metrics.json")
+    assert "simulates" not in call("evaluate", tmp_path / "out", *data, "--precision", "fp32").err
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--ptq", "--teacher", "dense"], "--teacher was given, but --ptq does not train"),
+        (["--ptq", "--qat-lr", "1e-5"], "--qat-lr was given, but --ptq does not train"),
+        (["--calibration", "9"], "--calibration was given, but without --ptq"),
+        (["--ptq", "--percentile", "99"], "add --observer percentile, or leave it out"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(command, call, tmp_path, given, words):
+    assert words in last(call(*command, *given))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_dense_model_gets_a_warning(root, command, call):

@@ -367,6 +367,25 @@ def test_break_even_measures_every_shape(folder, tmp_path):
     assert tables.break_even_rows(rows)[0]["layer"] == "32x32"
 
 
+def test_break_even_goes_on_without_a_dense_peer_that_fails(folder, tmp_path, monkeypatch):
+    from pruneofa.bench import break_even
+
+    ask = Worker.ask
+
+    def fail(self, command, **options):
+        if self.peer == break_even.DENSE:
+            raise WorkerError("no such engine")
+        return ask(self, command, **options)
+
+    monkeypatch.setattr(Worker, "ask", fail)
+    monkeypatch.setattr(type(PEERS[break_even.DENSE]), "missing", lambda self: None)
+    bench = measure.Bench(Settings(path=str(folder), threads=1, repeats=1, peers=()))
+    model = next(models.read_models(bench.settings, tmp_path))
+    rows = list(break_even.break_even(bench, model, [4]))
+    assert len(rows) == 3 and all(row["dense_us"] is None for row in rows)
+    assert bench.left_out == {break_even.DENSE: "break-even: no such engine"}
+
+
 def break_even_row(pays: float | None, dense: float | None = 25.0) -> dict:
     ours = {f"{s:g}": 100 * (1 - s) for s in SPARSITIES}
     return {"shape": [8, 8], "tokens": 4, "ours_us": ours, "dense_us": dense, "dense": "torch-int8", "pays_from": pays}

@@ -60,7 +60,7 @@ def test_every_variant_by_the_engine_once(run, capsys):
     for name in ("teacher", "transfer"):  # fp32 is fp32
         assert records[name]["metrics"] == read_json(kept[name].with_name("metrics.json"))
     times = {name: file.stat().st_mtime_ns for name, file in kept.items()}
-    measure_by_engine(stages, lambda name: pytest.fail("measured again"))
+    assert measure_by_engine(stages, lambda name: pytest.fail("measured again"))
     assert times == {name: file.stat().st_mtime_ns for name, file in kept.items()}
 
     found = results.collect(recipe, folder, stages)
@@ -93,10 +93,23 @@ def _tensors(folder):
 def test_a_run_without_int8_is_left_alone(run):
     recipe, folder, stages, _ = run
     stages = [stage for stage in stages if not stage.name.endswith(("ptq", "quantize"))]
-    measure_by_engine(stages, lambda name: pytest.fail("evaluated"))
+    assert not measure_by_engine(stages, lambda name: pytest.fail("evaluated"))
     assert not list(folder.rglob(FILE))
     found = results.collect(recipe, folder, stages)
     assert found["latency"] == {} and "packed_int8" not in found["sizes"]
+
+
+@pytest.mark.parametrize("changed", ["pruneofa", "isa"])
+def test_what_another_version_or_other_kernels_measured_is_measured_again(run, changed, monkeypatch):
+    _, _, stages, task = run
+    monkeypatch.setattr("pruneofa.bench.latency.latency", lambda *_, **__: {"setting": {}})
+    measure_by_engine(stages, lambda name: task)
+    file = stages[1].folder / FILE
+    before = read_json(file)
+    write_json(file, before | {changed: "other"})
+    asked = []
+    measure_by_engine(stages, lambda name: asked.append(name) or task)
+    assert asked == ["mine"] and read_json(file)[changed] == before[changed]
 
 
 def test_a_new_stage_is_measured_and_all_are_timed_again_beside_it(run, monkeypatch):

@@ -193,6 +193,15 @@ def test_a_teacher_without_a_trained_head_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_model_that_the_engine_cannot_run_is_refused_before_int8_work(tmp_path):
+    settings = small_recipe(tmp_path / "data")
+    model = write_model(tmp_path / "silu", tiny_bert(hidden_act="silu"))
+    changed = settings.model_copy(update={"model": str(model), "quantize": recipe.Quantize()})
+    this = pipeline.Run(changed, tmp_path / "run")
+    with pytest.raises(InputError, match="activation 'silu' in config.json"):
+        this.check(this.stages(), redo=False)
+
+
 def test_another_recipes_folder_is_refused(done, tmp_path):
     settings, folder, _ = done
     with pytest.raises(InputError, match="holds the run 'small', this recipe is 'other'"):

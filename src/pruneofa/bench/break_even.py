@@ -39,8 +39,10 @@ def break_even(bench: "Bench", model: Model, tokens: Sequence[int]) -> Iterator[
         workers: dict[str, Worker] = {}
         for peer in (PEERS[OURS], dense):
             if not peer.missing() and (bench.cap is None or bench.cap in peer.caps or peer.name == OURS):
-                workers[peer.name] = stack.enter_context(bench.worker(peer, root, here=True))
-                workers[peer.name].ask("start", peer=peer.name, job=job)
+                worker = stack.enter_context(bench.worker(peer, root, here=True))
+                with bench.tried(peer.name, "break-even", fatal=peer.name == OURS):
+                    worker.ask("start", peer=peer.name, job=job)
+                    workers[peer.name] = worker
         with progress("break-even", len(shapes) * len(tokens)) as advance:
             for shape in shapes:
                 for count in tokens:
@@ -61,9 +63,10 @@ def _row(
         key, file = f"{peer} {sparsity:g}", root / "layer.npz"
         weight = prune(full, sparsity, "unstructured")
         np.savez(file, weight=weight, x=x)
-        workers[peer].ask("layer", key=key, job={"peer": peer, "inputs": str(file), "isa": bench.isa})
-        _verify(workers[peer], key, x.astype(np.float64) @ weight.T.astype(np.float64), root)
-        keys.append((peer, key))
+        with bench.tried(peer, "break-even", fatal=peer == OURS):
+            workers[peer].ask("layer", key=key, job={"peer": peer, "inputs": str(file), "isa": bench.isa})
+            _verify(workers[peer], key, x.astype(np.float64) @ weight.T.astype(np.float64), root)
+            keys.append((peer, key))
     seconds: dict[str, list[float]] = {key: [] for _, key in keys}
     count = math.ceil(bench.settings.repeats / _ROUNDS)
     for turn in range(_ROUNDS):

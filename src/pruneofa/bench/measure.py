@@ -146,7 +146,7 @@ class Bench:
             first = jobs[models[0].label]
             for peer in [peer for peer in self.peers if peer.artifact and peer.name not in self.left_out]:
                 advance(note=f"{case.name}: preparing {peer.name}")
-                with self._tried(peer.name, case), self.worker(peer, root, here=True) as worker:
+                with self.tried(peer.name, case.name), self.worker(peer, root, here=True) as worker:
                     worker.ask("prepare", peer=peer.name, job=first)
             wanted = {}
             for model in models:
@@ -157,7 +157,7 @@ class Bench:
             loaded: list[tuple[Worker, dict[str, Any]]] = []
             for label, peer, job in runners:
                 advance(note=f"{case.name}: loading {label}")
-                with self._tried(label, case, fatal=peer.name == OURS):
+                with self.tried(label, case.name, fatal=peer.name == OURS):
                     worker = stack.enter_context(self.worker(peer, root))
                     row = self._load_and_verify(worker, label, job, wanted.get(label, wanted[models[0].label]))
                     loaded.append((worker, row))
@@ -181,19 +181,19 @@ class Bench:
             yield Path(folder)
 
     @contextlib.contextmanager
-    def _tried(self, label: str, case: Case, *, fatal: bool = False) -> Iterator[None]:
-        """A peer that fails, or takes too long, is left out from this case on, by name; the others go on."""
+    def tried(self, label: str, where: str, *, fatal: bool = False) -> Iterator[None]:
+        """A peer that fails, or takes too long, is left out from here on, by name; the others go on."""
         try:
             yield
         except TimeLimitError as error:
             if fatal:
-                raise InputError(f"{case.name}: {label} {error}") from None
-            self.left_out[label] = f"{case.name}: {error}"
+                raise InputError(f"{where}: {label} {error}") from None
+            self.left_out[label] = f"{where}: {error}"
         except WorkerError as error:
             if fatal:
                 kind, _, message = str(error).partition(": ")
                 raise InputError(message) if kind == "InputError" else error from None
-            self.left_out[label] = f"{case.name}: {error}"
+            self.left_out[label] = f"{where}: {error}"
 
     def _reference(self, job: Mapping[str, Any], root: Path) -> NDArray[np.float32] | None:
         """What torch computes in fp32; None without torch."""
@@ -248,7 +248,7 @@ class Bench:
                 if len(seconds[name]) >= FEWEST and sum(seconds[name]) > ENOUGH:
                     continue
                 time.sleep(SETTLE)
-                with self._tried(name, case, fatal=peer == OURS):
+                with self.tried(name, case.name, fatal=peer == OURS):
                     seconds[name] += worker.ask("time", key=peer, count=count)["seconds"]
                     row["peak"] = worker.ask("memory")["peak"]
                 timed = [one for _, one in loaded if seconds[one["name"]] and one["name"] not in self.left_out]

@@ -5,7 +5,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from pruneofa import __version__
 from pruneofa.architectures import Precision
+from pruneofa.engine import choose_isa
 from pruneofa.files import read_json, write_json
 from pruneofa.train.evaluate import evaluate_by_engine
 from pruneofa.train.tasks import Task
@@ -23,23 +25,28 @@ class Finished(Protocol):
     folder: Path
 
 
-def measure_by_engine(stages: Iterable[Finished], task: Callable[[str], Task]) -> None:
+def measure_by_engine(stages: Iterable[Finished], task: Callable[[str], Task]) -> bool:
     """Write engine.json into the folders of task models that lack it; nothing in a run without a quantized one.
 
-    What is there is kept: a stage that is made again loses it with its folder. `task` gives a task by its name.
+    What the same version measured with the same kernels is kept: a stage that is made again loses it with its folder.
+    `task` gives a task by its name. Returns whether the run has a quantized model.
+
     Raises InputError for a model that the engine refuses, and ImportError where it was not built.
     """
     models = [(*place(stage.name), stage.folder) for stage in stages if stage.name.startswith("tasks/")]
     models = [m for m in models if m[2] in PRECISIONS and (m[3] / "config.json").exists()]
     quantized = [m for m in models if PRECISIONS[m[2]] == "int8"]
     if not quantized:
-        return
+        return False
+    now = (__version__, choose_isa(None))
     for name, _, variant, folder in models:
-        if not (folder / FILE).exists():
+        known = read_json(folder / FILE) if (folder / FILE).exists() else {}
+        if (known.get("pruneofa"), known.get("isa")) != now:
             write_json(folder / FILE, evaluate_by_engine(folder, task(name), PRECISIONS[variant]))
     timed = {variant: folder for name, seed, variant, folder in models if (name, seed) == quantized[0][:2]}
     if not all("latency" in read_json(folder / FILE) for folder in timed.values()):
         _add_latency(timed)
+    return True
 
 
 def place(stage: str) -> tuple[str, int, str]:

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from pruneofa import pattern
+from pruneofa.architectures import read_architecture
+from pruneofa.engine import choose_isa
 from pruneofa.errors import CheckFailed, InputError
 from pruneofa.files import fingerprint, new_folder, read_json, write_json, write_text
-from pruneofa.lineage import lost_pattern
+from pruneofa.lineage import lost_pattern, sparse_of_run
 from pruneofa.recipe import Control, Quantize, Recipe, Task, dump, load
 from pruneofa.train import corpus, tasks
 from pruneofa.train.by_engine import measure_by_engine
@@ -146,6 +148,9 @@ class Run:
         if recipe.corpus and pending & {"teacher", "prune", "control"}:
             check_pretraining(recipe.model, recipe.teacher, recipe.prune, recipe.distill, recipe.corpus)
             self.text()
+        if recipe.quantize:
+            choose_isa(None)
+            read_architecture(load_config(recipe.model).to_dict(), recipe.model)
         for name in recipe.tasks:
             if any(stage.startswith(f"tasks/{name}/") for stage in pending):
                 check_task(recipe.model, recipe.tasks[name].resolved(name), self.task(name))
@@ -333,12 +338,17 @@ def run(recipe: Recipe, folder: Path, *, redo: bool = False) -> dict[str, Any]:
                 write_json(folder / "run.json", environment())
         for stage in pending:
             carry_out(stage, this.work, this.emit)
+            if main and stage.name.endswith(("/ptq", "/quantize")):
+                check_pattern(sparse_of_run(stage.folder), str(stage.folder))
         if main:
             shutil.rmtree(this.work, ignore_errors=True)
-            measure_by_engine(stages, this.task)
             results = collect(recipe, folder, stages)
             write_reports(recipe, folder, results)
         processes().wait_for_everyone()
+        # No collective after this: the engine takes longer than a barrier waits.
+        if main and measure_by_engine(stages, this.task):
+            results = collect(recipe, folder, stages)
+            write_reports(recipe, folder, results)
     return results
 
 
