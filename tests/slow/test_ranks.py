@@ -102,11 +102,13 @@ def test_a_whole_run_on_two_ranks(tmp_path):
     from pruneofa.files import read_json
     from tests.small import small_recipe
 
-    (tmp_path / "recipe.yaml").write_text(recipe.dump(small_recipe(tmp_path, "control={lr: [1e-3]}")))
+    (tmp_path / "recipe.yaml").write_text(recipe.dump(small_recipe(tmp_path, "control={lr: [1e-3]}", "quantize={}")))
     out = tmp_path / "run"
     torchrun("-m", "pruneofa.cli", "run", tmp_path / "recipe.yaml", "--out", out)
     results = read_json(out / "results.json")
-    assert set(results["tasks"]["mine"]["accuracy"]) == {"dense", "transfer", "control"}
+    by_torch = {"dense", "transfer", "control", "ptq", "quantize"}
+    by_engine = {f"{name}_engine" for name in by_torch - {"control"}}
+    assert set(results["tasks"]["mine"]["accuracy"]) == by_torch | by_engine
     assert pattern.verify(out / "sparse", out / "tasks/mine/seed-0/transfer")["ok"]
     assert results["sparsity"] == pytest.approx(0.9, abs=2e-3)
     assert not (out / ".work").exists()

@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -286,3 +287,24 @@ def test_the_sparse_model_of_a_run_is_found_and_of_other_folders_is_not(done, tm
     assert alone.sparse_of_run(folder / SEED / "teacher") is None
     assert alone.sparse_of_run(folder / "sparse") is None
     assert alone.sparse_of_run(folder.parent / "data" / "model") is None
+
+
+def test_other_ranks_are_gone_and_results_are_there_before_the_engine_measures(done, copy, monkeypatch):
+    happened = []
+    monkeypatch.setattr(
+        pipeline, "processes", lambda: SimpleNamespace(
+            is_main_process=True, num_processes=1, wait_for_everyone=lambda: happened.append("barrier")
+        )
+    )  # fmt: skip
+
+    def measure(*_):
+        happened.append("measure")
+        assert (copy / "results.json").exists() and (copy / "report.html").exists()
+        raise InputError("the engine says no")
+
+    monkeypatch.setattr(pipeline, "measure_by_engine", measure)
+    for file in ("results.json", "report.html"):
+        (copy / file).unlink()
+    with pytest.raises(InputError, match="the engine says no"):
+        pipeline.run(with_int8(done[0]), copy)
+    assert happened[-1] == "measure" and "barrier" in happened

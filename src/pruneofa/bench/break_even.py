@@ -46,6 +46,8 @@ def break_even(bench: "Bench", model: Model, tokens: Sequence[int]) -> Iterator[
         with progress("break-even", len(shapes) * len(tokens)) as advance:
             for shape in shapes:
                 for count in tokens:
+                    if dense.name in bench.left_out:
+                        workers.pop(dense.name, None)
                     yield _row(bench, workers, shape, count, root, advance)
 
 
@@ -72,11 +74,14 @@ def _row(
     for turn in range(_ROUNDS):
         shift = turn % len(keys)
         for peer, key in keys[shift:] + keys[:shift]:
-            seconds[key] += workers[peer].ask("time", key=key, count=count)["seconds"]
+            if peer not in bench.left_out:
+                with bench.tried(peer, "break-even", fatal=peer == OURS):
+                    seconds[key] += workers[peer].ask("time", key=key, count=count)["seconds"]
+    keys = [(peer, key) for peer, key in keys if peer not in bench.left_out]
     for peer, key in keys:
         workers[peer].ask("forget", key=key)
     advance(note=f"{shape[0]}x{shape[1]}")
-    median = {key: 1e6 * float(np.median(values)) for key, values in seconds.items()}
+    median = {key: 1e6 * float(np.median(seconds[key])) for _, key in keys}
     ours = {f"{s:g}": median[f"{OURS} {s:g}"] for s in SPARSITIES}
     dense = median.get(f"{DENSE} 0")
     return {"shape": list(shape), "tokens": tokens, "ours_us": ours, "dense_us": dense, "dense": dense and DENSE,

@@ -51,7 +51,7 @@ def evaluate(
     """Metrics of the task model in the folder (or hub id) `path`; see `evaluate_model`.
 
     A folder that `pruneofa quantize` made is computed in the engine's int8 arithmetic, by torch too, unless
-    `precision` says otherwise.
+    `precision` is fp32.
     Labels are compared by name, the model's own names, so that another order of class ids does no harm.
     Of data without validation rows the tenth counts that training would hold out, so that the number compares
     with those of models trained on it; `whole` takes all rows. How many there were goes to stderr.
@@ -80,7 +80,7 @@ def evaluate(
         raise InputError(f"{path}: int8, --threads and --isa are the engine's, and this folder goes to torch; "
                          "add --engine, or leave them out")  # fmt: skip
     model = load_task_model(path, kind)
-    if precision is None and (scales := quantization.read(folder)):
+    if precision != "fp32" and (scales := quantization.read(folder)):
         FakeQuantizer.of(model, scales)
         sys.stderr.write(f"{path} is quantized: torch simulates the engine's int8\n")
     task = task_of(model, path, name, spec, **data)

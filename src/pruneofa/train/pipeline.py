@@ -16,7 +16,7 @@ from pruneofa.architectures import read_architecture
 from pruneofa.engine import choose_isa
 from pruneofa.errors import CheckFailed, InputError
 from pruneofa.files import fingerprint, new_folder, read_json, write_json, write_text
-from pruneofa.lineage import lost_pattern, sparse_of_run
+from pruneofa.lineage import lost_pattern
 from pruneofa.recipe import Control, Quantize, Recipe, Task, dump, load
 from pruneofa.train import corpus, tasks
 from pruneofa.train.by_engine import measure_by_engine
@@ -52,6 +52,7 @@ class Stage:
     settings: dict[str, Any]
     inputs: dict[str, str]
     build: Callable[[Path], Outcome]
+    pattern: str | None = None  # model whose zeros the result must still have; int8 rounds after the lock has let go
 
     @property
     def fingerprint(self) -> str:
@@ -148,9 +149,10 @@ class Run:
         if recipe.corpus and pending & {"teacher", "prune", "control"}:
             check_pretraining(recipe.model, recipe.teacher, recipe.prune, recipe.distill, recipe.corpus)
             self.text()
-        if recipe.quantize:
+        if recipe.quantize:  # the engine is to run what the tasks' stages make, whatever head the model has now
             choose_isa(None)
-            read_architecture(load_config(recipe.model).to_dict(), recipe.model)
+            config = load_config(recipe.model).to_dict()
+            read_architecture(config | {"architectures": None}, recipe.model)
         for name in recipe.tasks:
             if any(stage.startswith(f"tasks/{name}/") for stage in pending):
                 check_task(recipe.model, recipe.tasks[name].resolved(name), self.task(name))
@@ -267,14 +269,17 @@ class Run:
                 names = {"calibration", "observer"} | ({"percentile"} if settings.observer == "percentile" else set())
                 visible |= settings.model_dump(include=names)
             inputs = {"model": start[1], "data": data}
-            stages.append(Stage(f"tasks/{name}/seed-{seed}/ptq", folder / "ptq", visible, inputs, calibrate))
+            stages.append(Stage(f"tasks/{name}/seed-{seed}/ptq", folder / "ptq", visible, inputs, calibrate, sparse))
         losses = {"hard", "kd", "hidden", "temperature", "dropout", "qat_rows"}
         visible = _dense_settings(spec.model_copy(update={"epochs": spec.qat_epochs, "lr": spec.qat_lr}))
         visible |= spec.model_dump(include=losses, exclude_defaults=True) | numerics | common
         if settings.activations == "static":
             visible["freeze"] = settings.freeze
         inputs = {"model": start[1], "teacher": teacher[1], "data": data}
-        return [*stages, Stage(f"tasks/{name}/seed-{seed}/quantize", folder / "quantize", visible, inputs, train)]
+        return [
+            *stages,
+            Stage(f"tasks/{name}/seed-{seed}/quantize", folder / "quantize", visible, inputs, train, sparse),
+        ]
 
     def _tune(
         self,
@@ -338,8 +343,6 @@ def run(recipe: Recipe, folder: Path, *, redo: bool = False) -> dict[str, Any]:
                 write_json(folder / "run.json", environment())
         for stage in pending:
             carry_out(stage, this.work, this.emit)
-            if main and stage.name.endswith(("/ptq", "/quantize")):
-                check_pattern(sparse_of_run(stage.folder), str(stage.folder))
         if main:
             shutil.rmtree(this.work, ignore_errors=True)
             results = collect(recipe, folder, stages)
@@ -421,6 +424,7 @@ def carry_out(stage: Stage, work_root: Path, emit: Emit) -> None:
     if state.is_main_process:
         with new_folder(stage.folder) as folder:
             outcome.save(folder)
+            check_pattern(stage.pattern, str(folder))
             write_json(folder / "metrics.json", outcome.metrics)
             record = {
                 "stage": stage.name,
