@@ -67,11 +67,14 @@ def read_fields(options: argparse.Namespace, model: "type[BaseModel]", prefix: s
 
 
 def refuse_unused(options: argparse.Namespace) -> None:
-    """Raise InputError for an option of `quantize` that --ptq, or its absence, makes meaningless."""
+    """Raise InputError for an option of `quantize` that another one, or its absence, makes meaningless."""
     reason = "--ptq does not train" if options.ptq else "without --ptq static scales come from training"
     for name in TRAINING if options.ptq else CALIBRATION:
         if getattr(options, name) is not None:
             raise InputError(f"--{name.replace('_', '-')} was given, but {reason}; leave one of them out")
+    for name in ("freeze", *CALIBRATION) if options.activations == "dynamic" else ():
+        if getattr(options, name) is not None:
+            raise InputError(f"--{name} was given, but a scale per token has no range to find; leave one of them out")
     if options.percentile is not None and options.observer != "percentile":
         raise InputError("--percentile was given, but --observer is minmax; add --observer percentile, or leave it out")
 
