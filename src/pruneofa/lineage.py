@@ -47,8 +47,11 @@ def check_lock(folder: Path) -> None:
     Nothing is known of a folder that lies elsewhere. A sparse model that came from the hub, or as a .bin file, is not
     fetched for this: `pruneofa verify` compares with it.
     """
-    sparse = sparse_of_run(folder)
-    if sparse is None or not any(Path(sparse).glob("*.safetensors")):
+    try:
+        sparse = sparse_of_run(folder)
+    except InputError:  # the recipe of another version says nothing about this model
         return
-    if lost := lost_pattern(sparse, str(folder)):
+    # A relative path in a recipe was relative to where the run was started, which need not be here.
+    known = sparse is not None and Path(sparse).is_absolute() and any(Path(sparse).glob("*.safetensors"))
+    if known and (lost := lost_pattern(str(sparse), str(folder))):
         raise InputError(lost)

@@ -115,7 +115,7 @@ def test_quantized_says_nothing_else(variant, value, tmp_path):
     assert f"{MANIFEST}: quantized is {value}; wanted true, of int8 with dynamic activations" in refused(folder)
 
 
-def test_tables_without_without_scales_are_quantized_by_packing(tmp_path):
+def test_tables_without_scales_are_quantized_by_packing(tmp_path):
     folder = source(tmp_path / "model")
     quantize_folder(folder, embeddings=False)
     wanted = pack_folder(source(tmp_path / "plain")).embeddings

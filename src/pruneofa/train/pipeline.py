@@ -149,10 +149,6 @@ class Run:
         if recipe.corpus and pending & {"teacher", "prune", "control"}:
             check_pretraining(recipe.model, recipe.teacher, recipe.prune, recipe.distill, recipe.corpus)
             self.text()
-        if recipe.quantize:  # the engine is to run what the tasks' stages make, whatever head the model has now
-            choose_isa(None)
-            config = load_config(recipe.model).to_dict()
-            read_architecture(config | {"architectures": None}, recipe.model)
         for name in recipe.tasks:
             if any(stage.startswith(f"tasks/{name}/") for stage in pending):
                 check_task(recipe.model, recipe.tasks[name].resolved(name), self.task(name))
@@ -326,6 +322,8 @@ def run(recipe: Recipe, folder: Path, *, redo: bool = False) -> dict[str, Any]:
     this = Run(recipe, folder)
     stages = this.stages()
     this.check(stages, redo)
+    if recipe.quantize:
+        check_engine(recipe)
     untaught = [name for name, task in recipe.tasks.items() if task.teacher is None]
     if recipe.model_is_sparse and recipe.dense_model is None and untaught and processes().is_main_process:
         sys.stderr.write(
@@ -353,6 +351,14 @@ def run(recipe: Recipe, folder: Path, *, redo: bool = False) -> dict[str, Any]:
             results = collect(recipe, folder, stages)
             write_reports(recipe, folder, results)
     return results
+
+
+def check_engine(recipe: Recipe) -> None:
+    """Raises InputError, or ImportError, where the engine cannot run what the tasks' stages will make."""
+    choose_isa(None)
+    for model in filter(None, (recipe.model, recipe.dense_model)):
+        # Its head does not matter: the tasks' stages give it another one.
+        read_architecture(load_config(model).to_dict() | {"architectures": None}, model)
 
 
 def check_pattern(sparse: str | None, model: str) -> None:
