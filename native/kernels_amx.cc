@@ -2,9 +2,8 @@
 //
 // The weights are the left operand, so that a row of a tile is a run of 64 weights of one output: it is expanded from
 // one 64-bit mask and the non-zeros that follow in memory (VPEXPANDB). The codes of a token panel are the right
-// operand as they lie. A pair of tile rows is expanded once, into memory that stays in the first-level cache up to
-// about 1000 inputs and in the second-level one beyond, while the first two panels are multiplied; further panels read
-// the expanded tiles.
+// operand as they lie. A stretch of a pair of tile rows is expanded once, into memory that stays in the first-level
+// cache, while the first two panels are multiplied; further panels read the expanded tiles.
 #include "kernels.h"
 
 #if defined(PRUNEOFA_X86)
@@ -163,41 +162,55 @@ struct Multiply {
   std::ptrdiff_t second;  // from it to the second
   const char* x;          // the first panel
   std::ptrdiff_t next;    // from it to the second
-  int32_t* sums;
   int chunks;
   Expander expander[2];   // of the two rows
+  const int32_t* start;   // what the sums begin with, four tiles
+  int start_row, start_tile;  // bytes from one row of `start` to the next, numbers from one tile to the next
+  int32_t* before;        // where the sums of the block before go
+  const int32_t* sums;    // those that become floats
 };
 
+// Tile `i` of the sums: the block before leaves it to this one. A macro, because tiles are named by literals.
+#define PRUNEOFA_NEXT_SUMS(i)                \
+  _tile_stored(i, m.before + (i) * 256, 64); \
+  _tile_loadd(i, m.start + (i) * m.start_tile, m.start_row)
+
 // A chunk: four tile products, and between them `Rows` rows each of the block before, or all at the end where tiles are
-// expanded, `Fresh`. In the first chunk the sums of the block before go to memory, each just before its tile is cleared.
+// expanded, `Fresh`. In the first chunk the sums of the block before go to memory, each just before its tile is needed.
 template <Activation kind, int Rows, bool Fresh, bool First>
 inline void multiply_chunk(Multiply& m, int c, Finisher& f) {
   const int8_t* const weights = m.weights + c * kTile;
   const char* const x = m.x + c * kTile;
   _tile_loadd(4, weights, 64);
   _tile_stream_loadd(6, x, 64);
-  if (First) _tile_stored(0, m.sums, 64);
-  if (First) _tile_zero(0);
+  if (First) {
+    PRUNEOFA_NEXT_SUMS(0);
+  }
   _tile_dpbsud(0, 4, 6);
   if (!Fresh) finish_rows<kind, Rows>(f);
   _tile_loadd(5, weights + m.second, 64);
-  if (First) _tile_stored(1, m.sums + 256, 64);
-  if (First) _tile_zero(1);
+  if (First) {
+    PRUNEOFA_NEXT_SUMS(1);
+  }
   _tile_dpbsud(1, 5, 6);
   if (!Fresh) finish_rows<kind, Rows>(f);
   _tile_stream_loadd(7, x + m.next, 64);
-  if (First) _tile_stored(2, m.sums + 512, 64);
-  if (First) _tile_zero(2);
+  if (First) {
+    PRUNEOFA_NEXT_SUMS(2);
+  }
   _tile_dpbsud(2, 4, 7);
   if (!Fresh) finish_rows<kind, Rows>(f);
-  if (First) _tile_stored(3, m.sums + 768, 64);
-  if (First) _tile_zero(3);
+  if (First) {
+    PRUNEOFA_NEXT_SUMS(3);
+  }
   _tile_dpbsud(3, 5, 7);
   if (!Fresh) return finish_rows<kind, Rows>(f);
   expand_tile(m.expander[0]);
   expand_tile(m.expander[1]);
   finish_rows<kind, 4 * Rows>(f);
 }
+
+#undef PRUNEOFA_NEXT_SUMS
 
 // A tile read soon after it was written waits for the writes: so many chunks pass between them, and between storing sums
 // and reading them.
@@ -235,35 +248,55 @@ void multiply_block(const Weights& w, const Operands& o, Multiply& m, const Bloc
   finish_rest<kind>(w, o, before, finished, m.sums);
 }
 
+// Many inputs are taken in stretches, so that the tiles expanded for one, 26 KiB, stay in the first-level cache while
+// all panels are multiplied; the sums of a block wait in memory for the next stretch. Two panels read them only once.
+constexpr int kMostChunks = 16, kStretch = 13;
+
 template <Activation kind, int Rows>
 void multiply_tiles(const Weights& w, const Operands& o, int begin, int end) {
-  Multiply m = {};
-  m.chunks = round_up(w.inputs, 64) / 64;
-  const std::ptrdiff_t row_bytes = static_cast<std::ptrdiff_t>(m.chunks) * kTile;
+  alignas(64) static constexpr int32_t kZeros[kLanes] = {};
+  const int chunks = round_up(w.inputs, 64) / 64;
+  const int stretches = chunks > kMostChunks && o.panels > 2 ? (chunks + kStretch - 1) / kStretch : 1;
+  const int most = (chunks + stretches - 1) / stretches;
+  const std::ptrdiff_t row_bytes = static_cast<std::ptrdiff_t>(chunks) * kTile;
+  const std::ptrdiff_t second = w.sparse ? static_cast<std::ptrdiff_t>(most) * kTile : row_bytes;
   int8_t* const tiles = static_cast<int8_t*>(o.scratch);
-  m.sums = reinterpret_cast<int32_t*>(tiles + 2 * row_bytes);
+  int32_t* const sums = reinterpret_cast<int32_t*>(tiles + 2 * row_bytes);
+  int32_t* const waiting = sums + 4 * 256;
+  Multiply m = {};
+  m.sums = m.before = sums;
   Block before;
   for (int n = begin; n < end; n += 32) {
     const int row = n / 16;
-    m.second = n + 16 < end ? row_bytes : 0;  // a lone row of tiles is multiplied twice
-    m.weights = w.sparse ? tiles : w.values + row * row_bytes;
+    m.second = n + 16 < end ? second : 0;  // a lone row of tiles is multiplied twice
     for (int i = 0; w.sparse && i < 2; ++i) {
       const int mine = m.second ? row + i : row;
-      m.expander[i] = {w.masks + static_cast<std::ptrdiff_t>(mine) * m.chunks * 16, w.values + w.value_start[mine],
-                       tiles + (m.second ? i : 0) * row_bytes, w.short_runs};
+      m.expander[i] = {w.masks + static_cast<std::ptrdiff_t>(mine) * chunks * 16, w.values + w.value_start[mine], tiles,
+                       w.short_runs};
     }
-    for (int p = 0; p < o.panels; p += 2) {
-      m.x = static_cast<const char*>(o.x) + p * row_bytes;
-      m.next = p + 1 < o.panels ? row_bytes : 0;
-      w.sparse && p == 0 ? multiply_block<kind, Rows, true>(w, o, m, before)
-                         : multiply_block<kind, Rows, false>(w, o, m, before);
-      before = {n, end - n < 32 ? end - n : 32, p, m.next ? 2 : 1};
+    for (int c = 0; c < chunks; c += most) {
+      m.chunks = chunks - c < most ? chunks - c : most;
+      m.weights = w.sparse ? tiles : w.values + row * row_bytes + c * kTile;
+      for (int i = 0; i < 2; ++i) m.expander[i].tile = tiles + (m.second ? i : 0) * second;
+      for (int p = 0; p < o.panels; p += 2) {
+        m.x = static_cast<const char*>(o.x) + p * row_bytes + c * kTile;
+        m.next = p + 1 < o.panels ? row_bytes : 0;
+        int32_t* const mine = waiting + p / 2 * 4 * 256;
+        m.start = c == 0 ? kZeros : mine;
+        m.start_row = c == 0 ? 0 : 64;
+        m.start_tile = c == 0 ? 0 : 256;
+        w.sparse && p == 0 ? multiply_block<kind, Rows, true>(w, o, m, before)
+                           : multiply_block<kind, Rows, false>(w, o, m, before);
+        const bool last = c + most >= chunks;
+        before = last ? Block{n, end - n < 32 ? end - n : 32, p, m.next ? 2 : 1} : Block();
+        m.before = last ? sums : mine;
+      }
     }
   }
-  _tile_stored(0, m.sums, 64);
-  _tile_stored(1, m.sums + 256, 64);
-  _tile_stored(2, m.sums + 512, 64);
-  _tile_stored(3, m.sums + 768, 64);
+  _tile_stored(0, m.before, 64);
+  _tile_stored(1, m.before + 256, 64);
+  _tile_stored(2, m.before + 512, 64);
+  _tile_stored(3, m.before + 768, 64);
   if (o.sums != nullptr) return copy_sums(w, o, before, m.sums);
   finish_rest<kind>(w, o, before, 0, m.sums);
 }

@@ -111,7 +111,7 @@ struct Call {
         codes(panels * codes_bytes(linear.inputs(), linear.kernels().group_int8)),
         scale(static_cast<std::size_t>(panels) * kLanes),
         zero(static_cast<std::size_t>(panels) * kLanes),
-        scratch(scratch_bytes(linear.inputs(), 1, 0)) {
+        scratch(scratch_bytes(linear.inputs(), panels * kLanes, 0)) {
     operands.x = linear.is_int8() ? static_cast<const void*>(codes.data()) : x.data();
     operands.scale = scale.data();
     operands.zero = zero.data();

@@ -64,8 +64,11 @@ def test_one_input_too_many_is_refused(isa):
         layer.build(_native, isa)
 
 
-# Longer than the buffers between two blocks of tiles, and than what a row of tiles expands to.
-@pytest.mark.parametrize(("n", "k", "m"), [(80, 1000, 50), (40, 3072, 20), (300, 70, 130)])
+# Longer than the buffers between two blocks of tiles, than what a row of tiles expands to, and than a stretch of inputs
+# that is added up at once: two of 9 and 8 chunks, four of 12, and 14 of which the last has one chunk.
+@pytest.mark.parametrize(
+    ("n", "k", "m"), [(80, 1000, 50), (40, 3072, 20), (300, 70, 130), (33, 1060, 33), (64, 3072, 70), (17, 10880, 50)]
+)
 @pytest.mark.parametrize("sparsity", [0.0, 0.6, 0.9])
 def test_larger_layers(isa, n, k, m, sparsity):
     random = np.random.default_rng(1)
