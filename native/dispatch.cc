@@ -46,8 +46,9 @@ Cpu detect() {
   cpu.avx2 = ymm && fma && (b >> 5 & 1);
   const bool f = b >> 16 & 1, dq = b >> 17 & 1, bw = b >> 30 & 1, vl = b >> 31 & 1, vnni = c >> 11 & 1;
   cpu.avx512vnni = cpu.avx2 && zmm && f && dq && bw && vl && vnni;
-  const bool vbmi = c >> 1 & 1, vbmi2 = c >> 6 & 1, bf16 = d >> 22 & 1, tile = d >> 24 & 1, int8 = d >> 25 & 1;
-  cpu.amx = cpu.avx512vnni && tiles && popcnt && vbmi && vbmi2 && bf16 && tile && int8 && may_use_tiles();
+  const bool vbmi = c >> 1 & 1, vbmi2 = c >> 6 & 1, bf16 = d >> 22 & 1, fp16 = d >> 23 & 1, tile = d >> 24 & 1,
+             int8 = d >> 25 & 1;
+  cpu.amx = cpu.avx512vnni && tiles && popcnt && vbmi && vbmi2 && bf16 && fp16 && tile && int8 && may_use_tiles();
   return cpu;
 }
 

@@ -53,7 +53,8 @@ Encoder::Encoder(EncoderOptions options, Table word, Table position, Table type,
   }
   int8_ = layers_[0].query->is_int8();
   ranged_ = int8_ && !layers_[0].query->is_static();
-  activation_ = ranged_ && options_.activation == Activation::kGelu ? Activation::kGeluRough : options_.activation;
+  const bool half = ranged_ && kernels_.encode_half && options_.activation == Activation::kGelu;
+  activation_ = half ? Activation::kGeluHalf : options_.activation;
 }
 
 void Encoder::reserve(int panels) {
@@ -143,7 +144,8 @@ void Encoder::pass(int thread, const Sequences& sequences, float* out) {
     multiply(thread, *layer.attention_output, narrow);
     add_and_normalize(thread, state, narrow.data, layer.attention_norm);
     const int intermediate = layer.intermediate->outputs();
-    const Slice wide = slice(own.wide, part(intermediate, 32, thread), intermediate);
+    Slice wide = slice(own.wide, part(intermediate, 32, thread), intermediate);
+    wide.half = activation_ == Activation::kGeluHalf;
     share(thread, state, *layer.intermediate);
     multiply(thread, *layer.intermediate, wide, activation_, true);
     share(thread, wide, *layer.output);
@@ -239,7 +241,8 @@ void Encoder::share(int thread, const Slice& x, const Linear& linear) {
       std::fill(scale, scale + kLanes, linear.input().scale);
       std::fill(zero, zero + kLanes, linear.input().zero);
     }
-    if (x.count > 0) kernels_.encode(from, x.first, x.first + x.count, x.features, scale, zero, to);
+    const auto encode = x.half ? kernels_.encode_half : kernels_.encode;
+    if (x.count > 0) encode(from, x.first, x.first + x.count, x.features, scale, zero, to);
   }
   pool_.meet();
   clear_ranges(thread);

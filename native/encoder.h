@@ -82,6 +82,7 @@ class Encoder {
     float* data;
     int first, count, features;
     std::ptrdiff_t stride;
+    bool half = false;  // see Activation::kGeluHalf
   };
   void embed(const Slice& state, const Sequences& sequences);
   // From query, key and value, each as wide as `query` and one after the other; the result replaces the query.

@@ -42,8 +42,9 @@ namespace pruneofa {
 
 constexpr int kLanes = 16;
 
-// Rough may be rougher, for what is quantized by the token: no one has computed the same codes before.
-enum class Activation { kNone, kGelu, kGeluRough, kGeluTanh, kRelu };
+// kGeluHalf: GELU for what is quantized by the token next, where the path has `encode_half`. It writes halves to the
+// first half of each panel, [features][16], and they are GELU to about 5e-4 of the token's range.
+enum class Activation { kNone, kGelu, kGeluHalf, kGeluTanh, kRelu };
 
 // Weights of one linear layer in the layout of one path. On AMX tiles, dense or as masks; else groups: a group is the
 // 32-bit word of 4 int8, 2 int16 or 1 float of consecutive inputs that is broadcast against 16 tokens.
@@ -139,6 +140,10 @@ struct Kernels {
   // What an entry of a gathered int8 list costs, in words of a plain one: of one output, and shared by four. 0: the
   // path has no such kernel.
   float gathered = 0, gathered_by_4 = 0;
+
+  // `encode` from what linear_int8 wrote for kGeluHalf; null where it cannot.
+  void (*encode_half)(const float* x, int begin, int end, int features, const float* scale, const int32_t* zero,
+                      void* codes) = nullptr;
 };
 
 constexpr int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }

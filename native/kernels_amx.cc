@@ -10,14 +10,13 @@
 #include <immintrin.h>
 
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512vbmi2,avx512bf16,avx2,fma,popcnt,amx-tile,amx-int8,amx-bf16")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512vbmi2,avx512bf16,avx512fp16,avx2,fma,popcnt,amx-tile,amx-int8,amx-bf16")
 #pragma GCC optimize("no-tree-slp-vectorize")  // it keeps pairs of pointers in vector registers
 
 namespace pruneofa {
 namespace {
 namespace amx {
 #define PRUNEOFA_REGISTER 64
-#define PRUNEOFA_ROUGH
 #define PRUNEOFA_MIN(a, b) _mm512_maskz_min_ps(0xffff, (__m512)(a), (__m512)(b))
 #define PRUNEOFA_MAX(a, b) _mm512_maskz_max_ps(0xffff, (__m512)(a), (__m512)(b))
 #define PRUNEOFA_LOOKUP(table, index) \
@@ -25,6 +24,7 @@ namespace amx {
 #include "lanes.h"
 #include "linear.inc.h"
 #include "avx512.inc.h"
+#include "half.inc.h"
 
 constexpr int kTile = 1024;  // bytes
 
@@ -95,7 +95,10 @@ void copy_sums(const Weights& w, const Operands& o, const Block& block, const in
   }
 }
 
-// Rows of one panel on their way to becoming floats.
+template <Activation kind>
+constexpr int kRowFloats = kind == Activation::kGeluHalf ? kLanes / 2 : kLanes;
+
+// Rows of one panel on their way to becoming floats, or halves.
 struct Finisher {
   const float *row_sum, *scale, *bias;  // of the next output
   const int32_t* sums;
@@ -106,13 +109,14 @@ struct Finisher {
   lanes::Floats low, high;
 };
 
+template <Activation kind>
 inline Finisher finisher(const Weights& w, const Operands& o, const Block& block, int row, const int32_t* sums) {
   const int panel = block.panel + row / 32, n = block.n + row % 32;
   return {w.row_sum + n,
           w.scale + n,
           w.bias + n,
           sums + row * kLanes,
-          o.y + panel * o.y_stride + (n - o.first) * kLanes,
+          o.y + panel * o.y_stride + (n - o.first) * kRowFloats<kind>,
           o.ranges == nullptr ? nullptr : o.ranges + panel * 2 * kLanes,
           tokens(o, panel),
           o.activation,
@@ -120,13 +124,29 @@ inline Finisher finisher(const Weights& w, const Operands& o, const Block& block
           lanes::all(0.0f)};
 }
 
+inline lanes::Floats finished(const Finisher& f, int i) {
+  return dequantize(f.tokens, f.row_sum[i], f.scale[i], f.bias[i], lanes::load(f.sums + i * kLanes));
+}
+
+// Two rows of halves, or a last one.
+inline void finish_halves(Finisher& f, int i, bool alone) {
+  const __m512h v = gelu_half(join(finished(f, i), alone ? lanes::all(0.0f) : finished(f, i + 1)));
+  float* const y = f.y + i * kRowFloats<Activation::kGeluHalf>;
+  alone ? _mm512_mask_storeu_epi16(y, 0xffff, _mm512_castph_si512(v)) : _mm512_store_ph(y, v);
+  f.low = reinterpret_cast<lanes::Floats>(smaller(as_halves(f.low), v));
+  f.high = reinterpret_cast<lanes::Floats>(larger(as_halves(f.high), v));
+}
+
 template <Activation kind, int Rows>
 inline void finish_rows(Finisher& f) {
   PRUNEOFA_UNROLL
   for (int i = 0; i < Rows; ++i) {
-    lanes::Floats v = dequantize(f.tokens, f.row_sum[i], f.scale[i], f.bias[i], lanes::load(f.sums + i * kLanes));
+    if (kind == Activation::kGeluHalf) {
+      if (i % 2 == 0) finish_halves(f, i, i + 1 == Rows);
+      continue;
+    }
+    lanes::Floats v = finished(f, i);
     if (kind == Activation::kGelu) v = lanes::gelu(v);
-    if (kind == Activation::kGeluRough) v = lanes::gelu_rough(v);
     if (kind == Activation::kRelu) v = lanes::activate(v, f.activation);
     lanes::store(f.y + i * kLanes, v);
     if (kind == Activation::kNone) continue;  // without ranges, see `linear_int8`
@@ -137,22 +157,28 @@ inline void finish_rows(Finisher& f) {
   f.scale += Rows;
   f.bias += Rows;
   f.sums += Rows * kLanes;
-  f.y += Rows * kLanes;
+  f.y += Rows * kRowFloats<kind>;
 }
 
+template <Activation kind>
 inline void finish_ranges(const Finisher& f) {
   if (f.ranges == nullptr) return;
-  lanes::widen(f.ranges, f.low);
-  lanes::widen(f.ranges, f.high);
+  if (kind == Activation::kGeluHalf) {
+    widen(f.ranges, as_halves(f.low));
+    widen(f.ranges, as_halves(f.high));
+  } else {
+    lanes::widen(f.ranges, f.low);
+    lanes::widen(f.ranges, f.high);
+  }
 }
 
 // The rows of a block that were not finished beside tile instructions: from `row` on, counted over both panels.
 template <Activation kind>
 void finish_rest(const Weights& w, const Operands& o, const Block& block, int row, const int32_t* sums) {
   for (; row < block.panels * 32; row = row / 32 * 32 + 32) {
-    Finisher f = finisher(w, o, block, row, sums);
+    Finisher f = finisher<kind>(w, o, block, row, sums);
     for (int r = row % 32; r < block.rows; ++r) finish_rows<kind, 1>(f);
-    finish_ranges(f);
+    finish_ranges<kind>(f);
   }
 }
 
@@ -236,10 +262,10 @@ void multiply_block(const Weights& w, const Operands& o, Multiply& m, const Bloc
   const int rows = before.rows == 32 && o.sums == nullptr ? before.panels * 32 : 0;
   const int gap = (chunks - kAhead) * Rows / 16;
   for (; finished < rows && c < chunks; finished += 4 * Rows) {
-    f = finisher(w, o, before, finished, m.sums);
+    f = finisher<kind>(w, o, before, finished, m.sums);
     Fresh && c < expanded ? multiply_chunk<kind, Rows, Fresh, false>(m, c, f)
                           : multiply_chunk<kind, Rows, false, false>(m, c, f);
-    finish_ranges(f);
+    finish_ranges<kind>(f);
     ++c;
     for (int g = 1; g < gap; ++g, ++c) quiet(c);
   }
@@ -310,7 +336,7 @@ void multiply(const Weights& w, const Operands& o, int begin, int end) {
 
 void linear_int8(const Weights& w, const Operands& o, int begin, int end) {
   if (o.activation == Activation::kNone && o.ranges == nullptr) return multiply<Activation::kNone>(w, o, begin, end);
-  if (o.activation == Activation::kGeluRough) return multiply<Activation::kGeluRough>(w, o, begin, end);
+  if (o.activation == Activation::kGeluHalf) return multiply<Activation::kGeluHalf>(w, o, begin, end);
   if (o.activation == Activation::kGelu) return multiply<Activation::kGelu>(w, o, begin, end);
   multiply<Activation::kRelu>(w, o, begin, end);  // any other, asked for each row
 }
@@ -332,6 +358,8 @@ const Kernels kAmx = {
     amx::lanes::add,
     amx::lanes::normalize,
     amx::attention,
+    0, 0,
+    amx::encode_half,
 };
 
 }  // namespace pruneofa

@@ -229,18 +229,14 @@ alignas(64) constexpr float kGelu[5][32] = {
 // comes out one off is what makes int8 differ from what training simulated. Fewer instructions than the polynomial
 // below, and many of these are shuffles, which have a port of their own: tile instructions leave only one for
 // multiplications.
-template <bool Rough>
-static inline Floats gelu_by_table(const Floats& x) {
+static inline Floats gelu(const Floats& x) {
   const Floats a = as_floats(bits(x) & 0x7fffffff);
   const Floats shifted = smaller(a * 6.0f + kRound, all(kRound + 31.0f));
   const Floats r = a * 6.0f - (shifted - kRound);
   const auto coefficient = [&](int i) { return PRUNEOFA_LOOKUP(kGelu[i], bits(shifted)); };
-  Floats p = coefficient(3);
-  if (!Rough) p = coefficient(4) * r + p;
-  p = ((p * r + coefficient(2)) * r + coefficient(1)) * r + coefficient(0);
+  const Floats p = (((coefficient(4) * r + coefficient(3)) * r + coefficient(2)) * r + coefficient(1)) * r + coefficient(0);
   return x * 0.5f + p;
 }
-static inline Floats gelu(const Floats& x) { return gelu_by_table<false>(x); }
 #else
 // x * Phi(x) to 2e-7 up to x = 1 and to a few 1e-7 of x beyond. Phi - 1/2 is x times a polynomial in
 // t = 2 x^2 / 25 - 1, fitted to minimise the largest error of the product (docs/kernels.md); beyond |x| = 5 Phi is
@@ -265,12 +261,6 @@ static inline Floats gelu(const Floats& x) {
   return x * (c * p + 0.5f);
 }
 #endif
-#if defined(PRUNEOFA_ROUGH)  // where attention is rough too: without the fourth power, to 4e-6
-static inline Floats gelu_rough(const Floats& x) { return gelu_by_table<true>(x); }
-#else
-static inline Floats gelu_rough(const Floats& x) { return gelu(x); }
-#endif
-
 // The tanh approximation of GELU, as in GPT-2: x * sigmoid(2 * sqrt(2/pi) * (x + 0.044715 x^3)).
 static inline Floats gelu_tanh(const Floats& x) {
   const Floats u = x * (x * x * 0.044715f + 1.0f) * -1.59576912f;
@@ -280,7 +270,6 @@ static inline Floats gelu_tanh(const Floats& x) {
 static inline Floats activate(const Floats& x, Activation kind) {
   if (kind == Activation::kNone) return x;
   if (kind == Activation::kGelu) return gelu(x);
-  if (kind == Activation::kGeluRough) return gelu_rough(x);
   if (kind == Activation::kGeluTanh) return gelu_tanh(x);
   return larger(x, all(0.0f));
 }
@@ -318,15 +307,15 @@ static inline void scales(const float* ranges, int count, std::ptrdiff_t stride,
 // Words of `Group` codes of consecutive features; the bits of a code are 32 / Group. The product with 1 / scale
 // replaces the quotient x / scale: a division costs more than all the rest here, and only where x / scale is half an
 // integer to within rounding does the code come out one off.
-template <int Group>
-static inline void encode_words(const float* x, int begin, int end, int features, const float* scale,
-                                const int32_t* zero, void* codes) {
+template <int Group, class Row>
+static inline void encode_rows(const Row& row, int begin, int end, int features, const float* scale,
+                               const int32_t* zero, void* codes) {
   const Floats inverse = 1.0f / load(scale);
   // Clipped before the zero point is added: far outside of a static range the sum is negative, or infinite.
   const Ints offset = load(zero) - bits(all(kRound)), least = all(0) - offset, most = all(255) - offset;
   int32_t* out = static_cast<int32_t*>(codes) + begin / Group * kLanes;
   const auto code = [&](int f) {
-    const Ints rounded = bits(load(x + (f - begin) * kLanes) * inverse + kRound);
+    const Ints rounded = bits(row(f - begin) * inverse + kRound);
     return larger(smaller(rounded, most), least) + offset;
   };
   int f = begin;
@@ -342,6 +331,12 @@ static inline void encode_words(const float* x, int begin, int end, int features
     for (int k = 0; k < Group && f + k < end; ++k) word = word | code(f + k) << (k * (32 / Group));
     store(out, word);
   }
+}
+
+template <int Group>
+static inline void encode_words(const float* x, int begin, int end, int features, const float* scale,
+                                const int32_t* zero, void* codes) {
+  encode_rows<Group>([&](int f) { return load(x + f * kLanes); }, begin, end, features, scale, zero, codes);
 }
 
 // Four sums, added at the end: they lose less than one, and do not wait for each other.

@@ -109,7 +109,14 @@ def test_the_layout_follows_the_weights(isa, fill, sparsity, layouts):
 
 def test_no_instruction_leaks_out_of_its_path():
     """Intrinsics and target pragmas are in the files of a path only, and no flag of the build names a CPU."""
-    own = {"kernels_avx2.cc", "kernels_avx512vnni.cc", "kernels_amx.cc", "avx512.inc.h", "attention_amx.inc.h"}
+    own = {
+        "kernels_avx2.cc",
+        "kernels_avx512vnni.cc",
+        "kernels_amx.cc",
+        "avx512.inc.h",
+        "attention_amx.inc.h",
+        "half.inc.h",
+    }
     for file in NATIVE.iterdir():
         text = file.read_text()
         if file.name not in own:
@@ -118,6 +125,6 @@ def test_no_instruction_leaks_out_of_its_path():
             # Nothing of the standard library between the pragmas: its inline functions would become the path's.
             inside = text.split("GCC push_options")[1].split("GCC pop_options")[0]
             assert set(re.findall(r"#include (\S+)", inside)) <= {
-                '"lanes.h"', '"linear.inc.h"', '"avx512.inc.h"', '"attention_amx.inc.h"',
+                '"lanes.h"', '"linear.inc.h"', '"avx512.inc.h"', '"attention_amx.inc.h"', '"half.inc.h"',
             }  # fmt: skip
     assert not re.search(r"-m(arch|tune|avx|amx|fma)", (NATIVE.parent / "CMakeLists.txt").read_text())
