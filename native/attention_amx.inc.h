@@ -5,7 +5,7 @@
 // Two rows of 16 floats as bfloat16, interleaved: word t is (a[t], b[t]). First the values rounded to nearest, then
 // what the rounding cut off.
 template <int Parts>
-inline void split(const lanes::Floats& a, const lanes::Floats& b, int32_t* const to[2]) {
+PRUNEOFA_INLINE void split(const lanes::Floats& a, const lanes::Floats& b, int32_t* const to[2]) {
   const lanes::Ints half = lanes::all(0x8000), keep = lanes::all(-0x10000);
   const lanes::Ints a_high = lanes::bits(a) + half, b_high = lanes::bits(b) + half;
   const auto join = [](const lanes::Ints& first, const lanes::Ints& second) {
@@ -19,7 +19,7 @@ inline void split(const lanes::Floats& a, const lanes::Floats& b, int32_t* const
 }
 
 // 16 x 16 words: rows are interleaved with the row 8 further on, four times over.
-inline void transpose(const int32_t* from, int32_t* to) {
+PRUNEOFA_INLINE void transpose(const int32_t* from, int32_t* to) {
   __m512i rows[2][16];
   const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   const __m512i high = _mm512_set_epi32(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8);
@@ -39,7 +39,7 @@ inline void transpose(const int32_t* from, int32_t* to) {
 
 // 32 rows of 16 floats as right operands: 16 rows of pairs, interleaved.
 template <int Parts>
-inline void right_operand(const float* rows, int32_t* const to[2]) {
+PRUNEOFA_INLINE void right_operand(const float* rows, int32_t* const to[2]) {
   for (int i = 0; i < 16; ++i) {
     int32_t* const place[2] = {to[0] + i * 16, to[1] + i * 16};
     split<Parts>(lanes::load(rows + 2 * i * kLanes), lanes::load(rows + (2 * i + 1) * kLanes), place);
@@ -55,7 +55,7 @@ struct Head {
 };
 
 template <int Parts>
-inline Head head_in(const Attention& a) {
+PRUNEOFA_INLINE Head head_in(const Attention& a) {
   Head h = {};
   h.first = a.begin / kLanes;
   h.panels = (a.end - 1) / kLanes - h.first + 1;
@@ -78,7 +78,7 @@ inline Head head_in(const Attention& a) {
 
 // Left operands: keys as [16 keys][32 inputs], values as [16 outputs][32 keys].
 template <int Parts>
-inline void load_keys(const Attention& a, const Head& h) {
+PRUNEOFA_INLINE void load_keys(const Attention& a, const Head& h) {
   alignas(64) int32_t words[2][256];
   int32_t* const rows[2] = {words[0], words[1]};
   for (int p = 0; p < h.panels; ++p) {
@@ -113,7 +113,7 @@ inline void load_keys(const Attention& a, const Head& h) {
 }
 
 template <int Parts>
-inline void load_query(const Attention& a, const Head& h, int panel) {
+PRUNEOFA_INLINE void load_query(const Attention& a, const Head& h, int panel) {
   const float* query = a.query + panel * a.stride;
   for (int d = 0; d < h.depth; ++d) {
     int32_t* const to[2] = {h.query[0] + d * 256, h.query[1] + d * 256};
@@ -137,7 +137,7 @@ inline void load_query(const Attention& a, const Head& h, int panel) {
 
 // Scores of the loaded query panel with the keys of a panel; in tile 6.
 template <int Parts>
-inline void score(const Head& h, int panel, float* scores) {
+PRUNEOFA_INLINE void score(const Head& h, int panel, float* scores) {
   _tile_zero(6);
   for (int d = 0; d < h.depth; ++d) {
     PRUNEOFA_RIGHT(h.query, d * 256);
@@ -148,7 +148,7 @@ inline void score(const Head& h, int panel, float* scores) {
 
 // Outputs o .. o + 3 (tiles of 16) += values * weights of the 32 keys of a pair of panels; in tiles 0 to 3.
 template <int Parts>
-inline void mix(const Head& h, int o, int pair) {
+PRUNEOFA_INLINE void mix(const Head& h, int o, int pair) {
   const std::ptrdiff_t at = (pair * h.outputs + o) * 256;
   PRUNEOFA_RIGHT(h.weight, pair * 256);
   PRUNEOFA_MULTIPLY(0, h.value, at);
@@ -165,7 +165,7 @@ inline void mix(const Head& h, int o, int pair) {
 #undef PRUNEOFA_RIGHT
 #undef PRUNEOFA_MULTIPLY
 
-inline void clear_sums() {
+PRUNEOFA_INLINE void clear_sums() {
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
@@ -173,7 +173,7 @@ inline void clear_sums() {
 }
 
 // 2^x for x <= 0, to 2e-7 relative. Minimax on the fraction, 0 <= r < 1.
-inline lanes::Floats power_of_two(const lanes::Floats& x) {
+PRUNEOFA_INLINE lanes::Floats power_of_two(const lanes::Floats& x) {
   const __m512 v = reinterpret_cast<__m512>(x);
   const lanes::Floats r = reinterpret_cast<lanes::Floats>(_mm512_maskz_reduce_ps(0xffff, v, 1));  // x - floor(x)
   lanes::Floats p = r * 0.00187758f + 0.00898934f;
@@ -200,7 +200,7 @@ alignas(64) constexpr uint8_t kFraction[128] = {
 // bfloat16: as a fixed-point number with 7 fraction bits the exponent is one already, but for the fraction, which is
 // looked up. Rounding the exponent changes a weight by at most 0.27 %, as rounding to bfloat16 does by 0.39 %.
 template <int Parts, bool All>
-inline lanes::Floats weigh(const Attention& a, const Head& h, int pair, const float* scores, float base,
+PRUNEOFA_INLINE lanes::Floats weigh(const Attention& a, const Head& h, int pair, const float* scores, float base,
                            const lanes::Floats& top) {
   lanes::Floats totals[2] = {lanes::all(0.0f), lanes::all(0.0f)};
   const auto mine = [&](int s) { return All || (h.first * kLanes + s >= a.begin && h.first * kLanes + s < a.end); };
@@ -242,7 +242,7 @@ inline lanes::Floats weigh(const Attention& a, const Head& h, int pair, const fl
 }
 
 // The largest of each column of `rows` rows, in four chains because a comparison takes four cycles.
-inline lanes::Floats largest(const float* scores, int rows) {
+PRUNEOFA_INLINE lanes::Floats largest(const float* scores, int rows) {
   lanes::Floats top[4] = {lanes::load(scores), lanes::load(scores), lanes::load(scores), lanes::load(scores)};
   int r = 0;
   for (; r + 4 <= rows; r += 4) {

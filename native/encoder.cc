@@ -65,7 +65,7 @@ void Encoder::reserve(int panels) {
   const int threads = pool_.threads();
   shared_ = Aligned<char>(panels * shared_bytes(widest_));
   ranges_ = Aligned<float>(lanes * 2 * threads);
-  sums_ = Aligned<float>(lanes * 2 * threads);
+  moments_ = Aligned<float>(lanes * 2 * threads);
   own_.clear();
   // At most so many features has a thread of `total`, divided in units.
   const auto most = [&](int total, int unit) { return round_up((total + unit - 1) / unit, threads) / threads * unit; };
@@ -123,7 +123,7 @@ void Encoder::pass(int thread, const Sequences& sequences, float* out) {
   };
   const int hidden = options_.hidden, size = head_size();
   const Part heads = part(options_.heads, head_unit(), thread), mine = part(hidden, 32, thread);
-  const Slice state = slice(own.state, mine, hidden), narrow = slice(own.wide, mine, hidden);
+  const Slice state = slice(own.state, mine, hidden);
   Slice query = slice(own.wide, {heads.begin * size, heads.end * size}, hidden);
   query.stride *= 3;
   Slice key = query, value = query;
@@ -131,8 +131,8 @@ void Encoder::pass(int thread, const Sequences& sequences, float* out) {
   value.data += 2 * query.count * kLanes;
   kernels_.begin();
   clear_ranges(thread);
-  embed(state, sequences);
-  add_and_normalize(thread, state, nullptr, embedding_norm_);
+  embed(thread, state, sequences);
+  normalize(thread, state, embedding_norm_);
   for (const Layer& layer : layers_) {
     share(thread, state, *layer.query);
     multiply(thread, *layer.query, query);
@@ -141,16 +141,16 @@ void Encoder::pass(int thread, const Sequences& sequences, float* out) {
     attend(thread, query, sequences);
     look(thread, query);
     share(thread, query, *layer.attention_output);
-    multiply(thread, *layer.attention_output, narrow);
-    add_and_normalize(thread, state, narrow.data, layer.attention_norm);
+    add(thread, *layer.attention_output, state);
+    normalize(thread, state, layer.attention_norm);
     const int intermediate = layer.intermediate->outputs();
     Slice wide = slice(own.wide, part(intermediate, 32, thread), intermediate);
     wide.half = activation_ == Activation::kGeluHalf;
     share(thread, state, *layer.intermediate);
     multiply(thread, *layer.intermediate, wide, activation_, true);
     share(thread, wide, *layer.output);
-    multiply(thread, *layer.output, narrow);
-    add_and_normalize(thread, state, narrow.data, layer.output_norm);
+    add(thread, *layer.output, state);
+    normalize(thread, state, layer.output_norm);
   }
   for (int token = 0; token < sequences.tokens; ++token) {
     const float* from = state.data + token / kLanes * state.stride + token % kLanes;
@@ -160,7 +160,7 @@ void Encoder::pass(int thread, const Sequences& sequences, float* out) {
   kernels_.end();
 }
 
-void Encoder::embed(const Slice& state, const Sequences& sequences) {
+void Encoder::embed(int thread, const Slice& state, const Sequences& sequences) {
   const int hidden = options_.hidden;
   const auto row = [&](const Table& table, int id, int begin, int count, float* sum) {
     const std::size_t place = static_cast<std::size_t>(id) * hidden + begin;
@@ -183,6 +183,9 @@ void Encoder::embed(const Slice& state, const Sequences& sequences) {
       if (type_.rows > 0) row(type_, sequences.types[source], state.first + f, count, sum);
       for (int i = 0; i < count; ++i) to[(f + i) * kLanes] = sum[i];
     }
+  }
+  for (int p = 0; p < panels_; ++p) {
+    kernels_.moments(state.data + p * state.stride, state.count, told(moments_, thread) + p * 2 * kLanes);
   }
 }
 
@@ -207,17 +210,20 @@ void Encoder::attend(int thread, const Slice& query, const Sequences& sequences)
   }
 }
 
+float* Encoder::told(Aligned<float>& all, int thread) {
+  return all.data() + static_cast<std::ptrdiff_t>(thread) * reserved_ * 2 * kLanes;
+}
+
 void Encoder::clear_ranges(int thread) {
   if (!ranged_) return;
-  float* ranges = ranges_.data() + static_cast<std::ptrdiff_t>(thread) * reserved_ * 2 * kLanes;
+  float* const ranges = told(ranges_, thread);
   std::fill(ranges, ranges + panels_ * 2 * kLanes, 0.0f);
 }
 
 void Encoder::look(int thread, const Slice& x) {
   if (!ranged_) return;
   for (int p = 0; p < panels_; ++p) {
-    kernels_.range(x.data + p * x.stride, x.count,
-                   ranges_.data() + (static_cast<std::ptrdiff_t>(thread) * reserved_ + p) * 2 * kLanes);
+    kernels_.range(x.data + p * x.stride, x.count, told(ranges_, thread) + p * 2 * kLanes);
   }
 }
 
@@ -225,7 +231,7 @@ void Encoder::share(int thread, const Slice& x, const Linear& linear) {
   pool_.meet();
   Own& own = own_[thread];
   const std::size_t bytes = shared_bytes(x.features);
-  const std::ptrdiff_t stride = static_cast<std::ptrdiff_t>(reserved_) * 2 * kLanes;
+  const std::ptrdiff_t stride = told(ranges_, 1) - ranges_.data();
   for (int p = 0; p < panels_; ++p) {
     const float* from = x.data + p * x.stride;
     char* to = shared_.data() + p * bytes;
@@ -248,8 +254,7 @@ void Encoder::share(int thread, const Slice& x, const Linear& linear) {
   clear_ranges(thread);
 }
 
-void Encoder::multiply(int thread, const Linear& linear, const Slice& y, Activation activation, bool ranges) {
-  if (y.count == 0) return;
+Operands Encoder::operands(int thread, const Slice& y) {
   Own& own = own_[thread];
   Operands o;
   o.x = shared_.data();
@@ -259,25 +264,32 @@ void Encoder::multiply(int thread, const Linear& linear, const Slice& y, Activat
   o.y = y.data;
   o.y_stride = y.stride;
   o.first = y.first;
-  o.activation = activation;
-  if (ranged_ && ranges) o.ranges = ranges_.data() + static_cast<std::ptrdiff_t>(thread) * reserved_ * 2 * kLanes;
   o.scratch = own.scratch.data();
+  return o;
+}
+
+void Encoder::multiply(int thread, const Linear& linear, const Slice& y, Activation activation, bool ranges) {
+  if (y.count == 0) return;
+  Operands o = operands(thread, y);
+  o.activation = activation;
+  if (ranged_ && ranges) o.ranges = told(ranges_, thread);
   linear.run(o, y.first, y.first + y.count);
 }
 
-void Encoder::add_and_normalize(int thread, const Slice& state, const float* y, const Norm& norm) {
-  const std::ptrdiff_t stride = static_cast<std::ptrdiff_t>(reserved_) * 2 * kLanes;
-  float* const sums = sums_.data() + thread * stride;
-  float* const ranges = ranges_.data() + thread * stride;
-  for (int p = 0; p < panels_; ++p) {
-    const std::ptrdiff_t at = p * state.stride;
-    kernels_.add(state.data + at, y ? y + at : nullptr, state.count, sums + p * 2 * kLanes);
-  }
+void Encoder::add(int thread, const Linear& linear, const Slice& state) {
+  Operands o = operands(thread, state);
+  o.moments = told(moments_, thread);
+  std::fill(o.moments, o.moments + panels_ * 2 * kLanes, 0.0f);
+  if (state.count > 0) linear.run(o, state.first, state.first + state.count);
+}
+
+void Encoder::normalize(int thread, const Slice& state, const Norm& norm) {
   pool_.meet();
   for (int p = 0; p < panels_; ++p) {
-    kernels_.normalize(state.data + p * state.stride, state.count, options_.hidden, sums_.data() + p * 2 * kLanes,
-                       pool_.threads(), stride, norm.gamma.data() + state.first, norm.beta.data() + state.first,
-                       options_.epsilon, ranged_ ? ranges + p * 2 * kLanes : nullptr);
+    kernels_.normalize(state.data + p * state.stride, state.count, options_.hidden, moments_.data() + p * 2 * kLanes,
+                       pool_.threads(), told(moments_, 1) - moments_.data(), norm.gamma.data() + state.first,
+                       norm.beta.data() + state.first, options_.epsilon,
+                       ranged_ ? told(ranges_, thread) + p * 2 * kLanes : nullptr);
   }
 }
 

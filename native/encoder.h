@@ -84,7 +84,8 @@ class Encoder {
     std::ptrdiff_t stride;
     bool half = false;  // see Activation::kGeluHalf
   };
-  void embed(const Slice& state, const Sequences& sequences);
+  // And the moments of this thread's part.
+  void embed(int thread, const Slice& state, const Sequences& sequences);
   // From query, key and value, each as wide as `query` and one after the other; the result replaces the query.
   void attend(int thread, const Slice& query, const Sequences& sequences);
   // Widens the ranges of this thread by x; not needed where what wrote x has done so.
@@ -94,8 +95,12 @@ class Encoder {
   // y = linear(what was shared last), the rows of this thread.
   void multiply(int thread, const Linear& linear, const Slice& y, Activation activation = Activation::kNone,
                 bool ranges = false);
-  // state = norm(state + y), y null for the embedding. One meeting.
-  void add_and_normalize(int thread, const Slice& state, const float* y, const Norm& norm);
+  // state += linear(what was shared last), and the moments of this thread's part of it.
+  void add(int thread, const Linear& linear, const Slice& state);
+  // From the moments of all threads. One meeting.
+  void normalize(int thread, const Slice& state, const Norm& norm);
+  Operands operands(int thread, const Slice& y);
+  float* told(Aligned<float>& all, int thread);  // ranges or moments of a thread
   void clear_ranges(int thread);
 
   // What a thread needs alone. Every linear layer writes to `wide`, so that it stays in the thread's cache.
@@ -121,7 +126,7 @@ class Encoder {
   int panels_ = 0;    // of this pass
   int reserved_ = 0;  // panels that the buffers hold
   Aligned<char> shared_;  // what the next linear layer reads: codes, or floats [panels][features][16]
-  Aligned<float> ranges_, sums_;  // [threads][panels][2][16], what each thread tells the others
+  Aligned<float> ranges_, moments_;  // [threads][panels][2][16], what each thread tells the others
   std::vector<Own> own_;
 };
 

@@ -18,22 +18,22 @@ alignas(64) constexpr _Float16 kGeluHalf[3][32] = {
      -7.4327e-5, -3.6418e-5, -1.7285e-5, 0},
 };
 
-inline __m512h as_halves(const lanes::Floats& v) { return reinterpret_cast<__m512h>(v); }
-inline __m512h halves(float v) { return _mm512_set1_ph(static_cast<_Float16>(v)); }
+PRUNEOFA_INLINE __m512h as_halves(const lanes::Floats& v) { return reinterpret_cast<__m512h>(v); }
+PRUNEOFA_INLINE __m512h halves(float v) { return _mm512_set1_ph(static_cast<_Float16>(v)); }
 
-inline __m512h join(const lanes::Floats& first, const lanes::Floats& second) {
+PRUNEOFA_INLINE __m512h join(const lanes::Floats& first, const lanes::Floats& second) {
   const auto narrow = [](const lanes::Floats& v) {
     return _mm256_castph_pd(_mm512_maskz_cvtxps_ph(0xffff, reinterpret_cast<__m512>(v)));
   };
   return _mm512_castpd_ph(_mm512_maskz_insertf64x4(0xff, _mm512_castpd256_pd512(narrow(first)), narrow(second), 1));
 }
 
-inline __m512h smaller(const __m512h& a, const __m512h& b) { return _mm512_maskz_min_ph(~0u, a, b); }
-inline __m512h larger(const __m512h& a, const __m512h& b) { return _mm512_maskz_max_ph(~0u, a, b); }
+PRUNEOFA_INLINE __m512h smaller(const __m512h& a, const __m512h& b) { return _mm512_maskz_min_ph(~0u, a, b); }
+PRUNEOFA_INLINE __m512h larger(const __m512h& a, const __m512h& b) { return _mm512_maskz_max_ph(~0u, a, b); }
 
 // x * Phi(x) = max(x, 0) + |x| * (Phi(|x|) - 1), to 5e-4 absolute up to x = 1 and of x beyond. The index is in the lowest
 // bits of 1536 + 6 |x|, as with lanes::kRound; VPERMW reads five. A comparison has another port than `max`.
-inline __m512h gelu_half(const __m512h& x) {
+PRUNEOFA_INLINE __m512h gelu_half(const __m512h& x) {
   const __m512h a = smaller(_mm512_abs_ph(x), halves(31.0f / 6));
   const __m512i index = _mm512_castph_si512(_mm512_fmadd_ph(a, halves(6), halves(1536)));
   const auto coefficient = [&](int i) {
@@ -46,7 +46,7 @@ inline __m512h gelu_half(const __m512h& x) {
 
 // Widens the range of 16 tokens by the rows of both halves of a register. Above 65504 a half is infinite: the range ends
 // there, and the code will be the highest.
-inline void widen(Ranges range, const __m512h& v) {
+PRUNEOFA_INLINE void widen(Ranges range, const __m512h& v) {
   const __m512d both = _mm512_castph_pd(v);
   const auto wide = [](__m256d half) {
     const __m512 v = _mm512_maskz_cvtxph_ps(0xffff, _mm256_castpd_ph(half));
@@ -57,7 +57,7 @@ inline void widen(Ranges range, const __m512h& v) {
 }
 
 // As `Kernels::encode`, from halves.
-inline void encode_half(const float* x, int begin, int end, int features, const float* scale, const int32_t* zero,
+PRUNEOFA_INLINE void encode_half(const float* x, int begin, int end, int features, const float* scale, const int32_t* zero,
                         void* codes) {
   lanes::encode_rows<4>(
       [&](int f) {

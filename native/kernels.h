@@ -85,6 +85,7 @@ struct Operands {
   std::ptrdiff_t y_stride = 0;
   int first = 0;
   Ranges ranges = nullptr;         // if set, widened by what is written to y
+  float* moments = nullptr;        // if set, y is added to, and the sums of y and of y^2 go to these, [panels][2][16]
   int32_t* sums = nullptr;         // if set, the raw int32 sums go here, [panels][outputs][16], and nothing to y
   Activation activation = Activation::kNone;
   void* scratch = nullptr;         // of this thread, `scratch_bytes` long
@@ -129,11 +130,11 @@ struct Kernels {
   void (*scales)(const float* ranges, int count, std::ptrdiff_t stride, float* scale, int32_t* zero);
   // Codes, x being the features begin .. end - 1 of `features`; the thread with the last one also clears the padding.
   void (*encode)(const float* x, int begin, int end, int features, const float* scale, const int32_t* zero, void* codes);
-  // x += y (y may be null), and the sums of x and of x^2 over these features, [2][16].
-  void (*add)(float* x, const float* y, int count, float* sums);
-  // x = gamma * (x - mean) / deviation + beta, mean and variance over all `features` from `parts` pairs of sums that
-  // lie `stride` floats apart; gamma and beta are those of x. Widens the range if one is given.
-  void (*normalize)(float* x, int count, int features, const float* sums, int parts, std::ptrdiff_t stride,
+  // The sums of x and of x^2 over these features, [2][16].
+  void (*moments)(const float* x, int count, float* moments);
+  // x = gamma * (x - mean) / deviation + beta, mean and variance over all `features` from `parts` moments that lie
+  // `stride` floats apart; gamma and beta are those of x. Widens the range if one is given.
+  void (*normalize)(float* x, int count, int features, const float* moments, int parts, std::ptrdiff_t stride,
                     const float* gamma, const float* beta, float epsilon, Ranges range);
   void (*attention)(const Attention&);
 

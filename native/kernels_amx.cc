@@ -17,6 +17,8 @@ namespace pruneofa {
 namespace {
 namespace amx {
 #define PRUNEOFA_REGISTER 64
+// GCC stops inlining where a file grows beyond its measure, and the steps of a kernel are slow as calls.
+#define PRUNEOFA_INLINE inline __attribute__((always_inline))
 #define PRUNEOFA_MIN(a, b) _mm512_maskz_min_ps(0xffff, (__m512)(a), (__m512)(b))
 #define PRUNEOFA_MAX(a, b) _mm512_maskz_max_ps(0xffff, (__m512)(a), (__m512)(b))
 #define PRUNEOFA_LOOKUP(table, index) \
@@ -40,7 +42,7 @@ const TileConfig kEightFullTiles = {1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, 
 void begin() { _tile_loadconfig(&kEightFullTiles); }
 
 // After writing what a tile will be loaded from: GCC's tile loads do not say that they read memory.
-inline void written() { asm volatile("" ::: "memory"); }
+PRUNEOFA_INLINE void written() { asm volatile("" ::: "memory"); }
 
 void end() { _tile_release(); }
 
@@ -55,7 +57,7 @@ struct Expander {
 // Eight rows of 64 weights. Reads up to 63 bytes past the last non-zero. `Most` non-zeros per row: shorter loads straddle
 // fewer cache lines.
 template <int Most>
-inline void expand_rows(Expander& e) {
+PRUNEOFA_INLINE void expand_rows(Expander& e) {
   const uint64_t* masks = e.masks;
   const int8_t* values = e.values;
   int8_t* tile = e.tile;
@@ -76,7 +78,8 @@ inline void expand_rows(Expander& e) {
   e = {masks + 8, values, tile + kTile / 2, e.short_runs};
 }
 
-inline void expand_tile(Expander& e) {
+// A call, because its code in every variant of a chunk would be more than the cache of decoded instructions holds.
+__attribute__((noinline)) void expand_tile(Expander& e) {
   for (int half = 0; half < 2; ++half) e.short_runs ? expand_rows<32>(e) : expand_rows<64>(e);
 }
 
@@ -95,61 +98,70 @@ void copy_sums(const Weights& w, const Operands& o, const Block& block, const in
   }
 }
 
-template <Activation kind>
-constexpr int kRowFloats = kind == Activation::kGeluHalf ? kLanes / 2 : kLanes;
+// What sums become. kOther: any activation, asked for each row.
+enum class Finish { kFloats, kAdded, kGelu, kGeluHalf, kOther };
+
+template <Finish kind>
+constexpr int kRowFloats = kind == Finish::kGeluHalf ? kLanes / 2 : kLanes;
 
 // Rows of one panel on their way to becoming floats, or halves.
 struct Finisher {
   const float *row_sum, *scale, *bias;  // of the next output
   const int32_t* sums;
   float* y;
-  float* ranges;  // null: not asked for
+  float* kept;  // ranges or moments of the panel; null: not asked for
   Tokens tokens;
   Activation activation;
-  lanes::Floats low, high;
+  lanes::Floats low, high;  // or sum and squares
 };
 
-template <Activation kind>
-inline Finisher finisher(const Weights& w, const Operands& o, const Block& block, int row, const int32_t* sums) {
+template <Finish kind>
+PRUNEOFA_INLINE Finisher finisher(const Weights& w, const Operands& o, const Block& block, int row, const int32_t* sums) {
   const int panel = block.panel + row / 32, n = block.n + row % 32;
+  float* const kept = kind == Finish::kAdded ? o.moments : o.ranges;
   return {w.row_sum + n,
           w.scale + n,
           w.bias + n,
           sums + row * kLanes,
           o.y + panel * o.y_stride + (n - o.first) * kRowFloats<kind>,
-          o.ranges == nullptr ? nullptr : o.ranges + panel * 2 * kLanes,
+          kept == nullptr ? nullptr : kept + panel * 2 * kLanes,
           tokens(o, panel),
           o.activation,
-          lanes::all(0.0f),
-          lanes::all(0.0f)};
+          kind == Finish::kAdded ? lanes::load(o.moments + panel * 2 * kLanes) : lanes::all(0.0f),
+          kind == Finish::kAdded ? lanes::load(o.moments + panel * 2 * kLanes + kLanes) : lanes::all(0.0f)};
 }
 
-inline lanes::Floats finished(const Finisher& f, int i) {
+PRUNEOFA_INLINE lanes::Floats finished(const Finisher& f, int i) {
   return dequantize(f.tokens, f.row_sum[i], f.scale[i], f.bias[i], lanes::load(f.sums + i * kLanes));
 }
 
 // Two rows of halves, or a last one.
-inline void finish_halves(Finisher& f, int i, bool alone) {
+PRUNEOFA_INLINE void finish_halves(Finisher& f, int i, bool alone) {
   const __m512h v = gelu_half(join(finished(f, i), alone ? lanes::all(0.0f) : finished(f, i + 1)));
-  float* const y = f.y + i * kRowFloats<Activation::kGeluHalf>;
+  float* const y = f.y + i * kRowFloats<Finish::kGeluHalf>;
   alone ? _mm512_mask_storeu_epi16(y, 0xffff, _mm512_castph_si512(v)) : _mm512_store_ph(y, v);
   f.low = reinterpret_cast<lanes::Floats>(smaller(as_halves(f.low), v));
   f.high = reinterpret_cast<lanes::Floats>(larger(as_halves(f.high), v));
 }
 
-template <Activation kind, int Rows>
-inline void finish_rows(Finisher& f) {
+template <Finish kind, int Rows>
+PRUNEOFA_INLINE void finish_rows(Finisher& f) {
   PRUNEOFA_UNROLL
   for (int i = 0; i < Rows; ++i) {
-    if (kind == Activation::kGeluHalf) {
+    if (kind == Finish::kGeluHalf) {
       if (i % 2 == 0) finish_halves(f, i, i + 1 == Rows);
       continue;
     }
     lanes::Floats v = finished(f, i);
-    if (kind == Activation::kGelu) v = lanes::gelu(v);
-    if (kind == Activation::kRelu) v = lanes::activate(v, f.activation);
+    if (kind == Finish::kGelu) v = lanes::gelu(v);
+    if (kind == Finish::kOther) v = lanes::activate(v, f.activation);
+    if (kind == Finish::kAdded) {
+      v = v + lanes::load(f.y + i * kLanes);
+      f.low = f.low + v;
+      f.high = f.high + v * v;
+    }
     lanes::store(f.y + i * kLanes, v);
-    if (kind == Activation::kNone) continue;  // without ranges, see `linear_int8`
+    if (kind == Finish::kAdded || kind == Finish::kFloats) continue;
     f.low = lanes::smaller(f.low, v);
     f.high = lanes::larger(f.high, v);
   }
@@ -160,25 +172,28 @@ inline void finish_rows(Finisher& f) {
   f.y += Rows * kRowFloats<kind>;
 }
 
-template <Activation kind>
-inline void finish_ranges(const Finisher& f) {
-  if (f.ranges == nullptr) return;
-  if (kind == Activation::kGeluHalf) {
-    widen(f.ranges, as_halves(f.low));
-    widen(f.ranges, as_halves(f.high));
+template <Finish kind>
+PRUNEOFA_INLINE void finish_kept(const Finisher& f) {
+  if (f.kept == nullptr) return;
+  if (kind == Finish::kAdded) {
+    lanes::store(f.kept, f.low);
+    lanes::store(f.kept + kLanes, f.high);
+  } else if (kind == Finish::kGeluHalf) {
+    widen(f.kept, as_halves(f.low));
+    widen(f.kept, as_halves(f.high));
   } else {
-    lanes::widen(f.ranges, f.low);
-    lanes::widen(f.ranges, f.high);
+    lanes::widen(f.kept, f.low);
+    lanes::widen(f.kept, f.high);
   }
 }
 
 // The rows of a block that were not finished beside tile instructions: from `row` on, counted over both panels.
-template <Activation kind>
+template <Finish kind>
 void finish_rest(const Weights& w, const Operands& o, const Block& block, int row, const int32_t* sums) {
   for (; row < block.panels * 32; row = row / 32 * 32 + 32) {
     Finisher f = finisher<kind>(w, o, block, row, sums);
     for (int r = row % 32; r < block.rows; ++r) finish_rows<kind, 1>(f);
-    finish_ranges<kind>(f);
+    finish_kept<kind>(f);
   }
 }
 
@@ -203,8 +218,8 @@ struct Multiply {
 
 // A chunk: four tile products, and between them `Rows` rows each of the block before, or all at the end where tiles are
 // expanded, `Fresh`. In the first chunk the sums of the block before go to memory, each just before its tile is needed.
-template <Activation kind, int Rows, bool Fresh, bool First>
-inline void multiply_chunk(Multiply& m, int c, Finisher& f) {
+template <Finish kind, int Rows, bool Fresh, bool First>
+PRUNEOFA_INLINE void multiply_chunk(Multiply& m, int c, Finisher& f) {
   const int8_t* const weights = m.weights + c * kTile;
   const char* const x = m.x + c * kTile;
   _tile_loadd(4, weights, 64);
@@ -245,7 +260,7 @@ constexpr int kAhead = 2;
 // `Rows` outputs of the block before become floats after each tile product. Many at once would fill the scheduler and keep
 // tile instructions from it, so chunks with rows to finish alternate with `gap` - 1 without. A branch that is mispredicted
 // waits for the tile instructions before it, up to 250 ns: loops have few turns, the same number every time.
-template <Activation kind, int Rows, bool Fresh>
+template <Finish kind, int Rows, bool Fresh>
 void multiply_block(const Weights& w, const Operands& o, Multiply& m, const Block& before) {
   const int chunks = m.chunks, expanded = Fresh ? chunks - kAhead : 0;  // beside the chunks before this one
   Finisher f = {};
@@ -265,7 +280,7 @@ void multiply_block(const Weights& w, const Operands& o, Multiply& m, const Bloc
     f = finisher<kind>(w, o, before, finished, m.sums);
     Fresh && c < expanded ? multiply_chunk<kind, Rows, Fresh, false>(m, c, f)
                           : multiply_chunk<kind, Rows, false, false>(m, c, f);
-    finish_ranges<kind>(f);
+    finish_kept<kind>(f);
     ++c;
     for (int g = 1; g < gap; ++g, ++c) quiet(c);
   }
@@ -278,7 +293,7 @@ void multiply_block(const Weights& w, const Operands& o, Multiply& m, const Bloc
 // all panels are multiplied; the sums of a block wait in memory for the next stretch. Two panels read them only once.
 constexpr int kMostChunks = 16, kStretch = 13;
 
-template <Activation kind, int Rows>
+template <Finish kind, int Rows>
 void multiply_tiles(const Weights& w, const Operands& o, int begin, int end) {
   alignas(64) static constexpr int32_t kZeros[kLanes] = {};
   const int chunks = round_up(w.inputs, 64) / 64;
@@ -328,17 +343,18 @@ void multiply_tiles(const Weights& w, const Operands& o, int begin, int end) {
 }
 
 // The rows of a block are finished in 8 chunks, or in 4 where there are few.
-template <Activation kind>
+template <Finish kind>
 void multiply(const Weights& w, const Operands& o, int begin, int end) {
   if (w.inputs > (kAhead + 7) * 64) return multiply_tiles<kind, 2>(w, o, begin, end);
   multiply_tiles<kind, 4>(w, o, begin, end);
 }
 
 void linear_int8(const Weights& w, const Operands& o, int begin, int end) {
-  if (o.activation == Activation::kNone && o.ranges == nullptr) return multiply<Activation::kNone>(w, o, begin, end);
-  if (o.activation == Activation::kGeluHalf) return multiply<Activation::kGeluHalf>(w, o, begin, end);
-  if (o.activation == Activation::kGelu) return multiply<Activation::kGelu>(w, o, begin, end);
-  multiply<Activation::kRelu>(w, o, begin, end);  // any other, asked for each row
+  if (o.moments != nullptr) return multiply<Finish::kAdded>(w, o, begin, end);
+  if (o.activation == Activation::kNone && o.ranges == nullptr) return multiply<Finish::kFloats>(w, o, begin, end);
+  if (o.activation == Activation::kGeluHalf) return multiply<Finish::kGeluHalf>(w, o, begin, end);
+  if (o.activation == Activation::kGelu) return multiply<Finish::kGelu>(w, o, begin, end);
+  multiply<Finish::kOther>(w, o, begin, end);
 }
 
 #include "attention_amx.inc.h"
@@ -355,7 +371,7 @@ const Kernels kAmx = {
     amx::lanes::range,
     amx::lanes::scales,
     amx::lanes::encode_words<4>,
-    amx::lanes::add,
+    amx::lanes::moments,
     amx::lanes::normalize,
     amx::attention,
     0, 0,

@@ -122,7 +122,7 @@ const Kernels kAvx2 = {
     avx2::lanes::range,
     avx2::lanes::scales,
     avx2::lanes::encode_words<2>,
-    avx2::lanes::add,
+    avx2::lanes::moments,
     avx2::lanes::normalize,
     avx2::lanes::attention,
     1.3f, 3.0f,

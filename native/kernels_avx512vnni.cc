@@ -120,7 +120,7 @@ const Kernels kAvx512Vnni = {
     avx512vnni::lanes::range,
     avx512vnni::lanes::scales,
     avx512vnni::lanes::encode_words<4>,
-    avx512vnni::lanes::add,
+    avx512vnni::lanes::moments,
     avx512vnni::lanes::normalize,
     avx512vnni::lanes::attention,
     1.7f, 3.0f,

@@ -59,7 +59,7 @@ const Kernels kScalar = {
     scalar::lanes::range,
     scalar::lanes::scales,
     scalar::lanes::encode_words<4>,
-    scalar::lanes::add,
+    scalar::lanes::moments,
     scalar::lanes::normalize,
     scalar::lanes::attention,
 };

@@ -339,36 +339,23 @@ static inline void encode_words(const float* x, int begin, int end, int features
   encode_rows<Group>([&](int f) { return load(x + f * kLanes); }, begin, end, features, scale, zero, codes);
 }
 
-// Four sums, added at the end: they lose less than one, and do not wait for each other.
-static inline void add(float* x, const float* y, int count, float* sums) {
-  Floats sum[4], squares[4];
-  PRUNEOFA_UNROLL
-  for (int i = 0; i < 4; ++i) sum[i] = squares[i] = all(0.0f);
-  const auto feature = [&](int f, int i) {
-    Floats v = load(x + f * kLanes);
-    if (y != nullptr) {
-      v = v + load(y + f * kLanes);
-      store(x + f * kLanes, v);
-    }
-    sum[i] = sum[i] + v;
-    squares[i] = squares[i] + v * v;
-  };
-  int f = 0;
-  for (; f + 4 <= count; f += 4) {
-    PRUNEOFA_UNROLL
-    for (int i = 0; i < 4; ++i) feature(f + i, i);
-  }
-  for (; f < count; ++f) feature(f, 0);
-  store(sums, (sum[0] + sum[1]) + (sum[2] + sum[3]));
-  store(sums + kLanes, (squares[0] + squares[1]) + (squares[2] + squares[3]));
+static inline void add_moments(float* moments, const Floats& v) {
+  store(moments, load(moments) + v);
+  store(moments + kLanes, load(moments + kLanes) + v * v);
 }
 
-static inline void normalize(float* x, int count, int features, const float* sums, int parts, std::ptrdiff_t stride,
+static inline void moments(const float* x, int count, float* moments) {
+  store(moments, all(0.0f));
+  store(moments + kLanes, all(0.0f));
+  for (int f = 0; f < count; ++f) add_moments(moments, load(x + f * kLanes));
+}
+
+static inline void normalize(float* x, int count, int features, const float* moments, int parts, std::ptrdiff_t stride,
                              const float* gamma, const float* beta, float epsilon, Ranges range) {
   Floats sum = all(0.0f), squares = all(0.0f);
   for (int i = 0; i < parts; ++i) {
-    sum = sum + load(sums + i * stride);
-    squares = squares + load(sums + i * stride + kLanes);
+    sum = sum + load(moments + i * stride);
+    squares = squares + load(moments + i * stride + kLanes);
   }
   const Floats mean = sum / static_cast<float>(features);
   const Floats variance = larger(squares / static_cast<float>(features) - mean * mean, all(0.0f));

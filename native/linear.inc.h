@@ -22,7 +22,13 @@ inline lanes::Floats dequantize(const Tokens& t, float row_sum, float scale, flo
 }
 
 inline void write(const Operands& o, int panel, int n, const lanes::Floats& y) {
-  lanes::store(o.y + panel * o.y_stride + (n - o.first) * kLanes, y);
+  float* const place = o.y + panel * o.y_stride + (n - o.first) * kLanes;
+  if (o.moments != nullptr) {
+    const lanes::Floats sum = lanes::load(place) + y;
+    lanes::store(place, sum);
+    return lanes::add_moments(o.moments + panel * 2 * kLanes, sum);
+  }
+  lanes::store(place, y);
   if (o.ranges != nullptr) lanes::widen(o.ranges + panel * 2 * kLanes, y);
 }
 
