@@ -46,12 +46,17 @@ PRUNEOFA_INLINE void right_operand(const float* rows, int32_t* const to[2]) {
   }
 }
 
-// The operands of one head of one sequence, in the scratch memory. Keys are counted from the first of their panel.
+// The operands of one head of one sequence, in the scratch memory. Keys are counted from the first of their panel, and
+// taken by the pair of panels. What the pairs of a query panel pass on goes round in slots, few enough to stay in the
+// first-level cache.
+constexpr int kSlots = 4;
+
 struct Head {
-  int first, panels;         // of the sequence
+  int first, panels, pairs;  // of the sequence
   int depth, outputs;        // tiles along the size of the head, as inputs (32) and as outputs (16)
+  int weight_slots;          // enough for all pairs of a query panel and those that follow meanwhile
   int32_t *key[2], *value[2], *query[2], *weight[2];  // in two parts
-  float* scores[2];          // of a query panel, [keys][16]; one is read while the next is written
+  float* scores;             // [kSlots][32 keys][16]
 };
 
 template <int Parts>
@@ -59,20 +64,21 @@ PRUNEOFA_INLINE Head head_in(const Attention& a) {
   Head h = {};
   h.first = a.begin / kLanes;
   h.panels = (a.end - 1) / kLanes - h.first + 1;
+  h.pairs = (h.panels + 1) / 2;
   h.depth = a.size / 32;
   h.outputs = a.size / 16;
-  const int doubles = (h.panels + 1) / 2;
+  h.weight_slots = h.outputs > 4 ? h.pairs + kSlots : kSlots;
   int32_t* next = static_cast<int32_t*>(a.scratch);
   for (int i = 0; i < Parts; ++i) {
-    h.key[i] = next, next += h.panels * h.depth * 256;
-    h.value[i] = next, next += doubles * h.outputs * 256;
-    h.query[i] = next, next += h.depth * 256;
-    h.weight[i] = next, next += doubles * 256;
+    h.key[i] = next, next += h.pairs * 2 * h.depth * 256;
+    h.value[i] = next, next += h.pairs * h.outputs * 256;
+    h.query[i] = next, next += kSlots * h.depth * 256;
+    h.weight[i] = next, next += (h.weight_slots + h.pairs) * 256;  // the latter for `attend_again`
   }
   for (int i = Parts; i < 2; ++i) {  // never written or read, but pointed into
     h.key[i] = h.key[0], h.value[i] = h.value[0], h.query[i] = h.query[0], h.weight[i] = h.weight[0];
   }
-  for (int i = 0; i < 2; ++i) h.scores[i] = reinterpret_cast<float*>(next), next += doubles * 512;
+  h.scores = reinterpret_cast<float*>(next);
   return h;
 }
 
@@ -87,26 +93,32 @@ PRUNEOFA_INLINE void load_keys(const Attention& a, const Head& h) {
       right_operand<Parts>(key + d * 32 * kLanes, rows);
       for (int i = 0; i < Parts; ++i) transpose(rows[i], h.key[i] + (p * h.depth + d) * 256);
     }
-    const float* value = a.value + (h.first + p) * a.stride;
-    const lanes::Ints half = lanes::all(0x8000), keep = lanes::all(-0x10000);
-    const auto narrow = [](const lanes::Ints& x) {
-      return _mm512_maskz_cvtepi32_epi16(0xffff, _mm512_maskz_srli_epi32(0xffff, reinterpret_cast<__m512i>(x), 16));
-    };
-    for (int d = 0; d < a.size; ++d) {
-      // Row d of this panel is half of a tile's row: pairs of keys lie next to each other already.
-      const lanes::Floats v = lanes::load(value + d * kLanes);
-      const lanes::Ints high = lanes::bits(v) + half;
-      const std::ptrdiff_t place = (p / 2 * h.outputs + d / 16) * 256 + d % 16 * 16 + p % 2 * 8;
-      _mm256_store_si256(reinterpret_cast<__m256i*>(h.value[0] + place), narrow(high));
-      if (Parts == 1) continue;
-      const lanes::Ints low = lanes::bits(v - lanes::as_floats(high & keep)) + half;
-      _mm256_store_si256(reinterpret_cast<__m256i*>(h.value[1] + place), narrow(low));
-    }
   }
-  for (int d = 0; h.panels % 2 && d < a.size; ++d) {  // the missing half must be finite; its weights are 0
-    const std::ptrdiff_t place = (h.panels / 2 * h.outputs + d / 16) * 256 + d % 16 * 16 + 8;
-    for (int i = 0; i < Parts; ++i) {
-      _mm256_store_si256(reinterpret_cast<__m256i*>(h.value[i] + place), _mm256_setzero_si256());
+  for (int i = 0; h.panels % 2 && i < Parts; ++i) {  // no keys, whose scores are not read
+    memset(h.key[i] + h.panels * h.depth * 256, 0, h.depth * 1024);
+  }
+  const auto narrow = [](const lanes::Floats& first, const lanes::Floats& second) {
+    return reinterpret_cast<__m512i>(
+        _mm512_maskz_cvtne2ps_pbh(~0u, reinterpret_cast<__m512>(second), reinterpret_cast<__m512>(first)));
+  };
+  const auto widened = [](const __m256i& half) {
+    const __m512i wide = _mm512_maskz_cvtepu16_epi32(0xffff, half);
+    return reinterpret_cast<lanes::Floats>(_mm512_maskz_slli_epi32(0xffff, wide, 16));
+  };
+  for (int p = 0; p < h.panels; p += 2) {
+    const float* value = a.value + (h.first + p) * a.stride;
+    for (int d = 0; d < a.size; ++d) {
+      // Rows d of both panels are a tile's row: pairs of keys lie next to each other already. A missing second panel
+      // must be finite; its weights are 0.
+      const lanes::Floats first = lanes::load(value + d * kLanes);
+      const lanes::Floats second = p + 1 < h.panels ? lanes::load(value + a.stride + d * kLanes) : lanes::all(0.0f);
+      const std::ptrdiff_t place = (p / 2 * h.outputs + d / 16) * 256 + d % 16 * 16;
+      const __m512i high = narrow(first, second);
+      _mm512_store_si512(h.value[0] + place, high);
+      if (Parts == 1) continue;
+      const __m512i low = narrow(first - widened(_mm512_maskz_extracti64x4_epi64(0xff, high, 0)),
+                                 second - widened(_mm512_maskz_extracti64x4_epi64(0xff, high, 1)));
+      _mm512_store_si512(h.value[1] + place, low);
     }
   }
   written();
@@ -114,9 +126,10 @@ PRUNEOFA_INLINE void load_keys(const Attention& a, const Head& h) {
 
 template <int Parts>
 PRUNEOFA_INLINE void load_query(const Attention& a, const Head& h, int panel) {
-  const float* query = a.query + panel * a.stride;
+  const float* query = a.query + (h.first + panel) * a.stride;
   for (int d = 0; d < h.depth; ++d) {
-    int32_t* const to[2] = {h.query[0] + d * 256, h.query[1] + d * 256};
+    const std::ptrdiff_t place = (panel % kSlots * h.depth + d) * 256;
+    int32_t* const to[2] = {h.query[0] + place, h.query[1] + place};
     right_operand<Parts>(query + d * 32 * kLanes, to);
   }
   written();
@@ -135,29 +148,65 @@ PRUNEOFA_INLINE void load_query(const Attention& a, const Head& h, int panel) {
     _tile_dpbf16ps(sum, 5, 4);                        \
   }
 
-// Scores of the loaded query panel with the keys of a panel; in tile 6.
+// Scores of a loaded query panel with the keys of a pair of panels: `score_first`, `score_rest` and, when the products
+// have had time, `score_store`. In tiles 6 and 7, side by side because a product waits for the one before it; in two
+// parts tile 7 is taken, and one panel comes after the other.
 template <int Parts>
-PRUNEOFA_INLINE void score(const Head& h, int panel, float* scores) {
+PRUNEOFA_INLINE void score_panel(const Head& h, int panel, int key, float* scores) {
   _tile_zero(6);
   for (int d = 0; d < h.depth; ++d) {
-    PRUNEOFA_RIGHT(h.query, d * 256);
-    PRUNEOFA_MULTIPLY(6, h.key, (panel * h.depth + d) * 256);
+    PRUNEOFA_RIGHT(h.query, (panel % kSlots * h.depth + d) * 256);
+    PRUNEOFA_MULTIPLY(6, h.key, (key * h.depth + d) * 256);
   }
-  _tile_stored(6, scores + panel * 256, 64);
+  _tile_stored(6, scores, 64);
 }
 
-// Outputs o .. o + 3 (tiles of 16) += values * weights of the 32 keys of a pair of panels; in tiles 0 to 3.
 template <int Parts>
-PRUNEOFA_INLINE void mix(const Head& h, int o, int pair) {
+PRUNEOFA_INLINE void score_tiles(const Head& h, int panel, int pair, int d) {
+  PRUNEOFA_RIGHT(h.query, (panel % kSlots * h.depth + d) * 256);
+  PRUNEOFA_MULTIPLY(6, h.key, (pair * 2 * h.depth + d) * 256);
+  PRUNEOFA_MULTIPLY(7, h.key, ((pair * 2 + 1) * h.depth + d) * 256);
+}
+
+template <int Parts>
+PRUNEOFA_INLINE void score_first(const Head& h, int panel, int pair, float* scores) {
+  if (Parts == 2) return score_panel<Parts>(h, panel, pair * 2, scores);
+  _tile_zero(6);
+  _tile_zero(7);
+  score_tiles<Parts>(h, panel, pair, 0);
+}
+
+template <int Parts>
+PRUNEOFA_INLINE void score_rest(const Head& h, int panel, int pair, float* scores) {
+  if (Parts == 2) return score_panel<Parts>(h, panel, pair * 2 + 1, scores + 256);
+  for (int d = 1; d < h.depth; ++d) score_tiles<Parts>(h, panel, pair, d);
+}
+
+template <int Parts>
+PRUNEOFA_INLINE void score_store(float* scores) {
+  if (Parts == 2) return;
+  _tile_stored(6, scores, 64);
+  _tile_stored(7, scores + 256, 64);
+}
+
+// Outputs o and o + 1, o + 2 and o + 3 (tiles of 16) += values * weights of the 32 keys of a pair of panels; in tiles 0
+// to 3.
+template <int Parts>
+PRUNEOFA_INLINE void mix_first(const Head& h, int o, int pair, int slot) {
   const std::ptrdiff_t at = (pair * h.outputs + o) * 256;
-  PRUNEOFA_RIGHT(h.weight, pair * 256);
+  PRUNEOFA_RIGHT(h.weight, slot * 256);
   PRUNEOFA_MULTIPLY(0, h.value, at);
   if (o + 1 < h.outputs) {
     PRUNEOFA_MULTIPLY(1, h.value, at + 256);
   }
-  if (o + 2 < h.outputs) {
-    PRUNEOFA_MULTIPLY(2, h.value, at + 512);
-  }
+}
+
+template <int Parts>
+PRUNEOFA_INLINE void mix_rest(const Head& h, int o, int pair, int slot) {
+  const std::ptrdiff_t at = (pair * h.outputs + o) * 256;
+  if (o + 2 >= h.outputs) return;
+  PRUNEOFA_RIGHT(h.weight, slot * 256);
+  PRUNEOFA_MULTIPLY(2, h.value, at + 512);
   if (o + 3 < h.outputs) {
     PRUNEOFA_MULTIPLY(3, h.value, at + 768);
   }
@@ -172,7 +221,7 @@ PRUNEOFA_INLINE void clear_sums() {
   _tile_zero(3);
 }
 
-// 2^x for x <= 0, to 2e-7 relative. Minimax on the fraction, 0 <= r < 1.
+// 2^x to 2e-7 relative, but for the rounding of x. Minimax on the fraction, 0 <= r < 1.
 PRUNEOFA_INLINE lanes::Floats power_of_two(const lanes::Floats& x) {
   const __m512 v = reinterpret_cast<__m512>(x);
   const lanes::Floats r = reinterpret_cast<lanes::Floats>(_mm512_maskz_reduce_ps(0xffff, v, 1));  // x - floor(x)
@@ -196,45 +245,51 @@ alignas(64) constexpr uint8_t kFraction[128] = {
     107, 108, 109, 111, 112, 113, 115, 116, 117, 118, 120, 121, 123, 124, 125, 127,
 };
 
-// The weights of 32 keys, before division by their total: 2^(score * base - top). In one part, a weight is found as
+// The weights of keys `from` to `to` - 1 of 32, before division by their total: 2^(score * base - top). In one part, a weight is found as
 // bfloat16: as a fixed-point number with 7 fraction bits the exponent is one already, but for the fraction, which is
-// looked up. Rounding the exponent changes a weight by at most 0.27 %, as rounding to bfloat16 does by 0.39 %.
+// looked up. Rounding the exponent changes a weight by at most 0.27 %, as rounding to bfloat16 does by 0.39 %. `top` is
+// not always the largest: weights that are too large come out as the largest number or more.
 template <int Parts, bool All>
-PRUNEOFA_INLINE lanes::Floats weigh(const Attention& a, const Head& h, int pair, const float* scores, float base,
-                           const lanes::Floats& top) {
+PRUNEOFA_INLINE lanes::Floats weigh_rows(const Attention& a, const Head& h, int pair, const float* scores, float base,
+                                         const lanes::Floats& top, int slot, int from, int to) {
   lanes::Floats totals[2] = {lanes::all(0.0f), lanes::all(0.0f)};
-  const auto mine = [&](int s) { return All || (h.first * kLanes + s >= a.begin && h.first * kLanes + s < a.end); };
+  const int begin = (h.first + pair * 2) * kLanes;
+  const auto mine = [&](int s) { return All || (begin + s >= a.begin && begin + s < a.end); };
+  int32_t* const weight[2] = {h.weight[0] + slot * 256, h.weight[1] + slot * 256};
   if (Parts == 1) {
     constexpr float kOne = 127 * 128;  // the bits of 1 as bfloat16
     const lanes::Floats shift = lanes::all(lanes::kRound + kOne) - top * 128.0f;
     const __m512i low = _mm512_load_si512(kFraction), high = _mm512_load_si512(kFraction + 64);
     const __m512i ones = _mm512_set1_epi32(0x3f803f80);
-    const __m512i swap = _mm512_set4_epi32(0x0d0c0f0e, 0x09080b0a, 0x05040706, 0x01000302);
+    // Of four words and four words, saturated: alternately.
+    const __m512i zip = _mm512_set4_epi32(0x0f0e0706, 0x0d0c0504, 0x0b0a0302, 0x09080100);
+    const __m512i largest = _mm512_set1_epi32(0x7f7f7f7f);
     PRUNEOFA_UNROLL
-    for (int s = pair * 32; s < pair * 32 + 32; s += 2) {
-      lanes::Floats fixed[2];
+    for (int s = from; s < to; s += 2) {
+      __m512i fixed[2];
       for (int i = 0; i < 2; ++i) {
-        fixed[i] = lanes::load(scores + (s + i) * kLanes) * (base * 128.0f) + shift;
-        fixed[i] = mine(s + i) ? lanes::larger(fixed[i], lanes::all(lanes::kRound)) : lanes::all(lanes::kRound);
+        const lanes::Floats v = lanes::load(scores + (s + i) * kLanes) * (base * 128.0f) + shift;
+        fixed[i] = reinterpret_cast<__m512i>(lanes::bits(v) - lanes::bits(lanes::all(lanes::kRound)));
+        if (!mine(s + i)) fixed[i] = _mm512_setzero_si512();
       }
-      const __m512i odd = _mm512_maskz_shuffle_epi8(~0ull, reinterpret_cast<__m512i>(fixed[1]), swap);
-      const __m512i both = _mm512_mask_blend_epi16(0xaaaaaaaa, reinterpret_cast<__m512i>(fixed[0]), odd);
+      const __m512i packed = _mm512_maskz_packus_epi32(~0u, fixed[0], fixed[1]);
+      const __m512i both = _mm512_maskz_shuffle_epi8(~0ull, _mm512_maskz_min_epu16(~0u, packed, largest), zip);
       const __m512i fraction = _mm512_permutex2var_epi8(low, both, high);
       const __m512i weights = _mm512_ternarylogic_epi32(_mm512_set1_epi32(0x007f007f), fraction, both, 0xca);
       lanes::Floats& total = totals[s / 2 % 2];
       total = reinterpret_cast<lanes::Floats>(
           _mm512_dpbf16_ps(reinterpret_cast<__m512>(total), (__m512bh)weights, (__m512bh)ones));
-      _mm512_store_si512(h.weight[0] + s / 2 * 16, weights);
+      _mm512_store_si512(weight[0] + s / 2 * 16, weights);
     }
   } else {
-    for (int s = pair * 32; s < pair * 32 + 32; s += 2) {
-      lanes::Floats weight[2];
+    for (int s = from; s < to; s += 2) {
+      lanes::Floats w[2];
       for (int i = 0; i < 2; ++i) {
-        weight[i] = mine(s + i) ? power_of_two(lanes::load(scores + (s + i) * kLanes) * base - top) : lanes::all(0.0f);
-        totals[i] = totals[i] + weight[i];
+        w[i] = mine(s + i) ? power_of_two(lanes::load(scores + (s + i) * kLanes) * base - top) : lanes::all(0.0f);
+        totals[i] = totals[i] + w[i];
       }
-      int32_t* const to[2] = {h.weight[0] + s / 2 * 16, h.weight[1] + s / 2 * 16};
-      split<Parts>(weight[0], weight[1], to);
+      int32_t* const place[2] = {weight[0] + s / 2 * 16, weight[1] + s / 2 * 16};
+      split<Parts>(w[0], w[1], place);
     }
   }
   written();
@@ -253,51 +308,160 @@ PRUNEOFA_INLINE lanes::Floats largest(const float* scores, int rows) {
   return lanes::larger(lanes::larger(top[0], top[1]), lanes::larger(top[2], top[3]));
 }
 
+// The largest score of each query with the keys of a pair.
+PRUNEOFA_INLINE lanes::Floats largest_of(const Attention& a, const Head& h, int pair, const float* scores) {
+  const int begin = (h.first + pair * 2) * kLanes, from = begin < a.begin ? a.begin - begin : 0;
+  const int to = begin + 32 > a.end ? a.end - begin : 32;
+  return largest(scores + from * kLanes, to - from);
+}
+
+// Up to 64 outputs from o on of a query panel, from what tiles 0 to 3 held.
+PRUNEOFA_INLINE void write_outputs(const Attention& a, const Head& h, int panel, int o, const lanes::Floats& total,
+                                   const float* sums) {
+  const lanes::Floats inverse = 1.0f / total;
+  const int begin = (h.first + panel) * kLanes, rows = a.size - o * 16 < 64 ? a.size - o * 16 : 64;
+  float* out = a.query + (h.first + panel) * a.stride + o * 16 * kLanes;
+  if (begin >= a.begin && begin + kLanes <= a.end) {
+    for (int r = 0; r < rows; ++r) lanes::store(out + r * kLanes, lanes::load(sums + r * kLanes) * inverse);
+    return;
+  }
+  const lanes::Ints mine = lanes::inside(a, h.first + panel);
+  for (int r = 0; r < rows; ++r) {
+    float* place = out + r * kLanes;
+    lanes::store(place, lanes::select(mine, lanes::load(sums + r * kLanes) * inverse, lanes::load(place)));
+  }
+}
+
+PRUNEOFA_INLINE void store_sums(float* sums) {
+  _tile_stored(0, sums, 64);
+  _tile_stored(1, sums + 256, 64);
+  _tile_stored(2, sums + 512, 64);
+  _tile_stored(3, sums + 768, 64);
+  written();
+}
+
+// The outputs of heads that are larger than tiles 0 to 3. `slot` is that of pair 0.
+template <int Parts>
+__attribute__((noinline)) void mix_further(const Attention& a, const Head& h, int panel, const lanes::Floats& total,
+                                           int slot) {
+  alignas(64) float sums[4 * 256];
+  for (int o = 4; o < h.outputs; o += 4) {
+    clear_sums();
+    for (int pair = 0; pair < h.pairs; ++pair) {
+      mix_first<Parts>(h, o, pair, (slot + pair) % h.weight_slots);
+      mix_rest<Parts>(h, o, pair, (slot + pair) % h.weight_slots);
+    }
+    store_sums(sums);
+    write_outputs(a, h, panel, o, total, sums);
+  }
+}
+
+// A place in the order of work: all pairs of keys for the first query panel, then for the next.
+struct Step {
+  int panel = 0, pair = 0, count = 0;
+  int slot = 0, first_slot = 0;  // of the weights, and of those of the first pair
+  void next(const Head& h) {
+    ++count;
+    if (++slot == h.weight_slots) slot = 0;
+    if (++pair < h.pairs) return;
+    pair = 0;
+    first_slot = slot;
+    ++panel;
+  }
+};
+
+// What is done in a step: the weights of a pair of panels, and beside them, by the tile unit, the scores of two steps
+// further on and the mix of two steps before. In quarters, because a core looks ahead no further than that.
+template <int Parts, bool All>
+PRUNEOFA_INLINE lanes::Floats work(const Attention& a, const Head& h, const Step* ahead, const Step* now,
+                                   const Step* behind, float base, const lanes::Floats& top) {
+  float* const next = ahead ? h.scores + ahead->count % kSlots * 512 : nullptr;
+  lanes::Floats total = lanes::all(0.0f);
+  const auto quarter = [&](int from) __attribute__((always_inline)) {
+    if (!now) return;
+    const float* scores = h.scores + now->count % kSlots * 512;
+    total = total + weigh_rows<Parts, All>(a, h, now->pair, scores, base, top, now->slot, from, from + 8);
+  };
+  quarter(0);
+  if (ahead) score_first<Parts>(h, ahead->panel, ahead->pair, next);
+  quarter(8);
+  if (ahead) score_rest<Parts>(h, ahead->panel, ahead->pair, next);
+  quarter(16);
+  if (behind) mix_first<Parts>(h, 0, behind->pair, behind->slot);
+  quarter(24);
+  if (behind) mix_rest<Parts>(h, 0, behind->pair, behind->slot);
+  if (ahead) score_store<Parts>(next);
+  return total;
+}
+
+template <int Parts>
+PRUNEOFA_INLINE lanes::Floats work(const Attention& a, const Head& h, const Step* ahead, const Step* now,
+                                   const Step* behind, float base, const lanes::Floats& top) {
+  const int begin = now ? (h.first + now->pair * 2) * kLanes : 0;
+  return !now || (begin >= a.begin && begin + 32 <= a.end) ? work<Parts, true>(a, h, ahead, now, behind, base, top)
+                                                           : work<Parts, false>(a, h, ahead, now, behind, base, top);
+}
+
+// Softmax needs the largest score only to keep its powers in range, and a float's is wide: the largest of the first pair
+// does, unless a later one is beyond it by more than 2^64. Then, which `total` shows, the panel is done again.
+template <int Parts>
+__attribute__((noinline)) void attend_again(const Attention& a, Head h, int panel, float base) {
+  for (int i = 0; i < 2; ++i) h.weight[i] += h.weight_slots * 256;
+  h.weight_slots = h.pairs;
+  alignas(64) float scores[kSlots * 512];
+  h.scores = scores;
+  load_query<Parts>(a, h, panel);
+  lanes::Floats top = lanes::all(-3.0e38f), total = lanes::all(0.0f);
+  for (Step step = {panel, 0, 0, 0, 0}; step.panel == panel; step.next(h)) {
+    work<Parts>(a, h, &step, nullptr, nullptr, base, top);
+    written();
+    top = lanes::larger(top, largest_of(a, h, step.pair, scores + step.count % kSlots * 512) * base);
+  }
+  clear_sums();
+  for (Step step = {panel, 0, 0, 0, 0}; step.panel == panel; step.next(h)) {
+    work<Parts>(a, h, &step, nullptr, nullptr, base, top);
+    written();
+    total = total + work<Parts>(a, h, nullptr, &step, nullptr, base, top);
+    work<Parts>(a, h, nullptr, nullptr, &step, base, top);
+  }
+  alignas(64) float sums[4 * 256];
+  store_sums(sums);
+  write_outputs(a, h, panel, 0, total, sums);
+  if (h.outputs > 4) mix_further<Parts>(a, h, panel, total, 0);
+}
+
 template <int Parts>
 void tile_attention(const Attention& a) {
   const Head h = head_in<Parts>(a);
-  const int pairs = (h.panels + 1) / 2, last = h.first + h.panels - 1;
   const float base = a.scale * 1.44269504f;
+  const int steps = h.panels * h.pairs;
   load_keys<Parts>(a, h);
-  load_query<Parts>(a, h, h.first);
-  for (int p = 0; p < h.panels; ++p) score<Parts>(h, p, h.scores[0]);
-  for (int panel = h.first; panel <= last; ++panel) {
-    const float* scores = h.scores[(panel - h.first) % 2];
-    float* next = h.scores[(panel - h.first + 1) % 2];
-    const lanes::Floats top = largest(scores + (a.begin - h.first * kLanes) * kLanes, a.end - a.begin) * base;
-    if (panel < last) load_query<Parts>(a, h, panel + 1);
-    // The tile unit works beside the vector units: on the mix of the pair of panels before and on the scores of the
-    // next query panel.
-    lanes::Floats total = lanes::all(0.0f);
-    clear_sums();
-    for (int pair = 0; pair < pairs; ++pair) {
-      const int begin = (h.first + pair * 2) * kLanes;
-      total = total + (begin >= a.begin && begin + 32 <= a.end ? weigh<Parts, true>(a, h, pair, scores, base, top)
-                                                               : weigh<Parts, false>(a, h, pair, scores, base, top));
-      if (pair > 0) mix<Parts>(h, 0, pair - 1);
-      if (panel == last) continue;
-      score<Parts>(h, pair * 2, next);
-      if (pair * 2 + 1 < h.panels) score<Parts>(h, pair * 2 + 1, next);
+  Step ahead, now, behind;
+  alignas(64) float totals[kSlots][kLanes], sums[4 * 256];
+  lanes::Floats top = lanes::all(0.0f), total = lanes::all(0.0f);
+  for (int count = -2; count < steps + 2; ++count) {
+    const bool scores = ahead.count < steps, weighs = count >= 0 && count < steps, mixes = count >= 2;
+    if (scores && ahead.pair == 0) load_query<Parts>(a, h, ahead.panel);
+    if (weighs && now.pair == 0) {
+      top = largest_of(a, h, 0, h.scores + count % kSlots * 512) * base;
+      total = lanes::all(0.0f);
     }
-    mix<Parts>(h, 0, pairs - 1);
-    const lanes::Floats inverse = 1.0f / total;
-    const lanes::Ints mine = lanes::inside(a, panel);
-    float* out = a.query + panel * a.stride;
-    for (int o = 0; o < h.outputs; o += 4) {
-      if (o > 0) {
-        clear_sums();
-        for (int pair = 0; pair < pairs; ++pair) mix<Parts>(h, o, pair);
-      }
-      alignas(64) float sums[4 * 256];
-      _tile_stored(0, sums, 64);
-      _tile_stored(1, sums + 256, 64);
-      _tile_stored(2, sums + 512, 64);
-      _tile_stored(3, sums + 768, 64);
-      for (int r = 0; r < 64 && o * 16 + r < a.size; ++r) {
-        float* place = out + (o * 16 + r) * kLanes;
-        lanes::store(place, lanes::select(mine, lanes::load(sums + r * 16) * inverse, lanes::load(place)));
+    if (mixes && behind.pair == 0) clear_sums();
+    total = total + work<Parts>(a, h, scores ? &ahead : nullptr, weighs ? &now : nullptr, mixes ? &behind : nullptr, base, top);
+    if (weighs && now.pair == h.pairs - 1) lanes::store(totals[now.panel % kSlots], total);
+    if (mixes && behind.pair == h.pairs - 1) {
+      const lanes::Floats all = lanes::load(totals[behind.panel % kSlots]);
+      if (_mm512_cmp_ps_mask(reinterpret_cast<__m512>(all), _mm512_set1_ps(0x1p64f), _CMP_LE_OQ) != 0xffff) {
+        attend_again<Parts>(a, h, behind.panel, base);
+      } else {
+        store_sums(sums);
+        write_outputs(a, h, behind.panel, 0, all, sums);
+        if (h.outputs > 4) mix_further<Parts>(a, h, behind.panel, all, behind.first_slot);
       }
     }
+    if (scores) ahead.next(h);
+    if (weighs) now.next(h);
+    if (mixes) behind.next(h);
   }
 }
 
