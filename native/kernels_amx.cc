@@ -293,45 +293,77 @@ void multiply_block(const Weights& w, const Operands& o, Multiply& m, const Bloc
 // all panels are multiplied; the sums of a block wait in memory for the next stretch. Two panels read them only once.
 constexpr int kMostChunks = 16, kStretch = 13;
 
+// And many panels in groups, so that their codes stay in the second-level cache, which all outputs read: that is worth
+// expanding the weights once more.
+constexpr std::ptrdiff_t kMostCodes = 900 << 10;
+
+// How a layer is divided, and where in the scratch memory it is worked on.
+struct Division {
+  int chunks, most;          // of all inputs, and of a stretch
+  int group;                 // of panels
+  std::ptrdiff_t row_bytes;  // of all chunks
+  std::ptrdiff_t second;     // from the first row of tiles to the second
+  int8_t* tiles;
+  int32_t *sums, *waiting;
+};
+
+inline Division divide(const Weights& w, const Operands& o) {
+  Division d = {};
+  d.chunks = round_up(w.inputs, 64) / 64;
+  d.row_bytes = static_cast<std::ptrdiff_t>(d.chunks) * kTile;
+  const int groups = static_cast<int>(1 + (o.panels * d.row_bytes - 1) / kMostCodes);
+  d.group = round_up((o.panels + groups - 1) / groups, 2);
+  const int stretches = d.chunks > kMostChunks && o.panels > 2 && d.group > 2 ? (d.chunks + kStretch - 1) / kStretch : 1;
+  d.most = (d.chunks + stretches - 1) / stretches;
+  d.second = w.sparse ? static_cast<std::ptrdiff_t>(d.most) * kTile : d.row_bytes;
+  d.tiles = static_cast<int8_t*>(o.scratch);
+  d.sums = reinterpret_cast<int32_t*>(d.tiles + 2 * d.row_bytes);
+  d.waiting = d.sums + 4 * 256;
+  return d;
+}
+
+// Outputs n to n + rows - 1, up to 32, of panels `first` to `past` - 1.
+template <Finish kind, int Rows>
+void multiply_rows(const Weights& w, const Operands& o, const Division& d, Multiply& m, Block& before, int n, int rows,
+                   int first, int past) {
+  alignas(64) static constexpr int32_t kZeros[kLanes] = {};
+  const int row = n / 16;
+  m.second = rows > 16 ? d.second : 0;  // a lone row of tiles is multiplied twice
+  for (int i = 0; w.sparse && i < 2; ++i) {
+    const int mine = m.second ? row + i : row;
+    m.expander[i] = {w.masks + static_cast<std::ptrdiff_t>(mine) * d.chunks * 16, w.values + w.value_start[mine], nullptr,
+                     w.short_runs};
+  }
+  for (int c = 0; c < d.chunks; c += d.most) {
+    const bool last = c + d.most >= d.chunks;
+    m.chunks = last ? d.chunks - c : d.most;
+    m.weights = w.sparse ? d.tiles : w.values + row * d.row_bytes + c * kTile;
+    for (int i = 0; i < 2; ++i) m.expander[i].tile = d.tiles + i * m.second;
+    for (int p = first; p < past; p += 2) {
+      int32_t* const waiting = d.waiting + p / 2 * 4 * 256;
+      m.x = static_cast<const char*>(o.x) + p * d.row_bytes + c * kTile;
+      m.next = p + 1 < o.panels ? d.row_bytes : 0;
+      m.start = c == 0 ? kZeros : waiting;
+      m.start_row = c == 0 ? 0 : 64;
+      m.start_tile = c == 0 ? 0 : 256;
+      w.sparse && p == first ? multiply_block<kind, Rows, true>(w, o, m, before)
+                             : multiply_block<kind, Rows, false>(w, o, m, before);
+      before = last ? Block{n, rows, p, m.next ? 2 : 1} : Block();
+      m.before = last ? d.sums : waiting;
+    }
+  }
+}
+
 template <Finish kind, int Rows>
 void multiply_tiles(const Weights& w, const Operands& o, int begin, int end) {
-  alignas(64) static constexpr int32_t kZeros[kLanes] = {};
-  const int chunks = round_up(w.inputs, 64) / 64;
-  const int stretches = chunks > kMostChunks && o.panels > 2 ? (chunks + kStretch - 1) / kStretch : 1;
-  const int most = (chunks + stretches - 1) / stretches;
-  const std::ptrdiff_t row_bytes = static_cast<std::ptrdiff_t>(chunks) * kTile;
-  const std::ptrdiff_t second = w.sparse ? static_cast<std::ptrdiff_t>(most) * kTile : row_bytes;
-  int8_t* const tiles = static_cast<int8_t*>(o.scratch);
-  int32_t* const sums = reinterpret_cast<int32_t*>(tiles + 2 * row_bytes);
-  int32_t* const waiting = sums + 4 * 256;
+  const Division d = divide(w, o);
   Multiply m = {};
-  m.sums = m.before = sums;
+  m.sums = m.before = d.sums;
   Block before;
-  for (int n = begin; n < end; n += 32) {
-    const int row = n / 16;
-    m.second = n + 16 < end ? second : 0;  // a lone row of tiles is multiplied twice
-    for (int i = 0; w.sparse && i < 2; ++i) {
-      const int mine = m.second ? row + i : row;
-      m.expander[i] = {w.masks + static_cast<std::ptrdiff_t>(mine) * chunks * 16, w.values + w.value_start[mine], tiles,
-                       w.short_runs};
-    }
-    for (int c = 0; c < chunks; c += most) {
-      m.chunks = chunks - c < most ? chunks - c : most;
-      m.weights = w.sparse ? tiles : w.values + row * row_bytes + c * kTile;
-      for (int i = 0; i < 2; ++i) m.expander[i].tile = tiles + (m.second ? i : 0) * second;
-      for (int p = 0; p < o.panels; p += 2) {
-        m.x = static_cast<const char*>(o.x) + p * row_bytes + c * kTile;
-        m.next = p + 1 < o.panels ? row_bytes : 0;
-        int32_t* const mine = waiting + p / 2 * 4 * 256;
-        m.start = c == 0 ? kZeros : mine;
-        m.start_row = c == 0 ? 0 : 64;
-        m.start_tile = c == 0 ? 0 : 256;
-        w.sparse && p == 0 ? multiply_block<kind, Rows, true>(w, o, m, before)
-                           : multiply_block<kind, Rows, false>(w, o, m, before);
-        const bool last = c + most >= chunks;
-        before = last ? Block{n, end - n < 32 ? end - n : 32, p, m.next ? 2 : 1} : Block();
-        m.before = last ? sums : mine;
-      }
+  for (int first = 0; first < o.panels; first += d.group) {
+    const int past = first + d.group < o.panels ? first + d.group : o.panels;
+    for (int n = begin; n < end; n += 32) {
+      multiply_rows<kind, Rows>(w, o, d, m, before, n, end - n < 32 ? end - n : 32, first, past);
     }
   }
   _tile_stored(0, m.before, 64);
