@@ -70,7 +70,7 @@ PRUNEOFA_INLINE Head head_in(const Attention& a) {
   h.weight_slots = h.outputs > 4 ? h.pairs + kSlots : kSlots;
   int32_t* next = static_cast<int32_t*>(a.scratch);
   for (int i = 0; i < Parts; ++i) {
-    h.key[i] = next, next += h.pairs * 2 * h.depth * 256;
+    h.key[i] = next, next += h.panels * h.depth * 256;
     h.value[i] = next, next += h.pairs * h.outputs * 256;
     h.query[i] = next, next += kSlots * h.depth * 256;
     h.weight[i] = next, next += (h.weight_slots + h.pairs) * 256;  // the latter for `attend_again`
@@ -93,9 +93,6 @@ PRUNEOFA_INLINE void load_keys(const Attention& a, const Head& h) {
       right_operand<Parts>(key + d * 32 * kLanes, rows);
       for (int i = 0; i < Parts; ++i) transpose(rows[i], h.key[i] + (p * h.depth + d) * 256);
     }
-  }
-  for (int i = 0; h.panels % 2 && i < Parts; ++i) {  // no keys, whose scores are not read
-    memset(h.key[i] + h.panels * h.depth * 256, 0, h.depth * 1024);
   }
   const auto narrow = [](const lanes::Floats& first, const lanes::Floats& second) {
     return reinterpret_cast<__m512i>(
@@ -148,65 +145,43 @@ PRUNEOFA_INLINE void load_query(const Attention& a, const Head& h, int panel) {
     _tile_dpbf16ps(sum, 5, 4);                        \
   }
 
-// Scores of a loaded query panel with the keys of a pair of panels: `score_first`, `score_rest` and, when the products
-// have had time, `score_store`. In tiles 6 and 7, side by side because a product waits for the one before it; in two
-// parts tile 7 is taken, and one panel comes after the other.
+// Scores of a loaded query panel with the keys of a pair of panels; in tile 6.
 template <int Parts>
-PRUNEOFA_INLINE void score_panel(const Head& h, int panel, int key, float* scores) {
-  _tile_zero(6);
-  for (int d = 0; d < h.depth; ++d) {
-    PRUNEOFA_RIGHT(h.query, (panel % kSlots * h.depth + d) * 256);
-    PRUNEOFA_MULTIPLY(6, h.key, (key * h.depth + d) * 256);
+PRUNEOFA_INLINE void score(const Head& h, int panel, int pair, float* scores) {
+  if (Parts == 1 && pair * 2 + 1 < h.panels) {  // side by side, because a product waits for the one before it
+    _tile_zero(6);
+    _tile_zero(7);
+    for (int d = 0; d < h.depth; ++d) {
+      PRUNEOFA_RIGHT(h.query, (panel % kSlots * h.depth + d) * 256);
+      PRUNEOFA_MULTIPLY(6, h.key, (pair * 2 * h.depth + d) * 256);
+      PRUNEOFA_MULTIPLY(7, h.key, ((pair * 2 + 1) * h.depth + d) * 256);
+    }
+    _tile_stored(6, scores, 64);
+    _tile_stored(7, scores + 256, 64);
+    return;
   }
-  _tile_stored(6, scores, 64);
+  for (int half = 0; half < 2 && pair * 2 + half < h.panels; ++half) {
+    _tile_zero(6);
+    for (int d = 0; d < h.depth; ++d) {
+      PRUNEOFA_RIGHT(h.query, (panel % kSlots * h.depth + d) * 256);
+      PRUNEOFA_MULTIPLY(6, h.key, ((pair * 2 + half) * h.depth + d) * 256);
+    }
+    _tile_stored(6, scores + half * 256, 64);
+  }
 }
 
+// Outputs o .. o + 3 (tiles of 16) += values * weights of the 32 keys of a pair of panels; in tiles 0 to 3.
 template <int Parts>
-PRUNEOFA_INLINE void score_tiles(const Head& h, int panel, int pair, int d) {
-  PRUNEOFA_RIGHT(h.query, (panel % kSlots * h.depth + d) * 256);
-  PRUNEOFA_MULTIPLY(6, h.key, (pair * 2 * h.depth + d) * 256);
-  PRUNEOFA_MULTIPLY(7, h.key, ((pair * 2 + 1) * h.depth + d) * 256);
-}
-
-template <int Parts>
-PRUNEOFA_INLINE void score_first(const Head& h, int panel, int pair, float* scores) {
-  if (Parts == 2) return score_panel<Parts>(h, panel, pair * 2, scores);
-  _tile_zero(6);
-  _tile_zero(7);
-  score_tiles<Parts>(h, panel, pair, 0);
-}
-
-template <int Parts>
-PRUNEOFA_INLINE void score_rest(const Head& h, int panel, int pair, float* scores) {
-  if (Parts == 2) return score_panel<Parts>(h, panel, pair * 2 + 1, scores + 256);
-  for (int d = 1; d < h.depth; ++d) score_tiles<Parts>(h, panel, pair, d);
-}
-
-template <int Parts>
-PRUNEOFA_INLINE void score_store(float* scores) {
-  if (Parts == 2) return;
-  _tile_stored(6, scores, 64);
-  _tile_stored(7, scores + 256, 64);
-}
-
-// Outputs o and o + 1, o + 2 and o + 3 (tiles of 16) += values * weights of the 32 keys of a pair of panels; in tiles 0
-// to 3.
-template <int Parts>
-PRUNEOFA_INLINE void mix_first(const Head& h, int o, int pair, int slot) {
+PRUNEOFA_INLINE void mix(const Head& h, int o, int pair, int slot) {
   const std::ptrdiff_t at = (pair * h.outputs + o) * 256;
   PRUNEOFA_RIGHT(h.weight, slot * 256);
   PRUNEOFA_MULTIPLY(0, h.value, at);
   if (o + 1 < h.outputs) {
     PRUNEOFA_MULTIPLY(1, h.value, at + 256);
   }
-}
-
-template <int Parts>
-PRUNEOFA_INLINE void mix_rest(const Head& h, int o, int pair, int slot) {
-  const std::ptrdiff_t at = (pair * h.outputs + o) * 256;
-  if (o + 2 >= h.outputs) return;
-  PRUNEOFA_RIGHT(h.weight, slot * 256);
-  PRUNEOFA_MULTIPLY(2, h.value, at + 512);
+  if (o + 2 < h.outputs) {
+    PRUNEOFA_MULTIPLY(2, h.value, at + 512);
+  }
   if (o + 3 < h.outputs) {
     PRUNEOFA_MULTIPLY(3, h.value, at + 768);
   }
@@ -245,13 +220,13 @@ alignas(64) constexpr uint8_t kFraction[128] = {
     107, 108, 109, 111, 112, 113, 115, 116, 117, 118, 120, 121, 123, 124, 125, 127,
 };
 
-// The weights of keys `from` to `to` - 1 of 32, before division by their total: 2^(score * base - top). In one part, a weight is found as
+// The weights of 32 keys, before division by their total: 2^(score * base - top). In one part, a weight is found as
 // bfloat16: as a fixed-point number with 7 fraction bits the exponent is one already, but for the fraction, which is
 // looked up. Rounding the exponent changes a weight by at most 0.27 %, as rounding to bfloat16 does by 0.39 %. `top` is
 // not always the largest: weights that are too large come out as the largest number or more.
 template <int Parts, bool All>
-PRUNEOFA_INLINE lanes::Floats weigh_rows(const Attention& a, const Head& h, int pair, const float* scores, float base,
-                                         const lanes::Floats& top, int slot, int from, int to) {
+PRUNEOFA_INLINE lanes::Floats weigh(const Attention& a, const Head& h, int pair, const float* scores, float base,
+                                    const lanes::Floats& top, int slot) {
   lanes::Floats totals[2] = {lanes::all(0.0f), lanes::all(0.0f)};
   const int begin = (h.first + pair * 2) * kLanes;
   const auto mine = [&](int s) { return All || (begin + s >= a.begin && begin + s < a.end); };
@@ -265,7 +240,7 @@ PRUNEOFA_INLINE lanes::Floats weigh_rows(const Attention& a, const Head& h, int 
     const __m512i zip = _mm512_set4_epi32(0x0f0e0706, 0x0d0c0504, 0x0b0a0302, 0x09080100);
     const __m512i largest = _mm512_set1_epi32(0x7f7f7f7f);
     PRUNEOFA_UNROLL
-    for (int s = from; s < to; s += 2) {
+    for (int s = 0; s < 32; s += 2) {
       __m512i fixed[2];
       for (int i = 0; i < 2; ++i) {
         const lanes::Floats v = lanes::load(scores + (s + i) * kLanes) * (base * 128.0f) + shift;
@@ -282,14 +257,14 @@ PRUNEOFA_INLINE lanes::Floats weigh_rows(const Attention& a, const Head& h, int 
       _mm512_store_si512(weight[0] + s / 2 * 16, weights);
     }
   } else {
-    for (int s = from; s < to; s += 2) {
+    for (int s = 0; s < 32; s += 2) {
       lanes::Floats w[2];
       for (int i = 0; i < 2; ++i) {
         w[i] = mine(s + i) ? power_of_two(lanes::load(scores + (s + i) * kLanes) * base - top) : lanes::all(0.0f);
         totals[i] = totals[i] + w[i];
       }
-      int32_t* const place[2] = {weight[0] + s / 2 * 16, weight[1] + s / 2 * 16};
-      split<Parts>(w[0], w[1], place);
+      int32_t* const to[2] = {weight[0] + s / 2 * 16, weight[1] + s / 2 * 16};
+      split<Parts>(w[0], w[1], to);
     }
   }
   written();
@@ -308,6 +283,14 @@ PRUNEOFA_INLINE lanes::Floats largest(const float* scores, int rows) {
   return lanes::larger(lanes::larger(top[0], top[1]), lanes::larger(top[2], top[3]));
 }
 
+template <int Parts>
+PRUNEOFA_INLINE lanes::Floats weigh(const Attention& a, const Head& h, int pair, const float* scores, float base,
+                                    const lanes::Floats& top, int slot) {
+  const int begin = (h.first + pair * 2) * kLanes;
+  return begin >= a.begin && begin + 32 <= a.end ? weigh<Parts, true>(a, h, pair, scores, base, top, slot)
+                                                 : weigh<Parts, false>(a, h, pair, scores, base, top, slot);
+}
+
 // The largest score of each query with the keys of a pair.
 PRUNEOFA_INLINE lanes::Floats largest_of(const Attention& a, const Head& h, int pair, const float* scores) {
   const int begin = (h.first + pair * 2) * kLanes, from = begin < a.begin ? a.begin - begin : 0;
@@ -315,92 +298,39 @@ PRUNEOFA_INLINE lanes::Floats largest_of(const Attention& a, const Head& h, int 
   return largest(scores + from * kLanes, to - from);
 }
 
-// Up to 64 outputs from o on of a query panel, from what tiles 0 to 3 held.
-PRUNEOFA_INLINE void write_outputs(const Attention& a, const Head& h, int panel, int o, const lanes::Floats& total,
-                                   const float* sums) {
-  const lanes::Floats inverse = 1.0f / total;
-  const int begin = (h.first + panel) * kLanes, rows = a.size - o * 16 < 64 ? a.size - o * 16 : 64;
-  float* out = a.query + (h.first + panel) * a.stride + o * 16 * kLanes;
-  if (begin >= a.begin && begin + kLanes <= a.end) {
-    for (int r = 0; r < rows; ++r) lanes::store(out + r * kLanes, lanes::load(sums + r * kLanes) * inverse);
-    return;
-  }
-  const lanes::Ints mine = lanes::inside(a, h.first + panel);
-  for (int r = 0; r < rows; ++r) {
-    float* place = out + r * kLanes;
-    lanes::store(place, lanes::select(mine, lanes::load(sums + r * kLanes) * inverse, lanes::load(place)));
-  }
-}
-
-PRUNEOFA_INLINE void store_sums(float* sums) {
-  _tile_stored(0, sums, 64);
-  _tile_stored(1, sums + 256, 64);
-  _tile_stored(2, sums + 512, 64);
-  _tile_stored(3, sums + 768, 64);
-  written();
-}
-
-// The outputs of heads that are larger than tiles 0 to 3. `slot` is that of pair 0.
+// Writes the outputs of a query panel from tiles 0 to 3; further outputs are mixed here. `slot` is that of pair 0.
 template <int Parts>
-__attribute__((noinline)) void mix_further(const Attention& a, const Head& h, int panel, const lanes::Floats& total,
-                                           int slot) {
-  alignas(64) float sums[4 * 256];
-  for (int o = 4; o < h.outputs; o += 4) {
-    clear_sums();
-    for (int pair = 0; pair < h.pairs; ++pair) {
-      mix_first<Parts>(h, o, pair, (slot + pair) % h.weight_slots);
-      mix_rest<Parts>(h, o, pair, (slot + pair) % h.weight_slots);
+PRUNEOFA_INLINE void write_outputs(const Attention& a, const Head& h, int panel, const lanes::Floats& total, int slot) {
+  const lanes::Floats inverse = 1.0f / total;
+  const lanes::Ints mine = lanes::inside(a, h.first + panel);
+  float* out = a.query + (h.first + panel) * a.stride;
+  for (int o = 0; o < h.outputs; o += 4) {
+    if (o > 0) {
+      clear_sums();
+      for (int pair = 0; pair < h.pairs; ++pair) mix<Parts>(h, o, pair, (slot + pair) % h.weight_slots);
     }
-    store_sums(sums);
-    write_outputs(a, h, panel, o, total, sums);
+    alignas(64) float sums[4 * 256];
+    _tile_stored(0, sums, 64);
+    _tile_stored(1, sums + 256, 64);
+    _tile_stored(2, sums + 512, 64);
+    _tile_stored(3, sums + 768, 64);
+    for (int r = 0; r < 64 && o * 16 + r < a.size; ++r) {
+      float* place = out + (o * 16 + r) * kLanes;
+      lanes::store(place, lanes::select(mine, lanes::load(sums + r * 16) * inverse, lanes::load(place)));
+    }
   }
 }
 
 // A place in the order of work: all pairs of keys for the first query panel, then for the next.
 struct Step {
   int panel = 0, pair = 0, count = 0;
-  int slot = 0, first_slot = 0;  // of the weights, and of those of the first pair
   void next(const Head& h) {
     ++count;
-    if (++slot == h.weight_slots) slot = 0;
     if (++pair < h.pairs) return;
     pair = 0;
-    first_slot = slot;
     ++panel;
   }
 };
-
-// What is done in a step: the weights of a pair of panels, and beside them, by the tile unit, the scores of two steps
-// further on and the mix of two steps before. In quarters, because a core looks ahead no further than that.
-template <int Parts, bool All>
-PRUNEOFA_INLINE lanes::Floats work(const Attention& a, const Head& h, const Step* ahead, const Step* now,
-                                   const Step* behind, float base, const lanes::Floats& top) {
-  float* const next = ahead ? h.scores + ahead->count % kSlots * 512 : nullptr;
-  lanes::Floats total = lanes::all(0.0f);
-  const auto quarter = [&](int from) __attribute__((always_inline)) {
-    if (!now) return;
-    const float* scores = h.scores + now->count % kSlots * 512;
-    total = total + weigh_rows<Parts, All>(a, h, now->pair, scores, base, top, now->slot, from, from + 8);
-  };
-  quarter(0);
-  if (ahead) score_first<Parts>(h, ahead->panel, ahead->pair, next);
-  quarter(8);
-  if (ahead) score_rest<Parts>(h, ahead->panel, ahead->pair, next);
-  quarter(16);
-  if (behind) mix_first<Parts>(h, 0, behind->pair, behind->slot);
-  quarter(24);
-  if (behind) mix_rest<Parts>(h, 0, behind->pair, behind->slot);
-  if (ahead) score_store<Parts>(next);
-  return total;
-}
-
-template <int Parts>
-PRUNEOFA_INLINE lanes::Floats work(const Attention& a, const Head& h, const Step* ahead, const Step* now,
-                                   const Step* behind, float base, const lanes::Floats& top) {
-  const int begin = now ? (h.first + now->pair * 2) * kLanes : 0;
-  return !now || (begin >= a.begin && begin + 32 <= a.end) ? work<Parts, true>(a, h, ahead, now, behind, base, top)
-                                                           : work<Parts, false>(a, h, ahead, now, behind, base, top);
-}
 
 // Softmax needs the largest score only to keep its powers in range, and a float's is wide: the largest of the first pair
 // does, unless a later one is beyond it by more than 2^64. Then, which `total` shows, the panel is done again.
@@ -408,28 +338,25 @@ template <int Parts>
 __attribute__((noinline)) void attend_again(const Attention& a, Head h, int panel, float base) {
   for (int i = 0; i < 2; ++i) h.weight[i] += h.weight_slots * 256;
   h.weight_slots = h.pairs;
-  alignas(64) float scores[kSlots * 512];
-  h.scores = scores;
+  alignas(64) float scores[512];
   load_query<Parts>(a, h, panel);
   lanes::Floats top = lanes::all(-3.0e38f), total = lanes::all(0.0f);
-  for (Step step = {panel, 0, 0, 0, 0}; step.panel == panel; step.next(h)) {
-    work<Parts>(a, h, &step, nullptr, nullptr, base, top);
+  for (int pair = 0; pair < h.pairs; ++pair) {
+    score<Parts>(h, panel, pair, scores);
     written();
-    top = lanes::larger(top, largest_of(a, h, step.pair, scores + step.count % kSlots * 512) * base);
+    top = lanes::larger(top, largest_of(a, h, pair, scores) * base);
   }
   clear_sums();
-  for (Step step = {panel, 0, 0, 0, 0}; step.panel == panel; step.next(h)) {
-    work<Parts>(a, h, &step, nullptr, nullptr, base, top);
+  for (int pair = 0; pair < h.pairs; ++pair) {
+    score<Parts>(h, panel, pair, scores);
     written();
-    total = total + work<Parts>(a, h, nullptr, &step, nullptr, base, top);
-    work<Parts>(a, h, nullptr, nullptr, &step, base, top);
+    total = total + weigh<Parts>(a, h, pair, scores, base, top, pair);
+    mix<Parts>(h, 0, pair, pair);
   }
-  alignas(64) float sums[4 * 256];
-  store_sums(sums);
-  write_outputs(a, h, panel, 0, total, sums);
-  if (h.outputs > 4) mix_further<Parts>(a, h, panel, total, 0);
+  write_outputs<Parts>(a, h, panel, total, 0);
 }
 
+// The tile unit works beside the vector units: on the scores of two steps further on, and on the mix of two steps before.
 template <int Parts>
 void tile_attention(const Attention& a) {
   const Head h = head_in<Parts>(a);
@@ -437,31 +364,39 @@ void tile_attention(const Attention& a) {
   const int steps = h.panels * h.pairs;
   load_keys<Parts>(a, h);
   Step ahead, now, behind;
-  alignas(64) float totals[kSlots][kLanes], sums[4 * 256];
+  const auto score_next = [&]() __attribute__((always_inline)) {
+    if (ahead.count == steps) return;
+    if (ahead.pair == 0) load_query<Parts>(a, h, ahead.panel);
+    score<Parts>(h, ahead.panel, ahead.pair, h.scores + ahead.count % kSlots * 512);
+    ahead.next(h);
+  };
+  alignas(64) float totals[kSlots][kLanes];
   lanes::Floats top = lanes::all(0.0f), total = lanes::all(0.0f);
-  for (int count = -2; count < steps + 2; ++count) {
-    const bool scores = ahead.count < steps, weighs = count >= 0 && count < steps, mixes = count >= 2;
-    if (scores && ahead.pair == 0) load_query<Parts>(a, h, ahead.panel);
-    if (weighs && now.pair == 0) {
-      top = largest_of(a, h, 0, h.scores + count % kSlots * 512) * base;
-      total = lanes::all(0.0f);
-    }
-    if (mixes && behind.pair == 0) clear_sums();
-    total = total + work<Parts>(a, h, scores ? &ahead : nullptr, weighs ? &now : nullptr, mixes ? &behind : nullptr, base, top);
-    if (weighs && now.pair == h.pairs - 1) lanes::store(totals[now.panel % kSlots], total);
-    if (mixes && behind.pair == h.pairs - 1) {
-      const lanes::Floats all = lanes::load(totals[behind.panel % kSlots]);
-      if (_mm512_cmp_ps_mask(reinterpret_cast<__m512>(all), _mm512_set1_ps(0x1p64f), _CMP_LE_OQ) != 0xffff) {
-        attend_again<Parts>(a, h, behind.panel, base);
-      } else {
-        store_sums(sums);
-        write_outputs(a, h, behind.panel, 0, all, sums);
-        if (h.outputs > 4) mix_further<Parts>(a, h, behind.panel, all, behind.first_slot);
+  score_next();
+  score_next();
+  while (behind.count < steps) {
+    if (now.count < steps) {
+      const float* scores = h.scores + now.count % kSlots * 512;
+      if (now.pair == 0) {
+        top = largest_of(a, h, 0, scores) * base;
+        total = lanes::all(0.0f);
       }
+      total = total + weigh<Parts>(a, h, now.pair, scores, base, top, now.count % h.weight_slots);
+      if (now.pair == h.pairs - 1) lanes::store(totals[now.panel % kSlots], total);
     }
-    if (scores) ahead.next(h);
-    if (weighs) now.next(h);
-    if (mixes) behind.next(h);
+    now.next(h);
+    if (now.count > 2) {
+      if (behind.pair == 0) clear_sums();
+      mix<Parts>(h, 0, behind.pair, behind.count % h.weight_slots);
+      if (behind.pair == h.pairs - 1) {
+        const lanes::Floats sum = lanes::load(totals[behind.panel % kSlots]);
+        const bool fits = _mm512_cmp_ps_mask(reinterpret_cast<__m512>(sum), _mm512_set1_ps(0x1p64f), _CMP_LE_OQ) == 0xffff;
+        const int slot = (behind.count - behind.pair) % h.weight_slots;
+        fits ? write_outputs<Parts>(a, h, behind.panel, sum, slot) : attend_again<Parts>(a, h, behind.panel, base);
+      }
+      behind.next(h);
+    }
+    score_next();
   }
 }
 
