@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 EVALUATED = ("data", "validation", "text", "label", "max_length", "stride", "validation_rows", "skip_bad_answers")
 # What `quantize` has use for only with --ptq, or only without.
 CALIBRATION = ("calibration", "observer", "percentile")
-TRAINING = ("teacher", "qat_epochs", "qat_lr", "qat_rows", "hard", "kd", "hidden", "temperature", "dropout", "freeze")
+TRAINING = (
+    "teacher", "qat_epochs", "qat_lr", "qat_rows", "batch", "warmup", "weight_decay", "max_grad_norm", "hard", "kd",
+    "hidden", "temperature", "dropout", "freeze",
+)  # fmt: skip
 
 
 def add_fields(

@@ -77,6 +77,7 @@ def test_evaluate_simulates_what_the_folder_says(root, command, call, tmp_path):
     ("given", "words"),
     [
         (["--ptq", "--teacher", "dense"], "--teacher was given, but --ptq does not train"),
+        (["--ptq", "--warmup", "0.1"], "--warmup was given, but --ptq does not train"),
         (["--ptq", "--qat-lr", "1e-5"], "--qat-lr was given, but --ptq does not train"),
         (["--calibration", "9"], "--calibration was given, but without --ptq"),
         (["--activations", "dynamic", "--freeze", "0.5"], "--freeze was given, but a scale per token"),

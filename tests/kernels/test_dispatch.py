@@ -18,7 +18,7 @@ NEEDS = {
     "scalar": set(),
     "avx2": {"avx2", "fma"},
     "avx512vnni": {"avx2", "fma", "avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512_vnni"},
-    "amx": {"amx_tile", "amx_int8", "amx_bf16", "avx512vbmi", "avx512_vbmi2", "popcnt"},
+    "amx": {"amx_tile", "amx_int8", "amx_bf16", "avx512vbmi", "avx512_vbmi2", "avx512_fp16", "popcnt"},
 }
 
 

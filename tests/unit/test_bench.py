@@ -367,6 +367,16 @@ def test_break_even_measures_every_shape(folder, tmp_path):
     assert tables.break_even_rows(rows)[0]["layer"] == "32x32"
 
 
+def test_break_even_asks_a_peer_that_was_too_slow_with_whole_models(folder, tmp_path, monkeypatch):
+    from pruneofa.bench import break_even
+
+    bench = measure.Bench(Settings(path=str(folder), threads=1, repeats=1, peers=()))
+    bench.left_out[break_even.DENSE] = "1x4: took longer"
+    monkeypatch.setattr(break_even, "SPARSITIES", (0.9,))
+    rows = list(break_even.break_even(bench, next(models.read_models(bench.settings, tmp_path)), [4]))
+    assert all((row["dense_us"] is None) == bool(PEERS[break_even.DENSE].missing()) for row in rows)
+
+
 def test_break_even_goes_on_without_a_dense_peer_that_fails(folder, tmp_path, monkeypatch):
     from pruneofa.bench import break_even
 
@@ -383,7 +393,7 @@ def test_break_even_goes_on_without_a_dense_peer_that_fails(folder, tmp_path, mo
     model = next(models.read_models(bench.settings, tmp_path))
     rows = list(break_even.break_even(bench, model, [4]))
     assert len(rows) == 3 and all(row["dense_us"] is None for row in rows)
-    assert bench.left_out == {break_even.DENSE: "break-even: no such engine"}
+    assert bench.left_out == {break_even.LEFT_OUT: "break-even: no such engine"}
 
 
 def break_even_row(pays: float | None, dense: float | None = 25.0) -> dict:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 SPARSITIES = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95)
 DENSE = "torch-int8"
+LEFT_OUT = f"{DENSE}, one layer"  # not the peer that runs whole models, which may do what this one cannot, or not
 _ROUNDS = 10
 _TOLERANCE = 0.05  # relative L2 of a product, against float64
 
@@ -40,13 +41,13 @@ def break_even(bench: "Bench", model: Model, tokens: Sequence[int]) -> Iterator[
         for peer in (PEERS[OURS], dense):
             if not peer.missing() and (bench.cap is None or bench.cap in peer.caps or peer.name == OURS):
                 worker = stack.enter_context(bench.worker(peer, root, here=True))
-                with bench.tried(peer.name, "break-even", fatal=peer.name == OURS):
+                with _tried(bench, peer.name):
                     worker.ask("start", peer=peer.name, job=job)
                     workers[peer.name] = worker
         with progress("break-even", len(shapes) * len(tokens)) as advance:
             for shape in shapes:
                 for count in tokens:
-                    if dense.name in bench.left_out:
+                    if LEFT_OUT in bench.left_out:
                         workers.pop(dense.name, None)
                     yield _row(bench, workers, shape, count, root, advance)
 
@@ -65,7 +66,7 @@ def _row(
         key, file = f"{peer} {sparsity:g}", root / "layer.npz"
         weight = prune(full, sparsity, "unstructured")
         np.savez(file, weight=weight, x=x)
-        with bench.tried(peer, "break-even", fatal=peer == OURS):
+        with _tried(bench, peer):
             workers[peer].ask("layer", key=key, job={"peer": peer, "inputs": str(file), "isa": bench.isa})
             _verify(workers[peer], key, x.astype(np.float64) @ weight.T.astype(np.float64), root)
             keys.append((peer, key))
@@ -75,9 +76,9 @@ def _row(
         shift = turn % len(keys)
         for peer, key in keys[shift:] + keys[:shift]:
             if peer not in bench.left_out:
-                with bench.tried(peer, "break-even", fatal=peer == OURS):
+                with _tried(bench, peer):
                     seconds[key] += workers[peer].ask("time", key=key, count=count)["seconds"]
-    keys = [(peer, key) for peer, key in keys if peer not in bench.left_out]
+    keys = [(peer, key) for peer, key in keys if peer == OURS or LEFT_OUT not in bench.left_out]
     for peer, key in keys:
         workers[peer].ask("forget", key=key)
     advance(note=f"{shape[0]}x{shape[1]}")
@@ -86,6 +87,10 @@ def _row(
     dense = median.get(f"{DENSE} 0")
     return {"shape": list(shape), "tokens": tokens, "ours_us": ours, "dense_us": dense, "dense": dense and DENSE,
             "pays_from": pays_from(ours, dense)}  # fmt: skip
+
+
+def _tried(bench: "Bench", peer: str) -> contextlib.AbstractContextManager[None]:
+    return bench.tried(OURS if peer == OURS else LEFT_OUT, "break-even", fatal=peer == OURS)
 
 
 def _verify(worker: "Worker", key: str, wanted: np.ndarray, root: Path) -> None:
