@@ -14,7 +14,7 @@ EVALUATED = ("data", "validation", "text", "label", "max_length", "stride", "val
 # What `quantize` has use for only with --ptq, or only without.
 CALIBRATION = ("calibration", "observer", "percentile")
 TRAINING = (
-    "teacher", "qat_epochs", "qat_lr", "qat_rows", "batch", "warmup", "weight_decay", "max_grad_norm", "hard", "kd",
+    "teacher", "qat_epochs", "qat_lr", "qat_rows", "warmup", "weight_decay", "max_grad_norm", "hard", "kd",
     "hidden", "temperature", "dropout", "freeze",
 )  # fmt: skip
 
