@@ -332,8 +332,8 @@ struct Step {
   }
 };
 
-// Softmax needs the largest score only to keep its powers in range, and a float's is wide: the largest of the first pair
-// does, unless a later one is beyond it by more than 2^64. Then, which `total` shows, the panel is done again.
+// Softmax needs the largest score only to keep its powers in range, and a float's is wide: the largest of the first
+// pair does, unless a later one weighs 2^64 times as much. Then, which `total` shows, the panel is done again.
 template <int Parts>
 __attribute__((noinline)) void attend_again(const Attention& a, Head h, int panel, float base) {
   for (int i = 0; i < 2; ++i) h.weight[i] += h.weight_slots * 256;
@@ -356,7 +356,7 @@ __attribute__((noinline)) void attend_again(const Attention& a, Head h, int pane
   write_outputs<Parts>(a, h, panel, total, 0);
 }
 
-// The tile unit works beside the vector units: on the scores of two steps further on, and on the mix of two steps before.
+// The tile unit works beside the vector units: on the scores of two steps further on, and the mix of two steps before.
 template <int Parts>
 void tile_attention(const Attention& a) {
   const Head h = head_in<Parts>(a);
@@ -390,7 +390,8 @@ void tile_attention(const Attention& a) {
       mix<Parts>(h, 0, behind.pair, behind.count % h.weight_slots);
       if (behind.pair == h.pairs - 1) {
         const lanes::Floats sum = lanes::load(totals[behind.panel % kSlots]);
-        const bool fits = _mm512_cmp_ps_mask(reinterpret_cast<__m512>(sum), _mm512_set1_ps(0x1p64f), _CMP_LE_OQ) == 0xffff;
+        const __m512 most = _mm512_set1_ps(0x1p64f);
+        const bool fits = _mm512_cmp_ps_mask(reinterpret_cast<__m512>(sum), most, _CMP_LE_OQ) == 0xffff;
         const int slot = (behind.count - behind.pair) % h.weight_slots;
         fits ? write_outputs<Parts>(a, h, behind.panel, sum, slot) : attend_again<Parts>(a, h, behind.panel, base);
       }

@@ -31,8 +31,8 @@ PRUNEOFA_INLINE __m512h join(const lanes::Floats& first, const lanes::Floats& se
 PRUNEOFA_INLINE __m512h smaller(const __m512h& a, const __m512h& b) { return _mm512_maskz_min_ph(~0u, a, b); }
 PRUNEOFA_INLINE __m512h larger(const __m512h& a, const __m512h& b) { return _mm512_maskz_max_ph(~0u, a, b); }
 
-// x * Phi(x) = max(x, 0) + |x| * (Phi(|x|) - 1), to 5e-4 absolute up to x = 1 and of x beyond. The index is in the lowest
-// bits of 1536 + 6 |x|, as with lanes::kRound; VPERMW reads five. A comparison has another port than `max`.
+// x * Phi(x) = max(x, 0) + |x| * (Phi(|x|) - 1), to 5e-4 absolute up to x = 1 and of x beyond. The index is in the
+// lowest bits of 1536 + 6 |x|, as with lanes::kRound; VPERMW reads five. A comparison has another port than `max`.
 PRUNEOFA_INLINE __m512h gelu_half(const __m512h& x) {
   const __m512h a = smaller(_mm512_abs_ph(x), halves(31.0f / 6));
   const __m512i index = _mm512_castph_si512(_mm512_fmadd_ph(a, halves(6), halves(1536)));
@@ -44,8 +44,8 @@ PRUNEOFA_INLINE __m512h gelu_half(const __m512h& x) {
   return _mm512_mask_add_ph(p, positive, x, p);
 }
 
-// Widens the range of 16 tokens by the rows of both halves of a register. Above 65504 a half is infinite: the range ends
-// there, and the code will be the highest.
+// Widens the range of 16 tokens by the rows of both halves of a register. Above 65504 a half is infinite: the range
+// ends there, and the code will be the highest.
 PRUNEOFA_INLINE void widen(Ranges range, const __m512h& v) {
   const __m512d both = _mm512_castph_pd(v);
   const auto wide = [](__m256d half) {
@@ -57,12 +57,12 @@ PRUNEOFA_INLINE void widen(Ranges range, const __m512h& v) {
 }
 
 // As `Kernels::encode`, from halves.
-PRUNEOFA_INLINE void encode_half(const float* x, int begin, int end, int features, const float* scale, const int32_t* zero,
-                        void* codes) {
+void encode_half(const float* x, int begin, int end, int features, const float* scale, const int32_t* zero,
+                 void* codes) {
   lanes::encode_rows<4>(
       [&](int f) {
-        const __m256i* row = reinterpret_cast<const __m256i*>(x + f * (kLanes / 2));
-        return reinterpret_cast<lanes::Floats>(_mm512_maskz_cvtxph_ps(0xffff, _mm256_castsi256_ph(_mm256_load_si256(row))));
+        const __m256h row = _mm256_load_ph(x + f * (kLanes / 2));
+        return reinterpret_cast<lanes::Floats>(_mm512_maskz_cvtxph_ps(0xffff, row));
       },
       begin, end, features, scale, zero, codes);
 }

@@ -152,8 +152,8 @@ constexpr std::size_t codes_bytes(int inputs, int group_int8) {
   return static_cast<std::size_t>(round_up(inputs, 64)) * kLanes * (group_int8 == 2 ? 2 : 1);
 }
 // Largest need of any kernel: codes by input for gathered words (64 bytes each), or expanded weight tiles (32) and the
-// sums of 32 outputs (AMX), or the operands of one head of a sequence (AMX: keys, values, four query panels and twice the
-// weights of one and four, as two bfloat16 each) and the scores of four pairs of panels.
+// sums of 32 outputs (AMX), or the operands of one head of a sequence (AMX: keys, values, four query panels and twice
+// the weights of one and four, as two bfloat16 each) and the scores of four pairs of panels.
 constexpr std::size_t scratch_bytes(int inputs, int tokens, int head) {
   const std::size_t sums = static_cast<std::size_t>(round_up(tokens, 2 * kLanes)) * 128;
   const std::size_t tiles = static_cast<std::size_t>(round_up(inputs, 64)) * 64 + 8192 + sums;

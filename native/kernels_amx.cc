@@ -313,7 +313,8 @@ inline Division divide(const Weights& w, const Operands& o) {
   d.row_bytes = static_cast<std::ptrdiff_t>(d.chunks) * kTile;
   const int groups = static_cast<int>(1 + (o.panels * d.row_bytes - 1) / kMostCodes);
   d.group = round_up((o.panels + groups - 1) / groups, 2);
-  const int stretches = d.chunks > kMostChunks && o.panels > 2 && d.group > 2 ? (d.chunks + kStretch - 1) / kStretch : 1;
+  const bool worth = d.chunks > kMostChunks && o.panels > 2 && d.group > 2;
+  const int stretches = worth ? (d.chunks + kStretch - 1) / kStretch : 1;
   d.most = (d.chunks + stretches - 1) / stretches;
   d.second = w.sparse ? static_cast<std::ptrdiff_t>(d.most) * kTile : d.row_bytes;
   d.tiles = static_cast<int8_t*>(o.scratch);
@@ -331,8 +332,8 @@ void multiply_rows(const Weights& w, const Operands& o, const Division& d, Multi
   m.second = rows > 16 ? d.second : 0;  // a lone row of tiles is multiplied twice
   for (int i = 0; w.sparse && i < 2; ++i) {
     const int mine = m.second ? row + i : row;
-    m.expander[i] = {w.masks + static_cast<std::ptrdiff_t>(mine) * d.chunks * 16, w.values + w.value_start[mine], nullptr,
-                     w.short_runs};
+    m.expander[i] = {w.masks + static_cast<std::ptrdiff_t>(mine) * d.chunks * 16, w.values + w.value_start[mine],
+                     nullptr, w.short_runs};
   }
   for (int c = 0; c < d.chunks; c += d.most) {
     const bool last = c + d.most >= d.chunks;

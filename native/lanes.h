@@ -234,7 +234,8 @@ static inline Floats gelu(const Floats& x) {
   const Floats shifted = smaller(a * 6.0f + kRound, all(kRound + 31.0f));
   const Floats r = a * 6.0f - (shifted - kRound);
   const auto coefficient = [&](int i) { return PRUNEOFA_LOOKUP(kGelu[i], bits(shifted)); };
-  const Floats p = (((coefficient(4) * r + coefficient(3)) * r + coefficient(2)) * r + coefficient(1)) * r + coefficient(0);
+  Floats p = coefficient(4) * r + coefficient(3);
+  p = ((p * r + coefficient(2)) * r + coefficient(1)) * r + coefficient(0);
   return x * 0.5f + p;
 }
 #else
