@@ -338,7 +338,7 @@ template <int Parts>
 __attribute__((noinline)) void attend_again(const Attention& a, Head h, int panel, float base) {
   for (int i = 0; i < 2; ++i) h.weight[i] += h.weight_slots * 256;
   h.weight_slots = h.pairs;
-  alignas(64) float scores[512];
+  alignas(64) float scores[512] = {};
   load_query<Parts>(a, h, panel);
   lanes::Floats top = lanes::all(-3.0e38f), total = lanes::all(0.0f);
   for (int pair = 0; pair < h.pairs; ++pair) {
@@ -346,10 +346,13 @@ __attribute__((noinline)) void attend_again(const Attention& a, Head h, int pane
     written();
     top = lanes::larger(top, largest_of(a, h, pair, scores) * base);
   }
+  const lanes::Floats least = (top - 200.0f) * (1.0f / base);
   clear_sums();
   for (int pair = 0; pair < h.pairs; ++pair) {
     score<Parts>(h, panel, pair, scores);
     written();
+    // Weights of 2^-200 are 0; much smaller ones would leave the range of fixed-point numbers.
+    for (int i = 0; i < 512; i += kLanes) lanes::store(scores + i, lanes::larger(lanes::load(scores + i), least));
     total = total + weigh<Parts>(a, h, pair, scores, base, top, pair);
     mix<Parts>(h, 0, pair, pair);
   }

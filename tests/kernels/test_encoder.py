@@ -203,10 +203,11 @@ def test_float_scores_too_large_for_exp(isa, heads, factor):
     np.testing.assert_allclose(found, parts.build(reference, "scalar").forward(*inputs), atol=2e-2)
 
 
-def test_int8_scores_too_large_for_exp(isa):
+@pytest.mark.parametrize("factor", [40, 100, 200, 400])
+def test_int8_scores_too_large_for_exp(isa, factor):
     """They are rounded by more than 1, so that another token may win; but one does."""
     parts = model(precision="int8", depth=1, heads=2)
-    large = {name: dataclasses.replace(parts.layers[0][name], scale=parts.layers[0][name].scale * 40)
+    large = {name: dataclasses.replace(parts.layers[0][name], scale=parts.layers[0][name].scale * factor)
              for name in ("query", "key")}  # fmt: skip
     parts = dataclasses.replace(parts, layers=[parts.layers[0] | large])
     found = parts.build(_native, isa).forward(*batch([17, 30, 96]))
