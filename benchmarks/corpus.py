@@ -69,8 +69,8 @@ def child(files: list[Path], tokenizer: str, processes: int | None) -> None:
     """Build and print the corpus's numbers."""
     from transformers import AutoTokenizer
 
+    from pruneofa.data.corpus import build_corpus
     from pruneofa.recipe import Corpus
-    from pruneofa.train.corpus import build_corpus
 
     with tempfile.TemporaryDirectory() as cache:
         spec = Corpus(source=[str(path) for path in files], max_length=128)
@@ -111,7 +111,7 @@ def main() -> int:
     if options.child:
         child(options.data, options.tokenizer, options.processes)
         return 0
-    from pruneofa.train import sources
+    from pruneofa.data import sources
 
     files = [path for folder in sources.find([str(p) for p in options.data], None, None, streaming=False)
              for path in folder.paths]  # fmt: skip

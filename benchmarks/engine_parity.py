@@ -24,11 +24,12 @@ import torch
 from machine import machine
 from transformers import AutoTokenizer
 
-from pruneofa import quantization, recipe
-from pruneofa.engine import Engine
+from pruneofa import recipe
+from pruneofa.data.tasks import Task, TaskData, load_task, longest_input
+from pruneofa.engine.engine import Engine
+from pruneofa.formats import scales as quantization
 from pruneofa.train import evaluate
 from pruneofa.train.quantize import FakeQuantizer
-from pruneofa.train.tasks import Task, TaskData, load_task, longest_input
 
 MEDIAN, LARGEST, EQUAL, POINTS = 2e-3, 3e-2, 99.8, 0.2
 Forward = Callable[[TaskData], Iterator[evaluate.Batch]]

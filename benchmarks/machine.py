@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import transformers
 
-from pruneofa.hardware import processor
+from pruneofa.engine.hardware import processor
 
 # The model of recipes/minilm-90.yaml, in the names of BertConfig.
 MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from pruneofa.errors import InputError
-from pruneofa.files import read_json
-from pruneofa.manifest import MANIFEST, TENSORS
-from pruneofa.packed import read
+from pruneofa.formats.files import read_json
+from pruneofa.formats.manifest import MANIFEST, TENSORS
+from pruneofa.formats.packed import read
 from tests.golden import GOLDEN
 
 QUERY = "encoder.layer.0.attention.self.query.weight"

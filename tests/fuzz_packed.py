@@ -31,11 +31,21 @@ from types import FunctionType, SimpleNamespace
 import numpy as np
 import zstandard
 
-from pruneofa import engine, reference
-from pruneofa.engine import Engine
+from pruneofa.engine import engine, reference
+from pruneofa.engine.engine import Engine
 from pruneofa.errors import InputError
-from pruneofa.manifest import COMPRESSED, MANIFEST, MAX_RATIO, MAX_SLACK, METADATA, TENSORS, figures, header, layout
-from pruneofa.packed import pattern_hashes, read, unpack_bits
+from pruneofa.formats.manifest import (
+    COMPRESSED,
+    MANIFEST,
+    MAX_RATIO,
+    MAX_SLACK,
+    METADATA,
+    TENSORS,
+    figures,
+    header,
+    layout,
+)
+from pruneofa.formats.packed import pattern_hashes, read, unpack_bits
 from tests.broken import WRONG, paths, replaced
 from tests.golden import GOLDEN, VARIANTS
 

@@ -1,4 +1,4 @@
-"""Sparse int8 and float kernels, and the encoder made of them. `pruneofa.reference` defines what each computes.
+"""Sparse int8 and float kernels, and the encoder made of them. `pruneofa.engine.reference` defines what each computes.
 
 Arrays are taken as they are: a NumPy array of the stated type, C-contiguous, is not copied, and anything else is a
 TypeError. The GIL is released while kernels run. Built from native/; how it works is in docs/kernels.md.

@@ -1,5 +1,6 @@
 """The two exceptions a user can cause, which the CLI turns into exit codes, and what their messages may quote."""
 
+import importlib.util
 from typing import Any
 
 
@@ -20,3 +21,9 @@ def short(value: Any) -> str:
     """A value from a file, as part of a message: one line, and no lone surrogate that a terminal could not print."""
     text = ascii(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def need_train_extra() -> None:
+    """Raise ImportError, without a module's name, where the packages of the train extra are not installed."""
+    if importlib.util.find_spec("torch") is None or importlib.util.find_spec("transformers") is None:
+        raise ImportError("training needs torch and transformers: pip install 'pruneofa[train]'")

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from pruneofa import engine
 from pruneofa.bench.workers import Worker
+from pruneofa.engine import engine
 from tests.unit.engine_folder import write_folder
 
 pytestmark = pytest.mark.skipif(engine.native is None, reason="the native kernels were not built")

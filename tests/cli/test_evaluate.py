@@ -6,7 +6,7 @@ import shutil
 import pytest
 from transformers import BertForSequenceClassification
 
-from pruneofa.packing import pack
+from pruneofa.formats.pack import pack
 from tests.cli.conftest import program
 from tests.small import write_model, write_task
 from tests.tiny import tiny_bert

@@ -6,8 +6,8 @@ import json
 import pytest
 from transformers import BertForSequenceClassification
 
-from pruneofa.train import export as module
-from pruneofa.train import export_compressed
+from pruneofa.export import compressed as export_compressed
+from pruneofa.export import export as module
 from tests.quantized import quantize_folder
 from tests.small import write_model, write_task
 from tests.tiny import tiny_bert

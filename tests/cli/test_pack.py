@@ -6,8 +6,8 @@ import shutil
 import pytest
 from safetensors.numpy import load_file
 
-from pruneofa.files import read_json
-from pruneofa.manifest import COMPRESSED, MANIFEST, TENSORS
+from pruneofa.formats.files import read_json
+from pruneofa.formats.manifest import COMPRESSED, MANIFEST, TENSORS
 from tests.golden import GOLDEN, LAYER, STATIC, source
 from tests.quantized import quantize_folder
 

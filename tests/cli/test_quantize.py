@@ -6,7 +6,7 @@ import shutil
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from pruneofa.files import read_json
+from pruneofa.formats.files import read_json
 from tests.cli.conftest import program, write_recipe
 
 TEXT = ["--text", "sentence", "--label", "verdict"]

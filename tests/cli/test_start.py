@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from pruneofa import cli
+from pruneofa.cli import main as cli
 
 VERBS = [name for name, *_ in cli.VERBS]
 TEACHES = {
@@ -102,18 +102,18 @@ def test_start_takes_less_than_a_third_of_a_second():
     # On a machine that is busy with other things every start takes longer, an empty one too.
     allowance = 0.3 * max(1.0, fastest("-c", "pass") / 0.05)
     assert fastest("-c", "import pruneofa") < allowance
-    assert fastest("-m", "pruneofa.cli", "--help") < allowance
+    assert fastest("-m", "pruneofa.cli.main", "--help") < allowance
 
 
 def test_start_imports_nothing_heavy():
     heavy = ("torch", "transformers", "numpy", "pydantic", "yaml", "safetensors", "huggingface_hub", "rich")
-    program = "import sys, pruneofa, pruneofa.cli; print(*[m for m in sys.argv[1:] if m in sys.modules])"
+    program = "import sys, pruneofa, pruneofa.cli.main; print(*[m for m in sys.argv[1:] if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", program, *heavy], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == ""
 
 
 def without_torch(*arguments: object) -> subprocess.CompletedProcess[str]:
-    program = "import sys; sys.modules['torch'] = None; from pruneofa.cli import main; sys.exit(main())"
+    program = "import sys; sys.modules['torch'] = None; from pruneofa.cli.main import main; sys.exit(main())"
     return subprocess.run([sys.executable, "-c", program, *map(str, arguments)], capture_output=True, text=True)
 
 
@@ -127,7 +127,7 @@ def test_without_torch_a_folder_can_be_inspected_and_training_names_the_extra(tm
 
 
 def test_a_package_that_is_missing_is_no_failed_check():
-    program = "import sys; sys.modules['yaml'] = None; from pruneofa.cli import main; sys.exit(main())"
+    program = "import sys; sys.modules['yaml'] = None; from pruneofa.cli.main import main; sys.exit(main())"
     said = subprocess.run([sys.executable, "-c", program, "run", "demo"], capture_output=True, text=True)
     assert (said.returncode, said.stdout) == (3, "")
     assert "ModuleNotFoundError" in said.stderr

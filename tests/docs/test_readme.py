@@ -10,7 +10,8 @@ from transformers import (
     DataCollatorForLanguageModeling,
 )
 
-from pruneofa import cli, pattern
+from pruneofa.cli import main as cli
+from pruneofa.formats import pattern
 from tests.tiny import tiny_bert, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -101,8 +102,8 @@ def test_make_commands_in_the_documents_exist() -> None:
 
 @pytest.mark.parametrize(("block", "folders"), [("results", "results/*"), ("demo", "results/demo")])
 def test_tables_are_what_the_committed_results_say(block: str, folders: str) -> None:
-    from pruneofa.files import read_json
-    from pruneofa.train.card import write_table
+    from pruneofa.formats.files import read_json
+    from pruneofa.report.card import write_table
 
     files = [f for f in sorted(ROOT.glob(f"{folders}/results.json")) if block == "demo" or f.parent.name != "demo"]
     table = README.partition(f"<!-- {block}:begin -->\n")[2].partition(f"<!-- {block}:end -->")[0]

@@ -30,7 +30,7 @@ class Layer:
     input: tuple[float, int] | None = None  # static scale and zero point
 
     def build(self, module: ModuleType, isa: str) -> Any:
-        """`module.Linear`: module is pruneofa.reference or pruneofa._native."""
+        """`module.Linear`: module is pruneofa.engine.reference or pruneofa._native."""
         bitmask = np.packbits(self.kept, axis=1, bitorder="little")
         arguments = (bitmask, self.weight[self.kept], self.scale, self.bias, self.kept.shape[1], isa)
         return module.Linear(*arguments) if self.input is None else module.Linear(*arguments, self.input)

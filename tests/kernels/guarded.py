@@ -6,7 +6,8 @@ import sys
 
 import numpy as np
 
-from pruneofa import _native, reference
+from pruneofa import _native
+from pruneofa.engine import reference
 from tests.kernels.cases import Layer, Model, batch, float_layer, int8_layer, model, pairwise
 
 OUTPUTS = (1, 15, 16, 17, 32, 33, 48, 65)

@@ -19,7 +19,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pruneofa import _native, reference
+from pruneofa import _native
+from pruneofa.engine import reference
 from tests.kernels.cases import batch, model, one_by_one
 
 FLOAT = 5e-5

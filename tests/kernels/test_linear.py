@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pruneofa import _native, reference
+from pruneofa import _native
+from pruneofa.engine import reference
 from tests.kernels.cases import Layer, float_layer, int8_layer, pairwise
 
 OUTPUTS = (1, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 129)

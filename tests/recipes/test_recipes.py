@@ -13,7 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 import transformers
 
-from pruneofa import cli, pattern, recipe
+from pruneofa import recipe
+from pruneofa.cli import main as cli
+from pruneofa.formats import pattern
 from tests.small import BAD, GOOD, SUBJECTS, write_model, write_text
 from tests.tiny import tiny_bert, tiny_distilbert
 
@@ -232,7 +234,7 @@ def test_it_runs_at_full_size(name: str, scratch: Path) -> None:
 
 PEAK = """
 import resource, sys
-from pruneofa.cli import main
+from pruneofa.cli.main import main
 code = main(sys.argv[1:])
 unit = 1 if sys.platform == "darwin" else 1024
 sys.stderr.write(f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}")

@@ -64,7 +64,7 @@ def revived(sparse):
 def measured(*arguments: object) -> tuple[int, dict, int]:
     """Exit code, JSON and peak memory in MiB of a verb as a program."""
     program = (
-        "import sys; from pruneofa.cli import main; code = main()\n"
+        "import sys; from pruneofa.cli.main import main; code = main()\n"
         "peak = next(line for line in open('/proc/self/status') if line.startswith('VmHWM'))\n"
         "sys.stderr.write(peak.split()[1]); sys.exit(code)"
     )

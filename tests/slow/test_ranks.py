@@ -20,9 +20,9 @@ SCHEDULE = {"final": 0.9, "begin": 2, "end": 12, "stop": 16, "interval": 2}
 
 def train_and_report(root: Path) -> None:
     """What each rank does: 20 steps of pruning, then a file with its losses and the hash of its masks."""
+    from pruneofa.data.corpus import build_corpus, collate
     from pruneofa.recipe import Corpus
     from pruneofa.train import PruningCallback
-    from pruneofa.train.corpus import build_corpus, collate
     from pruneofa.train.objective import PretrainingObjective
     from pruneofa.train.schedule import rewound_lr
     from pruneofa.train.trainer import train
@@ -98,13 +98,14 @@ def test_two_ranks_train_as_one_process_does(tmp_path, monkeypatch):
 
 
 def test_a_whole_run_on_two_ranks(tmp_path):
-    from pruneofa import pattern, recipe
-    from pruneofa.files import read_json
+    from pruneofa import recipe
+    from pruneofa.formats import pattern
+    from pruneofa.formats.files import read_json
     from tests.small import small_recipe
 
     (tmp_path / "recipe.yaml").write_text(recipe.dump(small_recipe(tmp_path, "control={lr: [1e-3]}", "quantize={}")))
     out = tmp_path / "run"
-    torchrun("-m", "pruneofa.cli", "run", tmp_path / "recipe.yaml", "--out", out)
+    torchrun("-m", "pruneofa.cli.main", "run", tmp_path / "recipe.yaml", "--out", out)
     results = read_json(out / "results.json")
     by_torch = {"dense", "transfer", "control", "ptq", "quantize"}
     by_engine = {f"{name}_engine" for name in by_torch - {"control"}}
@@ -112,7 +113,7 @@ def test_a_whole_run_on_two_ranks(tmp_path):
     assert pattern.verify(out / "sparse", out / "tasks/mine/seed-0/transfer")["ok"]
     assert results["sparsity"] == pytest.approx(0.9, abs=2e-3)
     assert not (out / ".work").exists()
-    torchrun("-m", "pruneofa.cli", "run", tmp_path / "recipe.yaml", "--out", out)
+    torchrun("-m", "pruneofa.cli.main", "run", tmp_path / "recipe.yaml", "--out", out)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 import pytest
 
-from pruneofa import engine, reference
+from pruneofa.engine import engine, reference
 
 
 @pytest.fixture(params=["reference", "native"])

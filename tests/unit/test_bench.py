@@ -11,15 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pruneofa import engine
 from pruneofa.bench import measure, models, tables
 from pruneofa.bench.break_even import SPARSITIES, pays_from
 from pruneofa.bench.models import Case, Settings
 from pruneofa.bench.peers import OURS, PEERS
 from pruneofa.bench.random_folder import PATTERNS, SHAPES, prune, write_random
 from pruneofa.bench.workers import TimeLimitError, Worker, WorkerError
+from pruneofa.engine import engine
 from pruneofa.errors import CheckFailed, InputError
-from pruneofa.packed import pattern_holds
+from pruneofa.formats.packed import pattern_holds
 from tests.unit.engine_folder import POSITIONS, VOCABULARY, write_folder
 
 needs_kernels = pytest.mark.skipif(engine.native is None, reason="the native kernels were not built")
@@ -148,7 +148,7 @@ def test_operations_are_those_of_linears_and_attention(folder, tmp_path):
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_a_random_folder_has_the_zeros_asked_for_and_loads(tmp_path, monkeypatch, pattern):
-    from pruneofa import pattern as patterns
+    from pruneofa.formats import pattern as patterns
 
     monkeypatch.setitem(SHAPES, "bert-base", {"layers": 1, "hidden": 64, "heads": 4, "inner": 128})
     write_random(tmp_path, "bert-base", 0.75, pattern)

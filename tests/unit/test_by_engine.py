@@ -6,14 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pruneofa import engine
 from pruneofa.bench.workers import WorkerError
-from pruneofa.files import read_json, write_json
-from pruneofa.train import by_engine, results
-from pruneofa.train.by_engine import FILE, measure_by_engine
-from pruneofa.train.card import check_results
+from pruneofa.data.tasks import load_task
+from pruneofa.engine import engine
+from pruneofa.formats.files import read_json, write_json
+from pruneofa.report.card import check_results
+from pruneofa.run import by_engine, results
+from pruneofa.run.by_engine import FILE, measure_by_engine
 from pruneofa.train.evaluate import evaluate
-from pruneofa.train.tasks import load_task
 from tests.small import small_recipe
 from tests.tiny import tiny_tokenizer
 from tests.unit.test_evaluate_engine import named, save

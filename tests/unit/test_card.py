@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard
 
 from pruneofa import recipe as recipes
 from pruneofa.errors import InputError
-from pruneofa.train.card import check_results, portable, read_results, retention, write_card, write_table
+from pruneofa.report.card import check_results, portable, read_results, retention, write_card, write_table
 from tests.tiny import tiny_bert, tiny_tokenizer
 from tests.unit.example_run import HOME, entry, example_inspection, example_recipe, example_results
 

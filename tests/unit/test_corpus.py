@@ -11,11 +11,11 @@ import shutil
 import numpy as np
 import pytest
 
+from pruneofa.data import corpus, sources, tokenization
+from pruneofa.data.corpus import build_corpus, source_fingerprint, split_articles
+from pruneofa.data.tokenization import Encoder, encode_batches, sentences
 from pruneofa.errors import InputError
 from pruneofa.recipe import Corpus
-from pruneofa.train import corpus, sources, tokenization
-from pruneofa.train.corpus import build_corpus, source_fingerprint, split_articles
-from pruneofa.train.tokenization import Encoder, encode_batches, sentences
 from tests.tiny import WORDS, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

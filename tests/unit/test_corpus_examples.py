@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from scipy.stats import binom
 from transformers import PreTrainedTokenizerFast
 
-from pruneofa.train.corpus import collate
-from pruneofa.train.examples import IGNORED, chunk, permuted, truncated
+from pruneofa.data.corpus import collate
+from pruneofa.data.examples import IGNORED, chunk, permuted, truncated
 from tests.tiny import tiny_tokenizer
 from tests.unit.test_corpus import TOKENIZER, WHOLE, articles, build, write
 

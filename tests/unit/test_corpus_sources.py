@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from pruneofa.data import sources
 from pruneofa.errors import InputError
-from pruneofa.train import sources
 
 ARTICLES = ["First article.\nIts second line.", "Zweiter Artikel: äöü.", "Third."]
 TEXT = "\n\n".join(ARTICLES) + "\n"

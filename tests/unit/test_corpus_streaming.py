@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from pruneofa.data.corpus import collate
+from pruneofa.data.examples import IGNORED
 from pruneofa.errors import InputError
-from pruneofa.train.corpus import collate
-from pruneofa.train.examples import IGNORED
 from tests.unit.test_corpus import TOKENIZER, articles, build, write
 from tests.unit.test_corpus_examples import equal, unmasked
 

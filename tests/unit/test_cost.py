@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from pruneofa.errors import InputError
-from pruneofa.train.card import NOTES, check_results, read_results, table_rows, write_table
-from pruneofa.train.cost import cost_tables, latency_rows, size_rows
-from pruneofa.train.report import accuracy_chart, write_report
+from pruneofa.report.card import NOTES, check_results, read_results, table_rows, write_table
+from pruneofa.report.deployment import cost_tables, latency_rows, size_rows
+from pruneofa.report.report import accuracy_chart, write_report
 from tests.unit.example_run import entry, example_events, example_inspection, example_recipe, example_results
 from tests.unit.test_card import card_of
 

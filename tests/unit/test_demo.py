@@ -3,8 +3,9 @@ from pathlib import Path
 
 import pytest
 
+from pruneofa.data import prose
 from pruneofa.errors import InputError
-from pruneofa.train import demo, prose
+from pruneofa.run import demo
 from tests.small import write_model
 
 DOCSTRING = """Summarise the groups of a frame.

@@ -12,8 +12,9 @@ import pytest
 import torch
 import transformers
 
-from pruneofa import Engine, packed
-from pruneofa.packing import pack
+from pruneofa import Engine
+from pruneofa.formats import packed
+from pruneofa.formats.pack import pack
 from tests.tiny import tiny_bert, tiny_distilbert, tiny_roberta, tiny_tokenizer
 from tests.unit.engine_folder import write_folder
 
@@ -301,7 +302,8 @@ import sys
 sys.modules["torch"] = sys.modules["transformers"] = None
 import pruneofa
 assert "numpy" not in sys.modules
-from pruneofa import engine, reference
+from pruneofa.engine import engine
+from pruneofa.engine import reference
 if {kernels!r} == "reference":
     engine.native = reference
 print(pruneofa.Engine.from_pretrained({str(tmp_path)!r}).predict("the river")["label"])

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from pruneofa import Engine, engine, reference
-from pruneofa.architectures import Weights
+from pruneofa import Engine
+from pruneofa.engine import engine, reference
+from pruneofa.engine.architectures import Weights
 from pruneofa.errors import InputError
-from pruneofa.packed import Packed, PackedLinear
-from pruneofa.packing import pack
+from pruneofa.formats.pack import pack
+from pruneofa.formats.packed import Packed, PackedLinear
 from tests.unit.engine_folder import POSITIONS, VOCABULARY, write_folder
 
 

@@ -14,11 +14,12 @@ import pytest
 import torch
 import transformers
 
-from pruneofa import Engine, quantization
+from pruneofa import Engine
 from pruneofa.errors import InputError
-from pruneofa.manifest import MANIFEST
-from pruneofa.packing import pack, unpack
-from pruneofa.pattern import base_name
+from pruneofa.formats import scales as quantization
+from pruneofa.formats.manifest import MANIFEST
+from pruneofa.formats.pack import pack, unpack
+from pruneofa.formats.pattern import base_name
 from tests.quantized import quantize_folder
 from tests.tiny import tiny_bert, tiny_distilbert, tiny_roberta, tiny_tokenizer
 

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from pruneofa.errors import InputError
-from pruneofa.train import estimate as estimates
-from pruneofa.train import pipeline
+from pruneofa.run import estimate as estimates
+from pruneofa.run import plan as pipeline
 from tests.small import small_recipe
 
 
@@ -93,5 +93,5 @@ def test_what_a_run_would_refuse_a_dry_run_refuses(costs, tmp_path, override, me
 
 
 def test_the_corpus_is_not_tokenized(costs, monkeypatch):
-    monkeypatch.setattr("pruneofa.train.corpus.build_corpus", lambda *_, **__: pytest.fail("tokenized"))
+    monkeypatch.setattr("pruneofa.data.corpus.build_corpus", lambda *_, **__: pytest.fail("tokenized"))
     costs()

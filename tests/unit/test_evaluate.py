@@ -14,9 +14,9 @@ from transformers import (
 )
 
 from pruneofa import recipe
+from pruneofa.data.tasks import load_task
 from pruneofa.errors import InputError
 from pruneofa.train.evaluate import evaluate, evaluate_model, label_order, load_task_model
-from pruneofa.train.tasks import load_task
 from tests.tiny import tiny_bert, tiny_distilbert, tiny_tokenizer
 
 CLASSES = ["bad", "fine", "good"]

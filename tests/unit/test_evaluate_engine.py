@@ -9,11 +9,11 @@ import torch
 import transformers
 
 from pruneofa import Engine, recipe
+from pruneofa.data.tasks import load_task
 from pruneofa.errors import InputError
-from pruneofa.packing import pack
+from pruneofa.formats.pack import pack
 from pruneofa.train import evaluate as module
 from pruneofa.train.evaluate import evaluate, evaluate_engine, evaluate_model, load_task_model
-from pruneofa.train.tasks import load_task
 from tests.tiny import tiny_bert, tiny_distilbert, tiny_roberta, tiny_tokenizer
 
 FAMILIES = {"Bert": tiny_bert, "DistilBert": tiny_distilbert, "Roberta": tiny_roberta}

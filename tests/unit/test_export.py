@@ -10,16 +10,19 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
-from pruneofa import quantization, recipe
+from pruneofa import recipe
 from pruneofa.errors import InputError
-from pruneofa.packing import pack
-from pruneofa.pattern import POOLER
-from pruneofa.train import export as module
-from pruneofa.train import export_compressed, export_onnx, export_openvino
-from pruneofa.train.export import export, summary
-from pruneofa.train.exportable import read_exportable
+from pruneofa.export import compressed as export_compressed
+from pruneofa.export import export as module
+from pruneofa.export import onnx as export_onnx
+from pruneofa.export import openvino as export_openvino
+from pruneofa.export.export import export, summary
+from pruneofa.export.exportable import read_exportable
+from pruneofa.formats import scales as quantization
+from pruneofa.formats.pack import pack
+from pruneofa.formats.pattern import POOLER
 from tests.quantized import quantize_folder
-from tests.small import small_recipe, write_model, write_task
+from tests.small import write_model, write_task
 from tests.tiny import tiny_bert, tiny_distilbert, tiny_roberta
 
 FAMILIES = {"Bert": tiny_bert, "DistilBert": tiny_distilbert, "Roberta": tiny_roberta}
@@ -338,18 +341,6 @@ class TestBadInput:
 
         change(folder, f"bert.{name}", revive)
         self.refused(folder, "its pattern lock was broken after quantization", precision=precision)
-
-    @pytest.mark.parametrize("precision", ["int8", "fp32"])
-    def test_a_lock_broken_by_hand_in_a_run(self, tmp_path, precision):
-        sparse, stage = save(tmp_path / "run" / "sparse"), "tasks/mine/seed-0/transfer"
-        folder = shutil.copytree(sparse, tmp_path / "run" / stage)
-        (folder / "stage.json").write_text(json.dumps({"stage": stage}))
-        (tmp_path / "run" / "recipe.yaml").write_text(recipe.dump(small_recipe(tmp_path / "data")))
-        for settings in folder.glob("quantization.*"):
-            if precision == "fp32":
-                settings.unlink()
-        change(folder, f"bert.{QUERY}", lambda weight: weight.__setitem__(tuple(np.argwhere(weight == 0)[0]), 0.5))
-        self.refused(folder, f"transfer: lost the pattern of .*sparse: {QUERY}: 1 revived", precision=precision)
 
     def test_a_weight_off_the_grid(self, tmp_path):
         folder = save(tmp_path / "model")

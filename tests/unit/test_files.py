@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from pruneofa import files
 from pruneofa.errors import InputError
+from pruneofa.formats import files
 
 
 def full(*_, **__):
@@ -141,7 +141,7 @@ def test_after_a_kill_in_the_block_the_old_folder_stands_and_the_next_try_succee
     target = tmp_path / "sparse"
     make(target, "one")
     program = (
-        "import os, pathlib, sys; from pruneofa.files import new_folder\n"
+        "import os, pathlib, sys; from pruneofa.formats.files import new_folder\n"
         "with new_folder(pathlib.Path(sys.argv[1])) as folder:\n"
         "    (folder / 'weights').write_text('half'); os.kill(os.getpid(), 9)"
     )

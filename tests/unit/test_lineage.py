@@ -1,6 +1,7 @@
 """A pattern lock that was broken by hand is found in a run's own folders, and nothing is said of other folders."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -9,10 +10,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from pruneofa import recipe
+from pruneofa.cli.main import main
 from pruneofa.errors import InputError
-from pruneofa.lineage import check_lock, sparse_of_run
-from pruneofa.packing import pack
-from pruneofa.pattern import POOLER
+from pruneofa.formats.pattern import POOLER
+from pruneofa.run.lineage import check_lock, sparse_of_run
 from tests.golden import source
 from tests.small import small_recipe
 
@@ -41,13 +42,14 @@ def revive(folder, name=QUERY):
 
 @pytest.mark.parametrize("name", [QUERY, POOLER])
 @pytest.mark.parametrize("variant", ["transfer", "quantize"])
-@pytest.mark.parametrize("precision", ["int8", "fp32"])
-def test_packing_finds_a_zero_that_was_revived_by_hand(run, variant, precision, name, tmp_path):
-    pack(run / SEED / variant, tmp_path / "good", precision=precision)
+@pytest.mark.parametrize("verb", [("pack",), ("pack", "--precision", "fp32"), ("export", "--to", "openvino")])
+def test_a_zero_that_was_revived_by_hand_is_found(run, variant, verb, name, tmp_path, capsys):
+    check_lock(run / SEED / variant)
     revive(run / SEED / variant, name)
-    with pytest.raises(InputError, match=rf"{variant}: lost the pattern of .*sparse: {name}: 1 revived; make it again"):
-        pack(run / SEED / variant, tmp_path / "packed", precision=precision)
-    assert not (tmp_path / "packed").exists()
+    assert main([verb[0], str(run / SEED / variant), str(tmp_path / "out"), *verb[1:]]) == 2
+    said = capsys.readouterr().err
+    assert re.search(rf"{variant}: lost the pattern of .*sparse: {name}: 1 revived; make it again", said)
+    assert not (tmp_path / "out").exists()
 
 
 def test_nothing_is_said_of_folders_without_a_lock(run, tmp_path):
@@ -86,7 +88,7 @@ def test_a_run_from_a_sparse_model_is_compared_where_that_is_a_folder(run, model
 
 def test_it_needs_no_torch(run):
     program = (
-        "import sys; from pathlib import Path; from pruneofa.lineage import check_lock; "
+        "import sys; from pathlib import Path; from pruneofa.run.lineage import check_lock; "
         f"check_lock(Path({str(run / SEED / 'transfer')!r})); "
         "print(sorted({'torch', 'transformers', 'pruneofa.train'} & set(sys.modules)))"
     )

@@ -5,8 +5,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import BertForMaskedLM, BertForPreTraining, BertForSequenceClassification, BertModel
 
-from pruneofa import pattern
 from pruneofa.errors import InputError
+from pruneofa.formats import pattern
+from pruneofa.run.stages import check_vocabulary
 from pruneofa.train.models import (
     load_config,
     load_for_pretraining,
@@ -15,7 +16,6 @@ from pruneofa.train.models import (
     set_dropout,
     with_safetensors,
 )
-from pruneofa.train.stages import check_vocabulary
 from tests.small import write_model
 from tests.tiny import tiny_bert, tiny_distilbert, tiny_roberta
 

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors.numpy import load_file, save_file
 
-from pruneofa import packing, pattern
 from pruneofa.errors import InputError
-from pruneofa.files import read_json, write_json
-from pruneofa.manifest import COMPRESSED, MANIFEST, METADATA, TENSORS, header, layout
-from pruneofa.packed import Packed, inspect, pattern_hashes, pattern_holds, read, unpack_bits
-from pruneofa.packing import pack, pack_folder, pack_linear, pattern_of, quantize_weight, unpack
+from pruneofa.formats import pack as packing
+from pruneofa.formats import pattern
+from pruneofa.formats.files import read_json, write_json
+from pruneofa.formats.manifest import COMPRESSED, MANIFEST, METADATA, TENSORS, header, layout
+from pruneofa.formats.pack import pack, pack_folder, pack_linear, pattern_of, quantize_weight, unpack
+from pruneofa.formats.packed import Packed, inspect, pattern_hashes, pattern_holds, read, unpack_bits
 from tests.golden import CONFIG, GOLDEN, LAYER, STATIC, VARIANTS, source, tensors
 
 QUERY = "encoder.layer.0.attention.self.query.weight"

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import zstandard
 
-from pruneofa import manifest as manifest_module
 from pruneofa.errors import InputError
-from pruneofa.files import read_json
-from pruneofa.manifest import COMPRESSED, MANIFEST, METADATA, TENSORS, header, layout
-from pruneofa.packed import read
-from pruneofa.zstd import window_size
+from pruneofa.formats import manifest as manifest_module
+from pruneofa.formats.files import read_json
+from pruneofa.formats.manifest import COMPRESSED, MANIFEST, METADATA, TENSORS, header, layout
+from pruneofa.formats.packed import read
+from pruneofa.formats.zstd import window_size
 from tests.broken import copy, parts, refused, state, write
 from tests.golden import GOLDEN
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from pruneofa.errors import InputError
-from pruneofa.files import read_json
-from pruneofa.manifest import MANIFEST, MAX_JSON, TENSORS
-from pruneofa.packed import PackedEmbedding, PackedLinear, inspect, read
+from pruneofa.formats.files import read_json
+from pruneofa.formats.manifest import MANIFEST, MAX_JSON, TENSORS
+from pruneofa.formats.packed import PackedEmbedding, PackedLinear, inspect, read
 from tests.broken import (
     HUGE,
     OUTPUT,

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from pruneofa import quantization
 from pruneofa.errors import InputError
-from pruneofa.files import read_json
-from pruneofa.manifest import MANIFEST, TENSORS
-from pruneofa.packed import PackedLinear, read
-from pruneofa.packing import pack, pack_folder, unpack
-from pruneofa.pattern import POOLER
-from pruneofa.quantization import SCALES, SETTINGS
+from pruneofa.formats import scales as quantization
+from pruneofa.formats.files import read_json
+from pruneofa.formats.manifest import MANIFEST, TENSORS
+from pruneofa.formats.pack import pack, pack_folder, unpack
+from pruneofa.formats.packed import PackedLinear, read
+from pruneofa.formats.pattern import POOLER
+from pruneofa.formats.scales import SCALES, SETTINGS
 from tests.broken import OUTPUT, QUERY, WORDS, WRONG, copy, paths, put, refused, replaced, write
 from tests.golden import STATIC, source
 from tests.quantized import quantize_folder

@@ -18,8 +18,8 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from pruneofa import pattern
 from pruneofa.errors import InputError
+from pruneofa.formats import pattern
 from pruneofa.train.masks import magnitude_mask, prunable
 from tests.tiny import tiny_bert, tiny_distilbert, tiny_roberta
 

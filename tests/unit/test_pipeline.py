@@ -5,12 +5,14 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForPreTraining, AutoModelForSequenceClassification, BertModel
 
-from pruneofa import pattern, recipe
+from pruneofa import recipe
 from pruneofa.errors import InputError
-from pruneofa.files import read_json
-from pruneofa.train import alone, pipeline
-from pruneofa.train.estimate import estimate
-from pruneofa.train.results import verify_run
+from pruneofa.formats import pattern
+from pruneofa.formats.files import read_json
+from pruneofa.run import plan as pipeline
+from pruneofa.run import single as alone
+from pruneofa.run.estimate import estimate
+from pruneofa.run.results import verify_run
 from tests.small import small_recipe, write_model, write_task
 from tests.tiny import tiny_bert
 

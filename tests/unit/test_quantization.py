@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from pruneofa import quantization
 from pruneofa.errors import InputError
-from pruneofa.quantization import SCALES, SETTINGS, Quantization, QuantizationArgs, codes, read, write
+from pruneofa.formats import scales as quantization
+from pruneofa.formats.scales import SCALES, SETTINGS, Quantization, QuantizationArgs, codes, read, write
 from tests.golden import source
 from tests.quantized import DYNAMIC, quantize_folder
 

@@ -13,8 +13,8 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from pruneofa import quantization
 from pruneofa.errors import InputError
+from pruneofa.formats import scales as quantization
 from pruneofa.train.lock import PatternLock
 from pruneofa.train.masks import magnitude_mask, prunable
 from pruneofa.train.quantize import EMA, FakeQuantizer, input_name

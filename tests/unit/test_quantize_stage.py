@@ -11,13 +11,17 @@ import torch
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
-from pruneofa import pattern, quantization, recipe
+from pruneofa import recipe
+from pruneofa.data.tasks import load_task
 from pruneofa.errors import CheckFailed, InputError
-from pruneofa.files import read_json
-from pruneofa.train import alone, pipeline, stages
-from pruneofa.train.estimate import estimate
+from pruneofa.formats import pattern
+from pruneofa.formats import scales as quantization
+from pruneofa.formats.files import read_json
+from pruneofa.run import plan as pipeline
+from pruneofa.run import single as alone
+from pruneofa.run import stages
+from pruneofa.run.estimate import estimate
 from pruneofa.train.evaluate import evaluate
-from pruneofa.train.tasks import load_task
 from tests.small import small_recipe, write_task
 from tests.tiny import tiny_tokenizer
 

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from pruneofa import reference
-from pruneofa.reference import Encoder, Linear, attention, gelu, gelu_tanh, layer_norm, quantize_rows, softmax
+from pruneofa.engine import reference
+from pruneofa.engine.reference import Encoder, Linear, attention, gelu, gelu_tanh, layer_norm, quantize_rows, softmax
 
 random = np.random.default_rng(0)
 

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from pruneofa.errors import InputError
-from pruneofa.train.report import (
+from pruneofa.report.report import (
     POINTS,
     accuracy_chart,
     layer_chart,

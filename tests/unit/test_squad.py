@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from pruneofa import recipe
+from pruneofa.data import squad
+from pruneofa.data.tasks import load_task
 from pruneofa.errors import InputError
-from pruneofa.train import squad
-from pruneofa.train.tasks import load_task
 from tests.tiny import tiny_tokenizer
 
 CONTEXT = "The city was first; the river Thames and the sea were not. A great king had 12 houses by the water."

@@ -9,10 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from pruneofa import recipe
+from pruneofa.data import rows
+from pruneofa.data.baseline import baseline
+from pruneofa.data.tasks import collate, load_task, longest_input
 from pruneofa.errors import InputError
-from pruneofa.train import rows
-from pruneofa.train.baseline import baseline
-from pruneofa.train.tasks import collate, load_task, longest_input
 from tests.tiny import tiny_bert, tiny_distilbert, tiny_roberta, tiny_tokenizer
 
 GOOD, BAD = ("a great film", "the good book was great"), ("a terrible game", "the bad story was terrible music")

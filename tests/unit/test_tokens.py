@@ -7,8 +7,8 @@ import pytest
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from tokenizers.processors import RobertaProcessing
 
+from pruneofa.engine.tokenizer import TextTokenizer, chunks
 from pruneofa.errors import InputError
-from pruneofa.tokens import TextTokenizer, chunks
 from tests.unit.engine_folder import write_tokenizer
 
 CONTEXT = "Žluťoučký kůň 😀 ran over the river. " * 8

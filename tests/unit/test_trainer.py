@@ -5,11 +5,11 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from pruneofa.data.corpus import build_corpus, collate
 from pruneofa.errors import InputError
 from pruneofa.recipe import Corpus
 from pruneofa.train import LockCallback, PruningCallback
 from pruneofa.train.attention import use_bf16_attention
-from pruneofa.train.corpus import build_corpus, collate
 from pruneofa.train.masks import prunable
 from pruneofa.train.objective import PretrainingObjective
 from pruneofa.train.schedule import linear_lr

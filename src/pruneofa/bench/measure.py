@@ -24,10 +24,10 @@ from pruneofa.bench.break_even import break_even as break_even_rows
 from pruneofa.bench.models import DEFAULT_MIXED, Case, Model, Settings, describe, read_cases, read_models
 from pruneofa.bench.peers import CAPPING, OURS, PEERS, REFERENCE, Peer
 from pruneofa.bench.workers import TimeLimitError, Worker, WorkerError
+from pruneofa.engine.hardware import processor
 from pruneofa.errors import CheckFailed, InputError
-from pruneofa.files import fingerprint, write_json
-from pruneofa.hardware import processor
-from pruneofa.manifest import read_json
+from pruneofa.formats.files import fingerprint, write_json
+from pruneofa.formats.manifest import read_json
 from pruneofa.progress import progress
 
 FORMAT = "pruneofa-bench"
@@ -80,7 +80,7 @@ class Bench:
 
     def __init__(self, settings: Settings) -> None:
         """Raises InputError as `run` does."""
-        from pruneofa.engine import Engine, choose_isa, choose_threads
+        from pruneofa.engine.engine import Engine, choose_isa, choose_threads
 
         available = Engine.available_isas()
         self.settings = settings
@@ -382,7 +382,7 @@ def versions() -> dict[str, str]:
 
 def machine() -> dict[str, Any]:
     """Processor, CPUs and kernels that it can run."""
-    from pruneofa.engine import Engine
+    from pruneofa.engine.engine import Engine
 
     return {
         "cpu": processor(),

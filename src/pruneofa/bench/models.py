@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from pruneofa.bench.peers import OURS
 from pruneofa.bench.random_folder import check_random, write_random
 from pruneofa.errors import InputError
-from pruneofa.manifest import is_packed, read_json, read_manifest
-from pruneofa.packing import pack, unpack
-from pruneofa.pattern import POOLER, local_folder
+from pruneofa.formats.manifest import is_packed, read_json, read_manifest
+from pruneofa.formats.pack import pack, unpack
+from pruneofa.formats.pattern import POOLER, local_folder
 
 DEFAULT_SEQ = (32, 128, 384)
 DEFAULT_MIXED = "32x8-128"

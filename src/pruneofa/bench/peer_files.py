@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from pruneofa.bench.peers import Job, read_inputs, torch_inputs, torch_model
-from pruneofa.files import new_folder
+from pruneofa.formats.files import new_folder
 
 _CALIBRATION = 16  # sequences for post-training quantization, beside the inputs: every batch runs many times in fp32
 # What the exporter still writes and DeepSparse, whose last release is of 2024, reads.

@@ -85,7 +85,7 @@ def read_inputs(job: Job) -> dict[str, np.ndarray]:
 
 
 def _ours(job: Job) -> Run:
-    from pruneofa.engine import Engine
+    from pruneofa.engine.engine import Engine
 
     engine = Engine.from_pretrained(
         job["packed"], precision=job["precision"], threads=job["threads"], isa=job.get("isa")
@@ -204,7 +204,7 @@ _EXPORT = (*_TORCH, "onnx", "onnxscript")
 _TORCH_PACKAGES, _ONNX_PACKAGES = "torch transformers", "torch transformers onnx onnxruntime onnxscript"
 # What a program that uses the engine has imported; imports are not part of loading, and not of the engine's memory.
 _BASE = ("numpy", "safetensors", "tokenizers", "huggingface_hub", "pydantic", "yaml", "rich",
-         "pruneofa.zstd", "pruneofa.engine")  # fmt: skip
+         "pruneofa.formats.zstd", "pruneofa.engine.engine")  # fmt: skip
 
 _ALL = (
     Peer(OURS, "int8", _BASE, "pruneofa", _ours),
@@ -269,8 +269,8 @@ def _layer(job: Job) -> Run:
     with np.load(job["inputs"]) as stored:
         weight, x = stored["weight"], stored["x"]
     if job["peer"] == OURS:
-        from pruneofa.engine import native
-        from pruneofa.packing import pack_linear
+        from pruneofa.engine.engine import native
+        from pruneofa.formats.pack import pack_linear
 
         packed = pack_linear(weight, "int8")
         ours = native.Linear(packed.bitmask, packed.values, packed.scale, None, weight.shape[1], job["isa"])

@@ -79,7 +79,7 @@ def _config(sizes: dict[str, int], distil: bool) -> dict[str, object]:
 
 
 def _tensors(shape: str, sparsity: float, pattern: str, seed: int) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    from pruneofa.architectures import BERT_LAYER, DISTILBERT_LAYER
+    from pruneofa.engine.architectures import BERT_LAYER, DISTILBERT_LAYER
 
     random = np.random.default_rng(seed)
 

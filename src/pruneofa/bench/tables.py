@@ -7,7 +7,7 @@ from typing import Any
 
 from pruneofa.bench.peers import OURS
 from pruneofa.errors import InputError
-from pruneofa.files import read_json
+from pruneofa.formats.files import read_json
 
 _MARKED = "(!)"  # a peer whose output is off
 

@@ -1,10 +1,10 @@
 """The training half: needs `pip install pruneofa[train]`."""
 
-import importlib.util
 from typing import Any
 
-if importlib.util.find_spec("torch") is None or importlib.util.find_spec("transformers") is None:
-    raise ImportError("training needs torch and transformers: pip install 'pruneofa[train]'")
+from pruneofa.errors import need_train_extra
+
+need_train_extra()
 
 __all__ = ["LockCallback", "PruningCallback"]
 

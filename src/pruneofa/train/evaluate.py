@@ -13,18 +13,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pruneofa import __version__, quantization, recipe
-from pruneofa.architectures import Precision as EnginePrecision
-from pruneofa.engine import Engine
+from pruneofa import __version__, recipe
+from pruneofa.data import squad
+from pruneofa.data.tasks import Task, TaskData, load_task, longest_input
+from pruneofa.engine.architectures import Precision as EnginePrecision
+from pruneofa.engine.engine import Engine
 from pruneofa.errors import InputError, first_line
-from pruneofa.manifest import is_packed
-from pruneofa.packing import pack
-from pruneofa.pattern import local_folder
+from pruneofa.formats import scales as quantization
+from pruneofa.formats.manifest import is_packed
+from pruneofa.formats.pack import pack
+from pruneofa.formats.pattern import local_folder
 from pruneofa.progress import progress
-from pruneofa.train import squad
 from pruneofa.train.models import read_model
 from pruneofa.train.quantize import FakeQuantizer
-from pruneofa.train.tasks import Task, TaskData, load_task, longest_input
 
 TorchPrecision = Literal["fp32", "bf16"]
 # Features, and the logits of each: one (classes,) row, or start and end of at least as many tokens as it has.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pruneofa.packed import MAX_SCALE
+from pruneofa.formats.packed import MAX_SCALE
 
 _CHUNK = 1 << 17  # numbers worked on together: temporaries stay in cache, and there are enough for all threads
 _EXACT = 2**24  # float32 sums of whole numbers are exact below

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pruneofa.errors import CheckFailed, InputError
-from pruneofa.pattern import POOLER, base_name
+from pruneofa.formats.pattern import POOLER, base_name
 from pruneofa.train import masks
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pruneofa.errors import InputError, first_line
-from pruneofa.files import cache_root, file_fingerprint, fingerprint, new_folder
+from pruneofa.formats.files import cache_root, file_fingerprint, fingerprint, new_folder
 
 # The loader's own bars and reports speak of heads that are meant to be new; what matters is checked below.
 transformers.utils.logging.set_verbosity_error()

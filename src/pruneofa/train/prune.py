@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pruneofa.errors import InputError
-from pruneofa.pattern import base_name
+from pruneofa.formats.pattern import base_name
 from pruneofa.train import masks
 from pruneofa.train.lock import PatternLock, pack, sparsity_of, unpack
 from pruneofa.train.schedule import cubic_sparsity

@@ -14,12 +14,12 @@ import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pruneofa import pattern
 from pruneofa.errors import InputError
-from pruneofa.manifest import EMBEDDINGS, SHARED_INPUT
-from pruneofa.pattern import base_name, is_encoder_weight
-from pruneofa.quantization import Quantization, QuantizationArgs
-from pruneofa.quantization import codes as check_codes
+from pruneofa.formats import pattern
+from pruneofa.formats.manifest import EMBEDDINGS, SHARED_INPUT
+from pruneofa.formats.pattern import base_name, is_encoder_weight
+from pruneofa.formats.scales import Quantization, QuantizationArgs
+from pruneofa.formats.scales import codes as check_codes
 from pruneofa.train.fake_quant import Codes, CodesLinear, Rows, exact, input_scale, weight_codes, weight_scale
 from pruneofa.train.masks import prunable
 

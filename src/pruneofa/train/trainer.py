@@ -19,7 +19,7 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pruneofa.errors import InputError
-from pruneofa.files import COMPLETE, sync_tree, write_json
+from pruneofa.formats.files import COMPLETE, sync_tree, write_json
 from pruneofa.progress import progress
 from pruneofa.train.attention import use_bf16_attention
 from pruneofa.train.lock import PatternLock

@@ -1,0 +1,1 @@
+"""The command line: `main` has the table of verbs, one file for each, and `show` prints."""

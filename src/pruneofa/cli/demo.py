@@ -1,0 +1,26 @@
+"""The verb `demo`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from pruneofa.cli.show import print_results, recipe_file
+
+
+def describe(verb: argparse.ArgumentParser) -> None:
+    """Everything, on real text that is already on this machine: the documentation of the installed Python."""
+    verb.add_argument("--out", type=Path, default=Path("runs/demo"), help="the run's folder (default: runs/demo)")
+    verb.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override a key of recipes/demo.yaml")
+    verb.add_argument("--redo", action="store_true", help="make stages again whose settings changed")
+    verb.add_argument("--json", action="store_true", help="print results as JSON")
+
+    def call(options: argparse.Namespace) -> int:
+        from pruneofa.run import demo
+
+        results = demo.run_demo(options.out, recipe_file("demo"), options.set, redo=options.redo)
+        print_results(results, options.out, options.json)
+        if not options.json:
+            sys.stdout.write(demo.next_steps(options.out))
+        return 0
+
+    verb.set_defaults(call=call)

@@ -1,0 +1,29 @@
+"""The verb `inspect`."""
+
+import argparse
+
+from pruneofa.cli.show import print_value, show_model
+
+
+def describe(verb: argparse.ArgumentParser) -> None:
+    """Sparsity per layer, non-zeros, pattern hash and sizes of a model folder, packed or not."""
+    verb.add_argument("path", help="folder or hub id")
+    verb.add_argument("--engine", action="store_true", help="how the engine multiplies each layer here, and why")
+    verb.add_argument("--json", action="store_true", help="print as JSON")
+
+    def call(options: argparse.Namespace) -> int:
+        from pruneofa.formats import manifest, packed, pattern
+
+        module = packed if manifest.is_packed(pattern.local_folder(options.path)) else pattern
+        found = module.inspect(options.path)
+        if options.engine:
+            from pruneofa.engine.engine import Engine
+
+            precision = "int8" if found.get("precision", "int8") == "int8" else "fp32"
+            engine = Engine.from_pretrained(options.path, precision=precision)
+            layers = dict(engine.choices())
+            found["engine"] = {"isa": engine.isa, "activations": engine.activations, "layers": layers}
+        print_value(found, options.json, lambda: show_model(found))
+        return 0
+
+    verb.set_defaults(call=call)

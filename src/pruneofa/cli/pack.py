@@ -1,0 +1,35 @@
+"""The verb `pack`."""
+
+import argparse
+from pathlib import Path
+
+from pruneofa.cli.show import print_value, say, show_model
+
+
+def describe(verb: argparse.ArgumentParser) -> None:
+    """Store a Hugging Face folder at a fraction of its size: a bit per weight, and the non-zeros.
+
+    int8 keeps the scales of `pruneofa quantize`. Embedding tables are int8 too, even where training left them float.
+    """
+    verb.epilog = "example: pruneofa pack runs/minilm-90/tasks/sst2/seed-0/transfer packed"
+    verb.add_argument("folder", help="folder or hub id; its zeros are the pattern")
+    verb.add_argument("out", type=Path, help="the packed folder; must not exist, or be empty")
+    choice = "int8 (default), or fp32: unpack gives every bit back"
+    verb.add_argument("--precision", choices=["int8", "fp32"], default="int8", help=choice)
+    verb.add_argument("--compress", action="store_true", help="zstd over the tensors: smaller to send, slower to load")
+    verb.add_argument("--json", action="store_true", help="print the manifest as JSON")
+
+    def call(options: argparse.Namespace) -> int:
+        from pruneofa.formats import pack as packing
+        from pruneofa.formats import packed
+        from pruneofa.formats.pattern import local_folder
+        from pruneofa.run.lineage import check_lock
+
+        check_lock(local_folder(options.folder))
+        found = packing.pack(options.folder, options.out, precision=options.precision, compress=options.compress)
+        if note := packing.unlike_training(options.folder, options.precision):
+            say(f"note: {note}", 0)
+        print_value(found, options.json, lambda: show_model(packed.inspect(options.out), layers=False))
+        return 0
+
+    verb.set_defaults(call=call)

@@ -1,0 +1,45 @@
+"""The verb `prune`."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from pruneofa.cli.options import add_fields, add_training, read_fields
+from pruneofa.cli.show import print_value
+
+
+def describe(verb: argparse.ArgumentParser) -> None:
+    """Teacher preparation and pruning alone: MODEL and plain text in, a sparse pre-trained model out."""
+    from pruneofa import recipe
+
+    verb.usage = "pruneofa prune MODEL OUT --corpus.source TEXT [options]"
+    verb.epilog = (
+        "example: pruneofa prune google-bert/bert-base-uncased sparse --corpus.source wiki/ --prune.final 0.85"
+    )
+    verb.add_argument("model", help="folder or hub id of a dense encoder")
+    verb.add_argument("out", type=Path, help="folder of the sparse model; OUT-teacher holds the prepared teacher")
+    verb.add_argument("--no-teacher", action="store_true", help="distil from MODEL as it is")
+    sections = {
+        "corpus": recipe.Corpus,
+        "teacher": recipe.Teacher,
+        "prune": recipe.Prune,
+        "distill": recipe.Distill,
+    }
+    for name, model in sections.items():
+        add_fields(verb, model, f"{name}.")
+    add_training(verb)
+
+    def call(options: argparse.Namespace) -> int:
+        from pruneofa.run import single as alone
+
+        values: dict[str, Any] = {"name": options.out.name, "model": options.model, "seed": options.seed}
+        values |= {"precision": options.precision, "data_root": options.data_root}
+        for name, model in sections.items():
+            values[name] = read_fields(options, model, f"{name}.")
+        if options.no_teacher:
+            values["teacher"] = None
+        metrics = alone.prune(recipe.validate(recipe.Recipe, values), options.out, redo=options.redo)
+        print_value({"out": str(options.out), **metrics}, options.json)
+        return 0
+
+    verb.set_defaults(call=call)

@@ -1,0 +1,55 @@
+"""The verb `quantize`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from pruneofa.cli.options import add_fields, add_training, read_fields, read_task, refuse_unused
+from pruneofa.cli.show import print_value, say_pattern
+
+
+def describe(verb: argparse.ArgumentParser) -> None:
+    """Make an int8 model of a task model: train through int8 arithmetic, its zeros locked; or round it as it is.
+
+    OUT is an ordinary Hugging Face folder whose weights are on the int8 grid, with its scales in quantization.json
+    and quantization.safetensors beside them; `pruneofa pack OUT PACKED` stores and the engine computes just that.
+    """
+    from pruneofa import recipe
+
+    verb.usage = (
+        "pruneofa quantize FOLDER OUT (--task T | --data FILE --text A [B] --label L) [--teacher DIR | --ptq] [options]"
+    )
+    verb.epilog = (
+        "example: pruneofa quantize runs/minilm-90/tasks/sst2/seed-0/transfer out --task sst2 --data sst2 "
+        "--teacher runs/minilm-90/tasks/sst2/seed-0/teacher"
+    )
+    verb.add_argument("folder", help="folder or hub id of a task model; its zeros are kept")
+    verb.add_argument("out", type=Path, help="folder of the int8 model")
+    verb.add_argument("--task", metavar="T", help="sst2, mnli, qnli, qqp or squad; or a name for your own --data")
+    ptq = "post-training quantization: no training, static ranges from --calibration examples; takes seconds"
+    verb.add_argument("--ptq", action="store_true", help=ptq)
+    add_fields(verb, recipe.Quantize, "", without=("ptq",), title="int8")
+    # They set how a run trains the models that this verb is given.
+    add_fields(verb, recipe.Task, "", without=("dense_epochs", "dense_lr", "epochs", "lr"))
+    add_training(verb)
+
+    def call(options: argparse.Namespace) -> int:
+        from pruneofa.run import single as alone
+
+        name, spec = read_task(options)
+        refuse_unused(options)
+        values = read_fields(options, recipe.Quantize, "") | {"ptq": options.ptq}
+        settings = recipe.validate(recipe.Quantize, values)
+        say_pattern(options.folder)
+        if spec.teacher is None and not options.ptq:
+            sys.stderr.write("no --teacher given: learning from the task's own labels alone\n")
+            spec = spec.model_copy(update={"hard": 1.0, "kd": 0.0, "hidden": 0.0})
+        training = {"seed": options.seed, "precision": options.precision}
+        root, redo = options.data_root, options.redo
+        metrics = alone.quantize(
+            options.folder, options.out, name, spec, settings, data_root=root, redo=redo, **training
+        )
+        print_value({"out": str(options.out), **metrics}, options.json)
+        return 0
+
+    verb.set_defaults(call=call)

@@ -1,0 +1,22 @@
+"""The verb `table`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from pruneofa.cli.show import print_value
+
+
+def describe(verb: argparse.ArgumentParser) -> None:
+    """Join results.json files into the published table's layout (Markdown)."""
+    verb.add_argument("results", nargs="+", type=Path, help="results.json files, or the folders that hold them")
+    verb.add_argument("--json", action="store_true", help="print the results as one JSON list")
+
+    def call(options: argparse.Namespace) -> int:
+        from pruneofa.report.card import read_results, write_table
+
+        results = [read_results(path) for path in options.results]
+        print_value(results, options.json, lambda: sys.stdout.write(write_table(results)))
+        return 0
+
+    verb.set_defaults(call=call)

@@ -1,0 +1,40 @@
+"""The verb `transfer`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from pruneofa.cli.options import add_fields, add_training, read_task
+from pruneofa.cli.show import print_value, say_pattern
+
+
+def describe(verb: argparse.ArgumentParser) -> None:
+    """Fine-tune an existing sparse model on a task, its sparsity pattern locked."""
+    from pruneofa import recipe
+
+    verb.usage = (
+        "pruneofa transfer SPARSE OUT (--task T | --data FILE --text A [B] --label L) [--teacher DIR] [options]"
+    )
+    verb.epilog = "example: pruneofa transfer runs/minilm-90/sparse out --data reviews.csv --text review --label stars"
+    verb.add_argument("sparse", help="folder or hub id of a model whose zeros are its pattern")
+    verb.add_argument("out", type=Path, help="folder of the task model")
+    verb.add_argument("--task", metavar="T", help="sst2, mnli, qnli, qqp or squad; or a name for your own --data")
+    # They set how a run trains the dense teacher and the int8 model.
+    add_fields(verb, recipe.Task, "", without=("dense_epochs", "dense_lr", "qat_epochs", "qat_lr", "qat_rows"))
+    add_training(verb)
+
+    def call(options: argparse.Namespace) -> int:
+        from pruneofa.run import single as alone
+
+        name, spec = read_task(options)
+        say_pattern(options.sparse)
+        if spec.teacher is None:
+            sys.stderr.write("no --teacher given: learning from the task's own labels alone\n")
+            spec = spec.model_copy(update={"hard": 1.0, "kd": 0.0, "hidden": 0.0})
+        training = {"seed": options.seed, "precision": options.precision}
+        root, redo = options.data_root, options.redo
+        metrics = alone.transfer(options.sparse, options.out, name, spec, data_root=root, redo=redo, **training)
+        print_value({"out": str(options.out), **metrics}, options.json)
+        return 0
+
+    verb.set_defaults(call=call)

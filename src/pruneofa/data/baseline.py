@@ -1,0 +1,43 @@
+"""What a task can be done with without any language model: the numbers to be well above."""
+
+import numpy as np
+
+from pruneofa.data.tasks import Task, TaskData
+from pruneofa.errors import InputError
+
+WORDS = 50_000  # most frequent words that are counted
+
+
+def baseline(task: Task) -> dict[str, float]:
+    """Accuracy in percent of two simple classifiers, learned on the training rows and measured on `validation`.
+
+    Returns:
+        majority: always the most frequent label of the training rows; bag_of_words: logistic regression over
+        TF-IDF weighted words of the raw text, both texts of a pair in one bag.
+
+    Raises:
+        InputError: the task is not classification, or was loaded without its training rows.
+    """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    train, validation = task.train, task.evaluations[""]
+    if train is None or train.targets is None or validation.targets is None or task.kind != "classification":
+        raise InputError(f"tasks.{task.name}: a baseline needs a classification task with its training rows")
+    majority = np.bincount(train.targets).argmax()
+    words = make_pipeline(
+        TfidfVectorizer(max_features=WORDS, sublinear_tf=True, token_pattern=r"(?u)\b\w+\b"),
+        LogisticRegression(C=4.0, max_iter=300),
+    )
+    words.fit(_texts(task, train), train.targets)
+    predicted = words.predict(_texts(task, validation))
+    return {
+        "majority": 100 * float(np.mean(validation.targets == majority)),
+        "bag_of_words": 100 * float(np.mean(validation.targets == predicted)),
+    }
+
+
+def _texts(task: Task, data: TaskData) -> list[str]:
+    columns = (data.rows.column(name).to_pylist() for name in task.text)
+    return [" ".join(texts) for texts in zip(*columns, strict=True)]

@@ -1,0 +1,217 @@
+"""SQuAD v1.1: contexts in overlapping windows, answer spans, n-best selection and the official metrics."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pruneofa.data import rows
+from pruneofa.errors import InputError
+
+N_BEST = 20
+MAX_ANSWER_LENGTH = 30
+_CHUNK = 1000  # rows per call of the tokenizer: enough to use every core, little enough to hold
+_LEAST_CONTEXT = 16  # new context tokens per window; a question that leaves fewer is cut
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Tokens of all windows, laid end to end.
+
+    Attributes:
+        ids: (tokens,) int32.
+        types: (tokens,) uint8 segment ids, or None for models without them.
+        bounds: (windows + 1,) int64, where each window begins in `ids`.
+        row: (windows,) int32, the row of the table that each window comes from.
+        chars: (tokens, 2) int32, begin and end of each token in the context; -1 outside the context.
+    """
+
+    ids: NDArray[np.int32]
+    types: NDArray[np.uint8] | None
+    bounds: NDArray[np.int64]
+    row: NDArray[np.int32]
+    chars: NDArray[np.int32]
+
+
+def cut_windows(table: pa.Table, tokenizer: Any, *, max_length: int, stride: int, where: str) -> Windows:
+    """Tokenize `[CLS] question [SEP] context [SEP]` in windows of `max_length` that share `stride` tokens.
+
+    Raises:
+        InputError: a column is missing, the tokenizer gives no offsets, or `stride` leaves no room.
+    """
+    if not tokenizer.is_fast:
+        raise InputError(f"{where}: the tokenizer has no tokenizer.json, which question answering needs for offsets")
+    room = max_length - tokenizer.num_special_tokens_to_add(pair=True) - stride - _LEAST_CONTEXT
+    if room < 1:
+        raise InputError(f"{where}: stride {stride} leaves no room in max_length {max_length}; lower {where}.stride")
+    questions = [text.lstrip() for text in rows.text_column(table, "question", where).to_pylist()]
+    contexts = rows.text_column(table, "context", where).to_pylist()
+    ids, types, chars, lengths, row = [], [], [], [], []
+    for begin in range(0, len(questions), _CHUNK):
+        batch = tokenizer(
+            _shorten(questions[begin : begin + _CHUNK], tokenizer, room),
+            contexts[begin : begin + _CHUNK],
+            truncation="only_second",
+            max_length=max_length,
+            stride=stride,
+            padding=False,
+            return_overflowing_tokens=True,
+            return_offsets_mapping=True,
+            return_token_type_ids=True,
+            return_attention_mask=False,
+        )
+        row.append(np.asarray(batch["overflow_to_sample_mapping"], np.int32) + begin)
+        for index, encoding in enumerate(batch.encodings):
+            segments = encoding.sequence_ids
+            first = segments.index(1) if 1 in segments else len(segments)
+            spans = np.full((len(segments), 2), -1, np.int32)
+            context = slice(first, first + segments.count(1))
+            spans[context] = np.asarray(encoding.offsets, np.int32)[context]
+            chars.append(spans)
+            lengths.append(len(segments))
+            ids.append(np.asarray(batch["input_ids"][index], np.int32))
+            types.append(np.asarray(batch["token_type_ids"][index], np.uint8))
+    return Windows(
+        np.concatenate(ids),
+        np.concatenate(types) if "token_type_ids" in tokenizer.model_input_names else None,
+        np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        np.concatenate(row),
+        np.concatenate(chars),
+    )
+
+
+def _shorten(questions: list[str], tokenizer: Any, room: int) -> list[str]:
+    """Cut questions of more than `room` tokens; a window of nothing but question would be of no use."""
+    suspects = [i for i, text in enumerate(questions) if len(text.encode()) > room]  # a token has >= 1 byte
+    if suspects:
+        batch = tokenizer(
+            [questions[i] for i in suspects],
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            truncation=False,
+        )
+        for i, offsets in zip(suspects, batch["offset_mapping"], strict=True):
+            if len(offsets) > room:
+                questions[i] = questions[i][: offsets[room - 1][1]]
+    return questions
+
+
+def good_answers(table: pa.Table, *, skip: bool, where: str) -> tuple[pa.Table, NDArray[np.int64]]:
+    """The rows that have an answer found at its offset, and the characters it covers as (rows, 2) int64.
+
+    Of several answers the first good one counts.
+
+    Raises:
+        InputError: a row has no such answer and `skip` is off; it gives their number and the first id.
+    """
+    answers = _answers(table, where)
+    contexts = rows.text_column(table, "context", where).to_pylist()
+    spans = [_span(context, answer) for context, answer in zip(contexts, answers, strict=True)]
+    bad = [index for index, span in enumerate(spans) if span is None]
+    if bad and not skip:
+        name = rows.column(table, "id", "id", where)[bad[0]].as_py()
+        raise InputError(
+            f"{where}: {len(bad)} of {table.num_rows} answers do not stand in their context at answer_start, "
+            f"first {name!r} (row {bad[0] + 1}); set {where}.skip_bad_answers=true to train without them"
+        )
+    kept = [span for span in spans if span is not None]
+    if not kept:
+        raise InputError(f"{where}: no answer stands in its context at answer_start; offsets count characters from 0")
+    if bad:
+        table = table.filter(pa.array([span is not None for span in spans]))
+    return table, np.asarray(kept, np.int64)
+
+
+def _answers(table: pa.Table, where: str) -> list[dict[str, list[Any]]]:
+    answers = rows.column(table, "answers", "answers", where)
+    fields = {field.name for field in answers.type} if pa.types.is_struct(answers.type) else set()
+    if not {"text", "answer_start"} <= fields:
+        raise InputError(
+            f"{where}: column 'answers' holds {answers.type}, wanted the lists text and answer_start in each row"
+        )
+    return [answer or {"text": [], "answer_start": []} for answer in answers.to_pylist()]
+
+
+def _span(context: str, answers: dict[str, list[Any]]) -> tuple[int, int] | None:
+    for text, start in zip(answers["text"], answers["answer_start"], strict=False):  # a shorter list: no answer
+        if text and start >= 0 and context[start : start + len(text)] == text:
+            return start, start + len(text)
+    return None
+
+
+def token_spans(windows: Windows, spans: NDArray[np.int64]) -> NDArray[np.int64]:
+    """First and last token of the answer in each window, (windows, 2) int64; (0, 0) where it is not inside.
+
+    Token 0 is `[CLS]`: windows without the answer train the model to point there, as in the official code.
+    """
+    result = np.zeros((len(windows.row), 2), np.int64)
+    for index, row in enumerate(windows.row):
+        chars = windows.chars[windows.bounds[index] : windows.bounds[index + 1]]
+        inside = np.flatnonzero(chars[:, 0] >= 0)
+        begin, end = spans[row]
+        if len(inside) and chars[inside[0], 0] <= begin and end <= chars[inside[-1], 1]:
+            first = np.searchsorted(chars[inside, 0], begin, side="right") - 1
+            last = np.searchsorted(chars[inside, 1], end, side="left")
+            # byte-level tokens may share a character, and then the last one found is before the first
+            result[index] = inside[0] + first, inside[0] + max(first, last)
+    return result
+
+
+def best_span(
+    start: NDArray[np.floating],
+    end: NDArray[np.floating],
+    chars: NDArray[np.int32],
+    *,
+    n_best: int = N_BEST,
+    max_answer_length: int = MAX_ANSWER_LENGTH,
+) -> tuple[float, int, int] | None:
+    """Best (score, first character, last character + 1) of one window, or None without a valid span.
+
+    The score is the sum of the two logits; candidates are the `n_best` starts and ends among context tokens.
+
+    Args:
+        start: (tokens,) start logits; `end` likewise.
+        chars: (tokens, 2) characters of each token, -1 outside the context.
+    """
+    context = np.flatnonzero(chars[:, 0] >= 0)
+    starts = context[np.argsort(-start[context], kind="stable")[:n_best]]
+    ends = context[np.argsort(-end[context], kind="stable")[:n_best]]
+    scores = start[starts][:, None] + end[ends][None, :]
+    tokens = ends[None, :] - starts[:, None] + 1
+    scores = np.where((tokens >= 1) & (tokens <= max_answer_length), scores, -np.inf)
+    if not np.isfinite(scores).any():
+        return None
+    first, last = np.unravel_index(np.argmax(scores), scores.shape)
+    return float(scores[first, last]), int(chars[starts[first], 0]), int(chars[ends[last], 1])
+
+
+def gold_answers(table: pa.Table, where: str) -> list[list[str]]:
+    """All reference texts of every row. Raises InputError for a row without one (SQuAD v2)."""
+    texts = [answer["text"] for answer in _answers(table, where)]
+    for index, row in enumerate(texts):
+        if not row:
+            raise InputError(f"{where}: row {index + 1} has no answer; SQuAD v2 is not supported, only v1.1")
+    return texts
+
+
+def metrics(predictions: Sequence[str], golds: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Exact match and F1 in percent by the official normalisation, the best over the gold answers."""
+    from torchmetrics.functional.text import squad
+
+    result = squad(
+        [{"prediction_text": text, "id": str(index)} for index, text in enumerate(predictions)],
+        [
+            {"answers": {"text": list(texts), "answer_start": [0] * len(texts)}, "id": str(index)}
+            for index, texts in enumerate(golds)
+        ],
+    )
+    return {"exact_match": float(result["exact_match"]), "f1": float(result["f1"])}
+
+
+def content(table: pa.Table, where: str) -> bytes:
+    """What decides the metrics beside the tokens, for a fingerprint."""
+    return "\x1f".join(chain.from_iterable(gold_answers(table, where))).encode("utf-8", "surrogatepass")

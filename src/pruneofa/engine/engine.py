@@ -1,0 +1,426 @@
+"""The engine: a sparse encoder and its task head on a CPU, by the native kernels. No torch, no transformers."""
+
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from pruneofa.engine.architectures import Architecture, Precision, Weights, build_encoder, read_architecture
+from pruneofa.engine.heads import (
+    Classification,
+    Embedding,
+    MaskedLM,
+    QuestionAnswering,
+    TokenClassification,
+    sentence_head,
+)
+from pruneofa.engine.tokenizer import Text, TextTokenizer, Tokens, check_text, chunks, sentence_settings
+from pruneofa.errors import InputError
+from pruneofa.formats.manifest import MANIFEST
+from pruneofa.formats.pack import pack_folder, pack_linear, quantize_weight
+from pruneofa.formats.packed import Packed, PackedEmbedding, read
+from pruneofa.formats.pattern import local_folder
+
+try:
+    from pruneofa import _native
+except ImportError as error:  # a source tree that was not built; from_pretrained says so
+    _native, _not_built = None, error
+native: Any = _native
+
+Head = Classification | QuestionAnswering | TokenClassification | MaskedLM | Embedding
+_MOST_THREADS = 1024  # a mistyped number should not make a million threads
+_PREDICT = "wanted a str, a pair (a, b), {'question': ..., 'context': ...}, or a list of these"
+
+
+class Engine:
+    """A model that is loaded and ready; `from_pretrained` makes one.
+
+    Several engines, and several Python threads on one engine, may run at the same time.
+
+    Attributes:
+        isa: the kernels in use, one of `available_isas()`.
+        threads: how many threads compute.
+        precision: "int8" or "fp32".
+        activations: what int8 layers read: "static", with the scales of training, or "dynamic", by the token; "float"
+            of fp32.
+        task: what `predict` does: "classification", "question answering", "token classification",
+            "masked-LM" or "embedding".
+        max_length: most tokens of a sequence, special ones included.
+        labels: of classification, the names of the classes by their id; otherwise empty.
+    """
+
+    def __init__(self, packed: Packed, *, precision: Precision, threads: int, isa: str) -> None:
+        """Lay out a packed model for one ISA, and use it up; arguments as `from_pretrained` has checked them."""
+        folder = packed.folder
+        architecture = read_architecture(packed.config, folder)
+        weights = Weights(packed, native, isa)
+        self.isa, self.threads, self.precision = isa, threads, precision
+        self.activations: str = packed.manifest["activations"]["kind"] if precision == "int8" else "float"
+        self._architecture = architecture
+        self._encoder = build_encoder(native, weights, architecture, threads=threads, isa=isa)
+        self._vocabulary = len(weights.table("word", -1, architecture.hidden).values)
+        rows = len(weights.table("position", -1, architecture.hidden).values)
+        self.max_length = rows if architecture.pad_id is None else rows - architecture.pad_id - 1
+        sentence = sentence_head(folder)
+        self._tokenizer = TextTokenizer(
+            folder,
+            vocabulary=self._vocabulary,
+            types=architecture.types,
+            limit=self.max_length,
+            settings=sentence_settings(folder) if sentence else None,
+        )
+        self._head: Head = sentence or _task_head(weights, architecture, self._tokenizer)
+        self.task = "embedding" if sentence else architecture.task
+        self.labels = list(self._head.labels) if isinstance(self._head, Classification) else []
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_id: str | Path,
+        *,
+        precision: Precision = "int8",
+        threads: int | None = None,
+        isa: str | None = None,
+    ) -> Self:
+        """Load a packed folder, any Hugging Face folder of a supported architecture, or a hub id.
+
+        Args:
+            path_or_id: BERT (MiniLM too), DistilBERT or RoBERTa; what is not packed is packed in memory.
+            precision: int8 quantizes what is not int8 yet; activations by the static scales that the folder brings,
+                else by the token. fp32 keeps float32.
+            threads: by default one per CPU that this process may use.
+            isa: by default PRUNEOFA_ISA if set, else the best this CPU has.
+
+        Raises:
+            InputError: there is no such model, it is damaged or not supported, an int8 folder should run as
+                fp32, or an argument is out of range.
+            ImportError: the native extension was not built.
+        """
+        _check_built()
+        if precision not in ("int8", "fp32"):
+            raise InputError(f"precision is {precision!r}, wanted 'int8' or 'fp32'")
+        if not isinstance(path_or_id, (str, os.PathLike)):
+            raise InputError(f"path_or_id is {type(path_or_id).__name__}, wanted a folder's path or a hub id")
+        settings: dict[str, Any] = {"precision": precision, "threads": choose_threads(threads), "isa": choose_isa(isa)}
+        folder = local_folder(path_or_id)
+        if not (folder / MANIFEST).is_file():
+            return cls(pack_folder(folder, precision), **settings)
+        packed = read(folder)
+        if packed.manifest["precision"] == "int8" and precision == "fp32":
+            raise InputError(
+                f"{folder}: packed as int8, but precision='fp32' was asked for; leave it out, "
+                "or pack the original folder with --precision fp32"
+            )
+        if packed.manifest["precision"] != precision:
+            packed = _quantized(packed)
+        return cls(packed, **settings)
+
+    @staticmethod
+    def available_isas() -> list[str]:
+        """Kernels that this CPU and operating system can run, the best last: of scalar, avx2, avx512vnni, amx."""
+        return list(native.available_isas()) if native else []
+
+    def choices(self) -> list[tuple[str, str]]:
+        """(layer, how its weight is multiplied and why) of every linear layer of the encoder."""
+        return list(self._encoder.choices())
+
+    def encode(
+        self,
+        input_ids: ArrayLike,
+        attention_mask: ArrayLike | None = None,
+        token_type_ids: ArrayLike | None = None,
+    ) -> NDArray[np.float32]:
+        """Hidden states of the last layer for token ids; padding is not computed.
+
+        Args:
+            input_ids: (batch, seq) integers.
+            attention_mask: (batch, seq) integers or bool: 1 for the tokens of each row, then 0 for its padding;
+                holes and padding on the left are an error. None: every token counts.
+            token_type_ids: (batch, seq) integers; None: all 0.
+
+        Returns:
+            (batch, seq, hidden) float32, 0 at padded positions.
+
+        Raises:
+            InputError: an array of the wrong shape, type or range, an empty batch, or a row that is too long.
+        """
+        ids = _matrix(input_ids, "input_ids")
+        lengths = _lengths(attention_mask, ids.shape)
+        types = None if token_type_ids is None else _matrix(token_type_ids, "token_type_ids", ids.shape)
+        sequences = self._sequences(
+            [ids[row, :length] for row, length in enumerate(lengths)],
+            None if types is None else [types[row, :length] for row, length in enumerate(lengths)],
+        )
+        result = np.zeros((*ids.shape, self._architecture.hidden), np.float32)
+        for row, hidden in self._hidden(sequences):
+            result[row, : len(hidden)] = hidden
+        return result
+
+    def predict(self, x: Any, *, batch_size: int = 32, truncate: bool = False) -> Any:
+        """The answer of the model's task for one text or a list of texts.
+
+        Args:
+            x: a str, or a pair (a, b) of them; of question answering {"question": str, "context": str}; or a
+                list of these. A masked-LM wants its mask token in every text.
+            batch_size: texts that are tokenized and kept in memory at a time. It changes no result: texts of
+                different lengths are never padded.
+            truncate: cut texts (and questions) that are too long for the model instead of raising. Contexts
+                of question answering are cut into overlapping windows anyway.
+
+        Returns:
+            For a list a list of results in its order, otherwise one result:
+            classification: {"label", "score", "scores": {label: score}};
+            question answering: {"answer", "start", "end", "score"}, by characters of the context;
+            token classification: a list of {"label", "score", "word", "start", "end"}, one per token;
+            masked-LM: a list of {"label", "score", "scores": {token: score}}, one per mask;
+            embedding: a float32 vector (hidden,), for a list a matrix (texts, hidden).
+
+        Raises:
+            InputError: of the wrong type, empty, too long, or not what the task takes.
+        """
+        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+            raise InputError(f"batch_size is {batch_size!r}, wanted an integer of at least 1")
+        if isinstance(x, list):
+            if not x:
+                raise InputError(f"x is an empty list, {_PREDICT}; call predict only where there is text")
+            items, names = x, [f"x[{index}]" for index in range(len(x))]
+        else:
+            items, names = [x], ["x"]
+        texts = [self._checked(item, name) for item, name in zip(items, names, strict=True)]
+        results: list[Any] = []
+        for begin in range(0, len(texts), batch_size):
+            part = slice(begin, begin + batch_size)
+            results += self._predict(texts[part], names[part], truncate)
+        if not isinstance(x, list):
+            return results[0]
+        return np.stack(results) if self.task == "embedding" else results
+
+    def logits(
+        self, input_ids: Sequence[ArrayLike], token_type_ids: Sequence[ArrayLike] | None = None
+    ) -> list[NDArray[np.float32]]:
+        """What the head gives before any softmax, for sequences that are tokenized already.
+
+        Args:
+            input_ids: of each sequence the ids (tokens,), special tokens included and no padding.
+            token_type_ids: (tokens,) likewise; None: all 0. A model without token types ignores them.
+
+        Returns:
+            Of each sequence, in order: (classes,) of classification, (tokens, 2) start and end of question answering.
+
+        Raises:
+            InputError: a model of another task; arrays of the wrong shape, type or range; an empty sequence, or one
+                longer than `max_length`.
+        """
+        head = self._head
+        if not isinstance(head, Classification | QuestionAnswering):
+            raise InputError(f"logits are of classification and question answering; this model does {self.task}")
+        if len(input_ids) == 0:
+            return []
+        ids = [_row(row, f"input_ids[{index}]") for index, row in enumerate(input_ids)]
+        types = None
+        if self._architecture.types > 1 and token_type_ids is not None:
+            if len(token_type_ids) != len(ids):
+                raise InputError(f"token_type_ids has {len(token_type_ids)} sequences, input_ids {len(ids)}; give both")
+            types = [
+                _row(row, f"token_type_ids[{index}]", ids[index].shape) for index, row in enumerate(token_type_ids)
+            ]
+        reduced = self._reduced(self._sequences(ids, types))
+        return list(head.logits(reduced)) if isinstance(head, Classification) else reduced
+
+    def _predict(self, texts: Sequence[Any], names: Sequence[str], truncate: bool) -> list[Any]:
+        head = self._head
+        if isinstance(head, QuestionAnswering):
+            windows, owners = self._tokenizer.windows(texts, names, truncate=truncate)
+            return head.results(self._reduced(windows), windows, texts, owners)
+        chars = isinstance(head, TokenClassification)
+        tokens = self._tokenizer.sequences(texts, names, truncate=truncate, chars=chars)
+        if isinstance(head, MaskedLM):
+            for sequence, name in zip(tokens, names, strict=True):
+                head.check(sequence, name)
+        return head.results(self._reduced(tokens), tokens, texts)
+
+    def _sequences(
+        self, input_ids: Sequence[NDArray[Any]], token_type_ids: Sequence[NDArray[Any]] | None
+    ) -> list[Tokens]:
+        """Rows (tokens,) of integers, of any range, as what the encoder takes. Raises InputError."""
+        _check_range(input_ids, self._vocabulary, "input_ids", "the vocabulary has")
+        if token_type_ids is None:
+            token_type_ids = [np.zeros(len(ids), np.int32) for ids in input_ids]
+        _check_range(token_type_ids, max(self._architecture.types, 1), "token_type_ids", "the model's types number")
+        for row, ids in enumerate(input_ids):
+            if len(ids) > self.max_length:
+                raise InputError(
+                    f"input_ids: row {row} has {len(ids)} tokens, the model takes at most {self.max_length}; "
+                    "cut the row"
+                )
+        return [
+            Tokens(ids.astype(np.int32), types.astype(np.int32))
+            for ids, types in zip(input_ids, token_type_ids, strict=True)
+        ]
+
+    def _reduced(self, sequences: Sequence[Tokens]) -> list[NDArray[np.float32]]:
+        """What the head keeps of each sequence, in order."""
+        reduced = {index: self._head.reduce(hidden, sequences[index]) for index, hidden in self._hidden(sequences)}
+        return [reduced[index] for index in range(len(sequences))]
+
+    def _hidden(self, sequences: Sequence[Tokens]) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """Yield (index, hidden states (tokens, hidden)) of every sequence, in the order they are computed."""
+        for chunk in chunks([len(sequence.ids) for sequence in sequences]):
+            part = [sequences[index] for index in chunk]
+            bounds = np.cumsum([0, *(len(sequence.ids) for sequence in part)]).astype(np.int32)
+            arguments = (
+                np.concatenate([sequence.ids for sequence in part]),
+                np.concatenate([self._architecture.positions(sequence.ids) for sequence in part]),
+                np.concatenate([sequence.types for sequence in part]),
+                bounds,
+            )
+            hidden = self._encoder.forward(*arguments)  # Python threads take turns in there
+            for position, index in enumerate(chunk):
+                yield index, hidden[bounds[position] : bounds[position + 1]]
+
+    def _checked(self, item: Any, name: str) -> Text:
+        """One item of `predict` as text or a pair; (question, context) where the task is question answering."""
+        if isinstance(item, dict):
+            if self.task != "question answering":
+                raise InputError(f"{name} is a dict, but this model does {self.task}; give a str or a pair (a, b)")
+            if set(item) != {"question", "context"}:
+                keys = ", ".join(map(repr, item)) or "none"
+                raise InputError(f"{name} has the keys {keys}; wanted exactly 'question' and 'context'")
+            question = check_text(item["question"], f"{name}['question']")
+            return question.lstrip() or question, check_text(item["context"], f"{name}['context']")
+        if self.task == "question answering" and isinstance(item, (str, tuple)):
+            raise InputError(
+                f"{name} is {type(item).__name__}, but this model does question answering; "
+                "give {'question': ..., 'context': ...}"
+            )
+        if isinstance(item, tuple):
+            if self.task == "token classification":
+                raise InputError(f"{name} is a tuple, but this model does token classification; give one str at a time")
+            if len(item) != 2:
+                raise InputError(f"{name} is a tuple of {len(item)}, wanted a pair (a, b) of str")
+            return check_text(item[0], f"{name}[0]"), check_text(item[1], f"{name}[1]")
+        if not isinstance(item, str):
+            raise InputError(f"{name} is {type(item).__name__}, {_PREDICT}")
+        return check_text(item, name)
+
+
+def _quantized(packed: Packed) -> Packed:
+    """A model packed as fp32, as int8; tensor by tensor, so that memory never holds both."""
+    linears, embeddings = packed.linears, packed.embeddings
+    return dataclasses.replace(
+        packed,
+        linears={name: pack_linear(linears.pop(name).dense(), "int8") for name in list(linears)},
+        embeddings={name: PackedEmbedding(*quantize_weight(embeddings.pop(name).values)) for name in list(embeddings)},
+    )
+
+
+def _task_head(weights: Weights, architecture: Architecture, tokenizer: TextTokenizer) -> Head:
+    match architecture.task:
+        case "classification":
+            return Classification(weights, architecture)
+        case "question answering":
+            return QuestionAnswering(weights, architecture)
+        case "token classification":
+            return TokenClassification(weights, architecture)
+        case "masked-LM":
+            return MaskedLM(weights, architecture, tokenizer)
+        case "embedding":
+            return Embedding("mean", normalize=False)
+
+
+def _check_built() -> None:
+    if native is None:
+        raise ImportError(f"the native extension of pruneofa is missing ({_not_built}); build it with: pip install .")
+
+
+def choose_isa(wanted: str | None) -> str:
+    """`wanted` if this CPU runs it; None: PRUNEOFA_ISA if set, else the best there is.
+
+    Raises InputError, and ImportError where the extension was not built.
+    """
+    _check_built()
+    available = native.available_isas()
+    source = "isa" if wanted is not None else "PRUNEOFA_ISA"
+    wanted = wanted if wanted is not None else os.environ.get("PRUNEOFA_ISA") or available[-1]
+    if wanted not in available:
+        raise InputError(f"{source} is {wanted!r}, which this CPU does not run; wanted one of {', '.join(available)}")
+    return wanted
+
+
+def choose_threads(wanted: int | None) -> int:
+    """`wanted` if it is a number of threads; None: one per CPU that this process may use. Raises InputError."""
+    if wanted is None:
+        # not every platform can say which CPUs are ours
+        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return min(cpus, _MOST_THREADS)
+    if not isinstance(wanted, int) or isinstance(wanted, bool) or not 1 <= wanted <= _MOST_THREADS:
+        raise InputError(f"threads is {wanted!r}, wanted an integer from 1 to {_MOST_THREADS}, or None for all CPUs")
+    return wanted
+
+
+def _matrix(value: ArrayLike, name: str, shape: tuple[int, ...] | None = None, *, kinds: str = "iu") -> NDArray[Any]:
+    """`value` as an array of integers (batch, seq); of `shape` if given. Raises InputError."""
+    wanted = "integers or bool" if "b" in kinds else "integers"
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError, OverflowError):  # rows of different lengths, or no numbers
+        raise InputError(f"{name} is no matrix, wanted (batch, seq) {wanted}; pad the rows to one length") from None
+    if array.size and array.dtype.kind not in kinds:
+        raise InputError(f"{name} has dtype {array.dtype}, wanted {wanted}; convert with .astype('int64')")
+    if shape is not None and array.shape != shape:
+        raise InputError(f"{name} has shape {array.shape}, wanted {shape}, that of input_ids")
+    if array.ndim != 2 or 0 in array.shape:
+        raise InputError(f"{name} has shape {array.shape}, wanted (batch, seq), both at least 1; one row is [ids]")
+    return array
+
+
+def _row(value: ArrayLike, name: str, shape: tuple[int, ...] | None = None) -> NDArray[Any]:
+    """`value` as an array of integers (tokens,); of `shape` if given. Raises InputError."""
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError, OverflowError):
+        raise InputError(f"{name} is no array, wanted (tokens,) integers; give one sequence each") from None
+    if array.size and array.dtype.kind not in "iu":
+        raise InputError(f"{name} has dtype {array.dtype}, wanted integers; convert with .astype('int64')")
+    if shape is not None and array.shape != shape:
+        raise InputError(f"{name} has shape {array.shape}, wanted {shape}, that of input_ids")
+    if array.ndim != 1 or not array.size:
+        raise InputError(f"{name} has shape {array.shape}, wanted (tokens,), at least 1; leave out what is empty")
+    return array
+
+
+def _lengths(mask: ArrayLike | None, shape: tuple[int, ...]) -> NDArray[np.int64]:
+    """Tokens of every row (batch,). Raises InputError for a mask that is not ones and then zeros."""
+    if mask is None:
+        return np.full(shape[0], shape[1], np.int64)
+    array = _matrix(mask, "attention_mask", shape, kinds="iub")
+    if not ((array == 0) | (array == 1)).all():
+        raise InputError(f"attention_mask has values from {array.min()} to {array.max()}, wanted only 0 and 1")
+    lengths = np.count_nonzero(array, axis=1)
+    if not lengths.all():
+        row = int(np.argmin(lengths))
+        raise InputError(f"attention_mask: row {row} has no token, wanted at least one; leave the row out")
+    holes = (array.astype(bool) != (np.arange(shape[1]) < lengths[:, None])).any(axis=1)
+    if holes.any():
+        row = int(np.argmax(holes))
+        raise InputError(
+            f"attention_mask: row {row} has a 0 before a 1, wanted ones and then zeros; padding goes to the right, "
+            "and tokens to be ignored in between have to be taken out"
+        )
+    return lengths
+
+
+def _check_range(rows: Sequence[NDArray[Any]], size: int, name: str, what: str) -> None:
+    """Raise InputError for a value outside of 0 to size - 1 in one of the rows (tokens,)."""
+    for index, row in enumerate(rows):
+        wrong = (row < 0) | (row >= size)
+        if wrong.any():
+            column = int(wrong.argmax())
+            raise InputError(
+                f"{name}[{index}, {column}] is {row[column]}, wanted 0 to {size - 1}: {what} {size}; "
+                "use the model's own tokenizer"
+            )

@@ -1,0 +1,348 @@
+"""What comes after the encoder, one class per task.
+
+Every class has the same two methods. `reduce` takes the hidden states of one sequence to what the task needs
+of them, so that those of a batch need not be kept; `results` turns what was kept of a batch into answers.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pruneofa.engine import reference
+from pruneofa.engine.architectures import Architecture, Weights
+from pruneofa.engine.tokenizer import Tokens
+from pruneofa.errors import InputError, short
+from pruneofa.formats.files import read_json
+from pruneofa.formats.packed import PackedEmbedding
+
+Float = NDArray[np.float32]
+Pooling = Literal["cls", "mean", "max"]
+
+MAX_ANSWER = 30  # tokens, as in the official SQuAD script
+TOP_TOKENS = 5  # of a masked position, as transformers' fill-mask pipeline gives
+_VOCABULARY_BLOCK = 4096  # rows of the word embeddings that are widened to float32 at a time
+_OLD_POOLING = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A float32 linear layer of a head: weight (outputs, inputs) and bias (outputs,)."""
+
+    weight: Float
+    bias: Float
+
+    @classmethod
+    def read(cls, weights: Weights, name: str, outputs: int, inputs: int) -> "Dense":
+        """NAME.weight and NAME.bias; -1 outputs stand for any number."""
+        weight = weights.plain(f"{name}.weight", outputs, inputs)
+        return cls(weight, weights.plain(f"{name}.bias", len(weight)))
+
+    def __call__(self, x: Float) -> Float:
+        """(rows, inputs) to (rows, outputs)."""
+        return x @ self.weight.T + self.bias
+
+
+class Classification:
+    """One class, or a probability of each of several, from the first token.
+
+    Attributes:
+        labels: names of the classes by their id.
+    """
+
+    def __init__(self, weights: Weights, architecture: Architecture) -> None:
+        hidden, family = architecture.hidden, architecture.family
+        self._pooler = None
+        if family == "bert":
+            self._pooler = weights.linear("pooler.dense", hidden, hidden)
+        else:
+            self._dense = Dense.read(
+                weights, "pre_classifier" if family == "distilbert" else "classifier.dense", hidden, hidden
+            )
+        self._activation = reference.relu if family == "distilbert" else np.tanh
+        self._out = Dense.read(weights, "classifier.out_proj" if family == "roberta" else "classifier", -1, hidden)
+        self.labels = label_names(architecture, len(self._out.bias))
+        # As transformers' pipeline decides where the config does not.
+        self._problem = architecture.problem_type or (
+            "multi_label_classification" if len(self.labels) == 1 else "single_label_classification"
+        )
+
+    def reduce(self, hidden: Float, tokens: Tokens) -> Float:
+        """The first token, (hidden,)."""
+        return hidden[0].copy()
+
+    def logits(self, reduced: Sequence[Float]) -> Float:
+        """(texts, classes), before any softmax."""
+        rows = np.stack(reduced)
+        inner = self._dense(rows) if self._pooler is None else self._pooler.forward(rows)
+        return self._out(self._activation(inner))
+
+    def results(self, reduced: Sequence[Float], tokens: Sequence[Tokens], texts: Sequence[Any]) -> list[dict[str, Any]]:
+        """{"label", "score", "scores": {label: score}} of each text, scores in the order of the classes.
+
+        A score is a probability among all classes; of one class by itself when the model is multi-label or
+        has a single class; and the bare output of a regression.
+        """
+        scores = self.logits(reduced)
+        if self._problem == "single_label_classification":
+            scores = reference.softmax(scores)
+        elif self._problem == "multi_label_classification":
+            scores = 1 / (1 + np.exp(-scores.astype(np.float64)))
+        return [_best(self.labels, row) for row in scores]
+
+
+class QuestionAnswering:
+    """The best span of characters over all windows of a context."""
+
+    def __init__(self, weights: Weights, architecture: Architecture) -> None:
+        self._out = Dense.read(weights, "qa_outputs", 2, architecture.hidden)
+
+    def reduce(self, hidden: Float, tokens: Tokens) -> Float:
+        """Start and end logits, (tokens, 2)."""
+        return self._out(hidden)
+
+    def results(
+        self, reduced: Sequence[Float], tokens: Sequence[Tokens], texts: Sequence[Any], owners: Sequence[int]
+    ) -> list[dict[str, Any]]:
+        """{"answer", "start", "end", "score"} of each (question, context), by characters of the context.
+
+        Args:
+            reduced: of every window; `tokens` likewise.
+            texts: (question, context) pairs.
+            owners: for each window the index of its pair; every pair has one.
+        """
+        best: dict[int, tuple[float, int, int]] = {}
+        for logits, window, owner in zip(reduced, tokens, owners, strict=True):
+            score, first, last = best_span(logits, window)
+            if owner not in best or score > best[owner][0]:
+                assert window.chars is not None
+                best[owner] = score, int(window.chars[first, 0]), int(window.chars[last, 1])
+        answers = []
+        for index, (_, context) in enumerate(texts):
+            score, start, end = best[index]
+            answers.append({"answer": context[start:end], "start": start, "end": end, "score": score})
+        return answers
+
+
+def best_span(logits: Float, window: Tokens, *, most: int = MAX_ANSWER) -> tuple[float, int, int]:
+    """Best (score, first token, last token) of one window, at most `most` tokens long.
+
+    The score is the probability of the start times that of the end, both over the context's tokens and the
+    first token of all, where models point that find no answer: as transformers' question-answering pipeline
+    computed it while there was one.
+
+    Args:
+        logits: (tokens, 2) start and end logits.
+        window: with `segments`; those of the context are 1.
+    """
+    assert window.segments is not None
+    context = np.flatnonzero(window.segments == 1)
+    allowed = np.concatenate([[0], context])
+    start, end = reference.softmax(logits[allowed].T.astype(np.float64))[:, 1:]
+    best = (-1.0, 0, 0)
+    for length in range(min(most, len(context))):  # one more than the first token: length + 1 tokens
+        scores = start[: len(start) - length] * end[length:]
+        first = int(np.argmax(scores))
+        if scores[first] > best[0]:
+            best = (float(scores[first]), int(context[first]), int(context[first + length]))
+    return best
+
+
+class TokenClassification:
+    """A class for every token of a text."""
+
+    def __init__(self, weights: Weights, architecture: Architecture) -> None:
+        self._out = Dense.read(weights, "classifier", -1, architecture.hidden)
+        self._labels = label_names(architecture, len(self._out.bias))
+
+    def reduce(self, hidden: Float, tokens: Tokens) -> Float:
+        """Probabilities (tokens, labels)."""
+        return reference.softmax(self._out(hidden))
+
+    def results(
+        self, reduced: Sequence[Float], tokens: Sequence[Tokens], texts: Sequence[str]
+    ) -> list[list[dict[str, Any]]]:
+        """For each text a list with {"label", "score", "word", "start", "end"} of each token but the special ones."""
+        results = []
+        for scores, sequence, text in zip(reduced, tokens, texts, strict=True):
+            assert sequence.segments is not None and sequence.chars is not None
+            found = []
+            for index in np.flatnonzero(sequence.segments >= 0):
+                start, end = map(int, sequence.chars[index])
+                label = int(np.argmax(scores[index]))
+                found.append(
+                    {
+                        "label": self._labels[label],
+                        "score": float(scores[index, label]),
+                        "word": text[start:end],
+                        "start": start,
+                        "end": end,
+                    }
+                )
+            results.append(found)
+        return results
+
+
+# Dense layer, LayerNorm, decoder and the names its bias may have, which is stored once or twice.
+_MASKED_LM = {
+    "bert": (
+        "cls.predictions.transform.dense",
+        "cls.predictions.transform.LayerNorm",
+        "cls.predictions.decoder",
+        ("cls.predictions.bias", "cls.predictions.decoder.bias"),
+    ),
+    "distilbert": ("vocab_transform", "vocab_layer_norm", "vocab_projector", ("vocab_projector.bias",)),
+    "roberta": ("lm_head.dense", "lm_head.layer_norm", "lm_head.decoder", ("lm_head.bias", "lm_head.decoder.bias")),
+}
+
+
+class MaskedLM:
+    """The likeliest tokens at each mask; the vocabulary is computed there only."""
+
+    def __init__(self, weights: Weights, architecture: Architecture, tokenizer: Any) -> None:
+        dense, norm, decoder, biases = _MASKED_LM[architecture.family]
+        hidden = architecture.hidden
+        self._dense = Dense.read(weights, dense, hidden, hidden)
+        self._norm = weights.norm(norm, hidden)
+        self._epsilon = architecture.epsilon
+        # RoBERTa's head has its activation in its code, not in the config.
+        self._activation = reference.ACTIVATIONS[
+            "gelu" if architecture.family == "roberta" else architecture.activation
+        ]
+        self._tied: PackedEmbedding = weights.table("word", -1, hidden)
+        rows = len(self._tied.values)
+        own = f"{decoder}.weight"
+        self._decoder = weights.plain(own, rows, hidden) if weights.has(own) else None
+        bias = next((name for name in biases if weights.has(name)), biases[0])
+        self._bias = weights.plain(bias, rows)
+        self._tokenizer = tokenizer
+
+    def check(self, tokens: Tokens, name: str) -> None:
+        """Raise InputError if there is no mask in a text, or the tokenizer knows of none."""
+        if self._tokenizer.mask_id is None:
+            raise InputError(
+                "the tokenizer has no mask token to fill in; name it as mask_token in tokenizer_config.json"
+            )
+        if not (tokens.ids == self._tokenizer.mask_id).any():
+            mask = self._tokenizer.token(self._tokenizer.mask_id)
+            raise InputError(f"{name} has no {mask}, which this masked-LM fills in; put {mask} where a word is wanted")
+
+    def reduce(self, hidden: Float, tokens: Tokens) -> Float:
+        """The masked positions, (masks, hidden)."""
+        return hidden[tokens.ids == self._tokenizer.mask_id]
+
+    def results(
+        self, reduced: Sequence[Float], tokens: Sequence[Tokens], texts: Sequence[Any]
+    ) -> list[list[dict[str, Any]]]:
+        """For each text a list with {"label", "score", "scores": {token: score}} of each mask, best tokens first."""
+        probabilities = iter(reference.softmax(self._logits(np.concatenate(reduced))))
+        return [[self._best_tokens(next(probabilities)) for _ in masks] for masks in reduced]
+
+    def _logits(self, x: Float) -> Float:
+        x = reference.layer_norm(self._activation(self._dense(x)), *self._norm, self._epsilon)
+        if self._decoder is not None:
+            return x @ self._decoder.T + self._bias
+        blocks = []
+        for begin in range(0, len(self._bias), _VOCABULARY_BLOCK):
+            ids = np.arange(begin, min(begin + _VOCABULARY_BLOCK, len(self._bias)), dtype=np.int32)
+            blocks.append(x @ self._tied.rows(ids).T)
+        return np.concatenate(blocks, axis=1) + self._bias
+
+    def _best_tokens(self, scores: Float) -> dict[str, Any]:
+        best: dict[str, float] = {}
+        for index in np.argsort(-scores, kind="stable"):
+            best.setdefault(self._tokenizer.token(int(index)), float(scores[index]))  # parts of a character look alike
+            if len(best) == TOP_TOKENS:
+                break
+        label = next(iter(best))
+        return {"label": label, "score": best[label], "scores": best}
+
+
+class Embedding:
+    """One vector per text: the first token, or the mean or maximum over all tokens."""
+
+    def __init__(self, pooling: Pooling, *, normalize: bool) -> None:
+        self._pooling = pooling
+        self._normalize = normalize
+
+    def reduce(self, hidden: Float, tokens: Tokens) -> Float:
+        """(hidden,)"""
+        if self._pooling == "cls":
+            vector = hidden[0].copy()
+        else:
+            vector = hidden.mean(axis=0) if self._pooling == "mean" else hidden.max(axis=0)
+        return vector / max(np.linalg.norm(vector), np.float32(1e-12)) if self._normalize else vector
+
+    def results(self, reduced: Sequence[Float], tokens: Sequence[Tokens], texts: Sequence[Any]) -> list[Float]:
+        """A float32 vector for each text."""
+        return list(reduced)
+
+
+def _best(labels: Sequence[str], scores: NDArray[np.floating]) -> dict[str, Any]:
+    best = int(np.argmax(scores))
+    by_label = {label: float(score) for label, score in zip(labels, scores, strict=True)}
+    return {"label": labels[best], "score": float(scores[best]), "scores": by_label}
+
+
+def label_names(architecture: Architecture, count: int) -> list[str]:
+    """Names of `count` classes. Raises InputError if the config names another number of them."""
+    if not architecture.labels:
+        return [f"LABEL_{index}" for index in range(count)]
+    if len(architecture.labels) != count:
+        raise InputError(
+            f"the classifier has {count} classes, id2label in config.json names {len(architecture.labels)}; "
+            "weights and config belong to different models"
+        )
+    return list(architecture.labels)
+
+
+def sentence_head(folder: Path) -> Embedding | None:
+    """What the modules.json of a sentence-transformers folder says; None if it has none, or no pooling in it.
+
+    Raises:
+        InputError: a module or a pooling mode that is not supported.
+    """
+    file = folder / "modules.json"
+    if not file.is_file():
+        return None
+    modules = read_json(file)
+    try:
+        kinds = {str(module["type"]).rsplit(".", 1)[-1]: str(module["path"]) for module in modules}
+    except (TypeError, KeyError):
+        raise InputError(f"{file}: not a list of modules with type and path; copy the file again") from None
+    if unknown := sorted(set(kinds) - {"Transformer", "Pooling", "Normalize"}):
+        raise InputError(f"{file}: module {short(unknown[0])}, wanted only Transformer, Pooling and Normalize; "
+                         "run this model with sentence-transformers")  # fmt: skip
+    if "Pooling" not in kinds:
+        return None
+    name = Path(kinds["Pooling"]).name  # never a path that leads out of the folder
+    if not re.fullmatch(r"[\w.-]{1,99}", name):
+        raise InputError(f"{file}: the path of Pooling is {short(kinds['Pooling'])}, wanted such as '1_Pooling'; "
+                         "copy the file again")  # fmt: skip
+    return Embedding(_pooling(folder / name / "config.json"), normalize="Normalize" in kinds)
+
+
+def _pooling(file: Path) -> Pooling:
+    settings = read_json(file)
+    if not isinstance(settings, dict):
+        raise InputError(f"{file}: wanted a JSON object, got {type(settings).__name__}; copy the file again")
+    if settings.get("include_prompt") is False:
+        raise InputError(f"{file}: include_prompt is false, wanted a model that pools its prompt too; run this model "
+                         "with sentence-transformers")  # fmt: skip
+    mode = settings.get("pooling_mode", [new for old, new in _OLD_POOLING.items() if settings.get(old)] or "mean")
+    mode = mode[0] if isinstance(mode, list) and len(mode) == 1 else mode
+    if mode not in ("cls", "mean", "max"):
+        raise InputError(f"{file}: pooling is {short(mode)}, wanted one of cls, mean, max; run this model with "
+                         "sentence-transformers")  # fmt: skip
+    return mode

@@ -1,0 +1,305 @@
+"""Text to token sequences: checks, the tokenizer of a folder, truncation, windows over long contexts, chunks.
+
+Nothing here is changed after loading, so that any number of threads may tokenize at once: truncation and
+padding, which the tokenizers library keeps as state, are off and done here.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from tokenizers.normalizers import Lowercase
+from tokenizers.normalizers import Sequence as Sequenced
+
+from pruneofa.errors import InputError, first_line, short
+from pruneofa.formats.files import read_json
+
+CHUNK_TOKENS = 384  # floats of more leave the caches, of fewer read the weights too often: measured on BERT-Base
+WINDOW, STRIDE = 384, 128  # of question answering, as in the official SQuAD script
+_HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair: nothing that a tokenizer could know
+_LEAST_CONTEXT = 16  # context tokens per window; a question that leaves fewer is too long
+
+Text = str | tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One sequence for the encoder.
+
+    Attributes:
+        ids: (tokens,) int32.
+        types: (tokens,) int32, 0 where the model has no token types.
+        segments: (tokens,) int8: 0 first text, 1 second text, -1 special token; None if not asked for.
+        chars: (tokens, 2) int32, begin and end of each token in its text; None if not asked for.
+    """
+
+    ids: NDArray[np.int32]
+    types: NDArray[np.int32]
+    segments: NDArray[np.int8] | None = None
+    chars: NDArray[np.int32] | None = None
+
+    def keep(self, kept: NDArray[np.bool_] | NDArray[np.intp]) -> "Tokens":
+        """The tokens that a mask or an array of indices selects."""
+        segments, chars = self.segments, self.chars
+        return Tokens(
+            self.ids[kept],
+            self.types[kept],
+            None if segments is None else segments[kept],
+            None if chars is None else chars[kept],
+        )
+
+
+@dataclass(frozen=True)
+class SentenceSettings:
+    """What a sentence-transformers folder says about its texts: most tokens, in lower case, and what to put before."""
+
+    limit: int
+    lowercase: bool
+    prompt: str
+
+
+class TextTokenizer:
+    """The tokenizer.json of a folder.
+
+    Attributes:
+        mask_id: id of the mask token, None without one.
+    """
+
+    def __init__(
+        self, folder: Path, *, vocabulary: int, types: int, limit: int, settings: SentenceSettings | None = None
+    ) -> None:
+        """Read it.
+
+        Args:
+            folder: with tokenizer.json and, if there, tokenizer_config.json and special_tokens_map.json.
+            vocabulary: rows of the word embeddings, above every id that may come out.
+            types: token types of the model; with fewer than two they are all 0.
+            limit: most tokens of a sequence, special ones included.
+            settings: of a sentence-transformers folder.
+
+        Raises:
+            InputError: tokenizer.json is missing or not usable.
+        """
+        file = folder / "tokenizer.json"
+        if not file.is_file():
+            raise InputError(
+                f'{folder}: no tokenizer.json, which the engine needs; write it with: python -c "from transformers '
+                f"import AutoTokenizer; AutoTokenizer.from_pretrained('{folder}').save_pretrained('{folder}')\""
+            )
+        try:
+            self._tokenizer = Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises nothing narrower
+            raise InputError(f"{file}: not a usable tokenizer ({first_line(error)}); copy it again") from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        if settings is not None and settings.lowercase:
+            # unlike str.lower, this works on what the tokenizer takes for text, not on its special tokens
+            own = self._tokenizer.normalizer
+            self._tokenizer.normalizer = Sequenced([Lowercase(), *([own] if own else [])])
+        self._prompt = settings.prompt if settings else ""
+        config: dict[str, Any] = {}
+        for name in ("special_tokens_map.json", "tokenizer_config.json"):
+            if (folder / name).is_file():
+                config |= _table(read_json(folder / name), folder / name)
+        names = config.get("model_input_names") or ["token_type_ids"]
+        if not isinstance(names, list):
+            raise InputError(f"{folder}: model_input_names is {short(names)} in tokenizer_config.json, wanted a list")
+        self._typed = types > 1 and "token_type_ids" in names
+        self._vocabulary = vocabulary
+        self._limit = min(limit, settings.limit) if settings else limit
+        self._folder = folder
+        self.mask_id = self._mask_id(config.get("mask_token"))
+
+    def _mask_id(self, named: Any) -> int | None:
+        name = named.get("content") if isinstance(named, dict) else named  # added tokens are written as tables
+        names = [token for token in (name, "[MASK]", "<mask>") if isinstance(token, str) and not _HALF.search(token)]
+        found = [self._tokenizer.token_to_id(token) for token in names]
+        return next((index for index in found if index is not None), None)
+
+    def token(self, index: int) -> str:
+        """The text of one token."""
+        return self._tokenizer.decode([index], skip_special_tokens=False)
+
+    def sequences(
+        self, texts: Sequence[Text], names: Sequence[str], *, truncate: bool, chars: bool = False
+    ) -> list[Tokens]:
+        """Tokens of each text or pair, special tokens added.
+
+        Args:
+            texts: checked by `check_text`.
+            names: what the caller knows each text by, for messages.
+            truncate: cut what is too long, the longer text of a pair first; otherwise it is an error.
+            chars: fill in `segments` and `chars`.
+
+        Raises:
+            InputError: a text is too long, or the tokenizer is not the model's.
+        """
+        encode = self._tokenizer.encode_batch if chars else self._tokenizer.encode_batch_fast  # fast: no characters
+        result = []
+        for name, encoding in zip(names, encode([self._prompted(text) for text in texts]), strict=True):
+            tokens = self._tokens(encoding, chars=chars)
+            if (got := len(tokens.ids)) > self._limit:
+                if not truncate:
+                    raise InputError(
+                        f"{name} has {got} tokens, the model takes at most {self._limit}; "
+                        "shorten it, or give truncate=True"
+                    )
+                tokens = _truncated(self._tokens(encoding, chars=chars, segments=True), self._limit)
+            result.append(tokens)
+        return result
+
+    def windows(
+        self, questions: Sequence[tuple[str, str]], names: Sequence[str], *, truncate: bool
+    ) -> tuple[list[Tokens], list[int]]:
+        """Every (question, context) in as many windows as its context needs, each sharing STRIDE tokens with the next.
+
+        Returns:
+            The windows and, for each, the index of its question.
+
+        Raises:
+            InputError: a question leaves no room for its context (`truncate` cuts it), or a context has no tokens.
+        """
+        windows: list[Tokens] = []
+        owners: list[int] = []
+        for index, encoding in enumerate(self._tokenizer.encode_batch(list(questions))):
+            tokens = self._tokens(encoding, chars=True)
+            found = _windows(tokens, min(WINDOW, self._limit), truncate=truncate, where=names[index])
+            windows += found
+            owners += [index] * len(found)
+        return windows, owners
+
+    def _prompted(self, text: Text) -> Text:
+        if not self._prompt:
+            return text
+        return self._prompt + text if isinstance(text, str) else (self._prompt + text[0], text[1])
+
+    def _tokens(self, encoding: Any, *, chars: bool, segments: bool = False) -> Tokens:
+        ids = np.array(encoding.ids, np.int32)
+        if len(ids) and ids.max() >= self._vocabulary:
+            raise InputError(
+                f"{self._folder}: the tokenizer gives id {ids.max()}, but the model has {self._vocabulary} "
+                "word embeddings; tokenizer.json belongs to another model"
+            )
+        types = np.array(encoding.type_ids, np.int32) if self._typed else np.zeros(len(ids), np.int32)
+        owner = [-1 if segment is None else segment for segment in encoding.sequence_ids] if chars or segments else None
+        return Tokens(
+            ids,
+            types,
+            None if owner is None else np.array(owner, np.int8),
+            np.array(encoding.offsets, np.int32).reshape(-1, 2) if chars else None,
+        )
+
+
+def check_text(value: Any, where: str) -> str:
+    """`value` if it is text that can be tokenized; `where` names it in messages.
+
+    Raises:
+        InputError: it is no str, empty, or contains NUL or half of a surrogate pair.
+    """
+    if not isinstance(value, str):
+        raise InputError(f"{where} is {type(value).__name__}, wanted a str")
+    if not value:
+        raise InputError(f"{where} is an empty string, wanted text; leave it out")
+    if (index := value.find("\0")) >= 0:
+        raise InputError(f"{where} has a NUL character at {index}, wanted text; remove it, or decode the bytes anew")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{where} has a lone surrogate U+{ord(value[error.start]):04X} at {error.start}, wanted valid Unicode; "
+            "decode the bytes anew, without errors='surrogateescape'"
+        ) from None
+    return str(value)
+
+
+def chunks(lengths: Sequence[int], most: int = CHUNK_TOKENS) -> Iterator[list[int]]:
+    """Indices of sequences that go through the encoder together, short ones first: at most `most` tokens in all.
+
+    A sequence that is longer than that goes alone.
+    """
+    chunk: list[int] = []
+    total = 0
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if chunk and total + lengths[index] > most:
+            yield chunk
+            chunk, total = [], 0
+        chunk.append(index)
+        total += lengths[index]
+    if chunk:
+        yield chunk
+
+
+def _truncated(tokens: Tokens, limit: int) -> Tokens:
+    """Cut both texts from the end, the longer one first, until `limit` tokens remain; special tokens stay."""
+    assert tokens.segments is not None
+    lengths = [int(np.count_nonzero(tokens.segments == segment)) for segment in (0, 1)]
+    room = limit - (len(tokens.ids) - sum(lengths))
+    shorter = min(min(lengths), room // 2)
+    keep = [shorter, room - shorter] if lengths[0] <= lengths[1] else [room - shorter, shorter]
+    return tokens.keep(
+        _first(tokens.segments, 0, keep[0]) | _first(tokens.segments, 1, keep[1]) | (tokens.segments < 0)
+    )
+
+
+def _first(segments: NDArray[np.int8], segment: Literal[0, 1], count: int) -> NDArray[np.bool_]:
+    """True at the first `count` tokens of a segment."""
+    inside = segments == segment
+    return inside & (np.cumsum(inside) <= count)
+
+
+def _windows(tokens: Tokens, length: int, *, truncate: bool, where: str) -> list[Tokens]:
+    """Cut the second text of a pair so that each window has the first text, special tokens and a part of it."""
+    assert tokens.segments is not None
+    context = np.flatnonzero(tokens.segments == 1)
+    if not len(context):
+        raise InputError(f"{where}: the context has no tokens, wanted text that can hold an answer")
+    room = length - (len(tokens.ids) - len(context))
+    if room < _LEAST_CONTEXT and room < len(context):
+        question = int(np.count_nonzero(tokens.segments == 0))
+        most = question + room - _LEAST_CONTEXT
+        if not truncate or most < 1:
+            raise InputError(
+                f"{where}: the question has {question} tokens, wanted at most {max(most, 0)} beside a context in a "
+                f"window of {length}; shorten it, or give truncate=True"
+            )
+        tokens = tokens.keep((tokens.segments != 0) | _first(tokens.segments, 0, most))
+        return _windows(tokens, length, truncate=False, where=where)
+    step = room - min(STRIDE, room // 2)  # a long question leaves less room: windows then share half of it
+    before, after = np.arange(context[0]), np.arange(context[-1] + 1, len(tokens.ids))
+    windows = []
+    for begin in range(0, len(context), step):
+        windows.append(tokens.keep(np.concatenate([before, context[begin : begin + room], after])))
+        if begin + room >= len(context):
+            break
+    return windows
+
+
+def _table(value: Any, file: Path) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise InputError(f"{file}: wanted a JSON object, got {type(value).__name__}; copy the file again")
+    return value
+
+
+def sentence_settings(folder: Path) -> SentenceSettings:
+    """Of a sentence-transformers folder; its limit is max_seq_length, else the tokenizer's model_max_length."""
+    names = ("sentence_bert_config.json", "tokenizer_config.json", "config_sentence_transformers.json")
+    sentence, tokenizer, prompts = (
+        _table(read_json(folder / name), folder / name) if (folder / name).is_file() else {} for name in names
+    )
+    limits = [value for value in (sentence.get("max_seq_length"), tokenizer.get("model_max_length")) if value]
+    named = _table(prompts.get("prompts") or {}, folder / names[2])
+    prompt = named.get(str(prompts.get("default_prompt_name"))) or ""
+    limit = limits[0] if limits else 2**31
+    if not isinstance(limit, int | float) or not 1 <= limit < math.inf or not isinstance(prompt, str):
+        raise InputError(
+            f"{folder}: max_seq_length {short(limit)} and prompt {short(prompt)}, wanted a number and a str"
+        )
+    if prompt:
+        check_text(prompt, f"{folder}: the prompt")
+    return SentenceSettings(int(limit), sentence.get("do_lower_case") is True, prompt)

@@ -1,0 +1,195 @@
+"""A Hugging Face folder made ready for an exporter, and what an exporter gives back to be checked."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from pruneofa.engine.architectures import Architecture, Task, read_architecture
+from pruneofa.errors import InputError
+from pruneofa.formats import pattern
+from pruneofa.formats import scales as quantization
+from pruneofa.formats.manifest import canonical_name, is_packed, kind_of, read_config
+from pruneofa.formats.scales import Quantization
+from pruneofa.train.models import read_model
+
+Arrays = dict[str, NDArray[Any]]
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+OUTPUTS: Mapping[Task, tuple[str, ...]] = {
+    "embedding": ("last_hidden_state",),
+    "classification": ("logits",),
+    "question answering": ("start_logits", "end_logits"),
+    "token classification": ("logits",),
+    "masked-LM": ("logits",),
+}
+_PRETRAINING = "BertForPreTraining"
+
+
+@dataclass
+class Exportable:
+    """A model in torch, and what int8 codes its folder says its weights are.
+
+    Attributes:
+        folder: where it was read.
+        model: on the CPU, float32, in eval mode.
+        quantization: of an int8 export; None: the export is fp32.
+        linears: {canonical name of the weight: name of the module in `model`} of the encoder's linear layers, the
+            pooler's with them: what is quantized, and where every zero has to stay.
+        tables: the same of the embedding tables that are looked up and nothing else.
+        inputs: names of what the model takes, in the order of INPUTS.
+        outputs: names of what it gives, as in transformers.
+    """
+
+    folder: Path
+    model: Any
+    quantization: Quantization | None
+    linears: dict[str, str]
+    tables: dict[str, str]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+    def weight(self, name: str) -> NDArray[np.float32]:
+        """The weight of one of `linears` or `tables`, float32 (rows, columns)."""
+        return self.model.get_submodule((self.linears | self.tables)[name]).weight.detach().numpy()
+
+    def codes(self, name: str) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+        """int8 codes (rows, columns) and scale (rows,) of the same. Raises InputError where it is not on the grid."""
+        assert self.quantization is not None
+        scale = self.quantization.weight_scale[name]
+        lowest = self.quantization.lowest if name in self.linears else -127
+        return quantization.codes(name, self.weight(name), scale, lowest), scale
+
+    def stored_as(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, str]:
+        """{name: name in `arrays`} of those of `linears` that are there.
+
+        An exporter writes one of several equal tensors, under the name of the first.
+        """
+        aliases = {}
+        for name in self.linears:
+            if name not in arrays:
+                wanted = self.weight(name) if self.quantization is None else self.codes(name)[0]
+                equal = (other for other in self.linears if other in arrays and np.array_equal(arrays[other], wanted))
+                aliases[name] = next(equal, "")
+            else:
+                aliases[name] = name
+        return {name: alias for name, alias in aliases.items() if alias}
+
+
+@dataclass
+class Exported:
+    """What was written, loaded again by the library that it is for.
+
+    Attributes:
+        run: input arrays by name, int64 (batch, tokens), to outputs in the order of `Exportable.outputs`.
+        weights: {canonical name: array (rows, columns) of codes or floats} of the linears, as they are stored.
+        executed: {canonical name of a linear's weight: what multiplied it in int8, such as "MatMulIntegerToFloat"}.
+        settings: of the library that are not its defaults.
+    """
+
+    run: Callable[[Arrays], tuple[NDArray[np.float32], ...]]
+    weights: Mapping[str, NDArray[Any]]
+    executed: dict[str, str]
+    settings: dict[str, str]
+
+
+class Traced(nn.Module):
+    """A transformers model that takes what `source` takes, in INPUTS' order, and gives its outputs as a tuple."""
+
+    def __init__(self, model: nn.Module, source: Exportable) -> None:
+        super().__init__()
+        self.model, self._inputs, self._outputs = model, source.inputs, source.outputs
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, ...]:
+        """All of shape (batch, tokens)."""
+        given = zip(INPUTS, (input_ids, attention_mask, token_type_ids), strict=True)
+        output = self.model(**{name: value for name, value in given if name in self._inputs})
+        return tuple(output[name] for name in self._outputs)
+
+
+def read_exportable(folder: Path, *, int8: bool | None = None, whole: bool = False) -> Exportable:
+    """Load a Hugging Face folder with the class that its config names.
+
+    Args:
+        folder: of any head that the engine knows.
+        int8: whether to export int8 codes; None: if the folder says that it is quantized.
+        whole: keep what the outputs do not need: the pooler of a bare encoder, a next-sentence head.
+
+    Raises:
+        InputError: a packed folder, weights that are missing or not on the int8 grid, a pattern that is no longer the
+            one that was quantized, or int8 asked of a folder without scales.
+    """
+    if is_packed(folder):
+        raise InputError(f"{folder}: is packed; make an ordinary folder first: pruneofa unpack {folder} FOLDER")
+    found = quantization.read(folder)
+    if int8 and found is None:
+        raise InputError(
+            f"{folder}: no {quantization.SETTINGS} in it, so there are no int8 scales to export; make them with "
+            f"`pruneofa quantize {folder} OUT`, or export --precision fp32"
+        )
+    config = read_config(folder)
+    architecture = read_architecture(config, folder)
+    model = _load(folder, config, architecture, whole)
+    names = {canonical_name(f"{name}.weight"): (name, module) for name, module in model.named_modules()}
+    source = Exportable(
+        folder=folder,
+        model=model,
+        quantization=found,
+        linears={name: at for name, (at, module) in names.items() if _is(name, "linear", module)},
+        tables={name: at for name, (at, module) in names.items() if _is(name, "embedding", module)},
+        inputs=tuple(name for name in INPUTS if name != "token_type_ids" or architecture.types > 1),
+        outputs=("prediction_logits",) if type(model).__name__ == _PRETRAINING else OUTPUTS[architecture.task],
+    )
+    if found is not None:
+        for name in source.linears | (source.tables if found.embeddings else {}):
+            source.codes(name)
+        hashes = pattern.inspect(folder)
+        quantization.check_pattern(folder, found, hashes["pattern_hash"], hashes["pooler_hash"])
+    if int8 is False:
+        source.quantization = None
+    head = model.get_output_embeddings()  # of masked-LM, tied: its weight is a table too, and stays float
+    source.tables = {n: at for n, at in source.tables.items() if head is None or head.weight is not _weight(model, at)}
+    return source
+
+
+def _load(folder: Path, config: Mapping[str, Any], architecture: Architecture, whole: bool) -> Any:
+    import transformers
+
+    name = (config.get("architectures") or ["AutoModel"])[0]
+    if name == _PRETRAINING and not whole:
+        name = "BertForMaskedLM"
+    options = {}
+    if architecture.task == "embedding" and architecture.family != "distilbert":
+        stored = {
+            canonical_name(name) for name, _ in pattern.read_weights(folder, lambda name, _: name == pattern.POOLER)
+        }
+        options["add_pooling_layer"] = whole and bool(stored)
+    model, info = read_model(getattr(transformers, name), folder, **options)
+    if missing := sorted(info["missing_keys"]):
+        raise InputError(
+            f"{folder}: {len(missing)} weights of {name} are missing, such as {missing[0]}; the folder is half-written "
+            "or not fine-tuned, or its config.json names another head than it has"
+        )
+    return model.eval()
+
+
+def _is(name: str, kind: str, module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | nn.Embedding) and kind_of(name, 2) == kind
+
+
+def _weight(model: nn.Module, at: str) -> Any:
+    return model.get_submodule(at).weight
+
+
+def example_inputs(source: Exportable) -> tuple[torch.Tensor, ...]:
+    """Two sequences of 8 tokens, one of them padded, to trace the model with."""
+    ids = torch.arange(16).reshape(2, 8) % source.model.config.vocab_size
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    return (ids, mask, torch.zeros_like(ids))[: len(source.inputs)]

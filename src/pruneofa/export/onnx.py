@@ -1,0 +1,217 @@
+"""ONNX: a float graph, or one that ONNX Runtime runs in int8 with exactly the scales of the folder.
+
+Static activations are QuantizeLinear/DequantizeLinear pairs (QDQ). Dynamic ones have a scale per token, for which
+ONNX has no operator: `DynamicQuantizeLinear` knows one per tensor. They are written out in ordinary operators
+around MatMulInteger, and compute what the engine does.
+"""
+
+import contextlib
+import logging
+import platform
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from pruneofa.export.exportable import Exportable, Exported, Traced, example_inputs
+from pruneofa.formats.manifest import canonical_name
+
+MODULES = ("onnx", "onnxruntime", "onnxscript")
+PARTS = ("onnx", "onnxscript")
+FILE = "model.onnx"
+# Of a session: without it int8 products on x86 CPUs that lack VNNI are added up in 16 bits, and overflow.
+EXACT = {"session.x64quantprecision": "1"}
+_EXACT_WEIGHT = "_s8_2_u8"  # what it calls a weight that it changed there
+# What multiplies int8 codes in an executed graph.
+_INT8 = ("MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "QGemm", "DynamicQuantizeMatMul")
+_OPSET = 20
+_MOST_IN_ONE_FILE = 1_500_000_000  # protobuf ends at 2 GiB
+
+
+def write(source: Exportable, folder: Path) -> None:
+    """Write model.onnx; batch and tokens may have any size."""
+    axes = {0: "batch", 1: "sequence"}
+    size = sum(parameter.numel() * parameter.element_size() for parameter in source.model.parameters())
+    with _prepared(source), torch.no_grad(), _quiet():
+        program = torch.onnx.export(
+            Traced(source.model, source).eval(),
+            example_inputs(source),
+            input_names=list(source.inputs),
+            output_names=list(source.outputs),
+            dynamo=True,
+            dynamic_shapes=(axes,) * len(source.inputs),
+            opset_version=_OPSET,
+            verbose=False,
+        )
+        assert program is not None  # it is None of the old exporter
+        for node in program.model.graph:
+            node.metadata_props.clear()  # stack traces, with the paths of this machine
+        program.save(folder / FILE, external_data=size > _MOST_IN_ONE_FILE)
+
+
+def load(source: Exportable, folder: Path) -> Exported:
+    """model.onnx in ONNX Runtime, and the graph that it made of it."""
+    import onnx
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
+    settings = EXACT if _overflows() else {}
+    for key, value in settings.items():
+        options.add_session_config_entry(key, value)
+    with tempfile.TemporaryDirectory() as temporary:
+        options.optimized_model_filepath = str(Path(temporary) / FILE)
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
+        session = onnxruntime.InferenceSession(str(folder / FILE), options, providers=["CPUExecutionProvider"])
+        executed = onnx.load(str(Path(temporary) / FILE), load_external_data=False).graph
+    stored = onnx.load(str(folder / FILE)).graph
+    arrays = {
+        canonical_name(tensor.name): np.ascontiguousarray(onnx.numpy_helper.to_array(tensor).T)
+        for tensor in stored.initializer
+    }
+    found = {
+        canonical_name(name.removesuffix(_EXACT_WEIGHT)): node.op_type
+        for node in executed.node
+        if node.op_type in _INT8
+        for name in node.input
+    }
+    aliases = source.stored_as(arrays)
+    return Exported(
+        run=lambda inputs: tuple(map(np.asarray, session.run(list(source.outputs), inputs))),
+        weights={name: arrays[alias] for name, alias in aliases.items()},
+        executed={name: found[alias] for name, alias in aliases.items() if alias in found},
+        settings=settings,
+    )
+
+
+def _overflows() -> bool:
+    """Whether this is an x86 CPU without VNNI, as far as one can tell."""
+    flags = Path("/proc/cpuinfo")
+    return platform.machine() in ("x86_64", "AMD64") and not (flags.exists() and "vnni" in flags.read_text())
+
+
+@contextlib.contextmanager
+def _prepared(source: Exportable) -> Iterator[None]:
+    """The model with layers in the place of its linears and tables that are exported as they should be."""
+    replaced = {}
+    try:
+        for name, at in source.linears.items():
+            replaced[at] = source.model.get_submodule(at)
+            source.model.set_submodule(at, _linear(source, name, replaced[at]))
+        if source.quantization is not None and source.quantization.embeddings is not None:
+            for name, at in source.tables.items():
+                replaced[at] = source.model.get_submodule(at)
+                source.model.set_submodule(at, _Table(*source.codes(name)))
+        yield
+    finally:
+        for at, module in replaced.items():
+            source.model.set_submodule(at, module)
+
+
+def _linear(source: Exportable, name: str, layer: Any) -> nn.Module:
+    found = source.quantization
+    if found is None:
+        return _Float(layer)
+    if found.input_activations.dynamic:
+        return _Dynamic(*source.codes(name), layer.bias)
+    return _Static(
+        *source.codes(name), layer.bias, scale=found.input_scale[name], zero_point=found.input_zero_point[name]
+    )
+
+
+class _Float(nn.Module):
+    """A linear whose weight is stored as it is multiplied, (inputs, outputs): it keeps its name in the file."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(layer.weight.T.contiguous(), requires_grad=False), layer.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., inputs) to (..., outputs)."""
+        return x @ self.weight + self.bias
+
+
+class _Int8(nn.Module):
+    """Codes int8 (inputs, outputs), their scale (outputs,) and the bias."""
+
+    def __init__(self, codes: NDArray[np.int8], scale: NDArray[np.float32], bias: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.from_numpy(np.ascontiguousarray(codes.T)))
+        self.register_buffer("weight_scale", torch.from_numpy(scale.copy()))
+        self.bias = bias
+
+
+class _Static(_Int8):
+    """QDQ: the runtime multiplies the codes on both sides and needs no float product."""
+
+    def __init__(self, *weight: Any, scale: float, zero_point: int) -> None:
+        super().__init__(*weight)
+        self.register_buffer("input_scale", torch.tensor(scale, dtype=torch.float32))
+        self.register_buffer("input_zero_point", torch.tensor(zero_point, dtype=torch.uint8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., inputs) to (..., outputs); only to be exported."""
+        if x.ndim == 2:  # a pooler: ONNX Runtime would make a Gemm of it, and of that a float one
+            return self(x[:, None]).squeeze(1)
+        given = (self.input_scale, self.input_zero_point)
+        codes = _node("QuantizeLinear", (x, *given), torch.uint8, x.shape)
+        rounded = _node("DequantizeLinear", (codes, *given), torch.float32, x.shape)
+        # No zero point, which is 0: layers would share one, and EXACT fails on the second that it changes.
+        weight = (self.weight, self.weight_scale)
+        return rounded @ _node("DequantizeLinear", weight, torch.float32, self.weight.shape, axis=1) + self.bias
+
+
+class _Dynamic(_Int8):
+    """A scale per token. The zero point is taken off after the product, where every runtime can do it."""
+
+    def __init__(self, *weight: Any) -> None:
+        super().__init__(*weight)
+        self.register_buffer("weight_sum", self.weight.sum(dim=0, dtype=torch.int32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., inputs) to (..., outputs); only to be exported."""
+        low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+        scale = (high - low) / 255
+        scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+        zero_point = torch.round(-low / scale)
+        codes = torch.clamp(torch.round(x / scale) + zero_point, 0, 255).to(torch.uint8)
+        shape = (*x.shape[:-1], self.weight.shape[1])
+        total = _node("MatMulInteger", (codes, self.weight), torch.int32, shape)
+        return (total - zero_point.to(torch.int32) * self.weight_sum).float() * (scale * self.weight_scale) + self.bias
+
+
+class _Table(nn.Module):
+    """An embedding table of int8 codes, (rows, hidden), and their scale (rows,)."""
+
+    def __init__(self, codes: NDArray[np.int8], scale: NDArray[np.float32]) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.from_numpy(codes))
+        self.register_buffer("weight_scale", torch.from_numpy(scale[:, None].copy()))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """(batch, tokens) to (batch, tokens, hidden)."""
+        embedding = nn.functional.embedding
+        return embedding(ids, self.weight).float() * embedding(ids, self.weight_scale)
+
+
+def _node(operator: str, inputs: tuple[Any, ...], dtype: torch.dtype, shape: Any, **attributes: Any) -> torch.Tensor:
+    return torch.onnx.ops.symbolic(operator, inputs, attributes, dtype=dtype, shape=shape, version=_OPSET)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter's remarks are about itself: operators of torchvision, names of axes."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

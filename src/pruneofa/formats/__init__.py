@@ -1,0 +1,1 @@
+"""Folders and files, without torch: Hugging Face folders, patterns, scales, packed folders."""

@@ -1,0 +1,69 @@
+"""Sizes and latency of a run's results as tables: what int8 and the zeros buy."""
+
+from typing import Any
+
+from pruneofa.report.card import cell, megabytes, variant_name
+
+Rows = tuple[list[str], list[list[str]]]
+ENCODER = (
+    ("dense, fp32", "dense_fp32"),
+    ("non-zeros and a bit per weight, fp32", "nonzeros_bitmask_fp32"),
+    ("packed int8, scales counted", "packed_int8"),
+    ("packed int8, compressed", "compressed_int8"),
+    ("bound by entropy, int8", "entropy_bound_int8"),
+)
+MODEL = (
+    ("whole model, fp32", "model_fp32"),
+    ("whole model, packed int8", "packed_int8_model"),
+    ("whole model, packed int8, compressed", "compressed_int8_model"),
+)
+
+
+def size_rows(results: dict[str, Any]) -> Rows:
+    """Header and rows: the encoder's linear weights, then the whole model; no rows where nothing was packed."""
+    sizes = results.get("sizes") or {}
+    rows: list[list[str]] = []
+    if "packed_int8" in sizes:
+        for of, dense in ((ENCODER, "dense_fp32"), (MODEL, "model_fp32")):
+            for name, key in of:
+                if sizes.get(key) and sizes.get(dense):
+                    bits = f"{32 * sizes[key] / sizes[dense]:.3g}" if of is ENCODER else "-"
+                    rows.append([name, megabytes(sizes[key]), bits, f"{sizes[dense] / sizes[key]:.1f}×"])
+    return ["Stored as", "Size", "Bits per weight", "Smaller than fp32"], rows
+
+
+def latency_rows(results: dict[str, Any]) -> Rows:
+    """Header and rows, the dense model by torch first where it was timed; no rows where nothing was."""
+    found = results.get("latency") or {}
+    timed = {name: value for name, value in found.items() if name != "setting"}
+    dense = timed.get("dense")
+    names = sorted(timed, key=lambda name: (name != "dense", -timed[name]["median_ms"]))
+    rows = []
+    for name in names:
+        low, median, high = (f"{timed[name][key]:.3g}" for key in ("p10_ms", "median_ms", "p90_ms"))
+        speed = f"{dense['median_ms'] / timed[name]['median_ms']:.2f}×" if dense else "-"
+        who = "" if name.endswith("_engine") else ", by torch in fp32"
+        rows.append([variant_name(name) + who, median, f"{low}–{high}", speed])
+    return ["Model", "Median, ms", "p10–p90", "Times as fast"], rows
+
+
+def latency_setting(results: dict[str, Any]) -> str:
+    """One sentence about how latency was measured."""
+    setting = (results.get("latency") or {}).get("setting") or {}
+    if not setting:
+        return ""
+    return (
+        f"Encoder alone, {setting['batch']} sequence of {setting['tokens']} tokens, {setting['threads']} threads, "
+        f"median of {setting['repeats']} alternating runs, engine on {setting['isa']}, {setting['cpu']}."
+    )
+
+
+def cost_tables(results: dict[str, Any]) -> str:
+    """Both tables as Markdown, each after an empty line; empty for a run without int8."""
+    text = ""
+    for (header, rows), note in ((size_rows(results), ""), (latency_rows(results), latency_setting(results))):
+        if rows:
+            lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
+            text += "\n" + "".join("| " + " | ".join(map(cell, line)) + " |\n" for line in lines)
+            text += f"\n{note}\n" if note else ""
+    return text
