@@ -49,6 +49,7 @@ from pruneofa.packed import MAX_SCALE, Packed, PackedEmbedding, PackedLinear, pa
 from pruneofa.pattern import POOLER, local_folder
 from pruneofa.progress import progress
 from pruneofa.quantization import Quantization, QuantizationArgs
+from pruneofa.tokens import without_tokenizer
 from pruneofa.weights import StoredTensor, read_tensor, tensors_of, weight_files
 
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -81,10 +82,7 @@ def pack(source: str | Path, out: str | Path, *, precision: str = "int8", compre
     with new_output(out) as temporary:
         check_lock(folder)
         if not (folder / "tokenizer.json").is_file() and not is_packed(folder):
-            raise InputError(
-                f"{folder}: no tokenizer.json in it, which the engine needs; write one with "
-                f"AutoTokenizer.from_pretrained(MODEL).save_pretrained({str(folder)!r})"
-            )
+            raise InputError(without_tokenizer(folder))
         packed = pack_folder(folder, precision, show_progress=True)
         copy_settings(folder, temporary)
         manifest = _write_tensors(packed, temporary, compress)

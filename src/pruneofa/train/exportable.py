@@ -15,7 +15,7 @@ from pruneofa.architectures import Architecture, Task, read_architecture
 from pruneofa.errors import InputError
 from pruneofa.manifest import canonical_name, is_packed, kind_of, read_config
 from pruneofa.quantization import Quantization
-from pruneofa.train.models import read_model
+from pruneofa.train.models import check_encoder, read_model
 
 Arrays = dict[str, NDArray[Any]]
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -170,6 +170,7 @@ def _load(folder: Path, config: Mapping[str, Any], architecture: Architecture, w
         }
         options["add_pooling_layer"] = whole and bool(stored)
     model, info = read_model(getattr(transformers, name), folder, **options)
+    check_encoder(model, info, folder)
     if missing := sorted(info["missing_keys"]):
         raise InputError(
             f"{folder}: {len(missing)} weights of {name} are missing, such as {missing[0]}; the folder is half-written "
