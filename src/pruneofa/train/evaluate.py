@@ -114,7 +114,7 @@ def load_task_model(path: str | Path, kind: Literal["classification", "qa"]) -> 
     """Load a fine-tuned model onto the GPU if there is one, in float32.
 
     Raises:
-        InputError: nothing loadable there, or weights are not in the file, or not of the right shape, and would be random.
+        InputError: nothing loadable there, or weights are not in the file or of another shape, and would be random.
     """
     from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification
 
