@@ -22,13 +22,13 @@ from typing import Any
 import numpy as np
 import torch
 from machine import machine
-from transformers import AutoTokenizer
 
 from pruneofa import recipe
 from pruneofa.data.tasks import Task, TaskData, load_task, longest_input
 from pruneofa.engine.engine import Engine
 from pruneofa.formats import scales as quantization
 from pruneofa.train import evaluate
+from pruneofa.train.models import load_tokenizer
 from pruneofa.train.quantize import FakeQuantizer
 
 MEDIAN, LARGEST, EQUAL, POINTS = 2e-3, 3e-2, 99.8, 0.2
@@ -108,7 +108,7 @@ def main() -> None:
     model = evaluate.load_task_model(options.folder, "qa" if options.task == "squad" else "classification")
     FakeQuantizer.of(model, scales)
     spec = recipe.Task(data=options.data, validation_rows=options.rows)
-    tokenizer = AutoTokenizer.from_pretrained(options.folder)
+    tokenizer = load_tokenizer(options.folder)
     task = load_task(options.task, spec, tokenizer, train=False, max_positions=longest_input(model.config))
     found = measure(options.folder, task, model, options.isa, options.threads)
     if options.json:

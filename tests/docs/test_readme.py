@@ -12,6 +12,8 @@ from transformers import (
 
 from pruneofa.cli import main as cli
 from pruneofa.formats import pattern
+from pruneofa.train.models import load_tokenizer
+from tests.small import write_model
 from tests.tiny import tiny_bert, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,7 +31,7 @@ def _texts(count: int) -> list[dict[str, list[int]]]:
 
 def test_the_python_example_prunes_and_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    tiny_bert(seed=1).save_pretrained("dense")
+    write_model(Path("dense"), tiny_bert(seed=1))
     text = _texts(16)
     given = {
         "dense": "dense",
@@ -39,11 +41,12 @@ def test_the_python_example_prunes_and_locks(tmp_path: Path, monkeypatch: pytest
         "steps": 10,
     }
     example = _example("PruningCallback")
-    assert len([line for line in example.splitlines() if line]) == 10
+    assert len([line for line in example.splitlines() if line]) == 11
     exec(compile(example, "README.md", "exec"), given)
 
     assert pattern.inspect("sparse")["encoder"] == pytest.approx(0.9, abs=0.001)
     AutoModelForMaskedLM.from_pretrained("sparse")
+    assert load_tokenizer("sparse").get_vocab() == tiny_tokenizer().get_vocab()
     given["model"].save_pretrained("task-model")
     AutoModelForSequenceClassification.from_pretrained("task-model")
     assert pattern.verify("sparse", "task-model")["ok"]

@@ -140,6 +140,13 @@ def test_folder_of_a_classifier(tmp_path, own, architecture):
     assert evaluate(folder, "mine", only, precision="bf16")["accuracy"] == 100.0
 
 
+def test_a_folder_without_tokenizer_is_not_evaluated(tmp_path, own):
+    labels = {"id2label": dict(enumerate(CLASSES)), "label2id": {name: i for i, name in enumerate(CLASSES)}}
+    tiny_bert(BertForSequenceClassification, num_labels=3, **labels).save_pretrained(tmp_path / "model")
+    with pytest.raises(InputError, match="no tokenizer in it: got neither tokenizer.json nor vocab.txt"):
+        evaluate(tmp_path / "model", "mine", own)
+
+
 def test_rows_are_counted_and_the_whole_file_is_for_the_asking(tmp_path, own, capsys):
     labels = {"id2label": dict(enumerate(CLASSES)), "label2id": {name: i for i, name in enumerate(CLASSES)}}
     folder = save(tiny_bert(BertForSequenceClassification, num_labels=3, **labels), tmp_path / "model")

@@ -56,6 +56,23 @@ def test_special_tokens_come_from_the_folder(byte_level, tmp_path):
     assert TextTokenizer(tmp_path, vocabulary=1000, types=2, limit=64).mask_id == 4  # by its usual name
 
 
+def test_the_advice_for_a_folder_without_tokenizer_json(tmp_path):
+    def said():
+        with pytest.raises(InputError, match=r"no tokenizer\.json in it, which the engine needs") as caught:
+            TextTokenizer(tmp_path, vocabulary=1000, types=2, limit=64)
+        return str(caught.value)
+
+    assert "AutoTokenizer" not in said()  # it would make a vocabulary up
+    assert "nor vocab.txt to make it from; copy tokenizer.json" in said()
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n")
+    assert "write it with: python -c" in said()
+    (tmp_path / "config.json").write_text('{"model_type": "roberta"}')
+    assert "nor vocab.json and merges.txt" in said()
+    (tmp_path / "vocab.json").write_text("{}")
+    (tmp_path / "merges.txt").write_text("")
+    assert "write it with: python -c" in said()
+
+
 def test_settings_that_are_no_object(tmp_path):
     write_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[]")

@@ -88,10 +88,7 @@ class TextTokenizer:
         """
         file = folder / "tokenizer.json"
         if not file.is_file():
-            raise InputError(
-                f'{folder}: no tokenizer.json, which the engine needs; write it with: python -c "from transformers '
-                f"import AutoTokenizer; AutoTokenizer.from_pretrained('{folder}').save_pretrained('{folder}')\""
-            )
+            raise InputError(without_tokenizer(folder))
         try:
             self._tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises nothing narrower
@@ -194,6 +191,29 @@ class TextTokenizer:
             None if owner is None else np.array(owner, np.int8),
             np.array(encoding.offsets, np.int32).reshape(-1, 2) if chars else None,
         )
+
+
+def without_tokenizer(folder: Path) -> str:
+    """What to say of a folder without tokenizer.json.
+
+    transformers can convert the slow tokenizer's files, but without them it makes up a vocabulary of a few tokens.
+    """
+    known = {}
+    for name in ("config.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            known |= _table(read_json(folder / name), folder / name)
+    byte_level = "roberta" in str(known.get("tokenizer_class") or known.get("model_type")).lower()
+    slow = ("vocab.json", "merges.txt") if byte_level else ("vocab.txt",)
+    what = f"{folder}: no tokenizer.json in it, which the engine needs"
+    if all((folder / name).is_file() for name in slow):
+        return (
+            f'{what}; write it with: python -c "from transformers import AutoTokenizer; '
+            f"AutoTokenizer.from_pretrained('{folder}').save_pretrained('{folder}')\""
+        )
+    return (
+        f"{what}, nor {' and '.join(slow)} to make it from; copy tokenizer.json and tokenizer_config.json into it from "
+        "the model that it was made from"
+    )
 
 
 def check_text(value: Any, where: str) -> str:

@@ -16,7 +16,7 @@ from pruneofa.formats import pattern
 from pruneofa.formats import scales as quantization
 from pruneofa.formats.manifest import canonical_name, is_packed, kind_of, read_config
 from pruneofa.formats.scales import Quantization
-from pruneofa.train.models import read_model
+from pruneofa.train.models import check_encoder, read_model
 
 Arrays = dict[str, NDArray[Any]]
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -171,6 +171,7 @@ def _load(folder: Path, config: Mapping[str, Any], architecture: Architecture, w
         }
         options["add_pooling_layer"] = whole and bool(stored)
     model, info = read_model(getattr(transformers, name), folder, **options)
+    check_encoder(model, info, folder)
     if missing := sorted(info["missing_keys"]):
         raise InputError(
             f"{folder}: {len(missing)} weights of {name} are missing, such as {missing[0]}; the folder is half-written "

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from pruneofa import __version__
+from pruneofa.engine.tokenizer import without_tokenizer
 from pruneofa.errors import InputError
 from pruneofa.formats import scales as quantization
 from pruneofa.formats.files import new_folder, write_json
@@ -88,10 +89,7 @@ def pack(source: str | Path, out: str | Path, *, precision: str = "int8", compre
     folder = local_folder(source)
     with new_output(out) as temporary:
         if not (folder / "tokenizer.json").is_file() and not is_packed(folder):
-            raise InputError(
-                f"{folder}: no tokenizer.json in it, which the engine needs; write one with "
-                f"AutoTokenizer.from_pretrained(MODEL).save_pretrained({str(folder)!r})"
-            )
+            raise InputError(without_tokenizer(folder))
         packed = pack_folder(folder, precision, show_progress=True)
         copy_settings(folder, temporary)
         manifest = _write_tensors(packed, temporary, compress)

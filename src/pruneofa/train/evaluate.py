@@ -18,13 +18,13 @@ from pruneofa.data import squad
 from pruneofa.data.tasks import Task, TaskData, load_task, longest_input
 from pruneofa.engine.architectures import Precision as EnginePrecision
 from pruneofa.engine.engine import Engine
-from pruneofa.errors import InputError, first_line
+from pruneofa.errors import InputError
 from pruneofa.formats import scales as quantization
 from pruneofa.formats.manifest import is_packed
 from pruneofa.formats.pack import pack
 from pruneofa.formats.pattern import local_folder
 from pruneofa.progress import progress
-from pruneofa.train.models import read_model
+from pruneofa.train.models import check_encoder, load_tokenizer, read_model
 from pruneofa.train.quantize import FakeQuantizer
 
 TorchPrecision = Literal["fp32", "bf16"]
@@ -103,12 +103,7 @@ def _read_task(
     **data: Any,
 ) -> Task:
     """The task for a model with these classes, by the tokenizer in its folder; says how many rows there are."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: no usable tokenizer there ({first_line(error)})") from None
+    tokenizer = load_tokenizer(path)
     labels = None if name in recipe.KNOWN_TASKS or _unnamed(classes) else classes
     task = load_task(name, spec, tokenizer, train=False, labels=labels, max_positions=max_positions, **data)
     counts = " and ".join(f"{split.rows.num_rows:,} rows" for split in task.evaluations.values())
@@ -120,12 +115,13 @@ def load_task_model(path: str | Path, kind: Literal["classification", "qa"]) -> 
     """Load a fine-tuned model onto the GPU if there is one, in float32.
 
     Raises:
-        InputError: nothing loadable there, or weights of the head are not in the file and would be random.
+        InputError: nothing loadable there, or weights are not in the file or of another shape, and would be random.
     """
     from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification
 
     auto = AutoModelForQuestionAnswering if kind == "qa" else AutoModelForSequenceClassification
     model, info = read_model(auto, path)
+    check_encoder(model, info, path)
     missing = sorted(info["missing_keys"])
     if missing:
         purpose = "question answering" if kind == "qa" else kind

@@ -11,6 +11,7 @@ import transformers
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 from pruneofa.errors import InputError, first_line
 from pruneofa.formats.files import cache_root, file_fingerprint, fingerprint, new_folder
@@ -20,9 +21,10 @@ transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 SUPPORTED = ("bert", "distilbert", "roberta")
+SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 IDENTITY = (
     "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.txt", "vocab.json", "merges.txt",
+    "vocab.txt", "vocab.json", "merges.txt", *SENTENCEPIECE,
 )  # fmt: skip
 # Parameters that a folder may lack because a new head is trained on top of it.
 HEADS = ("cls.", "lm_head.", "vocab_", "classifier.", "pre_classifier.", "qa_outputs.", "pooler.")
@@ -32,7 +34,7 @@ def load_config(path: str) -> Any:
     """Config of a supported encoder. Raises InputError for anything else."""
     _explain_missing_folder(path)
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(f"model {path}: no readable config.json ({first_line(error)})") from None
     if config.model_type not in SUPPORTED:
@@ -40,14 +42,49 @@ def load_config(path: str) -> Any:
     return config
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The model folder's own fast tokenizer."""
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The model folder's own fast tokenizer.
+
+    Raises InputError when its files are missing, for transformers would make up a vocabulary of a few tokens, or
+    when it gives ids that the model has no word embedding for.
+    """
+    config = load_config(str(path))
     try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # the loader's errors have no common type
         raise InputError(
             f"model {path}: no readable tokenizer ({first_line(error)}); save the tokenizer in the same folder"
         ) from None
+    if not _has_file(path, "tokenizer.json"):
+        # The files of its class alone count: it makes up a vocabulary beside those of another one.
+        names = {name for name in tokenizer.vocab_files_names.values() if name != "tokenizer.json"} or {"vocab.txt"}
+        if missing := sorted(name for name in names if not _has_file(path, name)):
+            raise InputError(
+                f"model {path}: no tokenizer in it: got neither tokenizer.json nor {' and '.join(missing)}, wanted "
+                "tokenizer.json (or vocab.txt, or vocab.json and merges.txt, or a sentencepiece model); copy the "
+                "tokenizer files of the model it was made from, or call tokenizer.save_pretrained on this folder"
+            )
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= config.vocab_size:
+        raise InputError(
+            f"model {path}: its tokenizer has {len(tokenizer)} tokens with ids up to {largest}, but config.json gives "
+            f"vocab_size {config.vocab_size}, wanted a word embedding for every id: tokens were added and the "
+            "embeddings not resized; call model.resize_token_embeddings(len(tokenizer)) and save both, or copy the "
+            "tokenizer files of the model it was made from"
+        )
+    return tokenizer
+
+
+def _has_file(path: str | Path, name: str) -> bool:
+    """Whether a folder, or a hub model, has this file."""
+    if Path(path).is_dir():
+        return (Path(path) / name).is_file()
+    # Of a hub model the loader has just asked for it, so this finds it in the cache.
+    missing: dict[str, Any] = {
+        "_raise_exceptions_for_missing_entries": False,
+        "_raise_exceptions_for_connection_errors": False,
+    }
+    return cached_file(str(path), name, **missing) is not None
 
 
 def load_for_pretraining(path: str, *, nsp: bool, trained_head: bool = False) -> PreTrainedModel:
@@ -72,20 +109,30 @@ def load_for_pretraining(path: str, *, nsp: bool, trained_head: bool = False) ->
 
 
 def load_for_task(path: str, kind: str, **head: Any) -> PreTrainedModel:
-    """Encoder with a classification ("classification") or span ("qa") head, new where the folder has none."""
+    """Encoder with a classification ("classification") or span ("qa") head, new where the folder has none that fits.
+
+    Raises InputError when weights of the encoder are missing or not of the shape that config.json gives.
+    """
     load_config(path)
     if kind == "qa":
-        return _load(transformers.AutoModelForQuestionAnswering, path)
-    return _load(transformers.AutoModelForSequenceClassification, path, ignore_mismatched_sizes=True, **head)
+        return _load(transformers.AutoModelForQuestionAnswering, path, new_head=True)
+    return _load(transformers.AutoModelForSequenceClassification, path, new_head=True, **head)
 
 
-def read_model(architecture: Any, path: str | Path, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """`architecture.from_pretrained` in float32, and its loading info. Raises InputError for whatever goes wrong."""
-    # from_pretrained reads a .bin with weights_only=True; safetensors needs no such care.
+def read_model(
+    architecture: Any, path: str | Path, *, new_head: bool = False, **options: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """`architecture.from_pretrained` in float32, and its loading info. Raises InputError for whatever goes wrong.
+
+    A weight of another shape than config.json gives is an error, unless `new_head` allows it outside the encoder.
+    """
+    # from_pretrained reads a .bin with weights_only=True; safetensors needs no such care. What does not fit is asked
+    # for, to be named below: the loader itself would not say which weight it is.
+    options |= {"ignore_mismatched_sizes": True, "trust_remote_code": False}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return architecture.from_pretrained(path, output_loading_info=True, dtype=torch.float32, **options)
+            model, info = architecture.from_pretrained(path, output_loading_info=True, dtype=torch.float32, **options)
     except pickle.UnpicklingError:
         raise InputError(_more_than_weights(path)) from None
     except Exception as error:  # the loader's errors have no common type: OSError, SafetensorError, RuntimeError...
@@ -93,22 +140,44 @@ def read_model(architecture: Any, path: str | Path, **options: Any) -> tuple[Pre
             f"model {path}: not a loadable model folder or hub id ({type(error).__name__}: {first_line(error)}); "
             "wanted a complete folder with model.safetensors"
         ) from None
+    unfit = sorted(key for key in info["mismatched_keys"] if not (new_head and _in_head(model, key[0])))
+    if unfit:
+        name, got, wanted = unfit[0]
+        raise InputError(
+            f"model {path}: {len(unfit)} weights do not fit config.json, such as {name}: the file has shape "
+            f"{tuple(got)}, config.json wants {tuple(wanted)}; copy the config.json that was saved with these weights, "
+            "or save model and config again with model.save_pretrained"
+        )
+    return model, info
+
+
+def _in_head(model: PreTrainedModel, name: str) -> bool:
+    """Whether a parameter lies outside the encoder."""
+    return model.base_model is not model and not name.startswith(f"{model.base_model_prefix}.")
+
+
+def check_encoder(model: PreTrainedModel, info: dict[str, Any], path: str | Path) -> None:
+    """Raises InputError when weights of the encoder, its pooler apart, were not in the file."""
+    prefix = f"{model.base_model_prefix}."
+    missing = sorted(name for name in info["missing_keys"] if not name.removeprefix(prefix).startswith(HEADS))
+    if missing:
+        shape = tuple(model.state_dict()[missing[0]].shape)
+        raise InputError(
+            f"model {path}: {len(missing)} encoder weights are missing, such as {missing[0]}: the file has none, "
+            f"config.json wants shape {shape}; the folder is half-written or of another architecture, so copy or "
+            "save it again"
+        )
 
 
 def _load(architecture: Any, path: str, new: tuple[str, ...] = HEADS, **options: Any) -> PreTrainedModel:
     model, info = read_model(architecture, path, **options)
+    check_encoder(model, info, path)
     prefix = f"{model.base_model_prefix}."
-    missing = [name for name in info["missing_keys"] if not name.removeprefix(prefix).startswith(HEADS)]
     untrained = [name for name in info["missing_keys"] if not name.removeprefix(prefix).startswith(new)]
-    if untrained and not missing:
+    if untrained:
         raise InputError(
             f"model {path}: its pre-training head is missing ({sorted(untrained)[0]}), so its logits cannot be "
             "distilled; add a teacher stage, or set distill to hard: 0, kd: 0, hidden: 1"
-        )
-    if missing:
-        raise InputError(
-            f"model {path}: {len(missing)} encoder weights are missing, such as {sorted(missing)[0]}; "
-            "the folder is half-written or of another architecture"
         )
     return model
 
@@ -138,7 +207,7 @@ def with_safetensors(path: str) -> str:
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
-        patterns = ["*.json", "*.txt", "*.safetensors", "pytorch_model*.bin"]
+        patterns = ["*.json", "*.txt", "*.model", "*.safetensors", "pytorch_model*.bin"]
         try:
             folder = Path(snapshot_download(path, allow_patterns=patterns))
         except Exception as error:  # hub, HTTP and validation errors have no common type
@@ -161,7 +230,7 @@ def with_safetensors(path: str) -> str:
         with new_folder(copy) as target:
             plain = {name: value.clone().contiguous() for name, value in weights.items()}
             save_file(plain, target / "model.safetensors", {"format": "pt"})
-            for extra in [*folder.glob("*.json"), *folder.glob("*.txt")]:
+            for extra in [*folder.glob("*.json"), *folder.glob("*.txt"), *folder.glob("*.model")]:
                 shutil.copyfile(extra, target / extra.name)
     return str(copy)
 
