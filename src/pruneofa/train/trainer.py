@@ -1,5 +1,6 @@
 """The one Trainer subclass, and the callbacks that also work in a stock `transformers.Trainer`."""
 
+import errno
 import itertools
 import json
 import pickle
@@ -419,6 +420,10 @@ def _fault(checkpoint: Path) -> str | None:
             if "allocate" in str(error):  # short of memory here: nothing is known of the file
                 raise
             return f"{file.name}: {_first_line(error)}"
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # torch looks for the archive's directory before the start of a short file
+                raise
+            return f"{file.name}: cut short"
     return None
 
 
