@@ -1,4 +1,5 @@
 import copy
+import warnings
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from transformers import BertForQuestionAnswering, BertForSequenceClassification
 from pruneofa.errors import CheckFailed, InputError
 from pruneofa.train.lock import PatternLock
 from pruneofa.train.masks import magnitude_mask, prunable
+from pruneofa.train.prune import GradualPruner
 from tests.tiny import tiny_bert, tiny_distilbert, tiny_roberta
 
 
@@ -170,8 +172,114 @@ def test_frozen_weights_are_locked_without_a_hook(model):
 
 def test_a_lock_of_another_model_is_refused(model):
     lock = PatternLock.capture(model)
-    other = PatternLock.capture(tiny_bert(BertForSequenceClassification, num_labels=2, intermediate_size=128))
+    other = PatternLock.capture(make_sparse(tiny_bert(BertForSequenceClassification, intermediate_size=128)))
     with pytest.raises(InputError, match=r"pruning state: 256 bytes for bert\.encoder.*, wanted 512"):
         other.load_state_dict(lock.state_dict())
     with pytest.raises(InputError, match="pruning state: nothing for bert"):
         lock.load_state_dict({})
+
+
+def test_a_model_without_zeros_gets_a_warning_of_one_line_and_a_sparse_one_none(model):
+    with pytest.warns(
+        UserWarning, match="BertForSequenceClassification has no zeros to keep: got 0 %.*wanted"
+    ) as given:
+        PatternLock.capture(tiny_bert(BertForSequenceClassification))
+    assert len(given) == 1 and "\n" not in str(given[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        PatternLock.capture(model)
+
+
+class Around(torch.nn.Module):
+    """A module that holds another one by a name of its own."""
+
+    def __init__(self, **children):
+        super().__init__()
+        for name, child in children.items():
+            self.add_module(name, child)
+
+
+def sentence_transformer(model):
+    return torch.nn.Sequential(Around(auto_model=model.bert), torch.nn.Identity())
+
+
+class Lora(torch.nn.Module):
+    """The layer that PEFT puts in the place of a Linear."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.base_layer = linear
+        self.lora_A = torch.nn.ModuleDict({"default": torch.nn.Linear(linear.in_features, 2, bias=False)})
+        self.lora_B = torch.nn.ModuleDict({"default": torch.nn.Linear(2, linear.out_features, bias=False)})
+
+
+def peft(model):
+    for layer in model.bert.encoder.layer:
+        layer.attention.self.query = Lora(layer.attention.self.query)
+    return Around(base_model=Around(model=model))
+
+
+WRAPPERS = {
+    "sentence-transformers": sentence_transformer,
+    "cross-encoder": lambda model: torch.nn.Sequential(Around(model=model)),
+    "peft": peft,
+    "compile": torch.compile,
+    "compiled inside": lambda model: Around(inner=torch.compile(model)),
+    "own name": lambda model: Around(encoder_of_mine=model),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_the_encoder_is_found_inside_a_wrapper(model, wrap):
+    expected = PatternLock.capture(model)
+    wrapped = wrap(model)
+    lock = PatternLock.capture(wrapped)
+    assert {id(weight) for weight in lock.weights.values()} == {id(weight) for weight in expected.weights.values()}
+    assert lock.weights.keys() <= dict(wrapped.named_parameters()).keys()
+    assert lock.sparsity()["pooler"] == pytest.approx(0.7, abs=1e-2)
+    assert lock.state_dict().keys() == expected.state_dict().keys()
+    GradualPruner(wrapped, final=0.8, begin=0, end=2, stop=2, interval=1).step(2)
+    assert PatternLock.capture(model).sparsity()["encoder"] == pytest.approx(0.8, abs=1e-2)
+
+
+def test_a_real_sentence_transformer():
+    models = pytest.importorskip("sentence_transformers")
+    wrapped = models.SentenceTransformer.__new__(models.SentenceTransformer)
+    torch.nn.Sequential.__init__(wrapped, Around(auto_model=make_sparse(tiny_bert(BertForSequenceClassification))))
+    assert PatternLock.capture(wrapped).sparsity()["encoder"] == pytest.approx(0.7, abs=1e-3)
+
+
+def test_two_encoders_are_refused(model):
+    with pytest.raises(InputError, match=r"2 encoders \(query, document\), wanted one"):
+        PatternLock.capture(Around(query=model, document=copy.deepcopy(model)))
+
+
+def sharded(weight, tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        return torch.distributed.tensor.distribute_tensor(weight, mesh)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", ["sharded", "on the meta device", "empty"])
+def test_parameters_that_are_not_whole_are_refused(model, tmp_path, kind):
+    lock = PatternLock.capture(model)
+    dense = model.bert.encoder.layer[0].output.dense
+    weight = dense.weight.detach()
+    changed = {
+        "sharded": lambda: sharded(weight, tmp_path),
+        "on the meta device": lambda: weight.to("meta"),
+        "empty": lambda: weight[:0],
+    }
+    dense.weight = torch.nn.Parameter(changed[kind]())
+    message = rf"bert\.encoder\.layer\.0\.output\.dense\.weight: the parameter is {kind}, wanted a whole tensor"
+    for refused in (
+        lambda: PatternLock.capture(model),
+        lambda: lock.on(model),
+        lambda: GradualPruner(model, final=0.8, begin=0, end=2, stop=2, interval=1),
+    ):
+        with pytest.raises(InputError, match=message) as raised:
+            refused()
+        assert "\n" not in str(raised.value)

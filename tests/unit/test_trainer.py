@@ -6,7 +6,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from pruneofa.data.corpus import build_corpus, collate
-from pruneofa.errors import InputError
+from pruneofa.errors import CheckFailed, InputError
 from pruneofa.recipe import Corpus
 from pruneofa.train import LockCallback, PruningCallback
 from pruneofa.train.attention import use_bf16_attention
@@ -221,3 +221,120 @@ def test_lock_in_a_stock_trainer(tmp_path):
     for name, weight in prunable(model).items():
         assert (weight[before[name]] == 0).all()
         assert not torch.signbit(weight[before[name]]).any()
+
+
+def sparse_classifier(seed=0, share=0.5):
+    model = classifier(seed)
+    with torch.no_grad():
+        for weight in prunable(model).values():
+            weight[weight.abs() < weight.abs().flatten().quantile(share)] = 0.0
+    return model
+
+
+def made_anew(folder, callback, make, **options):
+    args = TrainingArguments(
+        str(folder), use_cpu=True, report_to="none", disable_tqdm=True, max_steps=6, save_steps=3, **options
+    )
+    return Trainer(model_init=make, args=args, train_dataset=Rows(), callbacks=[callback])
+
+
+def zeros(model):
+    return {name: (weight == 0).detach().clone() for name, weight in prunable(model).items()}
+
+
+def test_lock_holds_a_model_that_the_trainer_makes_anew(tmp_path):
+    trainer = made_anew(tmp_path, LockCallback(), lambda: sparse_classifier(), learning_rate=1e-3)
+    for _ in range(2):  # as a hyperparameter search does
+        trainer.train()
+        for name, pruned in zeros(sparse_classifier()).items():
+            assert (trainer.model.get_parameter(name)[pruned] == 0).all(), name
+
+
+def test_lock_keeps_the_first_pattern_when_a_checkpoint_is_loaded_over_a_model_made_anew(tmp_path):
+    made_anew(tmp_path, LockCallback(), lambda: sparse_classifier()).train()
+    (tmp_path / "checkpoint-6").rename(tmp_path / "later")
+    wanted = zeros(sparse_classifier(share=0.7))
+    trainer = made_anew(tmp_path, LockCallback(), lambda: sparse_classifier(share=0.7))
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    for name, pruned in wanted.items():
+        assert (trainer.model.get_parameter(name)[pruned] == 0).all(), name
+
+
+class Replace(TrainerCallback):
+    """Puts dense parameters in the place of those that the model has, before the last step."""
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == state.max_steps - 1:
+            dense = model.bert.encoder.layer[0].output.dense
+            dense.weight = torch.nn.Parameter(torch.ones_like(dense.weight))
+
+
+@pytest.mark.parametrize("make", [LockCallback, lambda: PruningCallback(**SCHEDULE)], ids=["lock", "prune"])
+def test_the_closing_check_looks_at_the_model_that_is_there(tmp_path, make):
+    trainer = stock(sparse_classifier(), tmp_path, make())
+    trainer.add_callback(Replace())
+    with pytest.raises(CheckFailed, match=r"layer\.0\.output\.dense\.weight: \d+ .* the model that training ends with"):
+        trainer.train()
+
+
+class Spoil(TrainerCallback):
+    """Saves another model than the one that was trained."""
+
+    def on_save(self, args, state, control, **kwargs):
+        classifier().save_pretrained(f"{args.output_dir}/checkpoint-{state.global_step}")
+
+
+def test_the_closing_check_looks_at_what_was_saved(tmp_path):
+    trainer = stock(sparse_classifier(), tmp_path, LockCallback())
+    trainer.add_callback(Spoil())
+    with pytest.raises(CheckFailed, match=r"not zero in .*checkpoint-10/model\.safetensors"):
+        trainer.train()
+
+
+def warned(capsys):
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("pruneofa: ")]
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def spoil_start(file):
+    file.write_bytes(b"\xff" * 64 + file.read_bytes()[64:])
+
+
+@pytest.mark.parametrize("damage", [cut, spoil_start])
+@pytest.mark.parametrize(
+    "name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors", "pruner.safetensors", "clock.json"]
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(text, tmp_path, capsys, name, damage):
+    options = {"steps": 6, "save_steps": 3}
+    fit(objective(), text, tmp_path, callbacks=[PruningCallback(**SCHEDULE)], **options)
+    damage(tmp_path / "checkpoint-6" / name)
+    capsys.readouterr()
+    events = []
+    fit(objective(), text, tmp_path, callbacks=[PruningCallback(**SCHEDULE)], events=events, **options)
+    said = warned(capsys)
+    assert len(said) == 1 and f"checkpoint-6: damaged ({name}: " in said[0] and "trying checkpoint-3" in said[0]
+    assert events[0]["step"] == 3
+
+
+def test_with_no_checkpoint_left_training_starts_from_the_beginning(text, tmp_path, capsys):
+    options = {"steps": 6, "save_steps": 3}
+    fit(objective(), text, tmp_path, **options)
+    cut(tmp_path / "checkpoint-6" / "optimizer.pt")
+    (tmp_path / "checkpoint-3" / "optimizer.pt").unlink()
+    capsys.readouterr()
+    events = []
+    fit(objective(), text, tmp_path, events=events, **options)
+    said = warned(capsys)
+    assert len(said) == 2 and "checkpoint-3: damaged (optimizer.pt: missing)" in said[1]
+    assert said[1].endswith("training starts from the beginning")
+    assert events[0]["step"] == 0
+
+
+def test_a_damaged_state_of_the_pruner_is_named_in_a_stock_trainer(tmp_path):
+    stock(classifier(), tmp_path, PruningCallback(**SCHEDULE), max_steps=4).train()
+    cut(tmp_path / "checkpoint-4" / "pruner.safetensors")
+    with pytest.raises(InputError, match=r"checkpoint-4/pruner\.safetensors: damaged"):
+        stock(classifier(), tmp_path, PruningCallback(**SCHEDULE)).train(resume_from_checkpoint=True)

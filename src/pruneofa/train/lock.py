@@ -4,6 +4,7 @@ The weights stay ordinary parameters and the masks live beside the model, so tha
 every checkpoint loads in plain transformers.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pruneofa.errors import CheckFailed, InputError
-from pruneofa.formats.pattern import POOLER, base_name
+from pruneofa.formats.pattern import POOLER
 from pruneofa.train import masks
 
 
@@ -24,7 +25,11 @@ class PatternLock:
     """
 
     def __init__(self, weights: Mapping[str, nn.Parameter], pruned: Mapping[str, Tensor]) -> None:
-        """Lock `weights` where `pruned`, bool of the weight's shape by the same names, is True."""
+        """Lock `weights` where `pruned`, bool of the weight's shape by the same names, is True.
+
+        Raises InputError for a weight that is sharded, empty or on the meta device.
+        """
+        masks.check_whole(weights)
         self.weights = dict(weights)
         self.pruned = dict(pruned)
         self._hooks = [w.register_hook(self._hook(name)) for name, w in weights.items() if w.requires_grad]
@@ -34,10 +39,64 @@ class PatternLock:
     def capture(cls, model: nn.Module) -> "PatternLock":
         """Lock the zeros that the encoder's linears and the pooler of `model` have now.
 
-        Raises InputError for a model without encoder linears.
+        Warns when the encoder has no zero. Raises InputError for a model without encoder linears, and for
+        parameters that are sharded, empty or on the meta device.
         """
         weights = masks.prunable(model)
-        return cls(weights, {name: weight.detach() == 0 for name, weight in weights.items()})
+        masks.check_whole(weights)
+        lock = cls(weights, {name: weight.detach() == 0 for name, weight in weights.items()})
+        if lock.sparsity()["encoder"] == 0:
+            warnings.warn(
+                f"{type(model).__name__} has no zeros to keep: got 0 % in its encoder, wanted a pruned model; "
+                "the result will be dense, so load a sparse one",
+                stacklevel=2,
+            )
+        return lock
+
+    def holds(self, model: nn.Module) -> bool:
+        """Whether the locked parameters are the very ones that are in `model` now."""
+        live = {id(weight) for weight in masks.prunable(model).values()}
+        return all(id(weight) in live for weight in self.weights.values())
+
+    def on(self, model: nn.Module) -> "PatternLock":
+        """The same pattern as a lock on the parameters that `model` has now, found by name; this one is released.
+
+        Raises InputError naming a layer that the model lacks or that has another shape.
+        """
+        weights = {masks.canonical_name(name): (name, weight) for name, weight in masks.prunable(model).items()}
+        found: dict[str, nn.Parameter] = {}
+        pruned: dict[str, Tensor] = {}
+        for name, mask in self.pruned.items():
+            live, weight = weights.get(masks.canonical_name(name), (name, None))
+            if weight is not None:
+                masks.check_whole({live: weight})
+            if weight is None or weight.shape != mask.shape:
+                got = "no such layer" if weight is None else f"shape {'x'.join(map(str, weight.shape))}"
+                raise InputError(
+                    f"{name}: {got} in the model that is trained, wanted shape {'x'.join(map(str, mask.shape))}; "
+                    "train the model whose pattern was captured"
+                )
+            found[live], pruned[live] = weight, mask.to(weight.device)
+        self.release()
+        return PatternLock(found, pruned)
+
+    def verify_in(self, weights: Mapping[str, Tensor], where: str) -> None:
+        """Raise CheckFailed if a pruned weight is not zero among `weights` by any names; `where` says whose.
+
+        Layers that are not among `weights` are passed over.
+        """
+        positions = {masks.canonical_name(name): mask for name, mask in self.pruned.items()}
+        for name, weight in weights.items():
+            mask = positions.get(masks.canonical_name(name))
+            if mask is None:
+                continue
+            masks.check_whole({name: weight})
+            revived = int(((weight.detach() != 0) & mask.to(weight.device)).count_nonzero())
+            if revived:
+                raise CheckFailed(
+                    f"{name}: {revived} pruned weight{'s are' if revived > 1 else ' is'} not zero in {where}; "
+                    "its parameters were replaced or loaded anew, so train again without that"
+                )
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -67,7 +126,7 @@ class PatternLock:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The pattern as packed bits: {canonical name + ".pruned": uint8 (ceil(numel / 8),)}."""
-        return {f"{base_name(name)}.pruned": pack(pruned) for name, pruned in self.pruned.items()}
+        return {f"{masks.canonical_name(name)}.pruned": pack(pruned) for name, pruned in self.pruned.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take the pattern of `state_dict`. Raises InputError naming a layer that is missing or misshaped."""
@@ -95,7 +154,7 @@ def sparsity_of(weights: Mapping[str, Tensor], pruned: Mapping[str, Tensor], den
     """Sparsity of the encoder, the pooler and each layer; `dense_weights` = encoder weights left out."""
     zeros = {name: int(mask.count_nonzero()) for name, mask in pruned.items()}
     layers = {name: zeros[name] / weight.numel() for name, weight in weights.items()}
-    poolers = [name for name in weights if base_name(name) == POOLER]
+    poolers = [name for name in weights if masks.canonical_name(name) == POOLER]
     encoder = [name for name in weights if name not in poolers]
     total = dense_weights + sum(weights[name].numel() for name in encoder)
     return {
@@ -115,7 +174,7 @@ def unpack(state: Mapping[str, Tensor], name: str, weight: Tensor) -> Tensor:
 
     Raises InputError when the state has no such layer or another number of bits.
     """
-    packed = state.get(f"{base_name(name)}.pruned")
+    packed = state.get(f"{masks.canonical_name(name)}.pruned")
     if packed is None or packed.numel() != -(-weight.numel() // 8):
         got = "nothing" if packed is None else f"{packed.numel()} bytes"
         raise InputError(

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from pruneofa.errors import InputError
 from pruneofa.formats.pattern import POOLER, base_name, is_encoder_weight
@@ -18,25 +20,33 @@ BLOCKS = {"unstructured": (1, 1), "4x1": (4, 1), "1x4": (1, 4)}  # (output rows,
 # Weights looked at together: temporaries stay in cache, and so few that torch does not spread them over threads,
 # which made selection tens of times slower on a busy machine.
 _CHUNK = 1 << 15
+_SUPPORTED = ("bert", "distilbert", "roberta")  # base_model_prefix of the models whose encoders can be pruned
+_WRAPPED = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer)\.")
+_WITHIN = re.compile(r"(?:^|\.)((?:encoder|transformer)\.layer\.\d+\..+|pooler\.dense\.weight)$")
 _HALF = 16  # the histogram looks at the upper 16 bits of a score first, then at the lower 16
 
 
 def prunable(model: nn.Module, skip: Iterable[str] = ()) -> dict[str, nn.Parameter]:
     """Weights of the encoder's Linear layers and of `pooler.dense`, by full parameter name.
 
-    A tied weight is listed once; names that match a regular expression of `skip` are left out.
-    Raises InputError for a model without encoder linears or a `skip` that is not a regular expression.
+    The encoder may be inside a wrapper (sentence-transformers, PEFT, torch.compile). A tied weight is listed
+    once; names that match a regular expression of `skip` are left out. Adapters beside a weight are not listed.
+    Raises InputError for a model without encoder linears, or with several encoders, or a `skip` that is not a
+    regular expression.
     """
     found: dict[str, nn.Parameter] = {}
     seen: set[int] = set()
-    for module_name, module in model.named_modules():
+    path, encoder = _encoder_in(model)
+    adapted = tuple(f"{name}." for name, module in encoder.named_modules() if _has_adapter(module))
+    for module_name, module in encoder.named_modules():
         name = f"{module_name}.weight"
-        canonical = base_name(name)
+        canonical = base_name(_WRAPPED.sub("", name))
         wanted = canonical == POOLER or is_encoder_weight(canonical, 2)
-        if wanted and isinstance(module, nn.Linear) and id(module.weight) not in seen:
+        adapter = any(name.startswith(a) and not name.startswith(f"{a}base_layer.") for a in adapted)
+        if wanted and not adapter and isinstance(module, nn.Linear) and id(module.weight) not in seen:
             seen.add(id(module.weight))
-            found[name] = module.weight
-    if not any(is_encoder_weight(base_name(name), 2) for name in found):
+            found[f"{path}{name}"] = module.weight
+    if not any(canonical_name(name) != POOLER for name in found):
         raise InputError(
             f"{type(model).__name__}: no Linear layer named encoder.layer.N or transformer.layer.N, so there is "
             "nothing to prune; wanted a BERT, DistilBERT or RoBERTa model"
@@ -45,6 +55,47 @@ def prunable(model: nn.Module, skip: Iterable[str] = ()) -> dict[str, nn.Paramet
         return {name: w for name, w in found.items() if not any(re.search(rule, name) for rule in skip)}
     except re.error as error:
         raise InputError(f"skip: {error.pattern!r} is not a regular expression ({error}); correct it") from None
+
+
+def canonical_name(name: str) -> str:
+    """`pattern.base_name` of a weight that `prunable` lists, whatever wrapper the encoder is in."""
+    name = base_name(_WRAPPED.sub("", name))
+    within = _WITHIN.search(name)
+    return within[1] if within else name
+
+
+def check_whole(weights: Mapping[str, Tensor]) -> None:
+    """Raise InputError for a weight of which this process holds only a part, or nothing."""
+    for name, weight in weights.items():
+        sharded = isinstance(weight, DTensor) or "_fsdp_wrapped_module" in name
+        if sharded or weight.is_meta or weight.numel() == 0:
+            got = "sharded" if sharded else "on the meta device" if weight.is_meta else "empty"
+            raise InputError(
+                f"{name}: the parameter is {got}, wanted a whole tensor; zeros cannot be kept under FSDP, tensor "
+                "parallelism or ZeRO-3, so train with one process or DDP"
+            )
+
+
+def _encoder_in(model: nn.Module) -> tuple[str, nn.Module]:
+    """(prefix of its names, the one supported transformers model in `model`); `model` itself where there is none."""
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") or not outer for outer in found)
+        if not inside and isinstance(module, PreTrainedModel) and module.base_model_prefix in _SUPPORTED:
+            found[name] = module
+    if len(found) > 1:
+        raise InputError(
+            f"{type(model).__name__}: {len(found)} encoders ({', '.join(found)}), wanted one; "
+            "give a model with a single BERT, DistilBERT or RoBERTa"
+        )
+    for name, module in found.items():
+        return (f"{name}." if name else ""), module
+    return "", model
+
+
+def _has_adapter(module: nn.Module) -> bool:
+    """Whether PEFT put this module around a Linear, which it then calls `base_layer`."""
+    return "base_layer" in dict(module.named_children())
 
 
 def final_of(pattern: str) -> float | None:

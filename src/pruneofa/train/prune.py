@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from pruneofa.errors import InputError
-from pruneofa.formats.pattern import base_name
 from pruneofa.train import masks
 from pruneofa.train.lock import PatternLock, pack, sparsity_of, unpack
 from pruneofa.train.schedule import cubic_sparsity
@@ -56,10 +55,13 @@ class GradualPruner:
         weights = masks.prunable(model, skip)
         if not weights:
             raise InputError(f"skip: {', '.join(skip)} leave no layer to prune; remove one")
+        masks.check_whole(weights)
         for name, weight in weights.items():
             masks.check_shape(name, tuple(weight.shape), pattern)
         every = masks.prunable(model)
-        self._left_dense = sum(w.numel() for n, w in every.items() if n not in weights and base_name(n) != masks.POOLER)
+        self._left_dense = sum(
+            w.numel() for n, w in every.items() if n not in weights and masks.canonical_name(n) != masks.POOLER
+        )
         self._lock = PatternLock(weights, {n: torch.zeros_like(w, dtype=torch.bool) for n, w in weights.items()})
         self._dense = {n: torch.empty_like(w, requires_grad=False) for n, w in weights.items()}
 
@@ -106,6 +108,10 @@ class GradualPruner:
         """Raise CheckFailed with the layer's name and the count if a pruned weight is not zero."""
         self._lock.verify()
 
+    def verify_in(self, weights: Mapping[str, Tensor], where: str) -> None:
+        """As `PatternLock.verify_in`: look at weights that may not be the ones that were pruned."""
+        self._lock.verify_in(weights, where)
+
     def state_dict(self) -> dict[str, Tensor]:
         """Flat, on the CPU, fit for safetensors, by canonical layer name.
 
@@ -115,8 +121,8 @@ class GradualPruner:
         state: dict[str, Tensor] = {}
         for name, pruned in self._lock.pruned.items():
             dense = self._dense_on(name, pruned.device)
-            state[f"{base_name(name)}.pruned"] = pack(pruned)
-            state[f"{base_name(name)}.dense"] = dense[pruned].cpu()
+            state[f"{masks.canonical_name(name)}.pruned"] = pack(pruned)
+            state[f"{masks.canonical_name(name)}.dense"] = dense[pruned].cpu()
         return state
 
     @torch.no_grad()
@@ -127,7 +133,7 @@ class GradualPruner:
         """
         pruned = {name: unpack(state, name, weight) for name, weight in self.weights.items()}
         for name, mask in pruned.items():
-            dense, count = state.get(f"{base_name(name)}.dense"), int(mask.count_nonzero())
+            dense, count = state.get(f"{masks.canonical_name(name)}.dense"), int(mask.count_nonzero())
             if dense is None or dense.numel() != count or dense.dtype != self.weights[name].dtype:
                 got = "nothing" if dense is None else f"{dense.numel()} dense values of {dense.dtype}"
                 raise InputError(
@@ -136,7 +142,7 @@ class GradualPruner:
                 )
         self._lock.pruned.update(pruned)
         for name, mask in pruned.items():
-            self._dense_on(name, mask.device)[mask] = state[f"{base_name(name)}.dense"].to(mask.device)
+            self._dense_on(name, mask.device)[mask] = state[f"{masks.canonical_name(name)}.dense"].to(mask.device)
 
     def release(self) -> None:
         """Remove the gradient hooks; call it when pruning is over and the model lives on."""

@@ -1,9 +1,12 @@
 """The one Trainer subclass, and the callbacks that also work in a stock `transformers.Trainer`."""
 
+import errno
 import itertools
 import json
+import pickle
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -14,15 +17,18 @@ import safetensors.torch
 import torch
 import torch.distributed
 from accelerate import PartialState
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import safe_globals
 
 from pruneofa.errors import InputError
 from pruneofa.formats.files import COMPLETE, sync_tree, write_json
 from pruneofa.progress import progress
 from pruneofa.train.attention import use_bf16_attention
 from pruneofa.train.lock import PatternLock
+from pruneofa.train.masks import prunable
 from pruneofa.train.prune import GradualPruner
 from pruneofa.train.quantize import FakeQuantizer
 
@@ -35,6 +41,34 @@ def _encoder(model: nn.Module) -> nn.Module:
     return getattr(model, "student", model)
 
 
+def _stored_state(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file of a checkpoint. Raises InputError when it is damaged."""
+    try:
+        return safetensors.torch.load_file(file)
+    except SafetensorError as error:
+        raise InputError(f"{file}: damaged ({_first_line(error)}); resume from an older checkpoint") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n")[0]
+
+
+def _verify_end(held: PatternLock | GradualPruner, model: nn.Module, saved: Path | None) -> None:
+    """Prove that no zero was lost in the model as it is now, and in `saved`, the checkpoint made of it.
+
+    Raises CheckFailed naming a layer that has revived.
+    """
+    live = prunable(_encoder(model))
+    held.verify_in(live, "the model that training ends with")
+    if saved is None or not (file := saved / "model.safetensors").is_file():
+        return
+    names = {name.replace("_orig_mod.", "") for name in live}
+    with safe_open(file, framework="pt") as stored:
+        for name in stored.keys():  # noqa: SIM118 (no mapping)
+            if name.removeprefix("student.") in names:
+                held.verify_in({name: stored.get_tensor(name)}, str(file))
+
+
 class PruningCallback(TrainerCallback):
     """Gradual magnitude pruning in any `transformers.Trainer`: masks follow `cubic_sparsity`.
 
@@ -45,6 +79,7 @@ class PruningCallback(TrainerCallback):
     def __init__(self, **schedule: Any) -> None:
         self.schedule = schedule
         self.pruner: GradualPruner | None = None
+        self._saved: int | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -52,13 +87,14 @@ class PruningCallback(TrainerCallback):
         """Attach to the model; on resume, take masks and dense values from the checkpoint."""
         if self.pruner is not None:
             self.pruner.release()
+        self._saved = None
         self.pruner = GradualPruner(_encoder(kwargs["model"]), **self.schedule)
         if state.global_step == 0:
             return
         file = Path(args.output_dir) / f"checkpoint-{state.global_step}" / PRUNER_FILE
         if not file.exists():
             raise InputError(f"{file}: missing, so pruning cannot resume here; start again or restore the file")
-        self.pruner.load_state_dict(safetensors.torch.load_file(file))
+        self.pruner.load_state_dict(_stored_state(file))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Re-select or re-apply the masks after the optimizer step."""
@@ -74,37 +110,74 @@ class PruningCallback(TrainerCallback):
         """Write the pruner's state beside the checkpoint's weights."""
         assert self.pruner is not None
         if state.is_world_process_zero:
-            file = Path(args.output_dir) / f"checkpoint-{state.global_step}" / PRUNER_FILE
+            self._saved = state.global_step
+            file = _checkpoint(args.output_dir, state.global_step, PRUNER_FILE)
             safetensors.torch.save_file(self.pruner.state_dict(), file)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Prove that the pruned weights are zero in the model that training ends with."""
+        assert self.pruner is not None
+        saved = _checkpoint(args.output_dir, state.global_step) if self._saved == state.global_step else None
+        _verify_end(self.pruner, kwargs["model"], saved)
 
 
 class LockCallback(TrainerCallback):
-    """Keep the sparsity pattern of the model fixed while any `transformers.Trainer` fine-tunes it."""
+    """Keep the sparsity pattern of the model fixed while any `transformers.Trainer` fine-tunes it.
+
+    The pattern goes by the names of the parameters; the parameters are looked up when training begins, since
+    a Trainer may make its model anew (`model_init`) after the callback has seen the first one.
+    """
 
     def __init__(self) -> None:
         self.lock: PatternLock | None = None
+        self._saved: int | None = None
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Capture the pattern before a checkpoint can be loaded over it."""
         if kwargs.get("model") is not None:
-            self.lock = PatternLock.capture(_encoder(kwargs["model"]))
+            self._capture(_encoder(kwargs["model"]))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Capture the pattern when the callback was added after the Trainer was built."""
+        """Lock the parameters that will be trained.
+
+        A model that was made anew brings its own pattern, unless a checkpoint has been loaded over it.
+        """
+        self._saved = None
+        model = _encoder(kwargs["model"])
         if self.lock is None:
-            self.lock = PatternLock.capture(_encoder(kwargs["model"]))
+            self._capture(model)
+        elif not self.lock.holds(model):
+            if state.global_step:
+                self.lock = self.lock.on(model)
+            else:
+                self._capture(model)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Set the pruned weights back to +0.0."""
         assert self.lock is not None
         self.lock.apply()
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Prove that nothing revived."""
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Remember the step that was saved last."""
+        if state.is_world_process_zero:
+            self._saved = state.global_step
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Prove that nothing revived in the model that training ends with."""
         assert self.lock is not None
-        self.lock.verify()
+        saved = _checkpoint(args.output_dir, state.global_step) if self._saved == state.global_step else None
+        _verify_end(self.lock, kwargs["model"], saved)
+
+    def _capture(self, model: nn.Module) -> None:
+        if self.lock is not None:
+            self.lock.release()
+        self.lock = PatternLock.capture(model)
 
 
 class QuantizeCallback(TrainerCallback):
@@ -122,7 +195,7 @@ class QuantizeCallback(TrainerCallback):
         file = Path(args.output_dir) / f"checkpoint-{state.global_step}" / OBSERVER_FILE
         if not file.exists():
             raise InputError(f"{file}: missing, so quantization cannot resume here; start again or restore the file")
-        self.quantizer.load_state_dict(safetensors.torch.load_file(file))
+        self.quantizer.load_state_dict(_stored_state(file))
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Freeze once the time has come; the first step always observes."""
@@ -323,6 +396,50 @@ def _remove_half_written(folder: Path) -> None:
             shutil.rmtree(path)
 
 
+def _remove_damaged(folder: Path) -> None:
+    """Delete complete checkpoints that cannot be read, newest first, up to one that can; each is named on stderr."""
+    while checkpoint := last_checkpoint(folder):
+        fault = _fault(checkpoint)
+        if fault is None:
+            return
+        shutil.rmtree(checkpoint)
+        older = last_checkpoint(folder)
+        then = f"trying {older.name}" if older else "training starts from the beginning"
+        sys.stderr.write(f"pruneofa: warning: {checkpoint}: damaged ({fault}); it is deleted, {then}\n")
+
+
+def _fault(checkpoint: Path) -> str | None:
+    """What keeps training from resuming here, "file: reason", or None after every file has been read."""
+    for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json", CLOCK_FILE):
+        if not (checkpoint / name).is_file():
+            return f"{name}: missing"
+    for file in sorted(checkpoint.iterdir()):
+        try:
+            _read_through(file)
+        except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+            if "allocate" in str(error):  # short of memory here: nothing is known of the file
+                raise
+            return f"{file.name}: {_first_line(error)}"
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # torch looks for the archive's directory before the start of a short file
+                raise
+            return f"{file.name}: cut short"
+    return None
+
+
+def _read_through(file: Path) -> None:
+    """Read a file of a checkpoint in the way resuming does, one tensor at a time where its format allows."""
+    if file.suffix == ".safetensors":
+        with safe_open(file, framework="pt") as stored:
+            for name in stored.keys():  # noqa: SIM118 (no mapping)
+                stored.get_tensor(name)
+    elif file.suffix in (".pt", ".pth"):
+        with safe_globals():
+            torch.load(file, map_location="cpu", weights_only=True)
+    elif file.suffix == ".json":
+        json.loads(file.read_text(encoding="utf-8"))
+
+
 def train(
     objective: nn.Module,
     *,
@@ -346,6 +463,7 @@ def train(
 ) -> dict[str, Any]:
     """Train `objective.student` in place, resuming from the newest complete checkpoint in `work`.
 
+    A checkpoint that cannot be read is named on stderr and deleted, and the one before it is used.
     Returns {"seconds", "tokens"} over all attempts. `rate(t)` multiplies `lr` in optimizer step t + 1.
     Raises InputError when `batch` cannot be divided among micro-batches and processes, KeyboardInterrupt
     after a Ctrl-C has been answered with a checkpoint.
@@ -387,10 +505,11 @@ def train(
     )
     _silence(trainer)
     books.trainer = trainer
-    resume = last_checkpoint(work)
     if processes().is_main_process:
         _remove_half_written(work)
+        _remove_damaged(work)
     processes().wait_for_everyone()
+    resume = last_checkpoint(work)
     try:
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     finally:
