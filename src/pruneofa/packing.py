@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 
 from pruneofa import __version__, quantization
+from pruneofa.architectures import read_architecture
 from pruneofa.errors import InputError
 from pruneofa.files import new_folder, write_json
+from pruneofa.heads import check_runs
 from pruneofa.lineage import check_lock
 from pruneofa.manifest import (
     COMPRESSED,
@@ -74,8 +76,8 @@ def pack(source: str | Path, out: str | Path, *, precision: str = "int8", compre
         compress: zstd over the tensors, for transport.
 
     Raises:
-        InputError: the source cannot be packed, has lost the pattern of the run that it lies in, or `out` holds
-            something.
+        InputError: the source cannot be packed, the engine would not run it, it has lost the pattern of the run that
+            it lies in, or `out` holds something.
     """
     folder = local_folder(source)
     with new_output(out) as temporary:
@@ -85,7 +87,10 @@ def pack(source: str | Path, out: str | Path, *, precision: str = "int8", compre
                 f"{folder}: no tokenizer.json in it, which the engine needs; write one with "
                 f"AutoTokenizer.from_pretrained(MODEL).save_pretrained({str(folder)!r})"
             )
+        if not is_packed(folder):
+            read_architecture(read_config(folder), folder)  # before the work: the engine's own check
         packed = pack_folder(folder, precision, show_progress=True)
+        check_runs(packed)
         copy_settings(folder, temporary)
         manifest = _write_tensors(packed, temporary, compress)
         check_manifest(manifest, str(folder))  # what is written can be read
