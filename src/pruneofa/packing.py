@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from pruneofa import __version__, quantization
-from pruneofa.architectures import read_architecture
 from pruneofa.errors import InputError
 from pruneofa.files import new_folder, write_json
 from pruneofa.heads import check_runs
@@ -87,13 +86,11 @@ def pack(source: str | Path, out: str | Path, *, precision: str = "int8", compre
                 f"{folder}: no tokenizer.json in it, which the engine needs; write one with "
                 f"AutoTokenizer.from_pretrained(MODEL).save_pretrained({str(folder)!r})"
             )
-        if not is_packed(folder):
-            read_architecture(read_config(folder), folder)  # before the work: the engine's own check
         packed = pack_folder(folder, precision, show_progress=True)
-        check_runs(packed)
         copy_settings(folder, temporary)
         manifest = _write_tensors(packed, temporary, compress)
         check_manifest(manifest, str(folder))  # what is written can be read
+        check_runs(packed)  # and run
         write_json(temporary / MANIFEST, manifest)
     return manifest
 
