@@ -159,21 +159,22 @@ def test_question_answering_takes_the_best_span_of_all_windows(family, made, ker
     if family != "Bert":
         inputs.pop("token_type_ids")
     outputs = run(model, inputs)
-    best = (-1.0,)
-    for window, owner in enumerate(segments):
-        allowed = torch.tensor([segment == 1 or index == 0 for index, segment in enumerate(owner)])
-        start, end = (logits[window].double().masked_fill(~allowed, -1e9).softmax(-1).tolist()
-                      for logits in (outputs.start_logits, outputs.end_logits))  # fmt: skip
-        places = [index for index, segment in enumerate(owner) if segment == 1]
-        for first in places:
-            for last in places:
-                if first <= last < first + 30 and start[first] * end[last] > best[0]:
-                    best = (start[first] * end[last], int(offsets[window, first, 0]), int(offsets[window, last, 1]))
+    inside = torch.tensor([[segment == 1 for segment in owner] for owner in segments])
+    starts, ends = outputs.start_logits.double(), outputs.end_logits.double()
+    best = (-torch.inf,)
+    for window, owner in enumerate(inside):
+        n_best = [set(x[window].masked_fill(~owner, -1e9).topk(20).indices.tolist()) for x in (starts, ends)]
+        for first in n_best[0]:
+            for last in n_best[1]:
+                total = float(starts[window, first] + ends[window, last])
+                if owner[first] and owner[last] and first <= last < first + 30 and total > best[0]:
+                    best = (total, int(offsets[window, first, 0]), int(offsets[window, last, 1]))
+    score = float(torch.tensor(best[0]) - starts[inside].logsumexp(0) - ends[inside].logsumexp(0))
     assert len(segments) > 1
     answer = Engine.from_pretrained(folder, precision="fp32").predict({"question": question, "context": context})
     assert (answer["start"], answer["end"]) == best[1:]
     assert answer["answer"] == context[answer["start"] : answer["end"]]
-    assert answer["score"] == pytest.approx(best[0], abs=1e-4)
+    assert answer["score"] == pytest.approx(np.exp(score), abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -322,3 +323,29 @@ def test_linears_do_not_stay_in_memory_as_packed(tmp_path, precision):
     assert len(bitmasks) == 13 and all(alive() is None for alive in bitmasks)
     same = Engine.from_pretrained(tmp_path / "packed", precision=precision, threads=1, isa="scalar")
     assert engine.predict("the great film") == same.predict("the great film")
+
+
+@pytest.mark.parametrize("name", ["Identity", "Sigmoid"])
+@pytest.mark.parametrize("old", [False, True])
+def test_a_cross_encoder_keeps_its_activation(name, old, made, kernels, tmp_path):
+    full = {"Identity": "torch.nn.modules.linear.Identity", "Sigmoid": "torch.nn.modules.activation.Sigmoid"}[name]
+    key = {"sbert_ce_default_activation_function": full} if old else {"sentence_transformers": {"activation_fn": full}}
+    logits = Engine.from_pretrained(
+        write_folder(tmp_path / "raw", problem_type="regression"), precision="fp32"
+    ).predict("a good film")
+    got = Engine.from_pretrained(write_folder(tmp_path / "ce", **key), precision="fp32").predict("a good film")
+    raw = np.array(numbers(logits))
+    assert numbers(got) == pytest.approx(raw if name == "Identity" else 1 / (1 + np.exp(-raw)), abs=1e-5)
+    with pytest.raises(ValueError, match="is 'torch.nn.Tanh' in config.json, wanted Identity or Sigmoid"):
+        Engine.from_pretrained(write_folder(tmp_path / "no", sentence_transformers={"activation_fn": "torch.nn.Tanh"}))
+
+
+def test_truncate_dim_cuts_after_normalizing(kernels, tmp_path):
+    write_folder(tmp_path, "Model")
+    kinds = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
+    (tmp_path / "modules.json").write_text(json.dumps([{"path": path, "type": f"m.{kind}"} for path, kind in kinds]))
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": "mean"}))
+    whole = Engine.from_pretrained(tmp_path, precision="fp32").predict(TEXTS[:1])
+    (tmp_path / "config_sentence_transformers.json").write_text(json.dumps({"truncate_dim": 8}))
+    np.testing.assert_array_equal(Engine.from_pretrained(tmp_path, precision="fp32").predict(TEXTS[:1]), whole[:, :8])

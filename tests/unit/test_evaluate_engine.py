@@ -126,6 +126,22 @@ def test_question_answering(tmp_path, questions, family):
     assert evaluate(tmp_path / "packed", "squad", questions, precision="fp32") == evaluate(folder, "squad", questions)
 
 
+def test_the_engine_predicts_the_answers_that_are_evaluated(tmp_path, questions):
+    folder = save(tmp_path / "model", "Bert", "QuestionAnswering")
+    engine = Engine.from_pretrained(folder, precision="fp32")
+    task = load_task("squad", questions.model_copy(update={"max_length": 64, "stride": 28}), tiny_tokenizer(),
+                     train=False)  # fmt: skip
+    data = task.evaluations[""]
+    texts, _ = module._answers(task, data, module._engine_forward(engine, task, data))
+    rows = data.rows.to_pylist()
+    pairs = [{"question": row["question"], "context": row["context"]} for row in rows]
+    room = [64 - 3 - len(tiny_tokenizer().tokenize(row["question"])) for row in rows]
+    same = [i for i, left in enumerate(room) if left // 2 == 28]  # the engine's windows share half of their room
+    got = engine.predict(pairs)
+    assert same and [got[i]["answer"] for i in same] == [texts[i] for i in same]
+    assert all(0 <= answer["score"] <= 1 for answer in got)
+
+
 def _no_grad(model, task, data):
     with torch.no_grad():
         yield from module._forward(model, task, data, 64, "fp32")

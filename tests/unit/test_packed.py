@@ -33,6 +33,12 @@ def model(tmp_path):
     return source(tmp_path / "model")
 
 
+@pytest.fixture
+def parts(monkeypatch):
+    """Tensors that make no whole model may be packed, where the format is what matters."""
+    monkeypatch.setattr(packing, "check_runs", lambda packed: None)
+
+
 def bf16(array):
     """The upper halves of float32 numbers that need no more."""
     bits = np.asarray(array, np.float32).view(np.uint32)
@@ -171,6 +177,7 @@ def test_the_manifest_says_what_the_source_is(model, tmp_path):
     assert inspect(tmp_path / "packed")["layers"][QUERY]["nonzeros"] == dense["layers"][QUERY]["nonzeros"]
 
 
+@pytest.mark.usefixtures("parts")
 @pytest.mark.parametrize(("hidden", "limit"), [(768, 1.85), (384, 1.88)], ids=["BERT-Base", "MiniLM"])
 def test_bits_per_weight_of_one_layer(hidden, limit, tmp_path):
     rng = np.random.default_rng(hidden)
@@ -199,6 +206,7 @@ def test_bits_per_weight_of_one_layer(hidden, limit, tmp_path):
         np.testing.assert_array_equal(packed.linears[name.removeprefix("bert.")].kept, weight != 0)
 
 
+@pytest.mark.usefixtures("parts")
 def test_block_patterns_compress_by_repetition(tmp_path):
     folder = source(tmp_path / "model")
     weight = np.repeat(gaussian(np.random.default_rng(0), 64, 512, 0.8), 4, axis=0)
@@ -293,6 +301,7 @@ def test_every_bit_of_a_folder_comes_back(compress, tmp_path):
     ]  # fmt: skip
 
 
+@pytest.mark.usefixtures("parts")
 def test_int8_comes_back_in_the_dtypes_of_the_source(model, tmp_path):
     largest = np.full((4, 4), 65504, "<f2")
     near = bf16(np.float32(1 + 2**-7) * np.ones((4, 4), np.float32))
@@ -316,6 +325,7 @@ def test_a_decoder_that_is_not_tied_is_stored(model, tmp_path):
     np.testing.assert_array_equal(packed.plain["cls.predictions.decoder.weight"], decoder)
 
 
+@pytest.mark.usefixtures("parts")
 def test_a_model_without_prefix_and_without_pooler(model, tmp_path):
     weights = {pattern.base_name(n): w for n, w in tensors().items() if "pooler" not in n}
     weights[QUERY][:] = 0  # nothing kept at all
@@ -344,6 +354,7 @@ def test_sentence_transformers_folders_keep_how_they_pool(model, tmp_path):
     assert not list((tmp_path / "packed").rglob("model.safetensors"))
 
 
+@pytest.mark.usefixtures("parts")
 def test_memory_holds_the_packed_model_and_one_tensor(model, tmp_path):
     rng = np.random.default_rng(0)
     layers = {f"bert.encoder.layer.{i}.output.dense.weight": gaussian(rng, 256, 1024) for i in range(12)}
@@ -489,3 +500,26 @@ def test_what_would_shrink_too_much_is_not_compressed(model, tmp_path, monkeypat
     save_file({f"bert.{QUERY}": weight}, model / "model.safetensors")
     with pytest.raises(InputError, match="shrinks over 64 times, more than readers allow; do not compress"):
         pack(model, tmp_path / "packed", compress=True)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"hidden_act": "silu"}, "activation 'silu' .*; run this model with transformers"),
+        ({"architectures": ["BertForMultipleChoice"]}, "architecture 'BertForMultipleChoice' .*; save the model"),
+        ({"architectures": ["BertLMHeadModel"]}, "architecture 'BertLMHeadModel' .*; save the model"),
+        ({"architectures": ["BertForQuestionAnswering"]}, "no tensor qa_outputs.weight"),
+    ],
+)
+def test_what_the_engine_refuses_is_not_packed(config, message, model, tmp_path):
+    write_json(model / "config.json", CONFIG | config)
+    with pytest.raises(InputError, match=message):
+        pack(model, tmp_path / "packed")
+    assert not (tmp_path / "packed").exists()
+
+
+def test_names_of_old_quantization_aware_training_are_not_packed(model, tmp_path):
+    weights = {name.replace("query.weight", "query.module.weight"): weight for name, weight in tensors().items()}
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"query\.module\.weight, .*take '\.module' out of the names"):
+        pack(model, tmp_path / "packed")

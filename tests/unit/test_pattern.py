@@ -236,6 +236,7 @@ def test_half_written_files_are_named(base):
 
 def test_a_bin_file_is_refused_with_a_command_that_works(tmp_path, base):
     expected = pattern.inspect(base)["pattern_hash"]
+    base = base.rename(tmp_path / "a folder's name")  # blanks and quotes
     torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
     (base / "model.safetensors").unlink()
     with pytest.raises(InputError, match=r"only a \.bin file.*convert it with: python -c") as error:

@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 
 from pruneofa.data import rows
 from pruneofa.errors import InputError
+from pruneofa.spans import best_span as best_span
 
-N_BEST = 20
-MAX_ANSWER_LENGTH = 30
 _CHUNK = 1000  # rows per call of the tokenizer: enough to use every core, little enough to hold
 _LEAST_CONTEXT = 16  # new context tokens per window; a question that leaves fewer is cut
 
@@ -159,34 +158,6 @@ def token_spans(windows: Windows, spans: NDArray[np.int64]) -> NDArray[np.int64]
             # byte-level tokens may share a character, and then the last one found is before the first
             result[index] = inside[0] + first, inside[0] + max(first, last)
     return result
-
-
-def best_span(
-    start: NDArray[np.floating],
-    end: NDArray[np.floating],
-    chars: NDArray[np.int32],
-    *,
-    n_best: int = N_BEST,
-    max_answer_length: int = MAX_ANSWER_LENGTH,
-) -> tuple[float, int, int] | None:
-    """Best (score, first character, last character + 1) of one window, or None without a valid span.
-
-    The score is the sum of the two logits; candidates are the `n_best` starts and ends among context tokens.
-
-    Args:
-        start: (tokens,) start logits; `end` likewise.
-        chars: (tokens, 2) characters of each token, -1 outside the context.
-    """
-    context = np.flatnonzero(chars[:, 0] >= 0)
-    starts = context[np.argsort(-start[context], kind="stable")[:n_best]]
-    ends = context[np.argsort(-end[context], kind="stable")[:n_best]]
-    scores = start[starts][:, None] + end[ends][None, :]
-    tokens = ends[None, :] - starts[:, None] + 1
-    scores = np.where((tokens >= 1) & (tokens <= max_answer_length), scores, -np.inf)
-    if not np.isfinite(scores).any():
-        return None
-    first, last = np.unravel_index(np.argmax(scores), scores.shape)
-    return float(scores[first, last]), int(chars[starts[first], 0]), int(chars[ends[last], 1])
 
 
 def gold_answers(table: pa.Table, where: str) -> list[list[str]]:

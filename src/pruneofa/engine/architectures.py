@@ -94,7 +94,8 @@ def read_architecture(config: Mapping[str, Any], where: Any) -> Architecture:
     family, task = _family_and_task(config, where)
     if config.get("is_decoder") or config.get("add_cross_attention"):
         raise InputError(
-            f"{where}: config.json describes a decoder (is_decoder, add_cross_attention), wanted an encoder"
+            f"{where}: config.json describes a decoder (is_decoder, add_cross_attention), wanted an encoder; "
+            "run this model with transformers"
         )
     kind = config.get("position_embedding_type", "absolute")
     if kind != "absolute":
@@ -104,7 +105,8 @@ def read_architecture(config: Mapping[str, Any], where: Any) -> Architecture:
     activation = config.get("activation" if distil else "hidden_act", "gelu")
     if activation not in ACTIVATIONS:
         raise InputError(
-            f"{where}: activation {short(activation)} in config.json, wanted one of {', '.join(ACTIVATIONS)}"
+            f"{where}: activation {short(activation)} in config.json, wanted one of {', '.join(ACTIVATIONS)}; "
+            "run this model with transformers"
         )
     hidden = _size(config, "dim" if distil else "hidden_size", where)
     heads = _size(config, "n_heads" if distil else "num_attention_heads", where)
@@ -127,7 +129,7 @@ def read_architecture(config: Mapping[str, Any], where: Any) -> Architecture:
         pad_id=_size(config, "pad_token_id", where, least=0, default=1) if family == "roberta" else None,
         types=0 if distil else _size(config, "type_vocab_size", where, default=2),
         labels=_labels(config, where),
-        problem_type=_problem_type(config, where),
+        problem_type=_cross_encoder(config, where, task) or _problem_type(config, where),
     )
 
 
@@ -144,7 +146,8 @@ def _family_and_task(config: Mapping[str, Any], where: Any) -> tuple[Family, Tas
     name = architectures[0] if isinstance(architectures, list) else architectures
     if name not in _ARCHITECTURES:
         raise InputError(
-            f"{where}: architecture {short(name)} in config.json, wanted one of {', '.join(_ARCHITECTURES)}"
+            f"{where}: architecture {short(name)} in config.json, wanted one of {', '.join(_ARCHITECTURES)}; "
+            "save the model with one of these heads, or run it with transformers"
         )
     return _ARCHITECTURES[name]
 
@@ -171,6 +174,29 @@ def _problem_type(config: Mapping[str, Any], where: Any) -> str | None:
     if value is not None and value not in known:
         raise InputError(f"{where}: problem_type is {short(value)} in config.json, wanted one of {', '.join(known)}")
     return value
+
+
+_CROSS_ENCODER = {  # what sentence-transformers puts on the logits, and the problem whose scores are the same
+    "torch.nn.modules.linear.Identity": "regression",
+    "torch.nn.Identity": "regression",
+    "torch.nn.modules.activation.Sigmoid": "multi_label_classification",
+    "torch.nn.Sigmoid": "multi_label_classification",
+}
+
+
+def _cross_encoder(config: Mapping[str, Any], where: Any, task: Task) -> str | None:
+    """The problem type that a cross-encoder's activation function stands for; None where config.json names none."""
+    key, table = "sentence_transformers.activation_fn", config.get("sentence_transformers")
+    name = table.get("activation_fn") if isinstance(table, Mapping) else None
+    if name is None:
+        key = "sbert_ce_default_activation_function"
+        name = config.get(key)
+    if name is None or task != "classification":
+        return None
+    if not isinstance(name, str) or name not in _CROSS_ENCODER:
+        raise InputError(f"{where}: {key} is {short(name)} in config.json, wanted Identity or Sigmoid of torch.nn; "
+                         "run this model with sentence-transformers")  # fmt: skip
+    return _CROSS_ENCODER[name]
 
 
 class Weights:
@@ -235,6 +261,12 @@ class Weights:
         return found
 
     def _missing(self, name: str) -> InputError:
+        stem, _, last = name.rpartition(".")
+        if (old := f"{stem}.module.{last}") in self._packed.linears.keys() | self._packed.plain.keys():
+            return InputError(
+                f"{self._packed.folder}: got the tensor {old}, a name of torch's quantization-aware training, wanted "
+                f"{name}; convert the model to a plain one, or take '.module' out of the names"
+            )
         return InputError(
             f"{self._packed.folder}: no tensor {name}, which {_architecture_name(self._packed.config)} has; "
             "the weights belong to another model, or were not fine-tuned for this task"

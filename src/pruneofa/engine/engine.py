@@ -9,14 +9,15 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pruneofa.engine.architectures import Architecture, Precision, Weights, build_encoder, read_architecture
+from pruneofa.engine.architectures import Precision, Weights, build_encoder, read_architecture
 from pruneofa.engine.heads import (
     Classification,
-    Embedding,
+    Head,
     MaskedLM,
     QuestionAnswering,
     TokenClassification,
     sentence_head,
+    task_head,
 )
 from pruneofa.engine.tokenizer import Text, TextTokenizer, Tokens, check_text, chunks, sentence_settings
 from pruneofa.errors import InputError
@@ -31,7 +32,6 @@ except ImportError as error:  # a source tree that was not built; from_pretraine
     _native, _not_built = None, error
 native: Any = _native
 
-Head = Classification | QuestionAnswering | TokenClassification | MaskedLM | Embedding
 _MOST_THREADS = 1024  # a mistyped number should not make a million threads
 _PREDICT = "wanted a str, a pair (a, b), {'question': ..., 'context': ...}, or a list of these"
 
@@ -73,7 +73,7 @@ class Engine:
             limit=self.max_length,
             settings=sentence_settings(folder) if sentence else None,
         )
-        self._head: Head = sentence or _task_head(weights, architecture, self._tokenizer)
+        self._head: Head = sentence or task_head(weights, architecture, self._tokenizer)
         self.task = "embedding" if sentence else architecture.task
         self.labels = list(self._head.labels) if isinstance(self._head, Classification) else []
 
@@ -174,10 +174,13 @@ class Engine:
         Returns:
             For a list a list of results in its order, otherwise one result:
             classification: {"label", "score", "scores": {label: score}};
-            question answering: {"answer", "start", "end", "score"}, by characters of the context;
+            question answering: {"answer", "start", "end", "score"}, by characters of the context: the span with the
+                largest sum of start and end logit over all windows, as in the official SQuAD script; its score, 0 to
+                1, is the probability of the start times that of the end, over the context's tokens of all windows;
             token classification: a list of {"label", "score", "word", "start", "end"}, one per token;
             masked-LM: a list of {"label", "score", "scores": {token: score}}, one per mask;
-            embedding: a float32 vector (hidden,), for a list a matrix (texts, hidden).
+            embedding: a float32 vector (hidden,), for a list a matrix (texts, hidden); fewer columns where the folder
+                has a truncate_dim.
 
         Raises:
             InputError: of the wrong type, empty, too long, or not what the task takes.
@@ -316,20 +319,6 @@ def _quantized(packed: Packed) -> Packed:
         linears={name: pack_linear(linears.pop(name).dense(), "int8") for name in list(linears)},
         embeddings={name: PackedEmbedding(*quantize_weight(embeddings.pop(name).values)) for name in list(embeddings)},
     )
-
-
-def _task_head(weights: Weights, architecture: Architecture, tokenizer: TextTokenizer) -> Head:
-    match architecture.task:
-        case "classification":
-            return Classification(weights, architecture)
-        case "question answering":
-            return QuestionAnswering(weights, architecture)
-        case "token classification":
-            return TokenClassification(weights, architecture)
-        case "masked-LM":
-            return MaskedLM(weights, architecture, tokenizer)
-        case "embedding":
-            return Embedding("mean", normalize=False)
 
 
 def _check_built() -> None:

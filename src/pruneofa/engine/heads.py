@@ -6,24 +6,25 @@ of them, so that those of a batch need not be kept; `results` turns what was kep
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pruneofa.engine import reference
-from pruneofa.engine.architectures import Architecture, Weights
+from pruneofa.engine.architectures import Architecture, Weights, build_encoder, read_architecture
 from pruneofa.engine.tokenizer import Tokens
 from pruneofa.errors import InputError, short
 from pruneofa.formats.files import read_json
-from pruneofa.formats.packed import PackedEmbedding
+from pruneofa.formats.packed import Packed, PackedEmbedding
+from pruneofa.spans import best_tokens
 
 Float = NDArray[np.float32]
 Pooling = Literal["cls", "mean", "max"]
 
-MAX_ANSWER = 30  # tokens, as in the official SQuAD script
 TOP_TOKENS = 5  # of a masked position, as transformers' fill-mask pipeline gives
 _VOCABULARY_BLOCK = 4096  # rows of the word embeddings that are widened to float32 at a time
 _OLD_POOLING = {
@@ -117,46 +118,47 @@ class QuestionAnswering:
     ) -> list[dict[str, Any]]:
         """{"answer", "start", "end", "score"} of each (question, context), by characters of the context.
 
+        The span is the official SQuAD script's: the largest sum of start and end logit over all windows. The score, 0
+        to 1, is the probability of its start times that of its end, over the context's tokens of all windows together.
+
         Args:
             reduced: of every window; `tokens` likewise.
             texts: (question, context) pairs.
             owners: for each window the index of its pair; every pair has one.
         """
-        best: dict[int, tuple[float, int, int]] = {}
-        for logits, window, owner in zip(reduced, tokens, owners, strict=True):
-            score, first, last = best_span(logits, window)
-            if owner not in best or score > best[owner][0]:
-                assert window.chars is not None
-                best[owner] = score, int(window.chars[first, 0]), int(window.chars[last, 1])
         answers = []
         for index, (_, context) in enumerate(texts):
-            score, start, end = best[index]
-            answers.append({"answer": context[start:end], "start": start, "end": end, "score": score})
+            own = [number for number, owner in enumerate(owners) if owner == index]
+            answers.append(_answer([reduced[number] for number in own], [tokens[number] for number in own], context))
         return answers
 
 
-def best_span(logits: Float, window: Tokens, *, most: int = MAX_ANSWER) -> tuple[float, int, int]:
-    """Best (score, first token, last token) of one window, at most `most` tokens long.
+def _answer(logits: Sequence[Float], windows: Sequence[Tokens], context: str) -> dict[str, Any]:
+    """The answer of one context from all its windows, each with (tokens, 2) start and end logits.
 
-    The score is the probability of the start times that of the end, both over the context's tokens and the
-    first token of all, where models point that find no answer: as transformers' question-answering pipeline
-    computed it while there was one.
-
-    Args:
-        logits: (tokens, 2) start and end logits.
-        window: with `segments`; those of the context are 1.
+    No text and score 0 where no valid span is among the best starts and ends, as in the official script.
     """
-    assert window.segments is not None
-    context = np.flatnonzero(window.segments == 1)
-    allowed = np.concatenate([[0], context])
-    start, end = reference.softmax(logits[allowed].T.astype(np.float64))[:, 1:]
-    best = (-1.0, 0, 0)
-    for length in range(min(most, len(context))):  # one more than the first token: length + 1 tokens
-        scores = start[: len(start) - length] * end[length:]
-        first = int(np.argmax(scores))
-        if scores[first] > best[0]:
-            best = (float(scores[first]), int(context[first]), int(context[first + length]))
-    return best
+    best, place = (-np.inf, 0, 0), None
+    insides = []
+    for number, (pair, window) in enumerate(zip(logits, windows, strict=True)):
+        assert window.segments is not None
+        insides.append(window.segments == 1)
+        found = best_tokens(pair[:, 0], pair[:, 1], insides[-1])
+        if found is not None and found[0] > best[0]:
+            best, place = found, number
+    if place is None:
+        return {"answer": "", "start": 0, "end": 0, "score": 0.0}
+    # Both softmaxes are over the context's tokens in all windows together: the probabilities of windows compare.
+    every = np.concatenate([pair[inside] for pair, inside in zip(logits, insides, strict=True)]).T.astype(np.float64)
+    largest = every.max(axis=1)
+    totals = np.exp(every - largest[:, None]).sum(axis=1)
+    _, first, last = best
+    chosen = np.array([logits[place][first, 0], logits[place][last, 1]], np.float64)
+    score = float(np.prod(np.exp(chosen - largest) / totals))
+    chars = windows[place].chars
+    assert chars is not None
+    start, end = int(chars[first, 0]), int(chars[last, 1])
+    return {"answer": context[start:end], "start": start, "end": end, "score": score}
 
 
 class TokenClassification:
@@ -272,17 +274,21 @@ class MaskedLM:
 class Embedding:
     """One vector per text: the first token, or the mean or maximum over all tokens."""
 
-    def __init__(self, pooling: Pooling, *, normalize: bool) -> None:
+    def __init__(self, pooling: Pooling, *, normalize: bool, dimensions: int | None = None) -> None:
+        """Of a vector only the first `dimensions` numbers are given, if that is not None."""
         self._pooling = pooling
         self._normalize = normalize
+        self._dimensions = dimensions
 
     def reduce(self, hidden: Float, tokens: Tokens) -> Float:
-        """(hidden,)"""
+        """(hidden,), or fewer; cut after it was normalized and not normalized again, as in sentence-transformers."""
         if self._pooling == "cls":
             vector = hidden[0].copy()
         else:
             vector = hidden.mean(axis=0) if self._pooling == "mean" else hidden.max(axis=0)
-        return vector / max(np.linalg.norm(vector), np.float32(1e-12)) if self._normalize else vector
+        if self._normalize:
+            vector = vector / max(np.linalg.norm(vector), np.float32(1e-12))
+        return vector[: self._dimensions]
 
     def results(self, reduced: Sequence[Float], tokens: Sequence[Tokens], texts: Sequence[Any]) -> list[Float]:
         """A float32 vector for each text."""
@@ -305,6 +311,38 @@ def label_names(architecture: Architecture, count: int) -> list[str]:
             "weights and config belong to different models"
         )
     return list(architecture.labels)
+
+
+Head = Classification | QuestionAnswering | TokenClassification | MaskedLM | Embedding
+
+
+def task_head(weights: Weights, architecture: Architecture, tokenizer: Any) -> Head:
+    """The head that the architecture names. Raises InputError if its weights are missing or of another shape."""
+    match architecture.task:
+        case "classification":
+            return Classification(weights, architecture)
+        case "question answering":
+            return QuestionAnswering(weights, architecture)
+        case "token classification":
+            return TokenClassification(weights, architecture)
+        case "masked-LM":
+            return MaskedLM(weights, architecture, tokenizer)
+        case "embedding":
+            return Embedding("mean", normalize=False)
+
+
+def check_runs(packed: Packed) -> None:
+    """Put encoder and head together as the engine does, but without kernels; `packed` stays as it is.
+
+    Raises:
+        InputError: the engine would refuse this model.
+    """
+    architecture = read_architecture(packed.config, packed.folder)
+    unbuilt = SimpleNamespace(Linear=lambda *_: None, Encoder=lambda **_: None)
+    weights = Weights(replace(packed, linears=dict(packed.linears)), unbuilt, "")
+    build_encoder(unbuilt, weights, architecture, threads=1, isa="")
+    if sentence_head(packed.folder) is None:
+        task_head(weights, architecture, None)
 
 
 def sentence_head(folder: Path) -> Embedding | None:
@@ -330,7 +368,19 @@ def sentence_head(folder: Path) -> Embedding | None:
     if not re.fullmatch(r"[\w.-]{1,99}", name):
         raise InputError(f"{file}: the path of Pooling is {short(kinds['Pooling'])}, wanted such as '1_Pooling'; "
                          "copy the file again")  # fmt: skip
-    return Embedding(_pooling(folder / name / "config.json"), normalize="Normalize" in kinds)
+    pooling = _pooling(folder / name / "config.json")
+    return Embedding(pooling, normalize="Normalize" in kinds, dimensions=_truncate_dim(folder))
+
+
+def _truncate_dim(folder: Path) -> int | None:
+    """How many numbers of a vector a sentence-transformers folder keeps; None: all."""
+    file = folder / "config_sentence_transformers.json"
+    settings = read_json(file) if file.is_file() else {}
+    value = settings.get("truncate_dim") if isinstance(settings, dict) else None
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise InputError(f"{file}: truncate_dim is {short(value)}, wanted an integer of at least 1 or null; "
+                         "mend the file")  # fmt: skip
+    return value
 
 
 def _pooling(file: Path) -> Pooling:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from pruneofa import __version__
+from pruneofa.engine.heads import check_runs
 from pruneofa.engine.tokenizer import without_tokenizer
 from pruneofa.errors import InputError
 from pruneofa.formats import scales as quantization
@@ -83,8 +84,7 @@ def pack(source: str | Path, out: str | Path, *, precision: str = "int8", compre
         compress: zstd over the tensors, for transport.
 
     Raises:
-        InputError: the source cannot be packed, or `out` holds
-            something.
+        InputError: the source cannot be packed, the engine would not run it, or `out` holds something.
     """
     folder = local_folder(source)
     with new_output(out) as temporary:
@@ -94,6 +94,7 @@ def pack(source: str | Path, out: str | Path, *, precision: str = "int8", compre
         copy_settings(folder, temporary)
         manifest = _write_tensors(packed, temporary, compress)
         check_manifest(manifest, str(folder))  # what is written can be read
+        check_runs(packed)  # and run
         write_json(temporary / MANIFEST, manifest)
     return manifest
 

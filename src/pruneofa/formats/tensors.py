@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def weight_files(folder: Path) -> list[Path]:
             "w = {k: v.clone() for f in sys.argv[2:] for k, v in torch.load(f, weights_only=True).items()}; "
             "save_file(w, sys.argv[1], {'format': 'pt'})"
         )
-        files = " ".join(str(path) for path in [single, *binaries])
+        files = " ".join(shlex.quote(str(path)) for path in [single, *binaries])
         raise InputError(
             f"{folder}: only a .bin file, which may run code when read; wanted model.safetensors; convert it "
             f'with: python -c "{command}" {files}'
