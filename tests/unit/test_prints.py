@@ -1,12 +1,13 @@
 """What a stage's fingerprint and record hold: every setting that decides its result, and no other."""
 
-import fcntl
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from pruneofa import recipe
 from pruneofa.errors import InputError
-from pruneofa.files import read_json, write_json
+from pruneofa.files import write_json
 from pruneofa.train import alone, pipeline
 from tests.small import small_recipe, write_task
 
@@ -119,8 +120,7 @@ SECTIONS = {
 def settings(tmp_path_factory):
     root = tmp_path_factory.mktemp("prints") / "data"
     made = small_recipe(root, "control={lr: [1e-3]}", "quantize={}")
-    lines = [line.split(",") for line in write_task(root / "other.csv", rows=60, seed=3).read_text().split()[:0]]
-    assert not lines
+    write_task(root / "other.csv", rows=60, seed=3)
     for name in ("task.csv", "validation.csv", "other.csv"):
         header, *rows = (root / name).read_text().splitlines()
         wide = [f"{header},second,other"]
@@ -138,7 +138,7 @@ def changed_recipe(settings, section, field, value):
 
 
 def prints(settings):
-    return {stage.name: stage.fingerprint for stage in pipeline.Run(settings, pipeline.Path("nowhere")).stages()}
+    return {stage.name: stage.fingerprint for stage in pipeline.Run(settings, Path("nowhere")).stages()}
 
 
 def test_the_table_names_every_field():
@@ -154,3 +154,23 @@ def test_a_field_changes_the_stages_that_use_it(settings, section, field):
     before, after = prints(settings), prints(changed_recipe(settings, section, field, value))
     assert set(before) == ALL
     assert {name for name in after if after[name] != before[name]} == expected
+
+
+def test_the_record_of_an_earlier_format_is_refused(settings, tmp_path):
+    this = pipeline.Run(settings, tmp_path / "run")
+    stages = this.stages()
+    for record in ({"settings": {"lr": 1.0}, "versions": {"pruneofa": "0.1.0"}}, {"fingerprint": "x"}):
+        write_json(tmp_path / "run" / "teacher" / "stage.json", record)
+        with pytest.raises(InputError, match=r"made by pruneofa 0\.1.*do not record all settings \(teacher\).*--redo"):
+            pipeline.refuse_changes(stages, this.work, False, this.folder)
+        pipeline.refuse_changes(stages, this.work, True, this.folder)
+
+
+def test_a_single_stage_is_made_by_one_process_and_records_its_defaults(settings, tmp_path):
+    stage = next(stage for stage in pipeline.Run(settings, tmp_path / ".out.work").stages() if stage.name == "teacher")
+    assert stage.settings["weight_decay"] == 0.01 and "save_steps" not in stage.settings
+    stage = replace(stage, folder=tmp_path / "out")
+    refused = pytest.raises(InputError, match=r"out: another pruneofa is at work here.*another OUT")
+    with pipeline.only_one(tmp_path / ".out.work"), refused:
+        alone._alone([stage], pipeline.Run(settings, tmp_path / ".out.work"), False)
+    assert not (tmp_path / "out").exists()

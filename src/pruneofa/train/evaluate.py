@@ -108,7 +108,7 @@ def _read_task(
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: no usable tokenizer there ({first_line(error)})") from None
-    labels = None if name in recipe.KNOWN_TASKS or _unnamed(classes) else classes
+    labels = None if name in recipe.KNOWN_TASKS else classes
     task = load_task(name, spec, tokenizer, train=False, labels=labels, max_positions=max_positions, **data)
     counts = " and ".join(f"{split.rows.num_rows:,} rows" for split in task.evaluations.values())
     sys.stderr.write(f"evaluate {name}: {counts}{how}\n")
