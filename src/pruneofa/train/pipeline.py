@@ -454,7 +454,7 @@ def _lock_file(folder: Path) -> Iterator[TextIO | None]:
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            file = open(folder / LOCK, "w")
+            file = open(folder / LOCK, "w")  # noqa: SIM115 - closed below, once it is known to be there
         except FileNotFoundError:  # whoever worked here has just removed the folder
             continue
         with file:
