@@ -22,6 +22,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what NumPy's generator takes
 Names = str | list[str]
+COST: dict[str, Any] = {"cost": True}  # marks a field that costs time or memory only: it may change within a stage
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"  # of runs and tasks: it becomes part of a path
 RATE_WARNING = 1.2  # the published schedule reaches 1.02
 _ALTERNATIVES = ("Control", "bool", "str", "list[str]")  # as pydantic names them in the location of an error
@@ -59,6 +60,14 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", validate_default=True, strict=True)
 
+    def decisive(self, include: set[str] | None = None, exclude: set[str] | None = None) -> dict[str, Any]:
+        """The values that decide what a stage makes, defaults too: all fields but those marked COST.
+
+        `include` names the only fields wanted, `exclude` those that the stage does not use.
+        """
+        costs = {name for name, field in type(self).model_fields.items() if field.json_schema_extra == COST}
+        return self.model_dump(include=include, exclude=costs | (exclude or set()))
+
 
 class Corpus(Section):
     """Plain text for teacher preparation and pruning."""
@@ -80,13 +89,19 @@ class _Optimization(Section):
     steps: Positive = Field(100_000, description="optimizer steps")
     lr: Rate = Field(5e-5, description="peak learning rate")
     batch: Positive = Field(256, description="examples per optimizer step, over all processes")
-    micro_batch: Positive | None = Field(None, description="examples per forward pass and process (default: batch)")
+    micro_batch: Positive | None = Field(
+        None, description="examples per forward pass and process (default: batch)", json_schema_extra=COST
+    )
     warmup: Fraction = Field(0.01, description="share of the steps with rising learning rate")
     weight_decay: Weight = Field(0.01, description="of AdamW; biases and norms have none")
     max_grad_norm: Weight = Field(1.0, description="gradient clipping; 0 switches it off")
     dropout: Fraction | None = Field(None, description="replaces the model's dropout rates; null keeps them")
-    checkpoint_activations: bool = Field(False, description="recompute activations in the backward pass")
-    save_steps: Positive | None = Field(None, description="steps between checkpoints (default: a twentieth)")
+    checkpoint_activations: bool = Field(
+        False, description="recompute activations in the backward pass", json_schema_extra=COST
+    )
+    save_steps: Positive | None = Field(
+        None, description="steps between checkpoints (default: a twentieth)", json_schema_extra=COST
+    )
 
 
 class Teacher(_Optimization):

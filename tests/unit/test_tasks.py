@@ -378,3 +378,48 @@ def test_real_data(name, tokenizer):
     assert all(data.rows.num_rows == 200 for data in task.evaluations.values())
     batch = task.collate([task.train[i] for i in range(4)])
     assert batch["input_ids"].shape == batch["attention_mask"].shape
+
+
+@pytest.mark.parametrize(
+    ("classes", "found", "targets"),
+    [
+        (["negative", "positive"], ["0", "1"], [0, 1]),
+        (["negative", "positive"], [1.0, 0.0], [1, 0]),
+        (["a", "b", "c"], ["c", "a"], [2, 0]),
+        (["LABEL_0", "LABEL_1", "LABEL_2"], [2, 1], [2, 1]),
+        (["LABEL_0", "LABEL_1"], ["y", "x"], [1, 0]),
+        (["1", "2"], ["1.0", "2"], [0, 1]),
+        (["nan", "some"], ["nan", "some"], [0, 1]),
+    ],
+)
+def test_labels_of_a_model_are_its_names_or_its_class_ids(tmp_path, tokenizer, classes, found, targets):
+    write(tmp_path / "d.jsonl", [{"text": f"film {label}", "label": label} for label in found])
+    options = {"data_root": tmp_path, "train": False, "whole": True, "labels": classes}
+    assert load_task("mine", own(data="d.jsonl"), tokenizer, **options).evaluations[""].targets.tolist() == targets
+
+
+def test_class_ids_are_refused_beside_names(tmp_path, tokenizer):
+    write(tmp_path / "d.csv", [{"text": "a", "label": "negative"}, {"text": "b", "label": "1"}])
+    options = {"data_root": tmp_path, "train": False, "whole": True, "labels": ["negative", "positive"]}
+    with pytest.raises(InputError, match="label '1' in validation row 2 is not one of"):
+        load_task("mine", own(data="d.csv"), tokenizer, **options)
+
+
+def test_one_and_one_point_zero_are_one_label(tmp_path, tokenizer):
+    write(tmp_path / "d.csv", [{"text": f"{n}", "label": label} for n, label in enumerate(["1", "1.0", "0"])])
+    assert load_task("mine", own(data="d.csv", validation="d.csv"), tokenizer, data_root=tmp_path).labels == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "labels", "message"),
+    [
+        (".csv", ["1.0", "0.25"], "holds the number 0.25 in row 2, wanted classes; regression is not supported yet"),
+        (".jsonl", [["a"], ["a", "b"]], "holds a list in row 1, wanted one class a row; several labels"),
+        (".csv", ["[0, 1]", "[1]"], "holds a list in row 1, wanted one class a row; several labels"),
+    ],
+)
+def test_numbers_and_lists_are_no_classes(tmp_path, tokenizer, suffix, labels, message):
+    write(tmp_path / f"d{suffix}", [{"text": str(n), "label": label} for n, label in enumerate(labels)])
+    spec = own(data=f"d{suffix}", validation=f"d{suffix}")
+    with pytest.raises(InputError, match=message):
+        load_task("mine", spec, tokenizer, data_root=tmp_path)

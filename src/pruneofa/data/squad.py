@@ -10,8 +10,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pruneofa.data import rows
+from pruneofa.engine.spans import best_span as best_span
 from pruneofa.errors import InputError
-from pruneofa.spans import best_span as best_span
 
 _CHUNK = 1000  # rows per call of the tokenizer: enough to use every core, little enough to hold
 _LEAST_CONTEXT = 16  # new context tokens per window; a question that leaves fewer is cut

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,6 +35,7 @@ _LABELS = {
     "qnli": ("entailment", "not_entailment"),
     "qqp": ("not_duplicate", "duplicate"),
 }
+_NUMBER = r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?"
 Item = dict[str, Any]
 
 
@@ -240,7 +243,8 @@ def load_task(
     if kind == "classification":
         if not 1 <= len(text) <= 2:
             raise InputError(f"{where}.text names {len(text)} columns, wanted one or two")
-        names = list(labels or _LABELS.get(name) or _distinct(splits.get("train", splits[""]), str(label), where))
+        given = _model_labels(labels, splits[""], str(label), where) if labels else None
+        names = given or list(_LABELS.get(name, ())) or _distinct(splits.get("train", splits[""]), str(label), where)
     else:
         names = []
     features: dict[str, TaskData] = {}
@@ -251,7 +255,7 @@ def load_task(
         if kind == "qa":
             features[split] = _question_answering(table, spec, tokenizer, split == "train", where)
         else:
-            targets = _targets(table, str(label), names, split, name in _LABELS, where)
+            targets = _targets(table, str(label), names, split, name in _LABELS, where, given is not None)
             features[split] = _classification(table, text, targets, tokenizer, max_length, where)
     trained = features.pop("train", None)
     if trained is not None and kind == "classification" and len(np.unique(trained.targets)) < 2:
@@ -284,20 +288,50 @@ def _check_length(max_length: int | None, tokenizer: Any, max_positions: int | N
 
 
 def _label_name(value: Any, row: int, column: str, where: str) -> str:
-    """A label of any type as text; 1, 1.0 and "1" are the same label."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    name = str(value).strip() if value is not None else ""
-    if not name or name == "nan":
+    """A label of any type as text; 1, 1.0, "1" and "1.0" are the same label."""
+    if isinstance(value, list | tuple | dict):
+        raise InputError(
+            f"{where}: label column {column!r} holds a {type(value).__name__} in row {row}, wanted one class a row; "
+            "several labels a row are not supported yet"
+        )
+    if value is None or (isinstance(value, float) and math.isnan(value)) or not (name := str(value).strip()):
         raise InputError(f"{where}: label column {column!r} is empty in row {row}")
+    if isinstance(value, float) and not value.is_integer():
+        raise _regression(name, row, column, where)
     if isinstance(value, float):
-        raise InputError(f"{where}: label column {column!r} holds the number {name} in row {row}, wanted classes")
-    return name
+        return str(int(value))
+    return str(int(name.partition(".")[0])) if re.fullmatch(r"[-+]?\d+\.0+", name) else name
 
 
-def _label_names(table: pa.Table, column: str, where: str) -> list[str]:
+def _label_names(table: pa.Table, column: str, where: str, known: Sequence[str] = ()) -> list[str]:
+    """The labels as text. Raises InputError for numbers that are no classes, unless they are `known` labels."""
     values = rows.column(table, column, "label", where).to_pylist()
-    return [_label_name(value, row, column, where) for row, value in enumerate(values, 1)]
+    names = [_label_name(value, row, column, where) for row, value in enumerate(values, 1)]
+    if set(names) <= set(known):
+        return names
+    if all(name[0] == "[" and name[-1] == "]" for name in names):
+        _label_name([names[0]], 1, column, where)
+    if all(re.fullmatch(_NUMBER, name) for name in names):
+        for row, name in enumerate(names, 1):
+            if not float(name).is_integer():
+                raise _regression(name, row, column, where)
+    return names
+
+
+def _regression(name: str, row: int, column: str, where: str) -> InputError:
+    return InputError(
+        f"{where}: label column {column!r} holds the number {name} in row {row}, wanted classes; "
+        "regression is not supported yet"
+    )
+
+
+def _model_labels(labels: Sequence[str], table: pa.Table, column: str, where: str) -> list[str] | None:
+    """The labels of a model; None where they were never named, and the table has names for them."""
+    if any(name != f"LABEL_{index}" for index, name in enumerate(labels)):
+        return list(labels)
+    numbers = {str(index) for index in range(len(labels))}
+    found = set(_label_names(table, column, where, labels))
+    return list(labels) if found <= numbers or found <= set(labels) else None
 
 
 def _distinct(table: pa.Table, column: str, where: str) -> list[str]:
@@ -306,12 +340,21 @@ def _distinct(table: pa.Table, column: str, where: str) -> list[str]:
     return sorted(names, key=int) if whole else sorted(names)
 
 
-def _targets(table: pa.Table, column: str, labels: list[str], split: str, known: bool, where: str) -> NDArray[np.int64]:
-    """Class ids; a known task's labels may be names or the numbers of GLUE."""
+def _targets(
+    table: pa.Table, column: str, labels: list[str], split: str, known: bool, where: str, of_model: bool = False
+) -> NDArray[np.int64]:
+    """Class ids; a known task's labels may be names or the numbers of GLUE.
+
+    Labels `of_model` may be its class ids where none of its names is found.
+    """
+    numbers = {str(index): index for index in range(len(labels))}
     ids = {label: index for index, label in enumerate(labels)}
+    ids |= {str(int(label.partition(".")[0])): i for label, i in ids.items() if re.fullmatch(r"[-+]?\d+\.0+", label)}
     if known:
-        ids |= {str(index): index for index in range(len(labels))}
-    names = _label_names(table, column, where)
+        ids |= numbers
+    names = _label_names(table, column, where, labels)
+    if of_model and (found := set(names)) <= set(numbers) and not found & set(ids):
+        ids = numbers
     unknown = next(((row, name) for row, name in enumerate(names, 1) if name not in ids), None)
     if unknown is None:
         return np.fromiter((ids[name] for name in names), np.int64, len(names))

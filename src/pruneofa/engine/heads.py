@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 
 from pruneofa.engine import reference
 from pruneofa.engine.architectures import Architecture, Weights, build_encoder, read_architecture
+from pruneofa.engine.spans import best_tokens
 from pruneofa.engine.tokenizer import Tokens
 from pruneofa.errors import InputError, short
 from pruneofa.formats.files import read_json
 from pruneofa.formats.packed import Packed, PackedEmbedding
-from pruneofa.spans import best_tokens
 
 Float = NDArray[np.float32]
 Pooling = Literal["cls", "mean", "max"]

@@ -3,13 +3,14 @@
 import contextlib
 import fcntl
 import json
+import os
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from pruneofa.data import corpus, tasks
 from pruneofa.engine.architectures import read_architecture
@@ -39,7 +40,9 @@ from pruneofa.run.stages import (
 from pruneofa.train.models import load_config, load_tokenizer, model_fingerprint, with_safetensors
 from pruneofa.train.trainer import processes
 
-FORMAT = 1  # part of every fingerprint: raise it when a stage's result changes for the same settings
+FORMAT = 2  # part of every fingerprint: raise it when a stage's result changes for the same settings, or its record
+LOSSES = {"hard", "kd", "hidden", "temperature"}  # of a task: used only where there is a teacher
+UNUSED_BY_CONTROL = {"lr", "begin", "end", "stop", "interval", "initial", "rewind"}  # of prune: it prunes at once
 WORK, LOCK = ".work", ".lock"
 
 
@@ -66,6 +69,17 @@ class Stage:
         if file.exists():
             return "done" if read_json(file).get("fingerprint") == self.fingerprint else "changed"
         return "run"
+
+    @property
+    def earlier(self) -> str | None:
+        """The version that made the folder, where it did not record all settings yet."""
+        file = self.folder / "stage.json"
+        if not file.exists():
+            return None
+        record = read_json(file)
+        if record.get("format", 1) >= FORMAT and "settings" in record:
+            return None
+        return record.get("versions", {}).get("pruneofa", "0.1")
 
 
 class Run:
@@ -132,12 +146,13 @@ class Run:
                 stages += self._task_stages(name, seed, (dense, dense_print), starts)
         return stages
 
-    def check(self, stages: list[Stage], redo: bool) -> None:
+    def check(self, stages: list[Stage], redo: bool, where: Path | None = None) -> None:
         """Find what unfinished stages cannot start from or work with, before anything is written.
 
-        Raises InputError; also when finished stages would be replaced and `redo` is false.
+        Raises InputError; also when finished stages would be replaced and `redo` is false. `where` as in
+        `refuse_changes`.
         """
-        refuse_changes(stages, self.work, redo)
+        refuse_changes(stages, self.work, redo, where or self.folder)
         pending = {stage.name for stage in stages if stage.status != "done"}
         recipe = self.recipe
         if recipe.corpus and recipe.corpus.streaming and processes().num_processes > 1:
@@ -156,8 +171,12 @@ class Run:
     def _corpus_fingerprint(self) -> str:
         recipe = self.recipe
         assert recipe.corpus is not None
-        source = corpus.source_fingerprint(recipe.corpus, data_root=recipe.data_root)
-        return fingerprint([source, recipe.corpus.model_dump(exclude={"source"}, exclude_defaults=True)])
+        return corpus.source_fingerprint(recipe.corpus, data_root=recipe.data_root)
+
+    def _pretraining(self, common: dict[str, Any]) -> dict[str, Any]:
+        """What the stages on text have in common; where the text lies does not matter, what it says is an input."""
+        assert self.recipe.corpus is not None
+        return {"corpus": self.recipe.corpus.decisive(exclude={"source"}), **common}
 
     def _teacher(self, model: str, inputs: dict[str, str], common: dict[str, Any]) -> Stage:
         settings = self.recipe.teacher
@@ -166,7 +185,8 @@ class Run:
         def build(work: Path) -> Outcome:
             return prepare_teacher(model, settings, self.text(), work=work, emit=self.emit, **common)
 
-        return Stage("teacher", self.places["teacher"], _visible(settings) | common, inputs, build)
+        used = settings.decisive() | self._pretraining(common)
+        return Stage("teacher", self.places["teacher"], used, inputs, build)
 
     def _prune(self, teacher: str, inputs: dict[str, str], common: dict[str, Any]) -> Stage:
         settings, distill = self.recipe.prune, self.recipe.distill
@@ -175,8 +195,8 @@ class Run:
         def build(work: Path) -> Outcome:
             return prune_student(teacher, settings, distill, self.text(), work=work, emit=self.emit, **common)
 
-        visible = _visible(settings) | {"distill": distill.model_dump(exclude_defaults=True)} | common
-        return Stage("prune", self.places["sparse"], visible, inputs, build)
+        used = settings.decisive() | {"distill": distill.decisive()} | self._pretraining(common)
+        return Stage("prune", self.places["sparse"], used, inputs, build)
 
     def _control(self, teacher: str, inputs: dict[str, str], common: dict[str, Any]) -> Stage:
         settings, distill, control = self.recipe.prune, self.recipe.distill, self.recipe.control
@@ -186,8 +206,9 @@ class Run:
             text = self.text()
             return prune_once(teacher, settings, distill, control, text, work=work, emit=self.emit, **common)
 
-        visible = _visible(settings) | {"distill": distill.model_dump(exclude_defaults=True), "lr": control.lr} | common
-        return Stage("control", self.places["control"], visible, inputs, build)
+        used = settings.decisive(exclude=UNUSED_BY_CONTROL) | control.decisive(exclude={"tasks"})
+        used |= {"distill": distill.decisive()} | self._pretraining(common)
+        return Stage("control", self.places["control"], used, inputs, build)
 
     def _task_stages(
         self, name: str, seed: int, dense: tuple[str, str], starts: dict[str, tuple[str, str]]
@@ -202,7 +223,7 @@ class Run:
         if spec.teacher is None and not (recipe.model_is_sparse and recipe.dense_model is None):
             alone = spec.model_copy(update={"epochs": spec.dense_epochs, "lr": spec.dense_lr})
             build = self._tune(name, alone, dense[0], None, f"{name}/seed-{seed}/dense", common)
-            settings = _dense_settings(alone) | common
+            settings = spec.decisive(_training(name) | {"dense_epochs", "dense_lr"}) | common
             inputs = {"model": dense[1], "data": data}
             stages.append(Stage(f"tasks/{name}/seed-{seed}/teacher", folder / "teacher", settings, inputs, build))
             teacher_of, teacher_print = str(folder / "teacher"), stages[0].fingerprint
@@ -211,7 +232,8 @@ class Run:
             if seed == recipe.seeds[0]:  # one model, whatever the seed of the students
                 build = self._measure(name, spec, spec.teacher)
                 inputs = {"model": teacher_print, "data": data}
-                stages.append(Stage(f"tasks/{name}/seed-{seed}/teacher", folder / "teacher", {}, inputs, build))
+                settings = spec.decisive(_lengths(name))
+                stages.append(Stage(f"tasks/{name}/seed-{seed}/teacher", folder / "teacher", settings, inputs, build))
         else:
             teacher_print = ""
         for variant, (start, start_print) in starts.items():
@@ -219,8 +241,8 @@ class Run:
             if variant == "control" and isinstance(control, Control) and name not in (control.tasks or recipe.tasks):
                 continue
             build = self._tune(name, spec, start, teacher_of, f"{name}/seed-{seed}/{variant}", common, locked=True)
-            sparse_only = {"hard", "kd", "hidden", "temperature", "dropout"}
-            settings = _dense_settings(spec) | spec.model_dump(include=sparse_only, exclude_defaults=True) | common
+            losses = LOSSES if teacher_of else set()
+            settings = spec.decisive(_training(name) | losses | {"epochs", "lr", "dropout"}) | common
             inputs = {"model": start_print, "teacher": teacher_print, "data": data}
             stages.append(Stage(f"tasks/{name}/seed-{seed}/{variant}", folder / variant, settings, inputs, build))
             if variant == "transfer" and recipe.quantize:
@@ -257,24 +279,22 @@ class Run:
             check_pattern(sparse, start[0])
             return quantize_trained(start[0], settings, self.task(name), seed=seed)
 
-        numerics = settings.model_dump(include={"weights", "activations", "embeddings"})
+        numerics = {"weights", "activations", "embeddings"}
+        static = settings.activations == "static"
         stages = []
         if settings.ptq:
-            visible = numerics | {"seed": seed}
-            if settings.activations == "static":
-                names = {"calibration", "observer"} | ({"percentile"} if settings.observer == "percentile" else set())
-                visible |= settings.model_dump(include=names)
+            names = {"calibration", "observer"} | ({"percentile"} if settings.observer == "percentile" else set())
+            used = settings.decisive(numerics | (names if static else set()))
+            used |= spec.decisive(_lengths(name)) | {"seed": seed}
             inputs = {"model": start[1], "data": data}
-            stages.append(Stage(f"tasks/{name}/seed-{seed}/ptq", folder / "ptq", visible, inputs, calibrate, sparse))
-        losses = {"hard", "kd", "hidden", "temperature", "dropout", "qat_rows"}
-        visible = _dense_settings(spec.model_copy(update={"epochs": spec.qat_epochs, "lr": spec.qat_lr}))
-        visible |= spec.model_dump(include=losses, exclude_defaults=True) | numerics | common
-        if settings.activations == "static":
-            visible["freeze"] = settings.freeze
+            stages.append(Stage(f"tasks/{name}/seed-{seed}/ptq", folder / "ptq", used, inputs, calibrate, sparse))
+        losses = LOSSES if teacher[0] else set()
+        used = spec.decisive(_training(name) | losses | {"qat_epochs", "qat_lr", "qat_rows", "dropout"})
+        used |= settings.decisive(numerics | ({"freeze"} if static else set())) | common
         inputs = {"model": start[1], "teacher": teacher[1], "data": data}
         return [
             *stages,
-            Stage(f"tasks/{name}/seed-{seed}/quantize", folder / "quantize", visible, inputs, train, sparse),
+            Stage(f"tasks/{name}/seed-{seed}/quantize", folder / "quantize", used, inputs, train, sparse),
         ]
 
     def _tune(
@@ -334,6 +354,7 @@ def run(recipe: Recipe, folder: Path, *, redo: bool = False) -> dict[str, Any]:
     main = processes().is_main_process
     results = {}
     with only_one(folder):
+        refuse_changes(stages, this.work, redo, folder)  # again: another process may have finished meanwhile
         pending = [stage for stage in stages if stage.status != "done"]
         if main:
             write_text(folder / "recipe.yaml", dump(recipe))
@@ -382,8 +403,20 @@ def check_folder(recipe: Recipe, folder: Path) -> None:
         raise InputError(f"{folder}: not empty and not a run's folder; choose another --out")
 
 
-def refuse_changes(stages: Iterable[Stage], work: Path, redo: bool) -> None:
-    """Raises InputError listing stages, finished or begun, whose settings or inputs changed, unless `redo`."""
+def refuse_changes(stages: Iterable[Stage], work: Path, redo: bool, where: Path) -> None:
+    """Raises InputError listing stages, finished or begun, whose settings or inputs changed, unless `redo`.
+
+    Stages whose record lacks settings are refused as such: whether theirs changed cannot be told. `where` is
+    what the message calls the place of the stages.
+    """
+    stages = list(stages)
+    earlier = [(stage, version) for stage in stages if (version := stage.earlier) is not None]
+    if earlier and not redo:
+        names = ", ".join(stage.name for stage, _ in earlier)
+        raise InputError(
+            f"{where}: made by pruneofa {earlier[0][1]}, whose stages do not record all settings ({names}); "
+            f"wanted stages of format {FORMAT}; run into another folder, or make them again with --redo"
+        )
     changed = [stage.name for stage in stages if stage.status == "changed"]
     changed += [f"{stage.name} (unfinished)" for stage in stages if _begun_otherwise(stage, work)]
     if changed and not redo:
@@ -399,20 +432,48 @@ def _begun_otherwise(stage: Stage, work: Path) -> bool:
 
 
 @contextlib.contextmanager
-def only_one(folder: Path) -> Iterator[None]:
-    """Keep a second process out of a run's folder. Raises InputError when one is at work there."""
+def only_one(folder: Path, *, name: Path | None = None, out: str = "--out") -> Iterator[None]:
+    """Keep a second process out of the folder of a run, or of one stage's work.
+
+    Raises InputError when one is at work there; it calls the folder `name`, and the argument to change `out`.
+    """
     if not processes().is_main_process:
         yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    with _lock_file(folder) as file:
+        if file is None:
             raise InputError(
-                f"{folder}: another pruneofa is at work here; wait for it, or choose another --out"
-            ) from None
+                f"{name or folder}: another pruneofa is at work here; wait for it, or choose another {out}"
+            )
         yield
+
+
+@contextlib.contextmanager
+def _lock_file(folder: Path) -> Iterator[TextIO | None]:
+    """The locked file of the folder, which is made; None where another process has it."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            file = open(folder / LOCK, "w")  # noqa: SIM115 - closed below, once it is known to be there
+        except FileNotFoundError:  # whoever worked here has just removed the folder
+            continue
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield None
+                return
+            if not _is_at(file, folder / LOCK):  # removed between opening and locking: it keeps nobody out
+                continue
+            yield file
+            return
+
+
+def _is_at(file: TextIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def carry_out(stage: Stage, work_root: Path, emit: Emit) -> None:
@@ -433,6 +494,7 @@ def carry_out(stage: Stage, work_root: Path, emit: Emit) -> None:
             check_pattern(stage.pattern, str(folder))
             write_json(folder / "metrics.json", outcome.metrics)
             record = {
+                "format": FORMAT,
                 "stage": stage.name,
                 "fingerprint": stage.fingerprint,
                 "settings": stage.settings,
@@ -447,13 +509,11 @@ def carry_out(stage: Stage, work_root: Path, emit: Emit) -> None:
     state.wait_for_everyone()
 
 
-def _visible(settings: Any) -> dict[str, Any]:
-    # What only costs memory or time must be free to change in the middle of a stage, and a key that a later
-    # version adds must not make finished stages look changed.
-    costs = {"save_steps", "micro_batch", "checkpoint_activations"}
-    return settings.model_dump(exclude=costs, exclude_defaults=True)
+def _lengths(name: str) -> set[str]:
+    """Fields of a task that say how its rows become tokens; the rows themselves are an input."""
+    return {"max_length", "stride"} if name == "squad" else {"max_length"}
 
 
-def _dense_settings(spec: Task) -> dict[str, Any]:
-    names = {"epochs", "lr", "batch", "max_length", "stride", "warmup", "weight_decay", "max_grad_norm"}
-    return spec.model_dump(include=names, exclude_defaults=True)
+def _training(name: str) -> set[str]:
+    """Fields of a task that all its trainings use."""
+    return _lengths(name) | {"batch", "warmup", "weight_decay", "max_grad_norm"}

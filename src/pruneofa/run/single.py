@@ -9,7 +9,7 @@ from pruneofa.errors import InputError
 from pruneofa.formats.files import read_json
 from pruneofa.recipe import Quantize, Recipe, Task
 from pruneofa.run.lineage import sparse_of_run
-from pruneofa.run.plan import Run, Stage, carry_out, check_pattern
+from pruneofa.run.plan import Run, Stage, carry_out, check_pattern, only_one, refuse_changes
 from pruneofa.run.stages import task_student
 from pruneofa.train.models import model_fingerprint
 from pruneofa.train.trainer import processes
@@ -96,14 +96,21 @@ def _alone(stages: list[Stage], this: Run, redo: bool) -> dict[str, float]:
     for stage in stages:
         if stage.folder.exists() and not (stage.folder / "stage.json").exists():
             raise InputError(f"{stage.folder}: exists and was not made by this command; choose another OUT")
-    this.check(stages, redo)
-    this.folder.mkdir(parents=True, exist_ok=True)
-    for stage in stages:
-        if stage.status != "done":
-            carry_out(stage, this.folder, this.emit)
-    if processes().is_main_process:
-        log = this.folder / "log.jsonl"
-        if log.exists():
-            shutil.move(log, stages[-1].folder / log.name)
-        shutil.rmtree(this.folder, ignore_errors=True)
-    return read_json(stages[-1].folder / "metrics.json")
+    out = stages[-1].folder
+    fresh = not this.folder.exists()
+    if fresh:  # nothing may be written before this
+        this.check(stages, redo, out)
+    with only_one(this.folder, name=out, out="OUT"):
+        if fresh:  # another process may have finished meanwhile
+            refuse_changes(stages, this.work, redo, out)
+        else:  # what is begun there may be another process's, so only now
+            this.check(stages, redo, out)
+        for stage in stages:
+            if stage.status != "done":
+                carry_out(stage, this.folder, this.emit)
+        if processes().is_main_process:
+            log = this.folder / "log.jsonl"
+            if log.exists():
+                shutil.move(log, out / log.name)
+            shutil.rmtree(this.folder, ignore_errors=True)
+    return read_json(out / "metrics.json")

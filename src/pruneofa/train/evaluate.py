@@ -104,7 +104,7 @@ def _read_task(
 ) -> Task:
     """The task for a model with these classes, by the tokenizer in its folder; says how many rows there are."""
     tokenizer = load_tokenizer(path)
-    labels = None if name in recipe.KNOWN_TASKS or _unnamed(classes) else classes
+    labels = None if name in recipe.KNOWN_TASKS else classes
     task = load_task(name, spec, tokenizer, train=False, labels=labels, max_positions=max_positions, **data)
     counts = " and ".join(f"{split.rows.num_rows:,} rows" for split in task.evaluations.values())
     sys.stderr.write(f"evaluate {name}: {counts}{how}\n")
