@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from pruneofa import __version__
-from pruneofa.cli.main import (
+from pruneofa.cli import (
     bench,
     demo,
     evaluate,
