@@ -15,6 +15,7 @@ import transformers
 
 from pruneofa import recipe
 from pruneofa.cli import main as cli
+from pruneofa.cli.show import recipe_file
 from pruneofa.formats import pattern
 from tests.small import BAD, GOOD, SUBJECTS, write_model, write_text
 from tests.tiny import tiny_bert, tiny_distilbert
@@ -50,7 +51,7 @@ def test_it_loads_and_is_named_like_its_file(path: Path) -> None:
 
 
 def test_a_recipe_is_found_by_its_name() -> None:
-    assert cli._recipe_file("demo") == RECIPES / "demo.yaml"
+    assert recipe_file("demo") == RECIPES / "demo.yaml"
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -10,7 +10,7 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
-from pruneofa import recipe
+from pruneofa import Engine, recipe
 from pruneofa.errors import InputError
 from pruneofa.export import compressed as export_compressed
 from pruneofa.export import export as module
@@ -158,7 +158,9 @@ def test_equal_layers_that_the_exporter_stores_once(tmp_path):
     assert report["executed"] == {"MatMulIntegerToFloat": 7}
 
 
+# Without VNNI, OpenVINO adds products of uint8 and int8 in saturating 16 bits: its outputs then differ by 2 %.
 @needs_openvino
+@pytest.mark.skipif("avx512vnni" not in Engine.available_isas(), reason="OpenVINO's int8 saturates without VNNI")
 @pytest.mark.parametrize(("family", "head"), zip([*FAMILIES, "Bert", "DistilBert"], HEADS, strict=True))
 def test_openvino_computes_the_simulation_in_int8(tmp_path, family, head):
     report = export(save(tmp_path / "model", family, head), tmp_path / "out", to="openvino")

@@ -267,7 +267,7 @@ def test_what_is_not_a_model_is_said_in_one_line(tmp_path, monkeypatch):
 
 def test_a_hub_id_that_cannot_be_had_is_an_input_error():
     code = (
-        "from pruneofa import pattern\nfrom pruneofa.errors import InputError\n"
+        "from pruneofa.formats import pattern\nfrom pruneofa.errors import InputError\n"
         "try:\n    pattern.inspect('no-such-organisation/no-such-model')\n"
         "except InputError as error:\n    print(error)\n"
     )
@@ -280,7 +280,7 @@ def test_a_hub_id_that_cannot_be_had_is_an_input_error():
 def test_the_module_needs_no_torch(base):
     code = (
         "import sys; sys.modules['torch'] = None\n"
-        "from pruneofa import pattern\n"
+        "from pruneofa.formats import pattern\n"
         f"print(pattern.inspect({str(base)!r})['pattern_hash'], 'transformers' in sys.modules)\n"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
