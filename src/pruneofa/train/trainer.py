@@ -23,7 +23,7 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import safe_globals
 
-from pruneofa.errors import InputError
+from pruneofa.errors import InputError, first_line
 from pruneofa.formats.files import COMPLETE, sync_tree, write_json
 from pruneofa.progress import progress
 from pruneofa.train.attention import use_bf16_attention
@@ -46,11 +46,7 @@ def _stored_state(file: Path) -> dict[str, torch.Tensor]:
     try:
         return safetensors.torch.load_file(file)
     except SafetensorError as error:
-        raise InputError(f"{file}: damaged ({_first_line(error)}); resume from an older checkpoint") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n")[0]
+        raise InputError(f"{file}: damaged ({first_line(error)}); resume from an older checkpoint") from None
 
 
 def _verify_end(held: PatternLock | GradualPruner, model: nn.Module, saved: Path | None) -> None:
@@ -419,7 +415,7 @@ def _fault(checkpoint: Path) -> str | None:
         except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
             if "allocate" in str(error):  # short of memory here: nothing is known of the file
                 raise
-            return f"{file.name}: {_first_line(error)}"
+            return f"{file.name}: {first_line(error)}"
         except OSError as error:
             if error.errno != errno.EINVAL:  # torch looks for the archive's directory before the start of a short file
                 raise
