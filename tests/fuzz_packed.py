@@ -7,7 +7,7 @@ processor time and the memory that the folder's own size justifies. Every other 
 in the code, and makes the exit code 1; `python -m tests.fuzz_packed DIR/FILE` repeats one.
 
 Coverage comes from atheris, which is not among the development dependencies: pip install atheris.
-`tests/unit/test_packed_fuzz.py` runs some mutations without it.
+`tests/engine/test_packed_fuzz.py` runs some mutations without it.
 """
 
 import argparse

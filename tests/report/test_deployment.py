@@ -10,8 +10,8 @@ from pruneofa.errors import InputError
 from pruneofa.report.card import NOTES, check_results, read_results, table_rows, write_table
 from pruneofa.report.deployment import cost_tables, latency_rows, size_rows
 from pruneofa.report.report import accuracy_chart, write_report
-from tests.unit.example_run import entry, example_events, example_inspection, example_recipe, example_results
-from tests.unit.test_card import card_of
+from tests.report.example_run import entry, example_events, example_inspection, example_recipe, example_results
+from tests.report.test_card import card_of
 
 COMMITTED = sorted((Path(__file__).parents[2] / "results").glob("*/results.json"))
 

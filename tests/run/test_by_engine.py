@@ -16,7 +16,7 @@ from pruneofa.run.by_engine import FILE, measure_by_engine
 from pruneofa.train.evaluate import evaluate
 from tests.small import small_recipe
 from tests.tiny import tiny_tokenizer
-from tests.unit.test_evaluate_engine import named, save
+from tests.train.test_evaluate_engine import named, save
 
 pytestmark = pytest.mark.skipif(engine.native is None, reason="the native kernels were not built")
 LABELS = ["bad", "good"]

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from pruneofa import recipe
-from tests.unit.example_run import HOME, example_recipe
+from tests.report.example_run import HOME, example_recipe
 
 SCRIPT = Path(__file__).parents[2] / "results" / "collect.py"
 

@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from pruneofa.data.corpus import collate
 from pruneofa.data.examples import IGNORED, chunk, permuted, truncated
+from tests.data.test_corpus import TOKENIZER, WHOLE, articles, build, write
 from tests.tiny import tiny_tokenizer
-from tests.unit.test_corpus import TOKENIZER, WHOLE, articles, build, write
 
 ROBERTA_SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 

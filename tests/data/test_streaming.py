@@ -9,8 +9,8 @@ import torch
 from pruneofa.data.corpus import collate
 from pruneofa.data.examples import IGNORED
 from pruneofa.errors import InputError
-from tests.unit.test_corpus import TOKENIZER, articles, build, write
-from tests.unit.test_corpus_examples import equal, unmasked
+from tests.data.test_corpus import TOKENIZER, articles, build, write
+from tests.data.test_examples import equal, unmasked
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from pruneofa.report.report import (
     schedule_chart,
     write_report,
 )
-from tests.unit.example_run import HOME, example_events, example_inspection, example_recipe, example_results
+from tests.report.example_run import HOME, example_events, example_inspection, example_recipe, example_results
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from huggingface_hub import ModelCard
 from pruneofa import recipe as recipes
 from pruneofa.errors import InputError
 from pruneofa.report.card import check_results, portable, read_results, retention, write_card, write_table
+from tests.report.example_run import HOME, entry, example_inspection, example_recipe, example_results
 from tests.tiny import tiny_bert, tiny_tokenizer
-from tests.unit.example_run import HOME, entry, example_inspection, example_recipe, example_results
 
 REFERENCE_SECTIONS = [
     "# Model Details",
