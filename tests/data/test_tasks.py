@@ -11,7 +11,8 @@ import pytest
 from pruneofa import recipe
 from pruneofa.data import rows
 from pruneofa.data.baseline import baseline
-from pruneofa.data.tasks import collate, load_task, longest_input
+from pruneofa.data.features import collate
+from pruneofa.data.tasks import load_task, longest_input
 from pruneofa.errors import InputError
 from tests.tiny import tiny_bert, tiny_distilbert, tiny_roberta, tiny_tokenizer
 
@@ -113,6 +114,16 @@ def test_hold_out_leaves_a_row_of_every_label_in_training():
     train, held = rows.hold_out(pa.Table.from_pylist([*ROWS, *rare]), ["text"], "label", "t")
     assert set(held["label"].to_pylist()) <= {"pos", "neg"}
     assert len(set(train["label"].to_pylist())) == 32
+
+
+def test_hold_out_compares_labels_as_loading_does():
+    ones = pa.Table.from_pylist([{"text": f"text {n}", "label": "1"} for n in range(40)])
+    _, held = rows.hold_out(ones, ["text"], "label", "t")
+    written = [
+        {"text": text, "label": "1.0" if text in held["text"].to_pylist() else "1"} for text in ones["text"].to_pylist()
+    ]
+    _, again = rows.hold_out(pa.Table.from_pylist(written), ["text"], "label", "t")
+    assert again["text"].to_pylist() == held["text"].to_pylist()
 
 
 @pytest.mark.parametrize(

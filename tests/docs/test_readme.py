@@ -106,7 +106,7 @@ def test_make_commands_in_the_documents_exist() -> None:
 @pytest.mark.parametrize(("block", "folders"), [("results", "results/*"), ("demo", "results/demo")])
 def test_tables_are_what_the_committed_results_say(block: str, folders: str) -> None:
     from pruneofa.formats.files import read_json
-    from pruneofa.report.card import write_table
+    from pruneofa.report.table import write_table
 
     files = [f for f in sorted(ROOT.glob(f"{folders}/results.json")) if block == "demo" or f.parent.name != "demo"]
     table = README.partition(f"<!-- {block}:begin -->\n")[2].partition(f"<!-- {block}:end -->")[0]

@@ -8,7 +8,11 @@ from huggingface_hub import ModelCard
 
 from pruneofa import recipe as recipes
 from pruneofa.errors import InputError
-from pruneofa.report.card import check_results, portable, read_results, retention, write_card, write_table
+from pruneofa.recipe.yaml12 import parse
+from pruneofa.report.card import write_card
+from pruneofa.report.render import portable
+from pruneofa.report.schema import check_results, read_results
+from pruneofa.report.table import retention, write_table
 from tests.report.example_run import HOME, entry, example_inspection, example_recipe, example_results
 from tests.tiny import tiny_bert, tiny_tokenizer
 
@@ -268,7 +272,7 @@ def test_card_shows_layers_hash_recipe_and_preprocessing(tmp_path):
     assert "these take 42.5 MB as stored in fp32, 5.57 MB as non-zeros with a bit mask (2.39 MB in int8;" in text
     assert "6,100,000 tokens" in text
     assert "pruneofa 0.1.0, torch 2.13.0, python 3.11.9" in text
-    block = yaml.load(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1], recipes._Yaml12)
+    block = parse(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1])
     again = recipes.validate(recipes.Recipe, block).model_dump()
     assert again == portable(example_recipe())
 

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from pruneofa.errors import InputError
-from pruneofa.report.card import NOTES, check_results, read_results, table_rows, write_table
+from pruneofa.report.charts import accuracy_chart
 from pruneofa.report.deployment import cost_tables, latency_rows, size_rows
-from pruneofa.report.report import accuracy_chart, write_report
+from pruneofa.report.report import write_report
+from pruneofa.report.schema import check_results, read_results
+from pruneofa.report.table import NOTES, table_rows, write_table
 from tests.report.example_run import entry, example_events, example_inspection, example_recipe, example_results
 from tests.report.test_card import card_of
 

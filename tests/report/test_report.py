@@ -5,7 +5,7 @@ import re
 import pytest
 
 from pruneofa.errors import InputError
-from pruneofa.report.report import (
+from pruneofa.report.charts import (
     POINTS,
     accuracy_chart,
     layer_chart,
@@ -13,8 +13,8 @@ from pruneofa.report.report import (
     loss_chart,
     parts_chart,
     schedule_chart,
-    write_report,
 )
+from pruneofa.report.report import write_report
 from tests.report.example_run import HOME, example_events, example_inspection, example_recipe, example_results
 
 

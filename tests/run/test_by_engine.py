@@ -10,7 +10,7 @@ from pruneofa.bench.workers import WorkerError
 from pruneofa.data.tasks import load_task
 from pruneofa.engine import engine
 from pruneofa.formats.files import read_json, write_json
-from pruneofa.report.card import check_results
+from pruneofa.report.schema import check_results
 from pruneofa.run import by_engine, results
 from pruneofa.run.by_engine import FILE, measure_by_engine
 from pruneofa.train.evaluate import evaluate

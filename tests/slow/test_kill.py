@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pruneofa import recipe
-from pruneofa.train.trainer import last_checkpoint
+from pruneofa.train.checkpoints import last_checkpoint
 from tests.small import small_recipe
 
 pytestmark = pytest.mark.slow

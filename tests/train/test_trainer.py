@@ -10,10 +10,12 @@ from pruneofa.errors import CheckFailed, InputError
 from pruneofa.recipe import Corpus
 from pruneofa.train import LockCallback, PruningCallback
 from pruneofa.train.attention import use_bf16_attention
+from pruneofa.train.checkpoints import last_checkpoint
+from pruneofa.train.device import split_batch
 from pruneofa.train.masks import prunable
 from pruneofa.train.objective import PretrainingObjective
 from pruneofa.train.schedule import linear_lr
-from pruneofa.train.trainer import last_checkpoint, split_batch, train
+from pruneofa.train.trainer import train
 from tests.small import write_text
 from tests.tiny import tiny_bert, tiny_tokenizer
 

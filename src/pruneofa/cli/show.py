@@ -61,7 +61,7 @@ def print_results(results: dict[str, Any], folder: Path, as_json: bool) -> None:
     """Print the results of a run, and the files that hold them."""
 
     def show() -> None:
-        from pruneofa.report.card import write_table
+        from pruneofa.report.table import write_table
 
         sys.stdout.write(write_table([results], drop_empty=True))
         files = ["results.json", "table.md", "report.html", "sparse/README.md"]

@@ -15,11 +15,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pruneofa.data.labels import as_text
 from pruneofa.errors import InputError, first_line
 
 SUFFIXES = (".parquet", ".jsonl", ".csv", ".tsv")
 HELD_OUT = 10  # one row in so many is held out where the data brings no validation rows
-_LONGEST_FIELD = 2**31 - 1  # the csv module refuses fields above 128 KiB unless told otherwise
+_LONGEST_FIELD = 2**31 - 1  # bytes; the default of the csv module is 128 KiB
 
 
 def load_splits(
@@ -136,7 +137,7 @@ def hold_out(table: pa.Table, key: Sequence[str], label: str | None, where: str)
     digests = (hashlib.sha256("\x1f".join(texts).encode("utf-8", "surrogatepass")).digest() for texts in keys)
     out = np.fromiter((int.from_bytes(digest[:8], "big") % HELD_OUT == 0 for digest in digests), bool)
     if label is not None:
-        labels = np.array([str(value) for value in column(table, label, "label", where).to_pylist()])
+        labels = np.array([as_text(value) for value in column(table, label, "label", where).to_pylist()])
         out &= np.isin(labels, np.unique(labels[~out]))
     if not out.any() or out.all():
         raise InputError(

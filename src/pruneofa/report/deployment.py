@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pruneofa.report.card import cell, megabytes, variant_name
+from pruneofa.report.table import cell, megabytes, variant_name
 
 Rows = tuple[list[str], list[list[str]]]
 ENCODER = (

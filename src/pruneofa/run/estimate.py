@@ -20,9 +20,10 @@ from pruneofa.run.stages import (
     teacher_objective,
     transfer_objective,
 )
+from pruneofa.train.checkpoints import last_checkpoint
+from pruneofa.train.device import split_batch
 from pruneofa.train.models import load_for_pretraining, load_for_task, load_tokenizer
 from pruneofa.train.quantize import FakeQuantizer
-from pruneofa.train.trainer import last_checkpoint, split_batch
 
 PROBE_STEPS = 5
 PROBE_TOKENS = 4096  # a probe never runs a larger batch than this: the rest is multiplied

@@ -37,8 +37,8 @@ from pruneofa.run.stages import (
     quantize_trained,
     read_text,
 )
+from pruneofa.train.device import processes
 from pruneofa.train.models import load_config, load_tokenizer, model_fingerprint, with_safetensors
-from pruneofa.train.trainer import processes
 
 FORMAT = 2  # part of every fingerprint: raise it when a stage's result changes for the same settings, or its record
 LOSSES = {"hard", "kd", "hidden", "temperature"}  # of a task: used only where there is a teacher

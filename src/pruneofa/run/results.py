@@ -64,9 +64,10 @@ def _add_runs(measured: dict[str, Any], task: str, seed: int, variant: str, metr
 
 def write_reports(recipe: Recipe, folder: Path, results: dict[str, Any]) -> None:
     """table.md, the model card in sparse/, and report.html."""
-    from pruneofa.report.card import write_card, write_table
+    from pruneofa.report.card import write_card
     from pruneofa.report.deployment import cost_tables
     from pruneofa.report.report import write_report
+    from pruneofa.report.table import write_table
 
     inspection = pattern.inspect(sparse_folder(recipe, folder))
     log = folder / "log.jsonl"
@@ -95,7 +96,7 @@ def sparse_folder(recipe: Recipe, folder: Path) -> str:
 
 def publishable(recipe: Recipe) -> dict[str, Any]:
     """The recipe without the places of one machine: paths are cut down to their last part."""
-    from pruneofa.report.card import portable
+    from pruneofa.report.render import portable
 
     return portable(recipe.model_dump()) | {"data_root": None}
 

@@ -11,8 +11,8 @@ from pruneofa.recipe import Quantize, Recipe, Task
 from pruneofa.run.lineage import sparse_of_run
 from pruneofa.run.plan import Run, Stage, carry_out, check_pattern, only_one, refuse_changes
 from pruneofa.run.stages import task_student
+from pruneofa.train.device import processes
 from pruneofa.train.models import model_fingerprint
-from pruneofa.train.trainer import processes
 
 
 def prune(recipe: Recipe, out: Path, *, redo: bool = False) -> dict[str, float]:

@@ -21,21 +21,15 @@ from pruneofa.formats import scales as int8
 from pruneofa.formats.files import read_json, write_json
 from pruneofa.formats.pattern import local_folder
 from pruneofa.recipe import Control, Corpus, Distill, Prune, Quantize, Task, Teacher
+from pruneofa.train.callbacks import LockCallback, PruningCallback, QuantizeCallback
+from pruneofa.train.device import processes, split_batch
 from pruneofa.train.evaluate import evaluate_model, label_order, load_task_model
 from pruneofa.train.models import load_for_pretraining, load_for_task, load_tokenizer, reorder_classes, set_dropout
 from pruneofa.train.objective import INPUTS, PretrainingObjective, TransferObjective
 from pruneofa.train.prune import GradualPruner
 from pruneofa.train.quantize import FakeQuantizer
 from pruneofa.train.schedule import cyclic_lr, linear_lr, rewound_lr
-from pruneofa.train.trainer import (
-    LockCallback,
-    PruningCallback,
-    QuantizeCallback,
-    batches,
-    processes,
-    split_batch,
-    train,
-)
+from pruneofa.train.trainer import batches, train
 
 VALIDATION_EXAMPLES = 512
 CALIBRATION_BATCH = 32

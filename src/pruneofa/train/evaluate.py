@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from pruneofa import __version__, recipe
 from pruneofa.data import squad
-from pruneofa.data.tasks import Task, TaskData, load_task, longest_input
+from pruneofa.data.features import TaskData
+from pruneofa.data.tasks import Task, load_task, longest_input
 from pruneofa.engine.architectures import Precision as EnginePrecision
 from pruneofa.engine.engine import Engine
 from pruneofa.errors import InputError

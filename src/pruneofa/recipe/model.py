@@ -1,14 +1,10 @@
-"""The recipe: everything a run needs to know, validated before any work starts."""
+"""The sections of a recipe: every setting of a run with its type, default and limits."""
 
 import difflib
 import re
 import warnings
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-import pydantic
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pruneofa.errors import InputError
@@ -25,34 +21,6 @@ Names = str | list[str]
 COST: dict[str, Any] = {"cost": True}  # marks a field that costs time or memory only: it may change within a stage
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"  # of runs and tasks: it becomes part of a path
 RATE_WARNING = 1.2  # the published schedule reaches 1.02
-_ALTERNATIVES = ("Control", "bool", "str", "list[str]")  # as pydantic names them in the location of an error
-T = TypeVar("T", bound=BaseModel)
-
-
-class _Yaml12(yaml.SafeLoader):
-    """PyYAML reads YAML 1.1, where 2:4 is the number 124, 1e-4 is text and no is false; these are the rules of 1.2."""
-
-
-_Yaml12.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in rules if tag.endswith((":null", ":merge"))]
-    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Yaml12.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_Yaml12.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
-_Yaml12.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+\.[0-9]*([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.inf|\.nan)$"),
-    list("-+.0123456789"),
-)
-_Yaml12.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))  # 1.1 would read 012 as octal
-
-
-class _Dumper12(yaml.SafeDumper):
-    """Quotes exactly the text that `_Yaml12` would read as something else."""
-
-    yaml_implicit_resolvers = _Yaml12.yaml_implicit_resolvers
 
 
 class Section(BaseModel):
@@ -172,7 +140,7 @@ class Distill(Section):
     positions: Literal["all", "masked"] = Field("all", description="positions whose MLM logits are distilled")
 
     @model_validator(mode="after")
-    def _something(self) -> "Distill":
+    def _some_weight(self) -> "Distill":
         if self.hard + self.kd + self.hidden == 0:
             raise ValueError("hard, kd and hidden are all 0: nothing would be learned; raise one of them")
         return self
@@ -213,7 +181,7 @@ class Task(Section):
     skip_bad_answers: bool = Field(False, description="drop SQuAD answers whose offsets do not match")
 
     @model_validator(mode="after")
-    def _losses(self) -> "Task":
+    def _head_is_trained(self) -> "Task":
         if self.hard + self.kd == 0:
             raise ValueError("hard and kd are both 0: the task's head would not be trained; raise one of them")
         return self
@@ -333,97 +301,3 @@ def check_task_name(name: str) -> None:
     """Raises InputError, which is a ValueError, for a name that cannot be the name of a folder everywhere."""
     if not re.fullmatch(NAME, name):
         raise InputError(f"task name {name!r}: wanted letters, digits, '.', '_' and '-', the first a letter or digit")
-
-
-def load(paths: Iterable[str | Path], overrides: Iterable[str] = ()) -> Recipe:
-    """Read one or more YAML files, later ones win key by key, then apply `a.b=value` overrides.
-
-    Raises InputError with the file or key, and the nearest known key for an unknown one.
-    """
-    merged: dict[str, Any] = {}
-    for path in paths:
-        try:
-            loaded = yaml.load(Path(path).read_text(encoding="utf-8"), _Yaml12)
-        except FileNotFoundError:
-            raise InputError(f"{path}: no such recipe file") from None
-        except IsADirectoryError:
-            raise InputError(f"{path}: a folder, wanted a recipe file such as recipes/demo.yaml") from None
-        except (UnicodeDecodeError, yaml.YAMLError) as error:
-            raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-        if not isinstance(loaded, dict):
-            raise InputError(f"{path}: a recipe is a mapping of keys, got {type(loaded).__name__}")
-        merged = merge(merged, loaded)
-    for override in overrides:
-        merged = merge(merged, parse_override(override))
-    return validate(Recipe, merged)
-
-
-def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`base` with the keys of `over` laid over it, mappings merged recursively."""
-    result = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(result.get(key), dict)
-        result[key] = merge(result[key], value) if both else value
-    return result
-
-
-def parse_override(text: str) -> dict[str, Any]:
-    """`a.b=value` as a nested mapping; the value is YAML, so numbers and lists keep their type."""
-    key, equals, value = text.partition("=")
-    if not equals or not all(key.split(".")):
-        raise InputError(f"--set {text}: wanted key=value, such as prune.final=0.85")
-    try:
-        parsed: Any = yaml.load(value, _Yaml12)
-    except yaml.YAMLError:
-        raise InputError(f"--set {text}: {value!r} is not valid YAML; put quotes around it") from None
-    for part in reversed(key.split(".")):
-        parsed = {part: parsed}
-    return parsed
-
-
-def validate(model: type[T], values: dict[str, Any]) -> T:
-    """Build `model` from plain values. Raises InputError that lists every problem on one line."""
-    try:
-        return model.model_validate(values)
-    except pydantic.ValidationError as error:
-        problems: dict[tuple[str, ...], str] = {}
-        for problem in error.errors():
-            # Where several types are allowed there is one error for each; the first says enough.
-            location = tuple(str(part) for part in problem["loc"] if part not in _ALTERNATIVES)
-            if not (problem["loc"][-1:] == ("bool",) and isinstance(problem["input"], dict)):
-                problems.setdefault(location, _explain(model, list(location), problem))
-        raise InputError("recipe: " + "; ".join(problems.values())) from None
-
-
-def _explain(model: type[BaseModel], location: list[str], problem: Any) -> str:
-    where = ".".join(location) or "recipe"
-    if problem["type"] == "extra_forbidden":
-        known = _known_keys(model, location[:-1])
-        near = difflib.get_close_matches(location[-1], known, 1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-        return f"unknown key {where!r}; {hint}"
-    if problem["type"] == "missing":
-        return f"{where} is missing"
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "value_error":
-        return f"{where}: {message}" if location else message
-    return f"{where} is {problem['input']!r}: {message[0].lower()}{message[1:]}"
-
-
-def _known_keys(model: type[BaseModel], location: list[str]) -> list[str]:
-    sections: dict[str, type[Section]] = {
-        "corpus": Corpus, "teacher": Teacher, "prune": Prune, "distill": Distill, "tasks": Task, "control": Control,
-        "card": Card, "quantize": Quantize,
-    }  # fmt: skip
-    owner: type[BaseModel] = sections.get(location[0], model) if location else model
-    return list(owner.model_fields)
-
-
-def dump(recipe: Recipe) -> str:
-    """The resolved recipe as YAML that `load` reads back to an equal recipe."""
-    return to_yaml(recipe.model_dump())
-
-
-def to_yaml(values: dict[str, Any]) -> str:
-    """Plain values as YAML that `load` reads back as they are."""
-    return yaml.dump(values, Dumper=_Dumper12, sort_keys=False, allow_unicode=True)
