@@ -12,7 +12,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 READY := $(VENV)/.installed
-NATIVE := CMakeLists.txt $(wildcard native/*)
+NATIVE := CMakeLists.txt $(shell find native -type f)
 SANITIZED := $(VENV)/sanitized
 # pip builds the extension in an environment of its own, which -c does not reach in every version of pip.
 export PIP_CONSTRAINT := constraints.txt

@@ -24,11 +24,6 @@
 #include <cstddef>
 #include <cstdint>
 
-// The x86 paths choose their instructions by GCC's pragmas, which Clang does not know: it compiles the portable path.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define PRUNEOFA_X86
-#endif
-
 // Sums in registers need their loops unrolled whatever the optimisation level.
 #if defined(__clang__)
 #define PRUNEOFA_UNROLL _Pragma("clang loop unroll(full)")
@@ -39,6 +34,9 @@
 #endif
 
 namespace pruneofa {
+
+struct PackedLayer;  // layout.h
+struct LaidOut;
 
 constexpr int kLanes = 16;
 
@@ -112,11 +110,17 @@ struct Attention {
 // ranges, sums and codes.
 struct Kernels {
   const char* isa;
-  int group_int8;       // inputs in a word of int8 weights: 4, or 2 on AVX2
-  int block_int8;       // outputs per block of dense int8 words, divides 16; 0: the path takes tiles (AMX)
-  int block_float;      // the same for float words
-  float sparse_above;   // sparsity from which the sparse layout is the faster one, for int8 (docs/kernels.md) ...
+  bool (*supported)();  // by this CPU and operating system
+  // Chooses the layout of a layer and fills `out`, whose `sparsity`, sizes, scales and bias are set.
+  void (*lay_out)(const PackedLayer& layer, const Kernels& kernels, LaidOut& out);
+  int group_int8;            // inputs in a word of int8 weights and of codes: 4, or 2 on AVX2
+  int block_int8 = 0;        // outputs per block of dense int8 words, divides 16; unused where int8 weights are tiles
+  int block_float;           // the same for float words
+  float sparse_above;        // sparsity from which the sparse layout is the faster one, for int8 (docs/kernels.md) ...
   float sparse_above_float;  // ... and for floats
+  // Time for an entry of a gathered int8 list, relative to one of a plain list: of one output, and shared by four
+  // outputs. 0: the path has no such kernel.
+  float gathered = 0, gathered_by_4 = 0;
 
   void (*begin)();  // once per thread and forward pass
   void (*end)();
@@ -138,10 +142,6 @@ struct Kernels {
                     const float* gamma, const float* beta, float epsilon, Ranges range);
   void (*attention)(const Attention&);
 
-  // What an entry of a gathered int8 list costs, in words of a plain one: of one output, and shared by four. 0: the
-  // path has no such kernel.
-  float gathered = 0, gathered_by_4 = 0;
-
   // `encode` from what linear_int8 wrote for kGeluHalf; null where it cannot.
   void (*encode_half)(const float* x, int begin, int end, int features, const float* scale, const int32_t* zero,
                       void* codes) = nullptr;
@@ -162,11 +162,12 @@ constexpr std::size_t scratch_bytes(int inputs, int tokens, int head) {
   return tiles > operands ? tiles : operands;
 }
 
-extern const Kernels kScalar;
-#if defined(PRUNEOFA_X86)
-extern const Kernels kAvx2;
-extern const Kernels kAvx512Vnni;
-extern const Kernels kAmx;
-#endif
+// For paths whose weights are words; in layout.cc.
+void lay_out_words(const PackedLayer& layer, const Kernels& kernels, LaidOut& out);
+
+// The row of each path, defined in its file. CMakeLists.txt has the list: PRUNEOFA_PATH(scalar) PRUNEOFA_PATH(avx2) ...
+#define PRUNEOFA_PATH(name) extern const Kernels name##_kernels;
+PRUNEOFA_PATHS
+#undef PRUNEOFA_PATH
 
 }  // namespace pruneofa

@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from pruneofa import Engine
+from pruneofa.errors import InputError
 from pruneofa.formats import packed
 from pruneofa.formats.pack import pack
 from tests.engine_folder import write_folder
@@ -294,6 +295,23 @@ def test_attributes_say_what_runs(kernels, tmp_path, monkeypatch):
     monkeypatch.setenv("PRUNEOFA_ISA", "scalar")
     assert Engine.from_pretrained(folder).isa == "scalar"
     assert Engine.from_pretrained(folder, isa=engine.isa).isa == engine.isa  # the argument wins
+
+
+def test_the_environment_forces_a_path(tmp_path, monkeypatch):
+    folder = write_folder(tmp_path)
+    for isa in Engine.available_isas():
+        monkeypatch.setenv("PRUNEOFA_ISA", isa)
+        engine = Engine.from_pretrained(folder)
+        assert engine.isa == isa
+        assert all(isa in choice for _, choice in engine.choices())
+
+
+@pytest.mark.parametrize("name", ["neon", "AMX", "amx ", "sse2"])
+def test_a_path_that_is_not_there_is_refused_with_those_that_are(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("PRUNEOFA_ISA", name)
+    listed = ", ".join(Engine.available_isas())
+    with pytest.raises(InputError, match=f"PRUNEOFA_ISA is '{name}', .* wanted one of {listed}$"):
+        Engine.from_pretrained(write_folder(tmp_path))
 
 
 def test_a_prediction_needs_neither_torch_nor_transformers(kernels, tmp_path):

@@ -1,12 +1,12 @@
 // AVX2 with FMA. Codes and weights are int16 here: VPMADDWD adds two exact products per 32-bit lane, while the byte
 // instruction (VPMADDUBSW) saturates.
-#include "kernels.h"
-
-#if defined(PRUNEOFA_X86)
 #include <immintrin.h>
 
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
+#include "kernels.h"
+#include "x86/cpu.h"
+#include "x86/target.h"
+
+PRUNEOFA_TARGET_BEGIN("avx2,fma")
 
 namespace pruneofa {
 namespace {
@@ -14,8 +14,10 @@ namespace avx2 {
 #define PRUNEOFA_REGISTER 32
 #define PRUNEOFA_MIN(a, b) _mm256_min_ps((__m256)(a), (__m256)(b))
 #define PRUNEOFA_MAX(a, b) _mm256_max_ps((__m256)(a), (__m256)(b))
-#include "lanes.h"
-#include "linear.inc.h"
+#include "portable/lanes.inc.h"
+#include "portable/math.inc.h"
+#include "portable/layers.inc.h"
+#include "portable/linear.inc.h"
 
 struct Int8 {
   struct Sum {
@@ -113,21 +115,28 @@ struct Gather {
 }  // namespace avx2
 }  // namespace
 
-const Kernels kAvx2 = {
-    "avx2",
-    2, 4, 4, 0.52f, 0.5f,
-    avx2::nothing, avx2::nothing,
-    avx2::linear_or_gathered<avx2::Int8, avx2::Gather>,
-    avx2::linear<avx2::Float>,
-    avx2::lanes::range,
-    avx2::lanes::scales,
-    avx2::lanes::encode_words<2>,
-    avx2::lanes::moments,
-    avx2::lanes::normalize,
-    avx2::lanes::attention,
-    1.3f, 3.0f,
+const Kernels avx2_kernels = {
+    .isa = "avx2",
+    .supported = cpu_has_avx2,
+    .lay_out = lay_out_words,
+    .group_int8 = 2,
+    .block_int8 = 4,
+    .block_float = 4,
+    .sparse_above = 0.52f,
+    .sparse_above_float = 0.5f,
+    .gathered = 1.3f,
+    .gathered_by_4 = 3.0f,
+    .begin = avx2::nothing,
+    .end = avx2::nothing,
+    .linear_int8 = avx2::linear_or_gathered<avx2::Int8, avx2::Gather>,
+    .linear_float = avx2::linear<avx2::Float>,
+    .range = avx2::lanes::range,
+    .scales = avx2::lanes::scales,
+    .encode = avx2::lanes::encode_words<2>,
+    .moments = avx2::lanes::moments,
+    .normalize = avx2::lanes::normalize,
+    .attention = avx2::lanes::attention,
 };
 
 }  // namespace pruneofa
-#pragma GCC pop_options
-#endif
+PRUNEOFA_TARGET_END

@@ -1,24 +1,17 @@
 // AVX-512 with VNNI: four products of a uint8 code and an int8 weight per 32-bit lane and instruction (VPDPBUSD,
 // which does not saturate between them).
-#include "kernels.h"
-
-#if defined(PRUNEOFA_X86)
 #include <immintrin.h>
 
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma")
+#include "kernels.h"
+#include "x86/cpu.h"
+#include "x86/target.h"
+
+PRUNEOFA_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma")
 
 namespace pruneofa {
 namespace {
 namespace avx512vnni {
-#define PRUNEOFA_REGISTER 64
-#define PRUNEOFA_MIN(a, b) _mm512_maskz_min_ps(0xffff, (__m512)(a), (__m512)(b))
-#define PRUNEOFA_MAX(a, b) _mm512_maskz_max_ps(0xffff, (__m512)(a), (__m512)(b))
-#define PRUNEOFA_LOOKUP(table, index) \
-  (FloatRegister) _mm512_permutex2var_ps(_mm512_load_ps(table), (__m512i)(index), _mm512_load_ps((table) + 16))
-#include "lanes.h"
-#include "linear.inc.h"
-#include "avx512.inc.h"
+#include "x86/avx512.inc.h"
 
 // Gathered words from rows of 64 bytes per input. Four rows are interleaved to the codes of up to four panels by eight
 // shuffles. Tokens 4 l .. 4 l + 3 of panel q lie at bytes 16 l + 4 q of a row, which makes them come out in order. With
@@ -111,21 +104,28 @@ struct Gather {
 }  // namespace avx512vnni
 }  // namespace
 
-const Kernels kAvx512Vnni = {
-    "avx512vnni",
-    4, 4, 4, 0.7f, 0.6f,
-    avx512vnni::nothing, avx512vnni::nothing,
-    avx512vnni::linear_or_gathered<avx512vnni::Int8, avx512vnni::Gather>,
-    avx512vnni::linear<avx512vnni::Float>,
-    avx512vnni::lanes::range,
-    avx512vnni::lanes::scales,
-    avx512vnni::lanes::encode_words<4>,
-    avx512vnni::lanes::moments,
-    avx512vnni::lanes::normalize,
-    avx512vnni::lanes::attention,
-    1.7f, 3.0f,
+const Kernels avx512vnni_kernels = {
+    .isa = "avx512vnni",
+    .supported = cpu_has_avx512vnni,
+    .lay_out = lay_out_words,
+    .group_int8 = 4,
+    .block_int8 = 4,
+    .block_float = 4,
+    .sparse_above = 0.7f,
+    .sparse_above_float = 0.6f,
+    .gathered = 1.7f,
+    .gathered_by_4 = 3.0f,
+    .begin = avx512vnni::nothing,
+    .end = avx512vnni::nothing,
+    .linear_int8 = avx512vnni::linear_or_gathered<avx512vnni::Int8, avx512vnni::Gather>,
+    .linear_float = avx512vnni::linear<avx512vnni::Float>,
+    .range = avx512vnni::lanes::range,
+    .scales = avx512vnni::lanes::scales,
+    .encode = avx512vnni::lanes::encode_words<4>,
+    .moments = avx512vnni::lanes::moments,
+    .normalize = avx512vnni::lanes::normalize,
+    .attention = avx512vnni::lanes::attention,
 };
 
 }  // namespace pruneofa
-#pragma GCC pop_options
-#endif
+PRUNEOFA_TARGET_END

@@ -1,4 +1,13 @@
-// What the AVX-512 path and the AMX path share. Included as lanes.h is.
+// What the AVX-512 path and the AMX path share: vectors of 64 bytes and products of words. Included as lanes.inc.h is.
+#define PRUNEOFA_REGISTER 64
+#define PRUNEOFA_MIN(a, b) _mm512_maskz_min_ps(0xffff, (__m512)(a), (__m512)(b))
+#define PRUNEOFA_MAX(a, b) _mm512_maskz_max_ps(0xffff, (__m512)(a), (__m512)(b))
+#define PRUNEOFA_LOOKUP(table, index) \
+  (FloatRegister) _mm512_permutex2var_ps(_mm512_load_ps(table), (__m512i)(index), _mm512_load_ps((table) + 16))
+#include "portable/lanes.inc.h"
+#include "portable/math.inc.h"
+#include "portable/layers.inc.h"
+#include "portable/linear.inc.h"
 
 struct Int8 {
   using Sum = lanes::Ints;  // not __m512i, which is of 64-bit numbers: compilers would copy between the two

@@ -4,29 +4,25 @@
 // one 64-bit mask and the non-zeros that follow in memory (VPEXPANDB). The codes of a token panel are the right
 // operand as they lie. A stretch of a pair of tile rows is expanded once, into memory that stays in the first-level
 // cache, while the first two panels are multiplied; further panels read the expanded tiles.
-#include "kernels.h"
-
-#if defined(PRUNEOFA_X86)
 #include <immintrin.h>
 
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512vbmi2,avx512bf16,avx512fp16,avx2,fma,popcnt,amx-tile,amx-int8,amx-bf16")
+#include "kernels.h"
+#include "x86/amx_layout.h"
+#include "x86/cpu.h"
+#include "x86/target.h"
+
+PRUNEOFA_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512vbmi2,avx512bf16,avx512fp16,avx2,fma,popcnt,amx-tile,amx-int8,amx-bf16")
+#if !defined(__clang__)
 #pragma GCC optimize("no-tree-slp-vectorize")  // it keeps pairs of pointers in vector registers
+#endif
 
 namespace pruneofa {
 namespace {
 namespace amx {
-#define PRUNEOFA_REGISTER 64
 // GCC stops inlining where a file grows beyond its measure, and the steps of a kernel are slow as calls.
 #define PRUNEOFA_INLINE inline __attribute__((always_inline))
-#define PRUNEOFA_MIN(a, b) _mm512_maskz_min_ps(0xffff, (__m512)(a), (__m512)(b))
-#define PRUNEOFA_MAX(a, b) _mm512_maskz_max_ps(0xffff, (__m512)(a), (__m512)(b))
-#define PRUNEOFA_LOOKUP(table, index) \
-  (FloatRegister) _mm512_permutex2var_ps(_mm512_load_ps(table), (__m512i)(index), _mm512_load_ps((table) + 16))
-#include "lanes.h"
-#include "linear.inc.h"
-#include "avx512.inc.h"
-#include "half.inc.h"
+#include "x86/avx512.inc.h"
+#include "x86/amx_gelu.inc.h"
 
 constexpr int kTile = 1024;  // bytes
 
@@ -46,156 +42,8 @@ PRUNEOFA_INLINE void written() { asm volatile("" ::: "memory"); }
 
 void end() { _tile_release(); }
 
-// Turns one row of tiles after the other from masks and non-zeros into tiles, half a tile at a time.
-struct Expander {
-  const uint64_t* masks;
-  const int8_t* values;
-  int8_t* tile;
-  bool short_runs;
-};
-
-// Eight rows of 64 weights. Reads up to 63 bytes past the last non-zero. `Most` non-zeros per row: shorter loads straddle
-// fewer cache lines.
-template <int Most>
-PRUNEOFA_INLINE void expand_rows(Expander& e) {
-  const uint64_t* masks = e.masks;
-  const int8_t* values = e.values;
-  int8_t* tile = e.tile;
-  // Weights come from memory once per pass over the layers.
-  _mm_prefetch(reinterpret_cast<const char*>(masks) + 1024, _MM_HINT_T0);
-  _mm_prefetch(reinterpret_cast<const char*>(values) + 1024, _MM_HINT_T0);
-  asm("" : "+r"(masks), "+r"(tile));  // or GCC keeps eight addresses of each
-  PRUNEOFA_UNROLL
-  for (int r = 0; r < 8; ++r) {
-    const __m512i packed = Most > 32 ? _mm512_loadu_si512(values)
-                                     : _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)values));
-    uint64_t mask = masks[r];
-    asm("" : "+r"(mask));  // or GCC loads it twice
-    _mm512_store_si512(tile + r * 64, _mm512_maskz_expand_epi8(mask, packed));
-    values += _mm_popcnt_u64(mask);
-  }
-  written();
-  e = {masks + 8, values, tile + kTile / 2, e.short_runs};
-}
-
-// A call, because its code in every variant of a chunk would be more than the cache of decoded instructions holds.
-__attribute__((noinline)) void expand_tile(Expander& e) {
-  for (int half = 0; half < 2; ++half) e.short_runs ? expand_rows<32>(e) : expand_rows<64>(e);
-}
-
-// A block: two rows of tiles times two panels. Its sums lie in memory, [panel][32 outputs][16], and become floats a few
-// rows at a time between the tile instructions of the next block, which leave the vector units idle.
-struct Block {
-  int n = 0, rows = 0;        // outputs
-  int panel = 0, panels = 0;
-};
-
-void copy_sums(const Weights& w, const Operands& o, const Block& block, const int32_t* sums) {
-  for (int i = 0; i < block.panels; ++i) {
-    for (int r = 0; r < block.rows; ++r) {
-      finish(w, o, block.panel + i, block.n + r, lanes::load(sums + (i * 32 + r) * kLanes));
-    }
-  }
-}
-
-// What sums become. kOther: any activation, asked for each row.
-enum class Finish { kFloats, kAdded, kGelu, kGeluHalf, kOther };
-
-template <Finish kind>
-constexpr int kRowFloats = kind == Finish::kGeluHalf ? kLanes / 2 : kLanes;
-
-// Rows of one panel on their way to becoming floats, or halves.
-struct Finisher {
-  const float *row_sum, *scale, *bias;  // of the next output
-  const int32_t* sums;
-  float* y;
-  float* kept;  // ranges or moments of the panel; null: not asked for
-  Tokens tokens;
-  Activation activation;
-  lanes::Floats low, high;  // or sum and squares
-};
-
-template <Finish kind>
-PRUNEOFA_INLINE Finisher finisher(const Weights& w, const Operands& o, const Block& block, int row, const int32_t* sums) {
-  const int panel = block.panel + row / 32, n = block.n + row % 32;
-  float* const kept = kind == Finish::kAdded ? o.moments : o.ranges;
-  return {w.row_sum + n,
-          w.scale + n,
-          w.bias + n,
-          sums + row * kLanes,
-          o.y + panel * o.y_stride + (n - o.first) * kRowFloats<kind>,
-          kept == nullptr ? nullptr : kept + panel * 2 * kLanes,
-          tokens(o, panel),
-          o.activation,
-          kind == Finish::kAdded ? lanes::load(o.moments + panel * 2 * kLanes) : lanes::all(0.0f),
-          kind == Finish::kAdded ? lanes::load(o.moments + panel * 2 * kLanes + kLanes) : lanes::all(0.0f)};
-}
-
-PRUNEOFA_INLINE lanes::Floats finished(const Finisher& f, int i) {
-  return dequantize(f.tokens, f.row_sum[i], f.scale[i], f.bias[i], lanes::load(f.sums + i * kLanes));
-}
-
-// Two rows of halves, or a last one.
-PRUNEOFA_INLINE void finish_halves(Finisher& f, int i, bool alone) {
-  const __m512h v = gelu_half(join(finished(f, i), alone ? lanes::all(0.0f) : finished(f, i + 1)));
-  float* const y = f.y + i * kRowFloats<Finish::kGeluHalf>;
-  alone ? _mm512_mask_storeu_epi16(y, 0xffff, _mm512_castph_si512(v)) : _mm512_store_ph(y, v);
-  f.low = reinterpret_cast<lanes::Floats>(smaller(as_halves(f.low), v));
-  f.high = reinterpret_cast<lanes::Floats>(larger(as_halves(f.high), v));
-}
-
-template <Finish kind, int Rows>
-PRUNEOFA_INLINE void finish_rows(Finisher& f) {
-  PRUNEOFA_UNROLL
-  for (int i = 0; i < Rows; ++i) {
-    if (kind == Finish::kGeluHalf) {
-      if (i % 2 == 0) finish_halves(f, i, i + 1 == Rows);
-      continue;
-    }
-    lanes::Floats v = finished(f, i);
-    if (kind == Finish::kGelu) v = lanes::gelu(v);
-    if (kind == Finish::kOther) v = lanes::activate(v, f.activation);
-    if (kind == Finish::kAdded) {
-      v = v + lanes::load(f.y + i * kLanes);
-      f.low = f.low + v;
-      f.high = f.high + v * v;
-    }
-    lanes::store(f.y + i * kLanes, v);
-    if (kind == Finish::kAdded || kind == Finish::kFloats) continue;
-    f.low = lanes::smaller(f.low, v);
-    f.high = lanes::larger(f.high, v);
-  }
-  f.row_sum += Rows;
-  f.scale += Rows;
-  f.bias += Rows;
-  f.sums += Rows * kLanes;
-  f.y += Rows * kRowFloats<kind>;
-}
-
-template <Finish kind>
-PRUNEOFA_INLINE void finish_kept(const Finisher& f) {
-  if (f.kept == nullptr) return;
-  if (kind == Finish::kAdded) {
-    lanes::store(f.kept, f.low);
-    lanes::store(f.kept + kLanes, f.high);
-  } else if (kind == Finish::kGeluHalf) {
-    widen(f.kept, as_halves(f.low));
-    widen(f.kept, as_halves(f.high));
-  } else {
-    lanes::widen(f.kept, f.low);
-    lanes::widen(f.kept, f.high);
-  }
-}
-
-// The rows of a block that were not finished beside tile instructions: from `row` on, counted over both panels.
-template <Finish kind>
-void finish_rest(const Weights& w, const Operands& o, const Block& block, int row, const int32_t* sums) {
-  for (; row < block.panels * 32; row = row / 32 * 32 + 32) {
-    Finisher f = finisher<kind>(w, o, block, row, sums);
-    for (int r = row % 32; r < block.rows; ++r) finish_rows<kind, 1>(f);
-    finish_kept<kind>(f);
-  }
-}
+#include "x86/amx_expand.inc.h"
+#include "x86/amx_epilogue.inc.h"
 
 // What a block is made of.
 struct Multiply {
@@ -390,27 +238,31 @@ void linear_int8(const Weights& w, const Operands& o, int begin, int end) {
   multiply<Finish::kOther>(w, o, begin, end);
 }
 
-#include "attention_amx.inc.h"
+#include "x86/amx_attention.inc.h"
 
 }  // namespace amx
 }  // namespace
 
-const Kernels kAmx = {
-    "amx",
-    4, 0, 4, 0.3f, 0.6f,
-    amx::begin, amx::end,
-    amx::linear_int8,
-    amx::linear<amx::Float>,
-    amx::lanes::range,
-    amx::lanes::scales,
-    amx::lanes::encode_words<4>,
-    amx::lanes::moments,
-    amx::lanes::normalize,
-    amx::attention,
-    0, 0,
-    amx::encode_half,
+const Kernels amx_kernels = {
+    .isa = "amx",
+    .supported = cpu_has_amx,
+    .lay_out = lay_out_amx,
+    .group_int8 = 4,
+    .block_float = 4,
+    .sparse_above = 0.3f,
+    .sparse_above_float = 0.6f,
+    .begin = amx::begin,
+    .end = amx::end,
+    .linear_int8 = amx::linear_int8,
+    .linear_float = amx::linear<amx::Float>,
+    .range = amx::lanes::range,
+    .scales = amx::lanes::scales,
+    .encode = amx::lanes::encode_words<4>,
+    .moments = amx::lanes::moments,
+    .normalize = amx::lanes::normalize,
+    .attention = amx::attention,
+    .encode_half = amx::encode_half,
 };
 
 }  // namespace pruneofa
-#pragma GCC pop_options
-#endif
+PRUNEOFA_TARGET_END

@@ -5,8 +5,10 @@ namespace pruneofa {
 namespace {
 namespace scalar {
 #define PRUNEOFA_REGISTER 16
-#include "lanes.h"
-#include "linear.inc.h"
+#include "portable/lanes.inc.h"
+#include "portable/math.inc.h"
+#include "portable/layers.inc.h"
+#include "portable/linear.inc.h"
 
 struct Int8 {
   struct alignas(64) Sum {
@@ -47,21 +49,30 @@ struct Float {
   static lanes::Floats value(const Sum& sum) { return sum; }
 };
 
+bool always() { return true; }
+
 }  // namespace scalar
 }  // namespace
 
-const Kernels kScalar = {
-    "scalar",
-    4, 1, 4, 0.4f, 0.3f,
-    scalar::nothing, scalar::nothing,
-    scalar::linear<scalar::Int8>,
-    scalar::linear<scalar::Float>,
-    scalar::lanes::range,
-    scalar::lanes::scales,
-    scalar::lanes::encode_words<4>,
-    scalar::lanes::moments,
-    scalar::lanes::normalize,
-    scalar::lanes::attention,
+const Kernels scalar_kernels = {
+    .isa = "scalar",
+    .supported = scalar::always,
+    .lay_out = lay_out_words,
+    .group_int8 = 4,
+    .block_int8 = 1,
+    .block_float = 4,
+    .sparse_above = 0.4f,
+    .sparse_above_float = 0.3f,
+    .begin = scalar::nothing,
+    .end = scalar::nothing,
+    .linear_int8 = scalar::linear<scalar::Int8>,
+    .linear_float = scalar::linear<scalar::Float>,
+    .range = scalar::lanes::range,
+    .scales = scalar::lanes::scales,
+    .encode = scalar::lanes::encode_words<4>,
+    .moments = scalar::lanes::moments,
+    .normalize = scalar::lanes::normalize,
+    .attention = scalar::lanes::attention,
 };
 
 }  // namespace pruneofa
