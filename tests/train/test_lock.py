@@ -229,6 +229,7 @@ WRAPPERS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*have an adapter")
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 def test_the_encoder_is_found_inside_a_wrapper(model, wrap):
     expected = PatternLock.capture(model)
@@ -242,11 +243,12 @@ def test_the_encoder_is_found_inside_a_wrapper(model, wrap):
     assert PatternLock.capture(model).sparsity()["encoder"] == pytest.approx(0.8, abs=1e-2)
 
 
-def test_a_real_sentence_transformer():
-    models = pytest.importorskip("sentence_transformers")
-    wrapped = models.SentenceTransformer.__new__(models.SentenceTransformer)
-    torch.nn.Sequential.__init__(wrapped, Around(auto_model=make_sparse(tiny_bert(BertForSequenceClassification))))
-    assert PatternLock.capture(wrapped).sparsity()["encoder"] == pytest.approx(0.7, abs=1e-3)
+@pytest.mark.parametrize(
+    "hold", [PatternLock.capture, lambda model: GradualPruner(model, final=0.8, begin=0, end=2, stop=2, interval=1)]
+)
+def test_adapters_are_warned_of(model, hold):
+    with pytest.warns(UserWarning, match=r"2 pruned weights have an adapter beside them, .*query\.base_layer\.weight"):
+        hold(peft(model))
 
 
 def test_two_encoders_are_refused(model):

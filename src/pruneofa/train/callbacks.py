@@ -26,17 +26,17 @@ def _encoder(model: nn.Module) -> nn.Module:
 def _verify_end(held: PatternLock | GradualPruner, model: nn.Module, saved: Path | None) -> None:
     """Prove that no zero was lost in the model as it is now, and in `saved`, the checkpoint made of it.
 
-    Raises CheckFailed naming a layer that has revived.
+    Raises CheckFailed naming a layer that has weights where zeros were.
     """
     live = prunable(_encoder(model))
     held.verify_in(live, "the model that training ends with")
-    if saved is None or not (file := saved / "model.safetensors").is_file():
-        return
-    names = {name.replace("_orig_mod.", "") for name in live}
-    with safe_open(file, framework="pt") as stored:
-        for name in stored.keys():  # noqa: SIM118 (no mapping)
-            if name.removeprefix("student.") in names:
-                held.verify_in({name: stored.get_tensor(name)}, str(file))
+    names = [f".{name.replace('_orig_mod.', '')}" for name in live]
+    for file in sorted(saved.rglob("model*.safetensors")) if saved is not None else ():
+        with safe_open(file, framework="pt") as stored:
+            for name in stored.keys():  # noqa: SIM118 (no mapping)
+                # A wrapper around a transformers model, as of sentence-transformers, saves names without its own part.
+                if any(full.endswith(f".{name.removeprefix('student.')}") for full in names):
+                    held.verify_in({name: stored.get_tensor(name)}, str(file))
 
 
 class PruningCallback(TrainerCallback):

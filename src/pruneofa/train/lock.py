@@ -5,7 +5,7 @@ every checkpoint loads in plain transformers.
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import torch
@@ -39,11 +39,12 @@ class PatternLock:
     def capture(cls, model: nn.Module) -> "PatternLock":
         """Lock the zeros that the encoder's linears and the pooler of `model` have now.
 
-        Warns when the encoder has no zero. Raises InputError for a model without encoder linears, and for
-        parameters that are sharded, empty or on the meta device.
+        Warns when the encoder has no zero, and of adapters such as LoRA's. Raises InputError for a model without
+        encoder linears, and for parameters that are sharded, empty or on the meta device.
         """
         weights = masks.prunable(model)
         masks.check_whole(weights)
+        warn_of_adapters(weights)
         lock = cls(weights, {name: weight.detach() == 0 for name, weight in weights.items()})
         if lock.sparsity()["encoder"] == 0:
             warnings.warn(
@@ -148,6 +149,20 @@ class PatternLock:
     def _hook(self, name: str) -> Callable[[Tensor], Tensor]:
         # Out of place: autograd does not allow a hook to change the gradient it is given.
         return lambda gradient: gradient.masked_fill(self.mask_on(name, gradient.device), 0.0)
+
+
+def warn_of_adapters(weights: Iterable[str]) -> None:
+    """Warn when one of the `weights`, by parameter name, has an adapter of PEFT beside it.
+
+    The zeros are kept where they are, but the product of an adapter's matrices is dense, and merging adds it to them.
+    """
+    adapted = [name for name in weights if ".base_layer." in name]
+    if adapted:
+        warnings.warn(
+            f"{len(adapted)} pruned weights have an adapter beside them, the first {adapted[0]}: merging it fills their "
+            "zeros, so deploy it unmerged, or call PatternLock.on(merged model) after merging and evaluate again",
+            stacklevel=3,
+        )
 
 
 def sparsity_of(weights: Mapping[str, Tensor], pruned: Mapping[str, Tensor], dense_weights: int = 0) -> dict:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from pruneofa.errors import InputError
 from pruneofa.train import masks
-from pruneofa.train.lock import PatternLock, pack, sparsity_of, unpack
+from pruneofa.train.lock import PatternLock, pack, sparsity_of, unpack, warn_of_adapters
 from pruneofa.train.schedule import cubic_sparsity
 
 SCOPES = ("uniform", "global")
@@ -56,6 +56,7 @@ class GradualPruner:
         if not weights:
             raise InputError(f"skip: {', '.join(skip)} leave no layer to prune; remove one")
         masks.check_whole(weights)
+        warn_of_adapters(weights)
         for name, weight in weights.items():
             masks.check_shape(name, tuple(weight.shape), pattern)
         every = masks.prunable(model)
