@@ -1,6 +1,6 @@
 """Figures of a checkout's structure, as JSON: file lengths, import circles, places that name a model family, import time.
 
-    python benchmarks/structure.py [CHECKOUT ...]
+python benchmarks/structure.py [CHECKOUT ...]
 """
 
 import argparse

@@ -58,7 +58,8 @@ def test_every_format_gives_the_same_task(tmp_path, tokenizer, suffix):
     write(tmp_path / f"data{suffix}", ROWS)
     reference = load_task("mine", own(data="reference.jsonl"), tokenizer, data_root=tmp_path)
     task = load_task("mine", own(data=f"data{suffix}"), tokenizer, data_root=tmp_path)
-    assert task.fingerprint == reference.fingerprint
+    assert task.train_fingerprint == reference.train_fingerprint
+    assert task.evaluation_fingerprint == reference.evaluation_fingerprint
     assert task.labels == ["neg", "pos"]
     assert len(task.train) + len(task.evaluations[""]) == len(ROWS)
     assert task.model_kwargs() == {
@@ -207,17 +208,32 @@ def test_evaluation_only_of_a_folder_needs_no_training_rows(tmp_path, tokenizer)
         load_task("mine", own(data="own"), tokenizer, **options)
 
 
-def test_fingerprint_follows_the_data(tmp_path, tokenizer):
-    def fingerprint(data, **values):
+def test_fingerprints_follow_the_data(tmp_path, tokenizer):
+    def fingerprints(data, **values):
         write(tmp_path / "d.jsonl", data)
-        return load_task("mine", own(data="d.jsonl", **values), tokenizer, data_root=tmp_path).fingerprint
+        task = load_task("mine", own(data="d.jsonl", **values), tokenizer, data_root=tmp_path)
+        return task.train_fingerprint, task.evaluation_fingerprint
 
-    first = fingerprint(ROWS)
-    assert fingerprint(ROWS) == first
-    assert fingerprint(ROWS[1:]) != first
-    assert fingerprint([*ROWS[:-1], ROWS[-1] | {"label": "pos"}]) != first
-    assert fingerprint(ROWS, max_length=8) != first
-    assert fingerprint(ROWS, lr=1.0) == first
+    first = fingerprints(ROWS)
+    assert fingerprints(ROWS) == first
+    assert fingerprints(ROWS[1:]) != first
+    assert fingerprints([*ROWS[:-1], ROWS[-1] | {"label": "pos"}]) != first
+    assert fingerprints(ROWS, max_length=8) != first
+    assert fingerprints(ROWS, lr=1.0) == first
+
+
+def test_rows_of_one_split_are_no_part_of_the_others_fingerprint(tmp_path, tokenizer):
+    def fingerprints(**values):
+        spec = own(data="d.jsonl", validation="d.jsonl", **values)
+        task = load_task("mine", spec, tokenizer, data_root=tmp_path)
+        return task.train_fingerprint, task.evaluation_fingerprint
+
+    write(tmp_path / "d.jsonl", ROWS)
+    train, evaluation = fingerprints()
+    fewer = fingerprints(validation_rows=len(ROWS) - 1)
+    assert fewer[0] == train and fewer[1] != evaluation
+    fewer = fingerprints(train_rows=len(ROWS) - 1)
+    assert fewer[0] != train and fewer[1] == evaluation
 
 
 def lengthy(tmp_path, tokenizer, count):

@@ -113,6 +113,8 @@ def example_events() -> list[dict[str, Any]]:
         )
     for step in range(10, 2001, 10):
         mlm = 4.0 + 3 / (1 + step / 100)
-        events.append({"event": "log", "stage": "control lr 5e-05", "step": step, "lr": 1e-4, "loss": mlm, "mlm": mlm})
-    events.append({"event": "log", "stage": "sst2/seed-0/dense", "step": 5, "loss": 0.6})
+        events.append(
+            {"event": "log", "stage": "control", "peak_lr": 5e-5, "step": step, "lr": 1e-4, "loss": mlm, "mlm": mlm}
+        )
+    events.append({"event": "log", "stage": "tasks/sst2/seed-0/teacher", "step": 5, "loss": 0.6})
     return events

@@ -70,18 +70,20 @@ def test_a_step_logged_again_after_a_resume_counts_once():
             {"event": "log", "stage": "prune", "step": 20, "loss": 1.0, "kd": math.nan},
         ]
     )
-    assert rows == {"prune": [{"step": 10, "loss": 2.0}, {"step": 20, "loss": 1.0}]}
+    assert rows == {("prune", None): [{"step": 10, "loss": 2.0}, {"step": 20, "loss": 1.0}]}
 
 
 def test_long_logs_are_thinned_to_what_a_screen_shows():
-    rows = log_rows({"event": "log", "stage": "prune", "step": step, "loss": 1.0} for step in range(100_000))["prune"]
+    rows = log_rows({"event": "log", "stage": "prune", "step": step, "loss": 1.0} for step in range(100_000))[
+        "prune", None
+    ]
     assert len(rows) == POINTS
     assert (rows[0]["step"], rows[-1]["step"]) == (0, 99_999)
 
 
 def test_loss_curves_hold_teacher_student_and_control():
     rows = data_of(loss_chart(log_rows(example_events())))
-    assert {row["model"] for row in rows} == {"teacher", "student", "control lr 5e-05"}
+    assert {row["model"] for row in rows} == {"teacher", "student", "control, lr 5e-05"}
     assert max(row["step"] for row in rows if row["model"] == "student") == 2000
     title = json.dumps(loss_chart(log_rows(example_events())).to_dict())
     assert "loss on masked words" in title

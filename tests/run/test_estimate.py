@@ -6,14 +6,16 @@ import pytest
 
 from pruneofa.errors import InputError
 from pruneofa.run import estimate as estimates
-from pruneofa.run import plan as pipeline
+from pruneofa.run.inputs import Inputs
+from pruneofa.run.plan import plan
 from tests.small import small_recipe
 
 
 @pytest.fixture
 def costs(tmp_path, monkeypatch):
-    """Rows by stage of a recipe whose every token takes a second."""
+    """Rows by stage of a recipe whose every token takes a second, and every evaluation ten minutes."""
     monkeypatch.setattr(estimates, "_seconds_per_token", lambda *_: 1.0)
+    monkeypatch.setattr(estimates, "evaluation_seconds", lambda *_: 600.0)
 
     def rows(*overrides):
         settings = small_recipe(tmp_path / "data", *overrides)
@@ -24,11 +26,10 @@ def costs(tmp_path, monkeypatch):
 
 def begin(settings, folder, stage, *parts, finished=()):
     """The working folder of a stage that was killed: checkpoints at steps, learning rates that are through."""
-    this = pipeline.Run(settings, folder)
-    work = this.work / stage
+    begun = next(known for known in plan(settings, Inputs(settings), folder) if str(known) == stage)
+    work = begun.work
     work.mkdir(parents=True)
-    mark = next(known.fingerprint for known in this.stages() if known.name == stage)
-    (work / "fingerprint").write_text(mark)
+    (work / "fingerprint").write_text(begun.fingerprint)
     for part, step in parts:
         checkpoint = work / part / f"checkpoint-{step}"
         checkpoint.mkdir(parents=True)
@@ -41,7 +42,7 @@ def begin(settings, folder, stage, *parts, finished=()):
 
 def test_steps_of_a_task_are_those_of_its_training(costs, tmp_path):
     settings, rows = costs("tasks.mine.train_rows=50")
-    task = pipeline.Run(settings, tmp_path / "run").task("mine")
+    task = Inputs(settings).task("mine")
     steps = len(task.train.train_dataset(16, 0, 2)) // 16
     assert steps == 8  # 50 rows are 4 batches of 16; 100 rows would be 6
     assert rows["tasks/mine/seed-0/teacher"]["steps"] == rows["tasks/mine/seed-0/transfer"]["steps"] == steps
@@ -71,8 +72,8 @@ def test_a_control_that_is_half_through_resumes(costs, tmp_path):
 
 def test_what_the_card_says_makes_no_stage_again(tmp_path):
     def prints(*overrides):
-        stages = pipeline.Run(small_recipe(tmp_path / "data", *overrides), tmp_path / "run").stages()
-        return [stage.fingerprint for stage in stages]
+        settings = small_recipe(tmp_path / "data", *overrides)
+        return [step.fingerprint for step in plan(settings, Inputs(settings), tmp_path / "run")]
 
     assert prints("card={license: mit, authors: A, base_model: a/b, language: [de]}") == prints()
 
@@ -95,3 +96,13 @@ def test_what_a_run_would_refuse_a_dry_run_refuses(costs, tmp_path, override, me
 def test_the_corpus_is_not_tokenized(costs, monkeypatch):
     monkeypatch.setattr("pruneofa.data.corpus.build_corpus", lambda *_, **__: pytest.fail("tokenized"))
     costs()
+
+
+def test_evaluations_are_listed_with_their_time(costs):
+    _, rows = costs("quantize={}")
+    evaluations = {stage: row for stage, row in rows.items() if stage.startswith("evaluate ")}
+    seed = "tasks/mine/seed-0"
+    assert set(evaluations) == {f"evaluate {seed}/{name}" for name in ("teacher", "transfer", "ptq", "quantize")}
+    for row in evaluations.values():
+        assert (row["status"], row["steps"], row["minutes"]) == ("run", None, 10.0) and row["tokens"] > 0
+    assert rows["total"]["minutes"] >= 40

@@ -1,6 +1,6 @@
 """What a stage's fingerprint and record hold: every setting that decides its result, and no other."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -8,8 +8,10 @@ import pytest
 from pruneofa import recipe
 from pruneofa.errors import InputError
 from pruneofa.formats.files import write_json
-from pruneofa.run import plan as pipeline
-from pruneofa.run import single as alone
+from pruneofa.run import single, stage
+from pruneofa.run.folder import only_one, refuse_changes
+from pruneofa.run.inputs import Inputs
+from pruneofa.run.plan import plan
 from tests.small import small_recipe, write_task
 
 SEED = "tasks/mine/seed-0"
@@ -28,6 +30,7 @@ QUANTIZE = {f"{SEED}/quantize"}
 PTQ = {f"{SEED}/ptq"}
 # The tiny teacher starts at the model, so the dense task model does not depend on the stages on text.
 AFTER_TEACHER = TEXT | TUNED
+EVALUATED = {f"evaluate {name}" for name in TASK}
 
 CHANGES = {
     "teacher": {
@@ -84,7 +87,7 @@ CHANGES = {
     },
     "task": {
         "data": ("other.csv", TASK),
-        "validation": ("other.csv", TASK),
+        "validation": ("other.csv", EVALUATED),
         "text": ("second", TASK),
         "label": ("other", TASK),
         "epochs": (7, BOTH | INT8 | {f"{SEED}/teacher"}),  # dense_epochs follows it
@@ -107,7 +110,7 @@ CHANGES = {
         "qat_lr": (3e-3, QUANTIZE),
         "qat_rows": (8, QUANTIZE),
         "train_rows": (40, TASK),
-        "validation_rows": (20, TASK),
+        "validation_rows": (20, EVALUATED),
         "skip_bad_answers": (True, SAME),  # of question answering
     },
 }  # fmt: skip
@@ -139,7 +142,7 @@ def changed_recipe(settings, section, field, value):
 
 
 def prints(settings):
-    return {stage.name: stage.fingerprint for stage in pipeline.Run(settings, Path("nowhere")).stages()}
+    return {str(step): step.fingerprint for step in plan(settings, Inputs(settings), Path("nowhere"))}
 
 
 def test_the_table_names_every_field():
@@ -153,25 +156,58 @@ def test_the_table_names_every_field():
 def test_a_field_changes_the_stages_that_use_it(settings, section, field):
     value, expected = CHANGES[section][field]
     before, after = prints(settings), prints(changed_recipe(settings, section, field, value))
-    assert set(before) == ALL
-    assert {name for name in after if after[name] != before[name]} == expected
+    assert set(before) == ALL | EVALUATED
+    remade = {f"evaluate {name}" for name in expected & TASK}  # of another model
+    assert {name for name in after if after[name] != before[name]} == expected | remade
 
 
-def test_the_record_of_an_earlier_format_is_refused(settings, tmp_path):
-    this = pipeline.Run(settings, tmp_path / "run")
-    stages = this.stages()
-    for record in ({"settings": {"lr": 1.0}, "versions": {"pruneofa": "0.1.0"}}, {"fingerprint": "x"}):
-        write_json(tmp_path / "run" / "teacher" / "stage.json", record)
-        with pytest.raises(InputError, match=r"made by pruneofa 0\.1.*do not record all settings \(teacher\).*--redo"):
-            pipeline.refuse_changes(stages, this.work, False, this.folder)
-        pipeline.refuse_changes(stages, this.work, True, this.folder)
+def test_a_field_that_a_later_version_adds_changes_nothing_at_its_absent_value(monkeypatch):
+    @dataclass(frozen=True)
+    class Settings:
+        prune: recipe.Prune
+        lr: float
+
+    @dataclass(frozen=True)
+    class Later(Settings):
+        noise: float
+
+    prune = recipe.Prune(steps=10)
+    monkeypatch.setattr(stage, "ABSENT", {"Later.noise": 0.0, "Prune.scope": "uniform"})
+    earlier = stage.decisive(Settings(prune, 1.0))
+    assert "scope" not in earlier["prune"] and earlier["prune"]["final"] == 0.9
+    assert stage.decisive(Later(prune, 1.0, noise=0.0)) == earlier
+    assert stage.decisive(Later(prune, 1.0, noise=0.5)) == earlier | {"noise": 0.5}
+    assert stage.decisive(Settings(recipe.Prune(steps=10, scope="global"), 1.0))["prune"]["scope"] == "global"
+
+
+@pytest.mark.parametrize(
+    "record",
+    [{"settings": {"lr": 1.0}, "versions": {"pruneofa": "0.1.0"}}, {"fingerprint": "x"}, {"format": 2, "settings": {}}],
+)
+def test_the_record_of_an_earlier_format_is_refused(settings, tmp_path, record):
+    steps = plan(settings, Inputs(settings), tmp_path / "run")
+    write_json(tmp_path / "run" / "teacher" / "stage.json", record)
+    with pytest.raises(InputError, match=r"made by pruneofa 0\.1.*do not record all settings \(teacher\).*--redo"):
+        refuse_changes(steps, tmp_path / "run", False)
+    refuse_changes(steps, tmp_path / "run", True)
 
 
 def test_a_single_stage_is_made_by_one_process_and_records_its_defaults(settings, tmp_path):
-    stage = next(stage for stage in pipeline.Run(settings, tmp_path / ".out.work").stages() if stage.name == "teacher")
-    assert stage.settings["weight_decay"] == 0.01 and "save_steps" not in stage.settings
-    stage = replace(stage, folder=tmp_path / "out")
+    inputs = Inputs(settings)
+    teacher = plan(settings, inputs, tmp_path / ".out.work")[0]
+    recorded = stage.decisive(teacher.settings)["teacher"]
+    assert recorded["weight_decay"] == 0.01 and "save_steps" not in recorded
     refused = pytest.raises(InputError, match=r"out: another pruneofa is at work here.*another OUT")
-    with pipeline.only_one(tmp_path / ".out.work"), refused:
-        alone._alone([stage], pipeline.Run(settings, tmp_path / ".out.work"), False)
+    with only_one(tmp_path / ".out.work"), refused:
+        single._carry_out(settings, inputs, [replace(teacher, folder=tmp_path / "out")], tmp_path / "out", False)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_stage_owns_its_path_and_its_name():
+    ids = {
+        stage.StageId(None, None, "teacher"): ("teacher", "teacher"),
+        stage.StageId(None, None, "prune"): ("sparse", "prune"),
+        stage.StageId("sst2", 3, "dense"): ("tasks/sst2/seed-3/teacher", "tasks/sst2/seed-3/teacher"),
+        stage.StageId("sst2", 3, "ptq"): ("tasks/sst2/seed-3/ptq", "tasks/sst2/seed-3/ptq"),
+    }
+    assert {id: (id.path, str(id)) for id in ids} == ids

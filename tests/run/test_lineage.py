@@ -29,8 +29,12 @@ def run(tmp_path):
     (root / "recipe.yaml").write_text(recipe.dump(small_recipe(tmp_path / "data")))
     for variant in ("transfer", "quantize", "teacher"):
         folder = shutil.copytree(root / "sparse", root / SEED / variant)
-        (folder / "stage.json").write_text(json.dumps({"stage": f"{SEED}/{variant}"}))
+        write_record(folder, "dense" if variant == "teacher" else variant)
     return root
+
+
+def write_record(folder, variant, task="mine"):
+    (folder / "stage.json").write_text(json.dumps({"task": task, "seed": 0, "variant": variant}))
 
 
 def revive(folder, name=QUERY):
@@ -63,10 +67,13 @@ def test_nothing_is_said_of_folders_without_a_lock(run, tmp_path):
 def test_where_the_sparse_model_is(run):
     folder = run / SEED / "transfer"
     assert sparse_of_run(folder) == str(run / "sparse")
-    (folder / "stage.json").write_text(json.dumps({"stage": f"{SEED}/control"}))
-    assert sparse_of_run(folder) == str(run / "control")
-    check_lock(folder)  # it is gone, and nothing to compare with
-    for other in ([], {}, {"stage": 3}, {"stage": "prune"}):
+    control = shutil.copytree(folder, folder.with_name("control"))
+    write_record(control, "control")
+    assert sparse_of_run(control) == str(run / "control")
+    check_lock(control)  # it is gone, and nothing to compare with
+    write_record(folder, "transfer", task="other")  # not where that stage's folder is
+    assert sparse_of_run(folder) is None
+    for other in ([], {}, {"stage": f"{SEED}/transfer"}, {"task": None, "seed": None, "variant": "prune"}):
         (folder / "stage.json").write_text(json.dumps(other))
         assert sparse_of_run(folder) is None
 

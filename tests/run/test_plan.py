@@ -9,10 +9,15 @@ from pruneofa import recipe
 from pruneofa.errors import InputError
 from pruneofa.formats import pattern
 from pruneofa.formats.files import read_json
-from pruneofa.run import plan as pipeline
-from pruneofa.run import single as alone
+from pruneofa.run import single
+from pruneofa.run.checks import check
 from pruneofa.run.estimate import estimate
+from pruneofa.run.folder import only_one, refuse_changes
+from pruneofa.run.inputs import Inputs
+from pruneofa.run.plan import plan
 from pruneofa.run.results import verify_run
+from pruneofa.run.run import run
+from pruneofa.run.stage import StageId
 from tests.small import small_recipe, write_model, write_task
 from tests.tiny import tiny_bert
 
@@ -21,7 +26,11 @@ from tests.tiny import tiny_bert
 def done(tmp_path_factory):
     root = tmp_path_factory.mktemp("run")
     settings = small_recipe(root / "data", "control={lr: [1e-4, 1e-3]}", "seeds=[0, 1]")
-    return settings, root / "run", pipeline.run(settings, root / "run")
+    return settings, root / "run", run(settings, root / "run")
+
+
+def steps_of(settings, folder):
+    return plan(settings, Inputs(settings), folder)
 
 
 def stage_folders(folder):
@@ -96,7 +105,7 @@ def test_nothing_published_names_a_place_of_this_machine(done):
 def test_running_again_does_nothing(done):
     settings, folder, results = done
     times = {file: file.stat().st_mtime_ns for file in folder.rglob("model.safetensors")}
-    assert pipeline.run(settings, folder) == results
+    assert run(settings, folder) == results
     assert times == {file: file.stat().st_mtime_ns for file in folder.rglob("model.safetensors")}
 
 
@@ -106,9 +115,10 @@ def test_dry_run_says_what_would_be_skipped(done):
     rows = estimate(settings, folder)
     assert {row["status"] for row in rows[:-1]} == {"done"} and rows[-1]["minutes"] == 0
     rows = estimate(settings.model_copy(update={"seeds": [0, 2]}), folder)
-    assert {row["stage"] for row in rows if row["status"] == "run"} == {
-        f"tasks/mine/seed-2/{variant}" for variant in ("teacher", "transfer", "control")
-    }
+    stages = {f"tasks/mine/seed-2/{variant}" for variant in ("teacher", "transfer", "control")}
+    made = {row["stage"]: row for row in rows if row["status"] == "run"}
+    assert set(made) == stages | {f"evaluate {stage}" for stage in stages}
+    assert made["evaluate tasks/mine/seed-2/transfer"]["tokens"] > 0
     assert sorted(folder.rglob("*")) == before
 
 
@@ -121,10 +131,10 @@ def test_changed_settings_need_redo_and_touch_only_what_depends_on_them(done, tm
     changed = settings.model_copy(deep=True)
     changed.tasks["mine"].temperature = 3.0
     with pytest.raises(InputError, match=r"tasks/mine/seed-0/transfer.*--redo"):
-        pipeline.run(changed, copy)
+        run(changed, copy)
     teacher = (copy / "tasks/mine/seed-0/teacher/stage.json").stat().st_mtime_ns
     transfer = read_json(copy / "tasks/mine/seed-0/transfer/stage.json")
-    pipeline.run(changed, copy, redo=True)
+    run(changed, copy, redo=True)
     assert (copy / "tasks/mine/seed-0/teacher/stage.json").stat().st_mtime_ns == teacher
     assert read_json(copy / "tasks/mine/seed-0/transfer/stage.json")["fingerprint"] != transfer["fingerprint"]
     assert not list(copy.rglob("*.old"))
@@ -134,21 +144,20 @@ def test_dropout_of_a_task_is_the_sparse_models_only(tmp_path):
     settings = small_recipe(tmp_path / "data")
     changed = settings.model_copy(deep=True)
     changed.tasks["mine"].dropout = 0.0
-    before, after = (pipeline.Run(recipe, tmp_path / "run").stages() for recipe in (settings, changed))
-    redone = {new.name for old, new in zip(before, after, strict=True) if old.fingerprint != new.fingerprint}
-    assert redone == {stage.name for stage in after if "/mine/" in stage.name and not stage.name.endswith("/teacher")}
+    before, after = (steps_of(recipe, tmp_path / "run") for recipe in (settings, changed))
+    redone = {new.id for old, new in zip(before, after, strict=True) if old.fingerprint != new.fingerprint}
+    assert redone == {StageId("mine", 0, "transfer")}
 
 
 def test_unfinished_work_with_other_settings_needs_redo_too(tmp_path):
     settings = small_recipe(tmp_path / "data")
     folder = tmp_path / "run"
-    this = pipeline.Run(settings, folder)
-    mark = this.work / "prune" / "fingerprint"
+    mark = folder / ".work" / "sparse" / "fingerprint"
     mark.parent.mkdir(parents=True)
     mark.write_text("of two days' work")
     (mark.parent / "checkpoint-2").mkdir()
     with pytest.raises(InputError, match=r"prune \(unfinished\).*--redo"):
-        this.check(this.stages(), redo=False)
+        refuse_changes(steps_of(settings, folder), folder, False)
     assert (mark.parent / "checkpoint-2").exists()
 
 
@@ -156,7 +165,7 @@ def test_what_only_costs_memory_may_change_and_the_tokenizer_may_not(tmp_path):
     settings = small_recipe(tmp_path / "data")
 
     def prints(recipe):
-        return {stage.name: stage.fingerprint for stage in pipeline.Run(recipe, tmp_path / "run").stages()}
+        return {str(step): step.fingerprint for step in steps_of(recipe, tmp_path / "run")}
 
     before = prints(settings)
     cheaper = settings.model_copy(deep=True)
@@ -169,29 +178,24 @@ def test_what_only_costs_memory_may_change_and_the_tokenizer_may_not(tmp_path):
 
 def test_a_second_process_is_kept_out(tmp_path):
     refused = pytest.raises(InputError, match="another pruneofa is at work here")
-    with pipeline.only_one(tmp_path / "run"), refused, pipeline.only_one(tmp_path / "run"):
+    with only_one(tmp_path / "run"), refused, only_one(tmp_path / "run"):
         pass
 
 
 def test_a_teacher_without_a_trained_head_is_refused_before_anything_is_written(tmp_path):
+    def checked(recipe_now):
+        inputs = Inputs(recipe_now)
+        check(recipe_now, inputs, plan(recipe_now, inputs, tmp_path / "run"))
+
     settings = small_recipe(tmp_path / "data")
-    for change, message in (
-        ({"teacher": str(tmp_path / "data" / "model")}, "not fine-tuned for classification"),
-        ({}, None),
-    ):
-        recipe_now = settings.model_copy(deep=True)
-        recipe_now.tasks["mine"] = recipe_now.tasks["mine"].model_copy(update=change)
-        this = pipeline.Run(recipe_now, tmp_path / "run")
-        if message:
-            with pytest.raises(InputError, match=message):
-                this.check(this.stages(), redo=False)
-        else:
-            this.check(this.stages(), redo=False)
+    checked(settings)
+    given = settings.model_copy(deep=True)
+    given.tasks["mine"].teacher = str(tmp_path / "data" / "model")
+    with pytest.raises(InputError, match="not fine-tuned for classification"):
+        checked(given)
     headless = write_model(tmp_path / "headless", tiny_bert(BertModel))
-    alone = settings.model_copy(update={"model": str(headless), "teacher": None})
-    this = pipeline.Run(alone, tmp_path / "run")
     with pytest.raises(InputError, match="its pre-training head is missing"):
-        this.check(this.stages(), redo=False)
+        checked(settings.model_copy(update={"model": str(headless), "teacher": None}))
     assert not (tmp_path / "run").exists()
 
 
@@ -200,17 +204,17 @@ def test_a_model_that_the_engine_cannot_run_is_refused_before_int8_work(tmp_path
     model = write_model(tmp_path / "silu", tiny_bert(hidden_act="silu"))
     changed = settings.model_copy(update={"model": str(model), "quantize": recipe.Quantize()})
     with pytest.raises(InputError, match="activation 'silu' in config.json"):
-        pipeline.run(changed, tmp_path / "run")
+        run(changed, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_another_recipes_folder_is_refused(done, tmp_path):
     settings, folder, _ = done
     with pytest.raises(InputError, match="holds the run 'small', this recipe is 'other'"):
-        pipeline.run(settings.model_copy(update={"name": "other"}), folder)
+        run(settings.model_copy(update={"name": "other"}), folder)
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(InputError, match="not empty and not a run's folder"):
-        pipeline.run(settings, tmp_path)
+        run(settings, tmp_path)
 
 
 def test_a_sparse_model_is_a_start(done, tmp_path):
@@ -219,20 +223,20 @@ def test_a_sparse_model_is_a_start(done, tmp_path):
     spec = recipe.Task(data=str(data), text="sentence", label="verdict", epochs=1, max_length=32, kd=0, hard=1)
     options = {"data_root": None, "seed": 0, "precision": "fp32"}
     out = tmp_path / "out"
-    metrics = alone.transfer(str(folder / "sparse"), out, "mine", spec.resolved("mine"), **options)
+    metrics = single.transfer(str(folder / "sparse"), out, "mine", spec.resolved("mine"), **options)
     assert set(metrics) == {"accuracy", "f1"}
     assert pattern.verify(str(folder / "sparse"), str(out))["ok"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "t.csv"]
     assert "transfer" in (out / "log.jsonl").read_text()
     (tmp_path / "mine").mkdir()
     with pytest.raises(InputError, match="was not made by this command"):
-        alone.transfer(str(folder / "sparse"), tmp_path / "mine", "mine", spec.resolved("mine"), **options)
+        single.transfer(str(folder / "sparse"), tmp_path / "mine", "mine", spec.resolved("mine"), **options)
 
 
 def test_prune_alone(tmp_path):
     settings = small_recipe(tmp_path / "data", "prune.pattern=4x1", "prune.final=0.75")
-    metrics = alone.prune(settings.model_copy(update={"tasks": {}}), tmp_path / "out")
+    metrics = single.prune(settings.model_copy(update={"tasks": {}}), tmp_path / "out")
     assert metrics["loss"] > 0
     assert pattern.inspect(str(tmp_path / "out"))["encoder"] == pytest.approx(0.75, abs=5e-3)
-    assert json.loads((tmp_path / "out" / "stage.json").read_text())["settings"]["pattern"] == "4x1"
+    assert json.loads((tmp_path / "out" / "stage.json").read_text())["settings"]["prune"]["pattern"] == "4x1"
     assert (tmp_path / "out-teacher" / "model.safetensors").exists()

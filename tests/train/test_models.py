@@ -17,7 +17,7 @@ from transformers import (
 from pruneofa.errors import InputError
 from pruneofa.export.exportable import read_exportable
 from pruneofa.formats import pattern
-from pruneofa.run.stages import check_vocabulary
+from pruneofa.run.checks import check_vocabulary
 from pruneofa.train.evaluate import load_task_model
 from pruneofa.train.models import (
     load_config,

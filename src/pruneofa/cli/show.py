@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ def say(message: str, code: int) -> int:
 
 
 def say_pattern(path: str) -> None:
-    """Say how sparse the model is whose pattern will be locked; warn of one without zeros."""
+    """Say how sparse the model is whose pattern will be locked; warn, once, of one without zeros."""
     from pruneofa.formats import pattern
     from pruneofa.train.models import with_safetensors
 
@@ -23,6 +24,7 @@ def say_pattern(path: str) -> None:
     sys.stderr.write(f"locking the pattern of {path}: {100 * sparsity:.2f} % of its encoder's weights are zero\n")
     if sparsity == 0:
         say(f"warning: {path} has no zeros to keep: the result will be dense; name a sparse model", 0)
+        warnings.filterwarnings("ignore", r"\w+ has no zeros to keep", UserWarning)
 
 
 def show_model(found: dict[str, Any], layers: bool = True) -> None:

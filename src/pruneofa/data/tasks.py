@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -43,7 +43,8 @@ class Task:
         labels: names by class id; empty for question answering.
         train: None where only the evaluation was asked for.
         evaluations: by the suffix of their metrics, `""` and for MNLI also `"_mm"`.
-        fingerprint: hex sha256 of everything that training and evaluation see of the data.
+        train_fingerprint: hex sha256 of everything that training sees of the data; of no rows where train is None.
+        evaluation_fingerprint: the same of evaluation.
     """
 
     name: str
@@ -51,7 +52,8 @@ class Task:
     labels: list[str]
     train: TaskData | None
     evaluations: dict[str, TaskData]
-    fingerprint: str
+    train_fingerprint: str
+    evaluation_fingerprint: str
     text: tuple[str, ...]
     max_length: int
     pad_token_id: int
@@ -144,9 +146,9 @@ def load_task(
     if trained is not None and kind == "classification" and len(np.unique(trained.targets)) < 2:
         only = names[int(trained.targets[0])] if trained.targets is not None else ""
         raise InputError(f"{where}: all {len(trained)} training rows have the label {only!r}, wanted at least two")
-    fingerprint = _fingerprint(kind, names, {"train": trained, **features}, where)
+    prints = [_fingerprint(kind, names, used, where) for used in ({"train": trained}, features)]
     pad = tokenizer.pad_token_id or 0
-    return Task(name, kind, names, trained, features, fingerprint, tuple(text), max_length, pad)
+    return Task(name, kind, names, trained, features, *prints, tuple(text), max_length, pad)
 
 
 def _names(value: str | list[str] | None) -> tuple[str, ...]:
@@ -215,7 +217,7 @@ def _question_answering(table: pa.Table, spec: recipe.Task, tokenizer: Any, trai
     return TaskData(windows.ids, windows.types, windows.bounds, targets, table, windows)
 
 
-def _fingerprint(kind: str, labels: list[str], splits: dict[str, TaskData | None], where: str) -> str:
+def _fingerprint(kind: str, labels: list[str], splits: Mapping[str, TaskData | None], where: str) -> str:
     digest = hashlib.sha256(json.dumps([kind, labels]).encode())
     for name, data in splits.items():
         if data is None:

@@ -21,23 +21,28 @@ COLORS = {
     "dense": "#2f6fb5", "transfer": "#2e8b62", "control": "#c8821a", "quantize": "#7a4fa3", "ptq": "#b05aa0",
     "majority": "#c3ccd6", "bag_of_words": "#8a97a6",
 }  # fmt: skip
+# A stage, and the peak learning rate where it tries several; and its logged steps.
+Curve = tuple[str, float | None]
+Logs = dict[Curve, list[dict[str, float]]]
+STUDENT_CURVE: Curve = ("prune", None)
 TEACHER, STUDENT, CONTROL = "#2f6fb5", "#2e8b62", "#c8821a"
 WIDTH = 850
 FONT = "system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, 'DejaVu Sans', sans-serif"
 
 
-def log_rows(events: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, float]]]:
-    """Logged steps per stage, in order; of a step logged again after a resume, the later line counts.
+def log_rows(events: Iterable[dict[str, Any]]) -> Logs:
+    """Logged steps per curve, in order; of a step logged again after a resume, the later line counts.
 
     Only finite numbers are kept, and at most POINTS steps of a stage, first and last included.
     """
-    stages: dict[str, dict[int, dict[str, float]]] = {}
+    curves: dict[Curve, dict[int, dict[str, float]]] = {}
     for event in events:
         if event.get("event") != "log" or not isinstance(event.get("step"), int):
             continue
         numbers = {k: v for k, v in event.items() if _finite(v) and k in ("lr", "sparsity", *LOSSES)}
-        stages.setdefault(str(event.get("stage")), {})[event["step"]] = {"step": event["step"], **numbers}
-    return {stage: _thin([steps[step] for step in sorted(steps)]) for stage, steps in stages.items()}
+        curve = (str(event.get("stage")), event.get("peak_lr"))
+        curves.setdefault(curve, {})[event["step"]] = {"step": event["step"], **numbers}
+    return {curve: _thin([steps[step] for step in sorted(steps)]) for curve, steps in curves.items()}
 
 
 def _finite(value: Any) -> bool:
@@ -64,11 +69,11 @@ def _style(chart: Any) -> Any:
     )  # fmt: skip
 
 
-def schedule_chart(logs: dict[str, list[dict[str, float]]]) -> Any | None:
+def schedule_chart(logs: Logs) -> Any | None:
     """Sparsity over the steps of the prune stage, and the learning rate below it."""
     import altair as alt
 
-    rows = [row for row in logs.get("prune", []) if "sparsity" in row and "lr" in row]
+    rows = [row for row in logs.get(STUDENT_CURVE, []) if "sparsity" in row and "lr" in row]
     if not rows:
         return None
     base = alt.Chart(alt.Data(values=rows)).encode(
@@ -90,22 +95,23 @@ def schedule_chart(logs: dict[str, list[dict[str, float]]]) -> Any | None:
     )
 
 
-def loss_chart(logs: dict[str, list[dict[str, float]]]) -> Any | None:
+def loss_chart(logs: Logs) -> Any | None:
     """Teacher, student and control on the one loss they share: masked words (else the total)."""
     import altair as alt
 
-    names = {"teacher": "teacher", "prune": "student"}
-    shown = {s: names.get(s, s) for s in logs if s in names or s.split()[0] == "control"}
-    key = "mlm" if all(any("mlm" in row for row in logs[stage]) for stage in shown) else "loss"
+    names = {("teacher", None): "teacher", STUDENT_CURVE: "student"}
+    names |= {curve: f"control, lr {curve[1]:g}" for curve in logs if curve[0] == "control" and curve[1] is not None}
+    shown = {curve: names[curve] for curve in logs if curve in names}
+    key = "mlm" if all(any("mlm" in row for row in logs[curve]) for curve in shown) else "loss"
     rows = [
         {"step": row["step"], "loss": row[key], "model": name}
-        for stage, name in shown.items()
-        for row in logs[stage]
+        for curve, name in shown.items()
+        for row in logs[curve]
         if key in row
     ]
     if not rows:
         return None
-    models = [name for stage, name in shown.items() if any(row["model"] == name for row in rows)]
+    models = [name for name in shown.values() if any(row["model"] == name for row in rows)]
     palette = {"teacher": TEACHER, "student": STUDENT}
     amber = iter((CONTROL, "#7a4fa3", "#8a97a6", "#b05aa0") * len(models))
     title = "loss on masked words" if key == "mlm" else "training loss (each stage has its own sum of losses)"
@@ -129,11 +135,11 @@ def loss_chart(logs: dict[str, list[dict[str, float]]]) -> Any | None:
     return _style(chart)
 
 
-def parts_chart(logs: dict[str, list[dict[str, float]]]) -> Any | None:
+def parts_chart(logs: Logs) -> Any | None:
     """What the student's loss is made of, a panel each, because their scales differ."""
     import altair as alt
 
-    rows = logs.get("prune", [])
+    rows = logs.get(STUDENT_CURVE, [])
     parts = [key for key in LOSSES if any(key in row for row in rows)]
     if len(parts) < 2:
         return None

@@ -1,8 +1,5 @@
 """What the engine says of a run's task models is kept beside them, and reaches results.json."""
 
-from dataclasses import dataclass
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -11,8 +8,10 @@ from pruneofa.data.tasks import load_task
 from pruneofa.engine import engine
 from pruneofa.formats.files import read_json, write_json
 from pruneofa.report.schema import check_results
-from pruneofa.run import by_engine, results
-from pruneofa.run.by_engine import FILE, measure_by_engine
+from pruneofa.run import engine_metrics, results
+from pruneofa.run.engine_metrics import FILE, measure_by_engine
+from pruneofa.run.fine_tuning import GivenSettings, use_given
+from pruneofa.run.stage import Data, Evaluation, Stage, StageId
 from pruneofa.train.evaluate import evaluate
 from tests.small import small_recipe
 from tests.tiny import tiny_tokenizer
@@ -20,36 +19,56 @@ from tests.train.test_evaluate_engine import named, save
 
 pytestmark = pytest.mark.skipif(engine.native is None, reason="the native kernels were not built")
 LABELS = ["bad", "good"]
-VERSIONS = {"tokens": 1, "seconds": 1.0, "versions": {"pruneofa": "0"}}
+RECORD = {"tokens": 1, "seconds": 1.0, "versions": {"pruneofa": "0"}}
 
 
-@dataclass
-class Stage:
-    name: str
-    folder: Path
+def evaluations(steps):
+    return [step for step in steps if isinstance(step, Evaluation)]
 
 
 @pytest.fixture
 def run(tmp_path):
-    """A run's folder with a sparse model and four variants of one task, and the task."""
+    """A run's folder with a sparse model and five variants of one task; its steps, the evaluations last."""
     recipe = small_recipe(tmp_path / "data")
     spec = recipe.tasks["mine"].resolved("mine")
-    stages = [Stage("prune", save(tmp_path / "run" / "sparse", "Bert", "PreTraining"))]
-    for variant in ("teacher", "transfer", "ptq", "quantize", "control"):
-        folder = save(tmp_path / "run/tasks/mine/seed-0" / variant, "Bert", "SequenceClassification", **named(LABELS))
-        write_json(folder / "metrics.json", evaluate(folder, "mine", spec, data_root=recipe.data_root))
-        stages.append(Stage(f"tasks/mine/seed-0/{variant}", folder))
-    for stage in stages:
-        write_json(stage.folder / "stage.json", VERSIONS)
     task = load_task("mine", spec, tiny_tokenizer(), train=False, data_root=recipe.data_root)
-    return recipe, tmp_path / "run", stages, task
+
+    def stage(*id):
+        folder = tmp_path / "run" / StageId(*id).path
+        return Stage(StageId(*id), use_given, GivenSettings(), {}, folder, tmp_path / "work")
+
+    stages = [stage(None, None, "prune")]
+    save(stages[0].folder, "Bert", "PreTraining")
+    for variant in ("dense", "transfer", "ptq", "quantize", "control"):
+        made = stage("mine", 0, variant)
+        save(made.folder, "Bert", "SequenceClassification", **named(LABELS))
+        write_json(made.folder / "metrics.json", evaluate(made.folder, "mine", spec, data_root=recipe.data_root))
+        stages.append(made)
+    for made in stages:
+        write_json(made.folder / "stage.json", RECORD | vars(made.id))
+    data = Data(task.evaluation_fingerprint, lambda: task)
+    return recipe, tmp_path / "run", [*stages, *(Evaluation(made, made.model, data) for made in stages[1:])]
 
 
-def test_every_variant_by_the_engine_once(run, capsys):
-    recipe, folder, stages, task = run
-    asked = []
-    measure_by_engine(stages, lambda name: asked.append(name) or task)
-    assert asked == ["mine"] * 4
+@pytest.fixture
+def asked(monkeypatch):
+    """The folders that the engine was asked to evaluate."""
+    folders = []
+
+    def evaluate_by_engine(folder, task, precision):
+        folders.append(folder.name)
+        return evaluate_with(folder, task, precision)
+
+    evaluate_with = engine_metrics.evaluate_by_engine
+    monkeypatch.setattr(engine_metrics, "evaluate_by_engine", evaluate_by_engine)
+    return folders
+
+
+def test_every_variant_by_the_engine_once(run, asked, capsys):
+    recipe, folder, steps = run
+    stages = [step for step in steps if isinstance(step, Stage)]
+    assert measure_by_engine(evaluations(steps))
+    assert asked == ["teacher", "transfer", "ptq", "quantize"]
     assert "evaluate quantize on mine by the engine in int8 on " in capsys.readouterr().err
     kept = {stage.folder.name: stage.folder / FILE for stage in stages if (stage.folder / FILE).exists()}
     assert set(kept) == {"teacher", "transfer", "ptq", "quantize"}
@@ -60,10 +79,11 @@ def test_every_variant_by_the_engine_once(run, capsys):
     for name in ("teacher", "transfer"):  # fp32 is fp32
         assert records[name]["metrics"] == read_json(kept[name].with_name("metrics.json"))
     times = {name: file.stat().st_mtime_ns for name, file in kept.items()}
-    assert measure_by_engine(stages, lambda name: pytest.fail("measured again"))
+    asked.clear()
+    assert measure_by_engine(evaluations(steps)) and not asked
     assert times == {name: file.stat().st_mtime_ns for name, file in kept.items()}
 
-    found = results.collect(recipe, folder, stages)
+    found = results.collect(recipe, folder, steps)
     check_results(found)
     accuracy = found["tasks"]["mine"]["accuracy"]
     assert set(accuracy) == {v + e for v in ("dense", "transfer", "ptq", "quantize") for e in ("", "_engine")} | {
@@ -90,30 +110,30 @@ def _tensors(folder):
     return load_file(folder / "model.safetensors").values()
 
 
-def test_a_run_without_int8_is_left_alone(run):
-    recipe, folder, stages, _ = run
-    stages = [stage for stage in stages if not stage.name.endswith(("ptq", "quantize"))]
-    assert not measure_by_engine(stages, lambda name: pytest.fail("evaluated"))
+def test_a_run_without_int8_is_left_alone(run, asked):
+    recipe, folder, steps = run
+    steps = [step for step in steps if step.id.variant not in ("ptq", "quantize")]
+    assert not measure_by_engine(evaluations(steps)) and not asked
     assert not list(folder.rglob(FILE))
-    found = results.collect(recipe, folder, stages)
+    found = results.collect(recipe, folder, steps)
     assert found["latency"] == {} and "packed_int8" not in found["sizes"]
 
 
-@pytest.mark.parametrize("changed", ["pruneofa", "isa"])
-def test_what_another_version_or_other_kernels_measured_is_measured_again(run, changed, monkeypatch):
-    _, _, stages, task = run
+@pytest.mark.parametrize("changed", ["pruneofa", "isa", "evaluation"])
+def test_what_another_version_other_kernels_or_other_rows_gave_is_measured_again(run, changed, asked, monkeypatch):
+    _, _, steps = run
     monkeypatch.setattr("pruneofa.bench.latency.latency", lambda *_, **__: {"setting": {}})
-    measure_by_engine(stages, lambda name: task)
-    file = stages[1].folder / FILE
+    measure_by_engine(evaluations(steps))
+    file = steps[1].folder / FILE
     before = read_json(file)
     write_json(file, before | {changed: "other"})
-    asked = []
-    measure_by_engine(stages, lambda name: asked.append(name) or task)
-    assert asked == ["mine"] and read_json(file)[changed] == before[changed]
+    asked.clear()
+    measure_by_engine(evaluations(steps))
+    assert asked == ["teacher"] and read_json(file)[changed] == before[changed]
 
 
 def test_a_new_stage_is_measured_and_all_are_timed_again_beside_it(run, monkeypatch):
-    _, _, stages, task = run
+    _, _, steps = run
     timed = []
 
     def latency(runners, *, tokens, vocabulary):
@@ -123,38 +143,38 @@ def test_a_new_stage_is_measured_and_all_are_timed_again_beside_it(run, monkeypa
         }
 
     monkeypatch.setattr("pruneofa.bench.latency.latency", latency)
-    measure_by_engine([stage for stage in stages if not stage.name.endswith("/ptq")], lambda name: task)
-    measure_by_engine(stages, lambda name: task)
+    measure_by_engine([step for step in evaluations(steps) if step.id.variant != "ptq"])
+    measure_by_engine(evaluations(steps))
     assert timed == [
         ["dense_engine", "transfer_engine", "quantize_engine", "dense"],
         ["dense_engine", "transfer_engine", "ptq_engine", "quantize_engine", "dense"],
     ]
-    assert {read_json(s.folder / FILE)["latency"]["dense"]["median_ms"] for s in stages[1:5]} == {2}
+    assert {read_json(s.folder / FILE)["latency"]["dense"]["median_ms"] for s in steps[1:5]} == {2}
 
 
 def test_latency_that_cannot_be_measured_is_said_and_fails_nothing(run, monkeypatch, capsys):
-    _, _, stages, task = run
+    _, _, steps = run
 
     def latency(*_, **__):
         raise WorkerError("its process ended with -9")
 
     monkeypatch.setattr("pruneofa.bench.latency.latency", latency)
-    measure_by_engine(stages, lambda name: task)
+    measure_by_engine(evaluations(steps))
     assert "latency was not measured: its process ended with -9\n" in capsys.readouterr().err
-    assert "latency" not in read_json(stages[1].folder / FILE)
+    assert "latency" not in read_json(steps[1].folder / FILE)
 
 
 def test_a_teacher_that_was_only_measured_has_no_model_to_run(run, monkeypatch):
-    _, _, stages, task = run
-    monkeypatch.setattr(by_engine, "_add_latency", lambda folders: None)
-    (stages[1].folder / "config.json").unlink()
-    measure_by_engine(stages, lambda name: task)
-    assert not (stages[1].folder / FILE).exists() and (stages[2].folder / FILE).exists()
+    _, _, steps = run
+    monkeypatch.setattr(engine_metrics, "_add_latency", lambda folders: None)
+    (steps[1].folder / "config.json").unlink()
+    measure_by_engine(evaluations(steps))
+    assert not (steps[1].folder / FILE).exists() and (steps[2].folder / FILE).exists()
 
 
 def test_every_model_of_a_task_is_verified(run):
-    recipe, folder, stages, _ = run
-    sparse = stages[0].folder
-    for stage in stages[1:]:
-        (stage.folder / "model.safetensors").write_bytes((sparse / "model.safetensors").read_bytes())
+    recipe, folder, steps = run
+    sparse = steps[0].folder
+    for step in evaluations(steps):
+        (step.folder / "model.safetensors").write_bytes((sparse / "model.safetensors").read_bytes())
     assert results.verify_run(recipe, folder) == 3

@@ -1,15 +1,15 @@
 """What the engine makes of a run's task models: metrics, sizes and latency, kept as engine.json beside each."""
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from pruneofa import __version__
-from pruneofa.data.tasks import Task
 from pruneofa.engine.architectures import Precision
 from pruneofa.engine.engine import choose_isa
 from pruneofa.formats.files import read_json, write_json
+from pruneofa.run.stage import Evaluation
 from pruneofa.train.evaluate import evaluate_by_engine
 
 FILE = "engine.json"
@@ -18,41 +18,30 @@ PRECISIONS: dict[str, Precision] = {"dense": "fp32", "transfer": "fp32", "ptq": 
 LONGEST = 128  # tokens of the sequence that is timed
 
 
-class Finished(Protocol):
-    """A stage that is complete."""
-
-    name: str
-    folder: Path
-
-
-def measure_by_engine(stages: Iterable[Finished], task: Callable[[str], Task]) -> bool:
+def measure_by_engine(evaluations: Iterable[Evaluation]) -> bool:
     """Write engine.json into the folders of task models that lack it; nothing in a run without a quantized one.
 
-    What the same version measured with the same kernels is kept: a stage that is made again loses it with its folder.
-    `task` gives a task by its name. Returns whether the run has a quantized model.
+    What the same version measured with the same kernels on the same rows is kept: a stage that is made again loses
+    it with its folder. Returns whether the run has a quantized model.
 
     Raises InputError for a model that the engine refuses, and ImportError where it was not built.
     """
-    models = [(*place(stage.name), stage.folder) for stage in stages if stage.name.startswith("tasks/")]
-    models = [m for m in models if m[2] in PRECISIONS and (m[3] / "config.json").exists()]
-    quantized = [m for m in models if PRECISIONS[m[2]] == "int8"]
+    models = [e for e in evaluations if e.id.variant in PRECISIONS and (e.folder / "config.json").exists()]
+    quantized = [e for e in models if PRECISIONS[e.id.variant] == "int8"]
     if not quantized:
         return False
-    now = (__version__, choose_isa(None))
-    for name, _, variant, folder in models:
-        known = read_json(folder / FILE) if (folder / FILE).exists() else {}
-        if (known.get("pruneofa"), known.get("isa")) != now:
-            write_json(folder / FILE, evaluate_by_engine(folder, task(name), PRECISIONS[variant]))
-    timed = {variant: folder for name, seed, variant, folder in models if (name, seed) == quantized[0][:2]}
+    now = {"pruneofa": __version__, "isa": choose_isa(None)}
+    for model in models:
+        wanted = {"evaluation": model.fingerprint, **now}
+        known = read_json(model.folder / FILE) if (model.folder / FILE).exists() else {}
+        if not wanted.items() <= known.items():
+            found = evaluate_by_engine(model.folder, model.task.read(), PRECISIONS[model.id.variant])
+            write_json(model.folder / FILE, found | wanted)
+    first = quantized[0].id
+    timed = {e.id.variant: e.folder for e in models if (e.id.task, e.id.seed) == (first.task, first.seed)}
     if not all("latency" in read_json(folder / FILE) for folder in timed.values()):
         _add_latency(timed)
     return True
-
-
-def place(stage: str) -> tuple[str, int, str]:
-    """(task, seed, variant) of the name of a task's stage; the dense model's stage is called teacher."""
-    _, task, seed, variant = stage.split("/")
-    return task, int(seed.removeprefix("seed-")), "dense" if variant == "teacher" else variant
 
 
 def _add_latency(folders: dict[str, Path]) -> None:
