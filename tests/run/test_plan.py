@@ -152,7 +152,7 @@ def test_dropout_of_a_task_is_the_sparse_models_only(tmp_path):
 def test_unfinished_work_with_other_settings_needs_redo_too(tmp_path):
     settings = small_recipe(tmp_path / "data")
     folder = tmp_path / "run"
-    mark = folder / ".work" / "sparse" / "fingerprint"
+    mark = folder / ".work" / "prune" / "fingerprint"
     mark.parent.mkdir(parents=True)
     mark.write_text("of two days' work")
     (mark.parent / "checkpoint-2").mkdir()

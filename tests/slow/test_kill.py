@@ -84,12 +84,12 @@ def test_killed_in_every_stage_it_ends_with_the_same_bits(file, straight, tmp_pa
     out = tmp_path / "run"
     for (stage, folder), step in zip(STAGES.items(), steps, strict=True):
         process = start(file, out)
-        wait_for(process, out / ".work" / folder, out, stage, step)
+        wait_for(process, out / ".work" / stage, out, stage, step)
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL
         assert not (out / folder).exists()
-        assert last_checkpoint(out / ".work" / folder) is not None
+        assert last_checkpoint(out / ".work" / stage) is not None
     finish(start(file, out))
     ended = weights(out)
     assert set(ended) == {"teacher", "sparse", "tasks/mine/seed-0/teacher", TRANSFER, "tasks/mine/seed-0/ptq", QUANTIZE}
@@ -102,13 +102,13 @@ def test_killed_in_every_stage_it_ends_with_the_same_bits(file, straight, tmp_pa
 def test_ctrl_c_leaves_a_checkpoint_and_resumes(file, straight, tmp_path):
     out = tmp_path / "run"
     process = start(file, out)
-    wait_for(process, out / ".work" / "sparse", out, "prune", 16)
+    wait_for(process, out / ".work" / "prune", out, "prune", 16)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130
     assert errors.splitlines()[-1] == ("pruneofa: interrupted; the same command resumes from the last checkpoint")
     assert "Traceback" not in errors
-    step = int(last_checkpoint(out / ".work" / "sparse").name.partition("-")[2])
+    step = int(last_checkpoint(out / ".work" / "prune").name.partition("-")[2])
     assert step >= events(out, "log", "prune")[-1]["step"] >= 16
     finish(start(file, out))
     assert events(out, "start", "prune")[-1]["step"] == step

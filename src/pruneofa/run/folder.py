@@ -54,7 +54,8 @@ def refuse_changes(steps: Iterable[Step], where: Path, redo: bool, out: str = "-
 def refuse_other_work(stages: Iterable[Stage], work: Path, redo: bool) -> None:
     """Raises InputError when stages that are not among `stages` were begun below `work`, unless `redo`."""
     known = {stage.work / MARK for stage in stages}
-    others = [mark.parent.relative_to(work).as_posix() for mark in sorted(work.rglob(MARK)) if mark not in known]
+    marks = [mark for mark in sorted(work.rglob(MARK)) if mark not in known]
+    others = [mark.parent.relative_to(work).as_posix().removeprefix(f"{WORK}/") for mark in marks]
     if others and not redo:
         raise InputError(
             f"{work}: holds {', '.join(others)} (unfinished), which this command would not go on with; "

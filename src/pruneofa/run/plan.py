@@ -158,7 +158,7 @@ def int8_stages(
 def _stage(
     root: Path, id: StageId, make: Any, settings: Any, inputs: dict[str, Any], sparse: str | None = None
 ) -> Stage:
-    return Stage(id, make, settings, inputs, root / id.path, root / WORK / id.path, sparse)
+    return Stage(id, make, settings, inputs, root / id.path, root / WORK / str(id), sparse)
 
 
 def losses(spec: Task) -> Losses:
