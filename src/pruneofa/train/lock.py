@@ -159,7 +159,7 @@ def warn_of_adapters(weights: Iterable[str]) -> None:
     adapted = [name for name in weights if ".base_layer." in name]
     if adapted:
         warnings.warn(
-            f"{len(adapted)} pruned weights have an adapter beside them, the first {adapted[0]}: merging it fills their "
+            f"{len(adapted)} pruned weights have an adapter beside them, the first {adapted[0]}: merging fills their "
             "zeros, so deploy it unmerged, or call PatternLock.on(merged model) after merging and evaluate again",
             stacklevel=3,
         )
