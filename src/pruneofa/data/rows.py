@@ -19,7 +19,7 @@ from pruneofa.data.labels import as_text
 from pruneofa.errors import InputError, first_line
 
 SUFFIXES = (".parquet", ".jsonl", ".csv", ".tsv")
-HELD_OUT = 10  # one row in so many is held out where the data brings no validation rows
+HELD_OUT = 10  # one row in so many is held out where the data has no validation rows
 _LONGEST_FIELD = 2**31 - 1  # bytes; the default of the csv module is 128 KiB
 
 
@@ -46,7 +46,7 @@ def load_splits(
         key: text columns whose content decides whether a row is held out, where a split has to be made.
         label: column of which no value may be held out completely, where a split has to be made.
         config: configuration of a hub data set.
-        validation: file with the evaluation rows, instead of what `data` brings.
+        validation: file with the evaluation rows, instead of those of `data`.
         strict: a folder or hub data set without an evaluation split is an error; otherwise a tenth of the
             training rows is held out.
         whole: only the evaluation is wanted: all rows of files are for it, and of a folder or hub data set its
@@ -58,7 +58,7 @@ def load_splits(
     root = Path(data_root or ".").expanduser()
     names = [data] if isinstance(data, str) else list(data)
     paths = [root / Path(name).expanduser() for name in names]
-    if validation:  # what data brings for evaluation is then not even looked for
+    if validation:  # evaluation splits of data are then not read
         evaluations = {}
     required = (set() if whole else {"train"}) | (set(evaluations) if strict or whole else set())
     wanted = {"train": ("train",), **evaluations}

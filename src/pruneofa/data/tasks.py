@@ -94,7 +94,7 @@ def load_task(
         tokenizer: a transformers tokenizer.
         data_root: where relative paths are looked up.
         train: False leaves the training rows untokenized.
-        whole: with `train` false, a file that brings no validation rows is evaluated whole, not only the tenth
+        whole: with `train` false, a file without validation rows is evaluated whole, not only the tenth
             that training would have held out, and a folder needs no training split.
         labels: names by class id of a model that exists already; default: the GLUE names, or the sorted
             distinct values of the training rows.

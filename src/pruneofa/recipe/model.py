@@ -254,7 +254,7 @@ class Recipe(Section):
     dense_model: str | None = Field(None, description="with model_is_sparse: where dense task teachers start")
     data_root: str | None = Field(None, description="relative data paths are resolved here")
     corpus: Corpus | None = None
-    teacher: Teacher | None = Field(None, description="null: the model is its own teacher as it is")
+    teacher: Teacher | None = Field(None, description="null: the model itself is the teacher, without further training")
     prune: Prune | None = None
     distill: Distill = Distill()
     tasks: dict[str, Task] = {}

@@ -8,7 +8,7 @@ from typing import Any
 from pruneofa.report.schema import METRIC_NAMES, VARIANTS
 from pruneofa.report.table import variant_name
 
-POINTS = 400  # per curve: more cannot be told apart on a screen
+POINTS = 400  # per curve: more cannot be distinguished on a screen
 LOSSES = {
     "loss": "total",
     "mlm": "masked words",
@@ -136,7 +136,7 @@ def loss_chart(logs: Logs) -> Any | None:
 
 
 def parts_chart(logs: Logs) -> Any | None:
-    """What the student's loss is made of, a panel each, because their scales differ."""
+    """The parts of the student's loss, a panel each, because their scales differ."""
     import altair as alt
 
     rows = logs.get(STUDENT_CURVE, [])

@@ -1,4 +1,4 @@
-"""Sizes and latency of a run's results as tables: what int8 and the zeros buy."""
+"""Sizes and latency of a run's results as tables: the gain by int8 and by the zeros."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Filling templates, with no path of this machine in the result."""
+"""Templates filled with values, and recipes with the paths of this machine removed."""
 
 import re
 from pathlib import Path
@@ -13,7 +13,7 @@ _OF_A_MACHINE = re.compile(r"^((file:)?/|~\w*([/\\]|$)|[A-Za-z]:[/\\]|\\\\|\.\.?
 
 
 def render(template: str, *, autoescape: bool, **values: Any) -> str:
-    """Fill a template of ours; a name that is missing is an error, not an empty string."""
+    """Fill a template of this package; a missing name is an error, not an empty string."""
     import jinja2
 
     environment = jinja2.Environment(

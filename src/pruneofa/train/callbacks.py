@@ -23,20 +23,20 @@ def _encoder(model: nn.Module) -> nn.Module:
     return getattr(model, "student", model)
 
 
-def _verify_end(held: PatternLock | GradualPruner, model: nn.Module, saved: Path | None) -> None:
-    """Prove that no zero was lost in the model as it is now, and in `saved`, the checkpoint made of it.
+def _verify_end(mask_state: PatternLock | GradualPruner, model: nn.Module, saved: Path | None) -> None:
+    """Check that every pruned weight is zero in `model` as it is now, and in its checkpoint `saved`.
 
-    Raises CheckFailed naming a layer that has weights where zeros were.
+    Raises CheckFailed naming a layer with a pruned weight that is not zero.
     """
     live = prunable(_encoder(model))
-    held.verify_in(live, "the model that training ends with")
+    mask_state.verify_in(live, "the model that training ends with")
     names = [f".{name.replace('_orig_mod.', '')}" for name in live]
     for file in sorted(saved.rglob("model*.safetensors")) if saved is not None else ():
         with safe_open(file, framework="pt") as stored:
             for name in stored.keys():  # noqa: SIM118 (no mapping)
                 # A wrapper around a transformers model, as of sentence-transformers, saves names without its own part.
                 if any(full.endswith(f".{name.removeprefix('student.')}") for full in names):
-                    held.verify_in({name: stored.get_tensor(name)}, str(file))
+                    mask_state.verify_in({name: stored.get_tensor(name)}, str(file))
 
 
 class PruningCallback(TrainerCallback):
@@ -87,7 +87,7 @@ class PruningCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Prove that the pruned weights are zero in the model that training ends with."""
+        """Check that the pruned weights are zero in the model that training ends with."""
         assert self.pruner is not None
         saved = checkpoint_path(args.output_dir, state.global_step) if self._saved == state.global_step else None
         _verify_end(self.pruner, kwargs["model"], saved)
@@ -96,8 +96,8 @@ class PruningCallback(TrainerCallback):
 class LockCallback(TrainerCallback):
     """Keep the sparsity pattern of the model fixed while any `transformers.Trainer` fine-tunes it.
 
-    The pattern goes by the names of the parameters; the parameters are looked up when training begins, since
-    a Trainer may make its model anew (`model_init`) after the callback has seen the first one.
+    The pattern is stored by parameter name; the parameters are looked up when training begins, since a Trainer
+    may create another model (`model_init`) after the callback has seen the first one.
     """
 
     def __init__(self) -> None:
@@ -105,7 +105,7 @@ class LockCallback(TrainerCallback):
         self._saved: int | None = None
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Capture the pattern before a checkpoint can be loaded over it."""
+        """Capture the pattern before a checkpoint can be loaded into the model."""
         if kwargs.get("model") is not None:
             self._capture(_encoder(kwargs["model"]))
 
@@ -114,7 +114,7 @@ class LockCallback(TrainerCallback):
     ) -> None:
         """Lock the parameters that will be trained.
 
-        A model that was made anew brings its own pattern, unless a checkpoint has been loaded over it.
+        A new model has its own pattern, unless a checkpoint has been loaded into it.
         """
         self._saved = None
         model = _encoder(kwargs["model"])
@@ -139,7 +139,7 @@ class LockCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Prove that nothing revived in the model that training ends with."""
+        """Check that every pruned weight is zero in the model that training ends with."""
         assert self.lock is not None
         saved = checkpoint_path(args.output_dir, state.global_step) if self._saved == state.global_step else None
         _verify_end(self.lock, kwargs["model"], saved)
@@ -151,7 +151,7 @@ class LockCallback(TrainerCallback):
 
 
 class QuantizeCallback(TrainerCallback):
-    """Let the observers of a `FakeQuantizer` move for a share of the steps, and keep them in every checkpoint."""
+    """Update the observers of a `FakeQuantizer` for a share of the steps, and save them in every checkpoint."""
 
     def __init__(self, quantizer: FakeQuantizer, freeze: float) -> None:
         """Freeze the observers after the share `freeze` of the steps; 1 = never."""
@@ -168,7 +168,7 @@ class QuantizeCallback(TrainerCallback):
         self.quantizer.load_state_dict(read_state(file))
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Freeze once the time has come; the first step always observes."""
+        """Freeze the observers after their share of the steps; the first step always observes."""
         self.quantizer.observing = state.global_step < max(1, int(self.freeze * state.max_steps))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

@@ -293,16 +293,17 @@ def _answers(task: Task, data: TaskData, batches: Iterator[Batch]) -> tuple[list
     """The best answer of each row over its windows, and the gold answers."""
     windows = data.windows
     assert windows is not None  # question answering always has them
-    best: dict[int, tuple[float, int, int]] = {}
+    best: dict[int, tuple[float, int, int, int]] = {}  # by row: score, -window, and the answer's characters
     for indices, (starts, ends) in batches:
         for index, start, end in zip(indices, starts, ends, strict=True):
             chars = windows.chars[windows.bounds[index] : windows.bounds[index + 1]]
             span = squad.best_span(start[: len(chars)], end[: len(chars)], chars)
             row = int(windows.row[index])
-            if span is not None and (row not in best or span[0] > best[row][0]):
-                best[row] = span
+            # Batches come in order of length: of equal scores the first window's counts, as in the engine's answer.
+            if span is not None and (row not in best or (span[0], -index) > best[row][:2]):
+                best[row] = (span[0], -index, *span[1:])
     contexts = data.rows.column("context").to_pylist()
-    texts = [context[slice(*best[row][1:])] if row in best else "" for row, context in enumerate(contexts)]
+    texts = [context[slice(*best[row][2:])] if row in best else "" for row, context in enumerate(contexts)]
     return texts, squad.gold_answers(data.rows, f"tasks.{task.name}")
 
 

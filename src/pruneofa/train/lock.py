@@ -1,4 +1,4 @@
-"""Hold a sparsity pattern while everything else trains.
+"""Keep a sparsity pattern fixed while everything else trains.
 
 The weights stay ordinary parameters and the masks live beside the model, so that names never change and
 every checkpoint loads in plain transformers.
@@ -19,9 +19,9 @@ from pruneofa.train import masks
 class PatternLock:
     """Keeps pruned weights at exactly +0.0 and their gradients at zero.
 
-    Gradients are zeroed by hooks on the parameters, as they are computed: gradient clipping and the
-    all-reduce of data parallelism then see zeros, whoever drives the loop and however many batches are
-    accumulated. What hooks cannot stop is the optimizer's momentum, so call `apply()` after every step.
+    Gradients are zeroed by hooks on the parameters, as they are computed: gradient clipping and the all-reduce of
+    data parallelism then see zeros, in any training loop and with any number of accumulated batches. Hooks cannot
+    stop the optimizer's momentum, so call `apply()` after every step.
     """
 
     def __init__(self, weights: Mapping[str, nn.Parameter], pruned: Mapping[str, Tensor]) -> None:
@@ -55,7 +55,7 @@ class PatternLock:
         return lock
 
     def holds(self, model: nn.Module) -> bool:
-        """Whether the locked parameters are the very ones that are in `model` now."""
+        """Whether the locked parameters are the parameter objects of `model`, not copies or replacements."""
         live = {id(weight) for weight in masks.prunable(model).values()}
         return all(id(weight) in live for weight in self.weights.values())
 
@@ -159,7 +159,7 @@ def warn_of_adapters(weights: Iterable[str]) -> None:
     adapted = [name for name in weights if ".base_layer." in name]
     if adapted:
         warnings.warn(
-            f"{len(adapted)} pruned weights have an adapter beside them, the first {adapted[0]}: merging it fills their "
+            f"{len(adapted)} pruned weights have an adapter beside them, the first {adapted[0]}: merging fills their "
             "zeros, so deploy it unmerged, or call PatternLock.on(merged model) after merging and evaluate again",
             stacklevel=3,
         )

@@ -110,7 +110,7 @@ class GradualPruner:
         self._lock.verify()
 
     def verify_in(self, weights: Mapping[str, Tensor], where: str) -> None:
-        """As `PatternLock.verify_in`: look at weights that may not be the ones that were pruned."""
+        """As `PatternLock.verify_in`: check `weights`, which may be other tensors than those that were pruned."""
         self._lock.verify_in(weights, where)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -146,7 +146,7 @@ class GradualPruner:
             self._dense_on(name, mask.device)[mask] = state[f"{masks.canonical_name(name)}.dense"].to(mask.device)
 
     def release(self) -> None:
-        """Remove the gradient hooks; call it when pruning is over and the model lives on."""
+        """Remove the gradient hooks; call it when pruning is over and the model is used further."""
         self._lock.release()
 
     def _select(self, sparsity: float) -> Iterator[tuple[str, Tensor]]:
