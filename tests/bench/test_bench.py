@@ -20,7 +20,7 @@ from pruneofa.bench.workers import TimeLimitError, Worker, WorkerError
 from pruneofa.engine import engine
 from pruneofa.errors import CheckFailed, InputError
 from pruneofa.formats.packed import pattern_holds
-from tests.engine_folder import POSITIONS, VOCABULARY, write_folder
+from tests.tiny import POSITIONS, VOCABULARY, write_folder
 
 needs_kernels = pytest.mark.skipif(engine.native is None, reason="the native kernels were not built")
 

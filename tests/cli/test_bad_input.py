@@ -14,8 +14,8 @@ from transformers import BertForPreTraining, GPT2Config, GPT2LMHeadModel
 
 from pruneofa.errors import InputError
 from tests.cli.conftest import program, write_recipe
-from tests.small import write_model, write_text
-from tests.tiny import tiny_bert, tiny_distilbert
+from tests.small import write_text
+from tests.tiny import tiny_bert, tiny_distilbert, write_model
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 
 from pruneofa.bench.workers import Worker
 from pruneofa.engine import engine
-from tests.engine_folder import write_folder
+from tests.tiny import write_folder
 
 pytestmark = pytest.mark.skipif(engine.native is None, reason="the native kernels were not built")
 

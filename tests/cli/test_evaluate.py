@@ -8,8 +8,8 @@ from transformers import BertForSequenceClassification
 
 from pruneofa.formats.pack import pack
 from tests.cli.conftest import program
-from tests.small import write_model, write_task
-from tests.tiny import tiny_bert
+from tests.small import write_task
+from tests.tiny import tiny_bert, write_model
 
 
 @pytest.fixture(scope="module")

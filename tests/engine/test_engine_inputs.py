@@ -12,7 +12,7 @@ from pruneofa.engine.architectures import Weights
 from pruneofa.errors import InputError
 from pruneofa.formats.pack import pack
 from pruneofa.formats.packed import Packed, PackedLinear
-from tests.engine_folder import POSITIONS, VOCABULARY, write_folder
+from tests.tiny import POSITIONS, VOCABULARY, write_folder
 
 
 @pytest.fixture(autouse=True)

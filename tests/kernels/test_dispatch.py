@@ -8,8 +8,8 @@ import pytest
 
 from pruneofa import Engine, _native
 from pruneofa.errors import InputError
-from tests.engine_folder import write_folder
 from tests.kernels.cases import TABLE, Layer, int8_layer, model
+from tests.tiny import write_folder
 
 NATIVE = Path(__file__).parents[2] / "native"
 CPUINFO = Path("/proc/cpuinfo")

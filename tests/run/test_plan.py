@@ -13,8 +13,8 @@ from pruneofa.run import plan as pipeline
 from pruneofa.run import single as alone
 from pruneofa.run.estimate import estimate
 from pruneofa.run.results import verify_run
-from tests.small import small_recipe, write_model, write_task
-from tests.tiny import tiny_bert
+from tests.small import small_recipe, write_task
+from tests.tiny import tiny_bert, write_model
 
 
 @pytest.fixture(scope="module")
