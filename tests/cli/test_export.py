@@ -1,4 +1,4 @@
-"""`export` as a user calls it; what is exported is tested in unit/test_export.py."""
+"""`export` as a user calls it; what is exported is tested in tests/export."""
 
 import importlib.util
 import json
