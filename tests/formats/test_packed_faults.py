@@ -199,7 +199,7 @@ def test_inspect_checks_the_manifest_too(int8):
 def test_a_config_of_another_model(int8):
     config = read_json(int8 / "config.json")
     for change, message in (
-        ({"model_type": "gpt2"}, "model_type is 'gpt2'; wanted one of bert, distilbert, roberta"),
+        ({"model_type": "gpt2"}, "model_type is 'gpt2'"),
         ({"model_type": ["bert"]}, "model_type is ['bert']"),
         ({"architectures": None}, "architecture None, but BertForSequenceClassification in manifest.json"),
         ({"architectures": "BertModel"}, "architectures is 'BertModel'; wanted a list of class names"),
