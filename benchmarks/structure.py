@@ -1,4 +1,4 @@
-"""Figures of a checkout's structure, as JSON: file lengths, import circles, places that name a model family, import time.
+"""Figures of the structure of checkouts, as JSON: file lengths, import circles, names of model families, import time.
 
 python benchmarks/structure.py [CHECKOUT ...]
 """

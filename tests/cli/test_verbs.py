@@ -49,7 +49,9 @@ def test_running_again_skips_everything_and_shows_where_things_are(done, again, 
     before = {path: path.stat().st_mtime_ns for path in root.rglob("model.safetensors")}
     said = call(*again)
     assert said.code == 0, said.err
-    assert said.out.startswith("|") or "| " in said.out
+    model, rule, *rows = said.out.partition("\n\n")[0].splitlines()
+    assert model.startswith("| Model | Sparsity |") and rule.startswith("| --- |")
+    assert any(row.startswith("| small: Prune Once for All") for row in rows)
     for file in ("results.json", "table.md", "report.html", "sparse/README.md"):
         assert f"{root / 'run' / file}\n" in said.out
     assert before == {path: path.stat().st_mtime_ns for path in root.rglob("model.safetensors")}

@@ -1,11 +1,7 @@
-import csv
-import json
 import os
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from pruneofa import recipe
@@ -14,42 +10,13 @@ from pruneofa.data.baseline import baseline
 from pruneofa.data.features import collate
 from pruneofa.data.tasks import load_task, longest_input
 from pruneofa.errors import InputError
+from tests.data.task_files import ROWS, own, sst2, write
 from tests.tiny import tiny_bert, tiny_distilbert, tiny_roberta, tiny_tokenizer
-
-GOOD, BAD = ("a great film", "the good book was great"), ("a terrible game", "the bad story was terrible music")
-ROWS = [
-    {"text": f"{text} {n}", "label": label} for n in range(20) for label, texts in (("pos", GOOD), ("neg", BAD))
-    for text in texts
-]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
     return tiny_tokenizer()
-
-
-def write(path: Path, table: list[dict]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(table), path)
-    elif path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in table), encoding="utf-8")
-    else:
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(table[0]), delimiter="\t" if path.suffix == ".tsv" else ",")
-            writer.writeheader()
-            writer.writerows(table)
-    return path
-
-
-def own(**values) -> recipe.Task:
-    return recipe.Task(**{"text": "text", "label": "label", "max_length": 32, **values})
-
-
-def sst2(folder: Path, train=((0, "bad film"), (1, "good film")), validation=((1, "a great film"),)) -> Path:
-    for split, pairs in (("train", train), ("validation", validation)):
-        write(folder / f"{split}.parquet", [{"sentence": text, "label": label} for label, text in pairs])
-    return folder
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
@@ -127,17 +94,6 @@ def test_hold_out_compares_labels_as_loading_does():
     assert again["text"].to_pylist() == held["text"].to_pylist()
 
 
-@pytest.mark.parametrize(
-    ("values", "labels"),
-    [((10, 9, 1), ["1", "9", "10"]), (("10", "9", "b"), ["10", "9", "b"]), ((1.0, 0.0, 1.0), ["0", "1"]),
-     ((True, False, True), ["False", "True"])],
-)  # fmt: skip
-def test_labels_are_sorted_values(tmp_path, tokenizer, values, labels):
-    write(tmp_path / "d.parquet", [{"text": "film", "label": value} for value in values])
-    task = load_task("mine", own(data="d.parquet", validation="d.parquet"), tokenizer, data_root=tmp_path)
-    assert task.labels == labels
-
-
 def test_first_rows_only(tmp_path, tokenizer):
     write(tmp_path / "d.jsonl", ROWS)
     spec = own(data="d.jsonl", validation="d.jsonl", train_rows=5, validation_rows=3)
@@ -150,13 +106,6 @@ def test_known_task_from_a_folder(tmp_path, tokenizer):
     sst2(tmp_path / "sst2")
     task = load_task("sst2", recipe.Task(data="sst2", max_length=16), tokenizer, data_root=tmp_path)
     assert (task.kind, task.labels) == ("classification", ["negative", "positive"])
-    assert task.train.targets.tolist() == [0, 1]
-    assert task.evaluations[""].targets.tolist() == [1]
-
-
-def test_label_names_and_numbers_of_a_known_task_are_the_same(tmp_path, tokenizer):
-    data = sst2(tmp_path / "names", train=(("negative", "bad"), ("positive", "good")), validation=(("1", "x"),))
-    task = load_task("sst2", recipe.Task(data=str(data), max_length=16), tokenizer)
     assert task.train.targets.tolist() == [0, 1]
     assert task.evaluations[""].targets.tolist() == [1]
 
@@ -325,20 +274,6 @@ def test_bad_file(tmp_path, tokenizer, name, content, message):
     assert str(error.value).startswith("tasks.mine")
 
 
-def test_label_unseen_in_training(tmp_path, tokenizer):
-    write(tmp_path / "train.csv", ROWS)
-    write(tmp_path / "validation.csv", [*ROWS[:2], {"text": "a", "label": "neutral"}])
-    spec = own(data="train.csv", validation="validation.csv")
-    with pytest.raises(InputError, match=r"label 'neutral' in validation row 3 is not one of .*: neg, pos"):
-        load_task("mine", spec, tokenizer, data_root=tmp_path)
-
-
-def test_unlabelled_split_is_refused(tmp_path, tokenizer):
-    sst2(tmp_path, validation=((-1, "film"),))
-    with pytest.raises(InputError, match="label -1 in validation row 1"):
-        load_task("sst2", recipe.Task(data=".", max_length=16), tokenizer, data_root=tmp_path)
-
-
 def test_missing_split(tmp_path, tokenizer):
     sst2(tmp_path)
     (tmp_path / "validation.parquet").unlink()
@@ -405,48 +340,3 @@ def test_real_data(name, tokenizer):
     assert all(data.rows.num_rows == 200 for data in task.evaluations.values())
     batch = task.collate([task.train[i] for i in range(4)])
     assert batch["input_ids"].shape == batch["attention_mask"].shape
-
-
-@pytest.mark.parametrize(
-    ("classes", "found", "targets"),
-    [
-        (["negative", "positive"], ["0", "1"], [0, 1]),
-        (["negative", "positive"], [1.0, 0.0], [1, 0]),
-        (["a", "b", "c"], ["c", "a"], [2, 0]),
-        (["LABEL_0", "LABEL_1", "LABEL_2"], [2, 1], [2, 1]),
-        (["LABEL_0", "LABEL_1"], ["y", "x"], [1, 0]),
-        (["1", "2"], ["1.0", "2"], [0, 1]),
-        (["nan", "some"], ["nan", "some"], [0, 1]),
-    ],
-)
-def test_labels_of_a_model_are_its_names_or_its_class_ids(tmp_path, tokenizer, classes, found, targets):
-    write(tmp_path / "d.jsonl", [{"text": f"film {label}", "label": label} for label in found])
-    options = {"data_root": tmp_path, "train": False, "whole": True, "labels": classes}
-    assert load_task("mine", own(data="d.jsonl"), tokenizer, **options).evaluations[""].targets.tolist() == targets
-
-
-def test_class_ids_are_refused_beside_names(tmp_path, tokenizer):
-    write(tmp_path / "d.csv", [{"text": "a", "label": "negative"}, {"text": "b", "label": "1"}])
-    options = {"data_root": tmp_path, "train": False, "whole": True, "labels": ["negative", "positive"]}
-    with pytest.raises(InputError, match="label '1' in validation row 2 is not one of"):
-        load_task("mine", own(data="d.csv"), tokenizer, **options)
-
-
-def test_one_and_one_point_zero_are_one_label(tmp_path, tokenizer):
-    write(tmp_path / "d.csv", [{"text": f"{n}", "label": label} for n, label in enumerate(["1", "1.0", "0"])])
-    assert load_task("mine", own(data="d.csv", validation="d.csv"), tokenizer, data_root=tmp_path).labels == ["0", "1"]
-
-
-@pytest.mark.parametrize(
-    ("suffix", "labels", "message"),
-    [
-        (".csv", ["1.0", "0.25"], "holds the number 0.25 in row 2, wanted classes; regression is not supported yet"),
-        (".jsonl", [["a"], ["a", "b"]], "holds a list in row 1, wanted one class a row; several labels"),
-        (".csv", ["[0, 1]", "[1]"], "holds a list in row 1, wanted one class a row; several labels"),
-    ],
-)
-def test_numbers_and_lists_are_no_classes(tmp_path, tokenizer, suffix, labels, message):
-    write(tmp_path / f"d{suffix}", [{"text": str(n), "label": label} for n, label in enumerate(labels)])
-    spec = own(data=f"d{suffix}", validation=f"d{suffix}")
-    with pytest.raises(InputError, match=message):
-        load_task("mine", spec, tokenizer, data_root=tmp_path)

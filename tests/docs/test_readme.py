@@ -13,8 +13,7 @@ from transformers import (
 from pruneofa.cli import main as cli
 from pruneofa.formats import pattern
 from pruneofa.train.models import load_tokenizer
-from tests.small import write_model
-from tests.tiny import tiny_bert, tiny_tokenizer
+from tests.tiny import tiny_bert, tiny_tokenizer, write_model
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -16,8 +16,7 @@ from pruneofa import Engine
 from pruneofa.errors import InputError
 from pruneofa.formats import packed
 from pruneofa.formats.pack import pack
-from tests.engine_folder import write_folder
-from tests.tiny import tiny_bert, tiny_distilbert, tiny_roberta, tiny_tokenizer
+from tests.tiny import tiny_bert, tiny_distilbert, tiny_roberta, tiny_tokenizer, write_folder
 
 FAMILIES = {"Bert": tiny_bert, "DistilBert": tiny_distilbert, "Roberta": tiny_roberta}
 TEXTS = ["the great film", "who was king of the city by the river and the sea?", "bad", "a terrible story, not new."]

@@ -12,7 +12,7 @@ from pruneofa.engine.architectures import Weights
 from pruneofa.errors import InputError
 from pruneofa.formats.pack import pack
 from pruneofa.formats.packed import Packed, PackedLinear
-from tests.engine_folder import POSITIONS, VOCABULARY, write_folder
+from tests.tiny import POSITIONS, VOCABULARY, write_folder
 
 
 @pytest.fixture(autouse=True)
@@ -131,7 +131,7 @@ def test_sequences_of_any_integers_are_the_same(loaded):
         (None, "x is NoneType, wanted"),
         (3, "x is int, wanted"),
         ([["a", "b"]], r"x\[0\] is list, wanted"),
-        (iter("ab"), "x is str_ascii_iterator, wanted"),
+        (iter("ab"), "x is .*iterator, wanted"),
         (np.array(["a"]), "x is ndarray, wanted"),
         ({"question": "a", "context": "b"}, "x is a dict, but this model does classification; give a str"),
         ("good " * 63, "x has 65 tokens, the model takes at most 64; shorten it, or give truncate=True"),

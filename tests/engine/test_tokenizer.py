@@ -9,7 +9,7 @@ from tokenizers.processors import RobertaProcessing
 
 from pruneofa.engine.tokenizer import TextTokenizer, chunks
 from pruneofa.errors import InputError
-from tests.engine_folder import write_tokenizer
+from tests.tiny import write_tokenizer
 
 CONTEXT = "Žluťoučký kůň 😀 ran over the river. " * 8
 

@@ -22,8 +22,8 @@ from pruneofa.formats import scales as quantization
 from pruneofa.formats.pack import pack
 from pruneofa.formats.pattern import POOLER
 from tests.quantized import quantize_folder
-from tests.small import write_model, write_task
-from tests.tiny import tiny_bert, tiny_distilbert, tiny_roberta
+from tests.small import write_task
+from tests.tiny import tiny_bert, tiny_distilbert, tiny_roberta, write_model
 
 FAMILIES = {"Bert": tiny_bert, "DistilBert": tiny_distilbert, "Roberta": tiny_roberta}
 HEADS = ["ForSequenceClassification", "ForQuestionAnswering", "ForTokenClassification", "ForMaskedLM", "Model"]

@@ -198,7 +198,7 @@ def test_frames_that_are_not_what_the_manifest_says(zstd):
     reframe(zstd, stored_frame(raw, window_log=23))
     assert read(zstd).manifest["compression"] == "zstd"
     reframe(zstd, zstandard.compress(raw)[:500])
-    assert "ends after" in small(zstd) or "not a whole zstd file" in small(zstd)
+    assert "not a whole zstd file" in small(zstd)
     reframe(zstd, b"not a frame" * 20)
     assert "not a whole zstd file" in small(zstd)
     reframe(zstd, zstandard.compress(raw, 19))

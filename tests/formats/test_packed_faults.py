@@ -199,7 +199,7 @@ def test_inspect_checks_the_manifest_too(int8):
 def test_a_config_of_another_model(int8):
     config = read_json(int8 / "config.json")
     for change, message in (
-        ({"model_type": "gpt2"}, "model_type is 'gpt2'; wanted one of bert, distilbert, roberta"),
+        ({"model_type": "gpt2"}, "model_type is 'gpt2'"),
         ({"model_type": ["bert"]}, "model_type is ['bert']"),
         ({"architectures": None}, "architecture None, but BertForSequenceClassification in manifest.json"),
         ({"architectures": "BertModel"}, "architectures is 'BertModel'; wanted a list of class names"),
@@ -254,7 +254,7 @@ def test_a_header_that_contradicts_the_manifest(path, value, message, int8):
 def test_headers_that_are_not_json(raw, int8):
     _, data = parts(int8)
     seal(int8, raw, data)
-    assert f"{TENSORS}: " in refused(int8) or "sizes: file" in refused(int8)
+    assert (f"{TENSORS}: " if raw else "sizes: file") in refused(int8)
 
 
 @pytest.mark.parametrize("length", [0, 1, 4000, MAX_JSON + 1, HUGE, 2**63, 2**64 - 1])

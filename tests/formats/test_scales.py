@@ -228,7 +228,7 @@ def test_one_scale_per_tensor_is_one(folder):
 )  # fmt: skip
 def test_other_settings(folder, change):
     edit_settings(folder, lambda settings: settings.update(change))
-    assert next(iter(change)) in refused(folder) or "junk" in change
+    assert next(iter(change)) in refused(folder)
 
 
 @pytest.mark.parametrize("key", ["format", "version", "weights", "input_activations", "embeddings", "pattern_hash"])

@@ -6,7 +6,7 @@ import pytest
 from pruneofa.data import prose
 from pruneofa.errors import InputError
 from pruneofa.run import demo
-from tests.small import write_model
+from tests.tiny import write_model
 
 DOCSTRING = """Summarise the groups of a frame.
 

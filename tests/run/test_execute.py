@@ -10,7 +10,8 @@ from pruneofa.formats.files import read_json
 from pruneofa.run import execute, fine_tuning, single
 from pruneofa.run.run import run
 from pruneofa.train import evaluate
-from tests.small import small_recipe, write_model, write_task
+from tests.small import small_recipe, write_task
+from tests.tiny import write_model
 
 OPTIONS = {"data_root": None, "seed": 0, "precision": "fp32"}
 SEED = "tasks/mine/seed-0"

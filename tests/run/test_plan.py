@@ -18,8 +18,8 @@ from pruneofa.run.plan import plan
 from pruneofa.run.results import verify_run
 from pruneofa.run.run import run
 from pruneofa.run.stage import StageId
-from tests.small import small_recipe, write_model, write_task
-from tests.tiny import tiny_bert
+from tests.small import small_recipe, write_task
+from tests.tiny import tiny_bert, write_model
 
 
 @pytest.fixture(scope="module")

@@ -183,7 +183,7 @@ def test_what_does_not_fit_is_refused(tmp_path, own, questions):
         evaluate(tmp_path / "int8", "squad", questions)
     with pytest.raises(InputError, match="its head is for masked-LM, --task mine wants one for classification"):
         evaluate(tmp_path / "mlm-packed", "mine", own)
-    with pytest.raises(InputError, match="label 'bad' in validation row 1 is not one of the labels known: x, y"):
+    with pytest.raises(InputError, match="label 'bad' in validation row 1"):
         evaluate(tmp_path / "xy-packed", "mine", own)
     with pytest.raises(InputError, match="max_length is 99 but the model has 64 positions|tokenizer's limit is 64"):
         evaluate(tmp_path / "int8", "mine", own.model_copy(update={"max_length": 99}))

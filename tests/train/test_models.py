@@ -29,8 +29,7 @@ from pruneofa.train.models import (
     set_dropout,
     with_safetensors,
 )
-from tests.small import write_model
-from tests.tiny import tiny_bert, tiny_distilbert, tiny_roberta, tiny_tokenizer
+from tests.tiny import tiny_bert, tiny_distilbert, tiny_roberta, tiny_tokenizer, write_model
 
 
 def test_a_missing_head_is_created_on_tied_embeddings(tmp_path):

@@ -10,9 +10,8 @@ import transformers
 from pruneofa.errors import InputError
 from pruneofa.train.distill import kd_loss
 from pruneofa.train.objective import PretrainingObjective, TransferObjective
-from tests.tiny import tiny_bert, tiny_distilbert, tiny_roberta, tiny_vocabulary
+from tests.tiny import VOCABULARY, tiny_bert, tiny_distilbert, tiny_roberta
 
-VOCABULARY = len(tiny_vocabulary())
 LOSSES = {"hard": 0.5, "kd": 0.5, "hidden": 0.0, "temperature": 2.0, "positions": "all"}
 
 
@@ -29,7 +28,7 @@ def _model(kind="bert", seed=0, model=None, **config):
 
 def _batch(kind="bert", items=8, length=12, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(5, VOCABULARY, (items, length), generator=generator)
+    ids = torch.randint(5, len(VOCABULARY), (items, length), generator=generator)
     lengths = torch.randint(4, length + 1, (items,), generator=generator)
     lengths[0] = length
     mask = (torch.arange(length) < lengths[:, None]).long()
@@ -241,7 +240,7 @@ def test_bf16_autocast():
     ("teacher", "losses", "message"),
     [
         (None, {}, "there is no teacher"),
-        ({"vocab_size": 99}, {}, f"vocab_size is {VOCABULARY} but the teacher's is 99"),
+        ({"vocab_size": 99}, {}, f"vocab_size is {len(VOCABULARY)} but the teacher's is 99"),
         ({"num_hidden_layers": 1}, {"hidden": 1.0}, "num_hidden_layers is 2 but the teacher's is 1"),
         ({"hidden_size": 16}, {"hidden": 1.0}, "hidden_size is 32 but the teacher's is 16"),
     ],
