@@ -22,6 +22,7 @@ from pruneofa.run import single as alone
 from pruneofa.run import stages
 from pruneofa.run.estimate import estimate
 from pruneofa.train.evaluate import evaluate
+from tests.peers import without_torch
 from tests.small import small_recipe, write_task
 from tests.tiny import tiny_tokenizer
 
@@ -40,6 +41,12 @@ def fingerprints(folder):
 
 def weights(folder):
     return load_file(folder / "model.safetensors")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _peers_without_torch():
+    with without_torch():
+        yield
 
 
 @pytest.fixture(scope="module")
