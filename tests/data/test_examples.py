@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from scipy.stats import binom
 from transformers import PreTrainedTokenizerFast
 
-from pruneofa.data.corpus import collate
-from pruneofa.data.examples import IGNORED, chunk, permuted, truncated
+from pruneofa.data.examples import IGNORED, chunk, collate, permuted, truncated
 from tests.data.test_corpus import TOKENIZER, WHOLE, articles, build, write
 from tests.tiny import tiny_tokenizer
 

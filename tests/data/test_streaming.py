@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pruneofa.data.corpus import collate
-from pruneofa.data.examples import IGNORED
+from pruneofa.data.examples import IGNORED, collate
 from pruneofa.errors import InputError
 from tests.data.test_corpus import TOKENIZER, articles, build, write
 from tests.data.test_examples import equal, unmasked

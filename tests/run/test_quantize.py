@@ -27,6 +27,7 @@ from pruneofa.run.plan import int8_stages, plan
 from pruneofa.run.run import run
 from pruneofa.run.stage import Job, Model, Stage
 from pruneofa.train.evaluate import evaluate, evaluate_model
+from tests.peers import without_torch
 from tests.small import small_recipe, write_task
 
 SEED = "tasks/mine/seed-0"
@@ -57,6 +58,12 @@ def fingerprints(folder):
 
 def weights(folder):
     return load_file(folder / "model.safetensors")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _peers_without_torch():
+    with without_torch():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,8 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from pruneofa.data.corpus import build_corpus, collate
+from pruneofa.data.corpus import build_corpus
+from pruneofa.data.examples import collate
 from pruneofa.errors import CheckFailed, InputError
 from pruneofa.recipe import Corpus
 from pruneofa.train import LockCallback, PruningCallback
