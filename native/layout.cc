@@ -135,7 +135,8 @@ void lay_out_gathered(const PackedLayer& layer, int group, int shared, LaidOut& 
         if (taken % group == 0) words.resize(words.size() + shared);
         index.push_back(static_cast<uint16_t>(c * 64 + bit));
         for (int r = 0; r < shared; ++r) {
-          if (mask[r] >> bit & 1) words[words.size() - shared + r] |= bits_in_word(layer, next[r]++, group, taken % group);
+          if ((mask[r] >> bit & 1) == 0) continue;
+          words[words.size() - shared + r] |= bits_in_word(layer, next[r]++, group, taken % group);
         }
       }
     }

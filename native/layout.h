@@ -9,7 +9,8 @@
 
 namespace pruneofa {
 
-// Scale and zero point of everything that a layer reads, where they are known beforehand; scale 0: found for each token.
+// Scale and zero point of everything that a layer reads, where they are known beforehand; scale 0: each token has its
+// own.
 struct StaticInput {
   float scale = 0;
   int32_t zero = 0;

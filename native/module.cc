@@ -54,7 +54,8 @@ PackedLayer packed_layer(const Matrix<uint8_t>& bitmask, const std::optional<Vec
   layer.inputs = inputs;
   layer.bitmask = bitmask.data();
   layer.nonzeros = nonzeros;
-  expect(inputs > 0 && bitmask.shape(1) == (static_cast<std::size_t>(inputs) + 7) / 8, "bitmask: wanted ceil(k / 8) bytes per row");
+  expect(inputs > 0 && bitmask.shape(1) == (static_cast<std::size_t>(inputs) + 7) / 8,
+         "bitmask: wanted ceil(k / 8) bytes per row");
   if (inputs % 8 != 0) {
     for (std::size_t n = 0; n < bitmask.shape(0); ++n) {
       expect(bitmask(n, bitmask.shape(1) - 1) >> (inputs % 8) == 0, "bitmask: spare bits must be 0");
@@ -209,7 +210,8 @@ void make_encoder(Encoder* self, int hidden, int heads, float epsilon, const std
 nb::ndarray<nb::numpy, float, nb::ndim<2>> encoder_forward(Encoder& encoder, Vector<int32_t> ids,
                                                            Vector<int32_t> positions, Vector<int32_t> types,
                                                            Vector<int32_t> offsets) {
-  expect(positions.shape(0) == ids.shape(0) && types.shape(0) == ids.shape(0), "positions and types: wanted one per id");
+  expect(positions.shape(0) == ids.shape(0) && types.shape(0) == ids.shape(0),
+         "positions and types: wanted one per id");
   expect(offsets.shape(0) >= 2, "offsets: wanted the sequences' beginnings and the end");
   expect(ids.shape(0) < 1u << 24, "too many tokens in one call");
   float* out;

@@ -1,9 +1,9 @@
-// Sixteen floats or int32, one per token, and the functions that the layers between the linear ones need.
+// Vectors of sixteen floats or int32, one per token.
 //
 // PRUNEOFA_REGISTER is the size in bytes of the vector registers of the path; sixteen lanes are one register of 64
 // bytes, a pair of 32, or a pair of pairs of 16. Compilers without vector types get pairs down to single floats.
-// Included once per path, inside its namespace and after its target pragma, so that no function of one path can be
-// linked into another.
+// Included once per path, inside its namespace and its target attribute, so that no function of one path can be linked
+// into another.
 #include "kernels.h"
 
 namespace lanes {
@@ -18,25 +18,25 @@ typedef float FloatRegister __attribute__((vector_size(PRUNEOFA_REGISTER)));
 typedef int32_t IntRegister __attribute__((vector_size(PRUNEOFA_REGISTER)));
 static inline FloatRegister to_floats(IntRegister v) { return __builtin_convertvector(v, FloatRegister); }
 static inline IntRegister truncate(FloatRegister v) { return __builtin_convertvector(v, IntRegister); }
-static inline IntRegister bits(FloatRegister v) { return reinterpret_cast<IntRegister>(v); }
+static inline IntRegister as_ints(FloatRegister v) { return reinterpret_cast<IntRegister>(v); }
 static inline FloatRegister as_floats(IntRegister v) { return reinterpret_cast<FloatRegister>(v); }
 static inline FloatRegister select(IntRegister mask, FloatRegister a, FloatRegister b) { return mask ? a : b; }
-// Where a is NaN, b.
-#if defined(PRUNEOFA_MIN)  // the path's instructions; compilers make two of the general form, for the sake of NaN
-static inline FloatRegister smaller(FloatRegister a, FloatRegister b) { return (FloatRegister)PRUNEOFA_MIN(a, b); }
-static inline FloatRegister larger(FloatRegister a, FloatRegister b) { return (FloatRegister)PRUNEOFA_MAX(a, b); }
+// b where a is NaN.
+#if defined(PRUNEOFA_MIN)  // the path's instruction; compilers make two of the general form, to be exact about NaN
+static inline FloatRegister minimum(FloatRegister a, FloatRegister b) { return (FloatRegister)PRUNEOFA_MIN(a, b); }
+static inline FloatRegister maximum(FloatRegister a, FloatRegister b) { return (FloatRegister)PRUNEOFA_MAX(a, b); }
 #else
-static inline FloatRegister smaller(FloatRegister a, FloatRegister b) { return a < b ? a : b; }
-static inline FloatRegister larger(FloatRegister a, FloatRegister b) { return a > b ? a : b; }
+static inline FloatRegister minimum(FloatRegister a, FloatRegister b) { return a < b ? a : b; }
+static inline FloatRegister maximum(FloatRegister a, FloatRegister b) { return a > b ? a : b; }
 #endif
-static inline IntRegister smaller(IntRegister a, IntRegister b) { return a < b ? a : b; }
-static inline IntRegister larger(IntRegister a, IntRegister b) { return a < b ? b : a; }
+static inline IntRegister minimum(IntRegister a, IntRegister b) { return a < b ? a : b; }
+static inline IntRegister maximum(IntRegister a, IntRegister b) { return a < b ? b : a; }
 #else
 typedef float FloatRegister;
 typedef int32_t IntRegister;
 static inline float to_floats(int32_t v) { return static_cast<float>(v); }
 static inline int32_t truncate(float v) { return static_cast<int32_t>(v); }
-static inline int32_t bits(float v) {
+static inline int32_t as_ints(float v) {
   int32_t b;
   memcpy(&b, &v, sizeof b);
   return b;
@@ -47,10 +47,10 @@ static inline float as_floats(int32_t v) {
   return f;
 }
 static inline float select(int32_t mask, float a, float b) { return mask ? a : b; }
-static inline float smaller(float a, float b) { return a < b ? a : b; }
-static inline float larger(float a, float b) { return a > b ? a : b; }
-static inline int32_t smaller(int32_t a, int32_t b) { return a < b ? a : b; }
-static inline int32_t larger(int32_t a, int32_t b) { return a < b ? b : a; }
+static inline float minimum(float a, float b) { return a < b ? a : b; }
+static inline float maximum(float a, float b) { return a > b ? a : b; }
+static inline int32_t minimum(int32_t a, int32_t b) { return a < b ? a : b; }
+static inline int32_t maximum(int32_t a, int32_t b) { return a < b ? b : a; }
 #endif
 
 template <class V, int Bytes>
@@ -104,8 +104,8 @@ static inline auto truncate(const Pair<H>& v) -> Pair<decltype(truncate(v.low))>
   return {truncate(v.low), truncate(v.high)};
 }
 template <class H>
-static inline auto bits(const Pair<H>& v) -> Pair<decltype(bits(v.low))> {
-  return {bits(v.low), bits(v.high)};
+static inline auto as_ints(const Pair<H>& v) -> Pair<decltype(as_ints(v.low))> {
+  return {as_ints(v.low), as_ints(v.high)};
 }
 template <class H>
 static inline auto as_floats(const Pair<H>& v) -> Pair<decltype(as_floats(v.low))> {
@@ -116,12 +116,12 @@ static inline Pair<H> select(const Pair<M>& mask, const Pair<H>& a, const Pair<H
   return {select(mask.low, a.low, b.low), select(mask.high, a.high, b.high)};
 }
 template <class H>
-static inline Pair<H> smaller(const Pair<H>& a, const Pair<H>& b) {
-  return {smaller(a.low, b.low), smaller(a.high, b.high)};
+static inline Pair<H> minimum(const Pair<H>& a, const Pair<H>& b) {
+  return {minimum(a.low, b.low), minimum(a.high, b.high)};
 }
 template <class H>
-static inline Pair<H> larger(const Pair<H>& a, const Pair<H>& b) {
-  return {larger(a.low, b.low), larger(a.high, b.high)};
+static inline Pair<H> maximum(const Pair<H>& a, const Pair<H>& b) {
+  return {maximum(a.low, b.low), maximum(a.high, b.high)};
 }
 
 // Register by register: compilers copy structs in smaller pieces, and reading those back as a register stalls.
@@ -158,7 +158,7 @@ struct Fill<Pair<Half>> {
     return {Fill<Half>::with(value), Fill<Half>::with(value)};
   }
 };
-static inline Floats all(float value) { return Fill<Floats>::with(value); }
-static inline Ints all(int32_t value) { return Fill<Ints>::with(value); }
+static inline Floats broadcast(float value) { return Fill<Floats>::with(value); }
+static inline Ints broadcast(int32_t value) { return Fill<Ints>::with(value); }
 
 }  // namespace lanes

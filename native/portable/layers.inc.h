@@ -2,17 +2,17 @@
 
 namespace lanes {
 
-static inline void widen(Ranges range, const Floats& v) {
-  store(range, smaller(load(range), v));
-  store(range + kLanes, larger(load(range + kLanes), v));
+static inline void update_range(Ranges range, const Floats& v) {
+  store(range, minimum(load(range), v));
+  store(range + kLanes, maximum(load(range + kLanes), v));
 }
 
 static inline void range(const float* x, int count, Ranges range) {
   Floats low = load(range), high = load(range + kLanes);
   for (int f = 0; f < count; ++f) {
     const Floats v = load(x + f * kLanes);
-    low = smaller(low, v);
-    high = larger(high, v);
+    low = minimum(low, v);
+    high = maximum(high, v);
   }
   store(range, low);
   store(range + kLanes, high);
@@ -20,16 +20,16 @@ static inline void range(const float* x, int count, Ranges range) {
 
 // The range includes 0 (design.md, "int8").
 static inline void scales(const float* ranges, int count, std::ptrdiff_t stride, float* scale, int32_t* zero) {
-  Floats low = all(0.0f), high = all(0.0f);
+  Floats low = broadcast(0.0f), high = broadcast(0.0f);
   for (int i = 0; i < count; ++i) {
-    low = smaller(low, load(ranges + i * stride));
-    high = larger(high, load(ranges + i * stride + kLanes));
+    low = minimum(low, load(ranges + i * stride));
+    high = maximum(high, load(ranges + i * stride + kLanes));
   }
   Floats s = (high - low) / 255.0f;
-  s = select(all(0.0f) < s, s, all(1.0f));
+  s = select(broadcast(0.0f) < s, s, broadcast(1.0f));
   store(scale, s);
   // Between 0 and 255 unless there are infinities or NaN.
-  store(zero, truncate(smaller(larger(round(0.0f - low / s), all(0.0f)), all(255.0f))));
+  store(zero, truncate(minimum(maximum(round(0.0f - low / s), broadcast(0.0f)), broadcast(255.0f))));
 }
 
 // Words of `Group` codes of consecutive features; the bits of a code are 32 / Group. The product with 1 / scale
@@ -40,11 +40,12 @@ static inline void encode_rows(const Row& row, int begin, int end, int features,
                                const int32_t* zero, void* codes) {
   const Floats inverse = 1.0f / load(scale);
   // Clipped before the zero point is added: far outside of a static range the sum is negative, or infinite.
-  const Ints offset = load(zero) - bits(all(kRound)), least = all(0) - offset, most = all(255) - offset;
+  const Ints offset = load(zero) - as_ints(broadcast(kRound));
+  const Ints least = broadcast(0) - offset, most = broadcast(255) - offset;
   int32_t* out = static_cast<int32_t*>(codes) + begin / Group * kLanes;
   const auto code = [&](int f) {
-    const Ints rounded = bits(row(f - begin) * inverse + kRound);
-    return larger(smaller(rounded, most), least) + offset;
+    const Ints rounded = as_ints(row(f - begin) * inverse + kRound);
+    return maximum(minimum(rounded, most), least) + offset;
   };
   int f = begin;
   for (; f + Group <= end; f += Group, out += kLanes) {
@@ -73,39 +74,39 @@ static inline void add_moments(float* moments, const Floats& v) {
 }
 
 static inline void moments(const float* x, int count, float* moments) {
-  store(moments, all(0.0f));
-  store(moments + kLanes, all(0.0f));
+  store(moments, broadcast(0.0f));
+  store(moments + kLanes, broadcast(0.0f));
   for (int f = 0; f < count; ++f) add_moments(moments, load(x + f * kLanes));
 }
 
 static inline void normalize(float* x, int count, int features, const float* moments, int parts, std::ptrdiff_t stride,
                              const float* gamma, const float* beta, float epsilon, Ranges range) {
-  Floats sum = all(0.0f), squares = all(0.0f);
+  Floats sum = broadcast(0.0f), squares = broadcast(0.0f);
   for (int i = 0; i < parts; ++i) {
     sum = sum + load(moments + i * stride);
     squares = squares + load(moments + i * stride + kLanes);
   }
   const Floats mean = sum / static_cast<float>(features);
-  const Floats variance = larger(squares / static_cast<float>(features) - mean * mean, all(0.0f));
+  const Floats variance = maximum(squares / static_cast<float>(features) - mean * mean, broadcast(0.0f));
   alignas(64) float inverses[kLanes];
   store(inverses, variance + epsilon);
   for (int i = 0; i < kLanes; ++i) inverses[i] = 1.0f / sqrtf(inverses[i]);
   const Floats inverse = load(inverses);
-  Floats low = all(0.0f), high = all(0.0f);
+  Floats low = broadcast(0.0f), high = broadcast(0.0f);
   for (int f = 0; f < count; ++f) {
     const Floats v = (load(x + f * kLanes) - mean) * inverse * gamma[f] + beta[f];
     store(x + f * kLanes, v);
-    low = smaller(low, v);
-    high = larger(high, v);
+    low = minimum(low, v);
+    high = maximum(high, v);
   }
   if (range != nullptr) {
-    store(range, smaller(load(range), low));
-    store(range + kLanes, larger(load(range + kLanes), high));
+    store(range, minimum(load(range), low));
+    store(range + kLanes, maximum(load(range + kLanes), high));
   }
 }
 
 // All ones where a token of the panel belongs to the sequence.
-static inline Ints inside(const Attention& a, int panel) {
+static inline Ints sequence_mask(const Attention& a, int panel) {
   alignas(64) int32_t mask[kLanes];
   for (int i = 0; i < kLanes; ++i) mask[i] = panel * kLanes + i >= a.begin && panel * kLanes + i < a.end ? -1 : 0;
   return load(mask);
@@ -119,13 +120,13 @@ static inline void attention(const Attention& a) {
   const int first = a.begin / kLanes, last = (a.end - 1) / kLanes;
   for (int panel = first; panel <= last; ++panel) {
     const float* q = a.query + panel * a.stride;
-    Floats top = all(-3.0e38f);
+    Floats top = broadcast(-3.0e38f);
     for (int p = first; p <= last; ++p) {
       const float* k = a.key + p * a.stride;
       for (int s0 = 0; s0 < kLanes; s0 += kBlock) {
         Floats sum[kBlock];
         PRUNEOFA_UNROLL
-        for (int s = 0; s < kBlock; ++s) sum[s] = all(0.0f);
+        for (int s = 0; s < kBlock; ++s) sum[s] = broadcast(0.0f);
         for (int d = 0; d < a.size; ++d) {
           const Floats v = load(q + d * kLanes);
           PRUNEOFA_UNROLL
@@ -136,26 +137,26 @@ static inline void attention(const Attention& a) {
           const int token = p * kLanes + s0 + s;
           const Floats score = sum[s] * a.scale;
           store(scores + (token - first * kLanes) * kLanes, score);
-          if (token >= a.begin && token < a.end) top = larger(top, score);
+          if (token >= a.begin && token < a.end) top = maximum(top, score);
         }
       }
     }
-    Floats total = all(0.0f);
+    Floats total = broadcast(0.0f);
     for (int token = first * kLanes; token < (last + 1) * kLanes; ++token) {
       float* score = scores + (token - first * kLanes) * kLanes;
-      const bool mine = token >= a.begin && token < a.end;
-      const Floats weight = mine ? exponential_below(load(score) - top) : all(0.0f);
+      const bool in_sequence = token >= a.begin && token < a.end;
+      const Floats weight = in_sequence ? exponential_below(load(score) - top) : broadcast(0.0f);
       store(score, weight);
       total = total + weight;
     }
     const Floats inverse = 1.0f / total;
     // Lanes of the panel that belong to other sequences keep what those sequences wrote.
-    const Ints mine = inside(a, panel);
+    const Ints in_sequence = sequence_mask(a, panel);
     float* out = a.query + panel * a.stride;
     for (int d0 = 0; d0 < a.size; d0 += kBlock) {
       Floats sum[kBlock];
       PRUNEOFA_UNROLL
-      for (int d = 0; d < kBlock; ++d) sum[d] = all(0.0f);
+      for (int d = 0; d < kBlock; ++d) sum[d] = broadcast(0.0f);
       for (int p = first; p <= last; ++p) {
         const float* v = a.value + p * a.stride + d0 * kLanes;
         const float* weights = scores + (p - first) * kLanes * kLanes;
@@ -167,7 +168,7 @@ static inline void attention(const Attention& a) {
       }
       for (int d = 0; d < kBlock && d0 + d < a.size; ++d) {
         float* place = out + (d0 + d) * kLanes;
-        store(place, select(mine, sum[d] * inverse, load(place)));
+        store(place, select(in_sequence, sum[d] * inverse, load(place)));
       }
     }
   }

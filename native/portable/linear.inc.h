@@ -1,23 +1,23 @@
 // Linear layers on words (groups of inputs), for any path: sparse lists of groups, or dense blocks of outputs.
-// `Path` says what a path adds to a sum for one word; see kernels_scalar.cc. Included as lanes.h is.
+// `Path` defines what one word adds to a sum; see scalar.cc. Included as lanes.inc.h is.
 
 namespace {
 
-// For paths that have nothing to prepare.
-inline void nothing() {}
+// `begin` and `end` of paths without registers to configure.
+inline void no_op() {}
 
-// What the floats of a panel of tokens need, read once for many outputs.
-struct Tokens {
+// Scales and zero points of a panel of tokens, read once for many outputs.
+struct TokenScales {
   lanes::Floats scale, zero;
 };
 
-inline Tokens tokens(const Operands& o, int panel) {
+inline TokenScales token_scales(const Operands& o, int panel) {
   return {lanes::load(o.scale + panel * kLanes), lanes::to_floats(lanes::load(o.zero + panel * kLanes))};
 }
 
 // Floats from the exact sums of output n for 16 tokens. The sum is exact as a float below 2^24, and larger ones only
 // round to 24 bits; so does zero * row_sum.
-inline lanes::Floats dequantize(const Tokens& t, float row_sum, float scale, float bias, const lanes::Ints& sum) {
+inline lanes::Floats dequantize(const TokenScales& t, float row_sum, float scale, float bias, const lanes::Ints& sum) {
   return (lanes::to_floats(sum) - t.zero * row_sum) * (t.scale * scale) + bias;
 }
 
@@ -29,43 +29,43 @@ inline void write(const Operands& o, int panel, int n, const lanes::Floats& y) {
     return lanes::add_moments(o.moments + panel * 2 * kLanes, sum);
   }
   lanes::store(place, y);
-  if (o.ranges != nullptr) lanes::widen(o.ranges + panel * 2 * kLanes, y);
+  if (o.ranges != nullptr) lanes::update_range(o.ranges + panel * 2 * kLanes, y);
 }
 
-inline void finish(const Weights& w, const Operands& o, int panel, int n, const lanes::Ints& sum) {
+inline void epilogue(const Weights& w, const Operands& o, int panel, int n, const lanes::Ints& sum) {
   if (o.sums != nullptr) {
     lanes::store(o.sums + (static_cast<std::ptrdiff_t>(panel) * w.outputs + n) * kLanes, sum);
     return;
   }
-  const lanes::Floats v = dequantize(tokens(o, panel), w.row_sum[n], w.scale[n], w.bias[n], sum);
+  const lanes::Floats v = dequantize(token_scales(o, panel), w.row_sum[n], w.scale[n], w.bias[n], sum);
   write(o, panel, n, lanes::activate(v, o.activation));
 }
 
-inline void finish(const Weights& w, const Operands& o, int panel, int n, const lanes::Floats& sum) {
+inline void epilogue(const Weights& w, const Operands& o, int panel, int n, const lanes::Floats& sum) {
   write(o, panel, n, lanes::activate(sum + w.bias[n], o.activation));
 }
 
-// Sums on their way to becoming floats. They go by way of memory, with constant indices: an array that a loop picks
-// from would be kept there, and written in every turn of the loop that adds up.
+// Sums in memory, for the epilogue. They are stored with constant indices: if a loop indexed the array of sums itself,
+// the compiler would keep that array in memory, not in registers, and store it in every iteration of the inner loop.
 template <class Path, int Rows, int Panels>
-struct alignas(64) Kept {
+struct alignas(64) StoredSums {
   typename Path::Number of[Rows][Panels][kLanes];
 };
 
 template <class Path, int Rows, int Panels>
-inline void keep(Kept<Path, Rows, Panels>& kept, const typename Path::Sum (&sum)[Rows][Panels]) {
+inline void store_sums(StoredSums<Path, Rows, Panels>& stored, const typename Path::Sum (&sum)[Rows][Panels]) {
   PRUNEOFA_UNROLL
   for (int r = 0; r < Rows; ++r) {
     PRUNEOFA_UNROLL
-    for (int i = 0; i < Panels; ++i) lanes::store(kept.of[r][i], Path::value(sum[r][i]));
+    for (int i = 0; i < Panels; ++i) lanes::store(stored.of[r][i], Path::value(sum[r][i]));
   }
 }
 
 // Outputs n .. and panels p .., those that there are.
 template <class Path, int Rows, int Panels>
-inline void finish(const Weights& w, const Operands& o, int n, int p, const Kept<Path, Rows, Panels>& kept) {
+inline void epilogue(const Weights& w, const Operands& o, int n, int p, const StoredSums<Path, Rows, Panels>& stored) {
   for (int r = 0; r < Rows && n + r < w.outputs; ++r) {
-    for (int i = 0; i < Panels && p + i < o.panels; ++i) finish(w, o, p + i, n + r, lanes::load(kept.of[r][i]));
+    for (int i = 0; i < Panels && p + i < o.panels; ++i) epilogue(w, o, p + i, n + r, lanes::load(stored.of[r][i]));
   }
 }
 
@@ -81,19 +81,19 @@ inline void sparse_row(const Weights& w, const Operands& o, int n, int p, std::p
     PRUNEOFA_UNROLL
     for (int i = 0; i < Panels; ++i) Path::add(sum[0][i], place + i * panel_bytes, word);
   }
-  Kept<Path, 1, Panels> kept;
-  keep(kept, sum);
-  finish(w, o, n, p, kept);
+  StoredSums<Path, 1, Panels> stored;
+  store_sums(stored, sum);
+  epilogue(w, o, n, p, stored);
 }
 
 template <class Path>
 inline void sparse_linear(const Weights& w, const Operands& o, int begin, int end) {
   const std::ptrdiff_t panel_bytes =
       static_cast<std::ptrdiff_t>(Path::kPadded ? round_up(w.inputs, 64) : w.inputs) / Path::kGroup * Path::kGroupBytes;
-  // Rows outside, panels inside a stretch of rows: a stretch's groups stay in the first-level cache.
-  constexpr int kStretch = 32;
-  for (int n0 = begin; n0 < end; n0 += kStretch) {
-    const int n1 = n0 + kStretch < end ? n0 + kStretch : end;
+  // All panels for one block of rows before the next: the words of a block stay in the first-level cache.
+  constexpr int kRowBlock = 32;
+  for (int n0 = begin; n0 < end; n0 += kRowBlock) {
+    const int n1 = n0 + kRowBlock < end ? n0 + kRowBlock : end;
     int p = 0;
     for (; p + 4 <= o.panels; p += 4) {
       for (int n = n0; n < n1; ++n) sparse_row<Path, 4>(w, o, n, p, panel_bytes);
@@ -121,9 +121,9 @@ inline void dense_block(const Weights& w, const Operands& o, int n, int p, std::
       for (int i = 0; i < Panels; ++i) Path::add(sum[r][i], x + g * Path::kGroupBytes + i * panel_bytes, word);
     }
   }
-  Kept<Path, Path::kBlock, Panels> kept;
-  keep(kept, sum);
-  finish(w, o, n, p, kept);
+  StoredSums<Path, Path::kBlock, Panels> stored;
+  store_sums(stored, sum);
+  epilogue(w, o, n, p, stored);
 }
 
 template <class Path>
@@ -144,8 +144,8 @@ inline void dense_linear(const Weights& w, const Operands& o, int begin, int end
 }
 
 // Gathered words: any inputs of an output share a word, not only consecutive ones. So the codes of a few panels are
-// first put into rows, one per input, in the thread's scratch; `Gather` interleaves the rows of an entry's inputs into
-// the words that `Path` multiplies. Every thread makes the rows for itself: that is cheap against a meeting.
+// first transposed to rows, one per input, in the thread's scratch; `Gather` interleaves the rows of an entry's inputs
+// to the words that `Path` multiplies. Every thread makes all rows for itself: that is cheaper than a barrier.
 template <class Gather>
 void gathered_linear(const Weights& w, const Operands& o, int begin, int end) {
   const int groups = round_up(w.inputs, 64) / Gather::kGroup;
@@ -153,8 +153,8 @@ void gathered_linear(const Weights& w, const Operands& o, int begin, int end) {
   char* rows = static_cast<char*>(o.scratch);
   for (int p = 0; p < o.panels; p += Gather::kPanels) {
     const int count = o.panels - p < Gather::kPanels ? o.panels - p : Gather::kPanels;
-    Gather::spread(static_cast<const char*>(o.x) + p * panel_bytes, panel_bytes, groups, count, rows);
-    for (int n = begin; n < end; n += w.shared) Gather::outputs(w, o, n, p, count, rows);
+    Gather::transpose_codes(static_cast<const char*>(o.x) + p * panel_bytes, panel_bytes, groups, count, rows);
+    for (int n = begin; n < end; n += w.shared) Gather::multiply(w, o, n, p, count, rows);
   }
 }
 

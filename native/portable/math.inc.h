@@ -2,7 +2,7 @@
 
 namespace lanes {
 
-// For |x| < 2^22: the sum has no room for fraction bits, so it holds x rounded half to even in its lowest ones.
+// For |x| < 2^22: x + kRound has no fraction bits, so its lowest bits are x rounded half to even.
 constexpr float kRound = 12582912.0f;  // 1.5 * 2^23
 
 static inline Floats round(const Floats& x) { return (x + kRound) - kRound; }
@@ -11,7 +11,7 @@ static inline Floats round(const Floats& x) { return (x + kRound) - kRound; }
 // denormal or 0. Where the path multiplies and adds in one rounding, the fraction r loses nothing of x.
 static inline Floats exponential_below(const Floats& x) {
   constexpr float kLog2E = 1.44269504f;
-  const Floats y = larger(x, all(-87.3365f));
+  const Floats y = maximum(x, broadcast(-87.3365f));
   const Floats shifted = y * kLog2E + kRound;
   const Floats r = y * kLog2E - (shifted - kRound);
   // 2^r, minimax on |r| <= 1/2.
@@ -20,14 +20,14 @@ static inline Floats exponential_below(const Floats& x) {
   p = p * r + 2.4022242084918582e-1f;
   p = p * r + 6.93146977598471e-1f;
   p = p * r + 1.0f;
-  return as_floats(bits(p) + (bits(shifted) << 23));
+  return as_floats(as_ints(p) + (as_ints(shifted) << 23));
 }
 
-// e^x as exactly, for |x| <= 87.
+// e^x with the same error, for |x| <= 87.
 static inline Floats exponential(Floats x) {
-  x = larger(smaller(x, all(87.0f)), all(-87.0f));
-  const Floats small = exponential_below(smaller(x, 0.0f - x));
-  return select(x < all(0.0f), small, 1.0f / small);
+  x = maximum(minimum(x, broadcast(87.0f)), broadcast(-87.0f));
+  const Floats small = exponential_below(minimum(x, 0.0f - x));
+  return select(x < broadcast(0.0f), small, 1.0f / small);
 }
 
 #if defined(PRUNEOFA_LOOKUP)  // the path's instruction: 16 of 32 floats by the lowest 5 bits of an index
@@ -71,10 +71,10 @@ alignas(64) constexpr float kGelu[5][32] = {
 // below, and many of these are shuffles, which have a port of their own: tile instructions leave only one for
 // multiplications.
 static inline Floats gelu(const Floats& x) {
-  const Floats a = as_floats(bits(x) & 0x7fffffff);
-  const Floats shifted = smaller(a * 6.0f + kRound, all(kRound + 31.0f));
+  const Floats a = as_floats(as_ints(x) & 0x7fffffff);
+  const Floats shifted = minimum(a * 6.0f + kRound, broadcast(kRound + 31.0f));
   const Floats r = a * 6.0f - (shifted - kRound);
-  const auto coefficient = [&](int i) { return PRUNEOFA_LOOKUP(kGelu[i], bits(shifted)); };
+  const auto coefficient = [&](int i) { return PRUNEOFA_LOOKUP(kGelu[i], as_ints(shifted)); };
   Floats p = coefficient(4) * r + coefficient(3);
   p = ((p * r + coefficient(2)) * r + coefficient(1)) * r + coefficient(0);
   return x * 0.5f + p;
@@ -84,7 +84,7 @@ static inline Floats gelu(const Floats& x) {
 // t = 2 x^2 / 25 - 1, fitted to minimise the largest error of the product (docs/kernels.md); beyond |x| = 5 Phi is
 // taken from there.
 static inline Floats gelu(const Floats& x) {
-  const Floats c = larger(smaller(x, all(5.0f)), all(-5.0f));
+  const Floats c = maximum(minimum(x, broadcast(5.0f)), broadcast(-5.0f));
   const Floats t = c * c * 0.08f - 1.0f;
   Floats p = t * 8.233354310505092e-05f - 0.00027902069268748164f;
   p = p * t + 0.00043229450238868594f;
@@ -113,7 +113,7 @@ static inline Floats activate(const Floats& x, Activation kind) {
   if (kind == Activation::kNone) return x;
   if (kind == Activation::kGelu) return gelu(x);
   if (kind == Activation::kGeluTanh) return gelu_tanh(x);
-  return larger(x, all(0.0f));
+  return maximum(x, broadcast(0.0f));
 }
 
 }  // namespace lanes

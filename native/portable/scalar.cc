@@ -45,7 +45,9 @@ struct Float {
     memcpy(&value, &w, sizeof value);
     return value;
   }
-  static void add(Sum& sum, const char* x, Word word) { sum = sum + lanes::load(reinterpret_cast<const float*>(x)) * word; }
+  static void add(Sum& sum, const char* x, Word word) {
+    sum = sum + lanes::load(reinterpret_cast<const float*>(x)) * word;
+  }
   static lanes::Floats value(const Sum& sum) { return sum; }
 };
 
@@ -63,8 +65,8 @@ const Kernels scalar_kernels = {
     .block_float = 4,
     .sparse_above = 0.4f,
     .sparse_above_float = 0.3f,
-    .begin = scalar::nothing,
-    .end = scalar::nothing,
+    .begin = scalar::no_op,
+    .end = scalar::no_op,
     .linear_int8 = scalar::linear<scalar::Int8>,
     .linear_float = scalar::linear<scalar::Float>,
     .range = scalar::lanes::range,

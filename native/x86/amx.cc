@@ -11,7 +11,9 @@
 #include "x86/cpu.h"
 #include "x86/target.h"
 
-PRUNEOFA_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512vbmi2,avx512bf16,avx512fp16,avx2,fma,popcnt,amx-tile,amx-int8,amx-bf16")
+PRUNEOFA_TARGET_BEGIN(
+    "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512vbmi2,avx512bf16,avx512fp16,avx2,fma,popcnt,"
+    "amx-tile,amx-int8,amx-bf16")
 #if !defined(__clang__)
 #pragma GCC optimize("no-tree-slp-vectorize")  // it keeps pairs of pointers in vector registers
 #endif
@@ -19,7 +21,7 @@ PRUNEOFA_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,
 namespace pruneofa {
 namespace {
 namespace amx {
-// GCC stops inlining where a file grows beyond its measure, and the steps of a kernel are slow as calls.
+// GCC stops inlining where a file exceeds its growth limit, and the steps of a kernel are slow as calls.
 #define PRUNEOFA_INLINE inline __attribute__((always_inline))
 #include "x86/avx512.inc.h"
 #include "x86/amx_gelu.inc.h"
@@ -38,14 +40,14 @@ const TileConfig kEightFullTiles = {1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, 
 void begin() { _tile_loadconfig(&kEightFullTiles); }
 
 // After writing what a tile will be loaded from: GCC's tile loads do not say that they read memory.
-PRUNEOFA_INLINE void written() { asm volatile("" ::: "memory"); }
+PRUNEOFA_INLINE void compiler_barrier() { asm volatile("" ::: "memory"); }
 
 void end() { _tile_release(); }
 
 #include "x86/amx_expand.inc.h"
 #include "x86/amx_epilogue.inc.h"
 
-// What a block is made of.
+// The operands of one block.
 struct Multiply {
   const int8_t* weights;  // the first row of tiles
   std::ptrdiff_t second;  // from it to the second
@@ -53,21 +55,23 @@ struct Multiply {
   std::ptrdiff_t next;    // from it to the second
   int chunks;
   Expander expander[2];   // of the two rows
-  const int32_t* start;   // what the sums begin with, four tiles
+  const int32_t* start;   // initial values of the sums, four tiles
   int start_row, start_tile;  // bytes from one row of `start` to the next, numbers from one tile to the next
-  int32_t* before;        // where the sums of the block before go
-  const int32_t* sums;    // those that become floats
+  int32_t* before;        // where the sums of the previous block are stored
+  const int32_t* sums;    // of the previous block, for the epilogue
 };
 
-// Tile `i` of the sums: the block before leaves it to this one. A macro, because tiles are named by literals.
+// Stores tile `i` with the sums of the previous block and loads the initial values of this one. A macro, because tile
+// numbers must be literals.
 #define PRUNEOFA_NEXT_SUMS(i)                \
   _tile_stored(i, m.before + (i) * 256, 64); \
   _tile_loadd(i, m.start + (i) * m.start_tile, m.start_row)
 
-// A chunk: four tile products, and between them `Rows` rows each of the block before, or all at the end where tiles are
-// expanded, `Fresh`. In the first chunk the sums of the block before go to memory, each just before its tile is needed.
-template <Finish kind, int Rows, bool Fresh, bool First>
-PRUNEOFA_INLINE void multiply_chunk(Multiply& m, int c, Finisher& f) {
+// A chunk: four tile products, with the epilogue of `Rows` rows of the previous block after each, or of all four times
+// `Rows` at the end where tiles are expanded (`Fresh`). The first chunk stores the sums of the previous block, each
+// just before its tile is needed.
+template <Epilogue kind, int Rows, bool Fresh, bool First>
+PRUNEOFA_INLINE void multiply_chunk(Multiply& m, int c, RowEpilogue& f) {
   const int8_t* const weights = m.weights + c * kTile;
   const char* const x = m.x + c * kTile;
   _tile_loadd(4, weights, 64);
@@ -76,65 +80,66 @@ PRUNEOFA_INLINE void multiply_chunk(Multiply& m, int c, Finisher& f) {
     PRUNEOFA_NEXT_SUMS(0);
   }
   _tile_dpbsud(0, 4, 6);
-  if (!Fresh) finish_rows<kind, Rows>(f);
+  if (!Fresh) apply_to_rows<kind, Rows>(f);
   _tile_loadd(5, weights + m.second, 64);
   if (First) {
     PRUNEOFA_NEXT_SUMS(1);
   }
   _tile_dpbsud(1, 5, 6);
-  if (!Fresh) finish_rows<kind, Rows>(f);
+  if (!Fresh) apply_to_rows<kind, Rows>(f);
   _tile_stream_loadd(7, x + m.next, 64);
   if (First) {
     PRUNEOFA_NEXT_SUMS(2);
   }
   _tile_dpbsud(2, 4, 7);
-  if (!Fresh) finish_rows<kind, Rows>(f);
+  if (!Fresh) apply_to_rows<kind, Rows>(f);
   if (First) {
     PRUNEOFA_NEXT_SUMS(3);
   }
   _tile_dpbsud(3, 5, 7);
-  if (!Fresh) return finish_rows<kind, Rows>(f);
+  if (!Fresh) return apply_to_rows<kind, Rows>(f);
   expand_tile(m.expander[0]);
   expand_tile(m.expander[1]);
-  finish_rows<kind, 4 * Rows>(f);
+  apply_to_rows<kind, 4 * Rows>(f);
 }
 
 #undef PRUNEOFA_NEXT_SUMS
 
-// A tile read soon after it was written waits for the writes: so many chunks pass between them, and between storing sums
-// and reading them.
+// Number of chunks between writing a tile, or sums, and reading them: a load soon after the store would wait for it.
 constexpr int kAhead = 2;
 
-// `Rows` outputs of the block before become floats after each tile product. Many at once would fill the scheduler and keep
-// tile instructions from it, so chunks with rows to finish alternate with `gap` - 1 without. A branch that is mispredicted
-// waits for the tile instructions before it, up to 250 ns: loops have few turns, the same number every time.
-template <Finish kind, int Rows, bool Fresh>
+// The epilogue of the previous block is interleaved: `Rows` outputs after each tile product. Many at once would fill
+// the scheduler and delay tile instructions, so a chunk with an epilogue is followed by `gap` - 1 without. A
+// mispredicted branch waits for the tile instructions before it, up to 250 ns: loops have few iterations, always the
+// same number.
+template <Epilogue kind, int Rows, bool Fresh>
 void multiply_block(const Weights& w, const Operands& o, Multiply& m, const Block& before) {
   const int chunks = m.chunks, expanded = Fresh ? chunks - kAhead : 0;  // beside the chunks before this one
-  Finisher f = {};
+  RowEpilogue f = {};
   for (int c = 0; Fresh && c < kAhead && c < chunks; ++c) {
     expand_tile(m.expander[0]);
     expand_tile(m.expander[1]);
   }
-  const auto quiet = [&](int c) __attribute__((always_inline)) {
-    Fresh && c < expanded ? multiply_chunk<kind, 0, Fresh, false>(m, c, f) : multiply_chunk<kind, 0, false, false>(m, c, f);
+  const auto without_rows = [&](int c) __attribute__((always_inline)) {
+    Fresh && c < expanded ? multiply_chunk<kind, 0, Fresh, false>(m, c, f)
+                          : multiply_chunk<kind, 0, false, false>(m, c, f);
   };
   expanded > 0 ? multiply_chunk<kind, 0, Fresh, true>(m, 0, f) : multiply_chunk<kind, 0, false, true>(m, 0, f);
   int c = 1, finished = 0;
-  for (; c < kAhead && c < chunks; ++c) quiet(c);
+  for (; c < kAhead && c < chunks; ++c) without_rows(c);
   const int rows = before.rows == 32 && o.sums == nullptr ? before.panels * 32 : 0;
   const int gap = (chunks - kAhead) * Rows / 16;
   for (; finished < rows && c < chunks; finished += 4 * Rows) {
-    f = finisher<kind>(w, o, before, finished, m.sums);
+    f = row_epilogue<kind>(w, o, before, finished, m.sums);
     Fresh && c < expanded ? multiply_chunk<kind, Rows, Fresh, false>(m, c, f)
                           : multiply_chunk<kind, Rows, false, false>(m, c, f);
-    finish_kept<kind>(f);
+    store_statistics<kind>(f);
     ++c;
-    for (int g = 1; g < gap; ++g, ++c) quiet(c);
+    for (int g = 1; g < gap; ++g, ++c) without_rows(c);
   }
-  for (; c < chunks; ++c) quiet(c);
-  if (o.sums != nullptr) return copy_sums(w, o, before, m.sums);
-  finish_rest<kind>(w, o, before, finished, m.sums);
+  for (; c < chunks; ++c) without_rows(c);
+  if (o.sums != nullptr) return copy_raw_sums(w, o, before, m.sums);
+  apply_to_rest<kind>(w, o, before, finished, m.sums);
 }
 
 // Many inputs are taken in stretches, so that the tiles expanded for one, 26 KiB, stay in the first-level cache while
@@ -172,16 +177,16 @@ inline Division divide(const Weights& w, const Operands& o) {
 }
 
 // Outputs n to n + rows - 1, up to 32, of panels `first` to `past` - 1.
-template <Finish kind, int Rows>
+template <Epilogue kind, int Rows>
 void multiply_rows(const Weights& w, const Operands& o, const Division& d, Multiply& m, Block& before, int n, int rows,
                    int first, int past) {
   alignas(64) static constexpr int32_t kZeros[kLanes] = {};
   const int row = n / 16;
   m.second = rows > 16 ? d.second : 0;  // a lone row of tiles is multiplied twice
   for (int i = 0; w.sparse && i < 2; ++i) {
-    const int mine = m.second ? row + i : row;
-    m.expander[i] = {w.masks + static_cast<std::ptrdiff_t>(mine) * d.chunks * 16, w.values + w.value_start[mine],
-                     nullptr, w.short_runs};
+    const int tile_row = m.second ? row + i : row;
+    m.expander[i] = {w.masks + static_cast<std::ptrdiff_t>(tile_row) * d.chunks * 16,
+                     w.values + w.value_start[tile_row], nullptr, w.short_runs};
   }
   for (int c = 0; c < d.chunks; c += d.most) {
     const bool last = c + d.most >= d.chunks;
@@ -203,7 +208,7 @@ void multiply_rows(const Weights& w, const Operands& o, const Division& d, Multi
   }
 }
 
-template <Finish kind, int Rows>
+template <Epilogue kind, int Rows>
 void multiply_tiles(const Weights& w, const Operands& o, int begin, int end) {
   const Division d = divide(w, o);
   Multiply m = {};
@@ -219,23 +224,23 @@ void multiply_tiles(const Weights& w, const Operands& o, int begin, int end) {
   _tile_stored(1, m.before + 256, 64);
   _tile_stored(2, m.before + 512, 64);
   _tile_stored(3, m.before + 768, 64);
-  if (o.sums != nullptr) return copy_sums(w, o, before, m.sums);
-  finish_rest<kind>(w, o, before, 0, m.sums);
+  if (o.sums != nullptr) return copy_raw_sums(w, o, before, m.sums);
+  apply_to_rest<kind>(w, o, before, 0, m.sums);
 }
 
 // The rows of a block are finished in 8 chunks, or in 4 where there are few.
-template <Finish kind>
+template <Epilogue kind>
 void multiply(const Weights& w, const Operands& o, int begin, int end) {
   if (w.inputs > (kAhead + 7) * 64) return multiply_tiles<kind, 2>(w, o, begin, end);
   multiply_tiles<kind, 4>(w, o, begin, end);
 }
 
 void linear_int8(const Weights& w, const Operands& o, int begin, int end) {
-  if (o.moments != nullptr) return multiply<Finish::kAdded>(w, o, begin, end);
-  if (o.activation == Activation::kNone && o.ranges == nullptr) return multiply<Finish::kFloats>(w, o, begin, end);
-  if (o.activation == Activation::kGeluHalf) return multiply<Finish::kGeluHalf>(w, o, begin, end);
-  if (o.activation == Activation::kGelu) return multiply<Finish::kGelu>(w, o, begin, end);
-  multiply<Finish::kOther>(w, o, begin, end);
+  if (o.moments != nullptr) return multiply<Epilogue::kAdded>(w, o, begin, end);
+  if (o.activation == Activation::kNone && o.ranges == nullptr) return multiply<Epilogue::kFloats>(w, o, begin, end);
+  if (o.activation == Activation::kGeluHalf) return multiply<Epilogue::kGeluHalf>(w, o, begin, end);
+  if (o.activation == Activation::kGelu) return multiply<Epilogue::kGelu>(w, o, begin, end);
+  multiply<Epilogue::kOther>(w, o, begin, end);
 }
 
 #include "x86/amx_attention.inc.h"

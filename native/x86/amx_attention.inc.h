@@ -1,6 +1,6 @@
 // Attention on bfloat16 tiles. `Parts` says how exactly: with 1, operands are rounded to bfloat16, as dense runtimes do
 // on this hardware; with 2, a float is the sum of two bfloat16, and of the four products of two such sums the three
-// largest are added up, which is as exact as float32 to about 1e-5. Included by kernels_amx.cc after lanes.h.
+// largest are added up, which is as exact as float32 to about 1e-5. Included by amx.cc.
 
 #include "x86/amx_operands.inc.h"
 #include "x86/amx_softmax.inc.h"
@@ -47,7 +47,7 @@ PRUNEOFA_INLINE void score(const Head& h, int panel, int pair, float* scores) {
 
 // Outputs o .. o + 3 (tiles of 16) += values * weights of the 32 keys of a pair of panels; in tiles 0 to 3.
 template <int Parts>
-PRUNEOFA_INLINE void mix(const Head& h, int o, int pair, int slot) {
+PRUNEOFA_INLINE void add_values(const Head& h, int o, int pair, int slot) {
   const std::ptrdiff_t at = (pair * h.outputs + o) * 256;
   PRUNEOFA_RIGHT(h.weight, slot * 256);
   PRUNEOFA_MULTIPLY(0, h.value, at);
@@ -76,12 +76,12 @@ PRUNEOFA_INLINE void clear_sums() {
 template <int Parts>
 PRUNEOFA_INLINE void write_outputs(const Attention& a, const Head& h, int panel, const lanes::Floats& total, int slot) {
   const lanes::Floats inverse = 1.0f / total;
-  const lanes::Ints mine = lanes::inside(a, h.first + panel);
+  const lanes::Ints in_sequence = lanes::sequence_mask(a, h.first + panel);
   float* out = a.query + (h.first + panel) * a.stride;
   for (int o = 0; o < h.outputs; o += 4) {
     if (o > 0) {
       clear_sums();
-      for (int pair = 0; pair < h.pairs; ++pair) mix<Parts>(h, o, pair, (slot + pair) % h.weight_slots);
+      for (int pair = 0; pair < h.pairs; ++pair) add_values<Parts>(h, o, pair, (slot + pair) % h.weight_slots);
     }
     alignas(64) float sums[4 * 256];
     _tile_stored(0, sums, 64);
@@ -90,12 +90,12 @@ PRUNEOFA_INLINE void write_outputs(const Attention& a, const Head& h, int panel,
     _tile_stored(3, sums + 768, 64);
     for (int r = 0; r < 64 && o * 16 + r < a.size; ++r) {
       float* place = out + (o * 16 + r) * kLanes;
-      lanes::store(place, lanes::select(mine, lanes::load(sums + r * 16) * inverse, lanes::load(place)));
+      lanes::store(place, lanes::select(in_sequence, lanes::load(sums + r * 16) * inverse, lanes::load(place)));
     }
   }
 }
 
-// A place in the order of work: all pairs of keys for the first query panel, then for the next.
+// A position in the loop over query panels and, inside it, pairs of key panels.
 struct Step {
   int panel = 0, pair = 0, count = 0;
   void next(const Head& h) {
@@ -106,34 +106,36 @@ struct Step {
   }
 };
 
-// Softmax needs the largest score only to keep its powers in range, and a float's is wide: the largest of the first
-// pair does, unless a later one weighs 2^64 times as much. Then, which `total` shows, the panel is done again.
+// Softmax subtracts the largest score only to keep powers in the range of a float. The largest of the first pair does
+// that too, unless a later weight is 2^64 times as large. `total` shows that case, and the panel is computed again
+// here.
 template <int Parts>
-__attribute__((noinline)) void attend_again(const Attention& a, Head h, int panel, float base) {
+__attribute__((noinline)) void recompute_panel(const Attention& a, Head h, int panel, float base) {
   for (int i = 0; i < 2; ++i) h.weight[i] += h.weight_slots * 256;
   h.weight_slots = h.pairs;
   alignas(64) float scores[512] = {};
   load_query<Parts>(a, h, panel);
-  lanes::Floats top = lanes::all(-3.0e38f), total = lanes::all(0.0f);
+  lanes::Floats top = lanes::broadcast(-3.0e38f), total = lanes::broadcast(0.0f);
   for (int pair = 0; pair < h.pairs; ++pair) {
     score<Parts>(h, panel, pair, scores);
-    written();
-    top = lanes::larger(top, largest_of(a, h, pair, scores) * base);
+    compiler_barrier();
+    top = lanes::maximum(top, largest_of_pair(a, h, pair, scores) * base);
   }
   const lanes::Floats least = (top - 200.0f) * (1.0f / base);
   clear_sums();
   for (int pair = 0; pair < h.pairs; ++pair) {
     score<Parts>(h, panel, pair, scores);
-    written();
+    compiler_barrier();
     // Weights of 2^-200 are 0; much smaller ones would leave the range of fixed-point numbers.
-    for (int i = 0; i < 512; i += kLanes) lanes::store(scores + i, lanes::larger(lanes::load(scores + i), least));
-    total = total + weigh<Parts>(a, h, pair, scores, base, top, pair);
-    mix<Parts>(h, 0, pair, pair);
+    for (int i = 0; i < 512; i += kLanes) lanes::store(scores + i, lanes::maximum(lanes::load(scores + i), least));
+    total = total + softmax_weights<Parts>(a, h, pair, scores, base, top, pair);
+    add_values<Parts>(h, 0, pair, pair);
   }
   write_outputs<Parts>(a, h, panel, total, 0);
 }
 
-// The tile unit works beside the vector units: on the scores of two steps further on, and the mix of two steps before.
+// A software pipeline, so that the tile unit and the vector units work at the same time: while the softmax weights of
+// one step are computed, tiles compute the scores of two steps later and add the values of two steps before.
 template <int Parts>
 void tile_attention(const Attention& a) {
   const Head h = head_in<Parts>(a);
@@ -148,29 +150,29 @@ void tile_attention(const Attention& a) {
     ahead.next(h);
   };
   alignas(64) float totals[kSlots][kLanes];
-  lanes::Floats top = lanes::all(0.0f), total = lanes::all(0.0f);
+  lanes::Floats top = lanes::broadcast(0.0f), total = lanes::broadcast(0.0f);
   score_next();
   score_next();
   while (behind.count < steps) {
     if (now.count < steps) {
       const float* scores = h.scores + now.count % kSlots * 512;
       if (now.pair == 0) {
-        top = largest_of(a, h, 0, scores) * base;
-        total = lanes::all(0.0f);
+        top = largest_of_pair(a, h, 0, scores) * base;
+        total = lanes::broadcast(0.0f);
       }
-      total = total + weigh<Parts>(a, h, now.pair, scores, base, top, now.count % h.weight_slots);
+      total = total + softmax_weights<Parts>(a, h, now.pair, scores, base, top, now.count % h.weight_slots);
       if (now.pair == h.pairs - 1) lanes::store(totals[now.panel % kSlots], total);
     }
     now.next(h);
     if (now.count > 2) {
       if (behind.pair == 0) clear_sums();
-      mix<Parts>(h, 0, behind.pair, behind.count % h.weight_slots);
+      add_values<Parts>(h, 0, behind.pair, behind.count % h.weight_slots);
       if (behind.pair == h.pairs - 1) {
         const lanes::Floats sum = lanes::load(totals[behind.panel % kSlots]);
         const __m512 most = _mm512_set1_ps(0x1p64f);
         const bool fits = _mm512_cmp_ps_mask(reinterpret_cast<__m512>(sum), most, _CMP_LE_OQ) == 0xffff;
         const int slot = (behind.count - behind.pair) % h.weight_slots;
-        fits ? write_outputs<Parts>(a, h, behind.panel, sum, slot) : attend_again<Parts>(a, h, behind.panel, base);
+        fits ? write_outputs<Parts>(a, h, behind.panel, sum, slot) : recompute_panel<Parts>(a, h, behind.panel, base);
       }
       behind.next(h);
     }

@@ -1,86 +1,88 @@
 // From the int32 sums of a block of tiles to the floats, or halves, of a layer. Included by amx.cc.
 
-// A block: two rows of tiles times two panels. Its sums lie in memory, [panel][32 outputs][16], and become floats a few
-// rows at a time between the tile instructions of the next block, which leave the vector units idle.
+// A block: two rows of tiles times two panels. Its sums are stored to memory, [panel][32 outputs][16]. Their epilogue
+// is applied a few rows at a time between the tile instructions of the next block, which leave the vector units idle.
 struct Block {
   int n = 0, rows = 0;        // outputs
   int panel = 0, panels = 0;
 };
 
-void copy_sums(const Weights& w, const Operands& o, const Block& block, const int32_t* sums) {
+void copy_raw_sums(const Weights& w, const Operands& o, const Block& block, const int32_t* sums) {
   for (int i = 0; i < block.panels; ++i) {
     for (int r = 0; r < block.rows; ++r) {
-      finish(w, o, block.panel + i, block.n + r, lanes::load(sums + (i * 32 + r) * kLanes));
+      epilogue(w, o, block.panel + i, block.n + r, lanes::load(sums + (i * 32 + r) * kLanes));
     }
   }
 }
 
-// What sums become. kOther: any activation, asked for each row.
-enum class Finish { kFloats, kAdded, kGelu, kGeluHalf, kOther };
+// What is done with sums. kFloats: no activation, no range; kAdded: added to y, with moments; kOther: any activation,
+// chosen for each row.
+enum class Epilogue { kFloats, kAdded, kGelu, kGeluHalf, kOther };
 
-template <Finish kind>
-constexpr int kRowFloats = kind == Finish::kGeluHalf ? kLanes / 2 : kLanes;
+template <Epilogue kind>
+constexpr int kRowFloats = kind == Epilogue::kGeluHalf ? kLanes / 2 : kLanes;
 
-// Rows of one panel on their way to becoming floats, or halves.
-struct Finisher {
+// State of the epilogue for consecutive rows of one panel.
+struct RowEpilogue {
   const float *row_sum, *scale, *bias;  // of the next output
   const int32_t* sums;
   float* y;
-  float* kept;  // ranges or moments of the panel; null: not asked for
-  Tokens tokens;
+  float* statistics;  // ranges or moments of the panel; null: not asked for
+  TokenScales tokens;
   Activation activation;
-  lanes::Floats low, high;  // or sum and squares
+  lanes::Floats first, second;  // running statistics: minimum and maximum, or with kAdded sums of values and of squares
 };
 
-template <Finish kind>
-PRUNEOFA_INLINE Finisher finisher(const Weights& w, const Operands& o, const Block& block, int row, const int32_t* sums) {
+template <Epilogue kind>
+PRUNEOFA_INLINE RowEpilogue row_epilogue(const Weights& w, const Operands& o, const Block& block, int row,
+                                         const int32_t* sums) {
   const int panel = block.panel + row / 32, n = block.n + row % 32;
-  float* const kept = kind == Finish::kAdded ? o.moments : o.ranges;
+  float* const statistics = kind == Epilogue::kAdded ? o.moments : o.ranges;
   return {w.row_sum + n,
           w.scale + n,
           w.bias + n,
           sums + row * kLanes,
           o.y + panel * o.y_stride + (n - o.first) * kRowFloats<kind>,
-          kept == nullptr ? nullptr : kept + panel * 2 * kLanes,
-          tokens(o, panel),
+          statistics == nullptr ? nullptr : statistics + panel * 2 * kLanes,
+          token_scales(o, panel),
           o.activation,
-          kind == Finish::kAdded ? lanes::load(o.moments + panel * 2 * kLanes) : lanes::all(0.0f),
-          kind == Finish::kAdded ? lanes::load(o.moments + panel * 2 * kLanes + kLanes) : lanes::all(0.0f)};
+          kind == Epilogue::kAdded ? lanes::load(o.moments + panel * 2 * kLanes) : lanes::broadcast(0.0f),
+          kind == Epilogue::kAdded ? lanes::load(o.moments + panel * 2 * kLanes + kLanes) : lanes::broadcast(0.0f)};
 }
 
-PRUNEOFA_INLINE lanes::Floats finished(const Finisher& f, int i) {
+PRUNEOFA_INLINE lanes::Floats dequantized(const RowEpilogue& f, int i) {
   return dequantize(f.tokens, f.row_sum[i], f.scale[i], f.bias[i], lanes::load(f.sums + i * kLanes));
 }
 
-// Two rows of halves, or a last one.
-PRUNEOFA_INLINE void finish_halves(Finisher& f, int i, bool alone) {
-  const __m512h v = gelu_half(join(finished(f, i), alone ? lanes::all(0.0f) : finished(f, i + 1)));
-  float* const y = f.y + i * kRowFloats<Finish::kGeluHalf>;
+// Two rows in half precision, or one where it is the last.
+PRUNEOFA_INLINE void apply_to_halves(RowEpilogue& f, int i, bool alone) {
+  const __m512h v = gelu_half(join(dequantized(f, i), alone ? lanes::broadcast(0.0f) : dequantized(f, i + 1)));
+  float* const y = f.y + i * kRowFloats<Epilogue::kGeluHalf>;
   alone ? _mm512_mask_storeu_epi16(y, 0xffff, _mm512_castph_si512(v)) : _mm512_store_ph(y, v);
-  f.low = reinterpret_cast<lanes::Floats>(smaller(as_halves(f.low), v));
-  f.high = reinterpret_cast<lanes::Floats>(larger(as_halves(f.high), v));
+  f.first = reinterpret_cast<lanes::Floats>(minimum(as_halves(f.first), v));
+  f.second = reinterpret_cast<lanes::Floats>(maximum(as_halves(f.second), v));
 }
 
-template <Finish kind, int Rows>
-PRUNEOFA_INLINE void finish_rows(Finisher& f) {
+template <Epilogue kind, int Rows>
+PRUNEOFA_INLINE void apply_to_rows(RowEpilogue& f) {
   PRUNEOFA_UNROLL
   for (int i = 0; i < Rows; ++i) {
-    if (kind == Finish::kGeluHalf) {
-      if (i % 2 == 0) finish_halves(f, i, i + 1 == Rows);
+    if (kind == Epilogue::kGeluHalf) {
+      if (i % 2 == 0) apply_to_halves(f, i, i + 1 == Rows);
       continue;
     }
-    lanes::Floats v = finished(f, i);
-    if (kind == Finish::kGelu) v = lanes::gelu(v);
-    if (kind == Finish::kOther) v = lanes::activate(v, f.activation);
-    if (kind == Finish::kAdded) {
+    lanes::Floats v = dequantized(f, i);
+    if (kind == Epilogue::kGelu) v = lanes::gelu(v);
+    if (kind == Epilogue::kOther) v = lanes::activate(v, f.activation);
+    if (kind == Epilogue::kAdded) {
       v = v + lanes::load(f.y + i * kLanes);
-      f.low = f.low + v;
-      f.high = f.high + v * v;
+      f.first = f.first + v;
+      f.second = f.second + v * v;
     }
     lanes::store(f.y + i * kLanes, v);
-    if (kind == Finish::kAdded || kind == Finish::kFloats) continue;
-    f.low = lanes::smaller(f.low, v);
-    f.high = lanes::larger(f.high, v);
+    if (kind == Epilogue::kAdded || kind == Epilogue::kFloats) continue;
+    f.first = lanes::minimum(f.first, v);
+    f.second = lanes::maximum(f.second, v);
   }
   f.row_sum += Rows;
   f.scale += Rows;
@@ -89,27 +91,27 @@ PRUNEOFA_INLINE void finish_rows(Finisher& f) {
   f.y += Rows * kRowFloats<kind>;
 }
 
-template <Finish kind>
-PRUNEOFA_INLINE void finish_kept(const Finisher& f) {
-  if (f.kept == nullptr) return;
-  if (kind == Finish::kAdded) {
-    lanes::store(f.kept, f.low);
-    lanes::store(f.kept + kLanes, f.high);
-  } else if (kind == Finish::kGeluHalf) {
-    widen(f.kept, as_halves(f.low));
-    widen(f.kept, as_halves(f.high));
+template <Epilogue kind>
+PRUNEOFA_INLINE void store_statistics(const RowEpilogue& f) {
+  if (f.statistics == nullptr) return;
+  if (kind == Epilogue::kAdded) {
+    lanes::store(f.statistics, f.first);
+    lanes::store(f.statistics + kLanes, f.second);
+  } else if (kind == Epilogue::kGeluHalf) {
+    update_range(f.statistics, as_halves(f.first));
+    update_range(f.statistics, as_halves(f.second));
   } else {
-    lanes::widen(f.kept, f.low);
-    lanes::widen(f.kept, f.high);
+    lanes::update_range(f.statistics, f.first);
+    lanes::update_range(f.statistics, f.second);
   }
 }
 
-// The rows of a block that were not finished beside tile instructions: from `row` on, counted over both panels.
-template <Finish kind>
-void finish_rest(const Weights& w, const Operands& o, const Block& block, int row, const int32_t* sums) {
+// The rows of a block that were not interleaved with tile instructions: from `row` on, counted over both panels.
+template <Epilogue kind>
+void apply_to_rest(const Weights& w, const Operands& o, const Block& block, int row, const int32_t* sums) {
   for (; row < block.panels * 32; row = row / 32 * 32 + 32) {
-    Finisher f = finisher<kind>(w, o, block, row, sums);
-    for (int r = row % 32; r < block.rows; ++r) finish_rows<kind, 1>(f);
-    finish_kept<kind>(f);
+    RowEpilogue f = row_epilogue<kind>(w, o, block, row, sums);
+    for (int r = row % 32; r < block.rows; ++r) apply_to_rows<kind, 1>(f);
+    store_statistics<kind>(f);
   }
 }

@@ -1,6 +1,6 @@
 // GELU in half precision, 32 numbers at a time: one row of 16 tokens in the lower half of a register, the next in the
 // upper one. For activations that are quantized by the token next: a code is a 255th of the token's range, half a float
-// 16 bits away from it at least. Included by kernels_amx.cc after lanes.h.
+// 16 bits away from it at least. Included by amx.cc.
 
 // |x| * (Phi(|x|) - 1) by quadratics in |x| around 0, 1/6, ... 31/6: coefficients of |x|^0 .. |x|^2. The last is 0.
 alignas(64) constexpr _Float16 kGeluHalf[3][32] = {
@@ -28,13 +28,13 @@ PRUNEOFA_INLINE __m512h join(const lanes::Floats& first, const lanes::Floats& se
   return _mm512_castpd_ph(_mm512_maskz_insertf64x4(0xff, _mm512_castpd256_pd512(narrow(first)), narrow(second), 1));
 }
 
-PRUNEOFA_INLINE __m512h smaller(const __m512h& a, const __m512h& b) { return _mm512_maskz_min_ph(~0u, a, b); }
-PRUNEOFA_INLINE __m512h larger(const __m512h& a, const __m512h& b) { return _mm512_maskz_max_ph(~0u, a, b); }
+PRUNEOFA_INLINE __m512h minimum(const __m512h& a, const __m512h& b) { return _mm512_maskz_min_ph(~0u, a, b); }
+PRUNEOFA_INLINE __m512h maximum(const __m512h& a, const __m512h& b) { return _mm512_maskz_max_ph(~0u, a, b); }
 
 // x * Phi(x) = max(x, 0) + |x| * (Phi(|x|) - 1), to 5e-4 absolute up to x = 1 and of x beyond. The index is in the
 // lowest bits of 1536 + 6 |x|, as with lanes::kRound; VPERMW reads five. A comparison has another port than `max`.
 PRUNEOFA_INLINE __m512h gelu_half(const __m512h& x) {
-  const __m512h a = smaller(_mm512_abs_ph(x), halves(31.0f / 6));
+  const __m512h a = minimum(_mm512_abs_ph(x), halves(31.0f / 6));
   const __m512i index = _mm512_castph_si512(_mm512_fmadd_ph(a, halves(6), halves(1536)));
   const auto coefficient = [&](int i) {
     return _mm512_castsi512_ph(_mm512_maskz_permutexvar_epi16(~0u, index, _mm512_load_si512(kGeluHalf[i])));
@@ -44,16 +44,16 @@ PRUNEOFA_INLINE __m512h gelu_half(const __m512h& x) {
   return _mm512_mask_add_ph(p, positive, x, p);
 }
 
-// Widens the range of 16 tokens by the rows of both halves of a register. Above 65504 a half is infinite: the range
+// Updates the range of 16 tokens with the rows in both halves of a register. Above 65504 a half is infinite: the range
 // ends there, and the code will be the highest.
-PRUNEOFA_INLINE void widen(Ranges range, const __m512h& v) {
+PRUNEOFA_INLINE void update_range(Ranges range, const __m512h& v) {
   const __m512d both = _mm512_castph_pd(v);
   const auto wide = [](__m256d half) {
     const __m512 v = _mm512_maskz_cvtxph_ps(0xffff, _mm256_castpd_ph(half));
-    return lanes::smaller(reinterpret_cast<lanes::Floats>(v), lanes::all(65504.0f));
+    return lanes::minimum(reinterpret_cast<lanes::Floats>(v), lanes::broadcast(65504.0f));
   };
-  lanes::widen(range, wide(_mm512_maskz_extractf64x4_pd(0xff, both, 0)));
-  lanes::widen(range, wide(_mm512_maskz_extractf64x4_pd(0xff, both, 1)));
+  lanes::update_range(range, wide(_mm512_maskz_extractf64x4_pd(0xff, both, 0)));
+  lanes::update_range(range, wide(_mm512_maskz_extractf64x4_pd(0xff, both, 1)));
 }
 
 // As `Kernels::encode`, from halves.

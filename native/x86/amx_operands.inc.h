@@ -4,8 +4,8 @@
 // what the rounding cut off.
 template <int Parts>
 PRUNEOFA_INLINE void split(const lanes::Floats& a, const lanes::Floats& b, int32_t* const to[2]) {
-  const lanes::Ints half = lanes::all(0x8000), keep = lanes::all(-0x10000);
-  const lanes::Ints a_high = lanes::bits(a) + half, b_high = lanes::bits(b) + half;
+  const lanes::Ints half = lanes::broadcast(0x8000), keep = lanes::broadcast(-0x10000);
+  const lanes::Ints a_high = lanes::as_ints(a) + half, b_high = lanes::as_ints(b) + half;
   const auto join = [](const lanes::Ints& first, const lanes::Ints& second) {
     const __m512i shifted = _mm512_maskz_srli_epi32(0xffff, reinterpret_cast<__m512i>(first), 16);
     return _mm512_mask_blend_epi16(0xaaaaaaaa, shifted, reinterpret_cast<__m512i>(second));
@@ -13,7 +13,7 @@ PRUNEOFA_INLINE void split(const lanes::Floats& a, const lanes::Floats& b, int32
   _mm512_store_si512(to[0], join(a_high, b_high));
   if (Parts == 1) return;
   const lanes::Floats a_low = a - lanes::as_floats(a_high & keep), b_low = b - lanes::as_floats(b_high & keep);
-  _mm512_store_si512(to[1], join(lanes::bits(a_low) + half, lanes::bits(b_low) + half));
+  _mm512_store_si512(to[1], join(lanes::as_ints(a_low) + half, lanes::as_ints(b_low) + half));
 }
 
 // 16 x 16 words: rows are interleaved with the row 8 further on, four times over.
@@ -45,7 +45,7 @@ PRUNEOFA_INLINE void right_operand(const float* rows, int32_t* const to[2]) {
 }
 
 // The operands of one head of one sequence, in the scratch memory. Keys are counted from the first of their panel, and
-// taken by the pair of panels. What the pairs of a query panel pass on goes round in slots, few enough to stay in the
+// processed in pairs of panels. Scores and weights of the pairs use a ring of slots, few enough to stay in the
 // first-level cache.
 constexpr int kSlots = 4;
 
@@ -71,7 +71,7 @@ PRUNEOFA_INLINE Head head_in(const Attention& a) {
     h.key[i] = next, next += h.panels * h.depth * 256;
     h.value[i] = next, next += h.pairs * h.outputs * 256;
     h.query[i] = next, next += kSlots * h.depth * 256;
-    h.weight[i] = next, next += (h.weight_slots + h.pairs) * 256;  // the latter for `attend_again`
+    h.weight[i] = next, next += (h.weight_slots + h.pairs) * 256;  // the latter for `recompute_panel`
   }
   for (int i = Parts; i < 2; ++i) {  // never written or read, but pointed into
     h.key[i] = h.key[0], h.value[i] = h.value[0], h.query[i] = h.query[0], h.weight[i] = h.weight[0];
@@ -106,7 +106,8 @@ PRUNEOFA_INLINE void load_keys(const Attention& a, const Head& h) {
       // Rows d of both panels are a tile's row: pairs of keys lie next to each other already. A missing second panel
       // must be finite; its weights are 0.
       const lanes::Floats first = lanes::load(value + d * kLanes);
-      const lanes::Floats second = p + 1 < h.panels ? lanes::load(value + a.stride + d * kLanes) : lanes::all(0.0f);
+      const lanes::Floats second =
+          p + 1 < h.panels ? lanes::load(value + a.stride + d * kLanes) : lanes::broadcast(0.0f);
       const std::ptrdiff_t place = (p / 2 * h.outputs + d / 16) * 256 + d % 16 * 16;
       const __m512i high = narrow(first, second);
       _mm512_store_si512(h.value[0] + place, high);
@@ -116,7 +117,7 @@ PRUNEOFA_INLINE void load_keys(const Attention& a, const Head& h) {
       _mm512_store_si512(h.value[1] + place, low);
     }
   }
-  written();
+  compiler_barrier();
 }
 
 template <int Parts>
@@ -127,5 +128,5 @@ PRUNEOFA_INLINE void load_query(const Attention& a, const Head& h, int panel) {
     int32_t* const to[2] = {h.query[0] + place, h.query[1] + place};
     right_operand<Parts>(query + d * 32 * kLanes, to);
   }
-  written();
+  compiler_barrier();
 }

@@ -29,15 +29,15 @@ alignas(64) constexpr uint8_t kFraction[128] = {
 // looked up. Rounding the exponent changes a weight by at most 0.27 %, as rounding to bfloat16 does by 0.39 %. `top` is
 // not always the largest: weights that are too large come out as the largest number or more.
 template <int Parts, bool All>
-PRUNEOFA_INLINE lanes::Floats weigh(const Attention& a, const Head& h, int pair, const float* scores, float base,
-                                    const lanes::Floats& top, int slot) {
-  lanes::Floats totals[2] = {lanes::all(0.0f), lanes::all(0.0f)};
+PRUNEOFA_INLINE lanes::Floats softmax_weights(const Attention& a, const Head& h, int pair, const float* scores,
+                                              float base, const lanes::Floats& top, int slot) {
+  lanes::Floats totals[2] = {lanes::broadcast(0.0f), lanes::broadcast(0.0f)};
   const int begin = (h.first + pair * 2) * kLanes;
-  const auto mine = [&](int s) { return All || (begin + s >= a.begin && begin + s < a.end); };
+  const auto in_sequence = [&](int s) { return All || (begin + s >= a.begin && begin + s < a.end); };
   int32_t* const weight[2] = {h.weight[0] + slot * 256, h.weight[1] + slot * 256};
   if (Parts == 1) {
     constexpr float kOne = 127 * 128;  // the bits of 1 as bfloat16
-    const lanes::Floats shift = lanes::all(lanes::kRound + kOne) - top * 128.0f;
+    const lanes::Floats shift = lanes::broadcast(lanes::kRound + kOne) - top * 128.0f;
     const __m512i low = _mm512_load_si512(kFraction), high = _mm512_load_si512(kFraction + 64);
     const __m512i ones = _mm512_set1_epi32(0x3f803f80);
     // Of four words and four words, saturated: alternately.
@@ -48,8 +48,8 @@ PRUNEOFA_INLINE lanes::Floats weigh(const Attention& a, const Head& h, int pair,
       __m512i fixed[2];
       for (int i = 0; i < 2; ++i) {
         const lanes::Floats v = lanes::load(scores + (s + i) * kLanes) * (base * 128.0f) + shift;
-        fixed[i] = reinterpret_cast<__m512i>(lanes::bits(v) - lanes::bits(lanes::all(lanes::kRound)));
-        if (!mine(s + i)) fixed[i] = _mm512_setzero_si512();
+        fixed[i] = reinterpret_cast<__m512i>(lanes::as_ints(v) - lanes::as_ints(lanes::broadcast(lanes::kRound)));
+        if (!in_sequence(s + i)) fixed[i] = _mm512_setzero_si512();
       }
       const __m512i packed = _mm512_maskz_packus_epi32(~0u, fixed[0], fixed[1]);
       const __m512i both = _mm512_maskz_shuffle_epi8(~0ull, _mm512_maskz_min_epu16(~0u, packed, largest), zip);
@@ -64,14 +64,15 @@ PRUNEOFA_INLINE lanes::Floats weigh(const Attention& a, const Head& h, int pair,
     for (int s = 0; s < 32; s += 2) {
       lanes::Floats w[2];
       for (int i = 0; i < 2; ++i) {
-        w[i] = mine(s + i) ? power_of_two(lanes::load(scores + (s + i) * kLanes) * base - top) : lanes::all(0.0f);
+        w[i] = in_sequence(s + i) ? power_of_two(lanes::load(scores + (s + i) * kLanes) * base - top)
+                                  : lanes::broadcast(0.0f);
         totals[i] = totals[i] + w[i];
       }
       int32_t* const to[2] = {weight[0] + s / 2 * 16, weight[1] + s / 2 * 16};
       split<Parts>(w[0], w[1], to);
     }
   }
-  written();
+  compiler_barrier();
   return totals[0] + totals[1];
 }
 
@@ -81,22 +82,22 @@ PRUNEOFA_INLINE lanes::Floats largest(const float* scores, int rows) {
   int r = 0;
   for (; r + 4 <= rows; r += 4) {
     PRUNEOFA_UNROLL
-    for (int i = 0; i < 4; ++i) top[i] = lanes::larger(top[i], lanes::load(scores + (r + i) * kLanes));
+    for (int i = 0; i < 4; ++i) top[i] = lanes::maximum(top[i], lanes::load(scores + (r + i) * kLanes));
   }
-  for (; r < rows; ++r) top[0] = lanes::larger(top[0], lanes::load(scores + r * kLanes));
-  return lanes::larger(lanes::larger(top[0], top[1]), lanes::larger(top[2], top[3]));
+  for (; r < rows; ++r) top[0] = lanes::maximum(top[0], lanes::load(scores + r * kLanes));
+  return lanes::maximum(lanes::maximum(top[0], top[1]), lanes::maximum(top[2], top[3]));
 }
 
 template <int Parts>
-PRUNEOFA_INLINE lanes::Floats weigh(const Attention& a, const Head& h, int pair, const float* scores, float base,
-                                    const lanes::Floats& top, int slot) {
+PRUNEOFA_INLINE lanes::Floats softmax_weights(const Attention& a, const Head& h, int pair, const float* scores,
+                                              float base, const lanes::Floats& top, int slot) {
   const int begin = (h.first + pair * 2) * kLanes;
-  return begin >= a.begin && begin + 32 <= a.end ? weigh<Parts, true>(a, h, pair, scores, base, top, slot)
-                                                 : weigh<Parts, false>(a, h, pair, scores, base, top, slot);
+  return begin >= a.begin && begin + 32 <= a.end ? softmax_weights<Parts, true>(a, h, pair, scores, base, top, slot)
+                                                 : softmax_weights<Parts, false>(a, h, pair, scores, base, top, slot);
 }
 
 // The largest score of each query with the keys of a pair.
-PRUNEOFA_INLINE lanes::Floats largest_of(const Attention& a, const Head& h, int pair, const float* scores) {
+PRUNEOFA_INLINE lanes::Floats largest_of_pair(const Attention& a, const Head& h, int pair, const float* scores) {
   const int begin = (h.first + pair * 2) * kLanes, from = begin < a.begin ? a.begin - begin : 0;
   const int to = begin + 32 > a.end ? a.end - begin : 32;
   return largest(scores + from * kLanes, to - from);

@@ -21,7 +21,7 @@ namespace avx2 {
 
 struct Int8 {
   struct Sum {
-    lanes::IntRegister half[2];  // not __m256i, which is of 64-bit numbers: compilers would copy between the two
+    lanes::IntRegister half[2];  // not __m256i, a vector of 64-bit integers: compilers would copy between the two
   };
   using Word = __m256i;
   using Number = int32_t;
@@ -69,7 +69,7 @@ struct Float {
 struct Gather {
   static constexpr int kGroup = 2, kGroupBytes = 64, kPanels = 2;
 
-  static void spread(const char* x, std::ptrdiff_t panel_bytes, int groups, int count, char* rows) {
+  static void transpose_codes(const char* x, std::ptrdiff_t panel_bytes, int groups, int count, char* rows) {
     const __m256i by_input = _mm256_broadcastsi128_si256(
         _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
     for (int i = 0; i < count; ++i) {
@@ -100,12 +100,12 @@ struct Gather {
         for (int r = 0; r < Shared; ++r) Int8::add(sum[r][i], low, high, Int8::word(words[r]));
       }
     }
-    Kept<Int8, Shared, Panels> kept;
-    keep(kept, sum);
-    finish(w, o, n, p, kept);
+    StoredSums<Int8, Shared, Panels> stored;
+    store_sums(stored, sum);
+    epilogue(w, o, n, p, stored);
   }
 
-  static void outputs(const Weights& w, const Operands& o, int n, int p, int count, const char* rows) {
+  static void multiply(const Weights& w, const Operands& o, int n, int p, int count, const char* rows) {
     if (w.shared == 1) return count == 2 ? block<1, 2>(w, o, n, p, rows) : block<1, 1>(w, o, n, p, rows);
     // The sums of two panels would not fit the registers.
     for (int i = 0; i < count; ++i) block<4, 1>(w, o, n, p + i, rows + i * 32);
@@ -126,8 +126,8 @@ const Kernels avx2_kernels = {
     .sparse_above_float = 0.5f,
     .gathered = 1.3f,
     .gathered_by_4 = 3.0f,
-    .begin = avx2::nothing,
-    .end = avx2::nothing,
+    .begin = avx2::no_op,
+    .end = avx2::no_op,
     .linear_int8 = avx2::linear_or_gathered<avx2::Int8, avx2::Gather>,
     .linear_float = avx2::linear<avx2::Float>,
     .range = avx2::lanes::range,

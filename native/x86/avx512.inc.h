@@ -10,7 +10,7 @@
 #include "portable/linear.inc.h"
 
 struct Int8 {
-  using Sum = lanes::Ints;  // not __m512i, which is of 64-bit numbers: compilers would copy between the two
+  using Sum = lanes::Ints;  // not __m512i, a vector of 64-bit integers: compilers would copy between the two
   using Word = __m512i;
   using Number = int32_t;
   static constexpr int kGroup = 4, kGroupBytes = 64, kBlock = 4, kDensePanels = 4;

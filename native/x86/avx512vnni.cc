@@ -14,16 +14,16 @@ namespace avx512vnni {
 #include "x86/avx512.inc.h"
 
 // Gathered words from rows of 64 bytes per input. Four rows are interleaved to the codes of up to four panels by eight
-// shuffles. Tokens 4 l .. 4 l + 3 of panel q lie at bytes 16 l + 4 q of a row, which makes them come out in order. With
-// two panels or one the same shuffles serve two or four entries at once: each panel is in its row two or four times, and
-// every other 4 bytes are taken from the next entry's row.
+// shuffles. Tokens 4 l .. 4 l + 3 of panel q lie at bytes 16 l + 4 q of a row, which makes them come out in order.
+// With two panels or one the same shuffles serve two or four entries at once: each panel is in its row two or four
+// times, and every other 4 bytes are taken from the next entry's row.
 struct Gather {
   static constexpr int kGroup = 4, kGroupBytes = 64, kPanels = 4;
-  // All lanes, because GCC warns that those which no mask leaves out are undefined.
+  // Masks of all lanes: for the intrinsics without a mask GCC warns of undefined values.
   static constexpr __mmask16 k32 = 0xffff;
   static constexpr __mmask8 k64 = 0xff;
 
-  static void spread(const char* x, std::ptrdiff_t panel_bytes, int groups, int count, char* rows) {
+  static void transpose_codes(const char* x, std::ptrdiff_t panel_bytes, int groups, int count, char* rows) {
     const __m512i by_input = _mm512_maskz_broadcast_i32x4(
         k32, _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
     const char* panel[4];
@@ -84,20 +84,20 @@ struct Gather {
     const uint32_t end = w.row_start[n / Shared + 1];
     for (; e + kTogether <= end; e += kTogether) add<Shared, Panels, kTogether>(sum, w, rows, e);
     for (; e < end; ++e) add<Shared, Panels, 1>(sum, w, rows, e);
-    Kept<Int8, Shared, Panels> kept;
-    keep(kept, sum);
-    finish(w, o, n, p, kept);
+    StoredSums<Int8, Shared, Panels> stored;
+    store_sums(stored, sum);
+    epilogue(w, o, n, p, stored);
   }
 
   template <int Shared>
-  static void outputs_of(const Weights& w, const Operands& o, int n, int p, int count, const char* rows) {
+  static void multiply_shared(const Weights& w, const Operands& o, int n, int p, int count, const char* rows) {
     if (count > 2) return block<Shared, 4>(w, o, n, p, rows);
     if (count == 2) return block<Shared, 2>(w, o, n, p, rows);
     block<Shared, 1>(w, o, n, p, rows);
   }
 
-  static void outputs(const Weights& w, const Operands& o, int n, int p, int count, const char* rows) {
-    w.shared == 4 ? outputs_of<4>(w, o, n, p, count, rows) : outputs_of<1>(w, o, n, p, count, rows);
+  static void multiply(const Weights& w, const Operands& o, int n, int p, int count, const char* rows) {
+    w.shared == 4 ? multiply_shared<4>(w, o, n, p, count, rows) : multiply_shared<1>(w, o, n, p, count, rows);
   }
 };
 
@@ -115,8 +115,8 @@ const Kernels avx512vnni_kernels = {
     .sparse_above_float = 0.6f,
     .gathered = 1.7f,
     .gathered_by_4 = 3.0f,
-    .begin = avx512vnni::nothing,
-    .end = avx512vnni::nothing,
+    .begin = avx512vnni::no_op,
+    .end = avx512vnni::no_op,
     .linear_int8 = avx512vnni::linear_or_gathered<avx512vnni::Int8, avx512vnni::Gather>,
     .linear_float = avx512vnni::linear<avx512vnni::Float>,
     .range = avx512vnni::lanes::range,

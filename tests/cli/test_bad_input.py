@@ -103,8 +103,8 @@ def test_a_rate_above_the_peak_is_only_a_warning(root, call):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["prune.pattern=1:4", "prune.final=0.75"], "shape 32x62 (out x in) does not divide"),
-        (["prune.pattern=4x1"], "shape 62x32 (out x in) does not divide"),
+        (["prune.pattern=1:4", "prune.final=0.75"], "shape 32x62 (out x in) does not divide into 1:4"),
+        (["prune.pattern=4x1"], "shape 62x32 (out x in) does not divide into 4x1"),
     ],
 )
 def test_a_pattern_that_does_not_divide(root, complaint, overrides, message):
