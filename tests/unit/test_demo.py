@@ -99,7 +99,11 @@ def test_modules_and_sentences_are_on_one_side_only(tmp_path: Path) -> None:
     assert not [row for row in train + validation if "every topic" in row["text"]]  # has no right answer
 
 
-def test_a_validation_sentence_that_repeats_training_words_is_dropped(tmp_path: Path) -> None:
+def test_a_validation_sentence_that_repeats_training_words_is_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(docstrings, "TRAIN_ROWS", 10_000)
+    monkeypatch.setattr(docstrings, "VALIDATION_ROWS", 10_000)
     paths = _library(tmp_path / "site-packages", "north", 60)
     for path in paths:  # the same long run of words in each module, with another word at its end
         path.write_text(
