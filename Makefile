@@ -12,6 +12,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 READY := $(VENV)/.installed
+DEMO_READY := $(VENV)/.installed-demo
 NATIVE := CMakeLists.txt $(shell find native -type f)
 SANITIZED := $(VENV)/sanitized
 # pip builds the extension in an environment of its own, which -c does not reach in every version of pip.
@@ -21,7 +22,7 @@ export PIP_BUILD_CONSTRAINT := constraints.txt
 .PHONY: demo test test-slow sanitize lint readme-table install clean
 .DELETE_ON_ERROR:
 
-demo: install
+demo: $(DEMO_READY)
 	$(VENV)/bin/pruneofa demo
 
 test: install
@@ -83,11 +84,11 @@ $(VENV)/bin/python:
 $(VENV)/.torch-$(TORCH_VERSION)-$(TORCH): | $(VENV)/bin/python
 	@rm -f $(VENV)/.torch-*
 ifneq (,$(filter cuda,$(TORCH))$(filter Darwin,$(shell uname -s)))
-	$(PIP) install -q -c constraints.txt 'torch==$(TORCH_VERSION)'
+	$(PIP) install -q --no-compile -c constraints.txt 'torch==$(TORCH_VERSION)'
 else ifeq ($(TORCH),cpu)
 	@echo "torch $(TORCH_VERSION)+cpu: from pip's configured sources, else from $(CPU_INDEX)"
-	@$(PIP) install -q -c constraints.txt 'torch==$(TORCH_VERSION)+cpu' 2>$(VENV)/torch.log || \
-	 $(PIP) install -q -c constraints.txt --retries 2 --extra-index-url $(CPU_INDEX) \
+	@$(PIP) install -q --no-compile -c constraints.txt 'torch==$(TORCH_VERSION)+cpu' 2>$(VENV)/torch.log || \
+	 $(PIP) install -q --no-compile -c constraints.txt --retries 2 --extra-index-url $(CPU_INDEX) \
 	   'torch==$(TORCH_VERSION)+cpu' 2>>$(VENV)/torch.log || { \
 	 tail -n 2 $(VENV)/torch.log; \
 	 echo "No CPU build of torch $(TORCH_VERSION): none in pip's configured sources, $(CPU_INDEX) did not give one."; \
@@ -101,4 +102,9 @@ endif
 
 $(READY): pyproject.toml constraints.txt $(NATIVE) $(VENV)/.torch-$(TORCH_VERSION)-$(TORCH)
 	$(PIP) install -q -c constraints.txt -C cmake.define.PRUNEOFA_WERROR=ON -e '.[dev]'
+	@touch $(DEMO_READY) $@
+
+# What the demo needs and no more. Bytecode is written where it is imported: pip would compile all of torch.
+$(DEMO_READY): pyproject.toml constraints.txt $(NATIVE) $(VENV)/.torch-$(TORCH_VERSION)-$(TORCH)
+	$(PIP) install -q --no-compile -c constraints.txt -C cmake.define.PRUNEOFA_WERROR=ON -e '.[demo]'
 	@touch $@

@@ -95,9 +95,10 @@ def test_the_published_numbers(name: str) -> None:
             assert getattr(spec.resolved(task), key) == getattr(defaults, key), (task, key)
 
 
-def test_the_demo_prunes_for_a_thousand_steps() -> None:
+def test_the_demo_prunes_to_a_tenth_and_goes_all_the_way_to_int8() -> None:
     demo = recipe.load([RECIPES / "demo.yaml"])
-    assert demo.prune is not None and demo.prune.steps >= 1_000 and demo.prune.final == 0.9
+    assert demo.prune is not None and demo.prune.final == 0.9 and demo.prune.steps > demo.prune.stop
+    assert demo.quantize is not None and list(demo.tasks) == ["topics"]
 
 
 def test_minilm_asks_for_the_five_tasks_and_the_control() -> None:

@@ -4,11 +4,15 @@ import argparse
 import sys
 from pathlib import Path
 
-from pruneofa.cli.show import print_results, recipe_file
+from pruneofa.cli.show import print_value, recipe_file, table
 
 
 def describe(verb: argparse.ArgumentParser) -> None:
-    """Everything, on real text that is already on this machine: the documentation of the installed Python."""
+    """Everything, on real text that is already on this machine: the documentation of the installed Python.
+
+    Prunes a MiniLM encoder once, fine-tunes it dense and sparse with the pattern locked, makes it int8, packs it, and
+    ends with accuracy, size and milliseconds of each beside a bag of words. Run it again after Ctrl-C: it resumes.
+    """
     verb.add_argument("--out", type=Path, default=Path("runs/demo"), help="the run's folder (default: runs/demo)")
     verb.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override a key of recipes/demo.yaml")
     verb.add_argument("--redo", action="store_true", help="make stages again whose settings changed")
@@ -18,9 +22,9 @@ def describe(verb: argparse.ArgumentParser) -> None:
         from pruneofa.run import demo
 
         results = demo.run_demo(options.out, recipe_file("demo"), options.set, redo=options.redo)
-        print_results(results, options.out, options.json)
+        print_value(results, options.json, lambda: table(demo.closing_rows(results)))
         if not options.json:
-            sys.stdout.write(demo.next_steps(options.out))
+            sys.stdout.write(demo.closing_notes(results, options.out))
         return 0
 
     verb.set_defaults(call=call)
