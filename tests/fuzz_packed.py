@@ -449,7 +449,10 @@ class Fuzzing:
 
 def instrumented() -> Iterator[FunctionType]:
     """The functions whose branches the fuzzer follows: those that see what a folder says."""
-    for name in ("files", "manifest", "packed", "pattern", "architectures", "heads", "tokens"):
+    for name in (
+        "formats.files", "formats.manifest", "formats.packed", "formats.pattern", "formats.architecture",
+        "engine.heads", "engine.tokenizer",
+    ):  # fmt: skip
         module = sys.modules[f"pruneofa.{name}"]
         for value in vars(module).values():
             for found in vars(value).values() if isinstance(value, type) else [value]:

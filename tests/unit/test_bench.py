@@ -6,16 +6,18 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from pruneofa import families
 from pruneofa.bench import measure, models, tables
 from pruneofa.bench.break_even import SPARSITIES, pays_from
 from pruneofa.bench.models import Case, Settings
 from pruneofa.bench.peers import OURS, PEERS
-from pruneofa.bench.random_folder import PATTERNS, SHAPES, prune, write_random
+from pruneofa.bench.random_folder import PATTERNS, prune, write_random
 from pruneofa.bench.workers import TimeLimitError, Worker, WorkerError
 from pruneofa.engine import engine
 from pruneofa.errors import CheckFailed, InputError
@@ -150,8 +152,9 @@ def test_operations_are_those_of_linears_and_attention(folder, tmp_path):
 def test_a_random_folder_has_the_zeros_asked_for_and_loads(tmp_path, monkeypatch, pattern):
     from pruneofa.formats import pattern as patterns
 
-    monkeypatch.setitem(SHAPES, "bert-base", {"layers": 1, "hidden": 64, "heads": 4, "inner": 128})
-    write_random(tmp_path, "bert-base", 0.75, pattern)
+    tiny = families.Shape("tiny", "Tiny", layers=1, hidden=64, heads=4, inner=128)
+    monkeypatch.setattr(families, "FAMILIES", (replace(families.FAMILIES[0], shapes=(tiny,)),))
+    write_random(tmp_path, "tiny", 0.75, pattern)
     found = patterns.inspect(tmp_path)
     assert found["encoder"] == pytest.approx(0.75, abs=1e-3) and len(found["layers"]) == 6
     assert all(pattern_holds(w != 0, pattern) for _, w in patterns.read_weights(tmp_path, patterns._prunable))

@@ -8,7 +8,7 @@ from safetensors.numpy import load_file, save_file
 
 from pruneofa import Engine
 from pruneofa.engine import engine, reference
-from pruneofa.engine.architectures import Weights
+from pruneofa.engine.load import Weights
 from pruneofa.errors import InputError
 from pruneofa.formats.pack import pack
 from pruneofa.formats.packed import Packed, PackedLinear
@@ -278,7 +278,7 @@ def test_a_layer_that_is_too_wide_for_the_kernels_is_named(tmp_path):
         tmp_path,
     )
     with pytest.raises(InputError, match=f"{name}.weight: 131072 inputs .*; use a narrower model"):
-        Weights(packed, reference, "scalar").linear(name, 1, 2**17)
+        Weights(packed, reference, "scalar").linear(name)
 
 
 def test_a_task_without_its_weights(tmp_path):

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from pruneofa.bench.peers import OURS
 from pruneofa.bench.random_folder import check_random, write_random
 from pruneofa.errors import InputError
-from pruneofa.formats.manifest import is_packed, read_json, read_manifest
+from pruneofa.formats.architecture import read_architecture
+from pruneofa.formats.manifest import is_packed, read_config, read_manifest
 from pruneofa.formats.pack import pack, unpack
 from pruneofa.formats.pattern import POOLER, local_folder
 
@@ -26,7 +27,7 @@ class Settings:
     """What to measure; the command line's options.
 
     Attributes:
-        path: folder or hub id; None with `random`, a shape of `random_folder.SHAPES`.
+        path: folder or hub id; None with `random`, one of `families.shapes()`.
         also: more models for our engine alone, in the same run: a path or, with `random`, "4x1@0.8".
         mixed: batches of different lengths, "32x8-128": 32 sequences of 8 to 128 tokens.
         isa: cap of ours and of the peers; None: what the CPU has.
@@ -150,10 +151,8 @@ def _zeros(spec: str) -> tuple[float, str]:
 
 def read_cases(settings: Settings, model: Model) -> list[Case]:
     """The batches to measure. Raises InputError for one that is no batch, or too long for the model."""
-    config = read_json(model.folder / "config.json")
-    most = model.rows("position")
-    if config["model_type"] == "roberta":
-        most -= (config.get("pad_token_id", 1)) + 1
+    architecture = read_architecture(read_config(model.folder), model.folder)
+    most = model.rows("position") - architecture.first_position
     if settings.batch < 1:
         raise InputError(f"batch is {settings.batch}, wanted at least 1")
     seq = settings.seq or (() if settings.mixed else tuple(n for n in DEFAULT_SEQ if n <= most) or (most,))

@@ -97,7 +97,7 @@ def _ours(job: Job) -> Run:
 def torch_model(job: Job) -> Any:
     """The encoder without its pooler, from token ids to the last hidden state."""
     import torch
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoModel
 
     class LastHiddenState(torch.nn.Module):
         def __init__(self, encoder: torch.nn.Module) -> None:
@@ -109,9 +109,10 @@ def torch_model(job: Job) -> Any:
 
     torch.set_num_threads(job["threads"])
     torch.set_grad_enabled(False)
-    pooler = AutoConfig.from_pretrained(job["folder"]).model_type in ("bert", "roberta")
-    options = {"add_pooling_layer": False} if pooler else {}
-    return LastHiddenState(AutoModel.from_pretrained(job["folder"], dtype=torch.float32, **options)).eval()
+    model = AutoModel.from_pretrained(job["folder"], dtype=torch.float32)
+    if hasattr(model, "pooler"):
+        model.pooler = None  # as add_pooling_layer=False does, which not every class takes
+    return LastHiddenState(model).eval()
 
 
 def torch_inputs(job: Job) -> tuple[Any, ...]:

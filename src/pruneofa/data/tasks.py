@@ -16,7 +16,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from pruneofa import recipe
+from pruneofa import families, recipe
 from pruneofa.data import rows, squad
 from pruneofa.errors import InputError
 
@@ -272,8 +272,7 @@ def _names(value: str | list[str] | None) -> tuple[str, ...]:
 
 def longest_input(config: Any) -> int:
     """Tokens that a transformers model has positions for."""
-    taken = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
-    return config.max_position_embeddings - taken
+    return config.max_position_embeddings - families.of(config.model_type).first_position(config.pad_token_id)
 
 
 def _check_length(max_length: int | None, tokenizer: Any, max_positions: int | None, where: str) -> int:

@@ -9,18 +9,11 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pruneofa.engine.architectures import Precision, Weights, build_encoder, read_architecture
-from pruneofa.engine.heads import (
-    Classification,
-    Head,
-    MaskedLM,
-    QuestionAnswering,
-    TokenClassification,
-    sentence_head,
-    task_head,
-)
+from pruneofa.engine.heads import Classification, Head, QuestionAnswering, sentence_head, task_head
+from pruneofa.engine.load import Precision, Weights, build_encoder
 from pruneofa.engine.tokenizer import Text, TextTokenizer, Tokens, check_text, chunks, sentence_settings
 from pruneofa.errors import InputError
+from pruneofa.formats.architecture import check_tensors, read_architecture
 from pruneofa.formats.manifest import MANIFEST
 from pruneofa.formats.pack import pack_folder, pack_linear, quantize_weight
 from pruneofa.formats.packed import Packed, PackedEmbedding, read
@@ -54,18 +47,19 @@ class Engine:
     """
 
     def __init__(self, packed: Packed, *, precision: Precision, threads: int, isa: str) -> None:
-        """Lay out a packed model for one ISA, and use it up; arguments as `from_pretrained` has checked them."""
+        """Build the encoder of a packed model for one ISA, which takes its tensors out of it; arguments are checked."""
         folder = packed.folder
         architecture = read_architecture(packed.config, folder)
+        sentence = sentence_head(folder)
+        check_tensors(architecture, packed.shapes, folder, head=sentence is None)
+        words, positions = (packed.embeddings[architecture.tables[name]].values for name in ("word", "position"))
         weights = Weights(packed, native, isa)
         self.isa, self.threads, self.precision = isa, threads, precision
         self.activations: str = packed.manifest["activations"]["kind"] if precision == "int8" else "float"
         self._architecture = architecture
         self._encoder = build_encoder(native, weights, architecture, threads=threads, isa=isa)
-        self._vocabulary = len(weights.table("word", -1, architecture.hidden).values)
-        rows = len(weights.table("position", -1, architecture.hidden).values)
-        self.max_length = rows if architecture.pad_id is None else rows - architecture.pad_id - 1
-        sentence = sentence_head(folder)
+        self._vocabulary = len(words)
+        self.max_length = len(positions) - architecture.first_position
         self._tokenizer = TextTokenizer(
             folder,
             vocabulary=self._vocabulary,
@@ -89,7 +83,7 @@ class Engine:
         """Load a packed folder, any Hugging Face folder of a supported architecture, or a hub id.
 
         Args:
-            path_or_id: BERT (MiniLM too), DistilBERT or RoBERTa; what is not packed is packed in memory.
+            path_or_id: a model of one of `pruneofa.families`; what is not packed is packed in memory.
             precision: int8 quantizes what is not int8 yet; activations by the static scales that the folder brings,
                 else by the token. fp32 keeps float32.
             threads: by default one per CPU that this process may use.
@@ -231,20 +225,11 @@ class Engine:
             types = [
                 _row(row, f"token_type_ids[{index}]", ids[index].shape) for index, row in enumerate(token_type_ids)
             ]
-        reduced = self._reduced(self._sequences(ids, types))
-        return list(head.logits(reduced)) if isinstance(head, Classification) else reduced
+        return list(head.logits(self._reduced(self._sequences(ids, types))))
 
     def _predict(self, texts: Sequence[Any], names: Sequence[str], truncate: bool) -> list[Any]:
-        head = self._head
-        if isinstance(head, QuestionAnswering):
-            windows, owners = self._tokenizer.windows(texts, names, truncate=truncate)
-            return head.results(self._reduced(windows), windows, texts, owners)
-        chars = isinstance(head, TokenClassification)
-        tokens = self._tokenizer.sequences(texts, names, truncate=truncate, chars=chars)
-        if isinstance(head, MaskedLM):
-            for sequence, name in zip(tokens, names, strict=True):
-                head.check(sequence, name)
-        return head.results(self._reduced(tokens), tokens, texts)
+        tokens = self._head.prepare(self._tokenizer, texts, names, truncate=truncate)
+        return self._head.results(self._reduced(tokens), tokens, texts)
 
     def _sequences(
         self, input_ids: Sequence[NDArray[Any]], token_type_ids: Sequence[NDArray[Any]] | None

@@ -7,7 +7,7 @@ padding, which the tokenizers library keeps as state, are off and done here.
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,9 +18,12 @@ from tokenizers.normalizers import Lowercase
 from tokenizers.normalizers import Sequence as Sequenced
 
 from pruneofa.errors import InputError, first_line, short
+from pruneofa.families import tokenizer_files
 from pruneofa.formats.files import read_json
 
-CHUNK_TOKENS = 384  # floats of more leave the caches, of fewer read the weights too often: measured on BERT-Base
+CHUNK_TOKENS = (
+    384  # floats of more leave the caches, of fewer read the weights too often: measured with 12 layers of 768
+)
 WINDOW, STRIDE = 384, 128  # of question answering, as in the official SQuAD script
 _HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair: nothing that a tokenizer could know
 _LEAST_CONTEXT = 16  # context tokens per window; a question that leaves fewer is too long
@@ -37,12 +40,14 @@ class Tokens:
         types: (tokens,) int32, 0 where the model has no token types.
         segments: (tokens,) int8: 0 first text, 1 second text, -1 special token; None if not asked for.
         chars: (tokens, 2) int32, begin and end of each token in its text; None if not asked for.
+        text: of a window, the index of its text in the batch.
     """
 
     ids: NDArray[np.int32]
     types: NDArray[np.int32]
     segments: NDArray[np.int8] | None = None
     chars: NDArray[np.int32] | None = None
+    text: int = 0
 
     def keep(self, kept: NDArray[np.bool_] | NDArray[np.intp]) -> "Tokens":
         """The tokens that a mask or an array of indices selects."""
@@ -52,6 +57,7 @@ class Tokens:
             self.types[kept],
             None if segments is None else segments[kept],
             None if chars is None else chars[kept],
+            self.text,
         )
 
 
@@ -151,25 +157,21 @@ class TextTokenizer:
             result.append(tokens)
         return result
 
-    def windows(
-        self, questions: Sequence[tuple[str, str]], names: Sequence[str], *, truncate: bool
-    ) -> tuple[list[Tokens], list[int]]:
+    def windows(self, questions: Sequence[tuple[str, str]], names: Sequence[str], *, truncate: bool) -> list[Tokens]:
         """Every (question, context) in as many windows as its context needs, each sharing STRIDE tokens with the next.
 
         Returns:
-            The windows and, for each, the index of its question.
+            The windows in order, each with the index of its question.
 
         Raises:
             InputError: a question leaves no room for its context (`truncate` cuts it), or a context has no tokens.
         """
         windows: list[Tokens] = []
-        owners: list[int] = []
         for index, encoding in enumerate(self._tokenizer.encode_batch(list(questions))):
             tokens = self._tokens(encoding, chars=True)
             found = _windows(tokens, min(WINDOW, self._limit), truncate=truncate, where=names[index])
-            windows += found
-            owners += [index] * len(found)
-        return windows, owners
+            windows += [replace(window, text=index) for window in found]
+        return windows
 
     def _prompted(self, text: Text) -> Text:
         if not self._prompt:
@@ -202,8 +204,7 @@ def without_tokenizer(folder: Path) -> str:
     for name in ("config.json", "tokenizer_config.json"):
         if (folder / name).is_file():
             known |= _table(read_json(folder / name), folder / name)
-    byte_level = "roberta" in str(known.get("tokenizer_class") or known.get("model_type")).lower()
-    slow = ("vocab.json", "merges.txt") if byte_level else ("vocab.txt",)
+    slow = tokenizer_files(str(known.get("tokenizer_class") or known.get("model_type")))
     what = f"{folder}: no tokenizer.json in it, which the engine needs"
     if all((folder / name).is_file() for name in slow):
         return (

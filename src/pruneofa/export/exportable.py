@@ -10,10 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from pruneofa.engine.architectures import Architecture, Task, read_architecture
 from pruneofa.errors import InputError
+from pruneofa.families import Task
 from pruneofa.formats import pattern
 from pruneofa.formats import scales as quantization
+from pruneofa.formats.architecture import Architecture, read_architecture
 from pruneofa.formats.manifest import canonical_name, is_packed, kind_of, read_config
 from pruneofa.formats.scales import Quantization
 from pruneofa.train.models import check_encoder, read_model
@@ -27,7 +28,6 @@ OUTPUTS: Mapping[Task, tuple[str, ...]] = {
     "token classification": ("logits",),
     "masked-LM": ("logits",),
 }
-_PRETRAINING = "BertForPreTraining"
 
 
 @dataclass
@@ -144,7 +144,9 @@ def read_exportable(folder: Path, *, int8: bool | None = None, whole: bool = Fal
         linears={name: at for name, (at, module) in names.items() if _is(name, "linear", module)},
         tables={name: at for name, (at, module) in names.items() if _is(name, "embedding", module)},
         inputs=tuple(name for name in INPUTS if name != "token_type_ids" or architecture.types > 1),
-        outputs=("prediction_logits",) if type(model).__name__ == _PRETRAINING else OUTPUTS[architecture.task],
+        outputs=("prediction_logits",)
+        if type(model).__name__ == architecture.family.pretraining
+        else OUTPUTS[architecture.task],
     )
     if found is not None:
         for name in source.linears | (source.tables if found.embeddings else {}):
@@ -161,11 +163,12 @@ def read_exportable(folder: Path, *, int8: bool | None = None, whole: bool = Fal
 def _load(folder: Path, config: Mapping[str, Any], architecture: Architecture, whole: bool) -> Any:
     import transformers
 
+    family = architecture.family
     name = (config.get("architectures") or ["AutoModel"])[0]
-    if name == _PRETRAINING and not whole:
-        name = "BertForMaskedLM"
+    if name == family.pretraining and not whole:
+        name = family.classes["masked-LM"]
     options = {}
-    if architecture.task == "embedding" and architecture.family != "distilbert":
+    if architecture.task == "embedding" and family.pooler:
         stored = {
             canonical_name(name) for name, _ in pattern.read_weights(folder, lambda name, _: name == pattern.POOLER)
         }

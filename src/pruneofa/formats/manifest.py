@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pruneofa.errors import InputError, first_line, short
-from pruneofa.formats.pattern import POOLER, base_name, is_encoder_weight, position_bits
+from pruneofa.families import (
+    attention_input,
+    base_modules,
+    base_name,
+    embedding_weights,
+    is_encoder_weight,
+    model_types,
+    prefixes,
+)
+from pruneofa.formats.pattern import POOLER, position_bits
 
 FORMAT = "pruneofa-packed"
 VERSION = 1
@@ -23,14 +32,10 @@ TENSORS = "model.packed.safetensors"
 COMPRESSED = f"{TENSORS}.zst"
 METADATA = {"format": FORMAT, "version": str(VERSION)}
 PRECISIONS = ("int8", "fp32")
-MODEL_TYPES = ("bert", "distilbert", "roberta")
 SOURCE_DTYPES = ("F32", "F16", "BF16")
-EMBEDDINGS = tuple(f"embeddings.{table}_embeddings.weight" for table in ("word", "position", "token_type"))
-# Query, key and value of a layer read the same input.
-SHARED_INPUT = re.compile(r"(.*\.attention)\.(?:self\.(?:query|key|value)|[qkv]_lin)\.weight")
 AGAIN = "copy or download the folder again, or make it again with pruneofa pack"
 
-MAX_JSON = 4 << 20  # bytes; BERT-Large needs 0.1 MB
+MAX_JSON = 4 << 20  # bytes; 24 layers need 0.1 MB
 MAX_COLUMNS = 1 << 16  # 65536 products of 255 · 127 still fit the int32 sum of a kernel
 MAX_RATIO, MAX_SLACK = 64, 1 << 20  # a compressed file may become this many times larger, and a MiB
 MAX_WINDOW = 8 << 20  # bytes of history that a decompressor may be made to keep
@@ -41,7 +46,6 @@ _NAME = re.compile(r"[A-Za-z0-9_.-]{1,256}", re.ASCII)
 _HASH = re.compile(r"[0-9a-f]{64}")
 _CHECKSUM = re.compile(r"crc32:[0-9a-f]{8}")
 _PATTERN = re.compile(r"unstructured|4x1|1x4|([1-9]\d?):([1-9]\d?)", re.ASCII)
-_BASE_MODULES = ("embeddings", "encoder", "transformer", "pooler")  # their names carry the base model's prefix
 _OLD_NORM = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 _BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1}  # in the order of a file: what is larger first
 _KEYS = (
@@ -82,14 +86,14 @@ def canonical_name(name: str) -> str:
 
 def source_name(name: str, entry: Mapping[str, Any], prefix: str) -> str:
     """The name a tensor had in the source: `stored_as` where the rule of prefixes does not give it."""
-    return entry.get("stored_as") or (prefix + name if name.split(".")[0] in _BASE_MODULES else name)
+    return entry.get("stored_as") or (prefix + name if name.split(".")[0] in base_modules() else name)
 
 
 def kind_of(name: str, ndim: int) -> str:
     """How a tensor of this canonical name is stored: "linear", "embedding" or "plain"."""
     if ndim == 2 and (name == POOLER or is_encoder_weight(name, ndim)):
         return "linear"
-    return "embedding" if ndim == 2 and name in EMBEDDINGS else "plain"
+    return "embedding" if ndim == 2 and name in embedding_weights() else "plain"
 
 
 def layout(tensors: Mapping[str, Mapping[str, Any]], precision: str, where: str = MANIFEST) -> dict[str, Slot]:
@@ -180,8 +184,8 @@ def check_inputs(inputs: Mapping[str, tuple[float, int]]) -> None:
             )
         if not is_count(zero) or zero > 255:
             raise InputError(f"input zero point of {name} is {short(zero)}; wanted an integer from 0 to 255")
-        if match := SHARED_INPUT.fullmatch(name):
-            first, same = seen.setdefault(match[1], (name, (scale, zero)))
+        if shared := attention_input(name):
+            first, same = seen.setdefault(shared, (name, (scale, zero)))
             if same != (scale, zero):
                 raise InputError(
                     f"{name} and {first} read the same input but have input scale and zero point {[scale, zero]} and "
@@ -221,8 +225,8 @@ def read_config(folder: Path, manifest: Mapping[str, Any] | None = None) -> dict
     path = folder / "config.json"
     config = read_json(path)
     model_type = config.get("model_type") if isinstance(config, dict) else None
-    if model_type not in MODEL_TYPES:
-        raise InputError(f"{path}: model_type is {short(model_type)}; wanted one of {', '.join(MODEL_TYPES)}")
+    if model_type not in model_types():
+        raise InputError(f"{path}: model_type is {short(model_type)}; wanted one of {', '.join(model_types())}")
     if manifest is not None and (named := architecture(config, path)) != manifest["architecture"]:
         raise InputError(
             f"{path}: architecture {named}, but {manifest['architecture']} in {MANIFEST}: files of two models; {AGAIN}"
@@ -286,7 +290,7 @@ def check_manifest(manifest: dict[str, Any], where: str) -> None:
     named = manifest["architecture"]
     want("architecture", named is None or _is_name(named), "a class name or null")
     prefix = manifest["prefix"]
-    want("prefix", isinstance(prefix, str) and _is_prefix(prefix), 'such as "bert." or ""')
+    want("prefix", isinstance(prefix, str) and _is_prefix(prefix), f'such as "{prefixes()[0]}." or ""')
     want("compression", manifest["compression"] in (None, "zstd"), '"zstd" or null')
     checksum = manifest["checksum"]
     good = isinstance(checksum, str) and _CHECKSUM.fullmatch(checksum) is not None

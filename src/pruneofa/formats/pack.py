@@ -15,15 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from pruneofa import __version__
-from pruneofa.engine.heads import check_runs
+from pruneofa import __version__, families
+from pruneofa.engine.heads import sentence_head
 from pruneofa.engine.tokenizer import without_tokenizer
 from pruneofa.errors import InputError
 from pruneofa.formats import scales as quantization
+from pruneofa.formats.architecture import check_tensors, read_architecture
 from pruneofa.formats.files import new_folder, write_json
 from pruneofa.formats.manifest import (
     COMPRESSED,
-    EMBEDDINGS,
     FORMAT,
     MANIFEST,
     MAX_RATIO,
@@ -66,7 +66,6 @@ _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.jso
 _SENTENCE = ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json")
 _MODULES = ("Transformer", "Pooling", "Normalize")
 _BUFFERS = ("position_ids", "token_type_ids")  # integers that transformers makes anew
-_DECODERS = ("cls.predictions.decoder.weight", "lm_head.decoder.weight", "vocab_projector.weight")
 _ROWS = 4096  # quantized at a time: an embedding table has tens of thousands
 _CHUNK = 1 << 20
 
@@ -78,7 +77,7 @@ def pack(source: str | Path, out: str | Path, *, precision: str = "int8", compre
     says so.
 
     Args:
-        source: BERT, DistilBERT or RoBERTa with safetensors weights of float32, float16 or bfloat16.
+        source: a model of one of `pruneofa.families` with safetensors weights of float32, float16 or bfloat16.
         out: a folder that does not exist yet, or is empty.
         precision: "int8", or "fp32", from which `unpack` gives every bit back.
         compress: zstd over the tensors, for transport.
@@ -94,7 +93,8 @@ def pack(source: str | Path, out: str | Path, *, precision: str = "int8", compre
         copy_settings(folder, temporary)
         manifest = _write_tensors(packed, temporary, compress)
         check_manifest(manifest, str(folder))  # what is written can be read
-        check_runs(packed)  # and run
+        whole = read_architecture(packed.config, folder)
+        check_tensors(whole, packed.shapes, folder, head=sentence_head(folder) is None)  # and run
         write_json(temporary / MANIFEST, manifest)
     return manifest
 
@@ -173,7 +173,7 @@ def pack_folder(source: str | Path, precision: str = "int8", *, show_progress: b
             if source_name(name, entry, prefix) != original:
                 entry["stored_as"] = original
             if _is_tied(name, stored, weight, found):
-                entry |= {"kind": "tied", "to": EMBEDDINGS[0]}
+                entry |= {"kind": "tied", "to": families.tied_to(name)}
             elif entry["kind"] == "linear":
                 model.linears[name] = linear = pack_linear(weight, precision, _known_codes(known, name, weight, folder))
                 entry |= {"nonzeros": linear.values.size, "pattern": pattern_of(linear.kept)}
@@ -320,13 +320,11 @@ def _source_tensors(folder: Path) -> dict[str, tuple[str, StoredTensor]]:
 
 
 def _prefix(folder: Path, found: Mapping[str, tuple[str, StoredTensor]]) -> str:
-    """What stands before the names of the encoder's linears in the source, such as "bert."."""
+    """What stands before the names of the encoder's linears in the source: the prefix of the base model."""
     for name, (original, stored) in sorted(found.items()):
         if name != POOLER and kind_of(name, len(stored.shape)) == "linear":
             return original.removesuffix(name)
-    raise InputError(
-        f"{folder}: no weight named encoder.layer.N or transformer.layer.N; wanted a BERT, DistilBERT or RoBERTa model"
-    )
+    raise InputError(f"{folder}: {families.without_encoder()}")
 
 
 def _read_float(original: str, stored: StoredTensor) -> np.ndarray:
@@ -342,9 +340,10 @@ def _is_tied(
     name: str, stored: StoredTensor, weight: np.ndarray, found: Mapping[str, tuple[str, StoredTensor]]
 ) -> bool:
     """Whether this is the decoder of a masked-LM head, bit for bit the word embeddings."""
-    if name not in _DECODERS or EMBEDDINGS[0] not in found:
+    words_name = families.tied_to(name)
+    if words_name not in found:
         return False
-    original, words = found[EMBEDDINGS[0]]
+    original, words = found[words_name]
     if (stored.dtype, stored.shape) != (words.dtype, words.shape):
         return False
     return np.array_equal(_read_float(original, words).view(np.uint32), weight.view(np.uint32))

@@ -119,6 +119,13 @@ class Packed:
     plain: dict[str, np.ndarray]
     folder: Path
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """{canonical name: shape} of every tensor, a decoder that is tied to the word embeddings excepted."""
+        linears = {name: linear.shape for name, linear in self.linears.items()}
+        tables = {name: table.values.shape for name, table in self.embeddings.items()}
+        return linears | tables | {name: array.shape for name, array in self.plain.items()}
+
 
 def read(path: str | Path) -> Packed:
     """The packed folder or hub id at `path`, checked in full.

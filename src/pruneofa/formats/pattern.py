@@ -13,23 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from pruneofa import families
 from pruneofa.errors import InputError
+from pruneofa.families import base_name, is_encoder_weight
 from pruneofa.formats.tensors import StoredTensor, read_tensor, tensors_of, weight_files
 
-POOLER = "pooler.dense.weight"
-_PREFIX = re.compile(r"(?:(?:module|_orig_mod|model|bert|distilbert|roberta)\.)+")
-_LINEAR = re.compile(r"(?:encoder|transformer)\.layer\.\d+\.(?!.*embedding).+\.weight")
-
-
-def base_name(name: str) -> str:
-    """Canonical parameter name: without the prefix of the base model (bert., distilbert., roberta.) or of a wrapper."""
-    prefix = _PREFIX.match(name)
-    return name[prefix.end() :] if prefix else name
-
-
-def is_encoder_weight(name: str, ndim: int) -> bool:
-    """Whether a canonical name with this many dimensions is the weight of a Linear layer of the encoder."""
-    return ndim == 2 and _LINEAR.fullmatch(name) is not None
+POOLER = f"{families.POOLER}.weight"
 
 
 def read_weights(
@@ -188,7 +177,7 @@ def _pruned_tensors(path: str | Path) -> dict[str, StoredTensor]:
 
 
 def _nothing_there(path: str | Path) -> str:
-    return f"{path}: no weight named encoder.layer.N or transformer.layer.N; wanted a BERT, DistilBERT or RoBERTa model"
+    return f"{path}: {families.without_encoder()}"
 
 
 def position_bits(weights: int, sparsity: float) -> float:

@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 from pruneofa import __version__
 from pruneofa.data.tasks import Task
-from pruneofa.engine.architectures import Precision
 from pruneofa.engine.engine import choose_isa
+from pruneofa.engine.load import Precision
 from pruneofa.formats.files import read_json, write_json
 from pruneofa.train.evaluate import evaluate_by_engine
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from pruneofa.data import corpus, tasks
-from pruneofa.engine.architectures import read_architecture
 from pruneofa.engine.engine import choose_isa
 from pruneofa.errors import CheckFailed, InputError
 from pruneofa.formats import pattern
+from pruneofa.formats.architecture import read_architecture
 from pruneofa.formats.files import fingerprint, new_folder, read_json, write_json, write_text
 from pruneofa.recipe import Control, Quantize, Recipe, Task, dump, load
 from pruneofa.run.by_engine import measure_by_engine

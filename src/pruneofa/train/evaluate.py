@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from pruneofa import __version__, recipe
 from pruneofa.data import squad
 from pruneofa.data.tasks import Task, TaskData, load_task, longest_input
-from pruneofa.engine.architectures import Precision as EnginePrecision
 from pruneofa.engine.engine import Engine
+from pruneofa.engine.load import Precision as EnginePrecision
 from pruneofa.errors import InputError
 from pruneofa.formats import scales as quantization
 from pruneofa.formats.manifest import is_packed
