@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from pruneofa.bench.peers import OURS
 from pruneofa.bench.random_folder import check_random, write_random
 from pruneofa.errors import InputError
-from pruneofa.formats.architecture import read_architecture
+from pruneofa.formats.architecture import Architecture, read_architecture
 from pruneofa.formats.manifest import is_packed, read_config, read_manifest
 from pruneofa.formats.pack import pack, unpack
 from pruneofa.formats.pattern import POOLER, local_folder
@@ -89,8 +90,8 @@ class Model:
         return [e for name, e in self.manifest["tensors"].items() if e["kind"] == "linear" and name != POOLER]
 
     def rows(self, table: str) -> int:
-        """Rows of an embedding table."""
-        return self.manifest["tensors"][f"embeddings.{table}_embeddings.weight"]["shape"][0]
+        """Rows of an embedding table, "word" or "position"."""
+        return self.manifest["tensors"][self.architecture.tables[table]]["shape"][0]
 
     def operations(self, case: Case) -> int:
         """Multiplications and additions that a dense encoder needs, padding not counted: linears and attention."""
@@ -101,7 +102,12 @@ class Model:
     @property
     def hidden(self) -> int:
         """Width of the encoder."""
-        return self.manifest["tensors"]["embeddings.word_embeddings.weight"]["shape"][1]
+        return self.architecture.hidden
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        """What config.json says."""
+        return read_architecture(read_config(self.folder), self.folder)
 
 
 def describe(model: Model) -> dict[str, Any]:
@@ -151,8 +157,7 @@ def _zeros(spec: str) -> tuple[float, str]:
 
 def read_cases(settings: Settings, model: Model) -> list[Case]:
     """The batches to measure. Raises InputError for one that is no batch, or too long for the model."""
-    architecture = read_architecture(read_config(model.folder), model.folder)
-    most = model.rows("position") - architecture.first_position
+    most = model.rows("position") - model.architecture.first_position
     if settings.batch < 1:
         raise InputError(f"batch is {settings.batch}, wanted at least 1")
     seq = settings.seq or (() if settings.mixed else tuple(n for n in DEFAULT_SEQ if n <= most) or (most,))

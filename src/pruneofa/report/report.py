@@ -2,11 +2,11 @@
 
 import json
 import math
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from pruneofa import families
 from pruneofa.formats.files import write_text
 from pruneofa.report.card import (
     METRIC_NAMES,
@@ -318,11 +318,12 @@ def layer_chart(inspection: dict[str, Any]) -> Any | None:
 
     rows = [
         {
-            "kind": found[2].replace(".", " "), "block": int(found[1]), "layer": name,
+            "kind": name.split(f".{block}.", 1)[1].removesuffix(".weight").replace(".", " "),
+            "block": block, "layer": name,
             "sparsity": layer["sparsity"], "nonzeros": layer["nonzeros"], "shape": " x ".join(map(str, layer["shape"])),
         }
         for name, layer in inspection["layers"].items()
-        if (found := re.search(r"layer\.(\d+)\.(.+)\.weight$", name))
+        if (block := families.layer_index(name)) is not None
     ]  # fmt: skip
     if not rows:
         return None
@@ -344,7 +345,9 @@ def layer_chart(inspection: dict[str, Any]) -> Any | None:
 
 def _kind_order(kind: str) -> tuple[int, str]:
     """Order of the forward pass: query, key, value, attention output, then the two of the feed-forward."""
-    for index, part in enumerate(("query", "q_lin", "key", "k_lin", "value", "v_lin", "attention")):
-        if part in kind:
-            return index, kind
-    return (9 if kind.startswith(("output", "ffn lin2")) else 8), kind
+    order = {
+        module.replace(".", " "): index
+        for family in families.FAMILIES
+        for index, module in enumerate(family.layer.modules().values())
+    }
+    return order.get(kind, len(order)), kind
