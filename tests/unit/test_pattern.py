@@ -1,7 +1,6 @@
 import hashlib
 import json
 import os
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -232,20 +231,6 @@ def test_half_written_files_are_named(base):
         file.write_bytes(broken)
         with pytest.raises(InputError, match=r"model\.safetensors: not a complete safetensors file"):
             pattern.inspect(base)
-
-
-def test_a_bin_file_is_refused_with_a_command_that_works(tmp_path, base):
-    expected = pattern.inspect(base)["pattern_hash"]
-    base = base.rename(tmp_path / "a folder's name")  # blanks and quotes
-    torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
-    (base / "model.safetensors").unlink()
-    with pytest.raises(InputError, match=r"only a \.bin file.*convert it with: python -c") as error:
-        pattern.inspect(base)
-    assert "\n" not in str(error.value)
-    program, *arguments = shlex.split(str(error.value).split("convert it with: ")[1])
-    assert program == "python"
-    subprocess.run([sys.executable, *arguments], check=True)
-    assert pattern.inspect(base)["pattern_hash"] == expected
 
 
 def test_what_is_not_a_model_is_said_in_one_line(tmp_path, monkeypatch):

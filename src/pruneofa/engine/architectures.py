@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from pruneofa.errors import InputError, short
 from pruneofa.formats.packed import Packed, PackedEmbedding
+from pruneofa.formats.sentence import cross_encoder_activation
 
 Family = Literal["bert", "distilbert", "roberta"]
 Task = Literal["embedding", "classification", "question answering", "token classification", "masked-LM"]
@@ -176,27 +177,10 @@ def _problem_type(config: Mapping[str, Any], where: Any) -> str | None:
     return value
 
 
-_CROSS_ENCODER = {  # what sentence-transformers puts on the logits, and the problem whose scores are the same
-    "torch.nn.modules.linear.Identity": "regression",
-    "torch.nn.Identity": "regression",
-    "torch.nn.modules.activation.Sigmoid": "multi_label_classification",
-    "torch.nn.Sigmoid": "multi_label_classification",
-}
-
-
 def _cross_encoder(config: Mapping[str, Any], where: Any, task: Task) -> str | None:
-    """The problem type that a cross-encoder's activation function stands for; None where config.json names none."""
-    key, table = "sentence_transformers.activation_fn", config.get("sentence_transformers")
-    name = table.get("activation_fn") if isinstance(table, Mapping) else None
-    if name is None:
-        key = "sbert_ce_default_activation_function"
-        name = config.get(key)
-    if name is None or task != "classification":
-        return None
-    if not isinstance(name, str) or name not in _CROSS_ENCODER:
-        raise InputError(f"{where}: {key} is {short(name)} in config.json, wanted Identity or Sigmoid of torch.nn; "
-                         "run this model with sentence-transformers")  # fmt: skip
-    return _CROSS_ENCODER[name]
+    """The problem type whose scores are those of a cross-encoder's activation; None where config.json names none."""
+    activation = cross_encoder_activation(config, where) if task == "classification" else None
+    return {"Identity": "regression", "Sigmoid": "multi_label_classification", None: None}[activation]
 
 
 class Weights:
@@ -207,8 +191,7 @@ class Weights:
 
     def __init__(self, packed: Packed, native: Any, isa: str) -> None:
         self._packed, self._native, self._isa = packed, native, isa
-        scales = packed.manifest["activations"].get("scales", {})
-        self._static = {full: (scale, zero) for full, (scale, zero) in scales.items()}
+        self._static = packed.input_scales or {}
 
     def plain(self, name: str, *shape: int) -> NDArray[np.float32]:
         """The float32 tensor `name`; -1 in `shape` stands for any size.

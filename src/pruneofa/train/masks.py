@@ -14,9 +14,8 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from pruneofa.errors import InputError
-from pruneofa.formats.pattern import POOLER, base_name, is_encoder_weight
+from pruneofa.formats.pattern import BLOCKS, POOLER, base_name, is_encoder_weight
 
-BLOCKS = {"unstructured": (1, 1), "4x1": (4, 1), "1x4": (1, 4)}  # (output rows, input columns) of a block
 # Weights looked at together: temporaries stay in cache, and so few that torch does not spread them over threads,
 # which made selection tens of times slower on a busy machine.
 _CHUNK = 1 << 15
