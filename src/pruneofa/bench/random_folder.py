@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pruneofa.errors import InputError
+from pruneofa.formats.pattern import BLOCKS
 
 _BERT = {"layers": 12, "hidden": 768, "heads": 12, "inner": 3072}
 SHAPES: dict[str, dict[str, int]] = {
@@ -16,7 +17,6 @@ SHAPES: dict[str, dict[str, int]] = {
     "minilm": {"layers": 6, "hidden": 384, "heads": 12, "inner": 1536},
     "distilbert": _BERT | {"layers": 6},
 }
-PATTERNS = {"unstructured": (1, 1), "4x1": (4, 1), "1x4": (1, 4)}  # (output rows, input columns) of a block
 _VOCABULARY, _POSITIONS = 30522, 512
 _SPREAD = 0.02  # what BERT is initialised with
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -45,8 +45,8 @@ def check_random(shape: str, sparsity: float, pattern: str) -> None:
     """Raise InputError for what `write_random` cannot make."""
     if shape not in SHAPES:
         raise InputError(f"random shape {shape!r}: wanted one of {', '.join(SHAPES)}")
-    if pattern not in PATTERNS:
-        raise InputError(f"pattern {pattern!r}: wanted one of {', '.join(PATTERNS)}")
+    if pattern not in BLOCKS:
+        raise InputError(f"pattern {pattern!r}: wanted one of {', '.join(BLOCKS)}")
     if not 0 <= sparsity < 1:
         raise InputError(f"sparsity is {sparsity}, wanted at least 0 and below 1 (a fraction, not percent)")
 
@@ -54,7 +54,7 @@ def check_random(shape: str, sparsity: float, pattern: str) -> None:
 def prune(weight: NDArray[np.float32], sparsity: float, pattern: str) -> NDArray[np.float32]:
     """`weight` (rows, columns) with its int(sparsity * blocks) blocks of the smallest mean magnitude set to 0."""
     rows, columns = weight.shape
-    high, wide = PATTERNS[pattern]
+    high, wide = BLOCKS[pattern]
     blocks = weight.reshape(rows // high, high, columns // wide, wide)
     score = np.abs(blocks).mean(axis=(1, 3)).reshape(-1)
     kept = np.ones(score.size, bool)
