@@ -87,10 +87,10 @@ def main() -> None:
                 for row in rows:
                     print(f"{label:24} {precision:5} {row['checkout']:7} {row['median_s']:7.3f} s "
                           f"({row['median_processor_s']:.3f} s of the processor)", flush=True)  # fmt: skip
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        record = {"machine": machine(), "runs": options.runs, "models": models}
-        options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+                if options.out:
+                    options.out.parent.mkdir(parents=True, exist_ok=True)
+                    record = {"machine": machine(), "runs": options.runs, "models": models}
+                    options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
