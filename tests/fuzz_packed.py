@@ -26,7 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
-from types import FunctionType, SimpleNamespace
+from types import FunctionType
 
 import numpy as np
 import zstandard
@@ -34,6 +34,7 @@ import zstandard
 from pruneofa.engine import engine, reference
 from pruneofa.engine.engine import Engine
 from pruneofa.errors import InputError
+from pruneofa.formats.layout import figures, header, layout
 from pruneofa.formats.manifest import (
     COMPRESSED,
     MANIFEST,
@@ -41,11 +42,10 @@ from pruneofa.formats.manifest import (
     MAX_SLACK,
     METADATA,
     TENSORS,
-    figures,
-    header,
-    layout,
+    Tensor,
 )
-from pruneofa.formats.packed import pattern_hashes, read, unpack_bits
+from pruneofa.formats.packed import read, unpack_bits
+from pruneofa.formats.pattern import packed_bits, pattern_hashes
 from tests.broken import WRONG, paths, replaced
 from tests.golden import GOLDEN, VARIANTS
 
@@ -216,7 +216,7 @@ def _other_shapes(files: Files, random: Random, blind: Blind) -> Files:
     else:
         shape = manifest["tensors"][name]["shape"]
         shape[random.randrange(len(shape))] = random.choice((1, 2, 3, 5, 8, 64, 65))
-    slots = layout(manifest["tensors"], manifest["precision"])
+    slots = layout(_tensors(manifest), manifest["precision"])
     if sum(slot.nbytes for slot in slots.values()) > LARGEST:
         return files
     data = b""
@@ -285,7 +285,7 @@ def _agreeing(files: Files) -> dict[str, object]:
         sizes["compressed"] = len(files[TENSORS])
         sizes.setdefault("compressed_encoder", 0)
         sizes["file"] = zstandard.frame_content_size(files[TENSORS])
-    computed = figures(manifest["tensors"], manifest["precision"])
+    computed = figures(_tensors(manifest), manifest["precision"])
     if manifest["compression"]:
         share = sizes["compressed_encoder"] / computed["encoder"]
         computed["compressed_bits_per_weight"] = share * computed["bits_per_weight"]
@@ -306,8 +306,12 @@ def _hashes(tensors: dict[str, dict], raw: bytes) -> tuple[str, str | None]:
         begin, end = head[f"{name}.bitmask"]["data_offsets"]
         rows, columns = tensors[name]["shape"]
         bits = np.frombuffer(raw[start + begin : start + end], np.uint8).reshape(rows, -(-columns // 8))
-        linears[name] = SimpleNamespace(shape=(rows, columns), bitmask=bits, kept=unpack_bits(bits, columns))
-    return pattern_hashes(linears)
+        linears[name] = (rows, columns), packed_bits(unpack_bits(bits, columns))
+    return pattern_hashes((name, *linears[name]) for name in sorted(linears))
+
+
+def _tensors(manifest: dict[str, object]) -> dict[str, Tensor]:
+    return {name: Tensor(**entry) for name, entry in manifest["tensors"].items()}
 
 
 # What has to hold
@@ -369,8 +373,8 @@ def _read_and_run(folder: Path) -> str:
     except InputError as error:
         return f"refused by the reader: {_refusal(error, folder)}"
     isas = engine.native.available_isas()
-    for precision in sorted({model.manifest["precision"], "int8"}):
-        isa = isas[model.manifest["sizes"]["file"] % len(isas)]
+    for precision in sorted({model.precision, "int8"}):
+        isa = isas[sum(weight.size for weight in model.plain.values()) % len(isas)]
         try:
             Engine.from_pretrained(folder, precision=precision, threads=1, isa=isa).encode([[0, 0]])
         except InputError as error:
@@ -450,9 +454,9 @@ class Fuzzing:
 def instrumented() -> Iterator[FunctionType]:
     """The functions whose branches the fuzzer follows: those that see what a folder says."""
     for name in (
-        "formats.files", "formats.manifest", "formats.packed", "formats.pattern", "formats.architecture",
-        "engine.heads", "engine.tokenizer",
-    ):  # fmt: skip
+        *(f"formats.{room}" for room in ("files", "manifest", "manifest_reader", "layout", "packed", "tensor_file")),
+        *("formats.pattern", "formats.sentence", "formats.architecture", "engine.heads", "engine.tokenizer"),
+    ):
         module = sys.modules[f"pruneofa.{name}"]
         for value in vars(module).values():
             for found in vars(value).values() if isinstance(value, type) else [value]:

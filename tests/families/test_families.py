@@ -15,7 +15,8 @@ from pruneofa.engine import engine, reference
 from pruneofa.engine.engine import Engine
 from pruneofa.errors import InputError
 from pruneofa.formats import pattern
-from pruneofa.formats.pack import pack, unpack
+from pruneofa.formats.pack import pack
+from pruneofa.formats.unpack import unpack
 from tests.unit.engine_folder import LAYERS, write_folder
 
 SOURCE = Path(pruneofa.__file__).parent
@@ -101,7 +102,7 @@ def test_a_new_family_needs_nothing_but_its_value(new_family, tmp_path):
     assert len(found["layers"]) == 6 * LAYERS + 1 and "blocks.0.attn.q.weight" in found["layers"]
     assert found["encoder"] == pattern.inspect(plain)["encoder"]
     manifest = pack(folder, tmp_path / "packed", precision="fp32")
-    assert manifest["prefix"] == "novel."
+    assert manifest.prefix == "novel."
     unpack(tmp_path / "packed", tmp_path / "unpacked")
     before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "unpacked"))
     assert before.keys() == after.keys() and all((before[name] == after[name]).all() for name in before)

@@ -17,11 +17,11 @@ from pruneofa.bench import measure, models, tables
 from pruneofa.bench.break_even import SPARSITIES, pays_from
 from pruneofa.bench.models import Case, Settings
 from pruneofa.bench.peers import OURS, PEERS
-from pruneofa.bench.random_folder import PATTERNS, prune, write_random
+from pruneofa.bench.random_folder import prune, write_random
 from pruneofa.bench.workers import TimeLimitError, Worker, WorkerError
 from pruneofa.engine import engine
 from pruneofa.errors import CheckFailed, InputError
-from pruneofa.formats.packed import pattern_holds
+from pruneofa.formats.pattern import BLOCKS, pattern_holds
 from tests.unit.engine_folder import POSITIONS, VOCABULARY, write_folder
 
 needs_kernels = pytest.mark.skipif(engine.native is None, reason="the native kernels were not built")
@@ -148,7 +148,7 @@ def test_operations_are_those_of_linears_and_attention(folder, tmp_path):
     assert model.operations(Case("", (5, 7))) == linears * 12 + attention * (25 + 49)
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("pattern", BLOCKS)
 def test_a_random_folder_has_the_zeros_asked_for_and_loads(tmp_path, monkeypatch, pattern):
     from pruneofa.formats import pattern as patterns
 
@@ -157,7 +157,7 @@ def test_a_random_folder_has_the_zeros_asked_for_and_loads(tmp_path, monkeypatch
     write_random(tmp_path, "tiny", 0.75, pattern)
     found = patterns.inspect(tmp_path)
     assert found["encoder"] == pytest.approx(0.75, abs=1e-3) and len(found["layers"]) == 6
-    assert all(pattern_holds(w != 0, pattern) for _, w in patterns.read_weights(tmp_path, patterns._prunable))
+    assert all(pattern_holds(w != 0, pattern) for _, w in patterns.read_weights(tmp_path, patterns.is_prunable))
     if engine.native is not None:
         assert engine.Engine.from_pretrained(tmp_path, threads=1).predict("w7 w8").shape == (64,)
 

@@ -13,13 +13,17 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors.numpy import load_file, save_file
 
+from pruneofa import families
 from pruneofa.errors import InputError
-from pruneofa.formats import pack as packing
 from pruneofa.formats import pattern
-from pruneofa.formats.files import read_json, write_json
-from pruneofa.formats.manifest import COMPRESSED, MANIFEST, METADATA, TENSORS, header, layout
-from pruneofa.formats.pack import pack, pack_folder, pack_linear, pattern_of, quantize_weight, unpack
-from pruneofa.formats.packed import Packed, inspect, pattern_hashes, pattern_holds, read, unpack_bits
+from pruneofa.formats.convert import convert, pack_linear, quantize_weight
+from pruneofa.formats.files import read_json, read_json_list, write_json
+from pruneofa.formats.layout import header, layout
+from pruneofa.formats.manifest import COMPRESSED, MANIFEST, METADATA, TENSORS, Tensor
+from pruneofa.formats.pack import pack
+from pruneofa.formats.packed import Packed, inspect, read, unpack_bits
+from pruneofa.formats.pattern import pattern_hashes, pattern_holds, pattern_of
+from pruneofa.formats.unpack import unpack
 from tests.golden import CONFIG, GOLDEN, LAYER, STATIC, VARIANTS, source, tensors
 
 QUERY = "encoder.layer.0.attention.self.query.weight"
@@ -36,7 +40,7 @@ def model(tmp_path):
 @pytest.fixture
 def parts(monkeypatch):
     """Tensors that make no whole model may be packed, where the format is what matters."""
-    monkeypatch.setattr(packing, "check_tensors", lambda *_, **__: None)
+    monkeypatch.setattr("pruneofa.formats.pack.check_tensors", lambda *_, **__: None)
 
 
 def bf16(array):
@@ -79,9 +83,9 @@ def gaussian(rng, rows, columns, sparsity=0.9):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_golden_folders_of_every_version_still_load(variant):
     packed = read(GOLDEN / variant)
-    expected = {pattern.base_name(name): weight for name, weight in tensors().items()}
+    expected = {families.base_name(name): weight for name, weight in tensors().items()}
     assert isinstance(packed, Packed) and packed.config == CONFIG
-    int8 = packed.manifest["precision"] == "int8"
+    int8 = packed.precision == "int8"
     assert len(packed.linears) == 7 and len(packed.embeddings) == 3
     assert {*packed.linears, *packed.embeddings, *packed.plain} == set(expected)
     for name, linear in packed.linears.items():
@@ -124,7 +128,7 @@ def test_the_example_of_the_specification_byte_by_byte():
     name = "encoder.layer.0.output.dense.weight"
     entry = {"shape": [2, 16], "kind": "linear", "dtype": "F32", "nonzeros": 5, "pattern": "unstructured"}
     arrays = {f"{name}.{part}": getattr(linear, part) for part in ("bitmask", "values", "scale")}
-    slots = layout({name: entry}, "int8")
+    slots = layout({name: Tensor(**entry)}, "int8")
     assert header(slots, METADATA) + b"".join(arrays[stored].tobytes() for stored in slots) == raw
     assert raw[0x160:].hex(" ") == "04 02 01 3c 00 00 80 3f 7f e0 5f 7f 00 09 80 00 06"
     assert f"crc32:{zlib.crc32(raw):08x}" in text
@@ -133,9 +137,9 @@ def test_the_example_of_the_specification_byte_by_byte():
 
 @pytest.mark.parametrize("precision", ["int8", "fp32"])
 def test_the_safetensors_library_reads_what_is_written(precision, model, tmp_path):
-    manifest = pack(model, tmp_path / "packed", precision=precision)
+    manifest = pack(model, tmp_path / "packed", precision=precision).to_json()
     found = load_file(tmp_path / "packed" / TENSORS)
-    slots = layout(manifest["tensors"], precision)
+    slots = layout({name: Tensor(**entry) for name, entry in manifest["tensors"].items()}, precision)
     names = {np.dtype(np.float32): "F32", np.dtype(np.int8): "I8", np.dtype(np.uint8): "U8"}
     assert {name: (names[a.dtype], a.shape) for name, a in found.items()} == {n: s[:2] for n, s in slots.items()}
     weight = tensors()[f"bert.{QUERY}"]
@@ -152,7 +156,7 @@ def test_the_safetensors_library_reads_what_is_written(precision, model, tmp_pat
 
 def test_a_file_of_another_order_is_read(model, tmp_path):
     """Another writer, such as the safetensors library itself, sorts otherwise."""
-    manifest = pack(model, tmp_path / "packed")
+    manifest = pack(model, tmp_path / "packed").to_json()
     file = tmp_path / "packed" / TENSORS
     save_file(load_file(file), file, METADATA)
     size, checksum = file.stat().st_size, f"crc32:{zlib.crc32(file.read_bytes()):08x}"
@@ -162,7 +166,7 @@ def test_a_file_of_another_order_is_read(model, tmp_path):
 
 
 def test_the_manifest_says_what_the_source_is(model, tmp_path):
-    manifest = pack(model, tmp_path / "packed")
+    manifest = pack(model, tmp_path / "packed").to_json()
     dense = pattern.inspect(model)
     assert manifest["pattern_hash"] == dense["pattern_hash"] and manifest["pooler_hash"] == dense["pooler_hash"]
     assert manifest["sparsity"] == dense["encoder"]
@@ -171,7 +175,7 @@ def test_the_manifest_says_what_the_source_is(model, tmp_path):
     )
     assert manifest["architecture"] == "BertForSequenceClassification" and manifest["prefix"] == "bert."
     digest = hashlib.sha256()
-    for name, weight in sorted(tensors().items(), key=lambda item: pattern.base_name(item[0])):
+    for name, weight in sorted(tensors().items(), key=lambda item: families.base_name(item[0])):
         digest.update(f"{name}\0F32\0{'x'.join(map(str, weight.shape))}\0".encode() + weight.tobytes())
     assert manifest["source"] == digest.hexdigest()
     assert inspect(tmp_path / "packed")["layers"][QUERY]["nonzeros"] == dense["layers"][QUERY]["nonzeros"]
@@ -187,7 +191,7 @@ def test_bits_per_weight_of_one_layer(hidden, limit, tmp_path):
     folder = source(tmp_path / "model")
     weights = {f"{LAYER}{name}.weight": gaussian(rng, *shape) for name, shape in shapes.items()}
     save_file(weights, folder / "model.safetensors")
-    manifest = pack(folder, tmp_path / "packed", compress=True)
+    manifest = pack(folder, tmp_path / "packed", compress=True).to_json()
     sizes = manifest["sizes"]
     counted = sum(w.size for w in weights.values())
     assert manifest["sparsity"] == pytest.approx(0.9, abs=1e-5)
@@ -211,7 +215,7 @@ def test_block_patterns_compress_by_repetition(tmp_path):
     folder = source(tmp_path / "model")
     weight = np.repeat(gaussian(np.random.default_rng(0), 64, 512, 0.8), 4, axis=0)
     save_file({f"{LAYER}output.dense.weight": weight}, folder / "model.safetensors")
-    manifest = pack(folder, tmp_path / "packed", compress=True)
+    manifest = pack(folder, tmp_path / "packed", compress=True).to_json()
     assert manifest["tensors"]["encoder.layer.0.output.dense.weight"]["pattern"] == "4x1"
     assert manifest["sizes"]["compressed_encoder"] < manifest["sizes"]["encoder"] / 2
 
@@ -230,7 +234,7 @@ def test_any_weight_comes_back_bit_for_bit(weight):
     assert linear.dense().tobytes() == weight.tobytes()
     assert linear.bitmask.shape == (weight.shape[0], -(-weight.shape[1] // 8))
     assert (linear.negative_zeros is not None) == bool((np.signbit(weight) & (weight == 0)).any())
-    assert pattern_hashes({QUERY: linear})[0] == pattern.pattern_hash({QUERY: weight != 0})
+    assert pattern_hashes([(QUERY, linear.shape, linear.pattern_bits)])[0] == pattern.pattern_hash({QUERY: weight != 0})
     assert pattern_holds(linear.kept, pattern_of(linear.kept))
 
 
@@ -285,7 +289,7 @@ def test_every_bit_of_a_folder_comes_back(compress, tmp_path):
     places = dict.fromkeys(first, "model-1.safetensors") | dict.fromkeys([*rest, *buffer], "model-2.safetensors")
     write_json(folder / "model.safetensors.index.json", {"weight_map": places})
 
-    manifest = pack(folder, tmp_path / "packed", precision="fp32", compress=compress)
+    manifest = pack(folder, tmp_path / "packed", precision="fp32", compress=compress).to_json()
     assert manifest["tensors"]["cls.predictions.decoder.weight"] == {
         "shape": [7, 4], "kind": "tied", "dtype": arrays["bert." + WORDS][0], "to": WORDS,
     }  # fmt: skip
@@ -321,16 +325,16 @@ def test_a_decoder_that_is_not_tied_is_stored(model, tmp_path):
     decoder = weights["bert." + WORDS].copy()
     decoder[2, 0] += 0.25
     save_file(weights | {"cls.predictions.decoder.weight": decoder}, model / "model.safetensors")
-    packed = pack_folder(model, "fp32")
+    packed = convert(model, "fp32")
     np.testing.assert_array_equal(packed.plain["cls.predictions.decoder.weight"], decoder)
 
 
 @pytest.mark.usefixtures("parts")
 def test_a_model_without_prefix_and_without_pooler(model, tmp_path):
-    weights = {pattern.base_name(n): w for n, w in tensors().items() if "pooler" not in n}
+    weights = {families.base_name(n): w for n, w in tensors().items() if "pooler" not in n}
     weights[QUERY][:] = 0  # nothing kept at all
     save_file(weights, model / "model.safetensors")
-    manifest = pack(model, tmp_path / "packed")
+    manifest = pack(model, tmp_path / "packed").to_json()
     assert manifest["prefix"] == "" and manifest["pooler_hash"] is None and manifest["tensors"][QUERY]["nonzeros"] == 0
     assert not read(tmp_path / "packed").linears[QUERY].dense().any()
 
@@ -348,7 +352,7 @@ def test_sentence_transformers_folders_keep_how_they_pool(model, tmp_path):
     pack(model, tmp_path / "packed")
     unpack(tmp_path / "packed", tmp_path / "again")
     for folder in (tmp_path / "packed", tmp_path / "again"):
-        assert read_json(folder / "modules.json") == modules
+        assert read_json_list(folder / "modules.json") == modules
         assert [path.name for path in (folder / "1_Pooling").iterdir()] == ["config.json"]
         assert (folder / "2_Normalize").is_dir() and (folder / "sentence_bert_config.json").is_file()
     assert not list((tmp_path / "packed").rglob("model.safetensors"))
@@ -363,7 +367,7 @@ def test_memory_holds_the_packed_model_and_one_tensor(model, tmp_path):
     pack(model, tmp_path / "warm")
     tracemalloc.start()
     try:
-        manifest = pack(model, tmp_path / "packed")
+        manifest = pack(model, tmp_path / "packed").to_json()
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -458,20 +462,20 @@ def test_folders_that_cannot_be_packed(model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "modules",
+    ("modules", "message"),
     [
-        {},
-        ["Transformer"],
-        [{"path": "2_Dense", "type": "sentence_transformers.models.Dense"}],
-        [{"path": "../elsewhere", "type": "sentence_transformers.models.Pooling"}],
-        [{"path": "/etc", "type": "sentence_transformers.models.Pooling"}],
-        [{"path": 1, "type": "Pooling"}],
-        [{"path": "", "type": None}],
+        ({}, "wanted a JSON array, got dict"),
+        (["Transformer"], "module 'Transformer', wanted an object with type and path"),
+        ([{"path": "2_Dense", "type": "models.Dense"}], "module 'Dense', wanted only Transformer, Pooling, Normalize"),
+        ([{"path": "../elsewhere", "type": "models.Pooling"}], "path of Pooling is '../elsewhere', wanted a folder"),
+        ([{"path": "/etc", "type": "models.Pooling"}], "the path of Pooling is '/etc', wanted a folder beside"),
+        ([{"path": 1, "type": "Pooling"}], "wanted an object with type and path"),
+        ([{"path": "", "type": None}], "wanted an object with type and path"),
     ],
 )
-def test_modules_that_cannot_be_packed(modules, model, tmp_path):
+def test_modules_that_cannot_be_packed(modules, message, model, tmp_path):
     write_json(model / "modules.json", modules)
-    with pytest.raises(InputError, match="wanted a list of modules of type Transformer, Pooling, Normalize"):
+    with pytest.raises(InputError, match=message):
         pack(model, tmp_path / "packed")
 
 
@@ -494,7 +498,7 @@ def test_output_that_holds_something(model, tmp_path):
 
 
 def test_what_would_shrink_too_much_is_not_compressed(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(packing, "MAX_SLACK", 0)  # a MiB, with which the model would have to be large
+    monkeypatch.setattr("pruneofa.formats.pack.MAX_SLACK", 0)  # a MiB, with which the model would have to be large
     weight = np.zeros((256, 8192), np.float32)
     weight[0, 0] = 1
     save_file({f"bert.{QUERY}": weight}, model / "model.safetensors")

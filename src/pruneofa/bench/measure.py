@@ -26,8 +26,7 @@ from pruneofa.bench.peers import CAPPING, OURS, PEERS, REFERENCE, Peer
 from pruneofa.bench.workers import TimeLimitError, Worker, WorkerError
 from pruneofa.engine.hardware import processor
 from pruneofa.errors import CheckFailed, InputError
-from pruneofa.formats.files import fingerprint, write_json
-from pruneofa.formats.manifest import read_json
+from pruneofa.formats.files import fingerprint, read_json, write_json
 from pruneofa.progress import progress
 
 FORMAT = "pruneofa-bench"
@@ -172,7 +171,7 @@ class Bench:
     def _artifacts(self, model: Model, case: Case, root: Path) -> Iterator[Path]:
         """Where the exported models of a case lie: among those of a former run, or until the case is done."""
         if self.settings.work is not None:
-            key = fingerprint([model.manifest["source"], versions()])[:16]
+            key = fingerprint([model.manifest.source, versions()])[:16]
             folder = self.settings.work / key / case.name
             folder.mkdir(parents=True, exist_ok=True)
             yield folder

@@ -1,6 +1,5 @@
 """What `pruneofa bench` measures: its settings, the models, and batches of random tokens."""
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,9 +13,11 @@ from pruneofa.bench.peers import OURS
 from pruneofa.bench.random_folder import check_random, write_random
 from pruneofa.errors import InputError
 from pruneofa.formats.architecture import Architecture, read_architecture
-from pruneofa.formats.manifest import is_packed, read_config, read_manifest
-from pruneofa.formats.pack import pack, unpack
-from pruneofa.formats.pattern import POOLER, local_folder
+from pruneofa.formats.manifest import Manifest, Tensor, is_packed, read_config
+from pruneofa.formats.manifest_reader import read_manifest
+from pruneofa.formats.pack import pack
+from pruneofa.formats.tensors import weights_folder
+from pruneofa.formats.unpack import unpack
 
 DEFAULT_SEQ = (32, 128, 384)
 DEFAULT_MIXED = "32x8-128"
@@ -82,20 +83,20 @@ class Model:
     label: str
     folder: Path
     packed: Path
-    manifest: Mapping[str, Any]
+    manifest: Manifest
 
     @property
-    def linears(self) -> list[Mapping[str, Any]]:
-        """The manifest's entries of the encoder's linear weights."""
-        return [e for name, e in self.manifest["tensors"].items() if e["kind"] == "linear" and name != POOLER]
+    def linears(self) -> list[Tensor]:
+        """The encoder's linear weights."""
+        return list(self.manifest.linears.values())
 
     def rows(self, table: str) -> int:
         """Rows of an embedding table, "word" or "position"."""
-        return self.manifest["tensors"][self.architecture.tables[table]]["shape"][0]
+        return self.manifest.tensors[self.architecture.tables[table]].shape[0]
 
     def operations(self, case: Case) -> int:
         """Multiplications and additions that a dense encoder needs, padding not counted: linears and attention."""
-        weights = sum(math.prod(entry["shape"]) for entry in self.linears)
+        weights = sum(tensor.size for tensor in self.linears)
         attention = sum(2 * n * n for n in case.lengths) * self.hidden * (len(self.linears) // 6)
         return 2 * (sum(case.lengths) * weights + attention)
 
@@ -112,8 +113,8 @@ class Model:
 
 def describe(model: Model) -> dict[str, Any]:
     """What a record says about a model."""
-    kept = {name: model.manifest[name] for name in ("architecture", "sparsity", "pattern_hash", "precision")}
-    patterns = sorted({entry["pattern"] for entry in model.linears})
+    kept = {name: getattr(model.manifest, name) for name in ("architecture", "sparsity", "pattern_hash", "precision")}
+    patterns = sorted({tensor.pattern for tensor in model.linears})
     layers = len(model.linears) // 6
     return {"name": model.label, **kept, "patterns": patterns, "layers": layers, "hidden": model.hidden}
 
@@ -133,10 +134,10 @@ def read_models(settings: Settings, root: Path) -> Iterator[Model]:
         if settings.random is not None:
             write_random(folder, settings.random, *_zeros(spec))
         else:
-            folder = local_folder(spec)
+            folder = weights_folder(spec)
         if is_packed(folder):
             manifest = read_manifest(folder)
-            if settings.precision == "fp32" and manifest["precision"] == "int8":
+            if settings.precision == "fp32" and manifest.precision == "int8":
                 raise InputError(
                     f"{spec}: packed as int8, but --precision fp32 was asked for; give the original folder"
                 )

@@ -271,7 +271,7 @@ def _layer(job: Job) -> Run:
         weight, x = stored["weight"], stored["x"]
     if job["peer"] == OURS:
         from pruneofa.engine.engine import native
-        from pruneofa.formats.pack import pack_linear
+        from pruneofa.formats.convert import pack_linear
 
         packed = pack_linear(weight, "int8")
         ours = native.Linear(packed.bitmask, packed.values, packed.scale, None, weight.shape[1], job["isa"])

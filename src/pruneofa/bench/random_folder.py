@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from pruneofa import families
 from pruneofa.errors import InputError
 from pruneofa.formats.architecture import read_architecture
+from pruneofa.formats.pattern import BLOCKS
 
-PATTERNS = {"unstructured": (1, 1), "4x1": (4, 1), "1x4": (1, 4)}  # (output rows, input columns) of a block
 _VOCABULARY, _POSITIONS = 30522, 512
 _SPREAD = 0.02  # `initializer_range` of most configs
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -38,8 +38,8 @@ def check_random(shape: str, sparsity: float, pattern: str) -> None:
     """Raise InputError for what `write_random` cannot make."""
     if shape not in families.shapes():
         raise InputError(f"random shape {shape!r}: wanted one of {', '.join(families.shapes())}")
-    if pattern not in PATTERNS:
-        raise InputError(f"pattern {pattern!r}: wanted one of {', '.join(PATTERNS)}")
+    if pattern not in BLOCKS:
+        raise InputError(f"pattern {pattern!r}: wanted one of {', '.join(BLOCKS)}")
     if not 0 <= sparsity < 1:
         raise InputError(f"sparsity is {sparsity}, wanted at least 0 and below 1 (a fraction, not percent)")
 
@@ -47,7 +47,7 @@ def check_random(shape: str, sparsity: float, pattern: str) -> None:
 def prune(weight: NDArray[np.float32], sparsity: float, pattern: str) -> NDArray[np.float32]:
     """`weight` (rows, columns) with its int(sparsity * blocks) blocks of the smallest mean magnitude set to 0."""
     rows, columns = weight.shape
-    high, wide = PATTERNS[pattern]
+    high, wide = BLOCKS[pattern]
     blocks = weight.reshape(rows // high, high, columns // wide, wide)
     score = np.abs(blocks).mean(axis=(1, 3)).reshape(-1)
     kept = np.ones(score.size, bool)

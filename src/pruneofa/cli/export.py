@@ -31,7 +31,7 @@ def describe(verb: argparse.ArgumentParser) -> None:
 
     def call(options: argparse.Namespace) -> int:
         from pruneofa.export import export as module
-        from pruneofa.formats.pattern import local_folder
+        from pruneofa.formats.hub import local_folder
         from pruneofa.run.lineage import check_lock
 
         name, spec = read_task(options) if options.task or options.data else (None, None)

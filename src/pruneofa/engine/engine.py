@@ -9,15 +9,17 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pruneofa.engine.heads import Classification, Head, QuestionAnswering, sentence_head, task_head
+from pruneofa.engine.heads import Classification, Embedding, Head, task_head
 from pruneofa.engine.load import Precision, Weights, build_encoder
-from pruneofa.engine.tokenizer import Text, TextTokenizer, Tokens, check_text, chunks, sentence_settings
+from pruneofa.engine.question_answering import QuestionAnswering
+from pruneofa.engine.tokenizer import Text, TextTokenizer, Tokens, check_text, chunks
 from pruneofa.errors import InputError
 from pruneofa.formats.architecture import check_tensors, read_architecture
+from pruneofa.formats.convert import convert, pack_linear, quantize_weight
+from pruneofa.formats.hub import local_folder
 from pruneofa.formats.manifest import MANIFEST
-from pruneofa.formats.pack import pack_folder, pack_linear, quantize_weight
 from pruneofa.formats.packed import Packed, PackedEmbedding, read
-from pruneofa.formats.pattern import local_folder
+from pruneofa.formats.sentence import read_sentence
 
 try:
     from pruneofa import _native
@@ -50,12 +52,13 @@ class Engine:
         """Build the encoder of a packed model for one ISA, which takes its tensors out of it; arguments are checked."""
         folder = packed.folder
         architecture = read_architecture(packed.config, folder)
-        sentence = sentence_head(folder)
+        sentence = read_sentence(folder)
         check_tensors(architecture, packed.shapes, folder, head=sentence is None)
         words, positions = (packed.embeddings[architecture.tables[name]].values for name in ("word", "position"))
         weights = Weights(packed, native, isa)
         self.isa, self.threads, self.precision = isa, threads, precision
-        self.activations: str = packed.manifest["activations"]["kind"] if precision == "int8" else "float"
+        int8 = "dynamic" if packed.input_scales is None else "static"
+        self.activations: str = int8 if precision == "int8" else "float"
         self._architecture = architecture
         self._encoder = build_encoder(native, weights, architecture, threads=threads, isa=isa)
         self._vocabulary = len(words)
@@ -65,10 +68,13 @@ class Engine:
             vocabulary=self._vocabulary,
             types=architecture.types,
             limit=self.max_length,
-            settings=sentence_settings(folder) if sentence else None,
+            sentence=sentence,
         )
-        self._head: Head = sentence or task_head(weights, architecture, self._tokenizer)
-        self.task = "embedding" if sentence else architecture.task
+        self._head: Head
+        if sentence is None:
+            self._head, self.task = task_head(weights, architecture, self._tokenizer), architecture.task
+        else:
+            self._head, self.task = Embedding.of(sentence), "embedding"
         self.labels = list(self._head.labels) if isinstance(self._head, Classification) else []
 
     @classmethod
@@ -102,14 +108,14 @@ class Engine:
         settings: dict[str, Any] = {"precision": precision, "threads": choose_threads(threads), "isa": choose_isa(isa)}
         folder = local_folder(path_or_id)
         if not (folder / MANIFEST).is_file():
-            return cls(pack_folder(folder, precision), **settings)
+            return cls(convert(folder, precision), **settings)
         packed = read(folder)
-        if packed.manifest["precision"] == "int8" and precision == "fp32":
+        if packed.precision == "int8" and precision == "fp32":
             raise InputError(
                 f"{folder}: packed as int8, but precision='fp32' was asked for; leave it out, "
                 "or pack the original folder with --precision fp32"
             )
-        if packed.manifest["precision"] != precision:
+        if packed.precision != precision:
             packed = _quantized(packed)
         return cls(packed, **settings)
 
@@ -301,6 +307,7 @@ def _quantized(packed: Packed) -> Packed:
     linears, embeddings = packed.linears, packed.embeddings
     return dataclasses.replace(
         packed,
+        precision="int8",
         linears={name: pack_linear(linears.pop(name).dense(), "int8") for name in list(linears)},
         embeddings={name: PackedEmbedding(*quantize_weight(embeddings.pop(name).values)) for name in list(embeddings)},
     )

@@ -5,10 +5,8 @@ Every class has the same three methods. `prepare` tokenizes a batch of texts, in
 kept. `results` turns what was kept of the batch into one answer for each text.
 """
 
-import re
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,21 +16,9 @@ from pruneofa.engine.load import Float, Weights
 from pruneofa.engine.masked_lm import MaskedLM
 from pruneofa.engine.question_answering import QuestionAnswering
 from pruneofa.engine.tokenizer import Text, TextTokenizer, Tokens
-from pruneofa.errors import InputError, short
 from pruneofa.families import POOLER
 from pruneofa.formats.architecture import Architecture
-from pruneofa.formats.files import read_json
-
-Pooling = Literal["cls", "mean", "max"]
-
-_OLD_POOLING = {
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_max_tokens": "max",
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
-    "pooling_mode_weightedmean_tokens": "weightedmean",
-    "pooling_mode_lasttoken": "lasttoken",
-}
+from pruneofa.formats.sentence import Pooling, Sentence
 
 
 class Classification:
@@ -133,6 +119,11 @@ class Embedding:
         self._normalize = normalize
         self._dimensions = dimensions
 
+    @classmethod
+    def of(cls, sentence: Sentence) -> "Embedding":
+        """As a sentence-transformers folder says."""
+        return cls(sentence.pooling, normalize=sentence.normalize, dimensions=sentence.truncate_dim)
+
     def prepare(
         self, tokenizer: TextTokenizer, texts: Sequence[Text], names: Sequence[str], *, truncate: bool
     ) -> list[Tokens]:
@@ -181,56 +172,3 @@ def task_head(weights: Weights, architecture: Architecture, tokenizer: TextToken
             return MaskedLM(weights, architecture, tokenizer)
         case "embedding":
             return Embedding("mean", normalize=False)
-
-
-def sentence_head(folder: Path) -> Embedding | None:
-    """What the modules.json of a sentence-transformers folder says; None if it has none, or no pooling in it.
-
-    Raises:
-        InputError: a module or a pooling mode that is not supported.
-    """
-    file = folder / "modules.json"
-    if not file.is_file():
-        return None
-    modules = read_json(file)
-    try:
-        kinds = {str(module["type"]).rsplit(".", 1)[-1]: str(module["path"]) for module in modules}
-    except (TypeError, KeyError):
-        raise InputError(f"{file}: not a list of modules with type and path; copy the file again") from None
-    if unknown := sorted(set(kinds) - {"Transformer", "Pooling", "Normalize"}):
-        raise InputError(f"{file}: module {short(unknown[0])}, wanted only Transformer, Pooling and Normalize; "
-                         "run this model with sentence-transformers")  # fmt: skip
-    if "Pooling" not in kinds:
-        return None
-    name = Path(kinds["Pooling"]).name  # never a path that leads out of the folder
-    if not re.fullmatch(r"[\w.-]{1,99}", name):
-        raise InputError(f"{file}: the path of Pooling is {short(kinds['Pooling'])}, wanted such as '1_Pooling'; "
-                         "copy the file again")  # fmt: skip
-    pooling = _pooling(folder / name / "config.json")
-    return Embedding(pooling, normalize="Normalize" in kinds, dimensions=_truncate_dim(folder))
-
-
-def _truncate_dim(folder: Path) -> int | None:
-    """How many numbers of a vector a sentence-transformers folder keeps; None: all."""
-    file = folder / "config_sentence_transformers.json"
-    settings = read_json(file) if file.is_file() else {}
-    value = settings.get("truncate_dim") if isinstance(settings, dict) else None
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        raise InputError(f"{file}: truncate_dim is {short(value)}, wanted an integer of at least 1 or null; "
-                         "mend the file")  # fmt: skip
-    return value
-
-
-def _pooling(file: Path) -> Pooling:
-    settings = read_json(file)
-    if not isinstance(settings, dict):
-        raise InputError(f"{file}: wanted a JSON object, got {type(settings).__name__}; copy the file again")
-    if settings.get("include_prompt") is False:
-        raise InputError(f"{file}: include_prompt is false, wanted a model that pools its prompt too; run this model "
-                         "with sentence-transformers")  # fmt: skip
-    mode = settings.get("pooling_mode", [new for old, new in _OLD_POOLING.items() if settings.get(old)] or "mean")
-    mode = mode[0] if isinstance(mode, list) and len(mode) == 1 else mode
-    if mode not in ("cls", "mean", "max"):
-        raise InputError(f"{file}: pooling is {short(mode)}, wanted one of cls, mean, max; run this model with "
-                         "sentence-transformers")  # fmt: skip
-    return mode

@@ -35,8 +35,7 @@ class Weights:
 
     def __init__(self, packed: Packed, native: Any, isa: str) -> None:
         self._packed, self._native, self._isa = packed, native, isa
-        scales = packed.manifest["activations"].get("scales", {})
-        self._static = {full: (scale, zero) for full, (scale, zero) in scales.items()}
+        self._static = packed.input_scales or {}
 
     def __contains__(self, name: str) -> bool:
         """Whether there is a plain tensor of this name."""

@@ -12,8 +12,7 @@ from torch import nn
 
 from pruneofa.errors import InputError
 from pruneofa.families import Task
-from pruneofa.formats import pattern
-from pruneofa.formats import scales as quantization
+from pruneofa.formats import pattern, scales
 from pruneofa.formats.architecture import Architecture, read_architecture
 from pruneofa.formats.manifest import canonical_name, is_packed, kind_of, read_config
 from pruneofa.formats.scales import Quantization
@@ -62,7 +61,7 @@ class Exportable:
         assert self.quantization is not None
         scale = self.quantization.weight_scale[name]
         lowest = self.quantization.lowest if name in self.linears else -127
-        return quantization.codes(name, self.weight(name), scale, lowest), scale
+        return scales.codes(name, self.weight(name), scale, lowest), scale
 
     def stored_as(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, str]:
         """{name: name in `arrays`} of those of `linears` that are there.
@@ -127,10 +126,10 @@ def read_exportable(folder: Path, *, int8: bool | None = None, whole: bool = Fal
     """
     if is_packed(folder):
         raise InputError(f"{folder}: is packed; make an ordinary folder first: pruneofa unpack {folder} FOLDER")
-    found = quantization.read(folder)
+    found = scales.read(folder)
     if int8 and found is None:
         raise InputError(
-            f"{folder}: no {quantization.SETTINGS} in it, so there are no int8 scales to export; make them with "
+            f"{folder}: no {scales.SETTINGS} in it, so there are no int8 scales to export; make them with "
             f"`pruneofa quantize {folder} OUT`, or export --precision fp32"
         )
     config = read_config(folder)
@@ -152,7 +151,7 @@ def read_exportable(folder: Path, *, int8: bool | None = None, whole: bool = Fal
         for name in source.linears | (source.tables if found.embeddings else {}):
             source.codes(name)
         hashes = pattern.inspect(folder)
-        quantization.check_pattern(folder, found, hashes["pattern_hash"], hashes["pooler_hash"])
+        scales.check_pattern(folder, found, hashes["pattern_hash"], hashes["pooler_hash"])
     if int8 is False:
         source.quantization = None
     head = model.get_output_embeddings()  # of masked-LM, tied: its weight is a table too, and stays float

@@ -13,14 +13,9 @@ from numpy.typing import NDArray
 from pruneofa import families
 from pruneofa.errors import InputError, short
 from pruneofa.families import Family, Task
+from pruneofa.formats.sentence import cross_encoder_activation
 
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
-_CROSS_ENCODER = {  # what sentence-transformers puts on the logits, and the problem whose scores are the same
-    "torch.nn.modules.linear.Identity": "regression",
-    "torch.nn.Identity": "regression",
-    "torch.nn.modules.activation.Sigmoid": "multi_label_classification",
-    "torch.nn.Sigmoid": "multi_label_classification",
-}
 
 Shape = tuple[int, ...]
 
@@ -303,15 +298,6 @@ def _problem_type(config: Mapping[str, Any], where: Any) -> str | None:
 
 
 def _cross_encoder(config: Mapping[str, Any], where: Any, task: Task) -> str | None:
-    """The problem type that a cross-encoder's activation function stands for; None where config.json names none."""
-    key, table = "sentence_transformers.activation_fn", config.get("sentence_transformers")
-    name = table.get("activation_fn") if isinstance(table, Mapping) else None
-    if name is None:
-        key = "sbert_ce_default_activation_function"
-        name = config.get(key)
-    if name is None or task != "classification":
-        return None
-    if not isinstance(name, str) or name not in _CROSS_ENCODER:
-        raise InputError(f"{where}: {key} is {short(name)} in config.json, wanted Identity or Sigmoid of torch.nn; "
-                         "run this model with sentence-transformers")  # fmt: skip
-    return _CROSS_ENCODER[name]
+    """The problem type whose scores are those of a cross-encoder's activation; None where config.json names none."""
+    activation = cross_encoder_activation(config, where) if task == "classification" else None
+    return {"Identity": "regression", "Sigmoid": "multi_label_classification", None: None}[activation]

@@ -37,7 +37,7 @@ from pruneofa.run.stages import (
     quantize_trained,
     read_text,
 )
-from pruneofa.train.models import load_config, load_tokenizer, model_fingerprint, with_safetensors
+from pruneofa.train.models import load_config, load_tokenizer, model_fingerprint
 from pruneofa.train.trainer import processes
 
 FORMAT = 2  # part of every fingerprint: raise it when a stage's result changes for the same settings, or its record
@@ -158,7 +158,7 @@ class Run:
         if recipe.corpus and recipe.corpus.streaming and processes().num_processes > 1:
             raise InputError("corpus.streaming is for one process; set corpus.streaming=false to train with several")
         if recipe.model_is_sparse:
-            pattern.inspect(with_safetensors(recipe.model))
+            pattern.inspect(recipe.model)
         if recipe.dense_model is not None:
             check_vocabulary(recipe.model, recipe.dense_model)
         if recipe.corpus and pending & {"teacher", "prune", "control"}:
@@ -386,7 +386,7 @@ def check_pattern(sparse: str | None, model: str) -> None:
     """Raises CheckFailed naming layer and count when zeros of `sparse`, if known, are not zero in `model`."""
     if sparse is None:
         return
-    if lost := lost_pattern(with_safetensors(sparse), model):
+    if lost := lost_pattern(sparse, model):
         raise CheckFailed(lost)
 
 

@@ -18,7 +18,6 @@ from pruneofa.formats.files import read_json, write_json, write_text
 from pruneofa.recipe import Recipe
 from pruneofa.run.by_engine import FILE as ENGINE_FILE
 from pruneofa.run.by_engine import Finished, engine_columns, place
-from pruneofa.train.models import with_safetensors
 
 PACKAGES = ("pruneofa", "torch", "transformers", "datasets", "tokenizers", "numpy")
 
@@ -90,7 +89,7 @@ def verify_run(recipe: Recipe, folder: Path) -> int:
 
 def sparse_folder(recipe: Recipe, folder: Path) -> str:
     """Where the sparse pre-trained model is."""
-    return str(folder / "sparse") if recipe.prune else with_safetensors(recipe.model)
+    return str(folder / "sparse") if recipe.prune else recipe.model
 
 
 def publishable(recipe: Recipe) -> dict[str, Any]:

@@ -17,9 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pruneofa.data import corpus as corpora
 from pruneofa.data import tasks as task_data
 from pruneofa.errors import InputError
-from pruneofa.formats import scales as int8
+from pruneofa.formats import scales
 from pruneofa.formats.files import read_json, write_json
-from pruneofa.formats.pattern import local_folder
+from pruneofa.formats.hub import local_folder
 from pruneofa.recipe import Control, Corpus, Distill, Prune, Quantize, Task, Teacher
 from pruneofa.train.evaluate import evaluate_model, label_order, load_task_model
 from pruneofa.train.models import load_for_pretraining, load_for_task, load_tokenizer, reorder_classes, set_dropout
@@ -51,7 +51,7 @@ class Outcome:
     metrics: dict[str, float]
     seconds: float = 0.0
     tokens: int = 0
-    quantization: int8.Quantization | None = None
+    quantization: scales.Quantization | None = None
 
     def save(self, folder: Path) -> None:
         """Write an ordinary Hugging Face folder."""
@@ -59,7 +59,7 @@ class Outcome:
             self.model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
         if self.quantization is not None:
-            int8.write(folder, self.quantization)
+            scales.write(folder, self.quantization)
 
 
 @dataclass(frozen=True)
@@ -341,9 +341,9 @@ def task_student(model: str, task: task_data.Task) -> PreTrainedModel:
     Raises:
         InputError: it is quantized already, has no trained head for this kind of task, or other labels.
     """
-    if int8.is_quantized(local_folder(model)):
+    if scales.is_quantized(local_folder(model)):
         raise InputError(
-            f"{model}: quantized already ({int8.SETTINGS} is in it), and quantizing twice loses accuracy for "
+            f"{model}: quantized already ({scales.SETTINGS} is in it), and quantizing twice loses accuracy for "
             "nothing; name the folder it was made from"
         )
     student = load_task_model(model, task.kind)

@@ -16,9 +16,8 @@ from transformers import PreTrainedModel
 from pruneofa import families
 from pruneofa.errors import InputError
 from pruneofa.families import base_name, is_encoder_weight
-from pruneofa.formats.pattern import POOLER
+from pruneofa.formats.pattern import BLOCKS, POOLER
 
-BLOCKS = {"unstructured": (1, 1), "4x1": (4, 1), "1x4": (1, 4)}  # (output rows, input columns) of a block
 # Weights looked at together: temporaries stay in cache, and so few that torch does not spread them over threads,
 # which made selection tens of times slower on a busy machine.
 _CHUNK = 1 << 15
@@ -58,7 +57,7 @@ def prunable(model: nn.Module, skip: Iterable[str] = ()) -> dict[str, nn.Paramet
 
 
 def canonical_name(name: str) -> str:
-    """`pattern.base_name` of a weight that `prunable` lists, whatever wrapper the encoder is in."""
+    """`families.base_name` of a weight that `prunable` lists, whatever wrapper the encoder is in."""
     name = base_name(_WRAPPED.sub("", name))
     return families.encoder_part(name) or name
 

@@ -1,14 +1,12 @@
 """Load encoders from folders or the hub, with errors a user can act on."""
 
 import pickle
-import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
@@ -17,7 +15,8 @@ from pruneofa import families
 from pruneofa.errors import InputError, first_line
 from pruneofa.families import base_name
 from pruneofa.formats.architecture import check_layers
-from pruneofa.formats.files import cache_root, file_fingerprint, fingerprint, new_folder
+from pruneofa.formats.files import file_fingerprint, fingerprint
+from pruneofa.formats.tensors import more_than_weights
 
 # The loader's own bars and reports speak of heads that are meant to be new; what matters is checked below.
 transformers.utils.logging.set_verbosity_error()
@@ -138,7 +137,7 @@ def read_model(
             warnings.simplefilter("ignore")
             model, info = architecture.from_pretrained(path, output_loading_info=True, dtype=torch.float32, **options)
     except pickle.UnpicklingError:
-        raise InputError(_more_than_weights(path)) from None
+        raise InputError(more_than_weights(path)) from None
     except Exception as error:  # the loader's errors have no common type: OSError, SafetensorError, RuntimeError...
         raise InputError(
             f"model {path}: not a loadable model folder or hub id ({type(error).__name__}: {first_line(error)}); "
@@ -212,44 +211,6 @@ def reorder_classes(model: PreTrainedModel, order: list[int]) -> None:
     last.bias.copy_(last.bias[order].clone())
 
 
-def with_safetensors(path: str) -> str:
-    """`path` where it holds safetensors, else a copy of it that does: published sparse models may have only a .bin.
-
-    The copy is made once, in the cache, and read with weights_only=True. Raises InputError for a .bin that
-    holds more than weights.
-    """
-    folder = Path(path)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        patterns = ["*.json", "*.txt", "*.model", "*.safetensors", "pytorch_model*.bin"]
-        try:
-            folder = Path(snapshot_download(path, allow_patterns=patterns))
-        except Exception as error:  # hub, HTTP and validation errors have no common type
-            raise InputError(f"model {path}: neither a folder nor a model on the hub ({first_line(error)})") from None
-    binaries = sorted(folder.glob("pytorch_model*.bin"))
-    if any(folder.glob("*.safetensors")) or not binaries:
-        return str(path)
-    copy = cache_root() / "models" / model_fingerprint(path)[:32]
-    if not copy.exists():
-        weights: dict[str, torch.Tensor] = {}
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of pickle protocols: what matters is refused below
-                for file in binaries:
-                    weights |= torch.load(file, weights_only=True, map_location="cpu")
-        except pickle.UnpicklingError:
-            raise InputError(_more_than_weights(path)) from None
-        except (RuntimeError, EOFError) as error:
-            raise InputError(f"{file}: damaged ({first_line(error)}); copy or download it again") from None
-        with new_folder(copy) as target:
-            plain = {name: value.clone().contiguous() for name, value in weights.items()}
-            save_file(plain, target / "model.safetensors", {"format": "pt"})
-            for extra in [*folder.glob("*.json"), *folder.glob("*.txt"), *folder.glob("*.model")]:
-                shutil.copyfile(extra, target / extra.name)
-    return str(copy)
-
-
 def model_fingerprint(path: str) -> str:
     """Content fingerprint of a local model folder, tokenizer included; of a hub id, its present commit."""
     folder = Path(path)
@@ -269,10 +230,3 @@ def _explain_missing_folder(path: str) -> None:
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
     if looks_local and not Path(path).is_dir():
         raise InputError(f"model {path}: no such folder")
-
-
-def _more_than_weights(path: str | Path) -> str:
-    return (
-        f"model {path}: its .bin file holds more than weights and could run code when read, so it was not; "
-        "wanted model.safetensors"
-    )

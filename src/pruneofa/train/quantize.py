@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pruneofa.errors import InputError
-from pruneofa.families import attention_input, embedding_weights
+from pruneofa.families import attention_input, base_name, embedding_weights, is_encoder_weight
 from pruneofa.formats import pattern
-from pruneofa.formats.pattern import base_name, is_encoder_weight
 from pruneofa.formats.scales import Quantization, QuantizationArgs
 from pruneofa.formats.scales import codes as check_codes
 from pruneofa.train.fake_quant import Codes, CodesLinear, Rows, exact, input_scale, weight_codes, weight_scale
