@@ -12,7 +12,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 READY := $(VENV)/.installed
-NATIVE := CMakeLists.txt $(wildcard native/*)
+NATIVE := CMakeLists.txt $(shell find native -type f)
 SANITIZED := $(VENV)/sanitized
 # pip builds the extension in an environment of its own, which -c does not reach in every version of pip.
 export PIP_CONSTRAINT := constraints.txt
@@ -52,19 +52,20 @@ lint: install
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-# The tables of the README, from the committed runs and records.
+# The picture and the tables of README.md and docs/results.md, from the committed runs and records.
 readme-table: install
-	$(call fill,results,$(VENV)/bin/pruneofa table,$(filter-out results/demo/%,$(wildcard results/*/results.json)))
-	$(call fill,demo,$(VENV)/bin/pruneofa table,$(wildcard results/demo/results.json))
-	$(call fill,speed,$(VENV)/bin/python benchmarks/speed_table.py,$(sort $(wildcard benchmarks/records/*-engine/bench_*.json)))
+	$(VENV)/bin/python results/picture.py
+	$(call fill,docs/results.md,results,$(VENV)/bin/pruneofa table,$(filter-out results/demo/%,$(wildcard results/*/results.json)))
+	$(call fill,README.md,demo,$(VENV)/bin/pruneofa table,$(wildcard results/demo/results.json))
+	$(call fill,docs/results.md,speed,$(VENV)/bin/python benchmarks/speed_table.py,$(sort $(wildcard benchmarks/records/*-engine/bench_*.json)))
 
-# $(call fill,NAME,COMMAND,FILES): put what COMMAND prints of FILES between the markers NAME:begin and NAME:end.
+# $(call fill,PAGE,NAME,COMMAND,FILES): put what COMMAND prints of FILES between the markers NAME:begin and NAME:end.
 define fill
-@$(if $(3),$(2) $(3),true) > $(VENV)/table.md
+@$(if $(4),$(3) $(4),true) > $(VENV)/table.md
 @awk -v file=$(VENV)/table.md 'BEGIN { while ((getline line < file) > 0) table = table line "\n" } \
-  /<!-- $(1):end -->/ { skip = 0 } !skip { print } /<!-- $(1):begin -->/ { printf "%s", table; skip = 1 }' \
-  README.md > $(VENV)/README.md
-@cp $(VENV)/README.md README.md
+  /<!-- $(2):end -->/ { skip = 0 } !skip { print } /<!-- $(2):begin -->/ { printf "%s", table; skip = 1 }' \
+  $(1) > $(VENV)/page.md
+@cp $(VENV)/page.md $(1)
 endef
 
 install: $(READY)

@@ -24,7 +24,8 @@ import torch
 from machine import machine
 
 from pruneofa import recipe
-from pruneofa.data.tasks import Task, TaskData, load_task, longest_input
+from pruneofa.data.features import TaskData
+from pruneofa.data.tasks import Task, load_task, longest_input
 from pruneofa.engine.engine import Engine
 from pruneofa.formats import scales
 from pruneofa.train import evaluate

@@ -1,4 +1,4 @@
-"""Print the README's speed table from records: python benchmarks/speed_table.py benchmarks/records/RECORD/bench_*.json
+"""Print the speed table of docs/results.md: python benchmarks/speed_table.py benchmarks/records/RECORD/bench_*.json
 
 Each file is what `pruneofa bench ... --json` printed.
 """

@@ -1,4 +1,4 @@
-// Which paths this CPU and operating system can run.
+// Which paths there are, and which of them can run here.
 #pragma once
 
 #include <string>
@@ -8,7 +8,10 @@
 
 namespace pruneofa {
 
-// Worst first. Asks the CPU once; for AMX it also asks the kernel for permission to use the tile registers.
+// The paths of this build, slowest first.
+const std::vector<const Kernels*>& built_kernels();
+
+// Those that this CPU and operating system can run, slowest first.
 const std::vector<const Kernels*>& available_kernels();
 
 // Throws std::invalid_argument, naming what is available, when `isa` is not.

@@ -52,34 +52,35 @@ Encoder::Encoder(EncoderOptions options, Table word, Table position, Table type,
     widest_ = std::max(widest_, wide);
   }
   int8_ = layers_[0].query->is_int8();
-  ranged_ = int8_ && !layers_[0].query->is_static();
-  const bool half = ranged_ && kernels_.encode_half && options_.activation == Activation::kGelu;
+  dynamic_ = int8_ && !layers_[0].query->is_static();
+  const bool half = dynamic_ && kernels_.encode_half && options_.activation == Activation::kGelu;
   activation_ = half ? Activation::kGeluHalf : options_.activation;
 }
 
 void Encoder::reserve(int panels) {
   panels_ = panels;
   if (panels <= reserved_) return;
-  reserved_ = 0;  // until all of it is there
+  reserved_ = 0;  // in case an allocation throws
   const std::size_t lanes = static_cast<std::size_t>(panels) * kLanes;
   const int threads = pool_.threads();
-  shared_ = Aligned<char>(panels * shared_bytes(widest_));
+  published_ = Aligned<char>(panels * panel_bytes(widest_));
   ranges_ = Aligned<float>(lanes * 2 * threads);
   moments_ = Aligned<float>(lanes * 2 * threads);
-  own_.clear();
-  // At most so many features has a thread of `total`, divided in units.
+  buffers_.clear();
+  // The largest number of features of a thread where `total` are divided in units.
   const auto most = [&](int total, int unit) { return round_up((total + unit - 1) / unit, threads) / threads * unit; };
-  const int mine = most(options_.hidden, 32), mixed = most(options_.heads, head_unit()) * head_size();
-  const int wide = std::max({mine, 3 * mixed, most(widest_, 32)});
+  const int state = most(options_.hidden, 32), in_heads = most(options_.heads, head_unit()) * head_size();
+  const int wide = std::max({state, 3 * in_heads, most(widest_, 32)});
   for (int t = 0; t < threads; ++t) {
     // A kernel may read, but not use, up to 16 features past the last head.
-    own_.push_back({Aligned<float>(lanes * mine), Aligned<float>(lanes * wide + kLanes * kLanes), Aligned<float>(lanes),
-                    Aligned<int32_t>(lanes), Aligned<char>(scratch_bytes(widest_, panels * kLanes, head_size()))});
+    buffers_.push_back({Aligned<float>(lanes * state), Aligned<float>(lanes * wide + kLanes * kLanes),
+                        Aligned<float>(lanes), Aligned<int32_t>(lanes),
+                        Aligned<char>(scratch_bytes(widest_, panels * kLanes, head_size()))});
   }
   reserved_ = panels;
 }
 
-std::size_t Encoder::shared_bytes(int features) const {
+std::size_t Encoder::panel_bytes(int features) const {
   if (!int8_) return static_cast<std::size_t>(features) * kLanes * sizeof(float);
   return codes_bytes(features, kernels_.group_int8);
 }
@@ -111,20 +112,20 @@ void Encoder::check(const Sequences& s) const {
 
 void Encoder::forward(const Sequences& sequences, float* out) {
   check(sequences);
-  const std::lock_guard<std::mutex> turn(mutex_);
+  const std::lock_guard<std::mutex> lock(mutex_);
   reserve(round_up(sequences.tokens, kLanes) / kLanes);
   pool_.run([&](int thread) { pass(thread, sequences, out); });
 }
 
 void Encoder::pass(int thread, const Sequences& sequences, float* out) {
-  Own& own = own_[thread];
+  ThreadBuffers& buffers = buffers_[thread];
   const auto slice = [](Aligned<float>& data, const Part& part, int features) {
     return Slice{data.data(), part.begin, part.count(), features, std::ptrdiff_t{part.count()} * kLanes};
   };
   const int hidden = options_.hidden, size = head_size();
-  const Part heads = part(options_.heads, head_unit(), thread), mine = part(hidden, 32, thread);
-  const Slice state = slice(own.state, mine, hidden);
-  Slice query = slice(own.wide, {heads.begin * size, heads.end * size}, hidden);
+  const Part heads = part(options_.heads, head_unit(), thread);
+  const Slice state = slice(buffers.state, part(hidden, 32, thread), hidden);
+  Slice query = slice(buffers.wide, {heads.begin * size, heads.end * size}, hidden);
   query.stride *= 3;
   Slice key = query, value = query;
   key.data += query.count * kLanes;
@@ -134,21 +135,21 @@ void Encoder::pass(int thread, const Sequences& sequences, float* out) {
   embed(thread, state, sequences);
   normalize(thread, state, embedding_norm_);
   for (const Layer& layer : layers_) {
-    share(thread, state, *layer.query);
+    publish(thread, state, *layer.query);
     multiply(thread, *layer.query, query);
     multiply(thread, *layer.key, key);
     multiply(thread, *layer.value, value);
     attend(thread, query, sequences);
-    look(thread, query);
-    share(thread, query, *layer.attention_output);
+    update_ranges(thread, query);
+    publish(thread, query, *layer.attention_output);
     add(thread, *layer.attention_output, state);
     normalize(thread, state, layer.attention_norm);
     const int intermediate = layer.intermediate->outputs();
-    Slice wide = slice(own.wide, part(intermediate, 32, thread), intermediate);
+    Slice wide = slice(buffers.wide, part(intermediate, 32, thread), intermediate);
     wide.half = activation_ == Activation::kGeluHalf;
-    share(thread, state, *layer.intermediate);
+    publish(thread, state, *layer.intermediate);
     multiply(thread, *layer.intermediate, wide, activation_, true);
-    share(thread, wide, *layer.output);
+    publish(thread, wide, *layer.output);
     add(thread, *layer.output, state);
     normalize(thread, state, layer.output_norm);
   }
@@ -185,7 +186,7 @@ void Encoder::embed(int thread, const Slice& state, const Sequences& sequences) 
     }
   }
   for (int p = 0; p < panels_; ++p) {
-    kernels_.moments(state.data + p * state.stride, state.count, told(moments_, thread) + p * 2 * kLanes);
+    kernels_.moments(state.data + p * state.stride, state.count, per_thread(moments_, thread) + p * 2 * kLanes);
   }
 }
 
@@ -203,45 +204,45 @@ void Encoder::attend(int thread, const Slice& query, const Sequences& sequences)
       a.begin = sequences.offsets[s];
       a.end = sequences.offsets[s + 1];
       // With static inputs the codes are those that training simulated, as long as floats are (decision 0007).
-      a.rounding = !int8_ ? Rounding::kTwoBfloat16 : ranged_ ? Rounding::kBfloat16 : Rounding::kNone;
-      a.scratch = own_[thread].scratch.data();
+      a.rounding = !int8_ ? Rounding::kTwoBfloat16 : dynamic_ ? Rounding::kBfloat16 : Rounding::kNone;
+      a.scratch = buffers_[thread].scratch.data();
       kernels_.attention(a);
     }
   }
 }
 
-float* Encoder::told(Aligned<float>& all, int thread) {
+float* Encoder::per_thread(Aligned<float>& all, int thread) {
   return all.data() + static_cast<std::ptrdiff_t>(thread) * reserved_ * 2 * kLanes;
 }
 
 void Encoder::clear_ranges(int thread) {
-  if (!ranged_) return;
-  float* const ranges = told(ranges_, thread);
+  if (!dynamic_) return;
+  float* const ranges = per_thread(ranges_, thread);
   std::fill(ranges, ranges + panels_ * 2 * kLanes, 0.0f);
 }
 
-void Encoder::look(int thread, const Slice& x) {
-  if (!ranged_) return;
+void Encoder::update_ranges(int thread, const Slice& x) {
+  if (!dynamic_) return;
   for (int p = 0; p < panels_; ++p) {
-    kernels_.range(x.data + p * x.stride, x.count, told(ranges_, thread) + p * 2 * kLanes);
+    kernels_.range(x.data + p * x.stride, x.count, per_thread(ranges_, thread) + p * 2 * kLanes);
   }
 }
 
-void Encoder::share(int thread, const Slice& x, const Linear& linear) {
-  pool_.meet();
-  Own& own = own_[thread];
-  const std::size_t bytes = shared_bytes(x.features);
-  const std::ptrdiff_t stride = told(ranges_, 1) - ranges_.data();
+void Encoder::publish(int thread, const Slice& x, const Linear& linear) {
+  pool_.barrier();
+  ThreadBuffers& buffers = buffers_[thread];
+  const std::size_t bytes = panel_bytes(x.features);
+  const std::ptrdiff_t stride = per_thread(ranges_, 1) - ranges_.data();
   for (int p = 0; p < panels_; ++p) {
     const float* from = x.data + p * x.stride;
-    char* to = shared_.data() + p * bytes;
+    char* to = published_.data() + p * bytes;
     if (!int8_) {
       std::memcpy(to + x.first * kLanes * sizeof(float), from, x.count * kLanes * sizeof(float));
       continue;
     }
-    float* const scale = own.scale.data() + p * kLanes;
-    int32_t* const zero = own.zero.data() + p * kLanes;
-    if (ranged_) {
+    float* const scale = buffers.scale.data() + p * kLanes;
+    int32_t* const zero = buffers.zero.data() + p * kLanes;
+    if (dynamic_) {
       kernels_.scales(ranges_.data() + p * 2 * kLanes, pool_.threads(), stride, scale, zero);
     } else {
       std::fill(scale, scale + kLanes, linear.input().scale);
@@ -250,21 +251,21 @@ void Encoder::share(int thread, const Slice& x, const Linear& linear) {
     const auto encode = x.half ? kernels_.encode_half : kernels_.encode;
     if (x.count > 0) encode(from, x.first, x.first + x.count, x.features, scale, zero, to);
   }
-  pool_.meet();
+  pool_.barrier();
   clear_ranges(thread);
 }
 
 Operands Encoder::operands(int thread, const Slice& y) {
-  Own& own = own_[thread];
+  ThreadBuffers& buffers = buffers_[thread];
   Operands o;
-  o.x = shared_.data();
-  o.scale = own.scale.data();
-  o.zero = own.zero.data();
+  o.x = published_.data();
+  o.scale = buffers.scale.data();
+  o.zero = buffers.zero.data();
   o.panels = panels_;
   o.y = y.data;
   o.y_stride = y.stride;
   o.first = y.first;
-  o.scratch = own.scratch.data();
+  o.scratch = buffers.scratch.data();
   return o;
 }
 
@@ -272,24 +273,24 @@ void Encoder::multiply(int thread, const Linear& linear, const Slice& y, Activat
   if (y.count == 0) return;
   Operands o = operands(thread, y);
   o.activation = activation;
-  if (ranged_ && ranges) o.ranges = told(ranges_, thread);
+  if (dynamic_ && ranges) o.ranges = per_thread(ranges_, thread);
   linear.run(o, y.first, y.first + y.count);
 }
 
 void Encoder::add(int thread, const Linear& linear, const Slice& state) {
   Operands o = operands(thread, state);
-  o.moments = told(moments_, thread);
+  o.moments = per_thread(moments_, thread);
   std::fill(o.moments, o.moments + panels_ * 2 * kLanes, 0.0f);
   if (state.count > 0) linear.run(o, state.first, state.first + state.count);
 }
 
 void Encoder::normalize(int thread, const Slice& state, const Norm& norm) {
-  pool_.meet();
+  pool_.barrier();
   for (int p = 0; p < panels_; ++p) {
     kernels_.normalize(state.data + p * state.stride, state.count, options_.hidden, moments_.data() + p * 2 * kLanes,
-                       pool_.threads(), told(moments_, 1) - moments_.data(), norm.gamma.data() + state.first,
+                       pool_.threads(), per_thread(moments_, 1) - moments_.data(), norm.gamma.data() + state.first,
                        norm.beta.data() + state.first, options_.epsilon,
-                       ranged_ ? told(ranges_, thread) + p * 2 * kLanes : nullptr);
+                       dynamic_ ? per_thread(ranges_, thread) + p * 2 * kLanes : nullptr);
   }
 }
 

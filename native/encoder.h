@@ -52,10 +52,10 @@ struct Sequences {
 class Encoder {
  public:
   // Throws std::invalid_argument when sizes do not fit each other.
-  Encoder(EncoderOptions options, Table word, Table position, Table type, Norm embedding_norm, std::vector<Layer> layers,
-          const Kernels& kernels);
+  Encoder(EncoderOptions options, Table word, Table position, Table type, Norm embedding_norm,
+          std::vector<Layer> layers, const Kernels& kernels);
 
-  // out: [tokens][hidden]. Threads may call it at the same time; they take turns.
+  // out: [tokens][hidden]. Threads may call it at the same time; calls run one after the other.
   // Throws std::invalid_argument for an id out of range or offsets that do not increase from 0 to `tokens`.
   void forward(const Sequences& sequences, float* out);
 
@@ -63,7 +63,7 @@ class Encoder {
   const std::vector<Layer>& layers() const { return layers_; }
 
  private:
-  // Of `total` features, in units of `unit`, those of a thread.
+  // The range of `total` features that a thread has, in multiples of `unit`.
   struct Part {
     int begin, end;
     int count() const { return end - begin; }
@@ -71,7 +71,7 @@ class Encoder {
   Part part(int total, int unit, int thread) const;
   int head_unit() const;  // heads that make a multiple of 16 features
   int head_size() const { return options_.hidden / options_.heads; }
-  std::size_t shared_bytes(int features) const;  // of a panel
+  std::size_t panel_bytes(int features) const;  // of a panel
 
   void reserve(int panels);
   void check(const Sequences& sequences) const;
@@ -84,27 +84,28 @@ class Encoder {
     std::ptrdiff_t stride;
     bool half = false;  // see Activation::kGeluHalf
   };
-  // And the moments of this thread's part.
+  // Sums of the embeddings, and the moments of this thread's features.
   void embed(int thread, const Slice& state, const Sequences& sequences);
   // From query, key and value, each as wide as `query` and one after the other; the result replaces the query.
   void attend(int thread, const Slice& query, const Sequences& sequences);
-  // Widens the ranges of this thread by x; not needed where what wrote x has done so.
-  void look(int thread, const Slice& x);
-  // Gives x to all threads, as codes for `linear` once all ranges are known: two meetings.
-  void share(int thread, const Slice& x, const Linear& linear);
-  // y = linear(what was shared last), the rows of this thread.
+  // Updates the ranges of this thread with x; not needed where the kernel that wrote x has done so.
+  void update_ranges(int thread, const Slice& x);
+  // Writes x where all threads read it, as codes for `linear` where that is int8. Two barriers: before, because codes
+  // need the ranges of all threads, and after.
+  void publish(int thread, const Slice& x, const Linear& linear);
+  // y = linear(what was published last), the rows of this thread.
   void multiply(int thread, const Linear& linear, const Slice& y, Activation activation = Activation::kNone,
                 bool ranges = false);
-  // state += linear(what was shared last), and the moments of this thread's part of it.
+  // state += linear(what was published last), and the moments of this thread's features.
   void add(int thread, const Linear& linear, const Slice& state);
-  // From the moments of all threads. One meeting.
+  // LayerNorm, from the moments of all threads. One barrier.
   void normalize(int thread, const Slice& state, const Norm& norm);
   Operands operands(int thread, const Slice& y);
-  float* told(Aligned<float>& all, int thread);  // ranges or moments of a thread
+  float* per_thread(Aligned<float>& all, int thread);  // ranges or moments of a thread
   void clear_ranges(int thread);
 
-  // What a thread needs alone. Every linear layer writes to `wide`, so that it stays in the thread's cache.
-  struct Own {
+  // Every linear layer but those that add to the state writes to `wide`, so that it stays in the thread's cache.
+  struct ThreadBuffers {
     Aligned<float> state, wide;  // [panels][features of the thread][16]
     Aligned<float> scale;        // [panels][16]
     Aligned<int32_t> zero;
@@ -119,15 +120,15 @@ class Encoder {
   int widest_ = 0;  // features of the widest layer
   Activation activation_ = Activation::kNone;
   bool int8_ = false;
-  bool ranged_ = false;  // int8 with a scale for each token, so that ranges are needed
+  bool dynamic_ = false;  // int8 with a scale per token, which needs ranges
 
   std::mutex mutex_;
   Pool pool_;
   int panels_ = 0;    // of this pass
   int reserved_ = 0;  // panels that the buffers hold
-  Aligned<char> shared_;  // what the next linear layer reads: codes, or floats [panels][features][16]
-  Aligned<float> ranges_, moments_;  // [threads][panels][2][16], what each thread tells the others
-  std::vector<Own> own_;
+  Aligned<char> published_;  // what the next linear layer reads: codes, or floats [panels][features][16]
+  Aligned<float> ranges_, moments_;  // [threads][panels][2][16], written by one thread, read by all
+  std::vector<ThreadBuffers> buffers_;
 };
 
 }  // namespace pruneofa

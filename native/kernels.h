@@ -12,8 +12,8 @@
 //
 // A linear layer is y[n] = sum_k w[n][k] * x[k] for every token. int8: x is quantized, per token or by the layer's
 // static scale, x = scale * (code - zero), codes in 0..255, weights in -128..127, so |sum| <= 255 * 128 * inputs fits
-// int32 for inputs < 2^16; the sums are exact and therefore the same on every path. The floats made from them, and all other
-// float operations, may differ between paths by rounding (tests/kernels/test_encoder.py states the tolerance).
+// int32 for inputs < 2^16; the sums are exact and therefore the same on every path. The floats made from them, and all
+// other float operations, may differ between paths by rounding (tests/kernels/test_encoder.py states the tolerance).
 //
 // Nothing here allocates, throws or locks. Rows [begin, end) may be computed by different threads at the same time.
 #pragma once
@@ -23,11 +23,6 @@
 
 #include <cstddef>
 #include <cstdint>
-
-// The x86 paths choose their instructions by GCC's pragmas, which Clang does not know: it compiles the portable path.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define PRUNEOFA_X86
-#endif
 
 // Sums in registers need their loops unrolled whatever the optimisation level.
 #if defined(__clang__)
@@ -40,10 +35,14 @@
 
 namespace pruneofa {
 
+struct PackedLayer;  // layout.h
+struct LaidOut;
+
 constexpr int kLanes = 16;
 
-// kGeluHalf: GELU for what is quantized by the token next, where the path has `encode_half`. It writes halves to the
-// first half of each panel, [features][16], and they are GELU to about 5e-4 of the token's range.
+// kGeluHalf: GELU in half precision, for activations that are quantized per token next, on a path that has
+// `encode_half`. The result is float16, [features][16] in the first half of each panel, exact to about 5e-4 of the
+// token's range.
 enum class Activation { kNone, kGelu, kGeluHalf, kGeluTanh, kRelu };
 
 // Weights of one linear layer in the layout of one path. On AMX tiles, dense or as masks; else groups: a group is the
@@ -55,8 +54,8 @@ struct Weights {
   const uint32_t* row_start = nullptr;
   const uint16_t* index = nullptr;
   const uint32_t* words = nullptr;  // dense: [outputs / block][groups][block]
-  // Gathered words: `shared` outputs have one list, the entries [row_start[n / shared], row_start[n / shared + 1]). An
-  // entry e is a group of any inputs, index[group * e ...] (inputs, not groups), and a word for each output,
+  // Gathered words: `shared` outputs have one list, the entries [row_start[n / shared], row_start[n / shared + 1]).
+  // Entry e has a group of any inputs, index[group * e ...] (inputs, not groups), and one word per output,
   // words[shared * e ...].
   int shared = 0;  // 1 or 4; 0: not gathered
   // AMX, per tile of 16 outputs x 64 inputs, tiles of one row of tiles consecutive.
@@ -71,8 +70,8 @@ struct Weights {
   bool sparse = false;
 };
 
-// Per token of each panel: the smallest and the largest value so far, [panels][2][16], low first.
-// What a thread has seen of its own features; `scales` puts the threads' together.
+// Minimum and maximum of each token so far, [panels][2][16]. A thread has one for its own features; `scales` reduces
+// over the threads.
 using Ranges = float*;
 
 // What a linear layer reads and where it writes.
@@ -84,14 +83,14 @@ struct Operands {
   float* y = nullptr;              // [panels][.][16], from row `first` on, `y_stride` floats from panel to panel
   std::ptrdiff_t y_stride = 0;
   int first = 0;
-  Ranges ranges = nullptr;         // if set, widened by what is written to y
+  Ranges ranges = nullptr;         // if set, updated with what is written to y
   float* moments = nullptr;        // if set, y is added to, and the sums of y and of y^2 go to these, [panels][2][16]
   int32_t* sums = nullptr;         // if set, the raw int32 sums go here, [panels][outputs][16], and nothing to y
   Activation activation = Activation::kNone;
   void* scratch = nullptr;         // of this thread, `scratch_bytes` long
 };
 
-// What operands of attention may be rounded to, on a path that gains by it.
+// What the operands of attention may be rounded to, on a path where that is faster.
 enum class Rounding { kNone, kTwoBfloat16, kBfloat16 };
 
 // One head of one sequence. Up to 16 features past the head may be read.
@@ -107,42 +106,45 @@ struct Attention {
   void* scratch = nullptr;
 };
 
-// The kernels of one path. Rows of a linear layer and features of activations are divided among threads in multiples
-// of 16, so that floats stay in the cache of the core that wrote them; what the others need of them is exchanged as
-// ranges, sums and codes.
+// The kernels of one path: a row of the table of paths. Rows of a linear layer and features of activations are divided
+// among threads in multiples of 16, so that floats stay in the cache of the core that wrote them; threads exchange only
+// ranges, moments and codes.
 struct Kernels {
   const char* isa;
-  int group_int8;       // inputs in a word of int8 weights: 4, or 2 on AVX2
-  int block_int8;       // outputs per block of dense int8 words, divides 16; 0: the path takes tiles (AMX)
-  int block_float;      // the same for float words
-  float sparse_above;   // sparsity from which the sparse layout is the faster one, for int8 (docs/kernels.md) ...
+  bool (*supported)();  // by this CPU and operating system
+  // Chooses the layout of a layer and fills `out`, whose `sparsity`, sizes, scales and bias are set.
+  void (*lay_out)(const PackedLayer& layer, const Kernels& kernels, LaidOut& out);
+  int group_int8;            // inputs in a word of int8 weights and of codes: 4, or 2 on AVX2
+  int block_int8 = 0;        // outputs per block of dense int8 words, divides 16; unused where int8 weights are tiles
+  int block_float;           // the same for float words
+  float sparse_above;        // sparsity from which the sparse layout is the faster one, for int8 (docs/kernels.md) ...
   float sparse_above_float;  // ... and for floats
+  // Time for an entry of a gathered int8 list, relative to one of a plain list: of one output, and shared by four
+  // outputs. 0: the path has no such kernel.
+  float gathered = 0, gathered_by_4 = 0;
 
   void (*begin)();  // once per thread and forward pass
   void (*end)();
   void (*linear_int8)(const Weights&, const Operands&, int begin, int end);
   void (*linear_float)(const Weights&, const Operands&, int begin, int end);
 
-  // Of one panel, x [count][16] being the features of this thread.
-  // Widen one panel's range [2][16].
+  // The following take one panel; x, [count][16], has the features of this thread.
+  // Updates the panel's range, [2][16].
   void (*range)(const float* x, int count, Ranges range);
   // Scale and zero point of 16 tokens from `count` ranges that lie `stride` floats apart.
   void (*scales)(const float* ranges, int count, std::ptrdiff_t stride, float* scale, int32_t* zero);
-  // Codes, x being the features begin .. end - 1 of `features`; the thread with the last one also clears the padding.
-  void (*encode)(const float* x, int begin, int end, int features, const float* scale, const int32_t* zero, void* codes);
+  // Codes of x, the features begin .. end - 1 of `features`; the thread with the last one also clears the padding.
+  void (*encode)(const float* x, int begin, int end, int features, const float* scale, const int32_t* zero,
+                 void* codes);
   // The sums of x and of x^2 over these features, [2][16].
   void (*moments)(const float* x, int count, float* moments);
   // x = gamma * (x - mean) / deviation + beta, mean and variance over all `features` from `parts` moments that lie
-  // `stride` floats apart; gamma and beta are those of x. Widens the range if one is given.
+  // `stride` floats apart; gamma and beta are those of x. Updates the range if one is given.
   void (*normalize)(float* x, int count, int features, const float* moments, int parts, std::ptrdiff_t stride,
                     const float* gamma, const float* beta, float epsilon, Ranges range);
   void (*attention)(const Attention&);
 
-  // What an entry of a gathered int8 list costs, in words of a plain one: of one output, and shared by four. 0: the
-  // path has no such kernel.
-  float gathered = 0, gathered_by_4 = 0;
-
-  // `encode` from what linear_int8 wrote for kGeluHalf; null where it cannot.
+  // `encode` of what linear_int8 wrote for kGeluHalf; null: the path has no kGeluHalf.
   void (*encode_half)(const float* x, int begin, int end, int features, const float* scale, const int32_t* zero,
                       void* codes) = nullptr;
 };
@@ -162,11 +164,12 @@ constexpr std::size_t scratch_bytes(int inputs, int tokens, int head) {
   return tiles > operands ? tiles : operands;
 }
 
-extern const Kernels kScalar;
-#if defined(PRUNEOFA_X86)
-extern const Kernels kAvx2;
-extern const Kernels kAvx512Vnni;
-extern const Kernels kAmx;
-#endif
+// For paths whose weights are words; in layout.cc.
+void lay_out_words(const PackedLayer& layer, const Kernels& kernels, LaidOut& out);
+
+// The row of each path, defined in its file. CMakeLists.txt has the list: PRUNEOFA_PATH(scalar) PRUNEOFA_PATH(avx2) ...
+#define PRUNEOFA_PATH(name) extern const Kernels name##_kernels;
+PRUNEOFA_PATHS
+#undef PRUNEOFA_PATH
 
 }  // namespace pruneofa

@@ -13,7 +13,8 @@ class Aligned {
  public:
   Aligned() = default;
   explicit Aligned(std::size_t count)
-      : data_(count ? static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t(64))) : nullptr), size_(count) {
+      : data_(count ? static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t(64))) : nullptr),
+        size_(count) {
     if (count) std::memset(static_cast<void*>(data_), 0, count * sizeof(T));
   }
   Aligned(Aligned&& other) noexcept : data_(other.data_), size_(other.size_) { other.data_ = nullptr, other.size_ = 0; }

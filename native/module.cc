@@ -8,7 +8,6 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include <algorithm>
 #include <cmath>
 #include <memory>
 #include <optional>
@@ -55,7 +54,8 @@ PackedLayer packed_layer(const Matrix<uint8_t>& bitmask, const std::optional<Vec
   layer.inputs = inputs;
   layer.bitmask = bitmask.data();
   layer.nonzeros = nonzeros;
-  expect(inputs > 0 && bitmask.shape(1) == (static_cast<std::size_t>(inputs) + 7) / 8, "bitmask: wanted ceil(k / 8) bytes per row");
+  expect(inputs > 0 && bitmask.shape(1) == (static_cast<std::size_t>(inputs) + 7) / 8,
+         "bitmask: wanted ceil(k / 8) bytes per row");
   if (inputs % 8 != 0) {
     for (std::size_t n = 0; n < bitmask.shape(0); ++n) {
       expect(bitmask(n, bitmask.shape(1) - 1) >> (inputs % 8) == 0, "bitmask: spare bits must be 0");
@@ -101,50 +101,6 @@ std::shared_ptr<Linear> float_linear(Matrix<uint8_t> bitmask, Vector<float> valu
   return std::make_shared<Linear>(layer, kernels);
 }
 
-// Buffers of one call of a single layer, all tokens padded to panels.
-struct Call {
-  Call(const Linear& linear, std::size_t tokens)
-      : panels(round_up(static_cast<int>(tokens), kLanes) / kLanes),
-        x(static_cast<std::size_t>(panels) * linear.inputs() * kLanes),
-        y(static_cast<std::size_t>(panels) * linear.outputs() * kLanes),
-        sums(static_cast<std::size_t>(panels) * linear.outputs() * kLanes),
-        codes(panels * codes_bytes(linear.inputs(), linear.kernels().group_int8)),
-        scale(static_cast<std::size_t>(panels) * kLanes),
-        zero(static_cast<std::size_t>(panels) * kLanes),
-        scratch(scratch_bytes(linear.inputs(), panels * kLanes, 0)) {
-    operands.x = linear.is_int8() ? static_cast<const void*>(codes.data()) : x.data();
-    operands.scale = scale.data();
-    operands.zero = zero.data();
-    operands.panels = panels;
-    operands.y = y.data();
-    operands.y_stride = static_cast<std::ptrdiff_t>(linear.outputs()) * kLanes;
-    operands.scratch = scratch.data();
-  }
-
-  void run(const Linear& linear) {
-    linear.kernels().begin();
-    linear.run(operands, 0, linear.outputs());
-    linear.kernels().end();
-  }
-
-  int panels;
-  Aligned<float> x, y;
-  Aligned<int32_t> sums;
-  Aligned<char> codes;
-  Aligned<float> scale;
-  Aligned<int32_t> zero;
-  Aligned<char> scratch;
-  Operands operands;
-};
-
-template <class T>
-void from_panels(const T* panels, T* rows, std::size_t tokens, int features) {
-  for (std::size_t t = 0; t < tokens; ++t) {
-    const T* panel = panels + t / kLanes * features * kLanes + t % kLanes;
-    for (int f = 0; f < features; ++f) rows[t * features + f] = panel[f * kLanes];
-  }
-}
-
 // The number of rows, if a matrix of `rows` x `columns` fits.
 std::size_t rows_for(const Linear& linear, std::size_t rows, std::size_t columns) {
   expect(columns == static_cast<std::size_t>(linear.inputs()), "x: wanted one column per input");
@@ -157,31 +113,7 @@ nb::ndarray<nb::numpy, float, nb::ndim<2>> linear_forward(const Linear& linear, 
   float* out;
   auto result = new_matrix<float>(tokens, linear.outputs(), &out);
   nb::gil_scoped_release release;
-  Call call(linear, tokens);
-  for (std::size_t t = 0; t < tokens; ++t) {
-    float* panel = call.x.data() + t / kLanes * linear.inputs() * kLanes + t % kLanes;
-    for (int k = 0; k < linear.inputs(); ++k) panel[k * kLanes] = x(t, k);
-  }
-  if (linear.is_int8()) {
-    const Kernels& kernels = linear.kernels();
-    const std::size_t bytes = codes_bytes(linear.inputs(), kernels.group_int8);
-    for (int p = 0; p < call.panels; ++p) {
-      const float* panel = call.x.data() + static_cast<std::size_t>(p) * linear.inputs() * kLanes;
-      float* scale = call.scale.data() + p * kLanes;
-      int32_t* zero = call.zero.data() + p * kLanes;
-      if (linear.is_static()) {
-        std::fill(scale, scale + kLanes, linear.input().scale);
-        std::fill(zero, zero + kLanes, linear.input().zero);
-      } else {
-        alignas(64) float range[2 * kLanes] = {};
-        kernels.range(panel, linear.inputs(), range);
-        kernels.scales(range, 1, 0, scale, zero);
-      }
-      kernels.encode(panel, 0, linear.inputs(), linear.inputs(), scale, zero, call.codes.data() + p * bytes);
-    }
-  }
-  call.run(linear);
-  from_panels(call.y.data(), out, tokens, linear.outputs());
+  linear.forward(x.data(), tokens, out);
   return result;
 }
 
@@ -191,23 +123,7 @@ nb::ndarray<nb::numpy, int32_t, nb::ndim<2>> linear_accumulate(const Linear& lin
   int32_t* out;
   auto result = new_matrix<int32_t>(tokens, linear.outputs(), &out);
   nb::gil_scoped_release release;
-  Call call(linear, tokens);
-  const int group = linear.kernels().group_int8;
-  const std::size_t bytes = codes_bytes(linear.inputs(), group);
-  for (std::size_t t = 0; t < tokens; ++t) {
-    char* panel = call.codes.data() + t / kLanes * bytes;
-    for (int k = 0; k < linear.inputs(); ++k) {
-      const std::size_t place = (static_cast<std::size_t>(k / group) * kLanes + t % kLanes) * group + k % group;
-      if (group == 2) {
-        reinterpret_cast<int16_t*>(panel)[place] = x(t, k);
-      } else {
-        reinterpret_cast<uint8_t*>(panel)[place] = x(t, k);
-      }
-    }
-  }
-  call.operands.sums = call.sums.data();
-  call.run(linear);
-  from_panels(call.sums.data(), out, tokens, linear.outputs());
+  linear.accumulate(x.data(), tokens, out);
   return result;
 }
 
@@ -294,7 +210,8 @@ void make_encoder(Encoder* self, int hidden, int heads, float epsilon, const std
 nb::ndarray<nb::numpy, float, nb::ndim<2>> encoder_forward(Encoder& encoder, Vector<int32_t> ids,
                                                            Vector<int32_t> positions, Vector<int32_t> types,
                                                            Vector<int32_t> offsets) {
-  expect(positions.shape(0) == ids.shape(0) && types.shape(0) == ids.shape(0), "positions and types: wanted one per id");
+  expect(positions.shape(0) == ids.shape(0) && types.shape(0) == ids.shape(0),
+         "positions and types: wanted one per id");
   expect(offsets.shape(0) >= 2, "offsets: wanted the sequences' beginnings and the end");
   expect(ids.shape(0) < 1u << 24, "too many tokens in one call");
   float* out;
@@ -325,11 +242,13 @@ std::vector<std::pair<std::string, std::string>> choices(const Encoder& encoder)
 
 NB_MODULE(_native, m) {
   m.doc() = "Sparse int8 and float kernels and the encoder made of them; reference.py defines what each computes.";
-  m.def("available_isas", [] {
-    std::vector<std::string> names;
-    for (const Kernels* kernels : available_kernels()) names.emplace_back(kernels->isa);
-    return names;
-  });
+  const auto names = [](const std::vector<const Kernels*>& paths) {
+    std::vector<std::string> found;
+    for (const Kernels* kernels : paths) found.emplace_back(kernels->isa);
+    return found;
+  };
+  m.def("available_isas", [names] { return names(available_kernels()); });
+  m.def("built_isas", [names] { return names(built_kernels()); });
   nb::class_<Linear>(m, "Linear")
       .def(nb::new_(&int8_linear), "bitmask"_a.noconvert(), "values"_a.noconvert(), "scale"_a.noconvert(),
            "bias"_a.noconvert().none(), "k"_a, "isa"_a, "input"_a = nb::none())

@@ -7,12 +7,12 @@
 namespace pruneofa {
 namespace {
 
-// Phases last microseconds, so threads spin between them; with more threads than free CPUs they give way soon.
+// Phases last microseconds, so threads spin between them; with more threads than free CPUs they yield soon.
 constexpr int kSpins = 2000;
-// After a pass workers stay awake this long for the next one.
+// Workers spin this long for the next call of run() before they sleep.
 constexpr int kIdleSpins = 20000;
 
-inline void relax() {
+inline void cpu_pause() {
 #if defined(__x86_64__) && defined(__GNUC__)
   __builtin_ia32_pause();
 #endif
@@ -22,7 +22,7 @@ template <class Done>
 void spin_until(Done done) {
   for (int i = 0; !done(); ++i) {
     if (i < kSpins) {
-      relax();
+      cpu_pause();
     } else {
       std::this_thread::yield();
     }
@@ -38,7 +38,7 @@ int current_cpu() {
 }
 
 // Moves this thread to another CPU, if it may run on one.
-void leave([[maybe_unused]] int cpu) {
+void move_away_from([[maybe_unused]] int cpu) {
 #if defined(__linux__)
   cpu_set_t allowed;
   if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
@@ -54,8 +54,8 @@ void leave([[maybe_unused]] int cpu) {
 
 Pool::Pool(int threads) {
   try {
-    for (int t = 1; t < threads; ++t) workers_.emplace_back([this, t] { serve(t); });
-  } catch (...) {  // the system has no more threads to give
+    for (int t = 1; t < threads; ++t) workers_.emplace_back([this, t] { work_loop(t); });
+  } catch (...) {  // the system cannot start more threads
     stop();
     throw;
   }
@@ -67,7 +67,7 @@ void Pool::stop() {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     stop_ = true;
-    round_.fetch_add(1, std::memory_order_release);
+    generation_.fetch_add(1, std::memory_order_release);
   }
   wake_.notify_all();
   for (std::thread& worker : workers_) worker.join();
@@ -80,7 +80,7 @@ void Pool::run(const std::function<void(int)>& work) {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       work_ = &work;
-      round_.fetch_add(1, std::memory_order_release);
+      generation_.fetch_add(1, std::memory_order_release);
     }
     wake_.notify_all();
   }
@@ -88,24 +88,24 @@ void Pool::run(const std::function<void(int)>& work) {
   spin_until([this] { return running_.load(std::memory_order_acquire) == 0; });
 }
 
-void Pool::meet() {
+void Pool::barrier() {
   if (workers_.empty()) return;
   const uint64_t phase = phase_.load(std::memory_order_relaxed);
-  if (waiting_.fetch_add(1, std::memory_order_acq_rel) == static_cast<int>(workers_.size())) {
-    waiting_.store(0, std::memory_order_relaxed);
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) == static_cast<int>(workers_.size())) {
+    arrived_.store(0, std::memory_order_relaxed);
     phase_.store(phase + 1, std::memory_order_release);
   } else {
     spin_until([this, phase] { return phase_.load(std::memory_order_acquire) != phase; });
   }
 }
 
-void Pool::serve(int thread) {
+void Pool::work_loop(int thread) {
   uint64_t seen = 0;
   for (;;) {
-    for (int i = 0; i < kIdleSpins && round_.load(std::memory_order_acquire) == seen; ++i) relax();
-    if (round_.load(std::memory_order_acquire) == seen) {
+    for (int i = 0; i < kIdleSpins && generation_.load(std::memory_order_acquire) == seen; ++i) cpu_pause();
+    if (generation_.load(std::memory_order_acquire) == seen) {
       std::unique_lock<std::mutex> lock(mutex_);
-      wake_.wait(lock, [&] { return round_.load(std::memory_order_acquire) != seen; });
+      wake_.wait(lock, [&] { return generation_.load(std::memory_order_acquire) != seen; });
     }
     ++seen;
     const std::function<void(int)>* work;
@@ -114,10 +114,10 @@ void Pool::serve(int thread) {
       if (stop_) return;
       work = work_;
     }
-    // After sleep two threads may wake on one CPU, and the scheduler lets them share it for some milliseconds: longer
-    // than a pass. Only the caller's CPU is known for certain.
+    // The scheduler may wake two threads on one CPU and leave them there for some milliseconds, longer than a forward
+    // pass. Of the CPUs in use only the caller's is known.
     const int cpu = cpu_.load(std::memory_order_relaxed);
-    if (cpu >= 0 && current_cpu() == cpu) leave(cpu);
+    if (cpu >= 0 && current_cpu() == cpu) move_away_from(cpu);
     (*work)(thread);
     running_.fetch_sub(1, std::memory_order_acq_rel);
   }

@@ -1,4 +1,4 @@
-// Threads that carry out one function together, phase by phase.
+// A pool of threads that run one function together, with barriers between its phases.
 #pragma once
 
 #include <atomic>
@@ -21,14 +21,15 @@ class Pool {
 
   int threads() const { return static_cast<int>(workers_.size()) + 1; }
 
-  // Calls work(thread) on every thread, thread 0 being the caller, and returns when all are done. `work` must not throw.
+  // Calls work(thread) on every thread, thread 0 being the caller, and returns when all are done. `work` must not
+  // throw.
   void run(const std::function<void(int)>& work);
 
-  // Called by all threads inside `work`: returns when all of them have come.
-  void meet();
+  // Called by all threads inside `work`: returns when all of them have called it.
+  void barrier();
 
  private:
-  void serve(int thread);
+  void work_loop(int thread);
   void stop();
 
   std::vector<std::thread> workers_;
@@ -38,9 +39,9 @@ class Pool {
   bool stop_ = false;
   std::atomic<int> cpu_{-1};  // of the caller; -1: not known
   // Each on a cache line of its own: threads spin on the one while others write the next.
-  alignas(64) std::atomic<uint64_t> round_{0};
+  alignas(64) std::atomic<uint64_t> generation_{0};
   alignas(64) std::atomic<int> running_{0};
-  alignas(64) std::atomic<int> waiting_{0};
+  alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<uint64_t> phase_{0};
 };
 

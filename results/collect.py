@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 from pruneofa.recipe import load, to_yaml
-from pruneofa.report.card import portable
+from pruneofa.report.render import portable
 
 WHOLE = ("run.json", "results.json", "table.md", "log.jsonl")
-OF_A_STAGE = ("metrics.json", "engine.json", "stage.json")
+OF_A_STAGE = ("metrics.json", "evaluation.json", "engine.json", "stage.json")
 
 
 def main(run: Path) -> None:

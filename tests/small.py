@@ -4,21 +4,12 @@ import json
 import random
 from pathlib import Path
 
-from transformers import BertForPreTraining
-
 from pruneofa import recipe
-from tests.tiny import tiny_bert, tiny_tokenizer
+from tests.tiny import write_model
 
 SUBJECTS = ["the king", "the queen", "a river", "the city", "that book", "this game", "the team", "the people"]
 GOOD = ["is good", "has great music", "was the first", "is the best"]
 BAD = ["is bad", "has terrible music", "was the worst", "is a terrible story"]
-
-
-def write_model(folder: Path, model: object | None = None) -> Path:
-    """Save a tiny model with its tokenizer."""
-    (model or tiny_bert(BertForPreTraining)).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
 
 
 def write_text(path: Path, documents: int = 60, seed: int = 0) -> Path:

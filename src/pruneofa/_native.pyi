@@ -13,8 +13,11 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float32]
 Table = tuple[NDArray[np.int8], Floats] | tuple[Floats, None]  # rows of an embedding: int8 and a scale each, or float32
 
+def built_isas() -> list[str]:
+    """Paths that this build has, slowest first: of "scalar", "avx2", "avx512vnni" and "amx"."""
+
 def available_isas() -> list[str]:
-    """Paths that this CPU and operating system run, worst first: of "scalar", "avx2", "avx512vnni" and "amx"."""
+    """Those that this CPU and operating system run, slowest first."""
 
 class Linear:
     """y = x W^T + b with a sparse W, laid out for one path at construction and immutable from then on.

@@ -13,7 +13,7 @@ class CheckFailed(RuntimeError):  # noqa: N818 - it is a verdict, not a malfunct
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of another library's message, short enough to be part of ours; its type if it has none."""
+    """The first line of another library's message, at most 200 characters; its type if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 

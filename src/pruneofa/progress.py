@@ -28,13 +28,13 @@ def progress(description: str, total: int, *, completed: int = 0) -> Iterator[Ca
         if now - last >= SECONDS_BETWEEN_LINES:
             last = now
             left = (now - start) / max(done - completed, 1) * (total - done)
-            sys.stderr.write(f"{description}: {done}/{total}, {_clock(left)} left  {note}\n")
+            sys.stderr.write(f"{description}: {done}/{total}, {clock(left)} left  {note}\n")
             sys.stderr.flush()
 
     yield advance
     seconds = time.monotonic() - start
     if seconds > 2:
-        sys.stderr.write(f"{description}: done in {_clock(seconds)}\n")
+        sys.stderr.write(f"{description}: done in {clock(seconds)}\n")
 
 
 @contextlib.contextmanager
@@ -58,7 +58,8 @@ def _bar(description: str, total: int, completed: int) -> Iterator[Callable[...,
         yield advance
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Seconds as m:ss or h:mm:ss."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

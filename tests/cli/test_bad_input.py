@@ -14,8 +14,8 @@ from transformers import BertForPreTraining, GPT2Config, GPT2LMHeadModel
 
 from pruneofa.errors import InputError
 from tests.cli.conftest import program, write_recipe
-from tests.small import write_model, write_text
-from tests.tiny import tiny_bert, tiny_distilbert
+from tests.small import write_text
+from tests.tiny import tiny_bert, tiny_distilbert, write_model
 
 
 @pytest.fixture(scope="module")
@@ -103,14 +103,13 @@ def test_a_rate_above_the_peak_is_only_a_warning(root, call):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["prune.pattern=1:4", "prune.final=0.75"], "shape 62x32"),
-        (["prune.pattern=4x1"], "shape 62x32 (out, in) does not divide"),
+        (["prune.pattern=1:4", "prune.final=0.75"], "shape 32x62 (out x in) does not divide into 1:4"),
+        (["prune.pattern=4x1"], "shape 62x32 (out x in) does not divide into 4x1"),
     ],
 )
 def test_a_pattern_that_does_not_divide(root, complaint, overrides, message):
     write_model(root / "odd", tiny_bert(BertForPreTraining, intermediate_size=62))
-    line = complaint(*settings("model=odd", *overrides))
-    assert "does not divide" in line and "62" in line
+    assert message in complaint(*settings("model=odd", *overrides))
 
 
 def test_models_that_cannot_be_pruned(root, complaint):
@@ -122,7 +121,7 @@ def test_models_that_cannot_be_pruned(root, complaint):
     write_model(root / "distil", tiny_distilbert())
     assert "distilbert has no next-sentence head; set corpus.nsp=false" in complaint(*settings("model=distil"))
     for verb in (["inspect", "gpt2"], ["verify", "gpt2", "model"], ["inspect", "empty"]):
-        assert "no weight named encoder.layer.N or transformer.layer.N" in complaint(*verb, run=False)
+        assert "no weight named encoder.layer.N" in complaint(*verb, run=False)
 
 
 def documents(path, *texts, column="text"):
@@ -133,7 +132,7 @@ def test_corpora_that_give_no_examples(root, complaint):
     documents(root / "blank.jsonl", "", "   ", "\n")
     assert "blank.jsonl: no text in this file" in complaint(*settings("corpus.source=blank.jsonl"))
     documents(root / "one.jsonl", "the king is good. the queen is bad. " * 20)
-    assert "1 article, but next-sentence prediction needs at least 2" in complaint(*settings("corpus.source=one.jsonl"))
+    assert "1 article, but next-sentence prediction" in complaint(*settings("corpus.source=one.jsonl"))
     documents(root / "body.jsonl", "the king is good.", column="body")
     line = complaint(*settings("corpus.source=body.jsonl"))
     assert "no column 'text', it has body" in line and "corpus.column" in line

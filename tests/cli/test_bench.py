@@ -7,7 +7,7 @@ import pytest
 
 from pruneofa.bench.workers import Worker
 from pruneofa.engine import engine
-from tests.unit.engine_folder import write_folder
+from tests.tiny import write_folder
 
 pytestmark = pytest.mark.skipif(engine.native is None, reason="the native kernels were not built")
 
@@ -43,6 +43,7 @@ def test_no_model(refused, tmp_path):
     assert "no such folder" in refused("bench", tmp_path / "none", "--peers")
 
 
+@pytest.mark.usefixtures("peers_without_torch")
 def test_alone_it_prints_a_table_or_a_record(call, folder):
     said = call("bench", folder, "--peers", "--seq", 8, "--threads", 1, "--repeats", 2, "--at-least", 3)
     assert said.code == 1 and "failed: wanted 3 times as fast" in said.err and "1x8: no peer" in said.err
@@ -54,6 +55,7 @@ def test_alone_it_prints_a_table_or_a_record(call, folder):
     assert json.loads(said.out)["rows"][0]["case"] == "3x2-9"
 
 
+@pytest.mark.usefixtures("peers_without_torch")
 def test_an_interrupt_prints_what_was_measured(call, folder, tmp_path, monkeypatch):
     ask, asked = Worker.ask, []
 

@@ -1,4 +1,4 @@
-"""`export` as a user calls it; what is exported is tested in unit/test_export.py."""
+"""`export` as a user calls it; what is exported is tested in tests/export."""
 
 import importlib.util
 import json
@@ -9,8 +9,8 @@ from transformers import BertForSequenceClassification
 from pruneofa.export import compressed as export_compressed
 from pruneofa.export import export as module
 from tests.quantized import quantize_folder
-from tests.small import write_model, write_task
-from tests.tiny import tiny_bert
+from tests.small import write_task
+from tests.tiny import tiny_bert, write_model
 
 needs_compressed = pytest.mark.skipif(
     importlib.util.find_spec("compressed_tensors") is None, reason="compressed_tensors not installed: NOT TESTED here"

@@ -79,7 +79,7 @@ def test_what_is_refused(model, tmp_path, refused):
     assert f"{model}: no manifest.json, so not a packed folder; make one with: pruneofa pack" in refused(
         "unpack", model, out
     )
-    assert f"{model}: exists and is not an empty folder; name another one" in refused("pack", model, model)
+    assert f"{model}: exists and is not an empty folder" in refused("pack", model, model)
     assert "no such folder" in refused("pack", tmp_path / "nowhere", out)
     assert "invalid choice: 'int4'" in refused("pack", model, out, "--precision", "int4")
     shutil.copytree(model, packed)

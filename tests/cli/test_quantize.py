@@ -6,8 +6,9 @@ import shutil
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from pruneofa.cli import main as cli
 from pruneofa.formats.files import read_json
-from tests.cli.conftest import program, write_recipe
+from tests.cli.conftest import write_recipe
 
 TEXT = ["--text", "sentence", "--label", "verdict"]
 ONCE = ["--qat_epochs", "1"]
@@ -18,8 +19,7 @@ SEED = "run/tasks/mine/seed-0"
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("cli")
-    said = program("run", write_recipe(root), "--out", root / "run", "--json")
-    assert said.code == 0, said.err
+    assert cli.main(["run", str(write_recipe(root)), "--out", str(root / "run")]) == 0
     return root
 
 
@@ -89,10 +89,10 @@ def test_options_that_would_do_nothing_are_refused(command, call, tmp_path, give
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_dense_model_gets_a_warning(root, command, call):
-    said = call("quantize", root / SEED / "teacher", *command[2:], "--ptq")
+def test_a_dense_model_gets_one_warning(root, command, call):
+    said = call("quantize", root / SEED / "teacher", *command[2:], *ONCE)
     assert said.code == 0, said.err
-    assert "has no zeros to keep" in said.err
+    assert said.err.count("has no zeros to keep") == 1
 
 
 def test_wrong_tasks_and_folders_are_refused(root, command, call, tmp_path):
@@ -100,7 +100,7 @@ def test_wrong_tasks_and_folders_are_refused(root, command, call, tmp_path):
     line = last(call("quantize", root / "run" / "sparse", *rest, "--ptq"))
     assert "not fine-tuned for classification" in line
     line = last(call(*command[:3], "--task", "squad", "--data", root / "task.csv", "--ptq"))
-    assert "tasks.squad" in line or "question" in line
+    assert "tasks.squad" in line
     (tmp_path / "others.csv").write_text("sentence,verdict\n" + "the king,meh\nthe queen,great\n" * 20)
     others = ["--data", tmp_path / "others.csv", "--validation", tmp_path / "others.csv"]
     line = last(call(*command[:3], *others, *TEXT, *FAST, "--ptq"))

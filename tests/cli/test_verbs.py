@@ -13,6 +13,7 @@ from tests.small import write_task, write_text
 TEXT = ["--text", "sentence", "--label", "verdict"]
 FAST = ["--epochs", "1", "--batch", "16", "--lr", "1e-3", "--max-length", "32", "--precision", "fp32"]
 STAGES = {"teacher", "prune", "tasks/mine/seed-0/teacher", "tasks/mine/seed-0/transfer"}
+STEPS = STAGES | {f"evaluate {stage}" for stage in STAGES if stage.startswith("tasks/")}
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,9 @@ def test_running_again_skips_everything_and_shows_where_things_are(done, again, 
     before = {path: path.stat().st_mtime_ns for path in root.rglob("model.safetensors")}
     said = call(*again)
     assert said.code == 0, said.err
-    assert said.out.startswith("|") or "| " in said.out
+    model, rule, *rows = said.out.partition("\n\n")[0].splitlines()
+    assert model.startswith("| Model | Sparsity |") and rule.startswith("| --- |")
+    assert any(row.startswith("| small: Prune Once for All") for row in rows)
     for file in ("results.json", "table.md", "report.html", "sparse/README.md"):
         assert f"{root / 'run' / file}\n" in said.out
     assert before == {path: path.stat().st_mtime_ns for path in root.rglob("model.safetensors")}
@@ -57,8 +60,8 @@ def test_running_again_skips_everything_and_shows_where_things_are(done, again, 
 def test_dry_run_says_what_it_would_cost_and_writes_nothing(done, again, call, tmp_path):
     said = call(*again, "--dry-run", "--json")
     rows = {row["stage"]: row for row in json.loads(said.out)}
-    assert set(rows) == STAGES | {"total"}
-    assert {rows[stage]["status"] for stage in STAGES} == {"done"}
+    assert set(rows) == STEPS | {"total"}
+    assert {rows[step]["status"] for step in STEPS} == {"done"}
     said = call("run", done[1], "--out", tmp_path / "new", "--dry-run")
     assert said.code == 0, said.err
     assert all(stage in said.out for stage in STAGES) and "minutes" in said.out and "tokens" in said.out
@@ -77,7 +80,7 @@ def test_changed_settings_stop_until_redo(done, again, call, refused, tmp_path):
     said = call(*changed, "--redo", "--json")
     assert said.code == 0, said.err
     record = read_json(copy / "tasks/mine/seed-0/transfer/stage.json")
-    assert record["settings"]["temperature"] == 3
+    assert record["settings"]["losses"]["temperature"] == 3
     assert call(*changed, "--json").code == 0
 
 

@@ -13,8 +13,7 @@ from transformers import (
 from pruneofa.cli import main as cli
 from pruneofa.formats import pattern
 from pruneofa.train.models import load_tokenizer
-from tests.small import write_model
-from tests.tiny import tiny_bert, tiny_tokenizer
+from tests.tiny import tiny_bert, tiny_tokenizer, write_model
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -103,11 +102,24 @@ def test_make_commands_in_the_documents_exist() -> None:
                 assert {word for word in line.split() if "=" not in word} <= targets, line
 
 
-@pytest.mark.parametrize(("block", "folders"), [("results", "results/*"), ("demo", "results/demo")])
-def test_tables_are_what_the_committed_results_say(block: str, folders: str) -> None:
+TABLES = [("docs/results.md", "results", "results/*"), ("README.md", "demo", "results/demo")]
+
+
+@pytest.mark.parametrize(("page", "block", "folders"), TABLES)
+def test_tables_are_what_the_committed_results_say(page: str, block: str, folders: str) -> None:
     from pruneofa.formats.files import read_json
-    from pruneofa.report.card import write_table
+    from pruneofa.report.table import write_table
 
     files = [f for f in sorted(ROOT.glob(f"{folders}/results.json")) if block == "demo" or f.parent.name != "demo"]
-    table = README.partition(f"<!-- {block}:begin -->\n")[2].partition(f"<!-- {block}:end -->")[0]
+    text = (ROOT / page).read_text(encoding="utf-8")
+    table = text.partition(f"<!-- {block}:begin -->\n")[2].partition(f"<!-- {block}:end -->")[0]
     assert table == (write_table([read_json(f) for f in files]) if files else ""), "run make readme-table"
+
+
+def test_the_speed_table_is_what_the_committed_records_say() -> None:
+    from pruneofa.bench.tables import read_records, speed_table
+
+    files = sorted(ROOT.glob("benchmarks/records/*-engine/bench_*.json"))
+    text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    table = text.partition("<!-- speed:begin -->\n")[2].partition("<!-- speed:end -->")[0]
+    assert table == speed_table(read_records(files)), "run make readme-table"

@@ -17,7 +17,7 @@ from pruneofa.errors import InputError
 from pruneofa.formats import pattern
 from pruneofa.formats.pack import pack
 from pruneofa.formats.unpack import unpack
-from tests.unit.engine_folder import LAYERS, write_folder
+from tests.tiny import LAYERS, write_folder
 
 SOURCE = Path(pruneofa.__file__).parent
 # Names of others: a file and a key of sentence-transformers, and the hub ids in two examples of the command line.

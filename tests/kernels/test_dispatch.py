@@ -1,15 +1,14 @@
-"""Which path runs: what the CPU has, what PRUNEOFA_ISA and `isa` ask for, and what keeps the paths apart."""
+"""Which path runs: what was built, what the CPU has, what `isa` asks for, and what keeps the paths apart."""
 
+import platform
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pruneofa import Engine, _native
-from pruneofa.errors import InputError
+from pruneofa import _native
 from tests.kernels.cases import TABLE, Layer, int8_layer, model
-from tests.unit.engine_folder import write_folder
 
 NATIVE = Path(__file__).parents[2] / "native"
 CPUINFO = Path("/proc/cpuinfo")
@@ -26,7 +25,12 @@ def test_paths_are_listed_worst_first():
     available = _native.available_isas()
     assert available[0] == "scalar"
     assert [name for name in TABLE if name in available] == available
-    assert Engine.available_isas() == available
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the other paths are for x86-64")
+def test_every_path_is_built():
+    """A compiler that cannot build one would leave users with a slower one, and nothing else would show it."""
+    assert _native.built_isas() == list(TABLE)
 
 
 def test_a_path_is_available_where_the_operating_system_lists_its_instructions():
@@ -42,26 +46,9 @@ def test_a_path_is_available_where_the_operating_system_lists_its_instructions()
     assert _native.available_isas() == expected
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("model"))
-
-
-def test_the_environment_forces_a_path(isa, folder, monkeypatch):
-    monkeypatch.setenv("PRUNEOFA_ISA", isa)
-    engine = Engine.from_pretrained(folder)
-    assert engine.isa == isa
-    assert all(isa in choice for _, choice in engine.choices())
-    monkeypatch.setenv("PRUNEOFA_ISA", "scalar")
-    assert Engine.from_pretrained(folder, isa=isa).isa == isa  # the argument wins
-
-
 @pytest.mark.parametrize("name", ["neon", "AMX", "amx ", "sse2"])
-def test_a_path_that_is_not_there_is_refused_with_those_that_are(folder, monkeypatch, name):
+def test_a_path_that_is_not_there_is_refused_with_those_that_are(name):
     listed = ", ".join(_native.available_isas())
-    monkeypatch.setenv("PRUNEOFA_ISA", name)
-    with pytest.raises(InputError, match=f"PRUNEOFA_ISA is '{name}', .* wanted one of {listed}$"):
-        Engine.from_pretrained(folder)
     with pytest.raises(ValueError, match=f"isa is '{name}', but this CPU and build have: {listed}$"):
         int8_layer(np.random.default_rng(0), 3, 4, 0.5).build(_native, name)
     with pytest.raises(ValueError, match=f"isa is '{name}', but this CPU and build have: {listed}$"):
@@ -108,23 +95,18 @@ def test_the_layout_follows_the_weights(isa, fill, sparsity, layouts):
 
 
 def test_no_instruction_leaks_out_of_its_path():
-    """Intrinsics and target pragmas are in the files of a path only, and no flag of the build names a CPU."""
-    own = {
-        "kernels_avx2.cc",
-        "kernels_avx512vnni.cc",
-        "kernels_amx.cc",
-        "avx512.inc.h",
-        "attention_amx.inc.h",
-        "half.inc.h",
-    }
-    for file in NATIVE.iterdir():
+    """Intrinsics and target attributes are in the files of a CPU family only, and no flag of the build names a CPU."""
+    for file in NATIVE.rglob("*.*"):
         text = file.read_text()
-        if file.name not in own:
-            assert not re.search(r"immintrin|x86intrin|_mm\d*_|GCC target|__attribute__\(\(target", text), file.name
-        if "GCC push_options" in text:
-            # Nothing of the standard library between the pragmas: its inline functions would become the path's.
-            inside = text.split("GCC push_options")[1].split("GCC pop_options")[0]
-            assert set(re.findall(r"#include (\S+)", inside)) <= {
-                '"lanes.h"', '"linear.inc.h"', '"avx512.inc.h"', '"attention_amx.inc.h"', '"half.inc.h"',
-            }  # fmt: skip
+        if file.parent.name in ("", "native", "portable"):
+            assert not re.search(r"immintrin|x86intrin|_mm\d*_|PRUNEOFA_TARGET|__attribute__\(\(target", text), (
+                file.name
+            )
+        if "PRUNEOFA_TARGET_BEGIN(" in text and file.suffix == ".cc":
+            # Nothing of the standard library between the two: its inline functions would become the path's.
+            inside = text.split("PRUNEOFA_TARGET_BEGIN(")[1].split("PRUNEOFA_TARGET_END")[0]
+            assert re.findall(r"#include (\S+)", inside)
+            assert all(name.endswith('.inc.h"') for name in re.findall(r"#include (\S+)", inside)), file.name
+        if file.name.endswith(".inc.h"):
+            assert "#include <" not in text, file.name
     assert not re.search(r"-m(arch|tune|avx|amx|fma)", (NATIVE.parent / "CMakeLists.txt").read_text())

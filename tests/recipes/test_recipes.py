@@ -17,8 +17,8 @@ from pruneofa import recipe
 from pruneofa.cli import main as cli
 from pruneofa.cli.show import recipe_file
 from pruneofa.formats import pattern
-from tests.small import BAD, GOOD, SUBJECTS, write_model, write_text
-from tests.tiny import tiny_bert, tiny_distilbert
+from tests.small import BAD, GOOD, SUBJECTS, write_text
+from tests.tiny import tiny_bert, tiny_distilbert, write_model
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 # name -> sparsity, pattern, hidden size, layers

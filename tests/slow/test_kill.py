@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pruneofa import recipe
-from pruneofa.train.trainer import last_checkpoint
+from pruneofa.train.checkpoints import last_checkpoint
 from tests.small import small_recipe
 
 pytestmark = pytest.mark.slow
@@ -76,7 +76,7 @@ def weights(out: Path) -> dict[str, bytes]:
 
 
 TRANSFER, QUANTIZE = "tasks/mine/seed-0/transfer", "tasks/mine/seed-0/quantize"
-STAGES = {"prune": "prune", "mine/seed-0/transfer": TRANSFER, "mine/seed-0/quantize": QUANTIZE}
+STAGES = {"prune": "sparse", TRANSFER: TRANSFER, QUANTIZE: QUANTIZE}
 
 
 @pytest.mark.parametrize("steps", [(16, 25, 20), (45, 60, 80)], ids=["while pruning", "near the end"])
@@ -84,12 +84,12 @@ def test_killed_in_every_stage_it_ends_with_the_same_bits(file, straight, tmp_pa
     out = tmp_path / "run"
     for (stage, folder), step in zip(STAGES.items(), steps, strict=True):
         process = start(file, out)
-        wait_for(process, out / ".work" / folder, out, stage, step)
+        wait_for(process, out / ".work" / stage, out, stage, step)
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL
-        assert not (out / ("sparse" if stage == "prune" else folder)).exists()
-        assert last_checkpoint(out / ".work" / folder) is not None
+        assert not (out / folder).exists()
+        assert last_checkpoint(out / ".work" / stage) is not None
     finish(start(file, out))
     ended = weights(out)
     assert set(ended) == {"teacher", "sparse", "tasks/mine/seed-0/teacher", TRANSFER, "tasks/mine/seed-0/ptq", QUANTIZE}

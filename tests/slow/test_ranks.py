@@ -20,7 +20,8 @@ SCHEDULE = {"final": 0.9, "begin": 2, "end": 12, "stop": 16, "interval": 2}
 
 def train_and_report(root: Path) -> None:
     """What each rank does: 20 steps of pruning, then a file with its losses and the hash of its masks."""
-    from pruneofa.data.corpus import build_corpus, collate
+    from pruneofa.data.corpus import build_corpus
+    from pruneofa.data.examples import collate
     from pruneofa.recipe import Corpus
     from pruneofa.train import PruningCallback
     from pruneofa.train.objective import PretrainingObjective

@@ -126,7 +126,7 @@ def read_records(paths: Iterable[Path]) -> list[dict[str, Any]]:
 
 
 def speed_table(records: Iterable[Mapping[str, Any]]) -> str:
-    """The README's table (Markdown) of records: one line per model, kernels and case."""
+    """The table (Markdown) of records for docs/results.md: one line per model, kernels and case."""
     head = ["Model", "Kernels", "Batch", "Ours", "Fastest dense peer", "Speed-up", "DeepSparse", "Share of peak"]
     lines = ["| " + " | ".join(head) + " |", "| --- | --- | --- " + "| --: " * (len(head) - 3) + "|"]
     for record in records:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from pathlib import Path
 
 from pruneofa.cli.options import EVALUATED, add_fields, read_task
 
@@ -31,12 +32,11 @@ def describe(verb: argparse.ArgumentParser) -> None:
 
     def call(options: argparse.Namespace) -> int:
         from pruneofa.export import export as module
-        from pruneofa.formats.hub import local_folder
         from pruneofa.run.lineage import check_lock
 
         name, spec = read_task(options) if options.task or options.data else (None, None)
         given = {"to": options.to, "precision": options.precision, "data_root": options.data_root}
-        check_lock(local_folder(options.folder))
+        check_lock(Path(options.folder).expanduser())  # a model of the hub is in no run's folder
         try:
             report = module.export(options.folder, options.out, name=name, spec=spec, **given)
         except KeyboardInterrupt:

@@ -9,9 +9,9 @@ from pruneofa.errors import InputError
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-# Of a task's section of a recipe, what evaluation takes.
+# The fields of a task's section that evaluation uses.
 EVALUATED = ("data", "validation", "text", "label", "max_length", "stride", "validation_rows", "skip_bad_answers")
-# What `quantize` has use for only with --ptq, or only without.
+# Options of `quantize` that need --ptq, and those that exclude it.
 CALIBRATION = ("calibration", "observer", "percentile")
 TRAINING = (
     "teacher", "qat_epochs", "qat_lr", "qat_rows", "warmup", "weight_decay", "max_grad_norm", "hard", "kd",
@@ -63,7 +63,7 @@ def read_fields(options: argparse.Namespace, model: "type[BaseModel]", prefix: s
         if isinstance(given, list):
             values[name] = given[0] if len(given) == 1 and name != "skip" else given
         elif given is not None and is_text(field.annotation):
-            values[name] = given  # as it is: a column may be called 0 or #label
+            values[name] = given  # not parsed: a column may be called 0 or #label
         elif given is not None:
             values |= parse_override(f"{name}={given}")
     return values

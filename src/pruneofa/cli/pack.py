@@ -25,9 +25,10 @@ def describe(verb: argparse.ArgumentParser) -> None:
         from pruneofa.formats.pack import pack, unlike_training
         from pruneofa.run.lineage import check_lock
 
-        check_lock(local_folder(options.folder))
-        manifest = pack(options.folder, options.out, precision=options.precision, compress=options.compress)
-        if note := unlike_training(options.folder, options.precision):
+        folder = local_folder(options.folder)
+        check_lock(folder)
+        manifest = pack(folder, options.out, precision=options.precision, compress=options.compress)
+        if note := unlike_training(folder, options.precision):
             say(f"note: {note}", 0)
         print_value(manifest.to_json(), options.json, lambda: show_model(packed.inspect(options.out), layers=False))
         return 0

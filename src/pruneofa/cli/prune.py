@@ -30,7 +30,7 @@ def describe(verb: argparse.ArgumentParser) -> None:
     add_training(verb)
 
     def call(options: argparse.Namespace) -> int:
-        from pruneofa.run import single as alone
+        from pruneofa.run import single
 
         values: dict[str, Any] = {"name": options.out.name, "model": options.model, "seed": options.seed}
         values |= {"precision": options.precision, "data_root": options.data_root}
@@ -38,7 +38,7 @@ def describe(verb: argparse.ArgumentParser) -> None:
             values[name] = read_fields(options, model, f"{name}.")
         if options.no_teacher:
             values["teacher"] = None
-        metrics = alone.prune(recipe.validate(recipe.Recipe, values), options.out, redo=options.redo)
+        metrics = single.prune(recipe.validate(recipe.Recipe, values), options.out, redo=options.redo)
         print_value({"out": str(options.out), **metrics}, options.json)
         return 0
 

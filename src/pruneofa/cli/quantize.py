@@ -34,7 +34,7 @@ def describe(verb: argparse.ArgumentParser) -> None:
     add_training(verb)
 
     def call(options: argparse.Namespace) -> int:
-        from pruneofa.run import single as alone
+        from pruneofa.run import single
 
         name, spec = read_task(options)
         refuse_unused(options)
@@ -46,7 +46,7 @@ def describe(verb: argparse.ArgumentParser) -> None:
             spec = spec.model_copy(update={"hard": 1.0, "kd": 0.0, "hidden": 0.0})
         training = {"seed": options.seed, "precision": options.precision}
         root, redo = options.data_root, options.redo
-        metrics = alone.quantize(
+        metrics = single.quantize(
             options.folder, options.out, name, spec, settings, data_root=root, redo=redo, **training
         )
         print_value({"out": str(options.out), **metrics}, options.json)

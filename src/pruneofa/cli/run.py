@@ -28,9 +28,9 @@ def describe(verb: argparse.ArgumentParser) -> None:
             rows = estimate(loaded, folder)
             print_value(rows, options.json, lambda: table(rows))
             return 0
-        from pruneofa.run import plan as pipeline
+        from pruneofa.run.run import run
 
-        print_results(pipeline.run(loaded, folder, redo=options.redo), folder, options.json)
+        print_results(run(loaded, folder, redo=options.redo), folder, options.json)
         return 0
 
     verb.set_defaults(call=call)

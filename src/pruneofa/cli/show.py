@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,14 @@ def say(message: str, code: int) -> int:
 
 
 def say_pattern(path: str) -> None:
-    """Say how sparse the model is whose pattern will be locked; warn of one without zeros."""
+    """Say how sparse the model is whose pattern will be locked; warn, once, of one without zeros."""
     from pruneofa.formats import pattern
 
     sparsity = pattern.inspect(path)["encoder"]
     sys.stderr.write(f"locking the pattern of {path}: {100 * sparsity:.2f} % of its encoder's weights are zero\n")
     if sparsity == 0:
         say(f"warning: {path} has no zeros to keep: the result will be dense; name a sparse model", 0)
+        warnings.filterwarnings("ignore", r"\w+ has no zeros to keep", UserWarning)
 
 
 def show_model(found: dict[str, Any], layers: bool = True) -> None:
@@ -60,7 +62,7 @@ def print_results(results: dict[str, Any], folder: Path, as_json: bool) -> None:
     """Print the results of a run, and the files that hold them."""
 
     def show() -> None:
-        from pruneofa.report.card import write_table
+        from pruneofa.report.table import write_table
 
         sys.stdout.write(write_table([results], drop_empty=True))
         files = ["results.json", "table.md", "report.html", "sparse/README.md"]

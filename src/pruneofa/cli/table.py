@@ -13,7 +13,8 @@ def describe(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--json", action="store_true", help="print the results as one JSON list")
 
     def call(options: argparse.Namespace) -> int:
-        from pruneofa.report.card import read_results, write_table
+        from pruneofa.report.schema import read_results
+        from pruneofa.report.table import write_table
 
         results = [read_results(path) for path in options.results]
         print_value(results, options.json, lambda: sys.stdout.write(write_table(results)))

@@ -24,7 +24,7 @@ def describe(verb: argparse.ArgumentParser) -> None:
     add_training(verb)
 
     def call(options: argparse.Namespace) -> int:
-        from pruneofa.run import single as alone
+        from pruneofa.run import single
 
         name, spec = read_task(options)
         say_pattern(options.sparse)
@@ -33,7 +33,7 @@ def describe(verb: argparse.ArgumentParser) -> None:
             spec = spec.model_copy(update={"hard": 1.0, "kd": 0.0, "hidden": 0.0})
         training = {"seed": options.seed, "precision": options.precision}
         root, redo = options.data_root, options.redo
-        metrics = alone.transfer(options.sparse, options.out, name, spec, data_root=root, redo=redo, **training)
+        metrics = single.transfer(options.sparse, options.out, name, spec, data_root=root, redo=redo, **training)
         print_value({"out": str(options.out), **metrics}, options.json)
         return 0
 

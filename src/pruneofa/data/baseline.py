@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from pruneofa.data.tasks import Task, TaskData
+from pruneofa.data.features import TaskData
+from pruneofa.data.tasks import Task
 from pruneofa.errors import InputError
 
 WORDS = 50_000  # most frequent words that are counted

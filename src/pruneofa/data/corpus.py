@@ -132,9 +132,9 @@ def build_corpus(
 
 
 def source_fingerprint(spec: Corpus, *, data_root: str | Path | None = None) -> str:
-    """Identity of the text that `spec` names, whatever its files are called; cheap against tokenizing it.
+    """Identity of the text that `spec` names, independent of file names; cheap compared with tokenizing.
 
-    Raises InputError like `build_corpus`, for what can be told without reading every article.
+    Raises InputError like `build_corpus`, for errors that are found without reading every article.
     """
     return fingerprint(_content(sources.find(spec.source, spec.config, data_root, streaming=spec.streaming), spec))
 

@@ -15,11 +15,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pruneofa.data.labels import as_text
 from pruneofa.errors import InputError, first_line
 
 SUFFIXES = (".parquet", ".jsonl", ".csv", ".tsv")
-HELD_OUT = 10  # one row in so many is held out where the data brings no validation rows
-_LONGEST_FIELD = 2**31 - 1  # the csv module refuses fields above 128 KiB unless told otherwise
+HELD_OUT = 10  # one row in so many is held out where the data has no validation rows
+_LONGEST_FIELD = 2**31 - 1  # bytes; the default of the csv module is 128 KiB
 
 
 def load_splits(
@@ -45,7 +46,7 @@ def load_splits(
         key: text columns whose content decides whether a row is held out, where a split has to be made.
         label: column of which no value may be held out completely, where a split has to be made.
         config: configuration of a hub data set.
-        validation: file with the evaluation rows, instead of what `data` brings.
+        validation: file with the evaluation rows, instead of those of `data`.
         strict: a folder or hub data set without an evaluation split is an error; otherwise a tenth of the
             training rows is held out.
         whole: only the evaluation is wanted: all rows of files are for it, and of a folder or hub data set its
@@ -57,7 +58,7 @@ def load_splits(
     root = Path(data_root or ".").expanduser()
     names = [data] if isinstance(data, str) else list(data)
     paths = [root / Path(name).expanduser() for name in names]
-    if validation:  # what data brings for evaluation is then not even looked for
+    if validation:  # evaluation splits of data are then not read
         evaluations = {}
     required = (set() if whole else {"train"}) | (set(evaluations) if strict or whole else set())
     wanted = {"train": ("train",), **evaluations}
@@ -136,7 +137,7 @@ def hold_out(table: pa.Table, key: Sequence[str], label: str | None, where: str)
     digests = (hashlib.sha256("\x1f".join(texts).encode("utf-8", "surrogatepass")).digest() for texts in keys)
     out = np.fromiter((int.from_bytes(digest[:8], "big") % HELD_OUT == 0 for digest in digests), bool)
     if label is not None:
-        labels = np.array([str(value) for value in column(table, label, "label", where).to_pylist()])
+        labels = np.array([as_text(value) for value in column(table, label, "label", where).to_pylist()])
         out &= np.isin(labels, np.unique(labels[~out]))
     if not out.any() or out.all():
         raise InputError(

@@ -61,9 +61,9 @@ class Files:
                 raise InputError(f"{path}: no text in this file; remove it from the source or write it again")
 
     def fingerprint(self, column: str) -> list[str]:
-        """One sha256 per file, of its text before compression or of its parquet bytes, whatever its name.
+        """One sha256 per file, of its text before compression or of its parquet bytes, independent of its name.
 
-        Raises InputError for what can be told without reading articles: not UTF-8, empty, no such column.
+        Raises InputError for errors that are found without reading articles: not UTF-8, empty, no such column.
         """
         return [_check(path, column) for path in self.paths]
 

@@ -142,7 +142,7 @@ def encode_batches(batches: Iterable[list[str]], tokenizer_json: str, processes:
     if processes <= 1:
         yield from map(Encoder(tokenizer_json), batches)
         return
-    # Forking is cheap and needs no importable __main__; workers only use tokenizers, told not to start threads.
+    # Forking is cheap and needs no importable __main__; workers only use tokenizers, whose threads are switched off.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -19,7 +19,7 @@ from pruneofa.train.models import read_model
 
 MODULES = ("compressed_tensors",)
 _FORMAT = "int-quantized"
-# Its int8 activations are ours minus 128, and so are their zero points.
+# Its activations are int8, the engine's uint8: codes and zero points differ by 128.
 _SHIFT = 128
 
 

@@ -56,7 +56,7 @@ def write(source: Exportable, folder: Path) -> None:
 
 
 def load(source: Exportable, folder: Path) -> Exported:
-    """model.onnx in ONNX Runtime, and the graph that it made of it."""
+    """model.onnx in ONNX Runtime, and the graph after its optimizations."""
     import onnx
     import onnxruntime
 
@@ -126,7 +126,7 @@ def _linear(source: Exportable, name: str, layer: Any) -> nn.Module:
 
 
 class _Float(nn.Module):
-    """A linear whose weight is stored as it is multiplied, (inputs, outputs): it keeps its name in the file."""
+    """A linear with its weight stored (inputs, outputs), as MatMul takes it, so that it keeps its name in the file."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()

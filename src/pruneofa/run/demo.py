@@ -90,25 +90,27 @@ def run_demo(out: Path, recipe_file: Path, overrides: Sequence[str] = (), *, red
         CheckFailed when the transferred model does not keep the sparse model's pattern.
     """
     from pruneofa.data.baseline import baseline
-    from pruneofa.run import plan as pipeline
     from pruneofa.run import results as results_of
+    from pruneofa.run.folder import check_folder
+    from pruneofa.run.inputs import Inputs
+    from pruneofa.run.run import run
 
     data = out / "data"
     places = [f"data_root={json.dumps(str(data.resolve()))}"]
     if not any(override.startswith("model=") for override in overrides):
         places.append(f"model={json.dumps(str(installed_encoder()))}")
     recipe = load([recipe_file], [*places, *overrides])
-    pipeline.check_folder(recipe, out)
+    check_folder(recipe, out)
     counts = build_demo_data(data, seed=recipe.seed)
     sys.stderr.write(
         f"demo data: {counts['words']:,} words of {counts['documents']:,} modules to prune on; "
         f"{counts['train']:,} + {counts['validation']:,} sentences of {len(counts['areas'])} areas\n"
     )
-    results = pipeline.run(recipe, out, redo=redo)
-    run = pipeline.Run(recipe, out)
+    results = run(recipe, out, redo=redo)
+    inputs = Inputs(recipe)
     for name in recipe.tasks:
         accuracies = results["tasks"][name]["accuracy"]
-        for variant, value in baseline(run.task(name)).items():
+        for variant, value in baseline(inputs.task(name)).items():
             accuracies[variant] = {"mean": value, "runs": [{"seed": recipe.seed, "value": value}]}
     files.write_json(out / "results.json", results)
     results_of.write_reports(recipe, out, results)

@@ -9,28 +9,42 @@ import torch
 from torch import nn
 
 from pruneofa import families
-from pruneofa.data import tasks as task_data
 from pruneofa.progress import progress
-from pruneofa.recipe import Control, Corpus, Prune, Recipe, Task, Teacher
-from pruneofa.run.plan import Run, Stage, check_folder
-from pruneofa.run.stages import (
-    Text,
+from pruneofa.recipe import Corpus, Prune, Recipe, Teacher
+from pruneofa.run.checks import check
+from pruneofa.run.fine_tuning import (
+    CalibrationSettings,
+    FineTuneSettings,
+    QuantizeSettings,
     numerics,
     qat_dataset,
-    student_objective,
-    teacher_objective,
     transfer_objective,
 )
-from pruneofa.train.models import load_for_pretraining, load_for_task, load_tokenizer
+from pruneofa.run.folder import check_folder
+from pruneofa.run.inputs import Inputs
+from pruneofa.run.plan import plan
+from pruneofa.run.pretraining import (
+    ControlSettings,
+    PruneSettings,
+    TeacherSettings,
+    student_objective,
+    teacher_objective,
+    trial_folder,
+)
+from pruneofa.run.stage import Evaluation, Stage
+from pruneofa.train.checkpoints import last_checkpoint
+from pruneofa.train.device import split_batch
+from pruneofa.train.evaluate import evaluation_seconds
+from pruneofa.train.models import load_for_pretraining, load_for_task
+from pruneofa.train.objective import INPUTS
 from pruneofa.train.quantize import FakeQuantizer
-from pruneofa.train.trainer import last_checkpoint, split_batch
 
 PROBE_STEPS = 5
 PROBE_TOKENS = 4096  # a probe never runs a larger batch than this: the rest is multiplied
 
 
 def estimate(recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
-    """One row per stage: {"stage", "status", "steps", "tokens", "minutes"}.
+    """One row per stage and per evaluation: {"stage", "status", "steps", "tokens", "minutes"}.
 
     `tokens` counts positions of full-length examples for text, real tokens for tasks. `status` is done
     (skipped), changed (finished or begun with other settings: refused without --redo), resume or run; the
@@ -39,96 +53,110 @@ def estimate(recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
     Raises InputError for what a run would refuse, changed stages apart.
     """
     check_folder(recipe, folder)
-    this = _DryRun(recipe, folder)
-    stages = this.stages()
-    this.check(stages, redo=True)
+    inputs = Inputs(recipe)
+    steps = plan(recipe, inputs, folder)
+    check(recipe, inputs, steps, tokenize=False)
     rows = []
-    with progress("timing 5 steps of each stage", len(stages)) as advance:
+    with progress("timing a few batches of each stage", len(steps)) as advance:
         timed: dict[Any, float] = {}
-        for stage in stages:
-            rows.append(_row(this, stage, timed))
+        for step in steps:
+            row = _stage_row if isinstance(step, Stage) else _evaluation_row
+            rows.append(row(recipe, inputs, step, timed))
             advance()
     total = sum(row["minutes"] for row in rows)
     return [*rows, {"stage": "total", "status": "", "steps": None, "tokens": None, "minutes": round(total, 1)}]
 
 
-class _DryRun(Run):
-    """A run that checks everything but the content of its corpus: tokenizing takes hours and fills the cache."""
-
-    def text(self) -> Text:
-        """The corpus unread."""
-        assert self.recipe.corpus is not None
-        return Text(self.recipe.corpus, None, load_tokenizer(self.recipe.model))
-
-
-def _row(this: Run, stage: Stage, timed: dict[Any, float]) -> dict[str, Any]:
-    kind, steps, tokens = _size(this, stage)
+def _stage_row(recipe: Recipe, inputs: Inputs, stage: Stage, timed: dict[Any, float]) -> dict[str, Any]:
+    kind, steps, tokens = _size(inputs, stage)
     status, done = stage.status, 0
-    mark = this.work / stage.name / "fingerprint"
-    if status == "run" and mark.exists():
-        begun_otherwise = mark.read_text() != stage.fingerprint
-        done = 0 if begun_otherwise else _steps_done(this, this.work / stage.name)
+    if status == "run" and stage.begun is not None:
+        begun_otherwise = stage.begun != stage.fingerprint
+        done = 0 if begun_otherwise else _steps_done(stage)
         status = "changed" if begun_otherwise else "resume" if done else "run"
-    row = {"stage": stage.name, "status": status, "steps": steps, "tokens": tokens, "minutes": 0.0}
+    row = {"stage": str(stage.id), "status": status, "steps": steps, "tokens": tokens, "minutes": 0.0}
     if status != "done" and steps:
         if kind not in timed:
-            timed[kind] = _seconds_per_token(this, stage, tokens / steps)
+            timed[kind] = _seconds_per_token(recipe, inputs, stage, tokens / steps)
         left = 1 - done / steps if status == "resume" else 1
         row["minutes"] = round(timed[kind] * tokens / 60 * left, 1)
     return row
 
 
-def _steps_done(this: Run, work: Path) -> int:
+def _evaluation_row(recipe: Recipe, inputs: Inputs, step: Evaluation, timed: dict[Any, float]) -> dict[str, Any]:
+    name, settings = str(step.id.task), step.stage.settings
+    tokens = sum(int(data.lengths.sum()) for data in inputs.task(name).evaluations.values())
+    row = {"stage": str(step), "status": step.status, "steps": None, "tokens": tokens, "minutes": 0.0}
+    if step.status != "done":
+        int8 = numerics(settings) if isinstance(settings, QuantizeSettings | CalibrationSettings) else None
+        kind = ("evaluate", name, int8 is not None)
+        if kind not in timed:
+            timed[kind] = _seconds_to_evaluate(recipe, inputs, name, int8)
+        row["minutes"] = round(timed[kind] / 60, 1)
+    return row
+
+
+def _steps_done(stage: Stage) -> int:
     """Optimizer steps that a run would not repeat, over all learning rates of a control."""
+    checkpoints = [last_checkpoint(stage.work)]
     done = 0
-    for folder in [work, *sorted(work.glob("lr-*"))]:
-        if (folder / "done.json").exists():
-            assert this.recipe.prune is not None
-            done += this.recipe.prune.steps
-        elif checkpoint := last_checkpoint(folder):
-            done += int(checkpoint.name.rpartition("-")[2])
-    return done
+    if isinstance(settings := stage.settings, ControlSettings):
+        folders = [trial_folder(stage.work, lr) for lr in settings.rates]
+        done = settings.prune.steps * sum((folder / "done.json").exists() for folder in folders)
+        checkpoints = [last_checkpoint(folder) for folder in folders if not (folder / "done.json").exists()]
+    return done + sum(int(checkpoint.name.rpartition("-")[2]) for checkpoint in checkpoints if checkpoint)
 
 
-def _size(this: Run, stage: Stage) -> tuple[Any, int, int]:
+def _size(inputs: Inputs, stage: Stage) -> tuple[Any, int, int]:
     """(what shares a timing, optimizer steps, tokens) of a stage."""
-    recipe = this.recipe
-    if stage.name in ("teacher", "prune", "control"):
-        settings = recipe.teacher if stage.name == "teacher" else recipe.prune
-        assert settings is not None and recipe.corpus is not None
-        control = recipe.control if stage.name == "control" and isinstance(recipe.control, Control) else None
-        tries = len(control.lr or []) if control else 1
-        kind = "teacher" if stage.name == "teacher" else "prune"
-        return kind, settings.steps * tries, settings.steps * tries * settings.batch * recipe.corpus.max_length
-    _, name, seed, variant = stage.name.split("/")
-    spec = recipe.tasks[name].resolved(name)
-    if variant == "ptq" or (variant == "teacher" and spec.teacher is not None):
-        return None, 0, 0
-    data = this.task(name).train
-    if variant == "quantize":
-        _, steps = qat_dataset(spec, this.task(name), int(seed.removeprefix("seed-")))
-        assert data is not None and spec.batch is not None
-        return (name, variant), steps, int(sum(data.lengths) / len(data) * steps * spec.batch)
-    epochs = spec.dense_epochs if variant == "teacher" else spec.epochs
-    assert data is not None and epochs is not None and spec.batch is not None
-    kind = (name, "dense" if variant == "teacher" else "transfer")
-    positions = data.train_dataset(spec.batch, int(seed.removeprefix("seed-")), epochs)
-    return kind, len(positions) // spec.batch, int(sum(data.lengths)) * epochs
+    match stage.settings:
+        case TeacherSettings(teacher=teacher, corpus=corpus):
+            return "teacher", teacher.steps, teacher.steps * teacher.batch * corpus.max_length
+        case PruneSettings(prune=prune, corpus=corpus):
+            return "prune", prune.steps, prune.steps * prune.batch * corpus.max_length
+        case ControlSettings(prune=prune, corpus=corpus, rates=rates):
+            steps = prune.steps * len(rates)
+            return "prune", steps, steps * prune.batch * corpus.max_length
+        case FineTuneSettings() as settings:
+            name = str(stage.id.task)
+            data = inputs.task(name).train
+            assert data is not None
+            positions = data.train_dataset(settings.batch, settings.seed, settings.epochs)
+            kind = (name, settings.losses is not None)
+            return kind, len(positions) // settings.batch, int(sum(data.lengths)) * settings.epochs
+        case QuantizeSettings(training=training) as settings:
+            name = str(stage.id.task)
+            data = inputs.task(name).train
+            assert data is not None
+            _, steps = qat_dataset(settings, inputs.task(name))
+            return (name, "int8"), steps, int(sum(data.lengths) / len(data) * steps * training.batch)
+    return None, 0, 0
 
 
-def _seconds_per_token(this: Run, stage: Stage, tokens_per_step: float) -> float:
-    recipe = this.recipe
-    if stage.name in ("teacher", "prune", "control"):
-        settings = recipe.teacher if stage.name == "teacher" else recipe.prune
-        assert settings is not None and recipe.corpus is not None
-        objective, batch = _pretraining_probe(recipe, settings, recipe.corpus)
+def _seconds_per_token(recipe: Recipe, inputs: Inputs, stage: Stage, tokens_per_step: float) -> float:
+    settings = stage.settings
+    if isinstance(settings, TeacherSettings):
+        objective, batch = _pretraining_probe(recipe, settings.teacher, settings.corpus)
+    elif isinstance(settings, PruneSettings | ControlSettings):
+        objective, batch = _pretraining_probe(recipe, settings.prune, settings.corpus)
     else:
-        _, name, _, variant = stage.name.split("/")
-        objective, batch = _task_probe(this, name, tokens_per_step, dense=variant == "teacher")
-        if variant == "quantize":
-            assert recipe.quantize is not None
-            FakeQuantizer(objective.student, **numerics(recipe.quantize))
+        training = settings.training if isinstance(settings, QuantizeSettings) else settings
+        objective, batch = _task_probe(recipe, inputs, str(stage.id.task), training, tokens_per_step)
+        if isinstance(settings, QuantizeSettings):
+            FakeQuantizer(objective.student, **numerics(settings))
     return _time(objective, batch, recipe.precision) / int(batch["attention_mask"].sum())
+
+
+def _seconds_to_evaluate(recipe: Recipe, inputs: Inputs, name: str, int8: dict[str, Any] | None) -> float:
+    task = inputs.task(name)
+    model = load_for_task(recipe.model, task.kind, **task.model_kwargs())
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    if int8 is not None:
+        data = next(iter(task.evaluations.values()))
+        batch = task.collate([data[index] for index in range(min(8, len(data)))])
+        inputs = {key: value.to(model.device) for key, value in batch.items() if key in INPUTS}
+        FakeQuantizer(model, **int8).calibrate([inputs])
+    return evaluation_seconds(model, task)
 
 
 def _pretraining_probe(
@@ -147,16 +175,14 @@ def _pretraining_probe(
 
 
 def _task_probe(
-    this: Run, name: str, tokens_per_step: float, *, dense: bool
+    recipe: Recipe, inputs: Inputs, name: str, settings: FineTuneSettings, tokens_per_step: float
 ) -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    recipe = this.recipe
-    spec: Task = recipe.tasks[name].resolved(name)
-    task: task_data.Task = this.task(name)
-    own_loss = dense or (spec.teacher is None and recipe.model_is_sparse and recipe.dense_model is None)
+    task = inputs.task(name)
     # Timing needs a teacher of the right size, not a trained one.
-    teacher = None if own_loss else load_for_task(recipe.model, task.kind, **task.model_kwargs())
-    objective = transfer_objective(recipe.model, teacher, spec, task)
-    batch = _random_batch(objective, spec.batch or 32, max(8, round(tokens_per_step / (spec.batch or 32))))
+    taught = settings.losses is not None
+    teacher = load_for_task(recipe.model, task.kind, **task.model_kwargs()) if taught else None
+    objective = transfer_objective(recipe.model, teacher, settings.losses, task)
+    batch = _random_batch(objective, settings.batch, max(8, round(tokens_per_step / settings.batch)))
     answers = torch.zeros(len(batch["input_ids"]), dtype=torch.long)
     keys = ("start_positions", "end_positions") if task.kind == "qa" else ("labels",)
     return objective, batch | dict.fromkeys(keys, answers)

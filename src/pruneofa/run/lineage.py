@@ -1,33 +1,44 @@
 """The sparse model that a run made a task model from, and whether its zeros are all there still. No torch."""
 
-import re
 from pathlib import Path
 
 from pruneofa.errors import InputError
 from pruneofa.formats import pattern
 from pruneofa.formats.files import read_json
+from pruneofa.run.stage import RECORD, StageId
 
-_STAGE = re.compile(r"tasks/.+/(transfer|ptq|quantize|control)")
+SPARSE = ("transfer", "ptq", "quantize")  # variants that come from the sparse model
+
+
+def stage_of(folder: Path) -> StageId | None:
+    """The stage that made this folder; None where none did, or one of version 0.1."""
+    if not (folder / RECORD).is_file():
+        return None
+    record = read_json(folder / RECORD)
+    known = isinstance(record, dict) and {"task", "seed", "variant"} <= set(record)
+    return StageId(record["task"], record["seed"], record["variant"]) if known else None
 
 
 def sparse_of_run(model: Path) -> str | None:
     """The sparse model that a run made this task model from; None for a dense one, or a model from elsewhere."""
     folder = model.resolve()
-    root = folder.parents[3] if len(folder.parents) > 3 else folder
-    if not (folder / "stage.json").is_file() or not (root / "recipe.yaml").is_file():
+    stage = stage_of(folder)
+    if stage is None or stage.task is None:
         return None
-    record = read_json(folder / "stage.json")
-    stage = _STAGE.fullmatch(str(record.get("stage"))) if isinstance(record, dict) else None
-    if stage is None:
+    root = folder.parents[len(Path(stage.path).parts) - 1]
+    if root / stage.path != folder or not (root / "recipe.yaml").is_file():
         return None
-    if stage[1] == "control":
-        return str(root / "control")
+    if stage.variant == "control":
+        return str(root / StageId(None, None, "control").path)
+    if stage.variant not in SPARSE:
+        return None
     from pruneofa.recipe import load
 
     recipe = load([root / "recipe.yaml"])
     if not recipe.prune:
         return recipe.model
-    return str(root / "sparse") if (root / "sparse").exists() else None
+    sparse = root / StageId(None, None, "prune").path
+    return str(sparse) if sparse.exists() else None
 
 
 def lost_pattern(sparse: str, model: str) -> str | None:

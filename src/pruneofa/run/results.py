@@ -16,29 +16,30 @@ from pruneofa.errors import CheckFailed
 from pruneofa.formats import pattern
 from pruneofa.formats.files import read_json, write_json, write_text
 from pruneofa.recipe import Recipe
-from pruneofa.run.by_engine import FILE as ENGINE_FILE
-from pruneofa.run.by_engine import Finished, engine_columns, place
+from pruneofa.run.engine_metrics import FILE as ENGINE_FILE
+from pruneofa.run.engine_metrics import engine_columns
+from pruneofa.run.lineage import SPARSE, stage_of
+from pruneofa.run.stage import METRICS, RECORD, Stage, StageId, Step
 
 PACKAGES = ("pruneofa", "torch", "transformers", "datasets", "tokenizers", "numpy")
 
 
-def collect(recipe: Recipe, folder: Path, stages: Iterable[Finished]) -> dict[str, Any]:
-    """results.json from what the stages' folders hold."""
+def collect(recipe: Recipe, folder: Path, steps: Iterable[Step]) -> dict[str, Any]:
+    """results.json from what the folders of finished steps hold."""
     costs = {}
     made_with = versions()
     measured: dict[str, Any] = {}
     models: list[tuple[str, Path]] = []
-    for stage in stages:
-        record = read_json(stage.folder / "stage.json")
-        made_with = record["versions"]
-        costs[stage.name] = {"tokens": record["tokens"], "seconds": record["seconds"]}
-        if not stage.name.startswith("tasks/"):
+    for step in steps:
+        if isinstance(step, Stage):
+            record = read_json(step.folder / RECORD)
+            made_with = record["versions"]
+            costs[str(step.id)] = {"tokens": record["tokens"], "seconds": record["seconds"]}
             continue
-        task, seed, variant = place(stage.name)
-        models.append((variant, stage.folder))
-        _add_runs(measured, task, seed, variant, read_json(stage.folder / "metrics.json"))
-        if (by_engine := stage.folder / ENGINE_FILE).exists():
-            _add_runs(measured, task, seed, f"{variant}_engine", read_json(by_engine)["metrics"])
+        models.append((step.id.variant, step.folder))
+        _add_runs(measured, step.id, "", read_json(step.folder / METRICS))
+        if (by_engine := step.folder / ENGINE_FILE).exists():
+            _add_runs(measured, step.id, "_engine", read_json(by_engine)["metrics"])
     of_engine = engine_columns(models)
     inspection = pattern.inspect(sparse_folder(recipe, folder))
     results = {
@@ -54,18 +55,20 @@ def collect(recipe: Recipe, folder: Path, stages: Iterable[Finished]) -> dict[st
     return results
 
 
-def _add_runs(measured: dict[str, Any], task: str, seed: int, variant: str, metrics: dict[str, float]) -> None:
+def _add_runs(measured: dict[str, Any], stage: StageId, by: str, metrics: dict[str, float]) -> None:
     for metric, value in metrics.items():
-        entry = measured.setdefault(task, {}).setdefault(metric, {}).setdefault(variant, {"mean": 0.0, "runs": []})
-        entry["runs"].append({"seed": seed, "value": value})
+        variants = measured.setdefault(stage.task, {}).setdefault(metric, {})
+        entry = variants.setdefault(f"{stage.variant}{by}", {"mean": 0.0, "runs": []})
+        entry["runs"].append({"seed": stage.seed, "value": value})
         entry["mean"] = statistics.fmean(run["value"] for run in entry["runs"])
 
 
 def write_reports(recipe: Recipe, folder: Path, results: dict[str, Any]) -> None:
     """table.md, the model card in sparse/, and report.html."""
-    from pruneofa.report.card import write_card, write_table
+    from pruneofa.report.card import write_card
     from pruneofa.report.deployment import cost_tables
     from pruneofa.report.report import write_report
+    from pruneofa.report.table import write_table
 
     inspection = pattern.inspect(sparse_folder(recipe, folder))
     log = folder / "log.jsonl"
@@ -79,7 +82,8 @@ def write_reports(recipe: Recipe, folder: Path, results: dict[str, Any]) -> None
 
 def verify_run(recipe: Recipe, folder: Path) -> int:
     """Number of task models proved to keep the sparse model's pattern. Raises CheckFailed naming one that does not."""
-    models = [m for m in sorted((folder / "tasks").glob("*/seed-*/*")) if m.name in ("transfer", "ptq", "quantize")]
+    made = [(file.parent, stage_of(file.parent)) for file in sorted((folder / "tasks").rglob(RECORD))]
+    models = [model for model, stage in made if stage is not None and stage.variant in SPARSE]
     for model in models:
         result = pattern.verify(sparse_folder(recipe, folder), str(model))
         if not result["ok"]:
@@ -89,12 +93,12 @@ def verify_run(recipe: Recipe, folder: Path) -> int:
 
 def sparse_folder(recipe: Recipe, folder: Path) -> str:
     """Where the sparse pre-trained model is."""
-    return str(folder / "sparse") if recipe.prune else recipe.model
+    return str(folder / StageId(None, None, "prune").path) if recipe.prune else recipe.model
 
 
 def publishable(recipe: Recipe) -> dict[str, Any]:
     """The recipe without the places of one machine: paths are cut down to their last part."""
-    from pruneofa.report.card import portable
+    from pruneofa.report.render import portable
 
     return portable(recipe.model_dump()) | {"data_root": None}
 

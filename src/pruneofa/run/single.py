@@ -1,18 +1,25 @@
 """One stage of the method alone, for the verbs that take a model instead of a recipe."""
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from pruneofa.errors import InputError
 from pruneofa.formats.files import read_json
 from pruneofa.recipe import Quantize, Recipe, Task
+from pruneofa.run.checks import check, check_pattern
+from pruneofa.run.execute import carry_out
+from pruneofa.run.fine_tuning import task_student
+from pruneofa.run.folder import only_one, refuse_changes, refuse_other_work
+from pruneofa.run.inputs import Inputs
 from pruneofa.run.lineage import sparse_of_run
-from pruneofa.run.plan import Run, Stage, carry_out, check_pattern, only_one, refuse_changes
-from pruneofa.run.stages import task_student
-from pruneofa.train.models import model_fingerprint
-from pruneofa.train.trainer import processes
+from pruneofa.run.plan import int8_stages, prune_stage, teacher_stage, transfer_stage, with_evaluation
+from pruneofa.run.run import append_event
+from pruneofa.run.stage import METRICS, RECORD, Stage, StageId, Step
+from pruneofa.train.device import processes
 
 
 def prune(recipe: Recipe, out: Path, *, redo: bool = False) -> dict[str, float]:
@@ -20,9 +27,15 @@ def prune(recipe: Recipe, out: Path, *, redo: bool = False) -> dict[str, float]:
 
     Returns the sparse model's validation losses. Raises as `run` does.
     """
-    places = {"teacher": out.with_name(f"{out.name}-teacher"), "sparse": out}
-    this = Run(recipe, out.with_name(f".{out.name}.work"), places)
-    return _alone(this.stages(), this, redo)
+    inputs, work = Inputs(recipe), _work(out)
+    steps: list[Step] = []
+    model = inputs.model(recipe.model)
+    if recipe.teacher:
+        teacher = teacher_stage(recipe, inputs, model, work)
+        steps.append(replace(teacher, folder=out.with_name(f"{out.name}-teacher")))
+        model = steps[0].model
+    steps.append(replace(prune_stage(recipe, inputs, model, work), folder=out))
+    return _carry_out(recipe, inputs, steps, out, redo)
 
 
 def transfer(
@@ -49,9 +62,11 @@ def transfer(
         seeds=[seed],
         precision=precision,
     )
-    this = Run(recipe, out.with_name(f".{out.name}.work"))
-    stage = next(stage for stage in this.stages() if stage.name.endswith("/transfer"))
-    return _alone([replace(stage, folder=out)], this, redo)
+    inputs = Inputs(recipe)
+    teacher = inputs.model(spec.teacher) if spec.teacher else None
+    id = StageId(name, seed, "transfer")
+    stage = transfer_stage(recipe, inputs, id, inputs.model(sparse), teacher, _work(out))
+    return _carry_out(recipe, inputs, with_evaluation(replace(stage, folder=out), inputs), out, redo)
 
 
 def quantize(
@@ -81,36 +96,41 @@ def quantize(
         seeds=[seed],
         precision=precision,
     )
-    this = Run(recipe, out.with_name(f".{out.name}.work"))
-    task_student(model, this.task(name))
+    inputs = Inputs(recipe)
+    task_student(model, inputs.task(name))
     sparse = sparse_of_run(Path(model))
     check_pattern(sparse, model)
-    teacher = (spec.teacher, model_fingerprint(spec.teacher) if spec.teacher else "")
-    stages = this.int8_stages(name, spec, settings, seed, (model, model_fingerprint(model)), teacher, sparse)
-    wanted = "/ptq" if settings.ptq else "/quantize"
-    stage = next(stage for stage in stages if stage.name.endswith(wanted))
-    return _alone([replace(stage, folder=out)], this, redo)
+    teacher = inputs.model(spec.teacher) if spec.teacher else None
+    stages = int8_stages(recipe, inputs, name, seed, inputs.model(model), teacher, sparse, _work(out))
+    stage = next(stage for stage in stages if stage.id.variant == ("ptq" if settings.ptq else "quantize"))
+    return _carry_out(recipe, inputs, with_evaluation(replace(stage, folder=out), inputs), out, redo)
 
 
-def _alone(stages: list[Stage], this: Run, redo: bool) -> dict[str, float]:
+def _work(out: Path) -> Path:
+    """Holds the working folders of the stages that lead to `out`, until it is complete."""
+    return out.with_name(f".{out.name}.work")
+
+
+def _carry_out(recipe: Recipe, inputs: Inputs, steps: Sequence[Step], out: Path, redo: bool) -> dict[str, float]:
+    stages = [step for step in steps if isinstance(step, Stage)]
     for stage in stages:
-        if stage.folder.exists() and not (stage.folder / "stage.json").exists():
+        if stage.folder.exists() and not (stage.folder / RECORD).exists():
             raise InputError(f"{stage.folder}: exists and was not made by this command; choose another OUT")
-    out = stages[-1].folder
-    fresh = not this.folder.exists()
+    work = _work(out)
+    fresh = not work.exists()
     if fresh:  # nothing may be written before this
-        this.check(stages, redo, out)
-    with only_one(this.folder, name=out, out="OUT"):
-        if fresh:  # another process may have finished meanwhile
-            refuse_changes(stages, this.work, redo, out)
-        else:  # what is begun there may be another process's, so only now
-            this.check(stages, redo, out)
-        for stage in stages:
-            if stage.status != "done":
-                carry_out(stage, this.folder, this.emit)
+        refuse_changes(steps, out, redo, "OUT")
+        check(recipe, inputs, steps)
+    with only_one(work, name=out, out="OUT"):
+        # Again, for another process may have finished meanwhile; what is begun here may be its own, so only now.
+        refuse_changes(steps, out, redo, "OUT")
+        refuse_other_work(stages, work, redo)
+        if not fresh:
+            check(recipe, inputs, steps)
+        carry_out(steps, partial(append_event, work / "log.jsonl"))
         if processes().is_main_process:
-            log = this.folder / "log.jsonl"
+            log = work / "log.jsonl"
             if log.exists():
                 shutil.move(log, out / log.name)
-            shutil.rmtree(this.folder, ignore_errors=True)
-    return read_json(out / "metrics.json")
+            shutil.rmtree(work, ignore_errors=True)
+    return read_json(out / METRICS)

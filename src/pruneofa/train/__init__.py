@@ -12,7 +12,7 @@ __all__ = ["LockCallback", "PruningCallback"]
 def __getattr__(name: str) -> Any:
     # Lazy, because processes that only tokenize text need neither torch nor transformers.
     if name in __all__:
-        from pruneofa.train import trainer
+        from pruneofa.train import callbacks
 
-        return getattr(trainer, name)
+        return getattr(callbacks, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,8 @@ from numpy.typing import NDArray
 
 from pruneofa import __version__, recipe
 from pruneofa.data import squad
-from pruneofa.data.tasks import Task, TaskData, load_task, longest_input
+from pruneofa.data.features import TaskData
+from pruneofa.data.tasks import Task, load_task, longest_input
 from pruneofa.engine.engine import Engine
 from pruneofa.engine.load import Precision as EnginePrecision
 from pruneofa.errors import InputError
@@ -22,7 +24,7 @@ from pruneofa.formats import scales
 from pruneofa.formats.manifest import Manifest, is_packed
 from pruneofa.formats.pack import pack
 from pruneofa.formats.tensors import weights_folder
-from pruneofa.progress import progress
+from pruneofa.progress import clock, progress
 from pruneofa.train.models import check_encoder, load_tokenizer, read_model
 from pruneofa.train.quantize import FakeQuantizer
 
@@ -32,6 +34,8 @@ Batch = tuple[NDArray[np.int64], tuple[Sequence[NDArray[np.float32]] | NDArray[n
 _FULL_LENGTH = 128  # tokens per row that batch_size is meant for; shorter rows go in larger batches
 _MOST = 8  # times batch_size, at most
 _ENGINE_ROWS = 256  # a step of the progress bar; the engine cuts batches for itself
+ANNOUNCED = 2.0  # seconds: an evaluation that takes longer says so before it starts
+_PROBE_TOKENS = 1024
 _TARGETS = ("labels", "start_positions", "end_positions")
 
 
@@ -132,23 +136,56 @@ def load_task_model(path: str | Path, kind: Literal["classification", "qa"]) -> 
 
 
 def evaluate_model(
-    model: torch.nn.Module, task: Task, *, batch_size: int = 64, precision: TorchPrecision = "fp32"
+    model: torch.nn.Module,
+    task: Task,
+    *,
+    batch_size: int = 64,
+    precision: TorchPrecision = "fp32",
+    name: str | None = None,
 ) -> dict[str, float]:
-    """Metrics of `model` on the evaluation rows of `task`, in percent.
+    """Metrics of `model` on the evaluation rows of `task`, in percent; more than seconds are announced on stderr.
 
     Args:
         model: a transformers model with a sequence-classification or question-answering head, on any device.
         task: as `load_task` returns it.
         batch_size: rows of 128 tokens per forward pass; shorter rows are taken more at a time.
         precision: bf16 runs the forward pass under autocast.
+        name: what the progress bar calls it; default: the task's name.
 
     Returns:
         accuracy (SST-2, QNLI), accuracy and accuracy_mm (MNLI), accuracy and f1 (QQP: of the class
         duplicate; a task of one's own: macro average), or exact_match and f1 (SQuAD).
     """
     columns = label_order(model.config, task) if task.kind == "classification" else None
+    name = f"evaluate {name or task.name}"
+    seconds = evaluation_seconds(model, task, precision=precision)
+    if seconds > ANNOUNCED:
+        count = sum(map(len, task.evaluations.values()))
+        sys.stderr.write(f"{name}: {count:,} inputs, about {clock(seconds)} (minutes:seconds)\n")
     with _evaluating(model):
-        return _metrics(task, columns, lambda data: _forward(model, task, data, batch_size, precision))
+        return _metrics(task, columns, lambda data: _forward(model, task, data, batch_size, precision, name))
+
+
+def evaluation_seconds(model: torch.nn.Module, task: Task, *, precision: TorchPrecision = "fp32") -> float:
+    """About how long `evaluate_model` takes here, from a few inputs of median length.
+
+    One input alone is timed where that tells already that it takes less than ANNOUNCED seconds.
+    """
+    total = sum(int(data.lengths.sum()) for data in task.evaluations.values())
+    data = next(iter(task.evaluations.values()))
+    rows = np.argsort(data.lengths, kind="stable")
+    length = int(data.lengths[rows[len(rows) // 2]])
+    seconds = 0.0
+    with _evaluating(model):
+        for count in (1, 1, max(1, _PROBE_TOKENS // length)):  # the very first pays for allocations
+            middle = max(0, len(rows) // 2 - count // 2)
+            chosen = rows[middle : middle + count]
+            start = time.perf_counter()
+            _logits(model, task, [data[int(row)] for row in chosen], precision)
+            seconds = (time.perf_counter() - start) / int(data.lengths[chosen].sum()) * total
+            if seconds <= ANNOUNCED:
+                break
+    return seconds
 
 
 def evaluate_engine(engine: Engine, task: Task) -> dict[str, float]:
@@ -255,42 +292,50 @@ def _answers(task: Task, data: TaskData, batches: Iterator[Batch]) -> tuple[list
     """The best answer of each row over its windows, and the gold answers."""
     windows = data.windows
     assert windows is not None  # question answering always has them
-    best: dict[int, tuple[float, int, int]] = {}
+    best: dict[int, tuple[float, int, int, int]] = {}  # by row: score, -window, and the answer's characters
     for indices, (starts, ends) in batches:
         for index, start, end in zip(indices, starts, ends, strict=True):
             chars = windows.chars[windows.bounds[index] : windows.bounds[index + 1]]
             span = squad.best_span(start[: len(chars)], end[: len(chars)], chars)
             row = int(windows.row[index])
-            if span is not None and (row not in best or span[0] > best[row][0]):
-                best[row] = span
+            # Batches come in order of length: of equal scores the first window's counts, as in the engine's answer.
+            if span is not None and (row not in best or (span[0], -index) > best[row][:2]):
+                best[row] = (span[0], -index, *span[1:])
     contexts = data.rows.column("context").to_pylist()
-    texts = [context[slice(*best[row][1:])] if row in best else "" for row, context in enumerate(contexts)]
+    texts = [context[slice(*best[row][2:])] if row in best else "" for row, context in enumerate(contexts)]
     return texts, squad.gold_answers(data.rows, f"tasks.{task.name}")
 
 
 def _forward(
-    model: torch.nn.Module, task: Task, data: TaskData, batch_size: int, precision: TorchPrecision
+    model: torch.nn.Module, task: Task, data: TaskData, batch_size: int, precision: TorchPrecision, name: str
 ) -> Iterator[Batch]:
     """Yield (features, logits) of batches of similar length, longest first: what does not fit fails at once.
 
     Logits are float32: one (batch, classes) array, or start and end of shape (batch, tokens).
     """
-    device = next(model.parameters()).device
-    known = inspect.signature(model.forward).parameters
     order = np.argsort(-data.lengths, kind="stable")
     begin = 0
-    with progress(f"evaluate {task.name}", len(order)) as advance:
+    with progress(name, len(order)) as advance:
         while begin < len(order):
             fitting = batch_size * _FULL_LENGTH // int(data.lengths[order[begin]])
             rows = order[begin : begin + min(max(fitting, 1), _MOST * batch_size)]
-            batch = task.collate([data[int(row)] for row in rows])
-            inputs = {k: v.to(device) for k, v in batch.items() if k in known and k not in _TARGETS}
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                output = model(**inputs)
-            heads = (output.start_logits, output.end_logits) if task.kind == "qa" else (output.logits,)
-            yield rows, tuple(head.float().cpu().numpy() for head in heads)
+            yield rows, _logits(model, task, [data[int(row)] for row in rows], precision)
             begin += len(rows)
             advance(len(rows))
+
+
+def _logits(
+    model: torch.nn.Module, task: Task, items: list[Any], precision: TorchPrecision
+) -> tuple[NDArray[np.float32], ...]:
+    """Logits of these features: see `_forward`."""
+    device = next(model.parameters()).device
+    known = inspect.signature(model.forward).parameters
+    batch = task.collate(items)
+    inputs = {k: v.to(device) for k, v in batch.items() if k in known and k not in _TARGETS}
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        output = model(**inputs)
+    heads = (output.start_logits, output.end_logits) if task.kind == "qa" else (output.logits,)
+    return tuple(head.float().cpu().numpy() for head in heads)
 
 
 def _engine_forward(engine: Engine, task: Task, data: TaskData) -> Iterator[Batch]:

@@ -1,11 +1,11 @@
-"""Hold a sparsity pattern while everything else trains.
+"""Keep a sparsity pattern fixed while everything else trains.
 
 The weights stay ordinary parameters and the masks live beside the model, so that names never change and
 every checkpoint loads in plain transformers.
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import torch
@@ -19,9 +19,9 @@ from pruneofa.train import masks
 class PatternLock:
     """Keeps pruned weights at exactly +0.0 and their gradients at zero.
 
-    Gradients are zeroed by hooks on the parameters, as they are computed: gradient clipping and the
-    all-reduce of data parallelism then see zeros, whoever drives the loop and however many batches are
-    accumulated. What hooks cannot stop is the optimizer's momentum, so call `apply()` after every step.
+    Gradients are zeroed by hooks on the parameters, as they are computed: gradient clipping and the all-reduce of
+    data parallelism then see zeros, in any training loop and with any number of accumulated batches. Hooks cannot
+    stop the optimizer's momentum, so call `apply()` after every step.
     """
 
     def __init__(self, weights: Mapping[str, nn.Parameter], pruned: Mapping[str, Tensor]) -> None:
@@ -39,11 +39,12 @@ class PatternLock:
     def capture(cls, model: nn.Module) -> "PatternLock":
         """Lock the zeros that the encoder's linears and the pooler of `model` have now.
 
-        Warns when the encoder has no zero. Raises InputError for a model without encoder linears, and for
-        parameters that are sharded, empty or on the meta device.
+        Warns when the encoder has no zero, and of adapters such as LoRA's. Raises InputError for a model without
+        encoder linears, and for parameters that are sharded, empty or on the meta device.
         """
         weights = masks.prunable(model)
         masks.check_whole(weights)
+        warn_of_adapters(weights)
         lock = cls(weights, {name: weight.detach() == 0 for name, weight in weights.items()})
         if lock.sparsity()["encoder"] == 0:
             warnings.warn(
@@ -54,7 +55,7 @@ class PatternLock:
         return lock
 
     def holds(self, model: nn.Module) -> bool:
-        """Whether the locked parameters are the very ones that are in `model` now."""
+        """Whether the locked parameters are the parameter objects of `model`, not copies or replacements."""
         live = {id(weight) for weight in masks.prunable(model).values()}
         return all(id(weight) in live for weight in self.weights.values())
 
@@ -148,6 +149,20 @@ class PatternLock:
     def _hook(self, name: str) -> Callable[[Tensor], Tensor]:
         # Out of place: autograd does not allow a hook to change the gradient it is given.
         return lambda gradient: gradient.masked_fill(self.mask_on(name, gradient.device), 0.0)
+
+
+def warn_of_adapters(weights: Iterable[str]) -> None:
+    """Warn when one of the `weights`, by parameter name, has an adapter of PEFT beside it.
+
+    The zeros are kept where they are, but the product of an adapter's matrices is dense, and merging adds it to them.
+    """
+    adapted = [name for name in weights if ".base_layer." in name]
+    if adapted:
+        warnings.warn(
+            f"{len(adapted)} pruned weights have an adapter beside them, the first {adapted[0]}: merging fills their "
+            "zeros, so deploy it unmerged, or call PatternLock.on(merged model) after merging and evaluate again",
+            stacklevel=3,
+        )
 
 
 def sparsity_of(weights: Mapping[str, Tensor], pruned: Mapping[str, Tensor], dense_weights: int = 0) -> dict:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from pruneofa.errors import InputError
 from pruneofa.train import masks
-from pruneofa.train.lock import PatternLock, pack, sparsity_of, unpack
+from pruneofa.train.lock import PatternLock, pack, sparsity_of, unpack, warn_of_adapters
 from pruneofa.train.schedule import cubic_sparsity
 
 SCOPES = ("uniform", "global")
@@ -56,6 +56,7 @@ class GradualPruner:
         if not weights:
             raise InputError(f"skip: {', '.join(skip)} leave no layer to prune; remove one")
         masks.check_whole(weights)
+        warn_of_adapters(weights)
         for name, weight in weights.items():
             masks.check_shape(name, tuple(weight.shape), pattern)
         every = masks.prunable(model)
@@ -109,7 +110,7 @@ class GradualPruner:
         self._lock.verify()
 
     def verify_in(self, weights: Mapping[str, Tensor], where: str) -> None:
-        """As `PatternLock.verify_in`: look at weights that may not be the ones that were pruned."""
+        """As `PatternLock.verify_in`: check `weights`, which may be other tensors than those that were pruned."""
         self._lock.verify_in(weights, where)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -145,7 +146,7 @@ class GradualPruner:
             self._dense_on(name, mask.device)[mask] = state[f"{masks.canonical_name(name)}.dense"].to(mask.device)
 
     def release(self) -> None:
-        """Remove the gradient hooks; call it when pruning is over and the model lives on."""
+        """Remove the gradient hooks; call it when pruning is over and the model is used further."""
         self._lock.release()
 
     def _select(self, sparsity: float) -> Iterator[tuple[str, Tensor]]:

@@ -1,0 +1,131 @@
+"""Token features of a split, their order in training, and batches of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+
+from pruneofa.data import squad
+
+BUCKET = 50  # batches within which examples are sorted by length
+Item = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """One split: the tokens of all features laid end to end, and the rows they were made from.
+
+    `len()` counts features and `[i]` gives one as numpy arrays. In classification a feature is a row; in
+    question answering it is a window, and several may come from one row.
+
+    Attributes:
+        ids: (tokens,) int32.
+        types: (tokens,) uint8 segment ids, or None for models without them.
+        bounds: (features + 1,) int64, where each feature begins in `ids`.
+        targets: (features,) int64 class ids, (features, 2) first and last answer token, or None.
+        rows: the raw table.
+        windows: how features relate to the rows of question answering, else None.
+    """
+
+    ids: NDArray[np.int32]
+    types: NDArray[np.uint8] | None
+    bounds: NDArray[np.int64]
+    targets: NDArray[np.int64] | None
+    rows: pa.Table
+    windows: squad.Windows | None = None
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each feature, (features,) int64."""
+        return np.diff(self.bounds)
+
+    def __getitem__(self, index: int) -> Item:
+        tokens = slice(self.bounds[index], self.bounds[index + 1])
+        item: Item = {"input_ids": self.ids[tokens]}
+        if self.types is not None:
+            item["token_type_ids"] = self.types[tokens]
+        if self.targets is not None and self.targets.ndim == 1:
+            item["labels"] = int(self.targets[index])
+        elif self.targets is not None:
+            item["start_positions"], item["end_positions"] = map(int, self.targets[index])
+        return item
+
+    def train_dataset(self, batch: int, seed: int, epochs: int) -> "TrainDataset":
+        """`epochs` passes over the features in shuffled batches of similar length; see `TrainDataset`."""
+        return TrainDataset(self, batch, seed, epochs)
+
+
+class TrainDataset(torch.utils.data.Dataset[Item]):
+    """Features in training order: position → feature is a pure function of (seed, position).
+
+    Read it in order (a sequential sampler) in batches of `batch`. Each epoch is a new permutation; within
+    stretches of 50 batches features are sorted by length, so that a batch needs little padding, and then whole
+    batches are shuffled. Every feature comes once per epoch; an epoch that does not divide into batches is
+    filled up with the first features of its own permutation: no batch is short or straddles two epochs.
+    """
+
+    def __init__(self, data: TaskData, batch: int, seed: int, epochs: int) -> None:
+        self.data, self.batch, self.seed, self.epochs = data, batch, seed, epochs
+        self.steps_per_epoch = -(-len(data) // batch)
+        self._orders: dict[int, NDArray[np.int64]] = {}
+
+    def __len__(self) -> int:
+        return self.epochs * self.steps_per_epoch * self.batch
+
+    def __getitem__(self, position: int) -> Item:
+        if not 0 <= position < len(self):
+            raise IndexError(f"position {position} of {len(self)}")
+        epoch, index = divmod(position, self.steps_per_epoch * self.batch)
+        return self.data[int(self.order(epoch)[index])]
+
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """Feature indices of one epoch, (steps_per_epoch · batch,) int64."""
+        if epoch not in self._orders:
+            if len(self._orders) > 1:  # a loader that fetches ahead needs the old epoch and the new one
+                self._orders.pop(min(self._orders))
+            self._orders[epoch] = self._shuffled(epoch)
+        return self._orders[epoch]
+
+    def _shuffled(self, epoch: int) -> NDArray[np.int64]:
+        random = np.random.default_rng([self.seed, epoch])
+        order = np.resize(random.permutation(len(self.data)), self.steps_per_epoch * self.batch)
+        lengths = self.data.lengths
+        for begin in range(0, len(order), BUCKET * self.batch):
+            stretch = order[begin : begin + BUCKET * self.batch]
+            stretch[:] = stretch[np.argsort(lengths[stretch], kind="stable")]
+        return random.permutation(order.reshape(-1, self.batch)).reshape(-1)
+
+
+def collate(
+    items: Sequence[Item], pad_token_id: int, *, multiple: int = 8, max_length: int | None = None
+) -> dict[str, torch.Tensor]:
+    """Stack items, padded on the right to the longest, rounded up to `multiple` but not beyond `max_length`.
+
+    Returns:
+        input_ids, token_type_ids if the items have it, and attention_mask: (batch, tokens) int64; labels, or
+        start_positions and end_positions: (batch,) int64.
+    """
+    longest = max(len(item["input_ids"]) for item in items)
+    width = -(-longest // multiple) * multiple
+    if max_length is not None:
+        width = max(longest, min(width, max_length))
+    batch: dict[str, torch.Tensor] = {}
+    for key in items[0]:
+        if key in ("input_ids", "token_type_ids"):
+            padded = np.full((len(items), width), pad_token_id if key == "input_ids" else 0, np.int64)
+            for row, item in zip(padded, items, strict=True):
+                row[: len(item[key])] = item[key]
+            batch[key] = torch.from_numpy(padded)
+        else:
+            batch[key] = torch.tensor([item[key] for item in items], dtype=torch.int64)
+    lengths = np.array([len(item["input_ids"]) for item in items])
+    batch["attention_mask"] = torch.from_numpy((np.arange(width) < lengths[:, None]).astype(np.int64))
+    return batch

@@ -1,0 +1,107 @@
+"""Labels: values of a column as text, and text as class ids."""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pruneofa.errors import InputError
+
+_NUMBER = r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?"
+_WHOLE = r"[-+]?\d+\.0+"  # a whole number written as a decimal
+
+
+def as_text(value: Any) -> str:
+    """A label of any type as text; 1, 1.0, "1" and "1.0" are the same label."""
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    name = str(value).strip()
+    return str(int(name.partition(".")[0])) if re.fullmatch(_WHOLE, name) else name
+
+
+def label_names(values: Sequence[Any], column: str, where: str, known: Sequence[str] = ()) -> list[str]:
+    """The labels of a column as text.
+
+    Raises InputError for an empty value, a list of labels, and, unless they are `known` labels, numbers that are no
+    classes; `column` and `where` are for the message.
+    """
+    names = [_label_name(value, row, column, where) for row, value in enumerate(values, 1)]
+    if set(names) <= set(known):
+        return names
+    if all(name[0] == "[" and name[-1] == "]" for name in names):
+        raise _several("list", 1, column, where)
+    if all(re.fullmatch(_NUMBER, name) for name in names):
+        for row, name in enumerate(names, 1):
+            if not float(name).is_integer():
+                raise _regression(name, row, column, where)
+    return names
+
+
+def distinct(values: Sequence[Any], column: str, where: str) -> list[str]:
+    """The classes that a column holds, sorted: whole numbers by value, anything else as text."""
+    names = set(label_names(values, column, where))
+    whole = all(name.lstrip("-").isdecimal() for name in names)
+    return sorted(names, key=int) if whole else sorted(names)
+
+
+def labels_of_model(labels: Sequence[str], values: Sequence[Any], column: str, where: str) -> list[str] | None:
+    """The labels of a model; None where they were never named, and the column has names for them."""
+    if any(name != f"LABEL_{index}" for index, name in enumerate(labels)):
+        return list(labels)
+    numbers = {str(index) for index in range(len(labels))}
+    found = set(label_names(values, column, where, labels))
+    return list(labels) if found <= numbers or found <= set(labels) else None
+
+
+def class_ids(
+    values: Sequence[Any], column: str, labels: list[str], split: str, known: bool, where: str, of_model: bool = False
+) -> NDArray[np.int64]:
+    """Class ids, (rows,) int64; the labels of a `known` task may be names or the numbers of GLUE.
+
+    Labels `of_model` may be its class ids where none of its names is found. Raises InputError for a label that is
+    not one of `labels`; `split` is "train" or the suffix of an evaluation's metrics.
+    """
+    numbers = {str(index): index for index in range(len(labels))}
+    ids = {label: index for index, label in enumerate(labels)}
+    ids |= {as_text(label): index for label, index in ids.items() if re.fullmatch(_WHOLE, label)}
+    if known:
+        ids |= numbers
+    names = label_names(values, column, where, labels)
+    if of_model and (found := set(names)) <= set(numbers) and not found & set(ids):
+        ids = numbers
+    unknown = next(((row, name) for row, name in enumerate(names, 1) if name not in ids), None)
+    if unknown is None:
+        return np.fromiter((ids[name] for name in names), np.int64, len(names))
+    row, name = unknown
+    place = "training" if split == "train" else f"validation{split}"
+    if known and name == "-1":
+        raise InputError(f"{where}: label -1 in {place} row {row}: the split has no labels (GLUE test); use another")
+    among = ", ".join(labels[:10]) + (", ..." if len(labels) > 10 else "")
+    raise InputError(f"{where}: label {name!r} in {place} row {row} is not one of the labels known: {among}")
+
+
+def _label_name(value: Any, row: int, column: str, where: str) -> str:
+    if isinstance(value, list | tuple | dict):
+        raise _several(type(value).__name__, row, column, where)
+    if value is None or (isinstance(value, float) and math.isnan(value)) or not (name := as_text(value)):
+        raise InputError(f"{where}: label column {column!r} is empty in row {row}")
+    if isinstance(value, float) and not value.is_integer():
+        raise _regression(name, row, column, where)
+    return name
+
+
+def _several(kind: str, row: int, column: str, where: str) -> InputError:
+    return InputError(
+        f"{where}: label column {column!r} holds a {kind} in row {row}, wanted one class a row; "
+        "several labels a row are not supported yet"
+    )
+
+
+def _regression(name: str, row: int, column: str, where: str) -> InputError:
+    return InputError(
+        f"{where}: label column {column!r} holds the number {name} in row {row}, wanted classes; "
+        "regression is not supported yet"
+    )

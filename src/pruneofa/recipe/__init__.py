@@ -1,0 +1,43 @@
+"""The recipe: everything a run needs to know, validated before any work starts."""
+
+from pruneofa.recipe.loading import dump, load, merge, parse_override, validate
+from pruneofa.recipe.model import (
+    COST,
+    GLUE,
+    KNOWN_TASKS,
+    Card,
+    Control,
+    Corpus,
+    Distill,
+    Prune,
+    Quantize,
+    Recipe,
+    Section,
+    Task,
+    Teacher,
+    check_task_name,
+)
+from pruneofa.recipe.yaml12 import to_yaml
+
+__all__ = [
+    "COST",
+    "GLUE",
+    "KNOWN_TASKS",
+    "Card",
+    "Control",
+    "Corpus",
+    "Distill",
+    "Prune",
+    "Quantize",
+    "Recipe",
+    "Section",
+    "Task",
+    "Teacher",
+    "check_task_name",
+    "dump",
+    "load",
+    "merge",
+    "parse_override",
+    "to_yaml",
+    "validate",
+]

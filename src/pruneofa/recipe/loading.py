@@ -1,0 +1,117 @@
+"""Recipe files and overrides → a validated recipe, and back to YAML."""
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pydantic
+from pydantic import BaseModel
+from yaml import YAMLError
+
+from pruneofa.errors import InputError
+from pruneofa.recipe.model import (
+    Card,
+    Control,
+    Corpus,
+    Distill,
+    Prune,
+    Quantize,
+    Recipe,
+    Section,
+    Task,
+    Teacher,
+)
+from pruneofa.recipe.yaml12 import parse, to_yaml
+
+_ALTERNATIVES = ("Control", "bool", "str", "list[str]")  # as pydantic names them in the location of an error
+T = TypeVar("T", bound=BaseModel)
+
+
+def load(paths: Iterable[str | Path], overrides: Iterable[str] = ()) -> Recipe:
+    """Read one or more YAML files, later ones win key by key, then apply `a.b=value` overrides.
+
+    Raises InputError with the file or key, and the nearest known key for an unknown one.
+    """
+    merged: dict[str, Any] = {}
+    for path in paths:
+        try:
+            loaded = parse(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise InputError(f"{path}: no such recipe file") from None
+        except IsADirectoryError:
+            raise InputError(f"{path}: a folder, wanted a recipe file such as recipes/demo.yaml") from None
+        except (UnicodeDecodeError, YAMLError) as error:
+            raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(loaded, dict):
+            raise InputError(f"{path}: a recipe is a mapping of keys, got {type(loaded).__name__}")
+        merged = merge(merged, loaded)
+    for override in overrides:
+        merged = merge(merged, parse_override(override))
+    return validate(Recipe, merged)
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the keys of `over` laid over it, mappings merged recursively."""
+    result = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merge(result[key], value) if both else value
+    return result
+
+
+def parse_override(text: str) -> dict[str, Any]:
+    """`a.b=value` as a nested mapping; the value is YAML, so numbers and lists keep their type."""
+    key, equals, value = text.partition("=")
+    if not equals or not all(key.split(".")):
+        raise InputError(f"--set {text}: wanted key=value, such as prune.final=0.85")
+    try:
+        parsed: Any = parse(value)
+    except YAMLError:
+        raise InputError(f"--set {text}: {value!r} is not valid YAML; put quotes around it") from None
+    for part in reversed(key.split(".")):
+        parsed = {part: parsed}
+    return parsed
+
+
+def validate(model: type[T], values: dict[str, Any]) -> T:
+    """Build `model` from plain values. Raises InputError that lists every problem on one line."""
+    try:
+        return model.model_validate(values)
+    except pydantic.ValidationError as error:
+        problems: dict[tuple[str, ...], str] = {}
+        for problem in error.errors():
+            # Where several types are allowed there is one error for each; the first says enough.
+            location = tuple(str(part) for part in problem["loc"] if part not in _ALTERNATIVES)
+            if not (problem["loc"][-1:] == ("bool",) and isinstance(problem["input"], dict)):
+                problems.setdefault(location, _explain(model, list(location), problem))
+        raise InputError("recipe: " + "; ".join(problems.values())) from None
+
+
+def _explain(model: type[BaseModel], location: list[str], problem: Any) -> str:
+    where = ".".join(location) or "recipe"
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(model, location[:-1])
+        near = difflib.get_close_matches(location[-1], known, 1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        return f"unknown key {where!r}; {hint}"
+    if problem["type"] == "missing":
+        return f"{where} is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{where}: {message}" if location else message
+    return f"{where} is {problem['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _known_keys(model: type[BaseModel], location: list[str]) -> list[str]:
+    sections: dict[str, type[Section]] = {
+        "corpus": Corpus, "teacher": Teacher, "prune": Prune, "distill": Distill, "tasks": Task, "control": Control,
+        "card": Card, "quantize": Quantize,
+    }  # fmt: skip
+    owner: type[BaseModel] = sections.get(location[0], model) if location else model
+    return list(owner.model_fields)
+
+
+def dump(recipe: Recipe) -> str:
+    """The resolved recipe as YAML that `load` reads back to an equal recipe."""
+    return to_yaml(recipe.model_dump())

@@ -1,0 +1,51 @@
+"""Templates filled with values, and recipes with the paths of this machine removed."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from pruneofa.recipe import to_yaml
+from pruneofa.report.table import cell, megabytes
+
+# A path that begins with /, ~ or ~name, a drive, a share, . or .., or goes up in the middle. A regular expression
+# that begins with a backslash, as in prune.skip, is none.
+_OF_A_MACHINE = re.compile(r"^((file:)?/|~\w*([/\\]|$)|[A-Za-z]:[/\\]|\\\\|\.\.?([/\\]|$))|[/\\]\.\.([/\\]|$)")
+
+
+def render(template: str, *, autoescape: bool, **values: Any) -> str:
+    """Fill a template of this package; a missing name is an error, not an empty string."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("pruneofa.report"),
+        autoescape=autoescape,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {"cell": cell, "megabytes": megabytes}
+    return environment.get_template(template).render(**values)
+
+
+def portable(value: Any) -> Any:
+    """`value` with every path in it that is absolute, upward or in a home folder cut down to its last part."""
+    if isinstance(value, dict):
+        return {key: portable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [portable(item) for item in value]
+    if isinstance(value, Path):
+        value = str(value)
+    if isinstance(value, str) and _OF_A_MACHINE.search(value):
+        last = re.split(r"[/\\]", value.rstrip("/\\"))[-1]
+        return last if re.search(r"\w", last) and not last.startswith("~") else "."
+    return value
+
+
+def recipe_yaml(recipe: dict[str, Any]) -> str:
+    """The recipe as YAML that loads again: no paths of this machine, no keys that are at their empty default."""
+
+    def stated(value: Any) -> Any:
+        return {k: stated(v) for k, v in value.items() if v is not None} if isinstance(value, dict) else value
+
+    return to_yaml(stated(portable(recipe))).strip()

@@ -1,0 +1,86 @@
+"""What steps cannot start from or work with, found before anything is written."""
+
+from collections.abc import Iterable
+
+from pruneofa.data import tasks as task_data
+from pruneofa.engine.engine import choose_isa
+from pruneofa.errors import CheckFailed, InputError
+from pruneofa.formats import pattern
+from pruneofa.formats.architecture import read_architecture
+from pruneofa.recipe import Corpus, Distill, Prune, Recipe, Task, Teacher
+from pruneofa.run.fine_tuning import transfer_objective
+from pruneofa.run.inputs import Inputs
+from pruneofa.run.lineage import lost_pattern
+from pruneofa.run.plan import losses
+from pruneofa.run.pretraining import learning_rate, schedule
+from pruneofa.run.stage import Stage, Step
+from pruneofa.train.device import processes, split_batch
+from pruneofa.train.models import load_config, load_for_pretraining, load_tokenizer
+from pruneofa.train.prune import GradualPruner
+
+
+def check(recipe: Recipe, inputs: Inputs, steps: Iterable[Step], *, tokenize: bool = True) -> None:
+    """Raises InputError for what unfinished stages cannot start from; reads the whole corpus if `tokenize`."""
+    pending = {step.id for step in steps if isinstance(step, Stage) and step.status != "done"}
+    if recipe.corpus and recipe.corpus.streaming and processes().num_processes > 1:
+        raise InputError("corpus.streaming is for one process; set corpus.streaming=false to train with several")
+    if recipe.model_is_sparse:
+        pattern.inspect(recipe.model)
+    if recipe.dense_model is not None:
+        check_vocabulary(recipe.model, recipe.dense_model)
+    if recipe.corpus and any(stage.task is None for stage in pending):
+        check_pretraining(recipe.model, recipe.teacher, recipe.prune, recipe.distill, recipe.corpus)
+        if tokenize:
+            inputs.text().read()
+    for name in recipe.tasks:
+        if any(stage.task == name for stage in pending):
+            check_task(recipe.model, recipe.tasks[name].resolved(name), inputs.task(name))
+
+
+def check_engine(recipe: Recipe) -> None:
+    """Raises InputError, or ImportError, where the engine cannot run what the tasks' stages will make."""
+    choose_isa(None)
+    for model in filter(None, (recipe.model, recipe.dense_model)):
+        # Its head does not matter: the tasks' stages give it another one.
+        read_architecture(load_config(model).to_dict() | {"architectures": None}, model)
+
+
+def check_pattern(sparse: str | None, model: str) -> None:
+    """Raises CheckFailed naming layer and count when zeros of `sparse`, if known, are not zero in `model`."""
+    if sparse is None:
+        return
+    if lost := lost_pattern(sparse, model):
+        raise CheckFailed(lost)
+
+
+def check_pretraining(model: str, teacher: Teacher | None, prune: Prune | None, distill: Distill, text: Corpus) -> None:
+    """Carry out, without training, what can fail in the stages on text. Raises InputError."""
+    distils_logits = prune is not None and distill.hard + distill.kd > 0
+    loaded = load_for_pretraining(model, nsp=text.nsp, trained_head=teacher is None and distils_logits)
+    longest = task_data.longest_input(loaded.config)
+    if text.max_length > longest:
+        raise InputError(f"corpus.max_length is {text.max_length} but {model} has {longest} positions; lower it")
+    for settings in (teacher, prune):
+        if settings is not None:
+            split_batch(settings.batch, settings.micro_batch)
+    if prune is not None:
+        GradualPruner(loaded, **schedule(prune)).release()
+        learning_rate(prune)(0)
+
+
+def check_task(model: str, spec: Task, task: task_data.Task) -> None:
+    """Carry out, without training, what can fail in the stages of a task. Raises InputError."""
+    transfer_objective(model, spec.teacher, losses(spec), task)
+    if spec.teacher is not None:
+        check_vocabulary(model, spec.teacher)
+    split_batch(spec.batch or 1, None)
+
+
+def check_vocabulary(model: str, other: str) -> None:
+    """Raises InputError when two models number their tokens differently: one would read garbage."""
+    mine, theirs = (load_tokenizer(path).get_vocab() for path in (model, other))
+    if mine != theirs:
+        raise InputError(
+            f"{other}: its vocabulary ({len(theirs)} tokens) is not that of {model} ({len(mine)}); both models are "
+            "given the same token ids, so use one with the same tokenizer"
+        )

@@ -1,0 +1,78 @@
+"""What the engine makes of a run's task models: metrics, sizes and latency, kept as engine.json beside each."""
+
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pruneofa import __version__
+from pruneofa.engine.engine import choose_isa
+from pruneofa.engine.load import Precision
+from pruneofa.formats.files import read_json, write_json
+from pruneofa.run.stage import Evaluation
+from pruneofa.train.evaluate import evaluate_by_engine
+
+FILE = "engine.json"
+# Variants of a task that the engine computes too, and as what; their names are those of results.json.
+PRECISIONS: dict[str, Precision] = {"dense": "fp32", "transfer": "fp32", "ptq": "int8", "quantize": "int8"}
+LONGEST = 128  # tokens of the sequence that is timed
+
+
+def measure_by_engine(evaluations: Iterable[Evaluation]) -> bool:
+    """Write engine.json into the folders of task models that lack it; nothing in a run without a quantized one.
+
+    What the same version measured with the same kernels on the same rows is kept: a stage that is made again loses
+    it with its folder. Returns whether the run has a quantized model.
+
+    Raises InputError for a model that the engine refuses, and ImportError where it was not built.
+    """
+    models = [e for e in evaluations if e.id.variant in PRECISIONS and (e.folder / "config.json").exists()]
+    quantized = [e for e in models if PRECISIONS[e.id.variant] == "int8"]
+    if not quantized:
+        return False
+    now = {"pruneofa": __version__, "isa": choose_isa(None)}
+    for model in models:
+        wanted = {"evaluation": model.fingerprint, **now}
+        known = read_json(model.folder / FILE) if (model.folder / FILE).exists() else {}
+        if not wanted.items() <= known.items():
+            found = evaluate_by_engine(model.folder, model.task.read(), PRECISIONS[model.id.variant])
+            write_json(model.folder / FILE, found | wanted)
+    first = quantized[0].id
+    timed = {e.id.variant: e.folder for e in models if (e.id.task, e.id.seed) == (first.task, first.seed)}
+    if not all("latency" in read_json(folder / FILE) for folder in timed.values()):
+        _add_latency(timed)
+    return True
+
+
+def _add_latency(folders: dict[str, Path]) -> None:
+    """Time these variants of one task beside each other, and the dense model by torch; all get the same record."""
+    from pruneofa.bench.latency import Runner, latency
+    from pruneofa.bench.peers import OURS, REFERENCE
+    from pruneofa.bench.workers import WorkerError
+
+    records = {variant: read_json(folder / FILE) for variant, folder in folders.items()}
+    runners = [Runner(f"{name}_engine", folder, OURS, PRECISIONS[name]) for name, folder in folders.items()]
+    if "dense" in folders:
+        runners.append(Runner("dense", folders["dense"], REFERENCE))
+    some = next(iter(folders))
+    tokens = min(LONGEST, records[some]["longest"])
+    vocabulary = read_json(folders[some] / "config.json")["vocab_size"]
+    try:
+        found = latency(runners, tokens=tokens, vocabulary=vocabulary)
+    except WorkerError as error:  # a number less in the table is no reason to fail a run of days
+        sys.stderr.write(f"latency was not measured: {error}\n")
+        return
+    for variant, folder in folders.items():
+        write_json(folder / FILE, records[variant] | {"latency": found})
+
+
+def engine_columns(models: Sequence[tuple[str, Path]]) -> dict[str, dict[str, Any]]:
+    """Sizes and latency for results.json, from (variant, folder) of all task models: the first that has them counts.
+
+    Sizes are of a model quantized in training, where there is one.
+    """
+    kept = [(variant, read_json(folder / FILE)) for variant, folder in models if (folder / FILE).exists()]
+    sized = [record["sizes"] for wanted in ("quantize", "ptq") for variant, record in kept
+             if variant == wanted and "sizes" in record]  # fmt: skip
+    timed = [record["latency"] for _, record in kept if "latency" in record]
+    return {"sizes": next(iter(sized), {}), "latency": next(iter(timed), {})}

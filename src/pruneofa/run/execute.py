@@ -1,0 +1,102 @@
+"""Carry out steps: train in a working folder that survives a kill, put the model in place at once, evaluate it."""
+
+import shutil
+import time
+from collections.abc import Iterable
+
+from pruneofa.formats import scales
+from pruneofa.formats.files import new_folder, write_json, write_text
+from pruneofa.formats.hub import local_folder
+from pruneofa.run.checks import check_pattern
+from pruneofa.run.results import versions
+from pruneofa.run.stage import (
+    EVALUATION,
+    FORMAT,
+    MARK,
+    METRICS,
+    RECORD,
+    Data,
+    Emit,
+    Evaluation,
+    Job,
+    Model,
+    Stage,
+    Step,
+    decisive,
+)
+from pruneofa.train.device import processes
+from pruneofa.train.evaluate import evaluate_model, load_task_model
+from pruneofa.train.quantize import FakeQuantizer
+
+
+def carry_out(steps: Iterable[Step], emit: Emit) -> None:
+    """Carry out the steps that are not done, in their order."""
+    # Which they are is decided before any is: a rank that looks later would find what the first has just written.
+    pending = [step for step in steps if step.status != "done"]
+    processes().wait_for_everyone()
+    for step in pending:
+        if isinstance(step, Stage):
+            make(step, emit)
+        else:
+            evaluate(step, emit)
+
+
+def make(stage: Stage, emit: Emit) -> None:
+    """Make the model of a stage; what its working folder holds for the same fingerprint is resumed."""
+    state = processes()
+    if state.is_main_process:
+        if stage.begun != stage.fingerprint:
+            shutil.rmtree(stage.work, ignore_errors=True)
+        stage.work.mkdir(parents=True, exist_ok=True)
+        write_text(stage.work / MARK, stage.fingerprint)
+    state.wait_for_everyone()
+    start = stage.inputs.get("model")
+    if isinstance(start, Model):
+        check_pattern(stage.pattern, start.path)
+    inputs = {name: value.read() if isinstance(value, Data) else value for name, value in stage.inputs.items()}
+    outcome = stage.make(stage.settings, Job(str(stage.id), stage.work, emit), **inputs)
+    if state.is_main_process:
+        with new_folder(stage.folder) as folder:
+            outcome.save(folder)
+            check_pattern(stage.pattern, str(folder))
+            if outcome.metrics is not None:
+                write_json(folder / METRICS, outcome.metrics)
+            record = {
+                "format": FORMAT,
+                "stage": str(stage.id),
+                "task": stage.id.task,
+                "seed": stage.id.seed,
+                "variant": stage.id.variant,
+                "fingerprint": stage.fingerprint,
+                "settings": decisive(stage.settings),
+                "inputs": stage.input_fingerprints,
+                "seconds": round(outcome.seconds, 1),
+                "tokens": outcome.tokens,
+                "versions": versions(),
+            }
+            write_json(folder / RECORD, record)
+        metrics = {"metrics": outcome.metrics} if outcome.metrics is not None else {}
+        emit({"event": "done", "stage": str(stage.id), "seconds": record["seconds"], **metrics})
+        shutil.rmtree(stage.work, ignore_errors=True)
+    state.wait_for_everyone()
+
+
+def evaluate(step: Evaluation, emit: Emit) -> None:
+    """Write the metrics of a stage's model beside it. int8 models are computed as the engine computes them."""
+    task, start = step.task.read(), time.monotonic()
+    try:
+        model = load_task_model(step.model.path, task.kind)
+        if quantized := scales.read(local_folder(step.model.path)):
+            FakeQuantizer.of(model, quantized)
+        metrics = evaluate_model(model, task, name=str(step.id))
+    except KeyboardInterrupt:
+        after = f"{step.id} is trained, and the same command evaluates it"
+        raise KeyboardInterrupt(after) from None
+    if processes().is_main_process:
+        seconds = round(time.monotonic() - start, 1)
+        (step.folder / EVALUATION).unlink(missing_ok=True)  # it speaks of the metrics that are replaced now
+        write_json(step.folder / METRICS, metrics)
+        record = {"fingerprint": step.fingerprint, "seconds": seconds, "versions": versions()}
+        write_json(step.folder / EVALUATION, record)
+        emit({"event": "evaluated", "stage": str(step.id), "seconds": seconds, "metrics": metrics})
+    processes().wait_for_everyone()

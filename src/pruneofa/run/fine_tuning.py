@@ -1,0 +1,258 @@
+"""The stages of a task: fine-tuning a dense or a sparse model, and int8 by training or without.
+
+Each is a function to be read top to bottom: its settings and models in, a task model out.
+"""
+
+import time
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import transformers
+from torch.utils.data import Subset
+from transformers import PreTrainedModel
+
+from pruneofa.data import tasks as task_data
+from pruneofa.errors import InputError
+from pruneofa.formats import scales
+from pruneofa.formats.hub import local_folder
+from pruneofa.run.stage import Job, Model, Outcome
+from pruneofa.train.callbacks import LockCallback, QuantizeCallback
+from pruneofa.train.evaluate import label_order, load_task_model
+from pruneofa.train.models import load_for_task, load_tokenizer, reorder_classes, set_dropout
+from pruneofa.train.objective import INPUTS, TransferObjective
+from pruneofa.train.quantize import FakeQuantizer
+from pruneofa.train.schedule import linear_lr
+from pruneofa.train.trainer import batches, train
+
+CALIBRATION_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Weights of the losses of a model that has a teacher, and the temperature of its distillation."""
+
+    hard: float
+    kd: float
+    hidden: float
+    temperature: float
+
+
+@dataclass(frozen=True)
+class FineTuneSettings:
+    """How a model is fine-tuned on a task.
+
+    Attributes:
+        max_length: tokens per example.
+        stride: overlap of windows in tokens; None but for question answering.
+        losses: None without a teacher: the task's own loss alone.
+        dropout: replaces the model's rates; None keeps them.
+        locked: whether zeros stay zero.
+    """
+
+    epochs: int
+    lr: float
+    batch: int
+    max_length: int
+    stride: int | None
+    warmup: float
+    weight_decay: float
+    max_grad_norm: float
+    losses: Losses | None
+    dropout: float | None
+    locked: bool
+    seed: int
+    precision: str
+
+
+@dataclass(frozen=True)
+class QuantizeSettings:
+    """How a task model is trained through int8 arithmetic.
+
+    Attributes:
+        rows: of each epoch; None for all.
+        freeze: share of the steps in which static scales move; None for dynamic ones.
+    """
+
+    training: FineTuneSettings
+    rows: int | None
+    weights: str
+    activations: str
+    embeddings: bool
+    freeze: float | None
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """How a task model is rounded to int8 as it is; the last four are None for dynamic scales or where unused."""
+
+    weights: str
+    activations: str
+    embeddings: bool
+    max_length: int
+    stride: int | None
+    seed: int
+    calibration: int | None
+    observer: str | None
+    percentile: float | None
+
+
+@dataclass(frozen=True)
+class GivenSettings:
+    """Of a model that was given: none."""
+
+
+def use_given(settings: GivenSettings, job: Job, *, model: Model) -> Outcome:
+    """A task teacher that was given: there is nothing to make, only to evaluate."""
+    return Outcome()
+
+
+def fine_tune(
+    settings: FineTuneSettings, job: Job, *, model: Model, teacher: Model | None, task: task_data.Task
+) -> Outcome:
+    """Fine-tune `model` on a task, distilled from `teacher` if there is one, `locked` to its sparsity pattern.
+
+    Without a teacher it learns from the task's own loss alone, which is how dense task teachers are made.
+    """
+    transformers.set_seed(settings.seed)
+    objective = transfer_objective(model.path, teacher and teacher.path, settings.losses, task)
+    if settings.dropout is not None:
+        set_dropout(objective.student, settings.dropout)
+    assert task.train is not None
+    data = task.train.train_dataset(settings.batch, settings.seed, settings.epochs)
+    callbacks = [LockCallback()] if settings.locked else []
+    clock = _train(objective, settings, job, task, data, len(data) // settings.batch, callbacks)
+    return Outcome(objective.student, load_tokenizer(model.path), **clock)
+
+
+def quantize_aware(
+    settings: QuantizeSettings, job: Job, *, model: Model, teacher: Model | None, task: task_data.Task
+) -> Outcome:
+    """Quantization-aware training: fine-tune a task model through its int8 arithmetic, locked to its pattern.
+
+    The weights of the outcome are on the int8 grid.
+    """
+    training = settings.training
+    transformers.set_seed(training.seed)
+    student = task_student(model.path, task)
+    objective = transfer_objective(student, teacher and teacher.path, training.losses, task)
+    if training.dropout is not None:
+        set_dropout(student, training.dropout)
+    quantizer = FakeQuantizer(student, **numerics(settings))
+    data, steps = qat_dataset(settings, task)
+    freeze = 1.0 if settings.freeze is None else settings.freeze
+    callbacks = [LockCallback(), QuantizeCallback(quantizer, freeze)]
+    clock = _train(objective, training, job, task, data, steps, callbacks)
+    return _quantized(student, quantizer, model, **clock)
+
+
+def calibrate(settings: CalibrationSettings, job: Job, *, model: Model, task: task_data.Task) -> Outcome:
+    """Post-training quantization: a task model rounded as it is; static ranges from some of its training data.
+
+    The weights of the outcome are on the int8 grid.
+    """
+    start = time.monotonic()
+    student = task_student(model.path, task)
+    quantizer = FakeQuantizer(student, **numerics(settings))
+    if settings.calibration is not None:
+        assert task.train is not None
+        drawn = np.random.default_rng(settings.seed).permutation(len(task.train))[: settings.calibration]
+        device = next(student.parameters()).device
+        chosen = Subset(task.train, sorted(map(int, drawn)))
+        inputs = (
+            {name: value.to(device) for name, value in batch.items() if name in INPUTS}
+            for batch in batches(chosen, task.collate, CALIBRATION_BATCH)
+        )
+        quantizer.calibrate(inputs, settings.percentile)
+    return _quantized(student, quantizer, model, seconds=time.monotonic() - start)
+
+
+def _quantized(student: PreTrainedModel, quantizer: FakeQuantizer, model: Model, **clock: Any) -> Outcome:
+    """Fold the quantizer into the model."""
+    folded = quantizer.fold()
+    quantizer.release()
+    return Outcome(student, load_tokenizer(model.path), **clock, quantization=folded)
+
+
+def numerics(settings: QuantizeSettings | CalibrationSettings) -> dict[str, Any]:
+    """The arguments of `FakeQuantizer`."""
+    return {name: getattr(settings, name) for name in ("weights", "activations", "embeddings")}
+
+
+def qat_dataset(settings: QuantizeSettings, task: task_data.Task) -> tuple[Any, int]:
+    """What quantization-aware training reads, and its number of steps.
+
+    `rows` limits an epoch to that share of the features, whole batches out of all in their shuffled order.
+    """
+    assert task.train is not None
+    training = settings.training
+    data = task.train.train_dataset(training.batch, training.seed, training.epochs)
+    share = min(1.0, settings.rows / task.train.rows.num_rows) if settings.rows else 1.0
+    steps = training.epochs * max(1, round(share * data.steps_per_epoch))
+    return Subset(data, range(steps * training.batch)), steps
+
+
+def task_student(model: str, task: task_data.Task) -> PreTrainedModel:
+    """A fine-tuned model whose classes follow the task's order.
+
+    Raises:
+        InputError: it is quantized already, has no trained head for this kind of task, or other labels.
+    """
+    if scales.is_quantized(local_folder(model)):
+        raise InputError(
+            f"{model}: quantized already ({scales.SETTINGS} is in it), and quantizing twice loses accuracy for "
+            "nothing; name the folder it was made from"
+        )
+    student = load_task_model(model, task.kind)
+    if task.kind == "classification":
+        order = label_order(student.config, task)
+        reorder_classes(student, order)
+        names = [student.config.id2label[index] for index in order]
+        student.config.id2label = dict(enumerate(names))
+        student.config.label2id = {name: index for index, name in enumerate(names)}
+    return student
+
+
+def transfer_objective(
+    model: str | PreTrainedModel, teacher: str | PreTrainedModel | None, losses: Losses | None, task: task_data.Task
+) -> TransferObjective:
+    """A task model and the losses it is trained with; without a teacher the task's own loss alone.
+
+    Raises InputError when the folder `teacher` has no trained head for this task.
+    """
+    student = load_for_task(model, task.kind, **task.model_kwargs()) if isinstance(model, str) else model
+    if teacher is None or losses is None:
+        return TransferObjective(student, None, kind=task.kind, hard=1.0, kd=0.0, temperature=1.0)
+    loaded = load_task_model(teacher, task.kind) if isinstance(teacher, str) else teacher
+    if task.kind == "classification":
+        reorder_classes(loaded, label_order(loaded.config, task))
+    return TransferObjective(student, loaded, kind=task.kind, **asdict(losses))
+
+
+def _train(
+    objective: TransferObjective,
+    settings: FineTuneSettings,
+    job: Job,
+    task: task_data.Task,
+    dataset: Any,
+    steps: int,
+    callbacks: list[Any],
+) -> dict[str, Any]:
+    return train(
+        objective,
+        stage=job.name,
+        work=job.work,
+        dataset=dataset,
+        collate=task.collate,
+        steps=steps,
+        batch=settings.batch,
+        lr=settings.lr,
+        rate=partial(linear_lr, total=steps, warmup=int(steps * settings.warmup)),
+        emit=job.emit,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        precision=settings.precision,
+        seed=settings.seed,
+        callbacks=callbacks,
+    )

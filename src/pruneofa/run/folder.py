@@ -1,0 +1,108 @@
+"""A run's folder: whose it is, who works in it, and what of it may be replaced."""
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TextIO
+
+from pruneofa.errors import InputError
+from pruneofa.recipe import Recipe, load
+from pruneofa.run.stage import FORMAT, MARK, WORK, Stage, Step
+from pruneofa.train.device import processes
+
+LOCK = ".lock"
+
+
+def check_folder(recipe: Recipe, folder: Path) -> None:
+    """Raises InputError when `folder` holds something else than a run of this recipe."""
+    file = folder / "recipe.yaml"
+    if file.exists():
+        name = load([file]).name
+        if name != recipe.name:
+            raise InputError(
+                f"{folder}: holds the run {name!r}, this recipe is {recipe.name!r}; choose another --out, or delete it"
+            )
+    elif folder.exists() and any(p.name not in (WORK, LOCK, "data") for p in folder.iterdir()):
+        raise InputError(f"{folder}: not empty and not a run's folder; choose another --out")
+
+
+def refuse_changes(steps: Iterable[Step], where: Path, redo: bool, out: str = "--out") -> None:
+    """Raises InputError listing stages, finished or begun, whose settings or inputs changed, unless `redo`.
+
+    Stages with a record of an earlier format are refused as such: whether their settings changed cannot be told.
+    `where` is what the message calls the place of the stages, `out` the argument that names it.
+    """
+    stages = [step for step in steps if isinstance(step, Stage)]
+    earlier = [(stage, version) for stage in stages if (version := stage.earlier) is not None]
+    if earlier and not redo:
+        names = ", ".join(str(stage.id) for stage, _ in earlier)
+        raise InputError(
+            f"{where}: made by pruneofa {earlier[0][1]}, whose stages do not record all settings ({names}); "
+            f"wanted stages of format {FORMAT}; choose another {out}, or make them again with --redo"
+        )
+    changed = [str(stage.id) for stage in stages if stage.status == "changed"]
+    changed += [f"{stage.id} (unfinished)" for stage in stages if stage.begun not in (None, stage.fingerprint)]
+    if changed and not redo:
+        raise InputError(
+            f"settings or inputs of stages changed: {', '.join(changed)}; "
+            f"--redo makes them again (the old ones are kept until the new are complete), or choose another {out}"
+        )
+
+
+def refuse_other_work(stages: Iterable[Stage], work: Path, redo: bool) -> None:
+    """Raises InputError when stages that are not among `stages` were begun below `work`, unless `redo`."""
+    known = {stage.work / MARK for stage in stages}
+    marks = [mark for mark in sorted(work.rglob(MARK)) if mark not in known]
+    others = [mark.parent.relative_to(work).as_posix().removeprefix(f"{WORK}/") for mark in marks]
+    if others and not redo:
+        raise InputError(
+            f"{work}: holds {', '.join(others)} (unfinished), which this command would not go on with; "
+            "--redo deletes it, or choose another OUT"
+        )
+
+
+@contextlib.contextmanager
+def only_one(folder: Path, *, name: Path | None = None, out: str = "--out") -> Iterator[None]:
+    """Keep a second process out of the folder of a run, or of one stage's work.
+
+    Raises InputError when one is at work there; it calls the folder `name`, and the argument to change `out`.
+    """
+    if not processes().is_main_process:
+        yield
+        return
+    with _lock_file(folder) as file:
+        if file is None:
+            raise InputError(
+                f"{name or folder}: another pruneofa is at work here; wait for it, or choose another {out}"
+            )
+        yield
+
+
+@contextlib.contextmanager
+def _lock_file(folder: Path) -> Iterator[TextIO | None]:
+    """The locked file of the folder, which is made; None where another process has it."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            file = open(folder / LOCK, "w")  # noqa: SIM115 - closed below, once it is known to be there
+        except FileNotFoundError:  # whoever worked here has just removed the folder
+            continue
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield None
+                return
+            if not _is_at(file, folder / LOCK):  # removed between opening and locking: it keeps nobody out
+                continue
+            yield file
+            return
+
+
+def _is_at(file: TextIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,57 @@
+"""What a recipe starts from: models, text and task data, each read once."""
+
+from pruneofa.data import corpus, tasks
+from pruneofa.recipe import Recipe
+from pruneofa.run.pretraining import Text, read_text
+from pruneofa.run.stage import Data, Model
+from pruneofa.train.models import load_config, load_tokenizer, model_fingerprint
+
+
+class Inputs:
+    """The models, the text and the tasks that a recipe names."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self._models: dict[str, Model] = {}
+        self._text: Text | None = None
+        self._tasks: dict[str, tasks.Task] = {}
+
+    def model(self, path: str) -> Model:
+        """A model that exists already."""
+        if path not in self._models:
+            self._models[path] = Model(path, model_fingerprint(path))
+        return self._models[path]
+
+    def text(self) -> Data:
+        """The corpus, tokenized when it is read."""
+        assert self.recipe.corpus is not None
+        return Data(corpus.source_fingerprint(self.recipe.corpus, data_root=self.recipe.data_root), self._read_text)
+
+    def _read_text(self) -> Text:
+        if self._text is None:
+            recipe = self.recipe
+            assert recipe.corpus is not None
+            # No collective here: tokenizing takes longer than a barrier waits. build_corpus locks its cache itself.
+            self._text = read_text(recipe.corpus, recipe.model, data_root=recipe.data_root, seed=recipe.seed)
+        return self._text
+
+    def task(self, name: str) -> tasks.Task:
+        """The tokenized task."""
+        if name not in self._tasks:
+            recipe = self.recipe
+            tokenizer = load_tokenizer(recipe.model)
+            spec, longest = recipe.tasks[name].resolved(name), tasks.longest_input(load_config(recipe.model))
+            self._tasks[name] = tasks.load_task(
+                name, spec, tokenizer, data_root=recipe.data_root, max_positions=longest
+            )
+        return self._tasks[name]
+
+    def training_rows(self, name: str) -> Data:
+        """The task, for training."""
+        task = self.task(name)
+        return Data(task.train_fingerprint, lambda: task)
+
+    def validation_rows(self, name: str) -> Data:
+        """The task, for evaluation."""
+        task = self.task(name)
+        return Data(task.evaluation_fingerprint, lambda: task)

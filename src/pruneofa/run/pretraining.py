@@ -1,0 +1,234 @@
+"""The stages on plain text: teacher preparation, student pruning, and the control model.
+
+Each is a function to be read top to bottom: its settings and a model in, a trained model out.
+"""
+
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pruneofa.data import corpus as corpora
+from pruneofa.formats.files import read_json, write_json
+from pruneofa.recipe import Corpus, Distill, Prune, Teacher
+from pruneofa.run.stage import Job, Model, Outcome, unused
+from pruneofa.train.callbacks import LockCallback, PruningCallback
+from pruneofa.train.device import processes
+from pruneofa.train.models import load_for_pretraining, load_tokenizer, set_dropout
+from pruneofa.train.objective import PretrainingObjective
+from pruneofa.train.prune import GradualPruner
+from pruneofa.train.schedule import cyclic_lr, linear_lr, rewound_lr
+from pruneofa.train.trainer import batches, train
+
+VALIDATION_EXAMPLES = 512
+SOURCE = unused("source")  # where the text lies does not matter: what it says is an input
+
+
+@dataclass(frozen=True)
+class TeacherSettings:
+    """How the teacher is prepared."""
+
+    teacher: Teacher
+    corpus: Corpus = field(metadata=SOURCE)
+    seed: int
+    precision: str
+
+
+@dataclass(frozen=True)
+class PruneSettings:
+    """How the student is pruned."""
+
+    prune: Prune
+    distill: Distill
+    corpus: Corpus = field(metadata=SOURCE)
+    seed: int
+    precision: str
+
+
+@dataclass(frozen=True)
+class ControlSettings:
+    """How the control is trained: pruned at once, so without a schedule, with each of several learning rates."""
+
+    prune: Prune = field(metadata=unused("lr", "begin", "end", "stop", "interval", "initial", "rewind"))
+    distill: Distill
+    rates: tuple[float, ...]
+    corpus: Corpus = field(metadata=SOURCE)
+    seed: int
+    precision: str
+
+
+@dataclass(frozen=True)
+class Text:
+    """The corpus as the pre-training stages see it."""
+
+    spec: Corpus
+    built: Any
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def collate(self) -> Callable[[list[Any]], dict[str, torch.Tensor]]:
+        """Batch items of this corpus."""
+        return partial(corpora.collate, pad_token_id=self.tokenizer.pad_token_id)
+
+
+def read_text(spec: Corpus, model: str, *, data_root: str | None, seed: int) -> Text:
+    """Tokenize the corpus for `model`, or find it in the cache."""
+    tokenizer = load_tokenizer(model)
+    return Text(spec, corpora.build_corpus(spec, tokenizer, data_root=data_root, seed=seed), tokenizer)
+
+
+def prepare_teacher(settings: TeacherSettings, job: Job, *, model: Model, text: Text) -> Outcome:
+    """Teacher preparation: the dense model learns MLM (+ NSP) on the corpus (method.md A3)."""
+    transformers.set_seed(settings.seed)
+    teacher = load_for_pretraining(model.path, nsp=text.spec.nsp)
+    objective = teacher_objective(teacher, settings.teacher, nsp=text.spec.nsp)
+    steps = settings.teacher.steps
+    rate = partial(linear_lr, total=steps, warmup=int(steps * settings.teacher.warmup))
+    clock = _train(objective, settings.teacher, text, rate, settings, job, [])
+    return Outcome(teacher, text.tokenizer, validate(objective, text, settings), **clock)
+
+
+def prune_student(settings: PruneSettings, job: Job, *, teacher: Model, text: Text) -> Outcome:
+    """Student pruning: gradual magnitude pruning, distilled from the prepared teacher it starts from."""
+    transformers.set_seed(settings.seed)
+    objective = student_objective(teacher.path, settings.prune, settings.distill, nsp=text.spec.nsp)
+    pruning = PruningCallback(**schedule(settings.prune))
+    clock = _train(objective, settings.prune, text, learning_rate(settings.prune), settings, job, [pruning])
+    return Outcome(objective.student, text.tokenizer, validate(objective, text, settings), **clock)
+
+
+def train_control(settings: ControlSettings, job: Job, *, teacher: Model, text: Text) -> Outcome:
+    """The control: the teacher pruned in one shot, locked, trained on the prune stage's tokens.
+
+    Every learning rate of the control is tried; the lowest validation loss of the objective wins.
+    """
+    trials = [(_trial(settings, lr, job, teacher, text), trial_folder(job.work, lr)) for lr in settings.rates]
+    best, folder = min(trials, key=lambda trial: trial[0]["metrics"]["loss"])
+    losses = {f"loss_lr_{trial['lr']:g}": trial["metrics"]["loss"] for trial, _ in trials}
+    metrics = best["metrics"] | {"lr": best["lr"]} | losses
+    student = load_for_pretraining(str(folder / "model"), nsp=text.spec.nsp)
+    metrics["tokens_of_all_rates"] = sum(trial["tokens"] for trial, _ in trials)
+    seconds = sum(trial["seconds"] for trial, _ in trials)
+    return Outcome(student, text.tokenizer, metrics, seconds, best["tokens"])
+
+
+def trial_folder(work: Path, lr: float) -> Path:
+    """Where the control is trained with this learning rate; done.json in it says that it is through."""
+    return work / f"lr-{lr:g}"
+
+
+def _trial(settings: ControlSettings, lr: float, job: Job, teacher: Model, text: Text) -> dict[str, Any]:
+    """The control with one learning rate: {"metrics", "lr", "seconds", "tokens"}; its model is in `trial_folder`."""
+    folder, main = trial_folder(job.work, lr), processes().is_main_process
+    if not (folder / "done.json").exists():
+        if main:
+            which = f"{settings.rates.index(lr) + 1} of {len(settings.rates)}"
+            sys.stderr.write(f"{job.name}: learning rate {lr:g}, {which}\n")
+        transformers.set_seed(settings.seed)
+        objective = student_objective(teacher.path, settings.prune, settings.distill, nsp=text.spec.nsp)
+        once = GradualPruner(objective.student, **{**schedule(settings.prune), "begin": 0, "end": 1, "stop": 1})
+        once.step(1)
+        once.release()
+        prune = settings.prune.model_copy(update={"lr": lr})
+        rate = partial(linear_lr, total=prune.steps, warmup=int(prune.steps * prune.warmup))
+        # The report draws a curve per peak learning rate.
+        trial = Job(job.name, folder, lambda event: job.emit(event | {"peak_lr": lr}))
+        clock = _train(objective, prune, text, rate, settings, trial, [LockCallback()])
+        metrics = validate(objective, text, settings)
+        if main:
+            objective.student.save_pretrained(folder / "model")
+            write_json(folder / "done.json", {"metrics": metrics, "lr": lr, **clock})
+            for checkpoint in folder.glob("checkpoint-*"):
+                shutil.rmtree(checkpoint)
+        processes().wait_for_everyone()
+    return read_json(folder / "done.json")
+
+
+def schedule(settings: Prune) -> dict[str, Any]:
+    """The arguments of `GradualPruner` that a prune section holds."""
+    names = ("final", "begin", "end", "stop", "interval", "initial", "pattern", "scope", "skip")
+    return {name: getattr(settings, name) for name in names}
+
+
+def learning_rate(settings: Prune) -> Callable[[int], float]:
+    """The multiple of the peak learning rate as a function of the step (method.md A2)."""
+    warmup = int(settings.steps * settings.warmup)
+    if settings.rewind == "none":
+        return partial(linear_lr, total=settings.steps, warmup=warmup)
+    rewound = rewound_lr if settings.rewind == "sawtooth" else cyclic_lr
+    times = {"begin": settings.begin, "end": settings.end, "interval": settings.interval}
+    return partial(rewound, total=settings.steps, warmup=warmup, **times)
+
+
+def teacher_objective(teacher: PreTrainedModel, settings: Teacher, *, nsp: bool) -> PretrainingObjective:
+    """Plain MLM (+ NSP)."""
+    if settings.dropout is not None:
+        set_dropout(teacher, settings.dropout)
+    return PretrainingObjective(
+        teacher, None, hard=1.0, kd=0.0, hidden=0.0, temperature=1.0, positions="masked", nsp=nsp
+    )
+
+
+def student_objective(teacher: str, settings: Prune, distill: Distill, *, nsp: bool) -> PretrainingObjective:
+    """A student that starts as a copy of its teacher, and the losses between them."""
+    student = load_for_pretraining(teacher, nsp=nsp)
+    if settings.dropout is not None:
+        set_dropout(student, settings.dropout)
+    return PretrainingObjective(student, load_for_pretraining(teacher, nsp=nsp), nsp=nsp, **distill.model_dump())
+
+
+def _train(
+    objective: PretrainingObjective,
+    optimization: Teacher | Prune,
+    text: Text,
+    rate: Callable[[int], float],
+    settings: TeacherSettings | PruneSettings | ControlSettings,
+    job: Job,
+    callbacks: list[Any],
+) -> dict[str, Any]:
+    return train(
+        objective,
+        stage=job.name,
+        work=job.work,
+        dataset=text.built.train(optimization.steps * optimization.batch, seed=settings.seed),
+        collate=text.collate,
+        steps=optimization.steps,
+        batch=optimization.batch,
+        micro_batch=optimization.micro_batch,
+        lr=optimization.lr,
+        rate=rate,
+        emit=job.emit,
+        weight_decay=optimization.weight_decay,
+        max_grad_norm=optimization.max_grad_norm,
+        precision=settings.precision,
+        checkpoint_activations=optimization.checkpoint_activations,
+        save_steps=optimization.save_steps,
+        seed=settings.seed,
+        callbacks=callbacks,
+    )
+
+
+@torch.no_grad()
+def validate(
+    objective: PretrainingObjective, text: Text, settings: TeacherSettings | PruneSettings | ControlSettings
+) -> dict[str, float]:
+    """Losses of the objective on held-out articles, dropout off."""
+    device = next(objective.parameters()).device
+    data = text.built.validation(VALIDATION_EXAMPLES, seed=settings.seed)
+    held_out = [{k: v.to(device) for k, v in batch.items()} for batch in batches(data, text.collate, 16)]
+    counts = torch.stack([objective.counts(batch) for batch in held_out]).sum(0)
+    objective.eval()
+    totals: dict[str, float] = {}
+    for batch in held_out:
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+            parts = objective(batch, counts)
+        for name, value in parts.items():
+            totals[name] = totals.get(name, 0.0) + float(value)
+    return totals

@@ -1,0 +1,68 @@
+"""A recipe carried out in its folder: plan, check, make what is missing, then results, table, card and report."""
+
+import json
+import shutil
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pruneofa.formats.files import write_json, write_text
+from pruneofa.recipe import Recipe, dump
+from pruneofa.run.checks import check, check_engine
+from pruneofa.run.engine_metrics import measure_by_engine
+from pruneofa.run.execute import carry_out
+from pruneofa.run.folder import check_folder, only_one, refuse_changes
+from pruneofa.run.inputs import Inputs
+from pruneofa.run.plan import plan
+from pruneofa.run.results import collect, environment, write_reports
+from pruneofa.run.stage import WORK, Evaluation
+from pruneofa.train.device import processes
+
+
+def run(recipe: Recipe, folder: Path, *, redo: bool = False) -> dict[str, Any]:
+    """Carry out what is missing of a recipe in `folder`, and write results, table, card and report.
+
+    Returns the results (design.md, "A run's folder"). Raises InputError when the folder is another recipe's,
+    or when finished stages no longer match and `redo` is false.
+    """
+    check_folder(recipe, folder)
+    inputs = Inputs(recipe)
+    steps = plan(recipe, inputs, folder)
+    refuse_changes(steps, folder, redo)
+    check(recipe, inputs, steps)
+    if recipe.quantize:
+        check_engine(recipe)
+    untaught = [name for name, task in recipe.tasks.items() if task.teacher is None]
+    if recipe.model_is_sparse and recipe.dense_model is None and untaught and processes().is_main_process:
+        sys.stderr.write(
+            f"no teacher for {', '.join(untaught)}: learning from the labels alone; "
+            "name tasks.X.teacher, or dense_model to have one made\n"
+        )
+    processes().wait_for_everyone()  # nobody may find the folder begun before having checked it
+    main = processes().is_main_process
+    results = {}
+    with only_one(folder):
+        refuse_changes(steps, folder, redo)  # again: another process may have finished meanwhile
+        if main:
+            write_text(folder / "recipe.yaml", dump(recipe))
+            if any(step.status != "done" for step in steps):
+                write_json(folder / "run.json", environment())
+        carry_out(steps, partial(append_event, folder / "log.jsonl"))
+        if main:
+            shutil.rmtree(folder / WORK, ignore_errors=True)
+            results = collect(recipe, folder, steps)
+            write_reports(recipe, folder, results)
+        processes().wait_for_everyone()
+        # No collective after this: the engine takes longer than a barrier waits.
+        if main and measure_by_engine(step for step in steps if isinstance(step, Evaluation)):
+            results = collect(recipe, folder, steps)
+            write_reports(recipe, folder, results)
+    return results
+
+
+def append_event(log: Path, event: dict[str, Any]) -> None:
+    """Append an event to a log.jsonl."""
+    with open(log, "a", encoding="utf-8") as file:
+        file.write(json.dumps({"time": round(time.time(), 1), **event}) + "\n")

@@ -1,0 +1,178 @@
+"""Callbacks that prune, lock and quantize in any `transformers.Trainer`."""
+
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import safe_open
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from pruneofa.errors import InputError
+from pruneofa.train.checkpoints import checkpoint_path, read_state
+from pruneofa.train.lock import PatternLock
+from pruneofa.train.masks import prunable
+from pruneofa.train.prune import GradualPruner
+from pruneofa.train.quantize import FakeQuantizer
+
+PRUNER_FILE = "pruner.safetensors"
+OBSERVER_FILE = "observers.safetensors"
+
+
+def _encoder(model: nn.Module) -> nn.Module:
+    return getattr(model, "student", model)
+
+
+def _verify_end(mask_state: PatternLock | GradualPruner, model: nn.Module, saved: Path | None) -> None:
+    """Check that every pruned weight is zero in `model` as it is now, and in its checkpoint `saved`.
+
+    Raises CheckFailed naming a layer with a pruned weight that is not zero.
+    """
+    live = prunable(_encoder(model))
+    mask_state.verify_in(live, "the model that training ends with")
+    names = [f".{name.replace('_orig_mod.', '')}" for name in live]
+    for file in sorted(saved.rglob("model*.safetensors")) if saved is not None else ():
+        with safe_open(file, framework="pt") as stored:
+            for name in stored.keys():  # noqa: SIM118 (no mapping)
+                # A wrapper around a transformers model, as of sentence-transformers, saves names without its own part.
+                if any(full.endswith(f".{name.removeprefix('student.')}") for full in names):
+                    mask_state.verify_in({name: stored.get_tensor(name)}, str(file))
+
+
+class PruningCallback(TrainerCallback):
+    """Gradual magnitude pruning in any `transformers.Trainer`: masks follow `cubic_sparsity`.
+
+    The pruner's state is written into every checkpoint, and found again when training resumes from one
+    in the same `output_dir`. Arguments are those of `GradualPruner`.
+    """
+
+    def __init__(self, **schedule: Any) -> None:
+        self.schedule = schedule
+        self.pruner: GradualPruner | None = None
+        self._saved: int | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Attach to the model; on resume, take masks and dense values from the checkpoint."""
+        if self.pruner is not None:
+            self.pruner.release()
+        self._saved = None
+        self.pruner = GradualPruner(_encoder(kwargs["model"]), **self.schedule)
+        if state.global_step == 0:
+            return
+        file = checkpoint_path(args.output_dir, state.global_step, PRUNER_FILE)
+        if not file.exists():
+            raise InputError(f"{file}: missing, so pruning cannot resume here; start again or restore the file")
+        self.pruner.load_state_dict(read_state(file))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Re-select or re-apply the masks after the optimizer step."""
+        assert self.pruner is not None
+        self.pruner.step(state.global_step - 1)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Add the sparsity of the encoder to the logs."""
+        if self.pruner is not None and "loss" in kwargs["logs"]:
+            kwargs["logs"]["sparsity"] = self.pruner.sparsity()["encoder"]
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Write the pruner's state beside the checkpoint's weights."""
+        assert self.pruner is not None
+        if state.is_world_process_zero:
+            self._saved = state.global_step
+            file = checkpoint_path(args.output_dir, state.global_step, PRUNER_FILE)
+            safetensors.torch.save_file(self.pruner.state_dict(), file)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check that the pruned weights are zero in the model that training ends with."""
+        assert self.pruner is not None
+        saved = checkpoint_path(args.output_dir, state.global_step) if self._saved == state.global_step else None
+        _verify_end(self.pruner, kwargs["model"], saved)
+
+
+class LockCallback(TrainerCallback):
+    """Keep the sparsity pattern of the model fixed while any `transformers.Trainer` fine-tunes it.
+
+    The pattern is stored by parameter name; the parameters are looked up when training begins, since a Trainer
+    may create another model (`model_init`) after the callback has seen the first one.
+    """
+
+    def __init__(self) -> None:
+        self.lock: PatternLock | None = None
+        self._saved: int | None = None
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Capture the pattern before a checkpoint can be loaded into the model."""
+        if kwargs.get("model") is not None:
+            self._capture(_encoder(kwargs["model"]))
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Lock the parameters that will be trained.
+
+        A new model has its own pattern, unless a checkpoint has been loaded into it.
+        """
+        self._saved = None
+        model = _encoder(kwargs["model"])
+        if self.lock is None:
+            self._capture(model)
+        elif not self.lock.holds(model):
+            if state.global_step:
+                self.lock = self.lock.on(model)
+            else:
+                self._capture(model)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Set the pruned weights back to +0.0."""
+        assert self.lock is not None
+        self.lock.apply()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Remember the step that was saved last."""
+        if state.is_world_process_zero:
+            self._saved = state.global_step
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check that every pruned weight is zero in the model that training ends with."""
+        assert self.lock is not None
+        saved = checkpoint_path(args.output_dir, state.global_step) if self._saved == state.global_step else None
+        _verify_end(self.lock, kwargs["model"], saved)
+
+    def _capture(self, model: nn.Module) -> None:
+        if self.lock is not None:
+            self.lock.release()
+        self.lock = PatternLock.capture(model)
+
+
+class QuantizeCallback(TrainerCallback):
+    """Update the observers of a `FakeQuantizer` for a share of the steps, and save them in every checkpoint."""
+
+    def __init__(self, quantizer: FakeQuantizer, freeze: float) -> None:
+        """Freeze the observers after the share `freeze` of the steps; 1 = never."""
+        self.quantizer = quantizer
+        self.freeze = freeze
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Take the ranges from the checkpoint that training resumes from."""
+        if state.global_step == 0:
+            return
+        file = checkpoint_path(args.output_dir, state.global_step, OBSERVER_FILE)
+        if not file.exists():
+            raise InputError(f"{file}: missing, so quantization cannot resume here; start again or restore the file")
+        self.quantizer.load_state_dict(read_state(file))
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Freeze the observers after their share of the steps; the first step always observes."""
+        self.quantizer.observing = state.global_step < max(1, int(self.freeze * state.max_steps))
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Write the ranges beside the checkpoint's weights."""
+        if state.is_world_process_zero:
+            file = checkpoint_path(args.output_dir, state.global_step, OBSERVER_FILE)
+            safetensors.torch.save_file(self.quantizer.state_dict(), file)

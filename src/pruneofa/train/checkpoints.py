@@ -1,0 +1,88 @@
+"""A training run's checkpoints: which of them are complete, and which can be read."""
+
+import errno
+import json
+import pickle
+import shutil
+import sys
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers.trainer_pt_utils import safe_globals
+
+from pruneofa.errors import InputError, first_line
+from pruneofa.formats.files import COMPLETE
+
+CLOCK_FILE = "clock.json"
+
+
+def read_state(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file of a checkpoint. Raises InputError when it is damaged."""
+    try:
+        return safetensors.torch.load_file(file)
+    except SafetensorError as error:
+        raise InputError(f"{file}: damaged ({first_line(error)}); resume from an older checkpoint") from None
+
+
+def checkpoint_path(output_dir: str | None, step: int, file: str = "") -> Path:
+    """Where the Trainer puts the checkpoint of a step, or a file of it."""
+    return Path(str(output_dir)) / f"checkpoint-{step}" / file
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end."""
+    complete = [path for path in folder.glob("checkpoint-*") if (path / COMPLETE).exists()]
+    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def remove_incomplete(folder: Path) -> None:
+    """Delete checkpoints that were not written to their end."""
+    for path in folder.glob("checkpoint-*"):
+        if not (path / COMPLETE).exists():
+            shutil.rmtree(path)
+
+
+def remove_damaged(folder: Path) -> None:
+    """Delete complete checkpoints that cannot be read, newest first, up to one that can; each is named on stderr."""
+    while checkpoint := last_checkpoint(folder):
+        damage = _damage(checkpoint)
+        if damage is None:
+            return
+        shutil.rmtree(checkpoint)
+        older = last_checkpoint(folder)
+        then = f"trying {older.name}" if older else "training starts from the beginning"
+        sys.stderr.write(f"pruneofa: warning: {checkpoint}: damaged ({damage}); it is deleted, {then}\n")
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """What keeps training from resuming here, "file: reason", or None after every file has been read."""
+    for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json", CLOCK_FILE):
+        if not (checkpoint / name).is_file():
+            return f"{name}: missing"
+    for file in sorted(checkpoint.iterdir()):
+        try:
+            _read_whole(file)
+        except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+            if "allocate" in str(error):  # short of memory here: nothing is known of the file
+                raise
+            return f"{file.name}: {first_line(error)}"
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # torch looks for the archive's directory before the start of a short file
+                raise
+            return f"{file.name}: cut short"
+    return None
+
+
+def _read_whole(file: Path) -> None:
+    """Read a file of a checkpoint in the way resuming does, one tensor at a time where its format allows."""
+    if file.suffix == ".safetensors":
+        with safe_open(file, framework="pt") as stored:
+            for name in stored.keys():  # noqa: SIM118 (no mapping)
+                stored.get_tensor(name)
+    elif file.suffix in (".pt", ".pth"):
+        with safe_globals():
+            torch.load(file, map_location="cpu", weights_only=True)
+    elif file.suffix == ".json":
+        json.loads(file.read_text(encoding="utf-8"))

@@ -1,0 +1,91 @@
+"""What the labels of a task are: names, class ids, and what is neither."""
+
+import pytest
+
+from pruneofa import recipe
+from pruneofa.data.tasks import load_task
+from pruneofa.errors import InputError
+from tests.data.task_files import ROWS, own, sst2, write
+from tests.tiny import tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [((10, 9, 1), ["1", "9", "10"]), (("10", "9", "b"), ["10", "9", "b"]), ((1.0, 0.0, 1.0), ["0", "1"]),
+     ((True, False, True), ["False", "True"])],
+)  # fmt: skip
+def test_labels_are_sorted_values(tmp_path, tokenizer, values, labels):
+    write(tmp_path / "d.parquet", [{"text": "film", "label": value} for value in values])
+    task = load_task("mine", own(data="d.parquet", validation="d.parquet"), tokenizer, data_root=tmp_path)
+    assert task.labels == labels
+
+
+def test_label_unseen_in_training(tmp_path, tokenizer):
+    write(tmp_path / "train.csv", ROWS)
+    write(tmp_path / "validation.csv", [*ROWS[:2], {"text": "a", "label": "neutral"}])
+    spec = own(data="train.csv", validation="validation.csv")
+    with pytest.raises(InputError, match=r"label 'neutral' in validation row 3 is not one of .*: neg, pos"):
+        load_task("mine", spec, tokenizer, data_root=tmp_path)
+
+
+def test_unlabelled_split_is_refused(tmp_path, tokenizer):
+    sst2(tmp_path, validation=((-1, "film"),))
+    with pytest.raises(InputError, match="label -1 in validation row 1"):
+        load_task("sst2", recipe.Task(data=".", max_length=16), tokenizer, data_root=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("classes", "found", "targets"),
+    [
+        (["negative", "positive"], ["0", "1"], [0, 1]),
+        (["negative", "positive"], [1.0, 0.0], [1, 0]),
+        (["a", "b", "c"], ["c", "a"], [2, 0]),
+        (["LABEL_0", "LABEL_1", "LABEL_2"], [2, 1], [2, 1]),
+        (["LABEL_0", "LABEL_1"], ["y", "x"], [1, 0]),
+        (["1", "2"], ["1.0", "2"], [0, 1]),
+        (["nan", "some"], ["nan", "some"], [0, 1]),
+    ],
+)
+def test_labels_of_a_model_are_its_names_or_its_class_ids(tmp_path, tokenizer, classes, found, targets):
+    write(tmp_path / "d.jsonl", [{"text": f"film {label}", "label": label} for label in found])
+    options = {"data_root": tmp_path, "train": False, "whole": True, "labels": classes}
+    assert load_task("mine", own(data="d.jsonl"), tokenizer, **options).evaluations[""].targets.tolist() == targets
+
+
+def test_class_ids_are_refused_beside_names(tmp_path, tokenizer):
+    write(tmp_path / "d.csv", [{"text": "a", "label": "negative"}, {"text": "b", "label": "1"}])
+    options = {"data_root": tmp_path, "train": False, "whole": True, "labels": ["negative", "positive"]}
+    with pytest.raises(InputError, match="label '1' in validation row 2 is not one of"):
+        load_task("mine", own(data="d.csv"), tokenizer, **options)
+
+
+def test_one_and_one_point_zero_are_one_label(tmp_path, tokenizer):
+    write(tmp_path / "d.csv", [{"text": f"{n}", "label": label} for n, label in enumerate(["1", "1.0", "0"])])
+    assert load_task("mine", own(data="d.csv", validation="d.csv"), tokenizer, data_root=tmp_path).labels == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "labels", "message"),
+    [
+        (".csv", ["1.0", "0.25"], "holds the number 0.25 in row 2, wanted classes; regression is not supported yet"),
+        (".jsonl", [["a"], ["a", "b"]], "holds a list in row 1, wanted one class a row; several labels"),
+        (".csv", ["[0, 1]", "[1]"], "holds a list in row 1, wanted one class a row; several labels"),
+    ],
+)
+def test_numbers_and_lists_are_no_classes(tmp_path, tokenizer, suffix, labels, message):
+    write(tmp_path / f"d{suffix}", [{"text": str(n), "label": label} for n, label in enumerate(labels)])
+    spec = own(data=f"d{suffix}", validation=f"d{suffix}")
+    with pytest.raises(InputError, match=message):
+        load_task("mine", spec, tokenizer, data_root=tmp_path)
+
+
+def test_label_names_and_numbers_of_a_known_task_are_the_same(tmp_path, tokenizer):
+    data = sst2(tmp_path / "names", train=(("negative", "bad"), ("positive", "good")), validation=(("1", "x"),))
+    task = load_task("sst2", recipe.Task(data=str(data), max_length=16), tokenizer)
+    assert task.train.targets.tolist() == [0, 1]
+    assert task.evaluations[""].targets.tolist() == [1]

@@ -1,0 +1,14 @@
+import pytest
+
+from tests.golden import source
+
+
+@pytest.fixture
+def model(tmp_path):
+    return source(tmp_path / "model")
+
+
+@pytest.fixture
+def parts(monkeypatch):
+    """Tensors that make no whole model may be packed, where the format is what matters."""
+    monkeypatch.setattr("pruneofa.formats.pack.check_tensors", lambda *_, **__: None)

@@ -1,0 +1,108 @@
+"""What a dry run says, without training anything but its five steps."""
+
+import json
+
+import pytest
+
+from pruneofa.errors import InputError
+from pruneofa.run import estimate as estimates
+from pruneofa.run.inputs import Inputs
+from pruneofa.run.plan import plan
+from tests.small import small_recipe
+
+
+@pytest.fixture
+def costs(tmp_path, monkeypatch):
+    """Rows by stage of a recipe whose every token takes a second, and every evaluation ten minutes."""
+    monkeypatch.setattr(estimates, "_seconds_per_token", lambda *_: 1.0)
+    monkeypatch.setattr(estimates, "evaluation_seconds", lambda *_: 600.0)
+
+    def rows(*overrides):
+        settings = small_recipe(tmp_path / "data", *overrides)
+        return settings, {row["stage"]: row for row in estimates.estimate(settings, tmp_path / "run")}
+
+    return rows
+
+
+def begin(settings, folder, stage, *parts, finished=()):
+    """The working folder of a stage that was killed: checkpoints at steps, learning rates that are through."""
+    begun = next(known for known in plan(settings, Inputs(settings), folder) if str(known) == stage)
+    work = begun.work
+    work.mkdir(parents=True)
+    (work / "fingerprint").write_text(begun.fingerprint)
+    for part, step in parts:
+        checkpoint = work / part / f"checkpoint-{step}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "complete").touch()
+    for part in finished:
+        (work / part).mkdir(parents=True, exist_ok=True)
+        (work / part / "done.json").write_text(json.dumps({"lr": 1}))
+    return work
+
+
+def test_steps_of_a_task_are_those_of_its_training(costs, tmp_path):
+    settings, rows = costs("tasks.mine.train_rows=50")
+    task = Inputs(settings).task("mine")
+    steps = len(task.train.train_dataset(16, 0, 2)) // 16
+    assert steps == 8  # 50 rows are 4 batches of 16; 100 rows would be 6
+    assert rows["tasks/mine/seed-0/teacher"]["steps"] == rows["tasks/mine/seed-0/transfer"]["steps"] == steps
+
+
+def test_a_stage_that_was_begun_costs_what_is_left(costs, tmp_path):
+    settings, before = costs()
+    assert before["prune"]["status"] == "run"
+    begin(settings, tmp_path / "run", "prune", ("", 2), ("", 4))
+    _, after = costs()
+    assert after["prune"]["status"] == "resume"
+    assert after["prune"]["minutes"] == pytest.approx(0.6 * before["prune"]["minutes"], abs=0.06)
+    _, changed = costs("prune.final=0.7")
+    assert changed["prune"]["status"] == "changed"
+    assert changed["prune"]["minutes"] == before["prune"]["minutes"]
+
+
+def test_a_control_that_is_half_through_resumes(costs, tmp_path):
+    control = "control={lr: [1e-4, 1e-3]}"
+    settings, before = costs(control)
+    assert (before["control"]["status"], before["control"]["steps"]) == ("run", 20)
+    begin(settings, tmp_path / "run", "control", ("lr-0.001", 5), finished=["lr-0.0001"])
+    _, after = costs(control)
+    assert after["control"]["status"] == "resume"
+    assert after["control"]["minutes"] == pytest.approx(before["control"]["minutes"] / 4, abs=0.06)
+
+
+def test_what_the_card_says_makes_no_stage_again(tmp_path):
+    def prints(*overrides):
+        settings = small_recipe(tmp_path / "data", *overrides)
+        return [step.fingerprint for step in plan(settings, Inputs(settings), tmp_path / "run")]
+
+    assert prints("card={license: mit, authors: A, base_model: a/b, language: [de]}") == prints()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("prune.micro_batch=3", "batch is 8, which 1 process"),
+        ("corpus.max_length=65", "corpus.max_length is 65 but"),
+        ("prune.skip=['(']", "is not a regular expression"),
+        ("tasks.mine.teacher=./none", "model ./none: no such folder"),
+    ],
+)
+def test_what_a_run_would_refuse_a_dry_run_refuses(costs, tmp_path, override, message):
+    with pytest.raises(InputError, match=message):
+        costs(override)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_corpus_is_not_tokenized(costs, monkeypatch):
+    monkeypatch.setattr("pruneofa.data.corpus.build_corpus", lambda *_, **__: pytest.fail("tokenized"))
+    costs()
+
+
+def test_evaluations_are_listed_with_their_time(costs):
+    _, rows = costs("quantize={}")
+    evaluations = {stage: row for stage, row in rows.items() if stage.startswith("evaluate ")}
+    seed = "tasks/mine/seed-0"
+    assert set(evaluations) == {f"evaluate {seed}/{name}" for name in ("teacher", "transfer", "ptq", "quantize")}
+    for row in evaluations.values():
+        assert (row["status"], row["steps"], row["minutes"]) == ("run", None, 10.0) and row["tokens"] > 0
+    assert rows["total"]["minutes"] >= 40

@@ -1,0 +1,213 @@
+"""What a stage's fingerprint and record hold: every setting that decides its result, and no other."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from pruneofa import recipe
+from pruneofa.errors import InputError
+from pruneofa.formats.files import write_json
+from pruneofa.run import single, stage
+from pruneofa.run.folder import only_one, refuse_changes
+from pruneofa.run.inputs import Inputs
+from pruneofa.run.plan import plan
+from tests.small import small_recipe, write_task
+
+SEED = "tasks/mine/seed-0"
+BOTH = {f"{SEED}/transfer", f"{SEED}/control"}  # the sparse and the control model on the task
+# As small_recipe has no teacher of its own for the task, one is fine-tuned, on which all else of the task depends.
+TEXT = {"teacher", "prune", "control"}
+ALL = TEXT | BOTH | {f"{SEED}/{name}" for name in ("teacher", "ptq", "quantize")}
+INT8 = {f"{SEED}/ptq", f"{SEED}/quantize"}
+TASK = {f"{SEED}/{name}" for name in ("teacher", "transfer", "control", "ptq", "quantize")}
+AFTER_PRUNE = {"prune", f"{SEED}/transfer", *INT8}
+AFTER_CONTROL = {"control", f"{SEED}/control"}
+STUDENTS = AFTER_PRUNE | AFTER_CONTROL  # whatever comes of the losses and settings of the prune section
+TUNED = {*BOTH, *INT8}
+SAME: set[str] = set()
+QUANTIZE = {f"{SEED}/quantize"}
+PTQ = {f"{SEED}/ptq"}
+# The tiny teacher starts at the model, so the dense task model does not depend on the stages on text.
+AFTER_TEACHER = TEXT | TUNED
+EVALUATED = {f"evaluate {name}" for name in TASK}
+
+CHANGES = {
+    "teacher": {
+        "steps": (5, AFTER_TEACHER),
+        "lr": (2e-3, AFTER_TEACHER),
+        "batch": (4, AFTER_TEACHER),
+        "micro_batch": (2, SAME),
+        "warmup": (0.1, AFTER_TEACHER),
+        "weight_decay": (0.02, AFTER_TEACHER),
+        "max_grad_norm": (2.0, AFTER_TEACHER),
+        "dropout": (0.0, AFTER_TEACHER),
+        "checkpoint_activations": (True, SAME),
+        "save_steps": (1, SAME),
+    },
+    "prune": {
+        "steps": (11, STUDENTS),
+        "lr": (2e-3, AFTER_PRUNE),
+        "batch": (4, STUDENTS),
+        "micro_batch": (2, SAME),
+        "warmup": (0.1, STUDENTS),
+        "weight_decay": (0.02, STUDENTS),
+        "max_grad_norm": (2.0, STUDENTS),
+        "dropout": (0.0, STUDENTS),
+        "checkpoint_activations": (True, SAME),
+        "save_steps": (1, SAME),
+        "begin": (1, AFTER_PRUNE),
+        "end": (4, AFTER_PRUNE),
+        "stop": (9, AFTER_PRUNE),
+        "interval": (2, AFTER_PRUNE),
+        "final": (0.8, STUDENTS),
+        "initial": (0.1, AFTER_PRUNE),
+        "pattern": ("4x1", STUDENTS),
+        "scope": ("global", STUDENTS),
+        "skip": (["query"], STUDENTS),
+        "rewind": ("none", AFTER_PRUNE),
+    },
+    "distill": {
+        "hard": (0.4, STUDENTS),
+        "kd": (0.4, STUDENTS),
+        "temperature": (3.0, STUDENTS),
+        "hidden": (0.1, STUDENTS),
+        "positions": ("masked", STUDENTS),
+    },
+    "control": {"tasks": (["mine"], SAME), "lr": ([1e-3, 3e-3], AFTER_CONTROL)},
+    "quantize": {
+        "weights": ("tensor", INT8),
+        "activations": ("dynamic", INT8),
+        "embeddings": (False, INT8),
+        "freeze": (0.5, QUANTIZE),
+        "ptq": (False, SAME),  # there is one stage less, and the others stay
+        "calibration": (8, PTQ),
+        "observer": ("percentile", PTQ),
+        "percentile": (99.0, SAME),  # of another observer
+    },
+    "task": {
+        "data": ("other.csv", TASK),
+        "validation": ("other.csv", EVALUATED),
+        "text": ("second", TASK),
+        "label": ("other", TASK),
+        "epochs": (7, BOTH | INT8 | {f"{SEED}/teacher"}),  # dense_epochs follows it
+        "lr": (2e-3, BOTH | INT8 | {f"{SEED}/teacher"}),
+        "batch": (4, TASK),
+        "max_length": (8, TASK),
+        "stride": (4, SAME),  # of question answering
+        "warmup": (0.1, TASK),
+        "weight_decay": (0.02, TASK),
+        "max_grad_norm": (2.0, TASK),
+        "hard": (0.2, TUNED),
+        "kd": (0.9, TUNED),
+        "hidden": (0.1, TUNED),
+        "temperature": (3.0, TUNED),
+        "dropout": (0.0, TUNED),
+        "teacher": ("model", TASK),
+        "dense_epochs": (8, TASK),
+        "dense_lr": (3e-3, TASK),
+        "qat_epochs": (9, QUANTIZE),
+        "qat_lr": (3e-3, QUANTIZE),
+        "qat_rows": (8, QUANTIZE),
+        "train_rows": (40, TASK),
+        "validation_rows": (20, EVALUATED),
+        "skip_bad_answers": (True, SAME),  # of question answering
+    },
+}  # fmt: skip
+SECTIONS = {
+    "teacher": recipe.Teacher, "prune": recipe.Prune, "distill": recipe.Distill, "control": recipe.Control,
+    "quantize": recipe.Quantize, "task": recipe.Task,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    root = tmp_path_factory.mktemp("prints") / "data"
+    made = small_recipe(root, "control={lr: [1e-3]}", "quantize={}")
+    write_task(root / "other.csv", rows=60, seed=3)
+    for name in ("task.csv", "validation.csv", "other.csv"):
+        header, *rows = (root / name).read_text().splitlines()
+        wide = [f"{header},second,other"]
+        wide += [f"{row},more {row.split(',')[0]},{('x', 'y', 'y')[n % 3]}" for n, row in enumerate(rows)]
+        (root / name).write_text("\n".join(wide) + "\n")
+    return made
+
+
+def changed_recipe(settings, section, field, value):
+    changed = settings.model_copy(deep=True)
+    if field == "teacher" and section == "task":
+        value = changed.model
+    setattr(changed.tasks["mine"] if section == "task" else getattr(changed, section), field, value)
+    return changed
+
+
+def prints(settings):
+    return {str(step): step.fingerprint for step in plan(settings, Inputs(settings), Path("nowhere"))}
+
+
+def test_the_table_names_every_field():
+    for name, section in SECTIONS.items():
+        assert set(CHANGES[name]) == set(section.model_fields), name
+
+
+@pytest.mark.parametrize(
+    ("section", "field"), [(section, field) for section, fields in CHANGES.items() for field in fields]
+)
+def test_a_field_changes_the_stages_that_use_it(settings, section, field):
+    value, expected = CHANGES[section][field]
+    before, after = prints(settings), prints(changed_recipe(settings, section, field, value))
+    assert set(before) == ALL | EVALUATED
+    remade = {f"evaluate {name}" for name in expected & TASK}  # of another model
+    assert {name for name in after if after[name] != before[name]} == expected | remade
+
+
+def test_a_field_that_a_later_version_adds_changes_nothing_at_its_absent_value(monkeypatch):
+    @dataclass(frozen=True)
+    class Settings:
+        prune: recipe.Prune
+        lr: float
+
+    @dataclass(frozen=True)
+    class Later(Settings):
+        noise: float
+
+    prune = recipe.Prune(steps=10)
+    monkeypatch.setattr(stage, "ABSENT", {"Later.noise": 0.0, "Prune.scope": "uniform"})
+    earlier = stage.decisive(Settings(prune, 1.0))
+    assert "scope" not in earlier["prune"] and earlier["prune"]["final"] == 0.9
+    assert stage.decisive(Later(prune, 1.0, noise=0.0)) == earlier
+    assert stage.decisive(Later(prune, 1.0, noise=0.5)) == earlier | {"noise": 0.5}
+    assert stage.decisive(Settings(recipe.Prune(steps=10, scope="global"), 1.0))["prune"]["scope"] == "global"
+
+
+@pytest.mark.parametrize(
+    "record",
+    [{"settings": {"lr": 1.0}, "versions": {"pruneofa": "0.1.0"}}, {"fingerprint": "x"}, {"format": 2, "settings": {}}],
+)
+def test_the_record_of_an_earlier_format_is_refused(settings, tmp_path, record):
+    steps = plan(settings, Inputs(settings), tmp_path / "run")
+    write_json(tmp_path / "run" / "teacher" / "stage.json", record)
+    with pytest.raises(InputError, match=r"made by pruneofa 0\.1.*do not record all settings \(teacher\).*--redo"):
+        refuse_changes(steps, tmp_path / "run", False)
+    refuse_changes(steps, tmp_path / "run", True)
+
+
+def test_a_single_stage_is_made_by_one_process_and_records_its_defaults(settings, tmp_path):
+    inputs = Inputs(settings)
+    teacher = plan(settings, inputs, tmp_path / ".out.work")[0]
+    recorded = stage.decisive(teacher.settings)["teacher"]
+    assert recorded["weight_decay"] == 0.01 and "save_steps" not in recorded
+    refused = pytest.raises(InputError, match=r"out: another pruneofa is at work here.*another OUT")
+    with only_one(tmp_path / ".out.work"), refused:
+        single._carry_out(settings, inputs, [replace(teacher, folder=tmp_path / "out")], tmp_path / "out", False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_stage_owns_its_path_and_its_name():
+    ids = {
+        stage.StageId(None, None, "teacher"): ("teacher", "teacher"),
+        stage.StageId(None, None, "prune"): ("sparse", "prune"),
+        stage.StageId("sst2", 3, "dense"): ("tasks/sst2/seed-3/teacher", "tasks/sst2/seed-3/teacher"),
+        stage.StageId("sst2", 3, "ptq"): ("tasks/sst2/seed-3/ptq", "tasks/sst2/seed-3/ptq"),
+    }
+    assert {id: (id.path, str(id)) for id in ids} == ids

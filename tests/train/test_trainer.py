@@ -1,0 +1,343 @@
+import math
+from functools import partial
+
+import pytest
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from pruneofa.data.corpus import build_corpus
+from pruneofa.data.examples import collate
+from pruneofa.errors import CheckFailed, InputError
+from pruneofa.recipe import Corpus
+from pruneofa.train import LockCallback, PruningCallback
+from pruneofa.train.attention import use_bf16_attention
+from pruneofa.train.checkpoints import last_checkpoint
+from pruneofa.train.device import split_batch
+from pruneofa.train.masks import prunable
+from pruneofa.train.objective import PretrainingObjective
+from pruneofa.train.schedule import linear_lr
+from pruneofa.train.trainer import train
+from tests.small import write_text
+from tests.tiny import tiny_bert, tiny_tokenizer
+
+SCHEDULE = {"final": 0.9, "begin": 0, "end": 6, "stop": 9, "interval": 2}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    spec = Corpus(source=str(write_text(folder / "text.jsonl")), max_length=32, validation=0.2)
+    return build_corpus(spec, tiny_tokenizer(), cache_dir=folder / "cache")
+
+
+def objective(seed=0, dropout=0.0):
+    make = partial(tiny_bert, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
+    return PretrainingObjective(
+        make(seed=seed), make(seed=1), hard=0.5, kd=0.5, hidden=0.5, temperature=2, positions="all", nsp=True
+    )
+
+
+def fit(objective, text, work, *, steps=12, events=None, callbacks=(), **options):
+    settings = {"batch": 8, "lr": 1e-3, "precision": "fp32", "max_grad_norm": 1.0, "weight_decay": 0.01} | options
+    return train(
+        objective,
+        stage="test",
+        work=work,
+        dataset=text.train(steps * settings["batch"], seed=3),
+        collate=partial(collate, pad_token_id=0),
+        steps=steps,
+        rate=partial(linear_lr, total=steps, warmup=1),
+        emit=(events if events is not None else []).append,
+        callbacks=callbacks,
+        **settings,
+    )
+
+
+def losses(events):
+    return [event["loss"] for event in events if event["event"] == "log"]
+
+
+def test_accumulation_changes_neither_losses_nor_weights(text, tmp_path):
+    whole, parts = [], []
+    one, four = objective(), objective()
+    fit(one, text, tmp_path / "one", steps=20, events=whole)
+    fit(four, text, tmp_path / "four", steps=20, events=parts, micro_batch=2)
+    assert len(losses(whole)) == 20
+    for a, b in zip(losses(whole), losses(parts), strict=True):
+        assert math.isclose(a, b, rel_tol=1e-4)
+    for a, b in zip(one.student.parameters(), four.student.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_parts_of_the_loss_and_the_sparsity_are_logged(text, tmp_path):
+    events = []
+    fit(objective(), text, tmp_path, events=events, callbacks=[PruningCallback(**SCHEDULE)])
+    log = [event for event in events if event["event"] == "log"]
+    assert {"loss", "mlm", "nsp", "kd", "kd_nsp", "hidden", "lr", "sparsity", "grad_norm"} <= set(log[0])
+    total = 0.5 * (log[0]["mlm"] + log[0]["nsp"] + log[0]["kd"] + log[0]["kd_nsp"] + log[0]["hidden"])
+    assert log[0]["loss"] == pytest.approx(total, rel=1e-4)
+    assert log[-1]["sparsity"] == pytest.approx(0.9, abs=2e-3)
+
+
+def test_bf16_trains_on_the_losses_that_autocast_gives_and_leaves_float32_weights(text, tmp_path):
+    events = []
+    trained = objective()
+    batch = collate([text.train(16, seed=3)[index] for index in range(8)], pad_token_id=0)
+    use_bf16_attention(trained.student)
+    use_bf16_attention(trained.teacher)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = trained.train()(batch, trained.counts(batch))["loss"].item()
+    fit(trained, text, tmp_path, steps=2, events=events, precision="bf16")
+    assert losses(events)[0] == pytest.approx(expected, rel=1e-6)
+    assert {parameter.dtype for parameter in trained.student.parameters()} == {torch.float32}
+
+
+class StopAt(TrainerCallback):
+    """Ends training abruptly, as a kill would: nothing is saved on the way out."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise MemoryError("killed")
+
+
+@pytest.mark.parametrize("micro_batch", [None, 4])
+def test_resuming_gives_the_same_bits(text, tmp_path, micro_batch):
+    options = {"save_steps": 3, "micro_batch": micro_batch}
+    torch.manual_seed(0)
+    straight = objective(dropout=0.1)
+    first = fit(straight, text, tmp_path / "straight", callbacks=[PruningCallback(**SCHEDULE)], **options)
+
+    torch.manual_seed(0)
+    with pytest.raises(MemoryError):
+        broken = objective(dropout=0.1)
+        fit(broken, text, tmp_path / "broken", callbacks=[PruningCallback(**SCHEDULE), StopAt(8)], **options)
+    assert last_checkpoint(tmp_path / "broken").name == "checkpoint-6"
+    resumed = objective(dropout=0.1)
+    second = fit(resumed, text, tmp_path / "broken", callbacks=[PruningCallback(**SCHEDULE)], **options)
+
+    for (name, a), b in zip(straight.student.named_parameters(), resumed.student.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    assert first["tokens"] == second["tokens"]
+
+
+def test_a_half_written_checkpoint_is_not_used(text, tmp_path):
+    fit(objective(), text, tmp_path, save_steps=4, callbacks=[PruningCallback(**SCHEDULE)])
+    assert last_checkpoint(tmp_path).name == "checkpoint-12"
+    (tmp_path / "checkpoint-12" / "complete").unlink()
+    assert last_checkpoint(tmp_path).name == "checkpoint-8"
+    assert (tmp_path / "checkpoint-12").exists()  # looking changes nothing: another process may be writing it
+    events = []
+    fit(objective(), text, tmp_path, save_steps=4, callbacks=[PruningCallback(**SCHEDULE)], events=events)
+    assert events[0]["step"] == 8
+
+
+def test_a_disk_that_fills_up_while_saving_leaves_the_previous_checkpoint(text, tmp_path, monkeypatch):
+    from pruneofa.train import trainer
+
+    write = trainer.write_json
+    saves = []
+
+    def full_the_second_time(path, value):
+        saves.append(path)
+        if len(saves) == 2:
+            raise OSError(28, "No space left on device")
+        write(path, value)
+
+    monkeypatch.setattr(trainer, "write_json", full_the_second_time)
+    with pytest.raises(OSError, match="No space left"):
+        fit(objective(), text, tmp_path, save_steps=3, callbacks=[PruningCallback(**SCHEDULE)])
+    assert last_checkpoint(tmp_path).name == "checkpoint-3"
+    fit(objective(), text, tmp_path, save_steps=3, callbacks=[PruningCallback(**SCHEDULE)])
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(text, tmp_path):
+    model = objective()
+    with torch.no_grad():
+        model.student.base_model.embeddings.LayerNorm.weight.fill_(float("nan"))
+    with pytest.raises(InputError, match="the loss is nan at step 1; lower its lr"):
+        fit(model, text, tmp_path)
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    with pytest.raises(InputError, match="batch is 10, which 1 process"):
+        split_batch(10, 4)
+    assert split_batch(12, 4) == (4, 3)
+    assert split_batch(3, 8) == (3, 1)
+
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        ids = torch.randint(5, 100, (12,), generator=torch.Generator().manual_seed(index))
+        return {"input_ids": ids, "labels": int(ids[0] > 50)}
+
+
+def stock(model, folder, callback, **options):
+    settings = {"max_steps": 10, "save_steps": 4, "learning_rate": 1e-3, "weight_decay": 0.1} | options
+    args = TrainingArguments(
+        str(folder), use_cpu=True, report_to="none", disable_tqdm=True, per_device_train_batch_size=4, **settings
+    )
+    return Trainer(model=model, args=args, train_dataset=Rows(), callbacks=[callback])
+
+
+def classifier(seed=0):
+    from transformers import BertForSequenceClassification
+
+    return tiny_bert(BertForSequenceClassification, seed=seed)
+
+
+def test_pruning_in_a_stock_trainer_and_its_resume(tmp_path):
+    straight, resumed = classifier(), classifier()
+    stock(straight, tmp_path / "a", PruningCallback(**SCHEDULE)).train()
+    with pytest.raises(MemoryError):
+        trainer = stock(resumed, tmp_path / "b", PruningCallback(**SCHEDULE))
+        trainer.add_callback(StopAt(6))
+        trainer.train()
+    again = classifier(seed=9)
+    stock(again, tmp_path / "b", PruningCallback(**SCHEDULE)).train(resume_from_checkpoint=True)
+    for (name, a), b in zip(prunable(straight).items(), prunable(again).values(), strict=True):
+        assert torch.equal(a == 0, b == 0), name
+        assert (a == 0).float().mean() == pytest.approx(0.9, abs=2e-3)
+
+
+def test_resuming_without_the_pruners_state_is_refused(tmp_path):
+    stock(classifier(), tmp_path, PruningCallback(**SCHEDULE), max_steps=4).train()
+    (tmp_path / "checkpoint-4" / "pruner.safetensors").unlink()
+    with pytest.raises(InputError, match="pruning cannot resume"):
+        stock(classifier(), tmp_path, PruningCallback(**SCHEDULE)).train(resume_from_checkpoint=True)
+
+
+def test_lock_in_a_stock_trainer(tmp_path):
+    model = classifier()
+    with torch.no_grad():
+        for weight in prunable(model).values():
+            weight[weight.abs() < weight.abs().median()] = 0.0
+    before = {name: weight == 0 for name, weight in prunable(model).items()}
+    start = model.classifier.weight.clone()
+    stock(model, tmp_path, LockCallback()).train()
+    assert not torch.equal(start, model.classifier.weight)
+    for name, weight in prunable(model).items():
+        assert (weight[before[name]] == 0).all()
+        assert not torch.signbit(weight[before[name]]).any()
+
+
+def sparse_classifier(seed=0, share=0.5):
+    model = classifier(seed)
+    with torch.no_grad():
+        for weight in prunable(model).values():
+            weight[weight.abs() < weight.abs().flatten().quantile(share)] = 0.0
+    return model
+
+
+def made_anew(folder, callback, make, **options):
+    args = TrainingArguments(
+        str(folder), use_cpu=True, report_to="none", disable_tqdm=True, max_steps=6, save_steps=3, **options
+    )
+    return Trainer(model_init=make, args=args, train_dataset=Rows(), callbacks=[callback])
+
+
+def zeros(model):
+    return {name: (weight == 0).detach().clone() for name, weight in prunable(model).items()}
+
+
+def test_lock_holds_a_model_that_the_trainer_makes_anew(tmp_path):
+    trainer = made_anew(tmp_path, LockCallback(), lambda: sparse_classifier(), learning_rate=1e-3)
+    for _ in range(2):  # as a hyperparameter search does
+        trainer.train()
+        for name, pruned in zeros(sparse_classifier()).items():
+            assert (trainer.model.get_parameter(name)[pruned] == 0).all(), name
+
+
+def test_lock_keeps_the_first_pattern_when_a_checkpoint_is_loaded_over_a_model_made_anew(tmp_path):
+    made_anew(tmp_path, LockCallback(), lambda: sparse_classifier()).train()
+    (tmp_path / "checkpoint-6").rename(tmp_path / "later")
+    wanted = zeros(sparse_classifier(share=0.7))
+    trainer = made_anew(tmp_path, LockCallback(), lambda: sparse_classifier(share=0.7))
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    for name, pruned in wanted.items():
+        assert (trainer.model.get_parameter(name)[pruned] == 0).all(), name
+
+
+class Replace(TrainerCallback):
+    """Puts dense parameters in the place of those that the model has, before the last step."""
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == state.max_steps - 1:
+            dense = model.bert.encoder.layer[0].output.dense
+            dense.weight = torch.nn.Parameter(torch.ones_like(dense.weight))
+
+
+@pytest.mark.parametrize("make", [LockCallback, lambda: PruningCallback(**SCHEDULE)], ids=["lock", "prune"])
+def test_the_closing_check_looks_at_the_model_that_is_there(tmp_path, make):
+    trainer = stock(sparse_classifier(), tmp_path, make())
+    trainer.add_callback(Replace())
+    with pytest.raises(CheckFailed, match=r"layer\.0\.output\.dense\.weight: \d+ .* the model that training ends with"):
+        trainer.train()
+
+
+class Spoil(TrainerCallback):
+    """Saves another model than the one that was trained."""
+
+    def on_save(self, args, state, control, **kwargs):
+        classifier().save_pretrained(f"{args.output_dir}/checkpoint-{state.global_step}")
+
+
+def test_the_closing_check_looks_at_what_was_saved(tmp_path):
+    trainer = stock(sparse_classifier(), tmp_path, LockCallback())
+    trainer.add_callback(Spoil())
+    with pytest.raises(CheckFailed, match=r"not zero in .*checkpoint-10/model\.safetensors"):
+        trainer.train()
+
+
+def warned(capsys):
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("pruneofa: ")]
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def spoil_start(file):
+    file.write_bytes(b"\xff" * 64 + file.read_bytes()[64:])
+
+
+@pytest.mark.parametrize("damage", [cut, spoil_start])
+@pytest.mark.parametrize(
+    "name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors", "pruner.safetensors", "clock.json"]
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(text, tmp_path, capsys, name, damage):
+    options = {"steps": 6, "save_steps": 3}
+    fit(objective(), text, tmp_path, callbacks=[PruningCallback(**SCHEDULE)], **options)
+    damage(tmp_path / "checkpoint-6" / name)
+    capsys.readouterr()
+    events = []
+    fit(objective(), text, tmp_path, callbacks=[PruningCallback(**SCHEDULE)], events=events, **options)
+    said = warned(capsys)
+    assert len(said) == 1 and f"checkpoint-6: damaged ({name}: " in said[0] and "trying checkpoint-3" in said[0]
+    assert events[0]["step"] == 3
+
+
+def test_with_no_checkpoint_left_training_starts_from_the_beginning(text, tmp_path, capsys):
+    options = {"steps": 6, "save_steps": 3}
+    fit(objective(), text, tmp_path, **options)
+    cut(tmp_path / "checkpoint-6" / "optimizer.pt")
+    (tmp_path / "checkpoint-3" / "optimizer.pt").unlink()
+    capsys.readouterr()
+    events = []
+    fit(objective(), text, tmp_path, events=events, **options)
+    said = warned(capsys)
+    assert len(said) == 2 and "checkpoint-3: damaged (optimizer.pt: missing)" in said[1]
+    assert said[1].endswith("training starts from the beginning")
+    assert events[0]["step"] == 0
+
+
+def test_a_damaged_state_of_the_pruner_is_named_in_a_stock_trainer(tmp_path):
+    stock(classifier(), tmp_path, PruningCallback(**SCHEDULE), max_steps=4).train()
+    cut(tmp_path / "checkpoint-4" / "pruner.safetensors")
+    with pytest.raises(InputError, match=r"checkpoint-4/pruner\.safetensors: damaged"):
+        stock(classifier(), tmp_path, PruningCallback(**SCHEDULE)).train(resume_from_checkpoint=True)
