@@ -321,13 +321,6 @@ class _Process:
             Tokenizer.from_file(str(Path(job["packed"]) / "tokenizer.json"))
         return {"baseline": peak_memory()}
 
-    def prepare(self, peer: str, job: Job) -> dict[str, Any]:
-        """Make the files that a peer loads."""
-        from pruneofa.bench.peer_files import make
-
-        make(PEERS[peer].artifact, job)
-        return {}
-
     def build(self, peer: str, job: Job) -> dict[str, Any]:
         """Load the model and give the first answer; seconds of both."""
         start = time.perf_counter()
@@ -374,15 +367,14 @@ class _Process:
         return {"peak": peak_memory()}
 
 
-def main() -> None:
-    """Answer one line of JSON, {"do": METHOD, ...arguments}, with another, until the input ends."""
+def answer_requests(actions: Mapping[str, Callable[..., dict[str, Any]]]) -> None:
+    """Answer one line of JSON, {"do": ACTION, ...arguments}, with another, until the input ends."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print must not get between the answers
-    process = _Process()
     for line in sys.stdin:
         request = json.loads(line)
         try:
-            answer = getattr(process, request.pop("do"))(**request)
+            answer = actions[request.pop("do")](**request)
         except Exception as error:
             import traceback
 
@@ -391,6 +383,13 @@ def main() -> None:
             answer = {"error": f"{type(error).__name__}: {first}"}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
+
+
+def main() -> None:
+    """Run peers as another process asks."""
+    process = _Process()
+    names = ("start", "build", "layer", "save", "time", "forget", "memory")
+    answer_requests({name: getattr(process, name) for name in names})
 
 
 if __name__ == "__main__":

@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pruneofa.engine.heads import Classification, Embedding, Head, task_head
+from pruneofa.engine.inputs import WANTED, as_matrix, as_row, check_item, check_range, row_lengths
 from pruneofa.engine.load import Precision, Weights, build_encoder
 from pruneofa.engine.question_answering import QuestionAnswering
-from pruneofa.engine.tokenizer import Text, TextTokenizer, Tokens, check_text, chunks
+from pruneofa.engine.tokenizer import TextTokenizer, Tokens, chunks
 from pruneofa.errors import InputError
 from pruneofa.formats.architecture import check_tensors, read_architecture
 from pruneofa.formats.convert import convert, pack_linear, quantize_weight
@@ -28,7 +29,6 @@ except ImportError as error:  # a source tree that was not built; from_pretraine
 native: Any = _native
 
 _MOST_THREADS = 1024  # a mistyped number should not make a million threads
-_PREDICT = "wanted a str, a pair (a, b), {'question': ..., 'context': ...}, or a list of these"
 
 
 class Engine:
@@ -148,9 +148,9 @@ class Engine:
         Raises:
             InputError: an array of the wrong shape, type or range, an empty batch, or a row that is too long.
         """
-        ids = _matrix(input_ids, "input_ids")
-        lengths = _lengths(attention_mask, ids.shape)
-        types = None if token_type_ids is None else _matrix(token_type_ids, "token_type_ids", ids.shape)
+        ids = as_matrix(input_ids, "input_ids")
+        lengths = row_lengths(attention_mask, ids.shape)
+        types = None if token_type_ids is None else as_matrix(token_type_ids, "token_type_ids", ids.shape)
         sequences = self._sequences(
             [ids[row, :length] for row, length in enumerate(lengths)],
             None if types is None else [types[row, :length] for row, length in enumerate(lengths)],
@@ -189,11 +189,11 @@ class Engine:
             raise InputError(f"batch_size is {batch_size!r}, wanted an integer of at least 1")
         if isinstance(x, list):
             if not x:
-                raise InputError(f"x is an empty list, {_PREDICT}; call predict only where there is text")
+                raise InputError(f"x is an empty list, {WANTED}; call predict only where there is text")
             items, names = x, [f"x[{index}]" for index in range(len(x))]
         else:
             items, names = [x], ["x"]
-        texts = [self._checked(item, name) for item, name in zip(items, names, strict=True)]
+        texts = [check_item(item, name, self.task) for item, name in zip(items, names, strict=True)]
         results: list[Any] = []
         for begin in range(0, len(texts), batch_size):
             part = slice(begin, begin + batch_size)
@@ -223,13 +223,13 @@ class Engine:
             raise InputError(f"logits are of classification and question answering; this model does {self.task}")
         if len(input_ids) == 0:
             return []
-        ids = [_row(row, f"input_ids[{index}]") for index, row in enumerate(input_ids)]
+        ids = [as_row(row, f"input_ids[{index}]") for index, row in enumerate(input_ids)]
         types = None
         if self._architecture.types > 1 and token_type_ids is not None:
             if len(token_type_ids) != len(ids):
                 raise InputError(f"token_type_ids has {len(token_type_ids)} sequences, input_ids {len(ids)}; give both")
             types = [
-                _row(row, f"token_type_ids[{index}]", ids[index].shape) for index, row in enumerate(token_type_ids)
+                as_row(row, f"token_type_ids[{index}]", ids[index].shape) for index, row in enumerate(token_type_ids)
             ]
         return list(head.logits(self._reduced(self._sequences(ids, types))))
 
@@ -241,10 +241,10 @@ class Engine:
         self, input_ids: Sequence[NDArray[Any]], token_type_ids: Sequence[NDArray[Any]] | None
     ) -> list[Tokens]:
         """Rows (tokens,) of integers, of any range, as what the encoder takes. Raises InputError."""
-        _check_range(input_ids, self._vocabulary, "input_ids", "the vocabulary has")
+        check_range(input_ids, self._vocabulary, "input_ids", "the vocabulary has")
         if token_type_ids is None:
             token_type_ids = [np.zeros(len(ids), np.int32) for ids in input_ids]
-        _check_range(token_type_ids, max(self._architecture.types, 1), "token_type_ids", "the model's types number")
+        check_range(token_type_ids, max(self._architecture.types, 1), "token_type_ids", "the model's types number")
         for row, ids in enumerate(input_ids):
             if len(ids) > self.max_length:
                 raise InputError(
@@ -275,31 +275,6 @@ class Engine:
             hidden = self._encoder.forward(*arguments)  # Python threads take turns in there
             for position, index in enumerate(chunk):
                 yield index, hidden[bounds[position] : bounds[position + 1]]
-
-    def _checked(self, item: Any, name: str) -> Text:
-        """One item of `predict` as text or a pair; (question, context) where the task is question answering."""
-        if isinstance(item, dict):
-            if self.task != "question answering":
-                raise InputError(f"{name} is a dict, but this model does {self.task}; give a str or a pair (a, b)")
-            if set(item) != {"question", "context"}:
-                keys = ", ".join(map(repr, item)) or "none"
-                raise InputError(f"{name} has the keys {keys}; wanted exactly 'question' and 'context'")
-            question = check_text(item["question"], f"{name}['question']")
-            return question.lstrip() or question, check_text(item["context"], f"{name}['context']")
-        if self.task == "question answering" and isinstance(item, (str, tuple)):
-            raise InputError(
-                f"{name} is {type(item).__name__}, but this model does question answering; "
-                "give {'question': ..., 'context': ...}"
-            )
-        if isinstance(item, tuple):
-            if self.task == "token classification":
-                raise InputError(f"{name} is a tuple, but this model does token classification; give one str at a time")
-            if len(item) != 2:
-                raise InputError(f"{name} is a tuple of {len(item)}, wanted a pair (a, b) of str")
-            return check_text(item[0], f"{name}[0]"), check_text(item[1], f"{name}[1]")
-        if not isinstance(item, str):
-            raise InputError(f"{name} is {type(item).__name__}, {_PREDICT}")
-        return check_text(item, name)
 
 
 def _quantized(packed: Packed) -> Packed:
@@ -341,67 +316,3 @@ def choose_threads(wanted: int | None) -> int:
     if not isinstance(wanted, int) or isinstance(wanted, bool) or not 1 <= wanted <= _MOST_THREADS:
         raise InputError(f"threads is {wanted!r}, wanted an integer from 1 to {_MOST_THREADS}, or None for all CPUs")
     return wanted
-
-
-def _matrix(value: ArrayLike, name: str, shape: tuple[int, ...] | None = None, *, kinds: str = "iu") -> NDArray[Any]:
-    """`value` as an array of integers (batch, seq); of `shape` if given. Raises InputError."""
-    wanted = "integers or bool" if "b" in kinds else "integers"
-    try:
-        array = np.asarray(value)
-    except (TypeError, ValueError, OverflowError):  # rows of different lengths, or no numbers
-        raise InputError(f"{name} is no matrix, wanted (batch, seq) {wanted}; pad the rows to one length") from None
-    if array.size and array.dtype.kind not in kinds:
-        raise InputError(f"{name} has dtype {array.dtype}, wanted {wanted}; convert with .astype('int64')")
-    if shape is not None and array.shape != shape:
-        raise InputError(f"{name} has shape {array.shape}, wanted {shape}, that of input_ids")
-    if array.ndim != 2 or 0 in array.shape:
-        raise InputError(f"{name} has shape {array.shape}, wanted (batch, seq), both at least 1; one row is [ids]")
-    return array
-
-
-def _row(value: ArrayLike, name: str, shape: tuple[int, ...] | None = None) -> NDArray[Any]:
-    """`value` as an array of integers (tokens,); of `shape` if given. Raises InputError."""
-    try:
-        array = np.asarray(value)
-    except (TypeError, ValueError, OverflowError):
-        raise InputError(f"{name} is no array, wanted (tokens,) integers; give one sequence each") from None
-    if array.size and array.dtype.kind not in "iu":
-        raise InputError(f"{name} has dtype {array.dtype}, wanted integers; convert with .astype('int64')")
-    if shape is not None and array.shape != shape:
-        raise InputError(f"{name} has shape {array.shape}, wanted {shape}, that of input_ids")
-    if array.ndim != 1 or not array.size:
-        raise InputError(f"{name} has shape {array.shape}, wanted (tokens,), at least 1; leave out what is empty")
-    return array
-
-
-def _lengths(mask: ArrayLike | None, shape: tuple[int, ...]) -> NDArray[np.int64]:
-    """Tokens of every row (batch,). Raises InputError for a mask that is not ones and then zeros."""
-    if mask is None:
-        return np.full(shape[0], shape[1], np.int64)
-    array = _matrix(mask, "attention_mask", shape, kinds="iub")
-    if not ((array == 0) | (array == 1)).all():
-        raise InputError(f"attention_mask has values from {array.min()} to {array.max()}, wanted only 0 and 1")
-    lengths = np.count_nonzero(array, axis=1)
-    if not lengths.all():
-        row = int(np.argmin(lengths))
-        raise InputError(f"attention_mask: row {row} has no token, wanted at least one; leave the row out")
-    holes = (array.astype(bool) != (np.arange(shape[1]) < lengths[:, None])).any(axis=1)
-    if holes.any():
-        row = int(np.argmax(holes))
-        raise InputError(
-            f"attention_mask: row {row} has a 0 before a 1, wanted ones and then zeros; padding goes to the right, "
-            "and tokens to be ignored in between have to be taken out"
-        )
-    return lengths
-
-
-def _check_range(rows: Sequence[NDArray[Any]], size: int, name: str, what: str) -> None:
-    """Raise InputError for a value outside of 0 to size - 1 in one of the rows (tokens,)."""
-    for index, row in enumerate(rows):
-        wrong = (row < 0) | (row >= size)
-        if wrong.any():
-            column = int(wrong.argmax())
-            raise InputError(
-                f"{name}[{index}, {column}] is {row[column]}, wanted 0 to {size - 1}: {what} {size}; "
-                "use the model's own tokenizer"
-            )

@@ -3,13 +3,14 @@
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pruneofa.errors import InputError, first_line
+from pruneofa.errors import CheckFailed, InputError, first_line
 
 COMPLETE = "complete"
 MAX_JSON = 4 << 20  # bytes; a manifest of 24 layers needs 0.1 MB
@@ -41,8 +42,34 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_text` of `value` as indented JSON."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """`write_text` of `value` as indented JSON.
+
+    Raises CheckFailed, which names the key, for NaN and infinity: JSON has no such numbers, and `read_json` refuses
+    them.
+    """
+    for key, number in _not_finite(value):
+        raise CheckFailed(
+            f"{_in_place(path)}: {key} is {number}, wanted a finite number, so it was not written; "
+            "if it comes from training, that diverged: lower its learning rate"
+        )
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _in_place(path: Path) -> Path:
+    """The path as it will be once `new_folder` has given the folder its name."""
+    return Path(*(part[1:-4] if part.startswith(".") and part.endswith(".tmp") else part for part in path.parts))
+
+
+def _not_finite(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    """(dotted key, number) of every NaN and infinity in a JSON value."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield key or "the value", value
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield from _not_finite(item, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _not_finite(item, f"{key}[{index}]")
 
 
 def read_json(path: Path, advice: str = _AGAIN) -> dict[str, Any]:
