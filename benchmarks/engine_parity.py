@@ -27,7 +27,7 @@ from pruneofa import recipe
 from pruneofa.data.features import TaskData
 from pruneofa.data.tasks import Task, load_task, longest_input
 from pruneofa.engine.engine import Engine
-from pruneofa.formats import scales as quantization
+from pruneofa.formats import scales
 from pruneofa.train import evaluate
 from pruneofa.train.models import load_tokenizer
 from pruneofa.train.quantize import FakeQuantizer
@@ -103,11 +103,11 @@ def main() -> None:
     parser.add_argument("--rows", type=int, help="only the first rows of the validation data")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    scales = quantization.read(options.folder)
-    if scales is None:
+    quantization = scales.read(options.folder)
+    if quantization is None:
         sys.exit(f"{options.folder}: not quantized; make such a folder with: pruneofa quantize")
     model = evaluate.load_task_model(options.folder, "qa" if options.task == "squad" else "classification")
-    FakeQuantizer.of(model, scales)
+    FakeQuantizer.of(model, quantization)
     spec = recipe.Task(data=options.data, validation_rows=options.rows)
     tokenizer = load_tokenizer(options.folder)
     task = load_task(options.task, spec, tokenizer, train=False, max_positions=longest_input(model.config))
@@ -115,7 +115,7 @@ def main() -> None:
     if options.json:
         print(json.dumps({"machine": machine(), "folder": str(options.folder), "task": options.task, **found}))
     else:
-        kind = "dynamic" if scales.input_activations.dynamic else "static"
+        kind = "dynamic" if quantization.input_activations.dynamic else "static"
         metrics = ", ".join(f"{name} {value:.2f}" for name, value in found["simulated"].items())
         print(f"{options.task}, {kind} activations, simulated: {metrics}")
         for name, row in found["against"].items():

@@ -6,13 +6,14 @@ import re
 import zlib
 from collections.abc import Callable
 from random import Random
-from types import SimpleNamespace
 
 import numpy as np
 import zstandard
 
-from pruneofa.formats.manifest import MANIFEST, METADATA, TENSORS, figures, header, layout
-from pruneofa.formats.packed import pattern_hashes, unpack_bits
+from pruneofa.formats.layout import figures, header, layout
+from pruneofa.formats.manifest import MANIFEST, METADATA, TENSORS, Tensor
+from pruneofa.formats.packed import unpack_bits
+from pruneofa.formats.pattern import packed_bits, pattern_hashes
 from tests.broken import WRONG, paths, replaced
 from tests.golden import GOLDEN, VARIANTS
 
@@ -181,7 +182,7 @@ def _other_shapes(files: Files, random: Random, blind: Blind) -> Files:
     else:
         shape = manifest["tensors"][name]["shape"]
         shape[random.randrange(len(shape))] = random.choice((1, 2, 3, 5, 8, 64, 65))
-    slots = layout(manifest["tensors"], manifest["precision"])
+    slots = layout(_tensors(manifest), manifest["precision"])
     if sum(slot.nbytes for slot in slots.values()) > LARGEST:
         return files
     data = b""
@@ -250,7 +251,7 @@ def _agreeing(files: Files) -> dict[str, object]:
         sizes["compressed"] = len(files[TENSORS])
         sizes.setdefault("compressed_encoder", 0)
         sizes["file"] = zstandard.frame_content_size(files[TENSORS])
-    computed = figures(manifest["tensors"], manifest["precision"])
+    computed = figures(_tensors(manifest), manifest["precision"])
     if manifest["compression"]:
         share = sizes["compressed_encoder"] / computed["encoder"]
         computed["compressed_bits_per_weight"] = share * computed["bits_per_weight"]
@@ -271,5 +272,9 @@ def _hashes(tensors: dict[str, dict], raw: bytes) -> tuple[str, str | None]:
         begin, end = head[f"{name}.bitmask"]["data_offsets"]
         rows, columns = tensors[name]["shape"]
         bits = np.frombuffer(raw[start + begin : start + end], np.uint8).reshape(rows, -(-columns // 8))
-        linears[name] = SimpleNamespace(shape=(rows, columns), bitmask=bits, kept=unpack_bits(bits, columns))
-    return pattern_hashes(linears)
+        linears[name] = (rows, columns), packed_bits(unpack_bits(bits, columns))
+    return pattern_hashes((name, *linears[name]) for name in sorted(linears))
+
+
+def _tensors(manifest: dict[str, object]) -> dict[str, Tensor]:
+    return {name: Tensor(**entry) for name, entry in manifest["tensors"].items()}

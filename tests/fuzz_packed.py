@@ -95,8 +95,8 @@ def _read_and_run(folder: Path) -> str:
     except InputError as error:
         return f"refused by the reader: {_refusal(error, folder)}"
     isas = engine.native.available_isas()
-    for precision in sorted({model.manifest["precision"], "int8"}):
-        isa = isas[model.manifest["sizes"]["file"] % len(isas)]
+    for precision in sorted({model.precision, "int8"}):
+        isa = isas[sum(weight.size for weight in model.plain.values()) % len(isas)]
         try:
             Engine.from_pretrained(folder, precision=precision, threads=1, isa=isa).encode([[0, 0]])
         except InputError as error:

@@ -84,7 +84,7 @@ class Linear:
         """
 
 class Encoder:
-    """Embeddings and transformer layers of BERT: attention and feed-forward blocks, LayerNorm after each.
+    """Embeddings and transformer layers: attention and feed-forward blocks, LayerNorm after each.
 
     It has one set of buffers and `threads` - 1 threads of its own. Python threads may share it and take turns.
     """

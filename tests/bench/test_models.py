@@ -1,16 +1,18 @@
 """The models and cases of a benchmark."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from pruneofa import families
 from pruneofa.bench import models
 from pruneofa.bench.models import Case, Settings
-from pruneofa.bench.random_folder import PATTERNS, SHAPES, prune, write_random
+from pruneofa.bench.random_folder import prune, write_random
 from pruneofa.engine import engine
 from pruneofa.errors import InputError
-from pruneofa.formats.packed import pattern_holds
+from pruneofa.formats.pattern import BLOCKS, pattern_holds
 from tests.tiny import POSITIONS, VOCABULARY
 
 
@@ -79,15 +81,16 @@ def test_operations_are_those_of_linears_and_attention(folder, tmp_path):
     assert model.operations(Case("", (5, 7))) == linears * 12 + attention * (25 + 49)
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("pattern", BLOCKS)
 def test_a_random_folder_has_the_zeros_asked_for_and_loads(tmp_path, monkeypatch, pattern):
     from pruneofa.formats import pattern as patterns
 
-    monkeypatch.setitem(SHAPES, "bert-base", {"layers": 1, "hidden": 64, "heads": 4, "inner": 128})
-    write_random(tmp_path, "bert-base", 0.75, pattern)
+    tiny = families.Shape("tiny", "Tiny", layers=1, hidden=64, heads=4, inner=128)
+    monkeypatch.setattr(families, "FAMILIES", (replace(families.FAMILIES[0], shapes=(tiny,)),))
+    write_random(tmp_path, "tiny", 0.75, pattern)
     found = patterns.inspect(tmp_path)
     assert found["encoder"] == pytest.approx(0.75, abs=1e-3) and len(found["layers"]) == 6
-    assert all(pattern_holds(w != 0, pattern) for _, w in patterns.read_weights(tmp_path, patterns._prunable))
+    assert all(pattern_holds(w != 0, pattern) for _, w in patterns.read_weights(tmp_path, patterns.is_prunable))
     if engine.native is not None:
         assert engine.Engine.from_pretrained(tmp_path, threads=1).predict("w7 w8").shape == (64,)
 

@@ -339,5 +339,5 @@ def test_a_full_disk_has_one_exit_code_whoever_says_it(refused, monkeypatch, err
     def fail(*_):
         raise error if isinstance(error, Exception) else error()
 
-    monkeypatch.setattr("pruneofa.formats.pattern.local_folder", fail)
+    monkeypatch.setattr("pruneofa.formats.tensors.local_folder", fail)
     assert "disk" in refused("inspect", "model", code=3)

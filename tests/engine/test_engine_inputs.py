@@ -8,7 +8,7 @@ from safetensors.numpy import load_file, save_file
 
 from pruneofa import Engine
 from pruneofa.engine import engine, reference
-from pruneofa.engine.architectures import Weights
+from pruneofa.engine.load import Weights
 from pruneofa.errors import InputError
 from pruneofa.formats.pack import pack
 from pruneofa.formats.packed import Packed, PackedLinear
@@ -270,15 +270,17 @@ def test_a_layer_that_is_too_wide_for_the_kernels_is_named(tmp_path):
     wide = PackedLinear((1, 2**17), np.zeros((1, 2**14), np.uint8), np.zeros(0, np.int8), np.ones(1, np.float32))
     name = "encoder.layer.0.output.dense"
     packed = Packed(
-        {"activations": {"kind": "dynamic"}},
-        {},
-        {f"{name}.weight": wide},
-        {},
-        {f"{name}.bias": np.zeros(1, np.float32)},
-        tmp_path,
+        folder=tmp_path,
+        config={},
+        precision="int8",
+        input_scales=None,
+        quantized=False,
+        linears={f"{name}.weight": wide},
+        embeddings={},
+        plain={f"{name}.bias": np.zeros(1, np.float32)},
     )
     with pytest.raises(InputError, match=f"{name}.weight: 131072 inputs .*; use a narrower model"):
-        Weights(packed, reference, "scalar").linear(name, 1, 2**17)
+        Weights(packed, reference, "scalar").linear(name)
 
 
 def test_a_task_without_its_weights(tmp_path):
@@ -321,7 +323,7 @@ def test_int8_cannot_be_asked_for_float_weights(tmp_path):
     ("file", "content", "message"),
     [
         ("modules.json", [{"path": "2_Dense", "type": "models.Dense"}], "module 'Dense', wanted only Transformer"),
-        ("modules.json", {"type": "Pooling"}, "not a list of modules with type and path"),
+        ("modules.json", {"type": "Pooling"}, "wanted a JSON array, got dict"),
         (
             "1_Pooling/config.json",
             {"pooling_mode": "lasttoken"},
@@ -333,12 +335,22 @@ def test_int8_cannot_be_asked_for_float_weights(tmp_path):
         ("1_Pooling/config.json", None, "config.json: no such file"),
         ("1_Pooling/config.json", {"pooling_mode": "x" * 5000}, "pooling is 'x+..., wanted one of"),
         ("modules.json", [{"path": "", "type": "x" * 5000}], "module 'x+..., wanted only Transformer"),
-        ("modules.json", [{"path": "\ud800", "type": "Pooling"}], "the path of Pooling is '.ud800', wanted such as"),
-        ("modules.json", [{"path": "\0", "type": "Pooling"}], "the path of Pooling is '.x00', wanted such as"),
-        ("modules.json", [{"path": "x" * 5000, "type": "Pooling"}], "the path of Pooling is 'x+..., wanted such as"),
+        (
+            "modules.json",
+            [{"path": "\ud800", "type": "Pooling"}],
+            "the path of Pooling is '.ud800', wanted a folder beside",
+        ),
+        ("modules.json", [{"path": "\0", "type": "Pooling"}], "the path of Pooling is '.x00', wanted a folder beside"),
+        (
+            "modules.json",
+            [{"path": "x" * 5000, "type": "Pooling"}],
+            "the path of Pooling is 'x+..., wanted a folder beside",
+        ),
+        ("modules.json", [{"path": "../1_Pooling", "type": "Pooling"}], "is '../1_Pooling', wanted a folder beside"),
+        ("config_sentence_transformers.json", {"truncate_dim": True}, "truncate_dim is True, wanted an integer"),
         ("tokenizer_config.json", {"model_input_names": 5}, "model_input_names is 5 in tokenizer_config.json, wanted"),
-        ("sentence_bert_config.json", {"max_seq_length": float("inf")}, "max_seq_length inf and prompt"),
-        ("sentence_bert_config.json", {"max_seq_length": float("nan")}, "max_seq_length nan and prompt"),
+        ("sentence_bert_config.json", {"max_seq_length": float("inf")}, r"not valid JSON \(Infinity is no number\)"),
+        ("sentence_bert_config.json", {"max_seq_length": float("nan")}, r"not valid JSON \(NaN is no number\)"),
         (
             "config_sentence_transformers.json",
             {"prompts": {"query": "\ud800"}, "default_prompt_name": "query"},
@@ -349,7 +361,7 @@ def test_int8_cannot_be_asked_for_float_weights(tmp_path):
 def test_sentence_transformers_folders_the_engine_does_not_run(file, content, message, tmp_path):
     write_folder(tmp_path, "Model")
     (tmp_path / "1_Pooling").mkdir()
-    modules = [{"path": "", "type": "models.Transformer"}, {"path": "../1_Pooling", "type": "models.Pooling"}]
+    modules = [{"path": "", "type": "models.Transformer"}, {"path": "1_Pooling", "type": "models.Pooling"}]
     (tmp_path / "modules.json").write_text(json.dumps(modules))
     if file != "1_Pooling/config.json":
         (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": "mean"}))
@@ -392,9 +404,11 @@ def test_a_sentence_model_may_have_a_prompt_and_lower_case(tmp_path):
     (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(prompts))
     np.testing.assert_array_equal(Engine.from_pretrained(tmp_path).predict("RIVER"), plain)
     (tmp_path / "config_sentence_transformers.json").write_text(json.dumps({"prompts": ["query"]}))
-    with pytest.raises(InputError, match="config_sentence_transformers.json: wanted a JSON object, got list"):
+    with pytest.raises(
+        InputError, match="config_sentence_transformers.json: prompts is ..query.., wanted a JSON object"
+    ):
         Engine.from_pretrained(tmp_path)
     (tmp_path / "config_sentence_transformers.json").unlink()
     (tmp_path / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": "8"}))
-    with pytest.raises(InputError, match="max_seq_length '8' and prompt"):
+    with pytest.raises(InputError, match="max_seq_length is '8', wanted a number"):
         Engine.from_pretrained(tmp_path)

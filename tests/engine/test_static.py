@@ -16,10 +16,11 @@ import transformers
 
 from pruneofa import Engine
 from pruneofa.errors import InputError
+from pruneofa.families import base_name
 from pruneofa.formats import scales as quantization
 from pruneofa.formats.manifest import MANIFEST
-from pruneofa.formats.pack import pack, unpack
-from pruneofa.formats.pattern import base_name
+from pruneofa.formats.pack import pack
+from pruneofa.formats.unpack import unpack
 from tests.quantized import quantize_folder
 from tests.tiny import tiny_bert, tiny_distilbert, tiny_roberta, tiny_tokenizer
 

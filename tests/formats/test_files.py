@@ -1,6 +1,7 @@
 import builtins
 import errno
 import io
+import math
 import os
 import signal
 import subprocess
@@ -8,7 +9,7 @@ import sys
 
 import pytest
 
-from pruneofa.errors import InputError
+from pruneofa.errors import CheckFailed, InputError
 from pruneofa.formats import files
 
 
@@ -160,8 +161,20 @@ def test_json_that_cannot_be_read_is_named(tmp_path):
         files.read_json(tmp_path)
     for bad in (b'{"a": ', b"\xff\xfe", b"", b"9" * 5000, b"[" * 100_000):
         (tmp_path / "half.json").write_bytes(bad)
-        with pytest.raises(InputError, match=r"half\.json: not valid JSON .* half-written, delete it"):
+        with pytest.raises(
+            InputError, match=r"half\.json: not valid JSON .* half-written: copy it again, or delete it"
+        ):
             files.read_json(tmp_path / "half.json")
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_what_is_no_number_in_json_is_not_written(tmp_path, number):
+    with pytest.raises(CheckFailed) as caught, files.new_folder(tmp_path / "sparse") as folder:
+        files.write_json(folder / "metrics.json", {"seeds": [0, 1], "losses": {"mlm": [2.5, number]}})
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path / 'sparse' / 'metrics.json'}: losses.mlm[1] is {number}, wanted a finite")
+    assert "learning rate" in message and "\n" not in message
+    assert names(tmp_path) == []
 
 
 def test_fingerprints_follow_content_not_order(tmp_path):

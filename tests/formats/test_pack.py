@@ -9,13 +9,17 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from pruneofa import families
 from pruneofa.errors import InputError
-from pruneofa.formats import pack as packing
 from pruneofa.formats import pattern
+from pruneofa.formats.convert import pack_linear
 from pruneofa.formats.files import read_json, write_json
-from pruneofa.formats.manifest import COMPRESSED, MANIFEST, METADATA, TENSORS, header, layout
-from pruneofa.formats.pack import pack, pack_linear, pattern_of, unpack
+from pruneofa.formats.layout import header, layout
+from pruneofa.formats.manifest import COMPRESSED, MANIFEST, METADATA, TENSORS, Tensor
+from pruneofa.formats.pack import pack
 from pruneofa.formats.packed import Packed, inspect, read, unpack_bits
+from pruneofa.formats.pattern import pattern_of
+from pruneofa.formats.unpack import unpack
 from tests.golden import CONFIG, GOLDEN, LAYER, STATIC, VARIANTS, source, tensors
 
 QUERY = "encoder.layer.0.attention.self.query.weight"
@@ -32,9 +36,9 @@ def gaussian(rng, rows, columns, sparsity=0.9):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_golden_folders_of_every_version_still_load(variant):
     packed = read(GOLDEN / variant)
-    expected = {pattern.base_name(name): weight for name, weight in tensors().items()}
+    expected = {families.base_name(name): weight for name, weight in tensors().items()}
     assert isinstance(packed, Packed) and packed.config == CONFIG
-    int8 = packed.manifest["precision"] == "int8"
+    int8 = packed.precision == "int8"
     assert len(packed.linears) == 7 and len(packed.embeddings) == 3
     assert {*packed.linears, *packed.embeddings, *packed.plain} == set(expected)
     for name, linear in packed.linears.items():
@@ -77,7 +81,7 @@ def test_the_example_of_the_specification_byte_by_byte():
     name = "encoder.layer.0.output.dense.weight"
     entry = {"shape": [2, 16], "kind": "linear", "dtype": "F32", "nonzeros": 5, "pattern": "unstructured"}
     arrays = {f"{name}.{part}": getattr(linear, part) for part in ("bitmask", "values", "scale")}
-    slots = layout({name: entry}, "int8")
+    slots = layout({name: Tensor(**entry)}, "int8")
     assert header(slots, METADATA) + b"".join(arrays[stored].tobytes() for stored in slots) == raw
     assert raw[0x160:].hex(" ") == "04 02 01 3c 00 00 80 3f 7f e0 5f 7f 00 09 80 00 06"
     assert f"crc32:{zlib.crc32(raw):08x}" in text
@@ -86,9 +90,9 @@ def test_the_example_of_the_specification_byte_by_byte():
 
 @pytest.mark.parametrize("precision", ["int8", "fp32"])
 def test_the_safetensors_library_reads_what_is_written(precision, model, tmp_path):
-    manifest = pack(model, tmp_path / "packed", precision=precision)
+    manifest = pack(model, tmp_path / "packed", precision=precision).to_json()
     found = load_file(tmp_path / "packed" / TENSORS)
-    slots = layout(manifest["tensors"], precision)
+    slots = layout({name: Tensor(**entry) for name, entry in manifest["tensors"].items()}, precision)
     names = {np.dtype(np.float32): "F32", np.dtype(np.int8): "I8", np.dtype(np.uint8): "U8"}
     assert {name: (names[a.dtype], a.shape) for name, a in found.items()} == {n: s[:2] for n, s in slots.items()}
     weight = tensors()[f"bert.{QUERY}"]
@@ -105,7 +109,7 @@ def test_the_safetensors_library_reads_what_is_written(precision, model, tmp_pat
 
 def test_a_file_of_another_order_is_read(model, tmp_path):
     """Another writer, such as the safetensors library itself, sorts otherwise."""
-    manifest = pack(model, tmp_path / "packed")
+    manifest = pack(model, tmp_path / "packed").to_json()
     file = tmp_path / "packed" / TENSORS
     save_file(load_file(file), file, METADATA)
     size, checksum = file.stat().st_size, f"crc32:{zlib.crc32(file.read_bytes()):08x}"
@@ -115,7 +119,7 @@ def test_a_file_of_another_order_is_read(model, tmp_path):
 
 
 def test_the_manifest_says_what_the_source_is(model, tmp_path):
-    manifest = pack(model, tmp_path / "packed")
+    manifest = pack(model, tmp_path / "packed").to_json()
     dense = pattern.inspect(model)
     assert manifest["pattern_hash"] == dense["pattern_hash"] and manifest["pooler_hash"] == dense["pooler_hash"]
     assert manifest["sparsity"] == dense["encoder"]
@@ -124,7 +128,7 @@ def test_the_manifest_says_what_the_source_is(model, tmp_path):
     )
     assert manifest["architecture"] == "BertForSequenceClassification" and manifest["prefix"] == "bert."
     digest = hashlib.sha256()
-    for name, weight in sorted(tensors().items(), key=lambda item: pattern.base_name(item[0])):
+    for name, weight in sorted(tensors().items(), key=lambda item: families.base_name(item[0])):
         digest.update(f"{name}\0F32\0{'x'.join(map(str, weight.shape))}\0".encode() + weight.tobytes())
     assert manifest["source"] == digest.hexdigest()
     assert inspect(tmp_path / "packed")["layers"][QUERY]["nonzeros"] == dense["layers"][QUERY]["nonzeros"]
@@ -140,7 +144,7 @@ def test_bits_per_weight_of_one_layer(hidden, limit, tmp_path):
     folder = source(tmp_path / "model")
     weights = {f"{LAYER}{name}.weight": gaussian(rng, *shape) for name, shape in shapes.items()}
     save_file(weights, folder / "model.safetensors")
-    manifest = pack(folder, tmp_path / "packed", compress=True)
+    manifest = pack(folder, tmp_path / "packed", compress=True).to_json()
     sizes = manifest["sizes"]
     counted = sum(w.size for w in weights.values())
     assert manifest["sparsity"] == pytest.approx(0.9, abs=1e-5)
@@ -164,7 +168,7 @@ def test_block_patterns_compress_by_repetition(tmp_path):
     folder = source(tmp_path / "model")
     weight = np.repeat(gaussian(np.random.default_rng(0), 64, 512, 0.8), 4, axis=0)
     save_file({f"{LAYER}output.dense.weight": weight}, folder / "model.safetensors")
-    manifest = pack(folder, tmp_path / "packed", compress=True)
+    manifest = pack(folder, tmp_path / "packed", compress=True).to_json()
     assert manifest["tensors"]["encoder.layer.0.output.dense.weight"]["pattern"] == "4x1"
     assert manifest["sizes"]["compressed_encoder"] < manifest["sizes"]["encoder"] / 2
 
@@ -178,7 +182,7 @@ def test_memory_holds_the_packed_model_and_one_tensor(model, tmp_path):
     pack(model, tmp_path / "warm")
     tracemalloc.start()
     try:
-        manifest = pack(model, tmp_path / "packed")
+        manifest = pack(model, tmp_path / "packed").to_json()
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -273,20 +277,20 @@ def test_folders_that_cannot_be_packed(model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "modules",
+    ("modules", "message"),
     [
-        {},
-        ["Transformer"],
-        [{"path": "2_Dense", "type": "sentence_transformers.models.Dense"}],
-        [{"path": "../elsewhere", "type": "sentence_transformers.models.Pooling"}],
-        [{"path": "/etc", "type": "sentence_transformers.models.Pooling"}],
-        [{"path": 1, "type": "Pooling"}],
-        [{"path": "", "type": None}],
+        ({}, "wanted a JSON array, got dict"),
+        (["Transformer"], "module 'Transformer', wanted an object with type and path"),
+        ([{"path": "2_Dense", "type": "models.Dense"}], "module 'Dense', wanted only Transformer, Pooling, Normalize"),
+        ([{"path": "../elsewhere", "type": "models.Pooling"}], "path of Pooling is '../elsewhere', wanted a folder"),
+        ([{"path": "/etc", "type": "models.Pooling"}], "the path of Pooling is '/etc', wanted a folder beside"),
+        ([{"path": 1, "type": "Pooling"}], "wanted an object with type and path"),
+        ([{"path": "", "type": None}], "wanted an object with type and path"),
     ],
 )
-def test_modules_that_cannot_be_packed(modules, model, tmp_path):
+def test_modules_that_cannot_be_packed(modules, message, model, tmp_path):
     write_json(model / "modules.json", modules)
-    with pytest.raises(InputError, match="wanted a list of modules of type Transformer, Pooling, Normalize"):
+    with pytest.raises(InputError, match=message):
         pack(model, tmp_path / "packed")
 
 
@@ -309,7 +313,7 @@ def test_output_that_holds_something(model, tmp_path):
 
 
 def test_what_would_shrink_too_much_is_not_compressed(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(packing, "MAX_SLACK", 0)  # a MiB, with which the model would have to be large
+    monkeypatch.setattr("pruneofa.formats.pack.MAX_SLACK", 0)  # a MiB, with which the model would have to be large
     weight = np.zeros((256, 8192), np.float32)
     weight[0, 0] = 1
     save_file({f"bert.{QUERY}": weight}, model / "model.safetensors")

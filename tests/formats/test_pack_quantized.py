@@ -8,12 +8,14 @@ from safetensors.numpy import load_file, save_file
 
 from pruneofa.errors import InputError
 from pruneofa.formats import scales as quantization
+from pruneofa.formats.convert import convert
 from pruneofa.formats.files import read_json
 from pruneofa.formats.manifest import MANIFEST, TENSORS
-from pruneofa.formats.pack import pack, pack_folder, unpack
+from pruneofa.formats.pack import pack
 from pruneofa.formats.packed import PackedLinear, read
 from pruneofa.formats.pattern import POOLER
 from pruneofa.formats.scales import SCALES, SETTINGS
+from pruneofa.formats.unpack import unpack
 from tests.broken import OUTPUT, QUERY, WORDS, WRONG, copy, paths, put, refused, replaced, write
 from tests.golden import STATIC, source
 from tests.quantized import quantize_folder
@@ -54,7 +56,7 @@ def same_files(a, b):
 
 def test_codes_and_scales_are_those_of_training(folder):
     known = quantization.read(folder)
-    packed = pack_folder(folder)
+    packed = convert(folder)
     weights = load_file(folder / "model.safetensors")
     assert packed.linears.keys() | packed.embeddings.keys() == known.weight_scale.keys()
     for name, linear in packed.linears.items():
@@ -63,9 +65,8 @@ def test_codes_and_scales_are_those_of_training(folder):
         assert linear.values.all()
     for name, table in packed.embeddings.items():
         np.testing.assert_array_equal(table.rows(slice(None)), weights[f"bert.{name}"], strict=True)
-    assert packed.manifest["activations"] == {
-        "kind": "static",
-        "scales": {name: [known.input_scale[name], known.input_zero_point[name]] for name in known.linears()},
+    assert packed.input_scales == {
+        name: (known.input_scale[name], known.input_zero_point[name]) for name in known.linears()
     }
 
 
@@ -87,7 +88,7 @@ def test_unpacking_gives_the_folder_back_and_packing_the_same_bytes(strategy, st
 def test_scales_of_dynamic_folders_are_kept_too(tmp_path, strategy):
     folder = source(tmp_path / "model")
     known = quantize_folder(folder, static=False, strategy=strategy)
-    manifest = pack(folder, tmp_path / "packed")
+    manifest = pack(folder, tmp_path / "packed").to_json()
     assert manifest["activations"] == {"kind": "dynamic"}
     for name, linear in read(tmp_path / "packed").linears.items():
         np.testing.assert_array_equal(linear.scale, known.weight_scale[name])
@@ -103,7 +104,7 @@ def test_tables_that_packing_quantized_are_unpacked_with_their_scales(tmp_path):
 
 
 def test_weights_that_packing_quantized_are_unpacked_without_scales(tmp_path):
-    assert "quantized" not in pack(source(tmp_path / "model"), tmp_path / "packed")
+    assert not pack(source(tmp_path / "model"), tmp_path / "packed").quantized
     unpack(tmp_path / "packed", tmp_path / "again")
     assert not quantization.is_quantized(tmp_path / "again")
 
@@ -118,13 +119,13 @@ def test_quantized_says_nothing_else(variant, value, tmp_path):
 def test_tables_without_scales_are_quantized_by_packing(tmp_path):
     folder = source(tmp_path / "model")
     quantize_folder(folder, embeddings=False)
-    wanted = pack_folder(source(tmp_path / "plain")).embeddings
-    for name, table in pack_folder(folder).embeddings.items():
+    wanted = convert(source(tmp_path / "plain")).embeddings
+    for name, table in convert(folder).embeddings.items():
         np.testing.assert_array_equal(table.values, wanted[name].values)
 
 
 def test_as_fp32_a_quantized_folder_is_its_plain_weights(folder, tmp_path):
-    manifest = pack(folder, tmp_path / "packed", precision="fp32")
+    manifest = pack(folder, tmp_path / "packed", precision="fp32").to_json()
     assert manifest["activations"] == {"kind": "dynamic"}
     unpack(tmp_path / "packed", tmp_path / "again")
     assert not (tmp_path / "again" / SETTINGS).exists()
@@ -135,12 +136,12 @@ def test_as_fp32_a_quantized_folder_is_its_plain_weights(folder, tmp_path):
 def test_minus_128_is_a_code_of_a_linear_with_one_scale(tmp_path):
     folder = source(tmp_path / "model")
     quantize_folder(folder, strategy="tensor")
-    assert pack_folder(folder).linears[QUERY].values.min() == -128
+    assert convert(folder).linears[QUERY].values.min() == -128
     settings = read_json(folder / SETTINGS)
     settings["weights"]["strategy"] = "channel"
     (folder / SETTINGS).write_text(json.dumps(settings))
     with pytest.raises(InputError, match=r"claims to be on the int8 grid but is not"):
-        pack_folder(folder)
+        convert(folder)
 
 
 @pytest.mark.parametrize("name", [QUERY, WORDS])

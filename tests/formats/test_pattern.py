@@ -1,7 +1,6 @@
 import hashlib
 import json
 import os
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
+from pruneofa import families
 from pruneofa.errors import InputError
 from pruneofa.formats import pattern
 from pruneofa.train.masks import magnitude_mask, prunable
@@ -68,15 +68,15 @@ def derived(tmp_path, base):
     ],
 )
 def test_names(name, canonical, linear):
-    assert pattern.base_name(name) == canonical
-    assert pattern.is_encoder_weight(canonical, 1 if "LayerNorm" in name else 2) == linear
+    assert families.base_name(name) == canonical
+    assert families.is_encoder_weight(canonical, 1 if "LayerNorm" in name else 2) == linear
 
 
 def test_read_weights_gives_what_torch_sees_sorted(base):
     read = dict(pattern.read_weights(base))
     assert list(read) == sorted(read)
     for name, tensor in load_file(base / "model.safetensors").items():
-        np.testing.assert_array_equal(read[pattern.base_name(name)], tensor.numpy())
+        np.testing.assert_array_equal(read[families.base_name(name)], tensor.numpy())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -232,20 +232,6 @@ def test_half_written_files_are_named(base):
         file.write_bytes(broken)
         with pytest.raises(InputError, match=r"model\.safetensors: not a complete safetensors file"):
             pattern.inspect(base)
-
-
-def test_a_bin_file_is_refused_with_a_command_that_works(tmp_path, base):
-    expected = pattern.inspect(base)["pattern_hash"]
-    base = base.rename(tmp_path / "a folder's name")  # blanks and quotes
-    torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
-    (base / "model.safetensors").unlink()
-    with pytest.raises(InputError, match=r"only a \.bin file.*convert it with: python -c") as error:
-        pattern.inspect(base)
-    assert "\n" not in str(error.value)
-    program, *arguments = shlex.split(str(error.value).split("convert it with: ")[1])
-    assert program == "python"
-    subprocess.run([sys.executable, *arguments], check=True)
-    assert pattern.inspect(base)["pattern_hash"] == expected
 
 
 def test_what_is_not_a_model_is_said_in_one_line(tmp_path, monkeypatch):

@@ -9,10 +9,14 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors.numpy import save_file
 
+from pruneofa import families
 from pruneofa.formats import pattern
-from pruneofa.formats.files import read_json, write_json
-from pruneofa.formats.pack import pack, pack_folder, pack_linear, pattern_of, quantize_weight, unpack
-from pruneofa.formats.packed import pattern_hashes, pattern_holds, read
+from pruneofa.formats.convert import convert, pack_linear, quantize_weight
+from pruneofa.formats.files import read_json_list, write_json
+from pruneofa.formats.pack import pack
+from pruneofa.formats.packed import read
+from pruneofa.formats.pattern import pattern_hashes, pattern_holds, pattern_of
+from pruneofa.formats.unpack import unpack
 from tests.golden import LAYER, source, tensors
 
 QUERY = "encoder.layer.0.attention.self.query.weight"
@@ -59,7 +63,7 @@ def test_any_weight_comes_back_bit_for_bit(weight):
     assert linear.dense().tobytes() == weight.tobytes()
     assert linear.bitmask.shape == (weight.shape[0], -(-weight.shape[1] // 8))
     assert (linear.negative_zeros is not None) == bool((np.signbit(weight) & (weight == 0)).any())
-    assert pattern_hashes({QUERY: linear})[0] == pattern.pattern_hash({QUERY: weight != 0})
+    assert pattern_hashes([(QUERY, linear.shape, linear.pattern_bits)])[0] == pattern.pattern_hash({QUERY: weight != 0})
     assert pattern_holds(linear.kept, pattern_of(linear.kept))
 
 
@@ -114,7 +118,7 @@ def test_every_bit_of_a_folder_comes_back(compress, tmp_path):
     places = dict.fromkeys(first, "model-1.safetensors") | dict.fromkeys([*rest, *buffer], "model-2.safetensors")
     write_json(folder / "model.safetensors.index.json", {"weight_map": places})
 
-    manifest = pack(folder, tmp_path / "packed", precision="fp32", compress=compress)
+    manifest = pack(folder, tmp_path / "packed", precision="fp32", compress=compress).to_json()
     assert manifest["tensors"]["cls.predictions.decoder.weight"] == {
         "shape": [7, 4], "kind": "tied", "dtype": arrays["bert." + WORDS][0], "to": WORDS,
     }  # fmt: skip
@@ -150,16 +154,16 @@ def test_a_decoder_that_is_not_tied_is_stored(model, tmp_path):
     decoder = weights["bert." + WORDS].copy()
     decoder[2, 0] += 0.25
     save_file(weights | {"cls.predictions.decoder.weight": decoder}, model / "model.safetensors")
-    packed = pack_folder(model, "fp32")
+    packed = convert(model, "fp32")
     np.testing.assert_array_equal(packed.plain["cls.predictions.decoder.weight"], decoder)
 
 
 @pytest.mark.usefixtures("parts")
 def test_a_model_without_prefix_and_without_pooler(model, tmp_path):
-    weights = {pattern.base_name(n): w for n, w in tensors().items() if "pooler" not in n}
+    weights = {families.base_name(n): w for n, w in tensors().items() if "pooler" not in n}
     weights[QUERY][:] = 0  # nothing kept at all
     save_file(weights, model / "model.safetensors")
-    manifest = pack(model, tmp_path / "packed")
+    manifest = pack(model, tmp_path / "packed").to_json()
     assert manifest["prefix"] == "" and manifest["pooler_hash"] is None and manifest["tensors"][QUERY]["nonzeros"] == 0
     assert not read(tmp_path / "packed").linears[QUERY].dense().any()
 
@@ -177,7 +181,7 @@ def test_sentence_transformers_folders_keep_how_they_pool(model, tmp_path):
     pack(model, tmp_path / "packed")
     unpack(tmp_path / "packed", tmp_path / "again")
     for folder in (tmp_path / "packed", tmp_path / "again"):
-        assert read_json(folder / "modules.json") == modules
+        assert read_json_list(folder / "modules.json") == modules
         assert [path.name for path in (folder / "1_Pooling").iterdir()] == ["config.json"]
         assert (folder / "2_Normalize").is_dir() and (folder / "sentence_bert_config.json").is_file()
     assert not list((tmp_path / "packed").rglob("model.safetensors"))

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pruneofa import recipe
-from pruneofa.errors import InputError
+from pruneofa.errors import CheckFailed, InputError
 from pruneofa.formats.files import read_json
 from pruneofa.run import execute, fine_tuning, single
 from pruneofa.run.run import run
@@ -55,6 +55,13 @@ def test_interrupted_in_its_evaluation_the_training_is_kept(transfer, tmp_path, 
     assert {event["stage"] for event in events} == {f"{SEED}/transfer"}
     assert [event["event"] for event in events if event["event"] in ("done", "evaluated")] == ["done", "evaluated"]
     assert not (tmp_path / ".out.work").exists()
+
+
+def test_a_model_that_diverged_is_said_when_its_metrics_are_written(transfer, tmp_path, monkeypatch):
+    monkeypatch.setattr(execute, "evaluate_model", lambda *_, **__: {"accuracy": 50.0, "loss": float("nan")})
+    with pytest.raises(CheckFailed, match=r"out/metrics\.json: loss is nan, wanted a finite number"):
+        transfer()
+    assert not (tmp_path / "out" / "metrics.json").exists() and not (tmp_path / "out" / "evaluation.json").exists()
 
 
 def test_other_rows_are_evaluated_on_a_finished_folder_without_redo(transfer, tmp_path, monkeypatch):

@@ -73,7 +73,7 @@ def test_where_the_sparse_model_is(run):
     check_lock(control)  # it is gone, and nothing to compare with
     write_record(folder, "transfer", task="other")  # not where that stage's folder is
     assert sparse_of_run(folder) is None
-    for other in ([], {}, {"stage": f"{SEED}/transfer"}, {"task": None, "seed": None, "variant": "prune"}):
+    for other in ({}, {"stage": f"{SEED}/transfer"}, {"task": None, "seed": None, "variant": "prune"}):
         (folder / "stage.json").write_text(json.dumps(other))
         assert sparse_of_run(folder) is None
 

@@ -8,7 +8,7 @@ import pytest
 
 from pruneofa.data.features import TaskData
 from pruneofa.data.squad import Windows
-from pruneofa.engine.heads import QuestionAnswering
+from pruneofa.engine.question_answering import QuestionAnswering
 from pruneofa.engine.tokenizer import Tokens
 from pruneofa.train.evaluate import _answers
 
@@ -54,9 +54,9 @@ def test_evaluation_takes_the_answers_of_predict(seed, coarse):
     evaluated, _ = _answers(SimpleNamespace(name="squad"), data, batches())
     tokens = [
         Tokens(np.zeros(len(chars), np.int32), np.zeros(len(chars), np.int32),
-               np.where(chars[:, 0] < 0, -1, 1).astype(np.int8), chars)
-        for _, chars in windows
+               np.where(chars[:, 0] < 0, -1, 1).astype(np.int8), chars, row)
+        for row, chars in windows
     ]  # fmt: skip
     head = QuestionAnswering.__new__(QuestionAnswering)  # its weights make logits, which are given here
-    predicted = head.results(logits, tokens, [("who", context) for context in contexts], rows.tolist())
+    predicted = head.results(logits, tokens, [("who", context) for context in contexts])
     assert [answer["answer"] for answer in predicted] == evaluated

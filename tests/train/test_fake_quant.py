@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from pruneofa.engine import reference
-from pruneofa.formats.pack import quantize_weight
+from pruneofa.formats.convert import quantize_weight
 from pruneofa.train.fake_quant import Codes, CodesLinear, Rows, exact, input_scale, weight_codes, weight_scale
 
 ANY = st.floats(-(2.0**127), 2.0**127, width=32)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from transformers import BertForQuestionAnswering, BertModel, DistilBertForQuestionAnswering, RobertaModel
 
 from pruneofa.errors import InputError
-from pruneofa.formats.pattern import is_encoder_weight
+from pruneofa.families import is_encoder_weight
 from pruneofa.train.masks import check_shape, final_of, global_masks, magnitude_mask, prunable, unit_scores
 from tests.tiny import tiny_bert, tiny_distilbert, tiny_roberta
 

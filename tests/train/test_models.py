@@ -1,5 +1,4 @@
 import json
-import pickle
 import shutil
 
 import pytest
@@ -16,7 +15,6 @@ from transformers import (
 
 from pruneofa.errors import InputError
 from pruneofa.export.exportable import read_exportable
-from pruneofa.formats import pattern
 from pruneofa.run.checks import check_vocabulary
 from pruneofa.train.evaluate import load_task_model
 from pruneofa.train.models import (
@@ -27,7 +25,6 @@ from pruneofa.train.models import (
     model_fingerprint,
     reorder_classes,
     set_dropout,
-    with_safetensors,
 )
 from tests.tiny import tiny_bert, tiny_distilbert, tiny_roberta, tiny_tokenizer, write_model
 
@@ -224,33 +221,3 @@ def test_another_vocabulary_is_refused(tmp_path):
     (b / "tokenizer.json").write_text(tokenizer.replace('"river"', '"rivre"'))
     with pytest.raises(InputError, match="its vocabulary .* is not that of"):
         check_vocabulary(str(a), str(b))
-
-
-def test_a_bin_is_converted_once_weights_only(tmp_path):
-    source = write_model(tmp_path / "m", tiny_bert())
-    weights = load_file(source / "model.safetensors")
-    assert with_safetensors(str(source)) == str(source)
-    (source / "model.safetensors").unlink()
-    torch.save(weights, source / "pytorch_model.bin")
-    copy = with_safetensors(str(source))
-    assert copy != str(source) and with_safetensors(copy) == copy
-    assert pattern.inspect(copy)["weights"] > 0
-    for name, weight in load_file(f"{copy}/model.safetensors").items():
-        assert torch.equal(weight, weights[name])
-
-
-def test_a_bin_that_is_code_is_not_run(tmp_path):
-    source = write_model(tmp_path / "m", tiny_bert())
-    (source / "model.safetensors").unlink()
-    (source / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
-    with pytest.raises(InputError, match="holds more than weights and could run code"):
-        with_safetensors(str(source))
-    assert not (tmp_path / "exploded").exists()
-
-
-class Bomb:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (type(self.path).touch, (self.path,))

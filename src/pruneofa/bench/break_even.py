@@ -32,7 +32,7 @@ def break_even(bench: "Bench", model: Model, tokens: Sequence[int]) -> Iterator[
     "pays_from" is the least sparsity from which on we are faster than the dense peer, None if from none, or if
     there is no such peer. Weights are random; each product is verified before it is timed. Raises CheckFailed.
     """
-    shapes = sorted({tuple(entry["shape"]) for entry in model.linears})
+    shapes = sorted({tensor.shape for tensor in model.linears})
     dense = PEERS[DENSE]
     with tempfile.TemporaryDirectory(prefix="pruneofa-bench-") as temporary, contextlib.ExitStack() as stack:
         root = Path(temporary)

@@ -26,8 +26,7 @@ from pruneofa.bench.peers import CAPPING, OURS, PEERS, REFERENCE, Peer
 from pruneofa.bench.workers import TimeLimitError, Worker, WorkerError
 from pruneofa.engine.hardware import processor
 from pruneofa.errors import CheckFailed, InputError
-from pruneofa.formats.files import fingerprint, write_json
-from pruneofa.formats.manifest import read_json
+from pruneofa.formats.files import fingerprint, read_json, write_json
 from pruneofa.progress import progress
 
 FORMAT = "pruneofa-bench"
@@ -128,10 +127,11 @@ class Bench:
         kept = {name: value for name, value in os.environ.items() if name not in (*CAPPING, "PRUNEOFA_ISA")}
         return kept | quiet | threads | (dict(peer.caps.get(self.cap, {})) if self.cap else {})
 
-    def worker(self, peer: Peer, root: Path, *, here: bool = False) -> Worker:
-        """A process for `peer`; `here`: by this interpreter in any case."""
+    def worker(self, peer: Peer, root: Path, *, here: bool = False, program: str = "peers") -> Worker:
+        """A process of `program` for `peer`; `here`: by this interpreter in any case."""
         python = None if here else self.settings.pythons.get(peer.name)
-        return Worker(peer.name, root / f"{peer.name}.log", self.environment(peer), python, self.settings.limit)
+        log, limit = root / f"{peer.name}.log", self.settings.limit
+        return Worker(peer.name, log, self.environment(peer), python, limit, program)
 
     def measure(
         self, case: Case, models: Sequence[Model], root: Path, advance: Callable[..., None]
@@ -146,7 +146,10 @@ class Bench:
             first = jobs[models[0].label]
             for peer in [peer for peer in self.peers if peer.artifact and peer.name not in self.left_out]:
                 advance(note=f"{case.name}: preparing {peer.name}")
-                with self.tried(peer.name, case.name), self.worker(peer, root, here=True) as worker:
+                with (
+                    self.tried(peer.name, case.name),
+                    self.worker(peer, root, here=True, program="peer_files") as worker,
+                ):
                     worker.ask("prepare", peer=peer.name, job=first)
             wanted = {}
             for model in models:
@@ -172,7 +175,7 @@ class Bench:
     def _artifacts(self, model: Model, case: Case, root: Path) -> Iterator[Path]:
         """Where the exported models of a case lie: among those of a former run, or until the case is done."""
         if self.settings.work is not None:
-            key = fingerprint([model.manifest["source"], versions()])[:16]
+            key = fingerprint([model.manifest.source, versions()])[:16]
             folder = self.settings.work / key / case.name
             folder.mkdir(parents=True, exist_ok=True)
             yield folder
@@ -226,6 +229,8 @@ class Bench:
                 mask = stored["attention_mask"] == 1 if "attention_mask" in stored else None
             row["error"] = error_of(np.load(path), wanted, kind, mask)
             row["verified"] = bool(row["error"] <= row["tolerance"])
+            if peer.name != OURS and not math.isfinite(row["error"]):
+                raise WorkerError("its output has another shape, or NaN or infinity")
             if peer.name == OURS and not row["verified"]:
                 raise CheckFailed(
                     f"{label}: error {row['error']:.3g} against torch fp32 is above {row['tolerance']:g}; not timed"

@@ -1,8 +1,8 @@
 """What `pruneofa bench` measures: its settings, the models, and batches of random tokens."""
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,12 @@ from numpy.typing import NDArray
 from pruneofa.bench.peers import OURS
 from pruneofa.bench.random_folder import check_random, write_random
 from pruneofa.errors import InputError
-from pruneofa.formats.manifest import is_packed, read_json, read_manifest
-from pruneofa.formats.pack import pack, unpack
-from pruneofa.formats.pattern import POOLER, local_folder
+from pruneofa.formats.architecture import Architecture, read_architecture
+from pruneofa.formats.manifest import Manifest, Tensor, is_packed, read_config
+from pruneofa.formats.manifest_reader import read_manifest
+from pruneofa.formats.pack import pack
+from pruneofa.formats.tensors import weights_folder
+from pruneofa.formats.unpack import unpack
 
 DEFAULT_SEQ = (32, 128, 384)
 DEFAULT_MIXED = "32x8-128"
@@ -26,7 +29,7 @@ class Settings:
     """What to measure; the command line's options.
 
     Attributes:
-        path: folder or hub id; None with `random`, a shape of `random_folder.SHAPES`.
+        path: folder or hub id; None with `random`, one of `families.shapes()`.
         also: more models for our engine alone, in the same run: a path or, with `random`, "4x1@0.8".
         mixed: batches of different lengths, "32x8-128": 32 sequences of 8 to 128 tokens.
         isa: cap of ours and of the peers; None: what the CPU has.
@@ -80,33 +83,38 @@ class Model:
     label: str
     folder: Path
     packed: Path
-    manifest: Mapping[str, Any]
+    manifest: Manifest
 
     @property
-    def linears(self) -> list[Mapping[str, Any]]:
-        """The manifest's entries of the encoder's linear weights."""
-        return [e for name, e in self.manifest["tensors"].items() if e["kind"] == "linear" and name != POOLER]
+    def linears(self) -> list[Tensor]:
+        """The encoder's linear weights."""
+        return list(self.manifest.linears.values())
 
     def rows(self, table: str) -> int:
-        """Rows of an embedding table."""
-        return self.manifest["tensors"][f"embeddings.{table}_embeddings.weight"]["shape"][0]
+        """Rows of an embedding table, "word" or "position"."""
+        return self.manifest.tensors[self.architecture.tables[table]].shape[0]
 
     def operations(self, case: Case) -> int:
         """Multiplications and additions that a dense encoder needs, padding not counted: linears and attention."""
-        weights = sum(math.prod(entry["shape"]) for entry in self.linears)
+        weights = sum(tensor.size for tensor in self.linears)
         attention = sum(2 * n * n for n in case.lengths) * self.hidden * (len(self.linears) // 6)
         return 2 * (sum(case.lengths) * weights + attention)
 
     @property
     def hidden(self) -> int:
         """Width of the encoder."""
-        return self.manifest["tensors"]["embeddings.word_embeddings.weight"]["shape"][1]
+        return self.architecture.hidden
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        """What config.json says."""
+        return read_architecture(read_config(self.folder), self.folder)
 
 
 def describe(model: Model) -> dict[str, Any]:
     """What a record says about a model."""
-    kept = {name: model.manifest[name] for name in ("architecture", "sparsity", "pattern_hash", "precision")}
-    patterns = sorted({entry["pattern"] for entry in model.linears})
+    kept = {name: getattr(model.manifest, name) for name in ("architecture", "sparsity", "pattern_hash", "precision")}
+    patterns = sorted({tensor.pattern for tensor in model.linears})
     layers = len(model.linears) // 6
     return {"name": model.label, **kept, "patterns": patterns, "layers": layers, "hidden": model.hidden}
 
@@ -126,10 +134,10 @@ def read_models(settings: Settings, root: Path) -> Iterator[Model]:
         if settings.random is not None:
             write_random(folder, settings.random, *_zeros(spec))
         else:
-            folder = local_folder(spec)
+            folder = weights_folder(spec)
         if is_packed(folder):
             manifest = read_manifest(folder)
-            if settings.precision == "fp32" and manifest["precision"] == "int8":
+            if settings.precision == "fp32" and manifest.precision == "int8":
                 raise InputError(
                     f"{spec}: packed as int8, but --precision fp32 was asked for; give the original folder"
                 )
@@ -150,10 +158,7 @@ def _zeros(spec: str) -> tuple[float, str]:
 
 def read_cases(settings: Settings, model: Model) -> list[Case]:
     """The batches to measure. Raises InputError for one that is no batch, or too long for the model."""
-    config = read_json(model.folder / "config.json")
-    most = model.rows("position")
-    if config["model_type"] == "roberta":
-        most -= (config.get("pad_token_id", 1)) + 1
+    most = model.rows("position") - model.architecture.first_position
     if settings.batch < 1:
         raise InputError(f"batch is {settings.batch}, wanted at least 1")
     seq = settings.seq or (() if settings.mixed else tuple(n for n in DEFAULT_SEQ if n <= most) or (most,))

@@ -1,17 +1,27 @@
-"""The files that peers load, made once per shape from the same Hugging Face folder: ONNX and OpenVINO, int8 too."""
+"""The files that peers load, made once per shape from the same Hugging Face folder: ONNX and OpenVINO, int8 too.
 
-import json
+Like `peers.py`, this file is the program of a process that obeys lines of JSON, but of one that has pruneofa.
+"""
+
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pruneofa.bench.peers import Job, read_inputs, torch_inputs, torch_model
+from pruneofa.bench.peers import PEERS, Job, answer_requests, read_inputs, torch_inputs, torch_model
+from pruneofa.formats.architecture import read_architecture
 from pruneofa.formats.files import new_folder
+from pruneofa.formats.manifest import read_config
 
 _CALIBRATION = 16  # sequences for post-training quantization, beside the inputs: every batch runs many times in fp32
 # What the exporter still writes and DeepSparse, whose last release is of 2024, reads.
 _OLD_OPSET = 14
+
+
+def prepare(peer: str, job: Job) -> dict[str, Any]:
+    """Make the files that a peer loads."""
+    make(PEERS[peer].artifact, job)
+    return {}
 
 
 def make(artifact: str, job: Job) -> None:
@@ -64,8 +74,7 @@ def _onnx_int8(job: Job, folder: Path) -> None:
 
 
 def _check_quantized(model: Any, folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    wanted = 6 * (config.get("num_hidden_layers") or config["n_layers"])
+    wanted = 6 * read_architecture(read_config(folder), folder).layers
     quantized = sum(node.op_type == "MatMulInteger" for node in model.graph.node)
     if quantized < wanted:
         raise RuntimeError(f"onnxruntime quantized {quantized} of the {wanted} linear layers of the exported graph")
@@ -103,3 +112,7 @@ _MAKERS = {
     "openvino": _openvino,
     "openvino-int8": _openvino_int8,
 }
+
+
+if __name__ == "__main__":
+    answer_requests({"prepare": prepare})

@@ -97,7 +97,7 @@ def _ours(job: Job) -> Run:
 def torch_model(job: Job) -> Any:
     """The encoder without its pooler, from token ids to the last hidden state."""
     import torch
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoModel
 
     class LastHiddenState(torch.nn.Module):
         def __init__(self, encoder: torch.nn.Module) -> None:
@@ -109,9 +109,10 @@ def torch_model(job: Job) -> Any:
 
     torch.set_num_threads(job["threads"])
     torch.set_grad_enabled(False)
-    pooler = AutoConfig.from_pretrained(job["folder"]).model_type in ("bert", "roberta")
-    options = {"add_pooling_layer": False} if pooler else {}
-    return LastHiddenState(AutoModel.from_pretrained(job["folder"], dtype=torch.float32, **options)).eval()
+    model = AutoModel.from_pretrained(job["folder"], dtype=torch.float32)
+    if hasattr(model, "pooler"):
+        model.pooler = None  # as add_pooling_layer=False does, which not every class takes
+    return LastHiddenState(model).eval()
 
 
 def torch_inputs(job: Job) -> tuple[Any, ...]:
@@ -270,7 +271,7 @@ def _layer(job: Job) -> Run:
         weight, x = stored["weight"], stored["x"]
     if job["peer"] == OURS:
         from pruneofa.engine.engine import native
-        from pruneofa.formats.pack import pack_linear
+        from pruneofa.formats.convert import pack_linear
 
         packed = pack_linear(weight, "int8")
         ours = native.Linear(packed.bitmask, packed.values, packed.scale, None, weight.shape[1], job["isa"])
@@ -320,13 +321,6 @@ class _Process:
             Tokenizer.from_file(str(Path(job["packed"]) / "tokenizer.json"))
         return {"baseline": peak_memory()}
 
-    def prepare(self, peer: str, job: Job) -> dict[str, Any]:
-        """Make the files that a peer loads."""
-        from pruneofa.bench.peer_files import make
-
-        make(PEERS[peer].artifact, job)
-        return {}
-
     def build(self, peer: str, job: Job) -> dict[str, Any]:
         """Load the model and give the first answer; seconds of both."""
         start = time.perf_counter()
@@ -373,15 +367,14 @@ class _Process:
         return {"peak": peak_memory()}
 
 
-def main() -> None:
-    """Answer one line of JSON, {"do": METHOD, ...arguments}, with another, until the input ends."""
+def answer_requests(actions: Mapping[str, Callable[..., dict[str, Any]]]) -> None:
+    """Answer one line of JSON, {"do": ACTION, ...arguments}, with another, until the input ends."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print must not get between the answers
-    process = _Process()
     for line in sys.stdin:
         request = json.loads(line)
         try:
-            answer = getattr(process, request.pop("do"))(**request)
+            answer = actions[request.pop("do")](**request)
         except Exception as error:
             import traceback
 
@@ -390,6 +383,13 @@ def main() -> None:
             answer = {"error": f"{type(error).__name__}: {first}"}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
+
+
+def main() -> None:
+    """Run peers as another process asks."""
+    process = _Process()
+    names = ("start", "build", "layer", "save", "time", "forget", "memory")
+    answer_requests({name: getattr(process, name) for name in names})
 
 
 if __name__ == "__main__":

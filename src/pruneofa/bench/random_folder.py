@@ -1,52 +1,45 @@
 """A Hugging Face folder of a known shape with random weights: speed depends on shape and zeros, not on values."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pruneofa import families
 from pruneofa.errors import InputError
+from pruneofa.formats.architecture import read_architecture
+from pruneofa.formats.pattern import BLOCKS
 
-_BERT = {"layers": 12, "hidden": 768, "heads": 12, "inner": 3072}
-SHAPES: dict[str, dict[str, int]] = {
-    "bert-base": _BERT,
-    "bert-large": {"layers": 24, "hidden": 1024, "heads": 16, "inner": 4096},
-    "minilm": {"layers": 6, "hidden": 384, "heads": 12, "inner": 1536},
-    "distilbert": _BERT | {"layers": 6},
-}
-PATTERNS = {"unstructured": (1, 1), "4x1": (4, 1), "1x4": (1, 4)}  # (output rows, input columns) of a block
 _VOCABULARY, _POSITIONS = 30522, 512
-_SPREAD = 0.02  # what BERT is initialised with
+_SPREAD = 0.02  # `initializer_range` of most configs
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 def write_random(folder: Path, shape: str, sparsity: float, pattern: str = "unstructured", *, seed: int = 0) -> None:
-    """Make `folder`: gaussian weights of one of `SHAPES`, the encoder's pruned by magnitude; a tokenizer that fits.
+    """Make `folder`: gaussian weights of a shape of `families.shapes()`, pruned by magnitude; a tokenizer.
 
     Raises:
         InputError: an unknown shape or pattern, or a sparsity outside [0, 1).
     """
     check_random(shape, sparsity, pattern)
     from safetensors.numpy import save_file
-    from tokenizers import BertWordPieceTokenizer
 
     folder.mkdir(parents=True, exist_ok=True)
-    distil = shape == "distilbert"
     save_file(dict(_tensors(shape, sparsity, pattern, seed)), folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(_config(SHAPES[shape], distil), indent=2), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(_config(shape), indent=2), encoding="utf-8")
     words = [*_SPECIAL, *(f"w{index}" for index in range(_VOCABULARY - len(_SPECIAL)))]
-    tokenizer = BertWordPieceTokenizer(vocab={word: index for index, word in enumerate(words)})
-    tokenizer.save(str(folder / "tokenizer.json"))
+    _tokenizer(words).save(str(folder / "tokenizer.json"))
 
 
 def check_random(shape: str, sparsity: float, pattern: str) -> None:
     """Raise InputError for what `write_random` cannot make."""
-    if shape not in SHAPES:
-        raise InputError(f"random shape {shape!r}: wanted one of {', '.join(SHAPES)}")
-    if pattern not in PATTERNS:
-        raise InputError(f"pattern {pattern!r}: wanted one of {', '.join(PATTERNS)}")
+    if shape not in families.shapes():
+        raise InputError(f"random shape {shape!r}: wanted one of {', '.join(families.shapes())}")
+    if pattern not in BLOCKS:
+        raise InputError(f"pattern {pattern!r}: wanted one of {', '.join(BLOCKS)}")
     if not 0 <= sparsity < 1:
         raise InputError(f"sparsity is {sparsity}, wanted at least 0 and below 1 (a fraction, not percent)")
 
@@ -54,7 +47,7 @@ def check_random(shape: str, sparsity: float, pattern: str) -> None:
 def prune(weight: NDArray[np.float32], sparsity: float, pattern: str) -> NDArray[np.float32]:
     """`weight` (rows, columns) with its int(sparsity * blocks) blocks of the smallest mean magnitude set to 0."""
     rows, columns = weight.shape
-    high, wide = PATTERNS[pattern]
+    high, wide = BLOCKS[pattern]
     blocks = weight.reshape(rows // high, high, columns // wide, wide)
     score = np.abs(blocks).mean(axis=(1, 3)).reshape(-1)
     kept = np.ones(score.size, bool)
@@ -65,44 +58,67 @@ def prune(weight: NDArray[np.float32], sparsity: float, pattern: str) -> NDArray
     return np.where(mask, blocks, np.float32(0)).reshape(rows, columns)
 
 
-def _config(sizes: dict[str, int], distil: bool) -> dict[str, object]:
-    common: dict[str, object] = {"vocab_size": _VOCABULARY, "max_position_embeddings": _POSITIONS, "pad_token_id": 0}
-    if distil:
-        names = {"layers": "n_layers", "hidden": "dim", "heads": "n_heads", "inner": "hidden_dim"}
-        common |= {"model_type": "distilbert", "architectures": ["DistilBertModel"], "activation": "gelu"}
-    else:
-        names = {"layers": "num_hidden_layers", "hidden": "hidden_size", "heads": "num_attention_heads",
-                 "inner": "intermediate_size"}  # fmt: skip
-        common |= {"model_type": "bert", "architectures": ["BertModel"], "hidden_act": "gelu", "type_vocab_size": 2}
-        common["layer_norm_eps"] = 1e-12
-    return common | {names[name]: size for name, size in sizes.items()}
+def _config(shape: str) -> dict[str, object]:
+    family, sizes = families.shapes()[shape]
+    keys = family.keys
+    config: dict[str, object] = {
+        "model_type": family.model_type,
+        "architectures": [family.classes["embedding"]],
+        keys.layers: sizes.layers,
+        keys.hidden: sizes.hidden,
+        keys.heads: sizes.heads,
+        keys.inner: sizes.inner,
+        keys.activation: "gelu",
+        "vocab_size": _VOCABULARY,
+        "max_position_embeddings": _POSITIONS,
+        "pad_token_id": 0,
+    }
+    if family.token_types:
+        config["type_vocab_size"] = 2
+    if family.epsilon is None:
+        config["layer_norm_eps"] = 1e-12
+    return config
 
 
 def _tensors(shape: str, sparsity: float, pattern: str, seed: int) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    from pruneofa.engine.architectures import BERT_LAYER, DISTILBERT_LAYER
-
     random = np.random.default_rng(seed)
 
     def gaussian(*size: int) -> NDArray[np.float32]:
         return random.standard_normal(size, np.float32) * np.float32(_SPREAD)
 
-    sizes, distil = SHAPES[shape], shape == "distilbert"
-    hidden, inner = sizes["hidden"], sizes["inner"]
-    tables = {"word": _VOCABULARY, "position": _POSITIONS} | ({} if distil else {"token_type": 2})
-    for name, rows in tables.items():
-        yield f"embeddings.{name}_embeddings.weight", gaussian(rows, hidden)
-    norms = ["embeddings.LayerNorm"]
-    prefix, names = ("transformer", DISTILBERT_LAYER) if distil else ("encoder", BERT_LAYER)
-    wide = {"intermediate": (inner, hidden), "output": (hidden, inner)}
-    for index in range(sizes["layers"]):
-        for ours, theirs in names.items():
-            name = f"{prefix}.layer.{index}.{theirs}"
-            if ours.endswith("_norm"):
-                norms.append(name)
+    architecture = read_architecture(_config(shape), shape)
+    hidden = architecture.hidden
+    rows = {"word": _VOCABULARY, "position": _POSITIONS, "token_type": architecture.types}
+    for table, name in architecture.tables.items():
+        yield name, gaussian(rows[table], hidden)
+    norms = [architecture.family.embedding_norm]
+    for index in range(architecture.layers):
+        for field, module in architecture.layer(index).items():
+            if field.endswith("_norm"):
+                norms.append(module)
                 continue
-            rows, columns = wide.get(ours, (hidden, hidden))
-            yield f"{name}.weight", prune(gaussian(rows, columns), sparsity, pattern)
-            yield f"{name}.bias", gaussian(rows)
-    for name in norms:
-        yield f"{name}.weight", np.ones(hidden, np.float32)
-        yield f"{name}.bias", np.zeros(hidden, np.float32)
+            size = architecture.linear_shape(field)
+            yield f"{module}.weight", prune(gaussian(*size), sparsity, pattern)
+            yield f"{module}.bias", gaussian(size[0])
+    for module in norms:
+        yield f"{module}.weight", np.ones(hidden, np.float32)
+        yield f"{module}.bias", np.zeros(hidden, np.float32)
+
+
+def _tokenizer(words: Sequence[str]) -> Any:
+    """A `tokenizers.Tokenizer` that gives the id of each of `words`, between [CLS] and [SEP]."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordPiece
+    from tokenizers.pre_tokenizers import Whitespace
+    from tokenizers.processors import TemplateProcessing
+
+    ids = {word: index for index, word in enumerate(words)}
+    tokenizer = Tokenizer(WordPiece(ids, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.add_special_tokens(list(_SPECIAL))
+    tokenizer.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(token, ids[token]) for token in ("[CLS]", "[SEP]")],
+    )
+    return tokenizer

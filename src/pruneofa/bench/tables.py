@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pruneofa import families
 from pruneofa.bench.peers import OURS
 from pruneofa.errors import InputError
 from pruneofa.formats.files import read_json
@@ -159,8 +160,8 @@ def _against(peer: Mapping[str, Any] | None, ours: Mapping[str, Any], row: Mappi
 
 
 def _model(model: Mapping[str, Any]) -> str:
-    size = {(12, 768): "BERT-Base", (24, 1024): "BERT-Large", (6, 384): "MiniLM-L6", (6, 768): "DistilBERT"}
-    name = size.get((model["layers"], model["hidden"]), f"{model['layers']} layers of {model['hidden']}")
+    titles = {(shape.layers, shape.hidden): shape.title for _, shape in families.shapes().values()}
+    name = titles.get((model["layers"], model["hidden"]), f"{model['layers']} layers of {model['hidden']}")
     pattern = "" if model["patterns"] == ["unstructured"] else f" {'/'.join(model['patterns'])}"
     return f"{name}, {100 * model['sparsity']:.0f} %{pattern}, {model['precision']}"
 

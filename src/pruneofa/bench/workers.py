@@ -1,4 +1,4 @@
-"""Processes of `peers.py`, and how to ask them."""
+"""Processes of `peers.py` and `peer_files.py`, and how to ask them."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ class TimeLimitError(WorkerError):
 
 
 class Worker:
-    """One process of `peers.py`."""
+    """One process of `peers.py`, or of `peer_files.py`."""
 
     def __init__(
         self,
@@ -28,16 +28,21 @@ class Worker:
         environment: Mapping[str, str],
         python: str | None = None,
         limit: float | None = None,
+        program: str = "peers",
     ) -> None:
         """Start it; what it prints goes to `log`.
 
-        `python`: another interpreter, which need not have pruneofa. `limit`: seconds that an answer may take.
+        Args:
+            python: another interpreter, which need not have pruneofa.
+            limit: seconds that an answer may take.
+            program: the file beside this one that it runs, "peers" or "peer_files", which needs pruneofa.
         """
-        program = ["-P", str(Path(__file__).with_name("peers.py"))] if python else ["-m", "pruneofa.bench.peers"]
+        file = Path(__file__).with_name(f"{program}.py")
+        run = ["-P", str(file)] if python else ["-m", f"pruneofa.bench.{program}"]
         self.peer, self._log, self._limit = peer, log, limit
         with open(log, "ab") as errors:
             self._process = subprocess.Popen(
-                [python or sys.executable, *program],
+                [python or sys.executable, *run],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,

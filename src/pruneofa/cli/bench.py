@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pruneofa import families
+
 
 def describe(verb: argparse.ArgumentParser) -> None:
     """This engine beside every peer that is installed: same weights, inputs and threads, outputs verified first."""
@@ -13,7 +15,7 @@ def describe(verb: argparse.ArgumentParser) -> None:
     verb.epilog = "example: pruneofa bench runs/minilm-90/sparse --seq 32 128 --mixed --break-even"
     add = verb.add_argument
     add("path", nargs="?", help="folder or hub id, packed or not; what is measured is the encoder")
-    add("--random", metavar="SHAPE", help="random weights instead: bert-base, bert-large, minilm or distilbert")
+    add("--random", metavar="SHAPE", help=f"random weights instead: {', '.join(families.shapes())}")
     add("--sparsity", type=float, default=0.9, metavar="S", help="zeros of --random (default 0.9)")
     add("--pattern", default="unstructured", metavar="P", help="of --random: unstructured (default), 4x1 or 1x4")
     add("--also", nargs="+", default=[], metavar="MODEL",

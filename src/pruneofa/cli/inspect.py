@@ -12,15 +12,17 @@ def describe(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--json", action="store_true", help="print as JSON")
 
     def call(options: argparse.Namespace) -> int:
-        from pruneofa.formats import manifest, packed, pattern
+        from pruneofa.formats import packed, pattern
+        from pruneofa.formats.manifest import is_packed
+        from pruneofa.formats.tensors import weights_folder
 
-        module = packed if manifest.is_packed(pattern.local_folder(options.path)) else pattern
-        found = module.inspect(options.path)
+        folder = weights_folder(options.path)
+        found = packed.inspect(folder) if is_packed(folder) else pattern.inspect(folder)
         if options.engine:
             from pruneofa.engine.engine import Engine
 
             precision = "int8" if found.get("precision", "int8") == "int8" else "fp32"
-            engine = Engine.from_pretrained(options.path, precision=precision)
+            engine = Engine.from_pretrained(folder, precision=precision)
             layers = dict(engine.choices())
             found["engine"] = {"isa": engine.isa, "activations": engine.activations, "layers": layers}
         print_value(found, options.json, lambda: show_model(found))

@@ -20,17 +20,17 @@ def describe(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--json", action="store_true", help="print the manifest as JSON")
 
     def call(options: argparse.Namespace) -> int:
-        from pruneofa.formats import pack as packing
         from pruneofa.formats import packed
-        from pruneofa.formats.pattern import local_folder
+        from pruneofa.formats.hub import local_folder
+        from pruneofa.formats.pack import pack, unlike_training
         from pruneofa.run.lineage import check_lock
 
         folder = local_folder(options.folder)
         check_lock(folder)
-        found = packing.pack(folder, options.out, precision=options.precision, compress=options.compress)
-        if note := packing.unlike_training(folder, options.precision):
+        manifest = pack(folder, options.out, precision=options.precision, compress=options.compress)
+        if note := unlike_training(folder, options.precision):
             say(f"note: {note}", 0)
-        print_value(found, options.json, lambda: show_model(packed.inspect(options.out), layers=False))
+        print_value(manifest.to_json(), options.json, lambda: show_model(packed.inspect(options.out), layers=False))
         return 0
 
     verb.set_defaults(call=call)

@@ -18,9 +18,8 @@ def say(message: str, code: int) -> int:
 def say_pattern(path: str) -> None:
     """Say how sparse the model is whose pattern will be locked; warn, once, of one without zeros."""
     from pruneofa.formats import pattern
-    from pruneofa.train.models import with_safetensors
 
-    sparsity = pattern.inspect(with_safetensors(path))["encoder"]
+    sparsity = pattern.inspect(path)["encoder"]
     sys.stderr.write(f"locking the pattern of {path}: {100 * sparsity:.2f} % of its encoder's weights are zero\n")
     if sparsity == 0:
         say(f"warning: {path} has no zeros to keep: the result will be dense; name a sparse model", 0)

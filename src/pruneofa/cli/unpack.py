@@ -14,9 +14,9 @@ def describe(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--json", action="store_true", help="print as JSON")
 
     def call(options: argparse.Namespace) -> int:
-        from pruneofa.formats import pack as packing
+        from pruneofa.formats.unpack import unpack
 
-        packing.unpack(options.packed, options.out)
+        unpack(options.packed, options.out)
         print_value({"out": str(options.out)}, options.json)
         return 0
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from pruneofa import recipe
+from pruneofa import families, recipe
 from pruneofa.data import rows, squad
 from pruneofa.data.features import Item, TaskData, collate
 from pruneofa.data.labels import class_ids, distinct, labels_of_model
@@ -161,8 +161,7 @@ def _values(table: pa.Table, column: str, where: str) -> list[Any]:
 
 def longest_input(config: Any) -> int:
     """Tokens that a transformers model has positions for."""
-    taken = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
-    return config.max_position_embeddings - taken
+    return config.max_position_embeddings - families.of(config.model_type).first_position(config.pad_token_id)
 
 
 def _check_length(max_length: int | None, tokenizer: Any, max_positions: int | None, where: str) -> int:

@@ -9,22 +9,18 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pruneofa.engine.architectures import Precision, Weights, build_encoder, read_architecture
-from pruneofa.engine.heads import (
-    Classification,
-    Head,
-    MaskedLM,
-    QuestionAnswering,
-    TokenClassification,
-    sentence_head,
-    task_head,
-)
-from pruneofa.engine.tokenizer import Text, TextTokenizer, Tokens, check_text, chunks, sentence_settings
+from pruneofa.engine.heads import Classification, Embedding, Head, task_head
+from pruneofa.engine.inputs import WANTED, as_matrix, as_row, check_item, check_range, row_lengths
+from pruneofa.engine.load import Precision, Weights, build_encoder
+from pruneofa.engine.question_answering import QuestionAnswering
+from pruneofa.engine.tokenizer import TextTokenizer, Tokens, chunks
 from pruneofa.errors import InputError
+from pruneofa.formats.architecture import check_tensors, read_architecture
+from pruneofa.formats.convert import convert, pack_linear, quantize_weight
+from pruneofa.formats.hub import local_folder
 from pruneofa.formats.manifest import MANIFEST
-from pruneofa.formats.pack import pack_folder, pack_linear, quantize_weight
 from pruneofa.formats.packed import Packed, PackedEmbedding, read
-from pruneofa.formats.pattern import local_folder
+from pruneofa.formats.sentence import read_sentence
 
 try:
     from pruneofa import _native
@@ -33,7 +29,6 @@ except ImportError as error:  # a source tree that was not built; from_pretraine
 native: Any = _native
 
 _MOST_THREADS = 1024  # a mistyped number should not make a million threads
-_PREDICT = "wanted a str, a pair (a, b), {'question': ..., 'context': ...}, or a list of these"
 
 
 class Engine:
@@ -54,27 +49,32 @@ class Engine:
     """
 
     def __init__(self, packed: Packed, *, precision: Precision, threads: int, isa: str) -> None:
-        """Lay out a packed model for one ISA, and use it up; arguments as `from_pretrained` has checked them."""
+        """Build the encoder of a packed model for one ISA, which takes its tensors out of it; arguments are checked."""
         folder = packed.folder
         architecture = read_architecture(packed.config, folder)
+        sentence = read_sentence(folder)
+        check_tensors(architecture, packed.shapes, folder, head=sentence is None)
+        words, positions = (packed.embeddings[architecture.tables[name]].values for name in ("word", "position"))
         weights = Weights(packed, native, isa)
         self.isa, self.threads, self.precision = isa, threads, precision
-        self.activations: str = packed.manifest["activations"]["kind"] if precision == "int8" else "float"
+        int8 = "dynamic" if packed.input_scales is None else "static"
+        self.activations: str = int8 if precision == "int8" else "float"
         self._architecture = architecture
         self._encoder = build_encoder(native, weights, architecture, threads=threads, isa=isa)
-        self._vocabulary = len(weights.table("word", -1, architecture.hidden).values)
-        rows = len(weights.table("position", -1, architecture.hidden).values)
-        self.max_length = rows if architecture.pad_id is None else rows - architecture.pad_id - 1
-        sentence = sentence_head(folder)
+        self._vocabulary = len(words)
+        self.max_length = len(positions) - architecture.first_position
         self._tokenizer = TextTokenizer(
             folder,
             vocabulary=self._vocabulary,
             types=architecture.types,
             limit=self.max_length,
-            settings=sentence_settings(folder) if sentence else None,
+            sentence=sentence,
         )
-        self._head: Head = sentence or task_head(weights, architecture, self._tokenizer)
-        self.task = "embedding" if sentence else architecture.task
+        self._head: Head
+        if sentence is None:
+            self._head, self.task = task_head(weights, architecture, self._tokenizer), architecture.task
+        else:
+            self._head, self.task = Embedding.of(sentence), "embedding"
         self.labels = list(self._head.labels) if isinstance(self._head, Classification) else []
 
     @classmethod
@@ -89,7 +89,7 @@ class Engine:
         """Load a packed folder, any Hugging Face folder of a supported architecture, or a hub id.
 
         Args:
-            path_or_id: BERT (MiniLM too), DistilBERT or RoBERTa; what is not packed is packed in memory.
+            path_or_id: a model of one of `pruneofa.families`; what is not packed is packed in memory.
             precision: int8 quantizes what is not int8 yet; activations by the static scales that the folder brings,
                 else by the token. fp32 keeps float32.
             threads: by default one per CPU that this process may use.
@@ -108,14 +108,14 @@ class Engine:
         settings: dict[str, Any] = {"precision": precision, "threads": choose_threads(threads), "isa": choose_isa(isa)}
         folder = local_folder(path_or_id)
         if not (folder / MANIFEST).is_file():
-            return cls(pack_folder(folder, precision), **settings)
+            return cls(convert(folder, precision), **settings)
         packed = read(folder)
-        if packed.manifest["precision"] == "int8" and precision == "fp32":
+        if packed.precision == "int8" and precision == "fp32":
             raise InputError(
                 f"{folder}: packed as int8, but precision='fp32' was asked for; leave it out, "
                 "or pack the original folder with --precision fp32"
             )
-        if packed.manifest["precision"] != precision:
+        if packed.precision != precision:
             packed = _quantized(packed)
         return cls(packed, **settings)
 
@@ -148,9 +148,9 @@ class Engine:
         Raises:
             InputError: an array of the wrong shape, type or range, an empty batch, or a row that is too long.
         """
-        ids = _matrix(input_ids, "input_ids")
-        lengths = _lengths(attention_mask, ids.shape)
-        types = None if token_type_ids is None else _matrix(token_type_ids, "token_type_ids", ids.shape)
+        ids = as_matrix(input_ids, "input_ids")
+        lengths = row_lengths(attention_mask, ids.shape)
+        types = None if token_type_ids is None else as_matrix(token_type_ids, "token_type_ids", ids.shape)
         sequences = self._sequences(
             [ids[row, :length] for row, length in enumerate(lengths)],
             None if types is None else [types[row, :length] for row, length in enumerate(lengths)],
@@ -189,11 +189,11 @@ class Engine:
             raise InputError(f"batch_size is {batch_size!r}, wanted an integer of at least 1")
         if isinstance(x, list):
             if not x:
-                raise InputError(f"x is an empty list, {_PREDICT}; call predict only where there is text")
+                raise InputError(f"x is an empty list, {WANTED}; call predict only where there is text")
             items, names = x, [f"x[{index}]" for index in range(len(x))]
         else:
             items, names = [x], ["x"]
-        texts = [self._checked(item, name) for item, name in zip(items, names, strict=True)]
+        texts = [check_item(item, name, self.task) for item, name in zip(items, names, strict=True)]
         results: list[Any] = []
         for begin in range(0, len(texts), batch_size):
             part = slice(begin, begin + batch_size)
@@ -223,37 +223,28 @@ class Engine:
             raise InputError(f"logits are of classification and question answering; this model does {self.task}")
         if len(input_ids) == 0:
             return []
-        ids = [_row(row, f"input_ids[{index}]") for index, row in enumerate(input_ids)]
+        ids = [as_row(row, f"input_ids[{index}]") for index, row in enumerate(input_ids)]
         types = None
         if self._architecture.types > 1 and token_type_ids is not None:
             if len(token_type_ids) != len(ids):
                 raise InputError(f"token_type_ids has {len(token_type_ids)} sequences, input_ids {len(ids)}; give both")
             types = [
-                _row(row, f"token_type_ids[{index}]", ids[index].shape) for index, row in enumerate(token_type_ids)
+                as_row(row, f"token_type_ids[{index}]", ids[index].shape) for index, row in enumerate(token_type_ids)
             ]
-        reduced = self._reduced(self._sequences(ids, types))
-        return list(head.logits(reduced)) if isinstance(head, Classification) else reduced
+        return list(head.logits(self._reduced(self._sequences(ids, types))))
 
     def _predict(self, texts: Sequence[Any], names: Sequence[str], truncate: bool) -> list[Any]:
-        head = self._head
-        if isinstance(head, QuestionAnswering):
-            windows, owners = self._tokenizer.windows(texts, names, truncate=truncate)
-            return head.results(self._reduced(windows), windows, texts, owners)
-        chars = isinstance(head, TokenClassification)
-        tokens = self._tokenizer.sequences(texts, names, truncate=truncate, chars=chars)
-        if isinstance(head, MaskedLM):
-            for sequence, name in zip(tokens, names, strict=True):
-                head.check(sequence, name)
-        return head.results(self._reduced(tokens), tokens, texts)
+        tokens = self._head.prepare(self._tokenizer, texts, names, truncate=truncate)
+        return self._head.results(self._reduced(tokens), tokens, texts)
 
     def _sequences(
         self, input_ids: Sequence[NDArray[Any]], token_type_ids: Sequence[NDArray[Any]] | None
     ) -> list[Tokens]:
         """Rows (tokens,) of integers, of any range, as what the encoder takes. Raises InputError."""
-        _check_range(input_ids, self._vocabulary, "input_ids", "the vocabulary has")
+        check_range(input_ids, self._vocabulary, "input_ids", "the vocabulary has")
         if token_type_ids is None:
             token_type_ids = [np.zeros(len(ids), np.int32) for ids in input_ids]
-        _check_range(token_type_ids, max(self._architecture.types, 1), "token_type_ids", "the model's types number")
+        check_range(token_type_ids, max(self._architecture.types, 1), "token_type_ids", "the model's types number")
         for row, ids in enumerate(input_ids):
             if len(ids) > self.max_length:
                 raise InputError(
@@ -285,37 +276,13 @@ class Engine:
             for position, index in enumerate(chunk):
                 yield index, hidden[bounds[position] : bounds[position + 1]]
 
-    def _checked(self, item: Any, name: str) -> Text:
-        """One item of `predict` as text or a pair; (question, context) where the task is question answering."""
-        if isinstance(item, dict):
-            if self.task != "question answering":
-                raise InputError(f"{name} is a dict, but this model does {self.task}; give a str or a pair (a, b)")
-            if set(item) != {"question", "context"}:
-                keys = ", ".join(map(repr, item)) or "none"
-                raise InputError(f"{name} has the keys {keys}; wanted exactly 'question' and 'context'")
-            question = check_text(item["question"], f"{name}['question']")
-            return question.lstrip() or question, check_text(item["context"], f"{name}['context']")
-        if self.task == "question answering" and isinstance(item, (str, tuple)):
-            raise InputError(
-                f"{name} is {type(item).__name__}, but this model does question answering; "
-                "give {'question': ..., 'context': ...}"
-            )
-        if isinstance(item, tuple):
-            if self.task == "token classification":
-                raise InputError(f"{name} is a tuple, but this model does token classification; give one str at a time")
-            if len(item) != 2:
-                raise InputError(f"{name} is a tuple of {len(item)}, wanted a pair (a, b) of str")
-            return check_text(item[0], f"{name}[0]"), check_text(item[1], f"{name}[1]")
-        if not isinstance(item, str):
-            raise InputError(f"{name} is {type(item).__name__}, {_PREDICT}")
-        return check_text(item, name)
-
 
 def _quantized(packed: Packed) -> Packed:
     """A model packed as fp32, as int8; tensor by tensor, so that memory never holds both."""
     linears, embeddings = packed.linears, packed.embeddings
     return dataclasses.replace(
         packed,
+        precision="int8",
         linears={name: pack_linear(linears.pop(name).dense(), "int8") for name in list(linears)},
         embeddings={name: PackedEmbedding(*quantize_weight(embeddings.pop(name).values)) for name in list(embeddings)},
     )
@@ -349,67 +316,3 @@ def choose_threads(wanted: int | None) -> int:
     if not isinstance(wanted, int) or isinstance(wanted, bool) or not 1 <= wanted <= _MOST_THREADS:
         raise InputError(f"threads is {wanted!r}, wanted an integer from 1 to {_MOST_THREADS}, or None for all CPUs")
     return wanted
-
-
-def _matrix(value: ArrayLike, name: str, shape: tuple[int, ...] | None = None, *, kinds: str = "iu") -> NDArray[Any]:
-    """`value` as an array of integers (batch, seq); of `shape` if given. Raises InputError."""
-    wanted = "integers or bool" if "b" in kinds else "integers"
-    try:
-        array = np.asarray(value)
-    except (TypeError, ValueError, OverflowError):  # rows of different lengths, or no numbers
-        raise InputError(f"{name} is no matrix, wanted (batch, seq) {wanted}; pad the rows to one length") from None
-    if array.size and array.dtype.kind not in kinds:
-        raise InputError(f"{name} has dtype {array.dtype}, wanted {wanted}; convert with .astype('int64')")
-    if shape is not None and array.shape != shape:
-        raise InputError(f"{name} has shape {array.shape}, wanted {shape}, that of input_ids")
-    if array.ndim != 2 or 0 in array.shape:
-        raise InputError(f"{name} has shape {array.shape}, wanted (batch, seq), both at least 1; one row is [ids]")
-    return array
-
-
-def _row(value: ArrayLike, name: str, shape: tuple[int, ...] | None = None) -> NDArray[Any]:
-    """`value` as an array of integers (tokens,); of `shape` if given. Raises InputError."""
-    try:
-        array = np.asarray(value)
-    except (TypeError, ValueError, OverflowError):
-        raise InputError(f"{name} is no array, wanted (tokens,) integers; give one sequence each") from None
-    if array.size and array.dtype.kind not in "iu":
-        raise InputError(f"{name} has dtype {array.dtype}, wanted integers; convert with .astype('int64')")
-    if shape is not None and array.shape != shape:
-        raise InputError(f"{name} has shape {array.shape}, wanted {shape}, that of input_ids")
-    if array.ndim != 1 or not array.size:
-        raise InputError(f"{name} has shape {array.shape}, wanted (tokens,), at least 1; leave out what is empty")
-    return array
-
-
-def _lengths(mask: ArrayLike | None, shape: tuple[int, ...]) -> NDArray[np.int64]:
-    """Tokens of every row (batch,). Raises InputError for a mask that is not ones and then zeros."""
-    if mask is None:
-        return np.full(shape[0], shape[1], np.int64)
-    array = _matrix(mask, "attention_mask", shape, kinds="iub")
-    if not ((array == 0) | (array == 1)).all():
-        raise InputError(f"attention_mask has values from {array.min()} to {array.max()}, wanted only 0 and 1")
-    lengths = np.count_nonzero(array, axis=1)
-    if not lengths.all():
-        row = int(np.argmin(lengths))
-        raise InputError(f"attention_mask: row {row} has no token, wanted at least one; leave the row out")
-    holes = (array.astype(bool) != (np.arange(shape[1]) < lengths[:, None])).any(axis=1)
-    if holes.any():
-        row = int(np.argmax(holes))
-        raise InputError(
-            f"attention_mask: row {row} has a 0 before a 1, wanted ones and then zeros; padding goes to the right, "
-            "and tokens to be ignored in between have to be taken out"
-        )
-    return lengths
-
-
-def _check_range(rows: Sequence[NDArray[Any]], size: int, name: str, what: str) -> None:
-    """Raise InputError for a value outside of 0 to size - 1 in one of the rows (tokens,)."""
-    for index, row in enumerate(rows):
-        wrong = (row < 0) | (row >= size)
-        if wrong.any():
-            column = int(wrong.argmax())
-            raise InputError(
-                f"{name}[{index}, {column}] is {row[column]}, wanted 0 to {size - 1}: {what} {size}; "
-                "use the model's own tokenizer"
-            )

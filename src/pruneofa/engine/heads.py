@@ -1,58 +1,24 @@
 """What comes after the encoder, one class per task.
 
-Every class has the same two methods. `reduce` takes the hidden states of one sequence to what the task needs
-of them, so that those of a batch need not be kept; `results` turns what was kept of a batch into answers.
+Every class has the same three methods. `prepare` tokenizes a batch of texts, into one sequence each or several.
+`reduce` takes the hidden states of one sequence to what the task needs of them, so that those of a batch need not be
+kept. `results` turns what was kept of the batch into one answer for each text.
 """
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pruneofa.engine import reference
-from pruneofa.engine.architectures import Architecture, Weights, build_encoder, read_architecture
-from pruneofa.engine.spans import best_tokens
-from pruneofa.engine.tokenizer import Tokens
-from pruneofa.errors import InputError, short
-from pruneofa.formats.files import read_json
-from pruneofa.formats.packed import Packed, PackedEmbedding
-
-Float = NDArray[np.float32]
-Pooling = Literal["cls", "mean", "max"]
-
-TOP_TOKENS = 5  # of a masked position, as transformers' fill-mask pipeline gives
-_VOCABULARY_BLOCK = 4096  # rows of the word embeddings that are widened to float32 at a time
-_OLD_POOLING = {
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_max_tokens": "max",
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
-    "pooling_mode_weightedmean_tokens": "weightedmean",
-    "pooling_mode_lasttoken": "lasttoken",
-}
-
-
-@dataclass(frozen=True)
-class Dense:
-    """A float32 linear layer of a head: weight (outputs, inputs) and bias (outputs,)."""
-
-    weight: Float
-    bias: Float
-
-    @classmethod
-    def read(cls, weights: Weights, name: str, outputs: int, inputs: int) -> "Dense":
-        """NAME.weight and NAME.bias; -1 outputs stand for any number."""
-        weight = weights.plain(f"{name}.weight", outputs, inputs)
-        return cls(weight, weights.plain(f"{name}.bias", len(weight)))
-
-    def __call__(self, x: Float) -> Float:
-        """(rows, inputs) to (rows, outputs)."""
-        return x @ self.weight.T + self.bias
+from pruneofa.engine.load import Float, Weights
+from pruneofa.engine.masked_lm import MaskedLM
+from pruneofa.engine.question_answering import QuestionAnswering
+from pruneofa.engine.tokenizer import Text, TextTokenizer, Tokens
+from pruneofa.families import POOLER
+from pruneofa.formats.architecture import Architecture
+from pruneofa.formats.sentence import Pooling, Sentence
 
 
 class Classification:
@@ -63,21 +29,22 @@ class Classification:
     """
 
     def __init__(self, weights: Weights, architecture: Architecture) -> None:
-        hidden, family = architecture.hidden, architecture.family
-        self._pooler = None
-        if family == "bert":
-            self._pooler = weights.linear("pooler.dense", hidden, hidden)
-        else:
-            self._dense = Dense.read(
-                weights, "pre_classifier" if family == "distilbert" else "classifier.dense", hidden, hidden
-            )
-        self._activation = reference.relu if family == "distilbert" else np.tanh
-        self._out = Dense.read(weights, "classifier.out_proj" if family == "roberta" else "classifier", -1, hidden)
+        head = architecture.family.classification
+        # The pooler is pruned, so the kernels compute it.
+        self._dense = weights.linear(POOLER).forward if head.dense == POOLER else weights.dense(head.dense)
+        self._activation = np.tanh if head.activation == "tanh" else reference.relu
+        self._out = weights.dense(head.output)
         self.labels = label_names(architecture, len(self._out.bias))
         # As transformers' pipeline decides where the config does not.
         self._problem = architecture.problem_type or (
             "multi_label_classification" if len(self.labels) == 1 else "single_label_classification"
         )
+
+    def prepare(
+        self, tokenizer: TextTokenizer, texts: Sequence[Text], names: Sequence[str], *, truncate: bool
+    ) -> list[Tokens]:
+        """Tokens of each text or pair."""
+        return tokenizer.sequences(texts, names, truncate=truncate)
 
     def reduce(self, hidden: Float, tokens: Tokens) -> Float:
         """The first token, (hidden,)."""
@@ -86,8 +53,7 @@ class Classification:
     def logits(self, reduced: Sequence[Float]) -> Float:
         """(texts, classes), before any softmax."""
         rows = np.stack(reduced)
-        inner = self._dense(rows) if self._pooler is None else self._pooler.forward(rows)
-        return self._out(self._activation(inner))
+        return self._out(self._activation(self._dense(rows)))
 
     def results(self, reduced: Sequence[Float], tokens: Sequence[Tokens], texts: Sequence[Any]) -> list[dict[str, Any]]:
         """{"label", "score", "scores": {label: score}} of each text, scores in the order of the classes.
@@ -103,70 +69,18 @@ class Classification:
         return [_best(self.labels, row) for row in scores]
 
 
-class QuestionAnswering:
-    """The best span of characters over all windows of a context."""
-
-    def __init__(self, weights: Weights, architecture: Architecture) -> None:
-        self._out = Dense.read(weights, "qa_outputs", 2, architecture.hidden)
-
-    def reduce(self, hidden: Float, tokens: Tokens) -> Float:
-        """Start and end logits, (tokens, 2)."""
-        return self._out(hidden)
-
-    def results(
-        self, reduced: Sequence[Float], tokens: Sequence[Tokens], texts: Sequence[Any], owners: Sequence[int]
-    ) -> list[dict[str, Any]]:
-        """{"answer", "start", "end", "score"} of each (question, context), by characters of the context.
-
-        The span is the official SQuAD script's: the largest sum of start and end logit over all windows. The score, 0
-        to 1, is the probability of its start times that of its end, over the context's tokens of all windows together.
-
-        Args:
-            reduced: of every window; `tokens` likewise.
-            texts: (question, context) pairs.
-            owners: for each window the index of its pair; every pair has one.
-        """
-        answers = []
-        for index, (_, context) in enumerate(texts):
-            own = [number for number, owner in enumerate(owners) if owner == index]
-            answers.append(_answer([reduced[number] for number in own], [tokens[number] for number in own], context))
-        return answers
-
-
-def _answer(logits: Sequence[Float], windows: Sequence[Tokens], context: str) -> dict[str, Any]:
-    """The answer of one context from all its windows, each with (tokens, 2) start and end logits.
-
-    No text and score 0 where no valid span is among the best starts and ends, as in the official script.
-    """
-    best, place = (-np.inf, 0, 0), None
-    insides = []
-    for number, (pair, window) in enumerate(zip(logits, windows, strict=True)):
-        assert window.segments is not None
-        insides.append(window.segments == 1)
-        found = best_tokens(pair[:, 0], pair[:, 1], insides[-1])
-        if found is not None and found[0] > best[0]:
-            best, place = found, number
-    if place is None:
-        return {"answer": "", "start": 0, "end": 0, "score": 0.0}
-    # Both softmaxes are over the context's tokens in all windows together: the probabilities of windows compare.
-    every = np.concatenate([pair[inside] for pair, inside in zip(logits, insides, strict=True)]).T.astype(np.float64)
-    largest = every.max(axis=1)
-    totals = np.exp(every - largest[:, None]).sum(axis=1)
-    _, first, last = best
-    chosen = np.array([logits[place][first, 0], logits[place][last, 1]], np.float64)
-    score = float(np.prod(np.exp(chosen - largest) / totals))
-    chars = windows[place].chars
-    assert chars is not None
-    start, end = int(chars[first, 0]), int(chars[last, 1])
-    return {"answer": context[start:end], "start": start, "end": end, "score": score}
-
-
 class TokenClassification:
     """A class for every token of a text."""
 
     def __init__(self, weights: Weights, architecture: Architecture) -> None:
-        self._out = Dense.read(weights, "classifier", -1, architecture.hidden)
+        self._out = weights.dense(architecture.family.token_classification)
         self._labels = label_names(architecture, len(self._out.bias))
+
+    def prepare(
+        self, tokenizer: TextTokenizer, texts: Sequence[Text], names: Sequence[str], *, truncate: bool
+    ) -> list[Tokens]:
+        """Tokens of each text, with their places in it."""
+        return tokenizer.sequences(texts, names, truncate=truncate, chars=True)
 
     def reduce(self, hidden: Float, tokens: Tokens) -> Float:
         """Probabilities (tokens, labels)."""
@@ -196,81 +110,6 @@ class TokenClassification:
         return results
 
 
-# Dense layer, LayerNorm, decoder and the names its bias may have, which is stored once or twice.
-_MASKED_LM = {
-    "bert": (
-        "cls.predictions.transform.dense",
-        "cls.predictions.transform.LayerNorm",
-        "cls.predictions.decoder",
-        ("cls.predictions.bias", "cls.predictions.decoder.bias"),
-    ),
-    "distilbert": ("vocab_transform", "vocab_layer_norm", "vocab_projector", ("vocab_projector.bias",)),
-    "roberta": ("lm_head.dense", "lm_head.layer_norm", "lm_head.decoder", ("lm_head.bias", "lm_head.decoder.bias")),
-}
-
-
-class MaskedLM:
-    """The likeliest tokens at each mask; the vocabulary is computed there only."""
-
-    def __init__(self, weights: Weights, architecture: Architecture, tokenizer: Any) -> None:
-        dense, norm, decoder, biases = _MASKED_LM[architecture.family]
-        hidden = architecture.hidden
-        self._dense = Dense.read(weights, dense, hidden, hidden)
-        self._norm = weights.norm(norm, hidden)
-        self._epsilon = architecture.epsilon
-        # RoBERTa's head has its activation in its code, not in the config.
-        self._activation = reference.ACTIVATIONS[
-            "gelu" if architecture.family == "roberta" else architecture.activation
-        ]
-        self._tied: PackedEmbedding = weights.table("word", -1, hidden)
-        rows = len(self._tied.values)
-        own = f"{decoder}.weight"
-        self._decoder = weights.plain(own, rows, hidden) if weights.has(own) else None
-        bias = next((name for name in biases if weights.has(name)), biases[0])
-        self._bias = weights.plain(bias, rows)
-        self._tokenizer = tokenizer
-
-    def check(self, tokens: Tokens, name: str) -> None:
-        """Raise InputError if there is no mask in a text, or the tokenizer knows of none."""
-        if self._tokenizer.mask_id is None:
-            raise InputError(
-                "the tokenizer has no mask token to fill in; name it as mask_token in tokenizer_config.json"
-            )
-        if not (tokens.ids == self._tokenizer.mask_id).any():
-            mask = self._tokenizer.token(self._tokenizer.mask_id)
-            raise InputError(f"{name} has no {mask}, which this masked-LM fills in; put {mask} where a word is wanted")
-
-    def reduce(self, hidden: Float, tokens: Tokens) -> Float:
-        """The masked positions, (masks, hidden)."""
-        return hidden[tokens.ids == self._tokenizer.mask_id]
-
-    def results(
-        self, reduced: Sequence[Float], tokens: Sequence[Tokens], texts: Sequence[Any]
-    ) -> list[list[dict[str, Any]]]:
-        """For each text a list with {"label", "score", "scores": {token: score}} of each mask, best tokens first."""
-        probabilities = iter(reference.softmax(self._logits(np.concatenate(reduced))))
-        return [[self._best_tokens(next(probabilities)) for _ in masks] for masks in reduced]
-
-    def _logits(self, x: Float) -> Float:
-        x = reference.layer_norm(self._activation(self._dense(x)), *self._norm, self._epsilon)
-        if self._decoder is not None:
-            return x @ self._decoder.T + self._bias
-        blocks = []
-        for begin in range(0, len(self._bias), _VOCABULARY_BLOCK):
-            ids = np.arange(begin, min(begin + _VOCABULARY_BLOCK, len(self._bias)), dtype=np.int32)
-            blocks.append(x @ self._tied.rows(ids).T)
-        return np.concatenate(blocks, axis=1) + self._bias
-
-    def _best_tokens(self, scores: Float) -> dict[str, Any]:
-        best: dict[str, float] = {}
-        for index in np.argsort(-scores, kind="stable"):
-            best.setdefault(self._tokenizer.token(int(index)), float(scores[index]))  # parts of a character look alike
-            if len(best) == TOP_TOKENS:
-                break
-        label = next(iter(best))
-        return {"label": label, "score": best[label], "scores": best}
-
-
 class Embedding:
     """One vector per text: the first token, or the mean or maximum over all tokens."""
 
@@ -279,6 +118,17 @@ class Embedding:
         self._pooling = pooling
         self._normalize = normalize
         self._dimensions = dimensions
+
+    @classmethod
+    def of(cls, sentence: Sentence) -> "Embedding":
+        """As a sentence-transformers folder says."""
+        return cls(sentence.pooling, normalize=sentence.normalize, dimensions=sentence.truncate_dim)
+
+    def prepare(
+        self, tokenizer: TextTokenizer, texts: Sequence[Text], names: Sequence[str], *, truncate: bool
+    ) -> list[Tokens]:
+        """Tokens of each text or pair."""
+        return tokenizer.sequences(texts, names, truncate=truncate)
 
     def reduce(self, hidden: Float, tokens: Tokens) -> Float:
         """(hidden,), or fewer; cut after it was normalized and not normalized again, as in sentence-transformers."""
@@ -302,22 +152,15 @@ def _best(labels: Sequence[str], scores: NDArray[np.floating]) -> dict[str, Any]
 
 
 def label_names(architecture: Architecture, count: int) -> list[str]:
-    """Names of `count` classes. Raises InputError if the config names another number of them."""
-    if not architecture.labels:
-        return [f"LABEL_{index}" for index in range(count)]
-    if len(architecture.labels) != count:
-        raise InputError(
-            f"the classifier has {count} classes, id2label in config.json names {len(architecture.labels)}; "
-            "weights and config belong to different models"
-        )
-    return list(architecture.labels)
+    """Names of `count` classes, those of config.json where it has any."""
+    return list(architecture.labels) or [f"LABEL_{index}" for index in range(count)]
 
 
 Head = Classification | QuestionAnswering | TokenClassification | MaskedLM | Embedding
 
 
-def task_head(weights: Weights, architecture: Architecture, tokenizer: Any) -> Head:
-    """The head that the architecture names. Raises InputError if its weights are missing or of another shape."""
+def task_head(weights: Weights, architecture: Architecture, tokenizer: TextTokenizer) -> Head:
+    """The head that the architecture names."""
     match architecture.task:
         case "classification":
             return Classification(weights, architecture)
@@ -329,70 +172,3 @@ def task_head(weights: Weights, architecture: Architecture, tokenizer: Any) -> H
             return MaskedLM(weights, architecture, tokenizer)
         case "embedding":
             return Embedding("mean", normalize=False)
-
-
-def check_runs(packed: Packed) -> None:
-    """Put encoder and head together as the engine does, but without kernels; `packed` stays as it is.
-
-    Raises:
-        InputError: the engine would refuse this model.
-    """
-    architecture = read_architecture(packed.config, packed.folder)
-    unbuilt = SimpleNamespace(Linear=lambda *_: None, Encoder=lambda **_: None)
-    weights = Weights(replace(packed, linears=dict(packed.linears)), unbuilt, "")
-    build_encoder(unbuilt, weights, architecture, threads=1, isa="")
-    if sentence_head(packed.folder) is None:
-        task_head(weights, architecture, None)
-
-
-def sentence_head(folder: Path) -> Embedding | None:
-    """What the modules.json of a sentence-transformers folder says; None if it has none, or no pooling in it.
-
-    Raises:
-        InputError: a module or a pooling mode that is not supported.
-    """
-    file = folder / "modules.json"
-    if not file.is_file():
-        return None
-    modules = read_json(file)
-    try:
-        kinds = {str(module["type"]).rsplit(".", 1)[-1]: str(module["path"]) for module in modules}
-    except (TypeError, KeyError):
-        raise InputError(f"{file}: not a list of modules with type and path; copy the file again") from None
-    if unknown := sorted(set(kinds) - {"Transformer", "Pooling", "Normalize"}):
-        raise InputError(f"{file}: module {short(unknown[0])}, wanted only Transformer, Pooling and Normalize; "
-                         "run this model with sentence-transformers")  # fmt: skip
-    if "Pooling" not in kinds:
-        return None
-    name = Path(kinds["Pooling"]).name  # never a path that leads out of the folder
-    if not re.fullmatch(r"[\w.-]{1,99}", name):
-        raise InputError(f"{file}: the path of Pooling is {short(kinds['Pooling'])}, wanted such as '1_Pooling'; "
-                         "copy the file again")  # fmt: skip
-    pooling = _pooling(folder / name / "config.json")
-    return Embedding(pooling, normalize="Normalize" in kinds, dimensions=_truncate_dim(folder))
-
-
-def _truncate_dim(folder: Path) -> int | None:
-    """How many numbers of a vector a sentence-transformers folder keeps; None: all."""
-    file = folder / "config_sentence_transformers.json"
-    settings = read_json(file) if file.is_file() else {}
-    value = settings.get("truncate_dim") if isinstance(settings, dict) else None
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        raise InputError(f"{file}: truncate_dim is {short(value)}, wanted an integer of at least 1 or null; "
-                         "mend the file")  # fmt: skip
-    return value
-
-
-def _pooling(file: Path) -> Pooling:
-    settings = read_json(file)
-    if not isinstance(settings, dict):
-        raise InputError(f"{file}: wanted a JSON object, got {type(settings).__name__}; copy the file again")
-    if settings.get("include_prompt") is False:
-        raise InputError(f"{file}: include_prompt is false, wanted a model that pools its prompt too; run this model "
-                         "with sentence-transformers")  # fmt: skip
-    mode = settings.get("pooling_mode", [new for old, new in _OLD_POOLING.items() if settings.get(old)] or "mean")
-    mode = mode[0] if isinstance(mode, list) and len(mode) == 1 else mode
-    if mode not in ("cls", "mean", "max"):
-        raise InputError(f"{file}: pooling is {short(mode)}, wanted one of cls, mean, max; run this model with "
-                         "sentence-transformers")  # fmt: skip
-    return mode

@@ -187,7 +187,7 @@ class Linear:
 
 
 class Encoder:
-    """Embeddings and transformer layers of BERT: attention and feed-forward blocks, LayerNorm after each."""
+    """Embeddings and transformer layers: attention and feed-forward blocks, LayerNorm after each."""
 
     def __init__(
         self,

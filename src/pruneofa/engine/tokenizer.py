@@ -4,10 +4,9 @@ Nothing here is changed after loading, so that any number of threads may tokeniz
 padding, which the tokenizers library keeps as state, are off and done here.
 """
 
-import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,8 +18,11 @@ from tokenizers.normalizers import Sequence as Sequenced
 
 from pruneofa.errors import InputError, first_line, short
 from pruneofa.formats.files import read_json
+from pruneofa.formats.sentence import Sentence
+from pruneofa.formats.settings import without_tokenizer
 
-CHUNK_TOKENS = 384  # floats of more leave the caches, of fewer read the weights too often: measured on BERT-Base
+# Floats of more leave the caches, of fewer read the weights too often: measured with 12 layers of 768.
+CHUNK_TOKENS = 384
 WINDOW, STRIDE = 384, 128  # of question answering, as in the official SQuAD script
 _HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair: nothing that a tokenizer could know
 _LEAST_CONTEXT = 16  # context tokens per window; a question that leaves fewer is too long
@@ -37,12 +39,14 @@ class Tokens:
         types: (tokens,) int32, 0 where the model has no token types.
         segments: (tokens,) int8: 0 first text, 1 second text, -1 special token; None if not asked for.
         chars: (tokens, 2) int32, begin and end of each token in its text; None if not asked for.
+        text: of a window, the index of its text in the batch.
     """
 
     ids: NDArray[np.int32]
     types: NDArray[np.int32]
     segments: NDArray[np.int8] | None = None
     chars: NDArray[np.int32] | None = None
+    text: int = 0
 
     def keep(self, kept: NDArray[np.bool_] | NDArray[np.intp]) -> "Tokens":
         """The tokens that a mask or an array of indices selects."""
@@ -52,16 +56,8 @@ class Tokens:
             self.types[kept],
             None if segments is None else segments[kept],
             None if chars is None else chars[kept],
+            self.text,
         )
-
-
-@dataclass(frozen=True)
-class SentenceSettings:
-    """What a sentence-transformers folder says about its texts: most tokens, in lower case, and what to put before."""
-
-    limit: int
-    lowercase: bool
-    prompt: str
 
 
 class TextTokenizer:
@@ -72,7 +68,7 @@ class TextTokenizer:
     """
 
     def __init__(
-        self, folder: Path, *, vocabulary: int, types: int, limit: int, settings: SentenceSettings | None = None
+        self, folder: Path, *, vocabulary: int, types: int, limit: int, sentence: Sentence | None = None
     ) -> None:
         """Read it.
 
@@ -81,7 +77,7 @@ class TextTokenizer:
             vocabulary: rows of the word embeddings, above every id that may come out.
             types: token types of the model; with fewer than two they are all 0.
             limit: most tokens of a sequence, special ones included.
-            settings: of a sentence-transformers folder.
+            sentence: what a sentence-transformers folder says.
 
         Raises:
             InputError: tokenizer.json is missing or not usable.
@@ -95,21 +91,24 @@ class TextTokenizer:
             raise InputError(f"{file}: not a usable tokenizer ({first_line(error)}); copy it again") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        if settings is not None and settings.lowercase:
+        if sentence is not None and sentence.do_lower_case:
             # unlike str.lower, this works on what the tokenizer takes for text, not on its special tokens
             own = self._tokenizer.normalizer
             self._tokenizer.normalizer = Sequenced([Lowercase(), *([own] if own else [])])
-        self._prompt = settings.prompt if settings else ""
+        self._prompt = sentence.prompt if sentence else ""
+        if self._prompt:
+            check_text(self._prompt, f"{folder}: the prompt")
         config: dict[str, Any] = {}
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             if (folder / name).is_file():
-                config |= _table(read_json(folder / name), folder / name)
+                config |= read_json(folder / name)
         names = config.get("model_input_names") or ["token_type_ids"]
         if not isinstance(names, list):
             raise InputError(f"{folder}: model_input_names is {short(names)} in tokenizer_config.json, wanted a list")
         self._typed = types > 1 and "token_type_ids" in names
         self._vocabulary = vocabulary
-        self._limit = min(limit, settings.limit) if settings else limit
+        most = sentence.max_seq_length if sentence else None
+        self._limit = limit if most is None else min(limit, most)
         self._folder = folder
         self.mask_id = self._mask_id(config.get("mask_token"))
 
@@ -151,25 +150,21 @@ class TextTokenizer:
             result.append(tokens)
         return result
 
-    def windows(
-        self, questions: Sequence[tuple[str, str]], names: Sequence[str], *, truncate: bool
-    ) -> tuple[list[Tokens], list[int]]:
+    def windows(self, questions: Sequence[tuple[str, str]], names: Sequence[str], *, truncate: bool) -> list[Tokens]:
         """Every (question, context) in as many windows as its context needs, each sharing STRIDE tokens with the next.
 
         Returns:
-            The windows and, for each, the index of its question.
+            The windows in order, each with the index of its question.
 
         Raises:
             InputError: a question leaves no room for its context (`truncate` cuts it), or a context has no tokens.
         """
         windows: list[Tokens] = []
-        owners: list[int] = []
         for index, encoding in enumerate(self._tokenizer.encode_batch(list(questions))):
             tokens = self._tokens(encoding, chars=True)
             found = _windows(tokens, min(WINDOW, self._limit), truncate=truncate, where=names[index])
-            windows += found
-            owners += [index] * len(found)
-        return windows, owners
+            windows += [replace(window, text=index) for window in found]
+        return windows
 
     def _prompted(self, text: Text) -> Text:
         if not self._prompt:
@@ -191,29 +186,6 @@ class TextTokenizer:
             None if owner is None else np.array(owner, np.int8),
             np.array(encoding.offsets, np.int32).reshape(-1, 2) if chars else None,
         )
-
-
-def without_tokenizer(folder: Path) -> str:
-    """What to say of a folder without tokenizer.json.
-
-    transformers can convert the slow tokenizer's files, but without them it makes up a vocabulary of a few tokens.
-    """
-    known = {}
-    for name in ("config.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            known |= _table(read_json(folder / name), folder / name)
-    byte_level = "roberta" in str(known.get("tokenizer_class") or known.get("model_type")).lower()
-    slow = ("vocab.json", "merges.txt") if byte_level else ("vocab.txt",)
-    what = f"{folder}: no tokenizer.json in it, which the engine needs"
-    if all((folder / name).is_file() for name in slow):
-        return (
-            f'{what}; write it with: python -c "from transformers import AutoTokenizer; '
-            f"AutoTokenizer.from_pretrained('{folder}').save_pretrained('{folder}')\""
-        )
-    return (
-        f"{what}, nor {' and '.join(slow)} to make it from; copy tokenizer.json and tokenizer_config.json into it from "
-        "the model that it was made from"
-    )
 
 
 def check_text(value: Any, where: str) -> str:
@@ -298,28 +270,3 @@ def _windows(tokens: Tokens, length: int, *, truncate: bool, where: str) -> list
         if begin + room >= len(context):
             break
     return windows
-
-
-def _table(value: Any, file: Path) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise InputError(f"{file}: wanted a JSON object, got {type(value).__name__}; copy the file again")
-    return value
-
-
-def sentence_settings(folder: Path) -> SentenceSettings:
-    """Of a sentence-transformers folder; its limit is max_seq_length, else the tokenizer's model_max_length."""
-    names = ("sentence_bert_config.json", "tokenizer_config.json", "config_sentence_transformers.json")
-    sentence, tokenizer, prompts = (
-        _table(read_json(folder / name), folder / name) if (folder / name).is_file() else {} for name in names
-    )
-    limits = [value for value in (sentence.get("max_seq_length"), tokenizer.get("model_max_length")) if value]
-    named = _table(prompts.get("prompts") or {}, folder / names[2])
-    prompt = named.get(str(prompts.get("default_prompt_name"))) or ""
-    limit = limits[0] if limits else 2**31
-    if not isinstance(limit, int | float) or not 1 <= limit < math.inf or not isinstance(prompt, str):
-        raise InputError(
-            f"{folder}: max_seq_length {short(limit)} and prompt {short(prompt)}, wanted a number and a str"
-        )
-    if prompt:
-        check_text(prompt, f"{folder}: the prompt")
-    return SentenceSettings(int(limit), sentence.get("do_lower_case") is True, prompt)

@@ -21,9 +21,9 @@ from pruneofa.export import compressed as export_compressed
 from pruneofa.export import onnx as export_onnx
 from pruneofa.export import openvino as export_openvino
 from pruneofa.export.exportable import OUTPUTS, Arrays, Exportable, Exported, Traced, read_exportable
-from pruneofa.formats.files import write_json
-from pruneofa.formats.pack import copy_settings, new_output
-from pruneofa.formats.pattern import local_folder
+from pruneofa.formats.files import new_output, write_json
+from pruneofa.formats.settings import copy_settings
+from pruneofa.formats.tensors import weights_folder
 from pruneofa.progress import progress
 from pruneofa.train.evaluate import evaluate_model, task_of
 from pruneofa.train.quantize import FakeQuantizer
@@ -84,7 +84,7 @@ def export(
     if not dense and precision == "fp32":
         raise InputError(f"compressed-tensors holds int8; the fp32 folder that transformers loads is {path} itself")
     _check_installed(to)
-    folder = local_folder(path)
+    folder = weights_folder(path)
     int8 = (None if precision is None else precision == "int8") if dense else True
     report: dict[str, Any] = {}
     with progress(f"export to {to}", 4) as advance, contextlib.suppress(_Rejected), new_output(out) as temporary:

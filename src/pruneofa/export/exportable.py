@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from pruneofa.engine.architectures import Architecture, Task, read_architecture
 from pruneofa.errors import InputError
-from pruneofa.formats import pattern
-from pruneofa.formats import scales as quantization
+from pruneofa.families import Task
+from pruneofa.formats import pattern, scales
+from pruneofa.formats.architecture import Architecture, read_architecture
 from pruneofa.formats.manifest import canonical_name, is_packed, kind_of, read_config
 from pruneofa.formats.scales import Quantization
 from pruneofa.train.models import check_encoder, read_model
@@ -27,7 +27,6 @@ OUTPUTS: Mapping[Task, tuple[str, ...]] = {
     "token classification": ("logits",),
     "masked-LM": ("logits",),
 }
-_PRETRAINING = "BertForPreTraining"
 
 
 @dataclass
@@ -62,7 +61,7 @@ class Exportable:
         assert self.quantization is not None
         scale = self.quantization.weight_scale[name]
         lowest = self.quantization.lowest if name in self.linears else -127
-        return quantization.codes(name, self.weight(name), scale, lowest), scale
+        return scales.codes(name, self.weight(name), scale, lowest), scale
 
     def stored_as(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, str]:
         """{name: name in `arrays`} of those of `linears` that are there.
@@ -127,10 +126,10 @@ def read_exportable(folder: Path, *, int8: bool | None = None, whole: bool = Fal
     """
     if is_packed(folder):
         raise InputError(f"{folder}: is packed; make an ordinary folder first: pruneofa unpack {folder} FOLDER")
-    found = quantization.read(folder)
+    found = scales.read(folder)
     if int8 and found is None:
         raise InputError(
-            f"{folder}: no {quantization.SETTINGS} in it, so there are no int8 scales to export; make them with "
+            f"{folder}: no {scales.SETTINGS} in it, so there are no int8 scales to export; make them with "
             f"`pruneofa quantize {folder} OUT`, or export --precision fp32"
         )
     config = read_config(folder)
@@ -144,13 +143,15 @@ def read_exportable(folder: Path, *, int8: bool | None = None, whole: bool = Fal
         linears={name: at for name, (at, module) in names.items() if _is(name, "linear", module)},
         tables={name: at for name, (at, module) in names.items() if _is(name, "embedding", module)},
         inputs=tuple(name for name in INPUTS if name != "token_type_ids" or architecture.types > 1),
-        outputs=("prediction_logits",) if type(model).__name__ == _PRETRAINING else OUTPUTS[architecture.task],
+        outputs=("prediction_logits",)
+        if type(model).__name__ == architecture.family.pretraining
+        else OUTPUTS[architecture.task],
     )
     if found is not None:
         for name in source.linears | (source.tables if found.embeddings else {}):
             source.codes(name)
         hashes = pattern.inspect(folder)
-        quantization.check_pattern(folder, found, hashes["pattern_hash"], hashes["pooler_hash"])
+        scales.check_pattern(folder, found, hashes["pattern_hash"], hashes["pooler_hash"])
     if int8 is False:
         source.quantization = None
     head = model.get_output_embeddings()  # of masked-LM, tied: its weight is a table too, and stays float
@@ -161,11 +162,12 @@ def read_exportable(folder: Path, *, int8: bool | None = None, whole: bool = Fal
 def _load(folder: Path, config: Mapping[str, Any], architecture: Architecture, whole: bool) -> Any:
     import transformers
 
+    family = architecture.family
     name = (config.get("architectures") or ["AutoModel"])[0]
-    if name == _PRETRAINING and not whole:
-        name = "BertForMaskedLM"
+    if name == family.pretraining and not whole:
+        name = family.classes["masked-LM"]
     options = {}
-    if architecture.task == "embedding" and architecture.family != "distilbert":
+    if architecture.task == "embedding" and family.pooler:
         stored = {
             canonical_name(name) for name, _ in pattern.read_weights(folder, lambda name, _: name == pattern.POOLER)
         }

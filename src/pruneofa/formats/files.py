@@ -3,15 +3,18 @@
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pruneofa.errors import InputError
+from pruneofa.errors import CheckFailed, InputError, first_line
 
 COMPLETE = "complete"
+MAX_JSON = 4 << 20  # bytes; a manifest of 24 layers needs 0.1 MB
+_AGAIN = "it may be half-written: copy it again, or delete it"
 
 
 def sync_tree(folder: Path) -> None:
@@ -39,20 +42,87 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_text` of `value` as indented JSON."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """`write_text` of `value` as indented JSON.
+
+    Raises CheckFailed, which names the key, for NaN and infinity: JSON has no such numbers, and `read_json` refuses
+    them.
+    """
+    for key, number in _not_finite(value):
+        raise CheckFailed(
+            f"{_in_place(path)}: {key} is {number}, wanted a finite number, so it was not written; "
+            "if it comes from training, that diverged: lower its learning rate"
+        )
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Parse a JSON file. Raises InputError naming the file when it is missing, unreadable or not JSON."""
+def _in_place(path: Path) -> Path:
+    """The path as it will be once `new_folder` has given the folder its name."""
+    return Path(*(part[1:-4] if part.startswith(".") and part.endswith(".tmp") else part for part in path.parts))
+
+
+def _not_finite(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    """(dotted key, number) of every NaN and infinity in a JSON value."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield key or "the value", value
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield from _not_finite(item, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _not_finite(item, f"{key}[{index}]")
+
+
+def read_json(path: Path, advice: str = _AGAIN) -> dict[str, Any]:
+    """The object of a JSON file of at most MAX_JSON bytes; see `parse_json`.
+
+    Raises InputError, with the file's name and `advice` what to do, where it cannot be read or is anything else.
+    """
+    return parse_json(_read(path, advice), str(path), advice)
+
+
+def read_json_list(path: Path, advice: str = _AGAIN) -> list[Any]:
+    """`read_json` of a file that holds an array."""
+    return _parse(_read(path, advice), str(path), advice, list)
+
+
+def parse_json(raw: bytes, where: str, advice: str = _AGAIN) -> dict[str, Any]:
+    """A JSON object as the standard has it: UTF-8, no key twice (readers would differ), no NaN. Raises InputError."""
+    return _parse(raw, where, advice, dict)
+
+
+def _read(path: Path, advice: str) -> bytes:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            raw = file.read(min(size, MAX_JSON + 1))  # read(n) takes n bytes of memory, however small the file
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); wanted a JSON file") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, a hundred thousand brackets
-        raise InputError(f"{path}: not valid JSON ({error}); it may be half-written, delete it") from None
+        reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+        raise InputError(f"{path}: {reason}; {advice}") from None
+    if len(raw) > MAX_JSON:
+        raise InputError(f"{path}: larger than {MAX_JSON} bytes; {advice}")
+    return raw
+
+
+def _parse(raw: bytes, where: str, advice: str, kind: type[dict] | type[list]) -> Any:
+    try:
+        found = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, a million brackets
+        raise InputError(f"{where}: not valid JSON ({first_line(error)}); {advice}") from None
+    if not isinstance(found, kind):
+        wanted = "object" if kind is dict else "array"
+        raise InputError(f"{where}: wanted a JSON {wanted}, got {type(found).__name__}; {advice}")
+    return found
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key is there twice")
+    return found
+
+
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is no number")
 
 
 @contextlib.contextmanager
@@ -81,6 +151,19 @@ def new_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_output(out: str | Path) -> Iterator[Path]:
+    """A temporary folder that becomes `out` when the block succeeds. Raises InputError when `out` holds something."""
+    target = Path(out).expanduser().absolute()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{out}: exists and is not an empty folder; name another one, or remove it first")
+    try:
+        with new_folder(target) as temporary:
+            yield temporary
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        raise InputError(f"{error.filename or out}: {error.strerror}; name a folder that you may write to") from None
 
 
 def cache_root() -> Path:

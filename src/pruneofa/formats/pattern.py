@@ -1,4 +1,4 @@
-"""Sparsity patterns as NumPy: of a Hugging Face folder, compared, hashed. No torch.
+"""What a zero means, as NumPy: block and n:m patterns, hashes, counts, and two models compared. No torch.
 
 The pattern of a stored model is where its encoder's linear weights are not zero. Tensors are read one at
 a time, so that memory is bounded by the largest layer, whatever the size of the model.
@@ -7,29 +7,20 @@ a time, so that memory is bounded by the largest layer, whatever the size of the
 import hashlib
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pruneofa import families
 from pruneofa.errors import InputError
-from pruneofa.formats.tensors import StoredTensor, read_tensor, tensors_of, weight_files
+from pruneofa.families import base_name, is_encoder_weight
+from pruneofa.formats.tensors import StoredTensor, read_tensor, tensors_of, weight_files, weights_folder
 
-POOLER = "pooler.dense.weight"
-_PREFIX = re.compile(r"(?:(?:module|_orig_mod|model|bert|distilbert|roberta)\.)+")
-_LINEAR = re.compile(r"(?:encoder|transformer)\.layer\.\d+\.(?!.*embedding).+\.weight")
-
-
-def base_name(name: str) -> str:
-    """Canonical parameter name: without the prefix of the base model (bert., distilbert., roberta.) or of a wrapper."""
-    prefix = _PREFIX.match(name)
-    return name[prefix.end() :] if prefix else name
-
-
-def is_encoder_weight(name: str, ndim: int) -> bool:
-    """Whether a canonical name with this many dimensions is the weight of a Linear layer of the encoder."""
-    return ndim == 2 and _LINEAR.fullmatch(name) is not None
+POOLER = f"{families.POOLER}.weight"
+BLOCKS = {"unstructured": (1, 1), "4x1": (4, 1), "1x4": (1, 4)}  # (output rows, input columns) of a block
+_RATIO = re.compile(r"([1-9]\d?):([1-9]\d?)", re.ASCII)
 
 
 def read_weights(
@@ -38,32 +29,11 @@ def read_weights(
     """Yield (canonical name, array) of a Hugging Face folder or hub id, sorted by name, one tensor at a time.
 
     bfloat16 becomes float32, everything else keeps its dtype. `wanted(canonical name, ndim)` selects.
-    Raises InputError when there is no such folder, no complete safetensors file in it, or only a .bin file.
+    Raises InputError when there is no such folder or no complete weights in it, and as `weights_folder` does.
     """
-    for name, stored in sorted(_stored_tensors(local_folder(path)).items()):
+    for name, stored in sorted(_stored_tensors(weights_folder(path)).items()):
         if wanted is None or wanted(name, len(stored.shape)):
             yield name, read_tensor(name, stored)
-
-
-def local_folder(path: str | Path) -> Path:
-    """The folder at `path`, or a snapshot of the hub model of that id (JSON, safetensors, packed and text files only).
-
-    Raises InputError when it is neither.
-    """
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise InputError(f"{path} is a file; give the model's folder that contains it")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path)) or str(path).startswith("."):
-        raise InputError(f"{path}: no such folder; give a Hugging Face folder or a hub id such as org/name")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.zst", "*.txt"]))
-    except (OSError, ValueError) as error:  # hub errors, offline, not cached
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"{path}: no such folder, and the hub gave no such model ({reason})") from None
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
@@ -76,19 +46,17 @@ def inspect(path: str | Path) -> dict[str, Any]:
     entropy_bound_int8 (non-zeros of 8 bits and the least bits that say where they are, layer by layer).
     Raises InputError as `read_weights` does, and for a model without encoder linears.
     """
-    encoder_hash, pooler_hash = hashlib.sha256(), None
-    layers: dict[str, dict[str, Any]] = {}
-    pooler: dict[str, dict[str, Any]] = {}
-    for name, weight in read_weights(path, _prunable):
-        kept = weight != 0
-        nonzeros = int(np.count_nonzero(kept))
-        layer = {"shape": list(kept.shape), "sparsity": 1 - nonzeros / kept.size, "nonzeros": nonzeros}
-        if name == POOLER:
-            pooler_hash = hashlib.sha256()
-            pooler[name] = layer
-        else:
-            layers[name] = layer
-        _add(pooler_hash if name == POOLER else encoder_hash, name, kept)
+    found: dict[str, dict[str, Any]] = {}
+
+    def counted() -> Iterator[tuple[str, tuple[int, ...], np.ndarray]]:
+        for name, weight in read_weights(path, is_prunable):
+            kept = weight != 0
+            nonzeros = int(np.count_nonzero(kept))
+            found[name] = {"shape": list(kept.shape), "sparsity": 1 - nonzeros / kept.size, "nonzeros": nonzeros}
+            yield name, kept.shape, packed_bits(kept)
+
+    encoder_hash, pooler_hash = pattern_hashes(counted())
+    layers = {name: layer for name, layer in found.items() if name != POOLER}
     if not layers:
         raise InputError(_nothing_there(path))
     weights = sum(math.prod(layer["shape"]) for layer in layers.values())
@@ -102,14 +70,14 @@ def inspect(path: str | Path) -> dict[str, Any]:
     }
     return {
         "encoder": 1 - nonzeros / weights,
-        "pooler": pooler[POOLER]["sparsity"] if pooler else None,
+        "pooler": found[POOLER]["sparsity"] if POOLER in found else None,
         "weights": weights,
         "nonzeros": nonzeros,
-        "pattern_hash": encoder_hash.hexdigest(),
-        "pooler_hash": pooler_hash.hexdigest() if pooler_hash else None,
+        "pattern_hash": encoder_hash,
+        "pooler_hash": pooler_hash,
         "sizes": sizes,
         "bits_per_weight": {key: 8 * size / weights for key, size in sizes.items()},
-        "layers": layers | pooler,
+        "layers": layers | {name: layer for name, layer in found.items() if name == POOLER},
     }
 
 
@@ -165,30 +133,86 @@ def pattern_hash(kept: Mapping[str, np.ndarray]) -> str:
     """
     digest = hashlib.sha256()
     for name in sorted(kept):
-        _add(digest, name, kept[name])
+        _add_layer(digest, name, kept[name].shape, packed_bits(kept[name]))
     return digest.hexdigest()
 
 
-def _add(digest: Any, name: str, kept: np.ndarray) -> None:
-    digest.update(name.encode() + b"\0" + "x".join(map(str, kept.shape)).encode() + b"\0")
-    digest.update(np.packbits(kept, bitorder="little").tobytes())
+def pattern_hashes(layers: Iterable[tuple[str, tuple[int, ...], np.ndarray]]) -> tuple[str, str | None]:
+    """`pattern_hash` of the encoder, and of the pooler where there is one.
+
+    Of each layer, sorted by canonical name: the name, the shape, and its `packed_bits`, uint8 of any shape.
+    """
+    encoder, pooler = hashlib.sha256(), None
+    for name, shape, bits in layers:
+        if name == POOLER:
+            pooler = hashlib.sha256()
+            _add_layer(pooler, name, shape, bits)
+        else:
+            _add_layer(encoder, name, shape, bits)
+    return encoder.hexdigest(), pooler.hexdigest() if pooler else None
 
 
-def _prunable(name: str, ndim: int) -> bool:
+def packed_bits(kept: np.ndarray) -> np.ndarray:
+    """A bool array in C order as uint8, eight to a byte, the first in the lowest bit."""
+    return np.packbits(kept, bitorder="little")
+
+
+def _add_layer(digest: Any, name: str, shape: tuple[int, ...], bits: np.ndarray) -> None:
+    digest.update(f"{name}\0{'x'.join(map(str, shape))}\0".encode())
+    digest.update(np.ascontiguousarray(bits).reshape(-1).data)
+
+
+def pattern_holds(kept: np.ndarray, pattern: str) -> bool:
+    """Whether the zeros of `kept`, bool (rows, columns), are exactly of this pattern (design of `masks.py`)."""
+    rows, columns = kept.shape
+    if pattern == "unstructured":
+        return True
+    if pattern in BLOCKS:
+        high, wide = BLOCKS[pattern]
+        if rows % high or columns % wide:
+            return False
+        blocks = kept.reshape(rows // high, high, columns // wide, wide)
+        return bool((blocks == blocks[:, :1, :, :1]).all())
+    ratio = ratio_of(pattern)
+    assert ratio is not None
+    n, m = ratio
+    return columns % m == 0 and bool((kept.reshape(rows, columns // m, m).sum(-1) == n).all())
+
+
+def pattern_of(kept: np.ndarray) -> str:
+    """The narrowest pattern of FORMAT.md that the zeros of `kept`, bool (rows, columns), are exactly of."""
+    if not kept.any() or kept.all():
+        return "unstructured"
+    candidates = ["4x1", "1x4"]
+    for m in (2, 4, 8, 16):
+        if 0 < (n := int(np.count_nonzero(kept[0, :m]))) < m:
+            candidates.append(f"{n}:{m}")
+    # Four rows first: nearly all that a pattern does not fit are found there.
+    return next((p for p in candidates if pattern_holds(kept[:4], p) and pattern_holds(kept, p)), "unstructured")
+
+
+def ratio_of(pattern: str) -> tuple[int, int] | None:
+    """(n, m) of an n:m pattern, at most n kept of m consecutive inputs; None for anything else."""
+    match = _RATIO.fullmatch(pattern)
+    return (int(match[1]), int(match[2])) if match and int(match[1]) < int(match[2]) else None
+
+
+def is_prunable(name: str, ndim: int) -> bool:
+    """Whether a canonical name with this many dimensions is a weight that pruning zeroes: the encoder's, the pooler."""
     return name == POOLER or is_encoder_weight(name, ndim)
 
 
 def _pruned_tensors(path: str | Path) -> dict[str, StoredTensor]:
     """Encoder linears and the pooler of a model, by canonical name in order, none of them read yet."""
-    stored = sorted(_stored_tensors(local_folder(path)).items())
-    found = {name: tensor for name, tensor in stored if _prunable(name, len(tensor.shape))}
+    stored = sorted(_stored_tensors(weights_folder(path)).items())
+    found = {name: tensor for name, tensor in stored if is_prunable(name, len(tensor.shape))}
     if not any(name != POOLER for name in found):
         raise InputError(_nothing_there(path))
     return found
 
 
 def _nothing_there(path: str | Path) -> str:
-    return f"{path}: no weight named encoder.layer.N or transformer.layer.N; wanted a BERT, DistilBERT or RoBERTa model"
+    return f"{path}: {families.without_encoder()}"
 
 
 def position_bits(weights: int, sparsity: float) -> float:

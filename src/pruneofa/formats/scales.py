@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from pruneofa.errors import InputError, short
-from pruneofa.formats.files import write_json
-from pruneofa.formats.manifest import canonical_name, check_inputs, kind_of, read_json
+from pruneofa.formats.files import read_json, write_json
+from pruneofa.formats.manifest import canonical_name, check_inputs, kind_of
 from pruneofa.formats.packed import MAX_SCALE
 from pruneofa.formats.tensors import read_tensor, tensors_of, weight_files
 
@@ -233,9 +233,9 @@ def write(folder: Path, quantization: Quantization) -> None:
 _PARTS = {"weight_scale": ("F32", False), "input_scale": ("F32", True), "input_zero_point": ("U8", True)}
 
 
-def _arguments(settings: Any, path: Path) -> dict[str, Any]:
+def _arguments(settings: dict[str, Any], path: Path) -> dict[str, Any]:
     """What quantization.json says, as arguments of `Quantization`."""
-    if not isinstance(settings, dict) or settings.get("format") != FORMAT:
+    if settings.get("format") != FORMAT:
         raise InputError(f'{path}: wanted "format": "{FORMAT}"; this file is of something else: {_AGAIN}')
     if type(version := settings.get("version")) is not int or version != VERSION:
         raise InputError(f"{path}: version {short(version)}; this pruneofa reads {VERSION}: upgrade it")

@@ -1,15 +1,24 @@
-"""The tensors of a Hugging Face folder's safetensors files, found by their headers and read one at a time."""
+"""The tensors of a Hugging Face folder's safetensors files, found by their headers and read one at a time.
+
+A .bin file is a pickle, which only torch reads: `weights_folder` makes a safetensors copy of it where torch is.
+"""
 
 import json
 import math
 import os
+import pickle
 import shlex
+import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from pruneofa.errors import InputError
+from pruneofa.errors import InputError, first_line
+from pruneofa.formats.files import cache_root, file_fingerprint, fingerprint, new_folder, read_json
+from pruneofa.formats.hub import FILES, local_folder
 
 _DTYPES = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "BOOL": "?",
@@ -37,25 +46,95 @@ def weight_files(folder: Path) -> list[Path]:
         return [single]
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            names = sorted(set(read_json(index, "download it again")["weight_map"].values()))
+        except (KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{index}: not a valid index of shards ({error}); download it again") from None
         for name in names:
             if os.path.basename(name) != name or not (folder / name).is_file():
                 raise InputError(f"{index}: names {name}, which is not in {folder}; download the missing shard")
         return [folder / name for name in names]
-    if binaries := sorted(folder.glob("pytorch_model*.bin")):
-        command = (
-            "import sys, torch; from safetensors.torch import save_file; "
-            "w = {k: v.clone() for f in sys.argv[2:] for k, v in torch.load(f, weights_only=True).items()}; "
-            "save_file(w, sys.argv[1], {'format': 'pt'})"
-        )
-        files = " ".join(shlex.quote(str(path)) for path in [single, *binaries])
-        raise InputError(
-            f"{folder}: only a .bin file, which may run code when read; wanted model.safetensors; convert it "
-            f'with: python -c "{command}" {files}'
-        )
+    if binaries := _binaries(folder):
+        raise InputError(_only_binaries(folder, binaries))
     raise InputError(f"{folder}: no model.safetensors in it; wanted a Hugging Face model folder")
+
+
+def weights_folder(path: str | Path) -> Path:
+    """The folder at `path`, or of the hub model of that id, with weights that can be read here.
+
+    Of one with only a .bin file it is a copy with safetensors, made once in the cache by torch with weights_only=True.
+    Raises InputError as `local_folder` does, for a .bin without torch to read it, and for one that is damaged or holds
+    more than weights.
+    """
+    folder = local_folder(path)
+    if _has_safetensors(folder):
+        return folder
+    if not Path(path).expanduser().is_dir():
+        folder = local_folder(path, (*FILES, "pytorch_model*.bin"))
+    if not (binaries := _binaries(folder)):
+        return folder
+    beside = sorted(file for kind in ("*.json", "*.txt", "*.model") for file in folder.glob(kind))
+    key = fingerprint({file.name: file_fingerprint(file) for file in [*binaries, *beside]})
+    copy = cache_root() / "models" / key[:32]
+    if not copy.exists():
+        weights = _read_binaries(folder, binaries)
+        from safetensors.torch import save_file
+
+        with new_folder(copy) as target:
+            save_file(weights, target / "model.safetensors", {"format": "pt"})
+            for file in beside:
+                shutil.copyfile(file, target / file.name)
+    return copy
+
+
+def more_than_weights(path: str | Path) -> str:
+    """What to say of a .bin file that torch refuses to read with weights_only=True."""
+    return (
+        f"model {path}: its .bin file holds more than weights and could run code when read, so it was not; "
+        "wanted model.safetensors"
+    )
+
+
+def _read_binaries(folder: Path, binaries: list[Path]) -> dict[str, Any]:
+    """Every torch.Tensor of .bin files, each with memory of its own: safetensors knows no tied weights."""
+    try:
+        import torch
+    except ImportError:
+        raise InputError(_only_binaries(folder, binaries)) from None
+    weights: dict[str, Any] = {}
+    for file in binaries:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of pickle protocols: what matters is refused here
+                found = torch.load(file, weights_only=True, map_location="cpu")
+        except pickle.UnpicklingError:
+            raise InputError(more_than_weights(folder)) from None
+        except Exception as error:  # torch's errors for a damaged file have no common type
+            raise InputError(f"{file}: damaged ({first_line(error)}); copy or download it again") from None
+        if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
+            raise InputError(f"{file}: holds other things than tensors; wanted the state_dict of a transformers model")
+        weights |= {name: value.clone().contiguous() for name, value in found.items()}
+    return weights
+
+
+def _has_safetensors(folder: Path) -> bool:
+    return any(folder.glob("*.safetensors"))
+
+
+def _binaries(folder: Path) -> list[Path]:
+    return sorted(folder.glob("pytorch_model*.bin"))
+
+
+def _only_binaries(folder: Path, binaries: list[Path]) -> str:
+    command = (
+        "import sys, torch; from safetensors.torch import save_file; "
+        "w = {k: v.clone() for f in sys.argv[2:] for k, v in torch.load(f, weights_only=True).items()}; "
+        "save_file(w, sys.argv[1], {'format': 'pt'})"
+    )
+    files = " ".join(shlex.quote(str(path)) for path in [folder / "model.safetensors", *binaries])
+    return (
+        f"{folder}: only a .bin file, which may run code when read and takes torch; wanted model.safetensors; where "
+        f'torch is installed, convert it with: python -c "{command}" {files}'
+    )
 
 
 def tensors_of(file: Path) -> list[tuple[str, StoredTensor]]:

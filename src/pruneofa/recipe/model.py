@@ -44,7 +44,7 @@ class Corpus(Section):
     config: str | None = Field(None, description="hub configuration, such as 20231101.en")
     column: str = Field("text", description="column that holds the text")
     max_length: Annotated[int, Field(ge=8)] = Field(128, description="tokens per example, special tokens included")
-    nsp: bool = Field(True, description="segment pairs with next-sentence prediction (BERT); false: documents")
+    nsp: bool = Field(True, description="segment pairs with next-sentence prediction; false: documents")
     short_seq_prob: Annotated[float, Field(ge=0, le=1)] = Field(0.1, description="share of shorter examples")
     validation: Annotated[float, Field(gt=0, lt=1)] = Field(0.05, description="share of articles held out")
     whole_word: bool = Field(False, description="mask whole words instead of single word pieces")

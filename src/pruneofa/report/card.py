@@ -6,6 +6,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from pruneofa import families
 from pruneofa.formats.files import read_json, write_text
 from pruneofa.recipe import Card
 from pruneofa.report.deployment import cost_tables
@@ -43,7 +44,7 @@ def write_card(
     check_results(results)
     stated = Card.model_validate(recipe.get("card") or {})
     config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
-    heads = config.get("architectures")
+    heads = config.get("architectures") or []
     fill_mask = not heads or any(head.endswith(("ForMaskedLM", "ForPreTraining")) for head in heads)
     evaluations = _evaluations(results, recipe)
     data = ModelCardData(
@@ -139,12 +140,15 @@ def _evaluations(results: dict[str, Any], recipe: dict[str, Any]) -> list[Any]:
 
 def architecture(config: dict[str, Any]) -> str:
     """`6 layers, hidden 384, ...` from a config.json, in its family's words; empty when unknown."""
+    family = families.find(config.get("model_type"))
+    if family is None:
+        return config.get("model_type", "")
+    keys = family.keys
     fields = (
-        ("{} layers", ("num_hidden_layers", "n_layers")),
-        ("hidden size {}", ("hidden_size", "dim")),
-        ("{} attention heads", ("num_attention_heads", "n_heads")),
-        ("feed-forward size {}", ("intermediate_size", "hidden_dim")),
-        ("vocabulary of {}", ("vocab_size",)),
+        ("{} layers", keys.layers),
+        ("hidden size {}", keys.hidden),
+        ("{} attention heads", keys.heads),
+        ("feed-forward size {}", keys.inner),
+        ("vocabulary of {}", "vocab_size"),
     )
-    found = [text.format(config[key]) for text, keys in fields for key in keys if key in config]
-    return ", ".join([*([config["model_type"]] if "model_type" in config else []), *found])
+    return ", ".join([family.model_type, *(text.format(config[key]) for text, key in fields if key in config)])

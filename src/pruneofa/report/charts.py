@@ -1,10 +1,10 @@
 """Results and log of a run → the report's pictures, as Altair charts; None where there is nothing to show."""
 
 import math
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from pruneofa import families
 from pruneofa.report.schema import METRIC_NAMES, VARIANTS
 from pruneofa.report.table import variant_name
 
@@ -224,11 +224,12 @@ def layer_chart(inspection: dict[str, Any]) -> Any | None:
 
     rows = [
         {
-            "kind": found[2].replace(".", " "), "block": int(found[1]), "layer": name,
+            "kind": name.split(f".{block}.", 1)[1].removesuffix(".weight").replace(".", " "),
+            "block": block, "layer": name,
             "sparsity": layer["sparsity"], "nonzeros": layer["nonzeros"], "shape": " x ".join(map(str, layer["shape"])),
         }
         for name, layer in inspection["layers"].items()
-        if (found := re.search(r"layer\.(\d+)\.(.+)\.weight$", name))
+        if (block := families.layer_index(name)) is not None
     ]  # fmt: skip
     if not rows:
         return None
@@ -250,7 +251,9 @@ def layer_chart(inspection: dict[str, Any]) -> Any | None:
 
 def _kind_order(kind: str) -> tuple[int, str]:
     """Order of the forward pass: query, key, value, attention output, then the two of the feed-forward."""
-    for index, part in enumerate(("query", "q_lin", "key", "k_lin", "value", "v_lin", "attention")):
-        if part in kind:
-            return index, kind
-    return (9 if kind.startswith(("output", "ffn lin2")) else 8), kind
+    order = {
+        module.replace(".", " "): index
+        for family in families.FAMILIES
+        for index, module in enumerate(family.layer.modules().values())
+    }
+    return order.get(kind, len(order)), kind

@@ -3,10 +3,10 @@
 from collections.abc import Iterable
 
 from pruneofa.data import tasks as task_data
-from pruneofa.engine.architectures import read_architecture
 from pruneofa.engine.engine import choose_isa
 from pruneofa.errors import CheckFailed, InputError
 from pruneofa.formats import pattern
+from pruneofa.formats.architecture import read_architecture
 from pruneofa.recipe import Corpus, Distill, Prune, Recipe, Task, Teacher
 from pruneofa.run.fine_tuning import transfer_objective
 from pruneofa.run.inputs import Inputs
@@ -15,7 +15,7 @@ from pruneofa.run.plan import losses
 from pruneofa.run.pretraining import learning_rate, schedule
 from pruneofa.run.stage import Stage, Step
 from pruneofa.train.device import processes, split_batch
-from pruneofa.train.models import load_config, load_for_pretraining, load_tokenizer, with_safetensors
+from pruneofa.train.models import load_config, load_for_pretraining, load_tokenizer
 from pruneofa.train.prune import GradualPruner
 
 
@@ -25,7 +25,7 @@ def check(recipe: Recipe, inputs: Inputs, steps: Iterable[Step], *, tokenize: bo
     if recipe.corpus and recipe.corpus.streaming and processes().num_processes > 1:
         raise InputError("corpus.streaming is for one process; set corpus.streaming=false to train with several")
     if recipe.model_is_sparse:
-        pattern.inspect(with_safetensors(recipe.model))
+        pattern.inspect(recipe.model)
     if recipe.dense_model is not None:
         check_vocabulary(recipe.model, recipe.dense_model)
     if recipe.corpus and any(stage.task is None for stage in pending):
@@ -49,7 +49,7 @@ def check_pattern(sparse: str | None, model: str) -> None:
     """Raises CheckFailed naming layer and count when zeros of `sparse`, if known, are not zero in `model`."""
     if sparse is None:
         return
-    if lost := lost_pattern(with_safetensors(sparse), model):
+    if lost := lost_pattern(sparse, model):
         raise CheckFailed(lost)
 
 

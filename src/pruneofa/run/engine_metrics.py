@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from pruneofa import __version__
-from pruneofa.engine.architectures import Precision
 from pruneofa.engine.engine import choose_isa
+from pruneofa.engine.load import Precision
 from pruneofa.formats.files import read_json, write_json
 from pruneofa.run.stage import Evaluation
 from pruneofa.train.evaluate import evaluate_by_engine

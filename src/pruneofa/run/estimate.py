@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pruneofa import families
 from pruneofa.progress import progress
 from pruneofa.recipe import Corpus, Prune, Recipe, Teacher
 from pruneofa.run.checks import check
@@ -190,7 +191,9 @@ def _task_probe(
 def _random_batch(objective: nn.Module, rows: int, length: int) -> dict[str, torch.Tensor]:
     ids = torch.randint(0, objective.student.config.vocab_size, (rows, length))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return batch | ({"token_type_ids": torch.zeros_like(ids)} if objective.student.config.model_type == "bert" else {})
+    config = objective.student.config
+    typed = families.of(config.model_type).token_types and config.type_vocab_size > 1
+    return batch | ({"token_type_ids": torch.zeros_like(ids)} if typed else {})
 
 
 def _time(objective: nn.Module, batch: dict[str, torch.Tensor], precision: str) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from pruneofa.formats import scales
 from pruneofa.formats.files import new_folder, write_json, write_text
-from pruneofa.formats.pattern import local_folder
+from pruneofa.formats.hub import local_folder
 from pruneofa.run.checks import check_pattern
 from pruneofa.run.results import versions
 from pruneofa.run.stage import (

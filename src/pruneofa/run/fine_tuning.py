@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from pruneofa.data import tasks as task_data
 from pruneofa.errors import InputError
-from pruneofa.formats import scales as int8
-from pruneofa.formats.pattern import local_folder
+from pruneofa.formats import scales
+from pruneofa.formats.hub import local_folder
 from pruneofa.run.stage import Job, Model, Outcome
 from pruneofa.train.callbacks import LockCallback, QuantizeCallback
 from pruneofa.train.evaluate import label_order, load_task_model
@@ -199,9 +199,9 @@ def task_student(model: str, task: task_data.Task) -> PreTrainedModel:
     Raises:
         InputError: it is quantized already, has no trained head for this kind of task, or other labels.
     """
-    if int8.is_quantized(local_folder(model)):
+    if scales.is_quantized(local_folder(model)):
         raise InputError(
-            f"{model}: quantized already ({int8.SETTINGS} is in it), and quantizing twice loses accuracy for "
+            f"{model}: quantized already ({scales.SETTINGS} is in it), and quantizing twice loses accuracy for "
             "nothing; name the folder it was made from"
         )
     student = load_task_model(model, task.kind)

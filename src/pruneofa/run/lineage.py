@@ -15,7 +15,7 @@ def stage_of(folder: Path) -> StageId | None:
     if not (folder / RECORD).is_file():
         return None
     record = read_json(folder / RECORD)
-    known = isinstance(record, dict) and {"task", "seed", "variant"} <= set(record)
+    known = {"task", "seed", "variant"} <= set(record)
     return StageId(record["task"], record["seed"], record["variant"]) if known else None
 
 

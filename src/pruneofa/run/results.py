@@ -20,7 +20,6 @@ from pruneofa.run.engine_metrics import FILE as ENGINE_FILE
 from pruneofa.run.engine_metrics import engine_columns
 from pruneofa.run.lineage import SPARSE, stage_of
 from pruneofa.run.stage import METRICS, RECORD, Stage, StageId, Step
-from pruneofa.train.models import with_safetensors
 
 PACKAGES = ("pruneofa", "torch", "transformers", "datasets", "tokenizers", "numpy")
 
@@ -94,7 +93,7 @@ def verify_run(recipe: Recipe, folder: Path) -> int:
 
 def sparse_folder(recipe: Recipe, folder: Path) -> str:
     """Where the sparse pre-trained model is."""
-    return str(folder / StageId(None, None, "prune").path) if recipe.prune else with_safetensors(recipe.model)
+    return str(folder / StageId(None, None, "prune").path) if recipe.prune else recipe.model
 
 
 def publishable(recipe: Recipe) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pruneofa.formats import scales as int8
+from pruneofa.formats import scales
 from pruneofa.formats.files import fingerprint, read_json
 from pruneofa.recipe import Section
 
@@ -86,7 +86,7 @@ class Outcome:
     metrics: dict[str, float] | None = None
     seconds: float = 0.0
     tokens: int = 0
-    quantization: int8.Quantization | None = None
+    quantization: scales.Quantization | None = None
 
     def save(self, folder: Path) -> None:
         """Write an ordinary Hugging Face folder."""
@@ -94,7 +94,7 @@ class Outcome:
             self.model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
         if self.quantization is not None:
-            int8.write(folder, self.quantization)
+            scales.write(folder, self.quantization)
 
 
 def unused(*names: str) -> Mapping[str, Any]:

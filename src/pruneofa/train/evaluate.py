@@ -2,7 +2,6 @@
 
 import contextlib
 import inspect
-import math
 import sys
 import tempfile
 import time
@@ -18,13 +17,13 @@ from pruneofa import __version__, recipe
 from pruneofa.data import squad
 from pruneofa.data.features import TaskData
 from pruneofa.data.tasks import Task, load_task, longest_input
-from pruneofa.engine.architectures import Precision as EnginePrecision
 from pruneofa.engine.engine import Engine
+from pruneofa.engine.load import Precision as EnginePrecision
 from pruneofa.errors import InputError
-from pruneofa.formats import scales as quantization
-from pruneofa.formats.manifest import is_packed
+from pruneofa.formats import scales
+from pruneofa.formats.manifest import Manifest, is_packed
 from pruneofa.formats.pack import pack
-from pruneofa.formats.pattern import local_folder
+from pruneofa.formats.tensors import weights_folder
 from pruneofa.progress import clock, progress
 from pruneofa.train.models import check_encoder, load_tokenizer, read_model
 from pruneofa.train.quantize import FakeQuantizer
@@ -72,7 +71,7 @@ def evaluate(
     """
     kind: Literal["classification", "qa"] = "qa" if name == "squad" else "classification"
     data = {"data_root": data_root, "whole": whole}
-    folder = local_folder(path)  # of a hub id the snapshot in the cache, where transformers finds the weights again
+    folder = weights_folder(path)  # of a hub id the snapshot in the cache, where transformers finds the weights again
     if engine or is_packed(folder):
         chosen: Any = precision or "int8"  # the engine refuses bf16
         ours = Engine.from_pretrained(folder, precision=chosen, threads=threads, isa=isa)
@@ -85,8 +84,8 @@ def evaluate(
         raise InputError(f"{path}: int8, --threads and --isa are the engine's, and this folder goes to torch; "
                          "add --engine, or leave them out")  # fmt: skip
     model = load_task_model(path, kind)
-    if precision != "fp32" and (scales := quantization.read(folder)):
-        FakeQuantizer.of(model, scales)
+    if precision != "fp32" and (quantization := scales.read(folder)):
+        FakeQuantizer.of(model, quantization)
         sys.stderr.write(f"{path} is quantized: torch simulates the engine's int8\n")
     task = task_of(model, path, name, spec, **data)
     return evaluate_model(model, task, batch_size=batch_size, precision=precision or "fp32")
@@ -211,16 +210,16 @@ def evaluate_by_engine(folder: Path, task: Task, precision: EnginePrecision) -> 
     return {"metrics": evaluate_engine(engine, task), "isa": engine.isa, "longest": engine.max_length, **how}
 
 
-def _sizes(manifest: dict[str, Any]) -> dict[str, int]:
+def _sizes(manifest: Manifest) -> dict[str, int]:
     """Bytes of a packed model: of its encoder's linear weights, scales counted, and of all its tensors."""
-    sizes = manifest["sizes"]
-    tensors = [entry["shape"] for entry in manifest["tensors"].values() if entry["kind"] != "tied"]
+    sizes = manifest.sizes
+    assert sizes.compressed is not None and sizes.compressed_encoder is not None
     return {
-        "model_fp32": 4 * sum(map(math.prod, tensors)),
-        "packed_int8": sizes["encoder"],
-        "packed_int8_model": sizes["file"],
-        "compressed_int8": sizes["compressed_encoder"],
-        "compressed_int8_model": sizes["compressed"],
+        "model_fp32": 4 * sum(tensor.size for tensor in manifest.tensors.values() if tensor.kind != "tied"),
+        "packed_int8": sizes.encoder,
+        "packed_int8_model": sizes.file,
+        "compressed_int8": sizes.compressed_encoder,
+        "compressed_int8_model": sizes.compressed,
     }
 
 

@@ -13,16 +13,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from pruneofa import families
 from pruneofa.errors import InputError
-from pruneofa.formats.pattern import POOLER, base_name, is_encoder_weight
+from pruneofa.families import base_name, is_encoder_weight
+from pruneofa.formats.pattern import BLOCKS, POOLER
 
-BLOCKS = {"unstructured": (1, 1), "4x1": (4, 1), "1x4": (1, 4)}  # (output rows, input columns) of a block
 # Weights looked at together: temporaries stay in cache, and so few that torch does not spread them over threads,
 # which made selection tens of times slower on a busy machine.
 _CHUNK = 1 << 15
-_SUPPORTED = ("bert", "distilbert", "roberta")  # base_model_prefix of the models whose encoders can be pruned
 _WRAPPED = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer)\.")
-_WITHIN = re.compile(r"(?:^|\.)((?:encoder|transformer)\.layer\.\d+\..+|pooler\.dense\.weight)$")
 _HALF = 16  # the histogram looks at the upper 16 bits of a score first, then at the lower 16
 
 
@@ -48,8 +47,8 @@ def prunable(model: nn.Module, skip: Iterable[str] = ()) -> dict[str, nn.Paramet
             found[f"{path}{name}"] = module.weight
     if not any(canonical_name(name) != POOLER for name in found):
         raise InputError(
-            f"{type(model).__name__}: no Linear layer named encoder.layer.N or transformer.layer.N, so there is "
-            "nothing to prune; wanted a BERT, DistilBERT or RoBERTa model"
+            f"{type(model).__name__}: no Linear layer named {families.layer_name()}, so there is "
+            f"nothing to prune; wanted a {families.titles()} model"
         )
     try:
         return {name: w for name, w in found.items() if not any(re.search(rule, name) for rule in skip)}
@@ -58,10 +57,9 @@ def prunable(model: nn.Module, skip: Iterable[str] = ()) -> dict[str, nn.Paramet
 
 
 def canonical_name(name: str) -> str:
-    """`pattern.base_name` of a weight that `prunable` lists, whatever wrapper the encoder is in."""
+    """`families.base_name` of a weight that `prunable` lists, whatever wrapper the encoder is in."""
     name = base_name(_WRAPPED.sub("", name))
-    within = _WITHIN.search(name)
-    return within[1] if within else name
+    return families.encoder_part(name) or name
 
 
 def check_whole(weights: Mapping[str, Tensor]) -> None:
@@ -81,12 +79,12 @@ def _encoder_in(model: nn.Module) -> tuple[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") or not outer for outer in found)
-        if not inside and isinstance(module, PreTrainedModel) and module.base_model_prefix in _SUPPORTED:
+        if not inside and isinstance(module, PreTrainedModel) and module.base_model_prefix in families.prefixes():
             found[name] = module
     if len(found) > 1:
         raise InputError(
             f"{type(model).__name__}: {len(found)} encoders ({', '.join(found)}), wanted one; "
-            "give a model with a single BERT, DistilBERT or RoBERTa"
+            f"give a model with a single {families.titles()}"
         )
     for name, module in found.items():
         return (f"{name}." if name else ""), module

@@ -1,33 +1,32 @@
 """Load encoders from folders or the hub, with errors a user can act on."""
 
 import pickle
-import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from pruneofa import families
 from pruneofa.errors import InputError, first_line
-from pruneofa.formats.files import cache_root, file_fingerprint, fingerprint, new_folder
+from pruneofa.families import base_name
+from pruneofa.formats.architecture import check_layers
+from pruneofa.formats.files import file_fingerprint, fingerprint
+from pruneofa.formats.tensors import more_than_weights
 
 # The loader's own bars and reports speak of heads that are meant to be new; what matters is checked below.
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
-SUPPORTED = ("bert", "distilbert", "roberta")
 SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 IDENTITY = (
     "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.txt", "vocab.json", "merges.txt", *SENTENCEPIECE,
 )  # fmt: skip
-# Parameters that a folder may lack because a new head is trained on top of it.
-HEADS = ("cls.", "lm_head.", "vocab_", "classifier.", "pre_classifier.", "qa_outputs.", "pooler.")
 
 
 def load_config(path: str) -> Any:
@@ -37,8 +36,9 @@ def load_config(path: str) -> Any:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(f"model {path}: no readable config.json ({first_line(error)})") from None
-    if config.model_type not in SUPPORTED:
-        raise InputError(f"model {path}: model_type is {config.model_type!r}, wanted one of {', '.join(SUPPORTED)}")
+    if families.find(config.model_type) is None:
+        wanted = ", ".join(families.model_types())
+        raise InputError(f"model {path}: model_type is {config.model_type!r}, wanted one of {wanted}")
     return config
 
 
@@ -94,18 +94,19 @@ def load_for_pretraining(path: str, *, nsp: bool, trained_head: bool = False) ->
     `trained_head` is needed and missing: the logits of a new one would be noise to distil from.
     """
     config = load_config(path)
-    if nsp and config.model_type != "bert":
+    next_sentence = families.of(config.model_type).next_sentence
+    if nsp and next_sentence is None:
         raise InputError(f"corpus.nsp is true but {config.model_type} has no next-sentence head; set corpus.nsp=false")
-    new = () if trained_head else HEADS
-    if config.model_type != "bert":
+    new = () if trained_head else _heads(config)
+    if next_sentence is None:
         return _load(transformers.AutoModelForMaskedLM, path, new)
     if nsp:
         return _load(transformers.AutoModelForPreTraining, path, new)
-    # BertForMaskedLM would drop the pooler, which classification starts from; the unused NSP head may be new.
+    # The class for masked-LM would drop the pooler, which classification starts from; the unused NSP head may be new.
     _, info = read_model(transformers.AutoModel, path)
     has_pooler = not any(name.startswith("pooler.") for name in info["missing_keys"])
     architecture = transformers.AutoModelForPreTraining if has_pooler else transformers.AutoModelForMaskedLM
-    return _load(architecture, path, new or ("cls.seq_relationship.",))
+    return _load(architecture, path, new or (f"{next_sentence}.",))
 
 
 def load_for_task(path: str, kind: str, **head: Any) -> PreTrainedModel:
@@ -115,7 +116,8 @@ def load_for_task(path: str, kind: str, **head: Any) -> PreTrainedModel:
     """
     load_config(path)
     if kind == "qa":
-        return _load(transformers.AutoModelForQuestionAnswering, path, new_head=True)
+        # Start and end, however many classes the folder's own head had.
+        return _load(transformers.AutoModelForQuestionAnswering, path, new_head=True, num_labels=2)
     return _load(transformers.AutoModelForSequenceClassification, path, new_head=True, **head)
 
 
@@ -124,7 +126,8 @@ def read_model(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """`architecture.from_pretrained` in float32, and its loading info. Raises InputError for whatever goes wrong.
 
-    A weight of another shape than config.json gives is an error, unless `new_head` allows it outside the encoder.
+    A weight of another shape than config.json gives is an error, unless `new_head` allows it outside the encoder; so is
+    one of a layer that config.json does not count.
     """
     # from_pretrained reads a .bin with weights_only=True; safetensors needs no such care. What does not fit is asked
     # for, to be named below: the loader itself would not say which weight it is.
@@ -134,7 +137,7 @@ def read_model(
             warnings.simplefilter("ignore")
             model, info = architecture.from_pretrained(path, output_loading_info=True, dtype=torch.float32, **options)
     except pickle.UnpicklingError:
-        raise InputError(_more_than_weights(path)) from None
+        raise InputError(more_than_weights(path)) from None
     except Exception as error:  # the loader's errors have no common type: OSError, SafetensorError, RuntimeError...
         raise InputError(
             f"model {path}: not a loadable model folder or hub id ({type(error).__name__}: {first_line(error)}); "
@@ -148,7 +151,14 @@ def read_model(
             f"{tuple(got)}, config.json wants {tuple(wanted)}; copy the config.json that was saved with these weights, "
             "or save model and config again with model.save_pretrained"
         )
+    unused = [base_name(name) for name in info["unexpected_keys"]]
+    check_layers(families.of(model.config.model_type), model.config.num_hidden_layers, unused, f"model {path}")
     return model, info
+
+
+def _heads(config: Any) -> tuple[str, ...]:
+    """What the names of parameters begin with that a folder may lack, because a new head is trained on top of it."""
+    return tuple(f"{module}." for module in families.of(config.model_type).head_modules())
 
 
 def _in_head(model: PreTrainedModel, name: str) -> bool:
@@ -159,7 +169,9 @@ def _in_head(model: PreTrainedModel, name: str) -> bool:
 def check_encoder(model: PreTrainedModel, info: dict[str, Any], path: str | Path) -> None:
     """Raises InputError when weights of the encoder, its pooler apart, were not in the file."""
     prefix = f"{model.base_model_prefix}."
-    missing = sorted(name for name in info["missing_keys"] if not name.removeprefix(prefix).startswith(HEADS))
+    missing = sorted(
+        name for name in info["missing_keys"] if not name.removeprefix(prefix).startswith(_heads(model.config))
+    )
     if missing:
         shape = tuple(model.state_dict()[missing[0]].shape)
         raise InputError(
@@ -169,10 +181,12 @@ def check_encoder(model: PreTrainedModel, info: dict[str, Any], path: str | Path
         )
 
 
-def _load(architecture: Any, path: str, new: tuple[str, ...] = HEADS, **options: Any) -> PreTrainedModel:
+def _load(architecture: Any, path: str, new: tuple[str, ...] | None = None, **options: Any) -> PreTrainedModel:
+    """The model, where no weights are missing but `new` ones; None: of any head."""
     model, info = read_model(architecture, path, **options)
     check_encoder(model, info, path)
     prefix = f"{model.base_model_prefix}."
+    new = _heads(model.config) if new is None else new
     untrained = [name for name in info["missing_keys"] if not name.removeprefix(prefix).startswith(new)]
     if untrained:
         raise InputError(
@@ -192,47 +206,9 @@ def set_dropout(model: nn.Module, probability: float) -> None:
 @torch.no_grad()
 def reorder_classes(model: PreTrainedModel, order: list[int]) -> None:
     """Permute the last layer of a classifier so that its i-th logit is the former `order[i]`-th."""
-    last = getattr(model.classifier, "out_proj", model.classifier)
+    last = model.get_submodule(families.of(model.config.model_type).classification.output)
     last.weight.copy_(last.weight[order].clone())
     last.bias.copy_(last.bias[order].clone())
-
-
-def with_safetensors(path: str) -> str:
-    """`path` where it holds safetensors, else a copy of it that does: published sparse models may have only a .bin.
-
-    The copy is made once, in the cache, and read with weights_only=True. Raises InputError for a .bin that
-    holds more than weights.
-    """
-    folder = Path(path)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        patterns = ["*.json", "*.txt", "*.model", "*.safetensors", "pytorch_model*.bin"]
-        try:
-            folder = Path(snapshot_download(path, allow_patterns=patterns))
-        except Exception as error:  # hub, HTTP and validation errors have no common type
-            raise InputError(f"model {path}: neither a folder nor a model on the hub ({first_line(error)})") from None
-    binaries = sorted(folder.glob("pytorch_model*.bin"))
-    if any(folder.glob("*.safetensors")) or not binaries:
-        return str(path)
-    copy = cache_root() / "models" / model_fingerprint(path)[:32]
-    if not copy.exists():
-        weights: dict[str, torch.Tensor] = {}
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of pickle protocols: what matters is refused below
-                for file in binaries:
-                    weights |= torch.load(file, weights_only=True, map_location="cpu")
-        except pickle.UnpicklingError:
-            raise InputError(_more_than_weights(path)) from None
-        except (RuntimeError, EOFError) as error:
-            raise InputError(f"{file}: damaged ({first_line(error)}); copy or download it again") from None
-        with new_folder(copy) as target:
-            plain = {name: value.clone().contiguous() for name, value in weights.items()}
-            save_file(plain, target / "model.safetensors", {"format": "pt"})
-            for extra in [*folder.glob("*.json"), *folder.glob("*.txt"), *folder.glob("*.model")]:
-                shutil.copyfile(extra, target / extra.name)
-    return str(copy)
 
 
 def model_fingerprint(path: str) -> str:
@@ -254,10 +230,3 @@ def _explain_missing_folder(path: str) -> None:
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
     if looks_local and not Path(path).is_dir():
         raise InputError(f"model {path}: no such folder")
-
-
-def _more_than_weights(path: str | Path) -> str:
-    return (
-        f"model {path}: its .bin file holds more than weights and could run code when read, so it was not; "
-        "wanted model.safetensors"
-    )

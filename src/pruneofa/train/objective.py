@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
 
+from pruneofa import families
 from pruneofa.errors import InputError
 from pruneofa.train.distill import fused_head_losses, hidden_loss, kd_terms
 
@@ -70,7 +72,7 @@ class PretrainingObjective(_Objective):
         """Check that the models fit together and freeze what no loss reaches.
 
         Args:
-            student: a model with a vocabulary head (BertForPreTraining, DistilBertForMaskedLM, ...).
+            student: a model with a vocabulary head (...ForPreTraining, ...ForMaskedLM).
             teacher: the same architecture and vocabulary; needed when `kd` or `hidden` is above 0.
             hard: weight of the MLM and NSP losses.
             kd: weight of the distillation of their logits.
@@ -317,24 +319,23 @@ def vocabulary_head(model: PreTrainedModel) -> tuple[Callable[[Tensor], Tensor],
     """The two halves of a masked-language head: what comes before the decoder, and the decoder itself.
 
     Raises:
-        InputError: `model` has no head of the BERT, DistilBERT or RoBERTa kind.
+        InputError: `model` has no such head.
     """
-    if predictions := getattr(getattr(model, "cls", None), "predictions", None):
-        return predictions.transform, predictions.decoder
-    if hasattr(model, "vocab_transform"):
-        return (
-            lambda hidden: model.vocab_layer_norm(model.activation(model.vocab_transform(hidden)))
-        ), model.vocab_projector
-    if head := getattr(model, "lm_head", None):
-        return (lambda hidden: head.layer_norm(F.gelu(head.dense(hidden)))), head.decoder
-    raise InputError(
-        f"{type(model).__name__} has no masked-language head (cls, vocab_transform or lm_head); "
-        "load it with AutoModelForPreTraining"
-    )
+    family = families.of(model.config.model_type)
+    head = family.masked_lm
+    try:
+        dense, norm, decoder = (model.get_submodule(name) for name in (head.dense, head.norm, head.decoder))
+    except AttributeError:
+        raise InputError(
+            f"{type(model).__name__} has no masked-language head ({head.decoder}); load it with AutoModelForPreTraining"
+        ) from None
+    activation = ACT2FN[head.activation or getattr(model.config, family.keys.activation)]
+    return (lambda hidden: norm(activation(dense(hidden)))), decoder
 
 
 def _nsp_head(model: PreTrainedModel) -> nn.Linear | None:
-    return getattr(getattr(model, "cls", None), "seq_relationship", None)
+    name = families.of(model.config.model_type).next_sentence
+    return dict(model.named_modules()).get(name) if name else None
 
 
 def _nsp_logits(model: PreTrainedModel, states: Any) -> Tensor:

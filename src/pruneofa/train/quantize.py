@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pruneofa.errors import InputError
+from pruneofa.families import attention_input, base_name, embedding_weights, is_encoder_weight
 from pruneofa.formats import pattern
-from pruneofa.formats.manifest import EMBEDDINGS, SHARED_INPUT
-from pruneofa.formats.pattern import base_name, is_encoder_weight
 from pruneofa.formats.scales import Quantization, QuantizationArgs
 from pruneofa.formats.scales import codes as check_codes
 from pruneofa.train.fake_quant import Codes, CodesLinear, Rows, exact, input_scale, weight_codes, weight_scale
@@ -60,7 +59,7 @@ class FakeQuantizer:
             for name, module in modules.items()
             if isinstance(module, nn.Linear) and (name == pattern.POOLER or is_encoder_weight(name, 2))
         }
-        found = {n: m for n, m in modules.items() if isinstance(m, nn.Embedding) and n in EMBEDDINGS}
+        found = {n: m for n, m in modules.items() if isinstance(m, nn.Embedding) and n in embedding_weights()}
         self.tables = found if embeddings else {}
         for name, module in self.linears.items():
             module.forward = partial(self._linear, name, module)
@@ -289,5 +288,4 @@ class FakeQuantizer:
 
 def input_name(name: str) -> str:
     """Name of what a linear reads: query, key and value of a layer read the same."""
-    shared = SHARED_INPUT.fullmatch(name)
-    return f"{shared[1]}.input" if shared else f"{name.removesuffix('.weight')}.input"
+    return f"{attention_input(name) or name.removesuffix('.weight')}.input"

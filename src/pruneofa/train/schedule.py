@@ -47,7 +47,7 @@ def rewound_lr(step: int, *, total: int, warmup: int, begin: int, end: int, inte
 
 
 def cyclic_lr(step: int, *, total: int, warmup: int, begin: int, end: int, interval: int, floor: float = 0.01) -> float:
-    """Multiple of the peak rate: every interval falls from the peak to `floor` of it (oBERT's deep rewind).
+    """Multiple of the peak rate: every interval falls from the peak to `floor` of it (Kurtic et al. 2022).
 
     The cycles run from `begin` to `end`; after that one linear fall leads to 0 at `total`. The peak holds
     between warmup and `begin`. Raises InputError when `end` leaves no steps after it.

@@ -35,7 +35,7 @@ class StageTrainer(Trainer):
 
     The objective divides every loss by counts taken over the whole optimizer step, all micro-batches and
     ranks, so neither accumulation nor the number of processes changes a loss or a gradient
-    (transformers would scale both for BERT heads).
+    (transformers would scale both for some heads).
     """
 
     loss_is_scaled_for_ga = True

@@ -1,0 +1,79 @@
+"""The head of masked language modeling: the likeliest tokens at each mask."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pruneofa.engine import reference
+from pruneofa.engine.load import Float, Weights
+from pruneofa.engine.tokenizer import Text, TextTokenizer, Tokens
+from pruneofa.errors import InputError
+from pruneofa.formats.architecture import Architecture, masked_lm_bias
+
+TOP_TOKENS = 5  # of a masked position, as transformers' fill-mask pipeline gives
+_VOCABULARY_BLOCK = 4096  # rows of the word embeddings that are widened to float32 at a time
+
+
+class MaskedLM:
+    """The likeliest tokens at each mask; the vocabulary is computed there only."""
+
+    def __init__(self, weights: Weights, architecture: Architecture, tokenizer: TextTokenizer) -> None:
+        family = architecture.family
+        head = family.masked_lm
+        self._dense = weights.dense(head.dense)
+        self._norm = weights.norm(head.norm)
+        self._epsilon = architecture.epsilon
+        self._activation = reference.ACTIVATIONS[head.activation or architecture.activation]
+        self._tied = weights.table(architecture.tables["word"])
+        own = f"{head.decoder}.weight"
+        self._decoder = weights.plain(own) if own in weights else None
+        self._bias = weights.plain(masked_lm_bias(family, weights))
+        self._tokenizer = tokenizer
+
+    def prepare(
+        self, tokenizer: TextTokenizer, texts: Sequence[Text], names: Sequence[str], *, truncate: bool
+    ) -> list[Tokens]:
+        """Tokens of each text. Raises InputError if one has no mask, or the tokenizer knows of none."""
+        tokens = tokenizer.sequences(texts, names, truncate=truncate)
+        if tokenizer.mask_id is None:
+            raise InputError(
+                "the tokenizer has no mask token to fill in; name it as mask_token in tokenizer_config.json"
+            )
+        for sequence, name in zip(tokens, names, strict=True):
+            if not (sequence.ids == tokenizer.mask_id).any():
+                mask = tokenizer.token(tokenizer.mask_id)
+                raise InputError(
+                    f"{name} has no {mask}, which this masked-LM fills in; put {mask} where a word is wanted"
+                )
+        return tokens
+
+    def reduce(self, hidden: Float, tokens: Tokens) -> Float:
+        """The masked positions, (masks, hidden)."""
+        return hidden[tokens.ids == self._tokenizer.mask_id]
+
+    def results(
+        self, reduced: Sequence[Float], tokens: Sequence[Tokens], texts: Sequence[Any]
+    ) -> list[list[dict[str, Any]]]:
+        """For each text a list with {"label", "score", "scores": {token: score}} of each mask, best tokens first."""
+        probabilities = iter(reference.softmax(self._logits(np.concatenate(reduced))))
+        return [[self._best_tokens(next(probabilities)) for _ in masks] for masks in reduced]
+
+    def _logits(self, x: Float) -> Float:
+        x = reference.layer_norm(self._activation(self._dense(x)), *self._norm, self._epsilon)
+        if self._decoder is not None:
+            return x @ self._decoder.T + self._bias
+        blocks = []
+        for begin in range(0, len(self._bias), _VOCABULARY_BLOCK):
+            ids = np.arange(begin, min(begin + _VOCABULARY_BLOCK, len(self._bias)), dtype=np.int32)
+            blocks.append(x @ self._tied.rows(ids).T)
+        return np.concatenate(blocks, axis=1) + self._bias
+
+    def _best_tokens(self, scores: Float) -> dict[str, Any]:
+        best: dict[str, float] = {}
+        for index in np.argsort(-scores, kind="stable"):
+            best.setdefault(self._tokenizer.token(int(index)), float(scores[index]))  # parts of a character look alike
+            if len(best) == TOP_TOKENS:
+                break
+        label = next(iter(best))
+        return {"label": label, "score": best[label], "scores": best}

@@ -1,0 +1,303 @@
+"""What config.json says about a model, checked, and which tensors it then has to have.
+
+Packing and the engine refuse the same models, because both ask here.
+"""
+
+from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pruneofa import families
+from pruneofa.errors import InputError, short
+from pruneofa.families import Family, Task
+from pruneofa.formats.sentence import cross_encoder_activation
+
+ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The checked settings of a model.
+
+    Attributes:
+        name: the transformers class, or the model type of a bare encoder; for messages.
+        pad_id: id of the padding token, where positions are counted from it; otherwise None: positions from 0.
+        types: number of token types; 0 without them.
+        labels: names of the classes in order, empty where the config gives none.
+        problem_type: of classification: "regression", "single_label_classification",
+            "multi_label_classification" or None, which the number of labels decides.
+    """
+
+    name: str
+    family: Family
+    task: Task
+    hidden: int
+    layers: int
+    heads: int
+    inner: int
+    epsilon: float
+    activation: str
+    pad_id: int | None
+    types: int
+    labels: tuple[str, ...]
+    problem_type: str | None
+
+    @property
+    def tables(self) -> dict[str, str]:
+        """{"word" | "position" | "token_type": canonical name of the embedding table}."""
+        return {name: f"{module}.weight" for name, module in self.family.tables.items()}
+
+    @property
+    def first_position(self) -> int:
+        """Row of the position table of a sequence's first token; the rows before it are never used."""
+        return 0 if self.pad_id is None else self.family.first_position(self.pad_id)
+
+    def positions(self, ids: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Row of the position table of each token of one sequence, (tokens,)."""
+        if self.pad_id is None:
+            return np.arange(len(ids), dtype=np.int32)
+        counted = ids != self.pad_id
+        return (np.cumsum(counted) * counted + self.pad_id).astype(np.int32)
+
+    def layer(self, index: int) -> dict[str, str]:
+        """{field of `Layer`: canonical name of the module} of one layer."""
+        return {field: f"{self.family.layers}.{index}.{name}" for field, name in self.family.layer.modules().items()}
+
+    def linear_shape(self, field: str) -> tuple[int, int]:
+        """(outputs, inputs) of the linear layer that is this field of `Layer`."""
+        wide = {"intermediate": (self.inner, self.hidden), "output": (self.hidden, self.inner)}
+        return wide.get(field, (self.hidden, self.hidden))
+
+
+def read_architecture(config: Mapping[str, Any], where: Any) -> Architecture:
+    """Check a config.json and take from it what the engine needs; errors begin with `where`.
+
+    Raises:
+        InputError: an unknown architecture or activation, relative positions, a decoder, or a size that is
+            missing or no positive integer.
+    """
+    family, task, name = _family_and_task(config, where)
+    if config.get("is_decoder") or config.get("add_cross_attention"):
+        raise InputError(
+            f"{where}: config.json describes a decoder (is_decoder, add_cross_attention), wanted an encoder; "
+            "run this model with transformers"
+        )
+    kind = config.get("position_embedding_type", "absolute")
+    if kind != "absolute":
+        raise InputError(f"{where}: position_embedding_type is {short(kind)} in config.json, wanted 'absolute'; "
+                         "models with relative positions run in transformers only")  # fmt: skip
+    activation = config.get(family.keys.activation, "gelu")
+    if activation not in ACTIVATIONS:
+        raise InputError(
+            f"{where}: activation {short(activation)} in config.json, wanted one of {', '.join(ACTIVATIONS)}; "
+            "run this model with transformers"
+        )
+    hidden = _size(config, family.keys.hidden, where)
+    heads = _size(config, family.keys.heads, where)
+    if hidden % heads:
+        raise InputError(
+            f"{where}: hidden size {hidden} in config.json is not divisible by {heads} heads; mend the file"
+        )
+    epsilon = config.get("layer_norm_eps", 1e-12) if family.epsilon is None else family.epsilon
+    if not isinstance(epsilon, float) or not 0 < epsilon < 1:
+        raise InputError(f"{where}: layer_norm_eps is {short(epsilon)} in config.json, wanted a number such as 1e-12")
+    counted = family.positions_after_padding
+    return Architecture(
+        name=name,
+        family=family,
+        task=task,
+        hidden=hidden,
+        layers=_size(config, family.keys.layers, where),
+        heads=heads,
+        inner=_size(config, family.keys.inner, where),
+        epsilon=epsilon,
+        activation=activation,
+        pad_id=_size(config, "pad_token_id", where, least=0, default=1) if counted else None,
+        types=_size(config, "type_vocab_size", where, default=2) if family.token_types else 0,
+        labels=_labels(config, where),
+        problem_type=_cross_encoder(config, where, task) or _problem_type(config, where),
+    )
+
+
+def check_tensors(architecture: Architecture, shapes: Mapping[str, Shape], where: Any, *, head: bool = True) -> None:
+    """Check that a model has every tensor that its architecture needs, and no layer beyond.
+
+    Args:
+        architecture: of its config.json.
+        shapes: {canonical name: shape} of all its tensors.
+        where: what an error begins with.
+        head: whether the task's head is needed; otherwise only the encoder.
+
+    Raises:
+        InputError: a tensor is missing or of another shape, a layer is more than config.json counts, or the classifier
+            has another number of classes than config.json names.
+    """
+    for name, shape in [*_encoder(architecture, shapes), *(_head(architecture, shapes) if head else ())]:
+        if name not in shapes:
+            raise _missing(name, shapes, architecture, where)
+        if not _fits(shapes[name], shape):
+            raise InputError(
+                f"{where}: {name} has shape {_text(shapes[name])}, config.json wants {_text(shape)}; "
+                "weights and config belong to different models"
+            )
+    check_layers(architecture.family, architecture.layers, shapes, where)
+    if head and architecture.task in ("classification", "token classification"):
+        rows = shapes[_classifier(architecture)][0]
+        if architecture.labels and len(architecture.labels) != rows:
+            raise InputError(
+                f"the classifier has {rows} classes, id2label in config.json names {len(architecture.labels)}; "
+                "weights and config belong to different models"
+            )
+
+
+def check_layers(family: Family, layers: int, names: Iterable[str], where: Any) -> None:
+    """Check that no tensor is of a layer beyond the `layers` that config.json counts.
+
+    Args:
+        names: canonical names.
+
+    Raises:
+        InputError: it names the first such tensor.
+    """
+    beyond = sorted(name for name in names if (families.layer_index(name) or 0) >= layers)
+    if beyond:
+        raise InputError(
+            f"{where}: got the tensor {beyond[0]}, config.json wants {layers} layers ({family.keys.layers}); copy the "
+            "config.json that was saved with these weights, or save model and config again with model.save_pretrained"
+        )
+
+
+def masked_lm_bias(family: Family, names: Container[str]) -> str:
+    """Which of the names that a decoder's bias may have is there; the first one if none is."""
+    biases = family.masked_lm.biases
+    return next((name for name in biases if name in names), biases[0])
+
+
+def _encoder(architecture: Architecture, shapes: Mapping[str, Shape]) -> Iterator[tuple[str, Shape]]:
+    """(canonical name, shape) of every tensor of the encoder; -1 stands for any size."""
+    hidden = architecture.hidden
+    for index in range(architecture.layers):
+        for field, name in architecture.layer(index).items():
+            shape = (hidden,) if field.endswith("_norm") else architecture.linear_shape(field)
+            yield f"{name}.weight", shape
+            yield f"{name}.bias", shape[:1]
+    rows = {"token_type": architecture.types}
+    for table, name in architecture.tables.items():
+        yield name, (rows.get(table, -1), hidden)
+    yield from _linear(architecture.family.embedding_norm, (hidden,))
+
+
+def _head(architecture: Architecture, shapes: Mapping[str, Shape]) -> Iterator[tuple[str, Shape]]:
+    """The same of the task's head."""
+    family, hidden = architecture.family, architecture.hidden
+    match architecture.task:
+        case "classification":
+            yield from _linear(family.classification.dense, (hidden, hidden))
+            yield from _classes(_classifier(architecture), hidden, shapes)
+        case "token classification":
+            yield from _classes(_classifier(architecture), hidden, shapes)
+        case "question answering":
+            yield from _linear(family.question_answering, (2, hidden))
+        case "masked-LM":
+            head, rows = family.masked_lm, _rows(shapes, architecture.tables["word"])
+            yield from _linear(head.dense, (hidden, hidden))
+            yield from _linear(head.norm, (hidden,))
+            if f"{head.decoder}.weight" in shapes:  # otherwise tied to the word embeddings
+                yield f"{head.decoder}.weight", (rows, hidden)
+            yield masked_lm_bias(family, shapes), (rows,)
+
+
+def _linear(module: str, shape: Shape) -> Iterator[tuple[str, Shape]]:
+    yield f"{module}.weight", shape
+    yield f"{module}.bias", shape[:1]
+
+
+def _classes(weight: str, hidden: int, shapes: Mapping[str, Shape]) -> Iterator[tuple[str, Shape]]:
+    yield weight, (-1, hidden)
+    yield weight.removesuffix("weight") + "bias", (_rows(shapes, weight),)
+
+
+def _classifier(architecture: Architecture) -> str:
+    family = architecture.family
+    classification = architecture.task == "classification"
+    return f"{family.classification.output if classification else family.token_classification}.weight"
+
+
+def _rows(shapes: Mapping[str, Shape], name: str) -> int:
+    return shapes[name][0] if shapes.get(name) else -1
+
+
+def _missing(name: str, shapes: Mapping[str, Shape], architecture: Architecture, where: Any) -> InputError:
+    stem, _, last = name.rpartition(".")
+    if (old := f"{stem}.module.{last}") in shapes:
+        return InputError(
+            f"{where}: got the tensor {old}, a name of torch's quantization-aware training, wanted "
+            f"{name}; convert the model to a plain one, or take '.module' out of the names"
+        )
+    return InputError(
+        f"{where}: no tensor {name}, which {architecture.name} has; "
+        "the weights belong to another model, or were not fine-tuned for this task"
+    )
+
+
+def _fits(got: Shape, wanted: Shape) -> bool:
+    return len(got) == len(wanted) and all(size in (-1, have) for size, have in zip(wanted, got, strict=True))
+
+
+def _text(shape: Shape) -> str:
+    return "x".join("N" if size == -1 else str(size) for size in shape)
+
+
+def _family_and_task(config: Mapping[str, Any], where: Any) -> tuple[Family, Task, str]:
+    architectures = config.get("architectures")
+    if not architectures:  # a bare encoder, if the model type is known
+        family = families.find(config.get("model_type"))
+        if family is None:
+            raise InputError(
+                f"{where}: config.json has no architectures and model_type {short(config.get('model_type'))}, "
+                f"wanted one of {', '.join(families.model_types())}"
+            )
+        return family, "embedding", f"a {family.model_type} encoder"
+    name = architectures[0] if isinstance(architectures, list) else architectures
+    found = families.by_class(name)
+    if found is None:
+        raise InputError(
+            f"{where}: architecture {short(name)} in config.json, wanted one of {', '.join(families.classes())}; "
+            "save the model with one of these heads, or run it with transformers"
+        )
+    return *found, name
+
+
+def _size(config: Mapping[str, Any], key: str, where: Any, *, least: int = 1, default: int | None = None) -> int:
+    value = config.get(key, default)
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**31:
+        raise InputError(f"{where}: {key} is {short(value)} in config.json, wanted an integer of at least {least}")
+    return value
+
+
+def _labels(config: Mapping[str, Any], where: Any) -> tuple[str, ...]:
+    names = config.get("id2label") or {}
+    try:
+        by_id = {int(index): str(name) for index, name in names.items()}
+        return tuple(by_id[index] for index in range(len(by_id)))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise InputError(f"{where}: id2label in config.json is no table of 0, 1, ... to names; mend the file") from None
+
+
+def _problem_type(config: Mapping[str, Any], where: Any) -> str | None:
+    known = ("regression", "single_label_classification", "multi_label_classification")
+    value = config.get("problem_type")
+    if value is not None and value not in known:
+        raise InputError(f"{where}: problem_type is {short(value)} in config.json, wanted one of {', '.join(known)}")
+    return value
+
+
+def _cross_encoder(config: Mapping[str, Any], where: Any, task: Task) -> str | None:
+    """The problem type whose scores are those of a cross-encoder's activation; None where config.json names none."""
+    activation = cross_encoder_activation(config, where) if task == "classification" else None
+    return {"Identity": "regression", "Sigmoid": "multi_label_classification", None: None}[activation]

@@ -1,0 +1,174 @@
+"""What a sentence-transformers folder says beside its encoder: how texts are cut and pooled."""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pruneofa.errors import InputError, short
+from pruneofa.formats.files import read_json, read_json_list
+
+Pooling = Literal["cls", "mean", "max"]
+Activation = Literal["Identity", "Sigmoid"]
+
+MODULES, PROMPTS, TEXTS = "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"
+FILES = (MODULES, PROMPTS, TEXTS)
+KINDS = ("Transformer", "Pooling", "Normalize")
+_ELSEWHERE = "run this model with sentence-transformers"
+_OLD_POOLING = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+_ACTIVATIONS: dict[str, Activation] = {
+    "torch.nn.modules.linear.Identity": "Identity",
+    "torch.nn.Identity": "Identity",
+    "torch.nn.modules.activation.Sigmoid": "Sigmoid",
+    "torch.nn.Sigmoid": "Sigmoid",
+}
+
+
+@dataclass(frozen=True)
+class Module:
+    """One step of a sentence-transformers model: its kind, one of KINDS, and the folder of its settings."""
+
+    kind: str
+    path: str
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """How a text becomes one vector.
+
+    Attributes:
+        pooling: over the hidden states of all tokens.
+        normalize: whether vectors get length 1.
+        truncate_dim: how many numbers of a vector are kept, after that; None: all.
+        max_seq_length: most tokens of a text, special ones included; None: as many as the encoder takes.
+        do_lower_case: whether texts are put in lower case first.
+        prompt: what is put before every text.
+    """
+
+    pooling: Pooling
+    normalize: bool
+    truncate_dim: int | None
+    max_seq_length: int | None
+    do_lower_case: bool
+    prompt: str
+
+
+def read_sentence(folder: Path) -> Sentence | None:
+    """What a sentence-transformers folder says; None of any other folder, and of one without pooling.
+
+    Raises:
+        InputError: a module, a pooling mode or a setting that is not supported.
+    """
+    modules = {module.kind: module.path for module in read_modules(folder)}
+    if "Pooling" not in modules:
+        return None
+    texts, prompts, tokenizer = (_optional(folder / name) for name in (TEXTS, PROMPTS, "tokenizer_config.json"))
+    return Sentence(
+        pooling=_pooling(folder / modules["Pooling"] / "config.json"),
+        normalize="Normalize" in modules,
+        truncate_dim=_truncate_dim(prompts, folder / PROMPTS),
+        max_seq_length=_max_seq_length(texts, tokenizer, folder),
+        do_lower_case=texts.get("do_lower_case") is True,
+        prompt=_prompt(prompts, folder / PROMPTS),
+    )
+
+
+def read_modules(folder: Path) -> list[Module]:
+    """The modules of a sentence-transformers folder in order; none of any other folder.
+
+    Raises InputError for one that is not among KINDS, or that lies elsewhere than in a folder beside modules.json.
+    """
+    file = folder / MODULES
+    return [_module(entry, file) for entry in read_json_list(file)] if file.is_file() else []
+
+
+def cross_encoder_activation(config: Mapping[str, Any], where: object) -> Activation | None:
+    """What a cross-encoder puts on its logits; None where config.json names nothing.
+
+    Raises InputError, which begins with `where`, for another function.
+    """
+    key, table = "sentence_transformers.activation_fn", config.get("sentence_transformers")
+    name = table.get("activation_fn") if isinstance(table, Mapping) else None
+    if name is None:
+        key = "sbert_ce_default_activation_function"
+        name = config.get(key)
+    if name is None:
+        return None
+    if not isinstance(name, str) or name not in _ACTIVATIONS:
+        raise InputError(
+            f"{where}: {key} is {short(name)} in config.json, wanted Identity or Sigmoid of torch.nn; {_ELSEWHERE}"
+        )
+    return _ACTIVATIONS[name]
+
+
+def _optional(file: Path) -> dict[str, Any]:
+    return read_json(file) if file.is_file() else {}
+
+
+def _module(entry: Any, file: Path) -> Module:
+    kind, path = (entry.get("type"), entry.get("path")) if isinstance(entry, dict) else (None, None)
+    if not isinstance(kind, str) or not isinstance(path, str):
+        raise InputError(f"{file}: module {short(entry)}, wanted an object with type and path; copy the file again")
+    kind = kind.rsplit(".", 1)[-1]
+    if kind not in KINDS:
+        raise InputError(f"{file}: module {short(kind)}, wanted only {', '.join(KINDS)}; {_ELSEWHERE}")
+    if not re.fullmatch(r"[\w-]{0,99}", path, re.ASCII):  # no file outside the folder is read or written
+        raise InputError(
+            f"{file}: the path of {kind} is {short(path)}, wanted a folder beside the file such as '1_Pooling'; "
+            "copy the file again"
+        )
+    return Module(kind, path)
+
+
+def _pooling(file: Path) -> Pooling:
+    settings = read_json(file)
+    if settings.get("include_prompt") is False:
+        raise InputError(f"{file}: include_prompt is false, wanted a model that pools its prompt too; {_ELSEWHERE}")
+    mode = settings.get("pooling_mode", [new for old, new in _OLD_POOLING.items() if settings.get(old)] or "mean")
+    mode = mode[0] if isinstance(mode, list) and len(mode) == 1 else mode
+    if mode not in ("cls", "mean", "max"):
+        raise InputError(f"{file}: pooling is {short(mode)}, wanted one of cls, mean, max; {_ELSEWHERE}")
+    return mode
+
+
+def _truncate_dim(prompts: Mapping[str, Any], file: Path) -> int | None:
+    value = prompts.get("truncate_dim")
+    if value is not None and (type(value) is not int or value < 1):
+        raise InputError(
+            f"{file}: truncate_dim is {short(value)}, wanted an integer of at least 1 or null; mend the file"
+        )
+    return value
+
+
+def _max_seq_length(texts: Mapping[str, Any], tokenizer: Mapping[str, Any], folder: Path) -> int | None:
+    """max_seq_length, else the tokenizer's model_max_length, as sentence-transformers has it."""
+    for settings, name, key in (
+        (texts, TEXTS, "max_seq_length"),
+        (tokenizer, "tokenizer_config.json", "model_max_length"),
+    ):
+        if value := settings.get(key):
+            # model_max_length is 1e30 where no length is known.
+            if type(value) not in (int, float) or not 1 <= value < math.inf:
+                raise InputError(f"{folder / name}: {key} is {short(value)}, wanted a number of at least 1")
+            return int(value)
+    return None
+
+
+def _prompt(prompts: Mapping[str, Any], file: Path) -> str:
+    """What is put before a text where the caller names no prompt."""
+    named = prompts.get("prompts") or {}
+    if not isinstance(named, dict):
+        raise InputError(f"{file}: prompts is {short(named)}, wanted a JSON object of names to texts")
+    prompt = named.get(str(prompts.get("default_prompt_name"))) or ""
+    if not isinstance(prompt, str):
+        raise InputError(f"{file}: the prompt is {short(prompt)}, wanted a text")
+    return prompt

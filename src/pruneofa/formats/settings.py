@@ -1,0 +1,48 @@
+"""The files beside the weights of a model: configuration, tokenizer, and how sentences are pooled."""
+
+import shutil
+from pathlib import Path
+
+from pruneofa import families
+from pruneofa.formats import sentence
+from pruneofa.formats.files import read_json
+
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+              "vocab.txt", "vocab.json", "merges.txt")  # fmt: skip
+
+
+def copy_settings(source: Path, target: Path) -> None:
+    """Copy configuration and tokenizer, and what sentence-transformers needs to know how to pool.
+
+    Raises InputError for a module that is not known here.
+    """
+    for name in ("config.json", *_TOKENIZER, *sentence.FILES):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    for module in sentence.read_modules(source):
+        if module.path and (source / module.path).is_dir():
+            (target / module.path).mkdir(exist_ok=True)
+            if (source / module.path / "config.json").is_file():
+                shutil.copyfile(source / module.path / "config.json", target / module.path / "config.json")
+
+
+def without_tokenizer(folder: Path) -> str:
+    """What to say of a folder without tokenizer.json.
+
+    transformers can convert the slow tokenizer's files, but without them it makes up a vocabulary of a few tokens.
+    """
+    known = {}
+    for name in ("config.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            known |= read_json(folder / name)
+    slow = families.tokenizer_files(str(known.get("tokenizer_class") or known.get("model_type")))
+    what = f"{folder}: no tokenizer.json in it, which the engine needs"
+    if all((folder / name).is_file() for name in slow):
+        return (
+            f'{what}; write it with: python -c "from transformers import AutoTokenizer; '
+            f"AutoTokenizer.from_pretrained('{folder}').save_pretrained('{folder}')\""
+        )
+    return (
+        f"{what}, nor {' and '.join(slow)} to make it from; copy tokenizer.json and tokenizer_config.json into it from "
+        "the model that it was made from"
+    )

@@ -1,0 +1,51 @@
+"""The tensors of a Hugging Face folder that packing takes: by canonical name, as float32."""
+
+from pathlib import Path
+
+import numpy as np
+
+from pruneofa import families
+from pruneofa.errors import InputError
+from pruneofa.formats.manifest import SOURCE_DTYPES, canonical_name, kind_of
+from pruneofa.formats.pattern import POOLER
+from pruneofa.formats.tensors import StoredTensor, read_tensor, tensors_of, weight_files
+
+Source = dict[str, tuple[str, StoredTensor]]  # {canonical name: (name in the source, where it lies)}
+
+_BUFFERS = ("position_ids", "token_type_ids")  # integers that transformers makes anew
+
+
+def source_tensors(folder: Path) -> Source:
+    """{canonical name: (name in the source, where it lies)} of every floating-point tensor."""
+    found: Source = {}
+    for file in weight_files(folder):
+        for original, stored in tensors_of(file):
+            name = canonical_name(original)
+            if stored.dtype not in SOURCE_DTYPES:
+                if name.split(".")[-1] in _BUFFERS:
+                    continue
+                wanted = ", ".join(SOURCE_DTYPES)
+                raise InputError(f"{file}: {original} has dtype {stored.dtype}; wanted {wanted}: convert the model")
+            if 0 in stored.shape:
+                raise InputError(f"{file}: {original} has shape {list(stored.shape)}, no number in it; save it again")
+            if name in found:
+                raise InputError(f"{file}: {original} and {found[name][0]} are both {name}; keep only one of them")
+            found[name] = original, stored
+    return found
+
+
+def source_prefix(folder: Path, found: Source) -> str:
+    """What stands before the names of the encoder's linears in the source: the prefix of the base model."""
+    for name, (original, stored) in sorted(found.items()):
+        if name != POOLER and kind_of(name, len(stored.shape)) == "linear":
+            return original.removesuffix(name)
+    raise InputError(f"{folder}: {families.without_encoder()}")
+
+
+def read_float(original: str, stored: StoredTensor) -> np.ndarray:
+    """A tensor as float32, which holds every float16 and bfloat16 exactly. Raises InputError for NaN and infinity."""
+    weight = read_tensor(original, stored).astype(np.float32, copy=False)
+    if not np.isfinite(weight).all():
+        count = weight.size - int(np.count_nonzero(np.isfinite(weight)))
+        raise InputError(f"{stored.file}: {original} has {count} NaN or infinite; wanted numbers: train again")
+    return weight

@@ -1,0 +1,132 @@
+"""The tensor file of a packed folder, compressed or not, read by what the manifest says must be in it.
+
+The sizes come first: nothing is allocated before the file has shown that it holds as many bytes.
+"""
+
+import contextlib
+import os
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pruneofa.errors import InputError, first_line
+from pruneofa.formats.files import MAX_JSON, parse_json
+from pruneofa.formats.layout import Slot, layout
+from pruneofa.formats.manifest import AGAIN, MANIFEST, MAX_WINDOW, METADATA, Manifest, is_count
+
+DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I8": "i1", "U8": "u1"}
+_CHUNK = 1 << 20  # a decompressor makes a copy of what it gives
+
+
+def read_arrays(file: Path, manifest: Manifest) -> dict[str, np.ndarray]:
+    """Every tensor of the file that the manifest implies, each in memory of its own."""
+    slots = layout(manifest.tensors, manifest.precision)
+    size = manifest.sizes.file
+    with _opened(file, manifest) as raw:
+        stream = _Stream(raw, file)
+        length = int.from_bytes(stream.take(8).tobytes(), "little")
+        data = sum(slot.nbytes for slot in slots.values())
+        if length > MAX_JSON or 8 + length + data != size:
+            wanted = f"{size - 8 - data}, as {MANIFEST} says"
+            raise InputError(f"{file}: a header of {length} bytes; wanted {wanted}; {AGAIN}")
+        arrays = {}
+        for name in _checked_header(stream.take(length).tobytes(), slots, str(file)):
+            slot = slots[name]
+            arrays[name] = stream.take(slot.nbytes).view(DTYPES[slot.dtype]).reshape(slot.shape)
+        if raw.read(1):
+            raise InputError(f"{file}: goes on after the {size} bytes that {MANIFEST} says; {AGAIN}")
+    if (checksum := f"crc32:{stream.crc:08x}") != manifest.checksum:
+        raise InputError(f"{file}: damaged: {checksum}, but {manifest.checksum} in {MANIFEST}; {AGAIN}")
+    return arrays
+
+
+class _Stream:
+    """Exact numbers of bytes of `raw`, an open file or a zstd reader, and the CRC-32 of all that was taken."""
+
+    def __init__(self, raw: Any, file: Path) -> None:
+        self.raw, self.file, self.crc, self.taken = raw, file, 0, 0
+
+    def take(self, count: int) -> np.ndarray:
+        """The next `count` bytes, as an array of its own. Raises InputError where the file ends."""
+        buffer = np.empty(count, np.uint8)
+        view, done = buffer.data, 0
+        while done < count:
+            if not (got := self.raw.readinto(view[done : done + _CHUNK])):
+                raise InputError(f"{self.file}: ends after {self.taken + done} bytes; {AGAIN}")
+            done += got
+        self.taken += count
+        self.crc = zlib.crc32(buffer.data, self.crc)
+        return buffer
+
+
+@contextlib.contextmanager
+def _opened(file: Path, manifest: Manifest) -> Iterator[Any]:
+    """The tensor file as a stream of its bytes before compression, once its size is what the manifest says."""
+    sizes = manifest.sizes
+    wanted = sizes.compressed if manifest.compression else sizes.file
+    try:
+        with open(file, "rb") as raw:
+            if (size := os.fstat(raw.fileno()).st_size) != wanted:
+                raise InputError(f"{file}: {size} bytes; wanted {wanted}, as {MANIFEST} says; {AGAIN}")
+            if not manifest.compression:
+                yield raw
+                return
+            from pruneofa.formats.zstd import DecompressionParameter, ZstdError, ZstdFile, get_frame_info, window_size
+
+            try:
+                head = raw.read(64)
+                size, window = get_frame_info(head).decompressed_size, window_size(head)
+                if size != sizes.file or window > MAX_WINDOW:
+                    stated = f"{'an unknown number of' if size is None else size} bytes with a window of {window}"
+                    raise InputError(
+                        f"{file}: unpacks to {stated}; wanted {sizes.file} and at most {MAX_WINDOW}; {AGAIN}"
+                    )
+                raw.seek(0)
+                limit = {DecompressionParameter.window_log_max: MAX_WINDOW.bit_length() - 1}
+                with ZstdFile(raw, options=limit) as reader:
+                    yield reader
+            except (ZstdError, EOFError) as error:
+                raise InputError(f"{file}: not a whole zstd file ({first_line(error)}); {AGAIN}") from None
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror or first_line(error)}); {AGAIN}") from None
+
+
+def _checked_header(raw: bytes, slots: Mapping[str, Slot], where: str) -> list[str]:
+    """The names of a safetensors header in the order of their bytes; it must say of each what the manifest implies."""
+    found = parse_json(raw, f"{where}: header", AGAIN)
+    if not raw.startswith(b"{"):
+        raise InputError(f"{where}: header does not begin with an object; {AGAIN}")
+    if found.pop("__metadata__", None) != METADATA:
+        raise InputError(f"{where}: header has no __metadata__ of {METADATA}; {AGAIN}")
+    for name in [name for name in slots if name not in found] + [name for name in found if name not in slots]:
+        holds, lacks = (MANIFEST, "the header") if name in slots else ("the header", MANIFEST)
+        raise InputError(f"{where}: tensor {ascii(name)[:99]} is in {holds}, but not in {lacks}; {AGAIN}")
+    places = []
+    for name, slot in slots.items():
+        entry = found[name]
+
+        def want(good: bool, got: Any, wanted: str, name: str = name) -> None:
+            if not good:
+                raise InputError(f"{where}: header: {name}: {ascii(got)[:80]}; wanted {wanted}; {AGAIN}")
+
+        good = isinstance(entry, dict) and set(entry) == {"dtype", "shape", "data_offsets"}
+        want(good, entry, "dtype, shape and data_offsets")
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        want(dtype == slot.dtype, dtype, f"dtype {slot.dtype}")
+        want(_is_counts(shape) and tuple(shape) == slot.shape, shape, f"shape {list(slot.shape)}")
+        good = _is_counts(offsets) and len(offsets) == 2 and offsets[1] - offsets[0] == slot.nbytes
+        want(good, offsets, f"data_offsets of {slot.nbytes} bytes")
+        places.append((offsets[0], offsets[1], name))
+    end = 0
+    for start, stop, name in sorted(places):
+        if start != end:
+            raise InputError(f"{where}: header: {name} starts at {start}; wanted {end}, no hole or overlap; {AGAIN}")
+        end = stop
+    return [name for *_, name in sorted(places)]
+
+
+def _is_counts(value: Any) -> bool:
+    return isinstance(value, list) and all(map(is_count, value))
