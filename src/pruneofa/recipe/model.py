@@ -77,8 +77,16 @@ class Teacher(_Optimization):
 
 
 class Prune(_Optimization):
-    """Student pruning: gradual magnitude pruning with distillation and learning-rate rewinding."""
+    """Student pruning: gradual magnitude pruning with distillation and learning-rate rewinding.
 
+    With score hessian the weights are pruned at once, before the first step: begin, end, stop, interval, initial and
+    rewind are not used, and the steps train what is left with its pattern locked.
+    """
+
+    score: Literal["magnitude", "hessian"] = Field(
+        "magnitude", description="gradual, smallest weights; or at once, layer by layer, by what their inputs need"
+    )
+    calibration: Positive = Field(512, description="examples that score hessian sees")
     begin: Annotated[int, Field(ge=0)] = Field(0, description="first step at which weights are pruned")
     end: Positive | None = Field(None, description="step at which the final sparsity is reached (default: half)")
     stop: Positive | None = Field(None, description="last step that may select the mask anew (default: 80 %)")
@@ -103,17 +111,24 @@ class Prune(_Optimization):
             raise ValueError(f"stop is {self.stop} but must be between end ({self.end}) and steps ({self.steps})")
         if self.initial > self.final:
             raise ValueError(f"initial is {self.initial} but must not exceed final ({self.final})")
-        if self.rewind == "sawtooth" and self.end - self.begin >= self.steps - int(self.steps * self.warmup):
+        gradual = self.score == "magnitude"
+        if (
+            gradual
+            and self.rewind == "sawtooth"
+            and self.end - self.begin >= self.steps - int(self.steps * self.warmup)
+        ):
             raise ValueError(
                 f"end - begin is {self.end - self.begin} of {self.steps} steps and leaves none for the learning "
                 "rate to decay; lower end or raise steps"
             )
-        if self.rewind == "sawtooth" and (peak := self._peak_rate()) > RATE_WARNING:
+        if gradual and self.rewind == "sawtooth" and (peak := self._peak_rate()) > RATE_WARNING:
             warnings.warn(
                 f"prune: rewinding raises the learning rate to {peak:.2f} times lr, {peak * self.lr:.3g}; "
                 "lower lr, warmup or end if that is not wanted",
                 stacklevel=2,
             )
+        if self.score == "hessian" and self.scope == "global":
+            raise ValueError("score hessian prunes layer by layer; set scope to uniform")
         if ":" in self.pattern:
             kept, group = map(int, self.pattern.split(":"))
             if not 0 < kept < group or abs(self.final - (1 - kept / group)) > 1e-9:

@@ -16,11 +16,13 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pruneofa.data import corpus as corpora
-from pruneofa.formats.files import read_json, write_json
+from pruneofa.data.examples import IGNORED
+from pruneofa.formats.files import new_folder, read_json, write_json
 from pruneofa.recipe import Corpus, Distill, Prune, Teacher
 from pruneofa.run.stage import Job, Model, Outcome, unused
 from pruneofa.train.callbacks import LockCallback, PruningCallback
 from pruneofa.train.device import processes
+from pruneofa.train.layerwise import prune_layerwise
 from pruneofa.train.models import load_for_pretraining, load_tokenizer, set_dropout
 from pruneofa.train.objective import PretrainingObjective
 from pruneofa.train.prune import GradualPruner
@@ -28,6 +30,8 @@ from pruneofa.train.schedule import cyclic_lr, linear_lr, rewound_lr
 from pruneofa.train.trainer import batches, train
 
 VALIDATION_EXAMPLES = 512
+CALIBRATION_BATCH = 32
+UNUSED_BY_CONTROL = ("lr", "begin", "end", "stop", "interval", "initial", "rewind", "score", "calibration")
 SOURCE = unused("source")  # where the text lies does not matter: what it says is an input
 
 
@@ -56,7 +60,7 @@ class PruneSettings:
 class ControlSettings:
     """How the control is trained: pruned at once, so without a schedule, with each of several learning rates."""
 
-    prune: Prune = field(metadata=unused("lr", "begin", "end", "stop", "interval", "initial", "rewind"))
+    prune: Prune = field(metadata=unused(*UNUSED_BY_CONTROL))
     distill: Distill
     rates: tuple[float, ...]
     corpus: Corpus = field(metadata=SOURCE)
@@ -96,12 +100,45 @@ def prepare_teacher(settings: TeacherSettings, job: Job, *, model: Model, text: 
 
 
 def prune_student(settings: PruneSettings, job: Job, *, teacher: Model, text: Text) -> Outcome:
-    """Student pruning: gradual magnitude pruning, distilled from the prepared teacher it starts from."""
+    """Student pruning, distilled from the prepared teacher it starts from.
+
+    By score magnitude gradually, while it trains; by score hessian at once, then it trains with its pattern locked.
+    """
     transformers.set_seed(settings.seed)
     objective = student_objective(teacher.path, settings.prune, settings.distill, nsp=text.spec.nsp)
-    pruning = PruningCallback(**schedule(settings.prune))
+    if settings.prune.score == "hessian":
+        _prune_at_once(objective.student, teacher, settings, text, job.work / "pruned")
+        pruning: Any = LockCallback()
+    else:
+        pruning = PruningCallback(**schedule(settings.prune))
     clock = _train(objective, settings.prune, text, learning_rate(settings.prune), settings, job, [pruning])
     return Outcome(objective.student, text.tokenizer, validate(objective, text, settings), **clock)
+
+
+def _prune_at_once(student: PreTrainedModel, teacher: Model, settings: PruneSettings, text: Text, folder: Path) -> None:
+    """Prune the student layer by layer, or load what an interrupted run pruned; `folder` keeps it."""
+    if processes().is_main_process and not folder.exists():
+        device = processes().device
+        dense = load_for_pretraining(teacher.path, nsp=text.spec.nsp).to(device)
+        student.to(device)
+        data = text.built.train(settings.prune.calibration, seed=settings.seed)
+        given = [_unmasked(batch, device) for batch in batches(data, text.collate, CALIBRATION_BATCH)]
+        prune, training = settings.prune, student.training
+        prune_layerwise(student, dense, given, final=prune.final, pattern=prune.pattern, skip=prune.skip)
+        student.train(training)
+        with new_folder(folder) as temporary:
+            student.save_pretrained(temporary)
+    processes().wait_for_everyone()
+    pruned = load_for_pretraining(str(folder), nsp=text.spec.nsp)
+    student.load_state_dict(pruned.state_dict())
+
+
+def _unmasked(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    """A batch of masked-LM training as the text that it was made of."""
+    ids, labels = batch["input_ids"], batch["labels"]
+    whole = {name: batch[name] for name in ("attention_mask", "token_type_ids") if name in batch}
+    whole["input_ids"] = torch.where(labels != IGNORED, labels, ids)
+    return {name: value.to(device) for name, value in whole.items()}
 
 
 def train_control(settings: ControlSettings, job: Job, *, teacher: Model, text: Text) -> Outcome:
@@ -160,7 +197,7 @@ def schedule(settings: Prune) -> dict[str, Any]:
 def learning_rate(settings: Prune) -> Callable[[int], float]:
     """The multiple of the peak learning rate as a function of the step (method.md A2)."""
     warmup = int(settings.steps * settings.warmup)
-    if settings.rewind == "none":
+    if settings.rewind == "none" or settings.score == "hessian":
         return partial(linear_lr, total=settings.steps, warmup=warmup)
     rewound = rewound_lr if settings.rewind == "sawtooth" else cyclic_lr
     times = {"begin": settings.begin, "end": settings.end, "interval": settings.interval}
