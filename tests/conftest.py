@@ -1,5 +1,4 @@
 import os
-from collections.abc import Iterator
 
 import pytest
 
@@ -14,9 +13,11 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 
 
 @pytest.fixture
-def peers_without_torch() -> Iterator[None]:
-    """Every peer of a benchmark is our engine, which starts in a tenth of the time."""
+def peers_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every peer of a benchmark is our engine, which starts in a tenth of the time.
+
+    By the test's own `monkeypatch`, so that what the test patches on top is taken back before this.
+    """
     from tests.peers import without_torch
 
-    with without_torch():
-        yield
+    without_torch(monkeypatch)

@@ -1,23 +1,17 @@
 """Processes of peers that start at once."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pytest
 
 from pruneofa.bench.peers import OURS, Peer
 from pruneofa.bench.workers import Worker
 
 
-@contextmanager
-def without_torch() -> Iterator[None]:
+def without_torch(patch: pytest.MonkeyPatch) -> None:
     """The process of every peer runs our engine: all that bench does with it is the same, without torch's imports."""
     ask = Worker.ask
 
     def ask_ours(worker: Worker, do: str, **arguments: object) -> dict:
         return ask(worker, do, **arguments | {name: OURS for name in ("peer", "key") if name in arguments})
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Worker, "ask", ask_ours)
-        patch.setattr(Peer, "missing", lambda peer, elsewhere=False: [])
-        yield
+    patch.setattr(Worker, "ask", ask_ours)
+    patch.setattr(Peer, "missing", lambda peer, elsewhere=False: [])

@@ -110,7 +110,7 @@ def test_wrong_tasks_and_folders_are_refused(root, command, call, tmp_path):
     line = last(call(*command[:2], tmp_path / "out", *command[3:], "--ptq", "--observer", "median"))
     assert "observer is 'median': input should be 'minmax' or 'percentile'" in line
     line = last(call("quantize", tmp_path / "nowhere", *rest, "--ptq"))
-    assert "nowhere: neither a folder nor a model on the hub" in line
+    assert "nowhere: no such folder" in line
     assert sorted(path.name for path in tmp_path.iterdir()) == ["others.csv"]
 
 

@@ -62,7 +62,8 @@ def weights(folder):
 
 @pytest.fixture(scope="module", autouse=True)
 def _peers_without_torch():
-    with without_torch():
+    with pytest.MonkeyPatch.context() as patch:
+        without_torch(patch)
         yield
 
 

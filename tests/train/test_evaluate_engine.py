@@ -98,7 +98,7 @@ def test_classification(tmp_path, own, family, order):
     ours = logits_of(module._engine_forward(engine, task, data), len(data))
     model = load_task_model(folder, "classification")
     with torch.no_grad():
-        theirs = logits_of(module._forward(model, task, data, 16, "fp32"), len(data))
+        theirs = logits_of(module._forward(model, task, data, 16, "fp32", "t"), len(data))
     np.testing.assert_allclose(np.array(ours), np.array(theirs), rtol=1e-4, atol=1e-4)
     assert evaluate_engine(engine, task) == evaluate_model(model, task)
 
@@ -113,7 +113,7 @@ def test_question_answering(tmp_path, questions, family):
     ours = logits_of(module._engine_forward(engine, task, data), len(data))
     model = load_task_model(folder, "qa")
     with torch.no_grad():
-        theirs = logits_of(module._forward(model, task, data, 4, "fp32"), len(data))
+        theirs = logits_of(module._forward(model, task, data, 4, "fp32", "t"), len(data))
     for mine, other, length in zip(ours, theirs, data.lengths, strict=True):
         assert [len(part) for part in mine] == [length, length]
         np.testing.assert_allclose(mine, [part[:length] for part in other], rtol=1e-4, atol=1e-4)
@@ -144,7 +144,7 @@ def test_the_engine_predicts_the_answers_that_are_evaluated(tmp_path, questions)
 
 def _no_grad(model, task, data):
     with torch.no_grad():
-        yield from module._forward(model, task, data, 64, "fp32")
+        yield from module._forward(model, task, data, 64, "fp32", "t")
 
 
 def test_known_tasks_give_the_same_metrics_as_torch(tmp_path):
