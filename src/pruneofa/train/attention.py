@@ -1,8 +1,8 @@
 """Attention that trains faster than PyTorch's in bfloat16 on a CPU.
 
-There `scaled_dot_product_attention` computes its backward pass, and with dropout everything, mostly outside matrix
-units. Written out, with every step in bfloat16, a whole training step takes a quarter to a half less
-(`benchmarks/attention.py`). In float32 and on GPUs PyTorch's own is the better one.
+On a CPU, `scaled_dot_product_attention` computes its backward pass, and with dropout the forward pass too, mostly
+without the matrix units. Written as separate bfloat16 operations, a whole training step takes a quarter to a half less
+time (`benchmarks/attention.py`). In float32 and on GPUs PyTorch's implementation is faster.
 """
 
 from typing import Any
@@ -30,17 +30,17 @@ def bf16_attention(
     """softmax(q·kᵀ·scaling)·v in the interface of transformers' attention functions.
 
     Args:
-        module: the attention layer that calls.
-        query: (batch, heads, seq, head) of any float type; anything but bfloat16 is left to PyTorch.
+        module: the attention layer that calls this function.
+        query: (batch, heads, seq, head), any float dtype; dtypes other than bfloat16 are passed on to PyTorch.
         key: the same shape.
         value: the same shape.
-        attention_mask: bool, broadcastable to (batch, heads, seq, seq), True where attention may look; or None.
+        attention_mask: bool, broadcastable to (batch, heads, seq, seq), True where a position is attended to; or None.
         dropout: probability at which attention weights are dropped.
         scaling: factor of the scores; 1/√head where None.
         options: passed on.
 
     Returns:
-        (batch, seq, heads, head) of the query's type, and None for the weights.
+        (batch, seq, heads, head) in the query's dtype, and None in place of the attention weights.
     """
     if query.dtype != torch.bfloat16 or (attention_mask is not None and attention_mask.dtype != torch.bool):
         return sdpa_attention_forward(
@@ -59,5 +59,5 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def use_bf16_attention(model: PreTrainedModel) -> None:
-    """Let `model` attend with `bf16_attention` from now on; the folder it is saved to does not know."""
+    """Make `model` use `bf16_attention` from now on; the setting is not saved with the model."""
     model.set_attn_implementation(NAME)

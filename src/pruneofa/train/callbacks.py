@@ -34,7 +34,7 @@ def _verify_end(mask_state: PatternLock | GradualPruner, model: nn.Module, saved
     for file in sorted(saved.rglob("model*.safetensors")) if saved is not None else ():
         with safe_open(file, framework="pt") as stored:
             for name in stored.keys():  # noqa: SIM118 (no mapping)
-                # A wrapper around a transformers model, as of sentence-transformers, saves names without its own part.
+                # Wrappers such as sentence-transformers save the parameters without their own name prefix.
                 if any(full.endswith(f".{name.removeprefix('student.')}") for full in names):
                     mask_state.verify_in({name: stored.get_tensor(name)}, str(file))
 
@@ -42,8 +42,8 @@ def _verify_end(mask_state: PatternLock | GradualPruner, model: nn.Module, saved
 class PruningCallback(TrainerCallback):
     """Gradual magnitude pruning in any `transformers.Trainer`: masks follow `cubic_sparsity`.
 
-    The pruner's state is written into every checkpoint, and found again when training resumes from one
-    in the same `output_dir`. Arguments are those of `GradualPruner`.
+    The pruner's state is written into every checkpoint and restored when training resumes from one in the same
+    `output_dir`. Takes the arguments of `GradualPruner`.
     """
 
     def __init__(self, **schedule: Any) -> None:
@@ -54,7 +54,7 @@ class PruningCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Attach to the model; on resume, take masks and dense values from the checkpoint."""
+        """Attach to the model; on resume, load masks and dense values from the checkpoint."""
         if self.pruner is not None:
             self.pruner.release()
         self._saved = None
@@ -159,7 +159,7 @@ class QuantizeCallback(TrainerCallback):
         self.freeze = freeze
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Take the ranges from the checkpoint that training resumes from."""
+        """On resume, load the ranges from the checkpoint."""
         if state.global_step == 0:
             return
         file = checkpoint_path(args.output_dir, state.global_step, OBSERVER_FILE)
@@ -168,7 +168,7 @@ class QuantizeCallback(TrainerCallback):
         self.quantizer.load_state_dict(read_state(file))
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Freeze the observers after their share of the steps; the first step always observes."""
+        """Freeze the observers after their share of the steps; they always observe the first step."""
         self.quantizer.observing = state.global_step < max(1, int(self.freeze * state.max_steps))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

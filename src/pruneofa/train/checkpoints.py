@@ -19,7 +19,7 @@ CLOCK_FILE = "clock.json"
 
 
 def read_state(file: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file of a checkpoint. Raises InputError when it is damaged."""
+    """The tensors of one safetensors file of a checkpoint. Raises InputError when it is damaged."""
     try:
         return safetensors.torch.load_file(file)
     except SafetensorError as error:
@@ -57,7 +57,7 @@ def remove_damaged(folder: Path) -> None:
 
 
 def _damage(checkpoint: Path) -> str | None:
-    """What keeps training from resuming here, "file: reason", or None after every file has been read."""
+    """Why training cannot resume from this checkpoint, as "file: reason"; None if every file could be read."""
     for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json", CLOCK_FILE):
         if not (checkpoint / name).is_file():
             return f"{name}: missing"
@@ -65,18 +65,18 @@ def _damage(checkpoint: Path) -> str | None:
         try:
             _read_whole(file)
         except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-            if "allocate" in str(error):  # short of memory here: nothing is known of the file
+            if "allocate" in str(error):  # out of memory: this says nothing about the file
                 raise
             return f"{file.name}: {first_line(error)}"
         except OSError as error:
-            if error.errno != errno.EINVAL:  # torch looks for the archive's directory before the start of a short file
+            if error.errno != errno.EINVAL:  # torch seeks before the start of a truncated archive
                 raise
             return f"{file.name}: cut short"
     return None
 
 
 def _read_whole(file: Path) -> None:
-    """Read a file of a checkpoint in the way resuming does, one tensor at a time where its format allows."""
+    """Read a file of a checkpoint as resuming does, one tensor at a time where the format allows it."""
     if file.suffix == ".safetensors":
         with safe_open(file, framework="pt") as stored:
             for name in stored.keys():  # noqa: SIM118 (no mapping)

@@ -8,7 +8,7 @@ from pruneofa.errors import InputError
 
 def processes() -> PartialState:
     """The processes that train together: one, or those that torchrun started."""
-    # Without `cpu`, accelerate takes the ranks of a machine that has no GPU for processes on their own.
+    # Without `cpu`, accelerate treats the ranks on a machine without a GPU as independent processes.
     return PartialState(cpu=not torch.cuda.is_available())
 
 

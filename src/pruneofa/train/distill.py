@@ -1,7 +1,7 @@
 """Distillation losses: pure functions of logits and hidden states, and a head that never stores all logits.
 
-What a training step adds up over micro-batches and ranks is returned as a *sum*; the caller divides by a
-count taken over the whole optimizer step. Only `kd_loss`, which users call in their own loops, is a mean.
+Losses are returned as *sums*, so that a training step can add them over micro-batches and ranks; the caller divides
+by a count taken over the whole optimizer step. Only `kd_loss`, which users call in their own loops, is a mean.
 """
 
 from collections.abc import Sequence
@@ -30,8 +30,8 @@ def kd_terms(
         student_logits: (..., classes) of any float type.
         teacher_logits: the same shape; it gets no gradient.
         temperature: T above 0. T² keeps the size of the gradient independent of T.
-        classes: bool, broadcastable to the logits; False classes take no part on either side, whatever
-            values (even NaN) stand there. A position without any class contributes 0.
+        classes: bool, broadcastable to the logits; False classes are ignored in both models, whatever their
+            values (even NaN). A position without any class contributes 0.
 
     Returns:
         (...) float32 (float64 for float64 logits).
@@ -151,11 +151,11 @@ def fused_head_losses(
 ) -> HeadLosses:
     """Cross-entropy and T²·KL of a vocabulary head, without ever holding the logits of all positions.
 
-    Chunk by chunk of rows: student and teacher logits, both losses, and at once the gradients with respect to
-    `hidden`, `weight` and `bias`, so that the logits of a chunk can be thrown away before the next one. The
-    backward pass only multiplies. Matrix products run in the autocast type where autocast is on, softmax in
+    For each chunk of rows the forward pass computes student and teacher logits, both losses, and the gradients with
+    respect to `hidden`, `weight` and `bias`, so that the logits can be freed before the next chunk. The backward
+    pass only scales these gradients. Matrix products run in the autocast dtype where autocast is on, softmax in
     float32 (float64 for float64 inputs). `loss = hard_scale·hard + kd_scale·kd`; the scales are inputs and
-    not factors applied later, because the two gradients are added up in one buffer.
+    not factors applied later, because both gradients are accumulated in one buffer.
 
     Args:
         hidden: (rows, width), the input of the decoder: the rows that have a label first, then the others.
@@ -163,10 +163,10 @@ def fused_head_losses(
         bias: (vocabulary) or None.
         labels: int64 (m), m ≤ rows: the labels of the first m rows. None or empty: no hard loss.
         hard_scale: weight of the hard loss, usually weight / count; a 0-d tensor avoids a device sync.
-        teacher: (hidden (rows, width'), weight (vocabulary, width'), bias) of the teacher: distils every row.
-            None: no KD.
-        temperature: T of the KD.
-        kd_scale: weight of the KD loss; not 0 (leave the teacher out instead).
+        teacher: (hidden (rows, width'), weight (vocabulary, width'), bias) of the teacher, used for every row;
+            None for no distillation.
+        temperature: T of the distillation.
+        kd_scale: weight of the distillation loss; must not be 0 (pass no teacher instead).
         chunk_rows: rows of logits that exist at once.
 
     Returns:
@@ -317,7 +317,7 @@ def _replace_by_gradient(
 
 
 def _with_bias(logits: Tensor, bias: Tensor | None) -> Tensor:
-    """Logits in the type of the softmax; the bias is added in that type, on the slice that is in the cache."""
+    """Logits in the dtype of the softmax; the bias is added in that dtype, on the slice that is in the cache."""
     return logits.to(_softmax_dtype(logits.dtype)) if bias is None else logits + bias
 
 
@@ -332,7 +332,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 def _scaled(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(hidden / T, weight, bias / T) of a linear layer, so that its output is z / T; the bias in softmax type."""
+    """(hidden / T, weight, bias / T) of a linear layer, whose output is then z / T; the bias in the softmax dtype."""
     bias = None if bias is None else bias.to(_softmax_dtype(dtype)) / temperature
     return (hidden / temperature).to(dtype), weight.to(dtype), bias
 

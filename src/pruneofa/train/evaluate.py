@@ -31,10 +31,10 @@ from pruneofa.train.quantize import FakeQuantizer
 TorchPrecision = Literal["fp32", "bf16"]
 # Features, and the logits of each: one (classes,) row, or start and end of at least as many tokens as it has.
 Batch = tuple[NDArray[np.int64], tuple[Sequence[NDArray[np.float32]] | NDArray[np.float32], ...]]
-_FULL_LENGTH = 128  # tokens per row that batch_size is meant for; shorter rows go in larger batches
-_MOST = 8  # times batch_size, at most
-_ENGINE_ROWS = 256  # a step of the progress bar; the engine cuts batches for itself
-ANNOUNCED = 2.0  # seconds: an evaluation that takes longer says so before it starts
+_FULL_LENGTH = 128  # row length in tokens that batch_size refers to; shorter rows are batched in larger numbers
+_MOST = 8  # largest batch of short rows, as a multiple of batch_size
+_ENGINE_ROWS = 256  # rows per step of the progress bar; the engine forms its own batches
+ANNOUNCED = 2.0  # seconds: the expected time of a longer evaluation is printed before it starts
 _PROBE_TOKENS = 1024
 _TARGETS = ("labels", "start_positions", "end_positions")
 
@@ -54,20 +54,20 @@ def evaluate(
 ) -> dict[str, float]:
     """Metrics of the task model in the folder (or hub id) `path`; see `evaluate_model`.
 
-    A folder that `pruneofa quantize` made is computed in the engine's int8 arithmetic, by torch too, unless
+    A folder that `pruneofa quantize` made is evaluated in the engine's int8 arithmetic, in torch too, unless
     `precision` is fp32.
-    Labels are compared by name, the model's own names, so that another order of class ids does no harm.
-    Of data without validation rows the tenth counts that training would hold out, so that the number compares
-    with those of models trained on it; `whole` takes all rows. How many there were goes to stderr.
+    Classes are matched by the model's label names, so the order of its class ids does not matter.
+    If the data have no validation rows, the tenth is evaluated that training would hold out, so that the result is
+    comparable with models trained on these data; `whole` evaluates all rows. The number of rows is printed on stderr.
 
     Args:
-        precision: of torch fp32 (default) or bf16; of the engine int8 (default) or fp32.
-        engine: compute by `pruneofa.Engine`, as a packed folder always is; otherwise by torch.
-        threads: of the engine; `isa` likewise, see `Engine.from_pretrained`.
+        precision: fp32 (default) or bf16 for torch; int8 (default) or fp32 for the engine.
+        engine: compute with `pruneofa.Engine`, which packed folders always use; otherwise with torch.
+        threads: number of threads of the engine; for this and `isa` see `Engine.from_pretrained`.
 
     Raises:
-        InputError: the folder has no trained head for this kind of task, or other labels; wrong data; or
-            settings of the engine for torch, or the other way round.
+        InputError: the folder has no trained head for this kind of task or has other labels, the data are wrong,
+            or settings of the engine are given for torch or the reverse.
     """
     kind: Literal["classification", "qa"] = "qa" if name == "squad" else "classification"
     data = {"data_root": data_root, "whole": whole}
@@ -118,7 +118,7 @@ def load_task_model(path: str | Path, kind: Literal["classification", "qa"]) -> 
     """Load a fine-tuned model onto the GPU if there is one, in float32.
 
     Raises:
-        InputError: nothing loadable there, or weights are not in the file or of another shape, and would be random.
+        InputError: no model can be loaded, or weights are missing or of another shape and would be random.
     """
     from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification
 
@@ -143,18 +143,18 @@ def evaluate_model(
     precision: TorchPrecision = "fp32",
     name: str | None = None,
 ) -> dict[str, float]:
-    """Metrics of `model` on the evaluation rows of `task`, in percent; more than seconds are announced on stderr.
+    """Metrics of `model` on the evaluation rows of `task`, in percent; a long evaluation is announced on stderr.
 
     Args:
         model: a transformers model with a sequence-classification or question-answering head, on any device.
         task: as `load_task` returns it.
-        batch_size: rows of 128 tokens per forward pass; shorter rows are taken more at a time.
+        batch_size: rows of 128 tokens per forward pass; batches of shorter rows are larger.
         precision: bf16 runs the forward pass under autocast.
         name: what the progress bar calls it; default: the task's name.
 
     Returns:
-        accuracy (SST-2, QNLI), accuracy and accuracy_mm (MNLI), accuracy and f1 (QQP: of the class
-        duplicate; a task of one's own: macro average), or exact_match and f1 (SQuAD).
+        accuracy (SST-2, QNLI), accuracy and accuracy_mm (MNLI), accuracy and f1 (QQP: f1 of the class
+        duplicate; other classification tasks: macro average), or exact_match and f1 (SQuAD).
     """
     columns = label_order(model.config, task) if task.kind == "classification" else None
     name = f"evaluate {name or task.name}"
@@ -167,9 +167,9 @@ def evaluate_model(
 
 
 def evaluation_seconds(model: torch.nn.Module, task: Task, *, precision: TorchPrecision = "fp32") -> float:
-    """About how long `evaluate_model` takes here, from a few inputs of median length.
+    """Estimated seconds of `evaluate_model` on this machine, from timing a few inputs of median length.
 
-    One input alone is timed where that tells already that it takes less than ANNOUNCED seconds.
+    If timing one input shows that the evaluation takes less than ANNOUNCED seconds, no more are timed.
     """
     total = sum(int(data.lengths.sum()) for data in task.evaluations.values())
     data = next(iter(task.evaluations.values()))
@@ -177,7 +177,7 @@ def evaluation_seconds(model: torch.nn.Module, task: Task, *, precision: TorchPr
     length = int(data.lengths[rows[len(rows) // 2]])
     seconds = 0.0
     with _evaluating(model):
-        for count in (1, 1, max(1, _PROBE_TOKENS // length)):  # the very first pays for allocations
+        for count in (1, 1, max(1, _PROBE_TOKENS // length)):  # the first call includes one-time allocations
             middle = max(0, len(rows) // 2 - count // 2)
             chosen = rows[middle : middle + count]
             start = time.perf_counter()
@@ -189,15 +189,15 @@ def evaluation_seconds(model: torch.nn.Module, task: Task, *, precision: TorchPr
 
 
 def evaluate_engine(engine: Engine, task: Task) -> dict[str, float]:
-    """What `evaluate_model` gives, of an engine whose head is for this kind of task."""
+    """The metrics of `evaluate_model`, computed by an engine whose head is for this kind of task."""
     columns = _order(engine.labels, task) if task.kind == "classification" else None
     return _metrics(task, columns, lambda data: _engine_forward(engine, task, data))
 
 
 def evaluate_by_engine(folder: Path, task: Task, precision: EnginePrecision) -> dict[str, Any]:
-    """Metrics of a task model by the engine on the validation rows of `task`, in percent, and what computed them.
+    """Metrics of a task model on the validation rows of `task`, in percent, by the engine, and the kernels used.
 
-    An int8 model is packed first, as it would be deployed, which gives its sizes: see `_sizes`.
+    An int8 model is first packed, as for deployment, and its sizes are included: see `_sizes`.
     """
     how: dict[str, Any] = {"precision": precision, "pruneofa": __version__}
     if precision == "fp32":
@@ -211,7 +211,7 @@ def evaluate_by_engine(folder: Path, task: Task, precision: EnginePrecision) -> 
 
 
 def _sizes(manifest: Manifest) -> dict[str, int]:
-    """Bytes of a packed model: of its encoder's linear weights, scales counted, and of all its tensors."""
+    """Bytes of a packed model: of the encoder's linear weights including their scales, and of all tensors."""
     sizes = manifest.sizes
     assert sizes.compressed is not None and sizes.compressed_encoder is not None
     return {
@@ -238,10 +238,10 @@ def _metrics(task: Task, columns: list[int] | None, forward: Callable[[TaskData]
 
 
 def label_order(config: Any, task: Task) -> list[int]:
-    """For each of the task's labels the model's class id: `logits[:, order]` follows `task.labels`.
+    """The model's class id of each label of the task: `logits[:, order]` follows `task.labels`.
 
-    Names are compared without case. A model whose labels were never named (LABEL_0, ...) is taken to be in
-    the task's order, for want of anything better.
+    Names are compared case-insensitively. A model whose labels were never named (LABEL_0, ...) is assumed to have
+    the task's order.
 
     Raises:
         InputError: the model has other labels.
@@ -254,7 +254,7 @@ def _order(theirs: list[str], task: Task) -> list[int]:
         return list(range(len(theirs)))
     ids = {name.lower(): index for index, name in enumerate(theirs)}
     wanted = [label.lower() for label in task.labels]
-    if len(ids) != len(theirs) or len(set(wanted)) != len(wanted):  # case tells some labels apart
+    if len(ids) != len(theirs) or len(set(wanted)) != len(wanted):  # some labels differ only in case
         ids, wanted = {name: index for index, name in enumerate(theirs)}, task.labels
     if sorted(ids) != sorted(wanted):
         raise InputError(
@@ -298,7 +298,7 @@ def _answers(task: Task, data: TaskData, batches: Iterator[Batch]) -> tuple[list
             chars = windows.chars[windows.bounds[index] : windows.bounds[index + 1]]
             span = squad.best_span(start[: len(chars)], end[: len(chars)], chars)
             row = int(windows.row[index])
-            # Batches come in order of length: of equal scores the first window's counts, as in the engine's answer.
+            # Batches are ordered by length. Between equal scores the first window wins, as in the engine.
             if span is not None and (row not in best or (span[0], -index) > best[row][:2]):
                 best[row] = (span[0], -index, *span[1:])
     contexts = data.rows.column("context").to_pylist()
@@ -309,7 +309,7 @@ def _answers(task: Task, data: TaskData, batches: Iterator[Batch]) -> tuple[list
 def _forward(
     model: torch.nn.Module, task: Task, data: TaskData, batch_size: int, precision: TorchPrecision, name: str
 ) -> Iterator[Batch]:
-    """Yield (features, logits) of batches of similar length, longest first: what does not fit fails at once.
+    """Yield (features, logits) of batches of similar length, longest first, so that running out of memory shows early.
 
     Logits are float32: one (batch, classes) array, or start and end of shape (batch, tokens).
     """
@@ -339,7 +339,7 @@ def _logits(
 
 
 def _engine_forward(engine: Engine, task: Task, data: TaskData) -> Iterator[Batch]:
-    """Like `_forward`; of question answering every window has its own number of tokens."""
+    """Like `_forward`; in question answering the logits of each window have their own number of tokens."""
     order = np.argsort(-data.lengths, kind="stable")
     with progress(f"evaluate {task.name}", len(order)) as advance:
         for begin in range(0, len(order), _ENGINE_ROWS):
@@ -353,7 +353,7 @@ def _engine_forward(engine: Engine, task: Task, data: TaskData) -> Iterator[Batc
 
 @contextlib.contextmanager
 def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """eval() and no_grad for the block; the training mode comes back afterwards."""
+    """eval() and no_grad inside the block; the training mode is restored afterwards."""
     training = model.training
     model.eval()
     try:

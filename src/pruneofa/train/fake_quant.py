@@ -1,7 +1,7 @@
 """Fake quantization as pure functions: the int8 arithmetic of the engine on tensors, with straight-through gradients.
 
-A quantized linear multiplies whole numbers, codes less their zero point, which bfloat16 holds exactly. Gradients
-pass as if nothing had been rounded, and are 0 where a value was cut off at the end of its range.
+A quantized linear multiplies integers (codes minus their zero point), which bfloat16 represents exactly. The gradient
+of rounding is 1; the gradient of a value that was clipped is 0.
 """
 
 from collections.abc import Iterator
@@ -12,15 +12,15 @@ from torch import Tensor
 
 from pruneofa.formats.packed import MAX_SCALE
 
-_CHUNK = 1 << 17  # numbers worked on together: temporaries stay in cache, and there are enough for all threads
-_EXACT = 2**24  # float32 sums of whole numbers are exact below
+_CHUNK = 1 << 17  # elements processed at a time: temporaries stay in cache, and all threads have work
+_EXACT = 2**24  # float32 sums of integers are exact below this
 _SMALLEST = 2.0**-149
 
 
 def weight_scale(weight: Tensor, strategy: str) -> Tensor:
-    """Scales float32 (rows,) of a weight (rows, columns): max|row| / 127, or max|weight| / 127.5 for all rows.
+    """Scales, float32 (rows,), of a weight (rows, columns): max|row| / 127, or max|weight| / 127.5 for all rows.
 
-    1 for a row (a weight) of zeros; at the ends of float32 kept where neither 1 / scale nor 127 scale is infinite.
+    The scale of an all-zero row (or weight) is 1. Scales are clamped so that 1 / scale and 127 * scale are finite.
     """
     largest = torch.maximum(weight.amax(1), -weight.amin(1)).float()
     if strategy == "tensor":
@@ -30,13 +30,13 @@ def weight_scale(weight: Tensor, strategy: str) -> Tensor:
 
 
 def weight_codes(weight: Tensor, scale: Tensor, strategy: str) -> Tensor:
-    """Codes of a weight, whole numbers in float32: clip(rint(weight / scale), -127, 127), of a tensor from -128."""
+    """Integer codes, float32 (rows, columns): clip(rint(weight / scale), -127, 127), from -128 for strategy tensor."""
     lowest = -128 if strategy == "tensor" else -127
     return (weight.float() / scale[:, None]).round_().clamp_(lowest, 127)
 
 
 def input_scale(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and zero point, float32, of uint8 activations from `low` to `high`, a range made to include 0."""
+    """Scale and zero point, float32, of uint8 activations in [low, high], extended to include 0."""
     low, high = low.float().clamp(max=0), high.float().clamp(min=0)
     scale = (high - low) / 255.0
     scale = scale.masked_fill(scale == 0, 1.0)
@@ -44,7 +44,7 @@ def input_scale(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Codes(torch.autograd.Function):
-    """Whole numbers clip(rint(x / scale) + zero_point, 0, 255) - zero_point in a type that holds them exactly."""
+    """Integers clip(rint(x / scale) + zero_point, 0, 255) - zero_point, in a dtype that represents them exactly."""
 
     @staticmethod
     def forward(
@@ -53,16 +53,16 @@ class Codes(torch.autograd.Function):
         """Codes of the rows of `x`.
 
         Args:
-            ctx: autograd's.
-            x: (rows, columns) of any float type.
-            scale: float32 () or (rows, 1); `zero_point` likewise.
-            zero_point: of `x`.
-            low: least number of each row, (rows,); only rows that reach beyond the range pay for the gradient's mask.
-            high: greatest number of each row.
+            ctx: the autograd context.
+            x: (rows, columns), any float dtype.
+            scale: float32, shape () or (rows, 1).
+            zero_point: float32, shape of `scale`: the code of 0.
+            low: (rows,), minimum of each row. A gradient mask is stored only for rows with values outside the range.
+            high: (rows,), maximum of each row.
             dtype: float32 or bfloat16.
 
         Returns:
-            (rows, columns) of `dtype`. The gradient it expects is that of codes times scale.
+            (rows, columns) of `dtype`. `backward` expects the gradient with respect to codes * scale.
         """
         first, last = -zero_point, 255 - zero_point
         codes = torch.empty(x.shape, dtype=dtype, device=x.device)
@@ -80,7 +80,7 @@ class Codes(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradient itself, 0 where the code was cut off."""
+        """The gradient unchanged, and 0 where the code was clipped."""
         rows, outside = ctx.saved_tensors
         (gradient,) = gradients
         if len(rows):
@@ -103,20 +103,20 @@ class CodesLinear(torch.autograd.Function):
         each: Tensor,
         outside: Tensor | None,
     ) -> Tensor:
-        """The output of one quantized linear, in the type of `x`.
+        """The output of one quantized linear.
 
         Args:
-            ctx: autograd's.
-            x: `Codes` of the input, (rows, in).
-            weight: (out, in), only to be given its gradient.
+            ctx: the autograd context.
+            x: (rows, in), output of `Codes`.
+            weight: (out, in), the float weight; used only to return its gradient.
             bias: (out,) or None.
-            scale: of the input, () or (rows, 1) float32.
-            codes: of the weight, (out, in), of the type of `x`, or float64 where float32 sums would round.
-            each: scale of the weight, (out,) float32.
-            outside: where the weight was cut off, bool (out, in); None: nowhere.
+            scale: float32, shape () or (rows, 1), the scale of the input.
+            codes: (out, in), codes of the weight in the dtype of `x`, or in float64 where float32 sums would round.
+            each: float32 (out,), the scales of the weight.
+            outside: bool (out, in), True where the weight was clipped; None if nowhere.
 
         Returns:
-            (rows, out)
+            (rows, out), dtype of `x`.
         """
         y = x.to(codes.dtype) @ codes.t()
         if codes.dtype == torch.float64:
@@ -130,7 +130,7 @@ class CodesLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients as of a linear whose input and weight are codes times scale."""
+        """The gradients of a linear layer whose input and weight are the dequantized values (codes * scale)."""
         x, scale, codes, each, outside = ctx.saved_tensors
         (gradient,) = gradients
         for_x = for_weight = for_bias = None
@@ -149,32 +149,32 @@ class CodesLinear(torch.autograd.Function):
 
 
 class Rows(torch.autograd.Function):
-    """Rows of an embedding table, each rounded to its own 255 steps; a row's scale covers it, so nothing is cut off."""
+    """Fake-quantized rows of an embedding table, with one scale per row, which covers the row: nothing is clipped."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        """Codes times scale of every row of (..., columns)."""
+        """Dequantized rows, codes * scale, of x (..., columns)."""
         rows = x.reshape(-1, x.shape[-1])
         scale = weight_scale(rows, "channel")
         return (weight_codes(rows, scale, "channel") * scale[:, None]).view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        """The gradient itself."""
+        """The gradient unchanged (straight-through)."""
         return gradients[0]
 
 
 def exact(codes: Tensor) -> Tensor:
-    """Codes of a weight in a type whose sums of products with activations' codes are exact."""
+    """Codes of a weight in a dtype in which sums of products with activation codes are exact."""
     return codes if float(codes.abs().sum(1).max()) * 255 < _EXACT else codes.double()
 
 
 def _chunks(x: Tensor) -> Iterator[slice]:
-    """Rows of `x` that are worked on together; on a GPU all."""
+    """Slices of rows of `x` that are processed at a time; on a GPU one slice of all rows."""
     size = len(x) if x.is_cuda else max(1, _CHUNK // x.shape[1])
     return (slice(start, start + size) for start in range(0, len(x), size))
 
 
 def _of_rows(value: Tensor, rows: Any) -> Tensor:
-    """A number of all rows, or those of some rows."""
+    """`value` if it is a scalar, which applies to all rows; otherwise its entries for `rows`."""
     return value if value.ndim == 0 else value[rows]

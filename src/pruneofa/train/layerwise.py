@@ -1,13 +1,14 @@
-"""Layer-wise pruning with second-order information, in one shot: every linear keeps what its inputs need.
+"""Layer-wise one-shot pruning with second-order information (score: hessian).
 
-Each linear layer of the student is fitted so that it gives, on the inputs that it really gets behind the layers pruned
-before it, what the dense teacher's layer gives, with only the wanted share of non-zero weights:
+The linear layers of the student are pruned in the order of the forward pass. Each one solves a least-squares problem
+under a sparsity constraint: with the wanted share of non-zero weights, reproduce the output of the dense teacher's
+layer on the inputs that the student's layer receives from the layers pruned before it.
 
-    min over W with the mask:  mean ||x W^T - y||^2 + damping ||W - W_dense||^2
+    minimize over W:  mean ||x W^T - y||^2 + damping ||W - W_dense||^2,  subject to the sparsity of W
 
-x are the student's inputs and y the teacher's outputs; where a residual connection follows, y also makes good what the
-residual has lost. The mask is found by ADMM on this problem and the weights by conjugate gradients within the mask, as
-in ALPS (Meng et al. 2024, arXiv 2406.07831). Only forward passes are needed: minutes on a CPU for a small encoder.
+x is the student's input and y the teacher's output; where a residual connection follows, y also corrects the error of
+the residual. ADMM selects the mask and conjugate gradients solve for the remaining weights, as in ALPS (Meng et al.
+2024, arXiv 2406.07831). Only forward passes are needed: minutes on a CPU for a small encoder.
 """
 
 from collections.abc import Callable, Iterable
@@ -24,11 +25,11 @@ from pruneofa.families.family import Layer
 from pruneofa.progress import progress
 from pruneofa.train.masks import canonical_name, check_shape, magnitude_mask, prunable
 
-DAMPING = 0.01  # share of the mean squared input that is added to the diagonal
-ROUNDS = 30  # of ADMM
-FIRST_PENALTY, LAST_PENALTY = 0.03, 30.0  # of ADMM, rising geometrically; the inputs are scaled to variance 1
-SAME_PENALTY = 5  # rounds with one penalty, which share one inverse
-FITS = 20  # steps of conjugate gradients
+DAMPING = 0.01  # added to the diagonal of the moments, relative to its mean
+ROUNDS = 30  # ADMM iterations
+FIRST_PENALTY, LAST_PENALTY = 0.03, 30.0  # ADMM penalty, rising geometrically; the inputs are scaled to variance 1
+SAME_PENALTY = 5  # ADMM iterations that use the same penalty and hence the same matrix inverse
+FITS = 20  # conjugate-gradient iterations
 
 Select = Callable[[Tensor], Tensor]
 
@@ -43,21 +44,22 @@ def prune_layerwise(
     pattern: str = "unstructured",
     skip: Iterable[str] = (),
 ) -> None:
-    """Prune `student` in place, layer after layer; linears and their biases are fitted to `teacher`'s outputs.
+    """Prune `student` in place, layer by layer; its weights and biases are fitted to the outputs of `teacher`.
 
-    Needs memory for the layers' inputs and outputs of all batches, about 40 bytes per token and hidden unit.
+    The inputs and outputs of a layer are held for all batches: about 40 bytes per token and hidden unit.
 
     Args:
         student: starts as a copy of `teacher`; both are put into evaluation mode.
         teacher: the dense model.
-        batches: {"input_ids", "attention_mask", …} of text, on the models' device; some thousand tokens at least.
+        batches: {"input_ids", "attention_mask", …}, int64 (rows, tokens), on the models' device; at least some
+            thousand tokens of text in all.
         final: sparsity of every pruned weight, 0 to 1.
-        pattern: as of `masks.magnitude_mask`.
-        skip: regular expressions of weights that stay dense.
+        pattern: as in `masks.magnitude_mask`.
+        skip: regular expressions matching the names of weights that stay dense.
 
     Raises:
-        InputError: no encoder in the model, or a weight that does not divide into the pattern.
-        CheckFailed: the fit of a layer is not finite.
+        InputError: the model has no encoder, or the shape of a weight does not divide into the pattern's blocks.
+        CheckFailed: the fitted weight of a layer is not finite.
     """
     wanted = {canonical_name(name) for name in prunable(student, skip)}
     for name, weight in prunable(student, skip).items():
@@ -91,16 +93,16 @@ def prune_layerwise(
 
 
 def sparse_fit(weight: Tensor, moments: Tensor, products: Tensor, select: Select) -> Tensor:
-    """The weight with the wanted zeros that loses least: min mean ||x W^T - y||^2 + damping ||W - weight||^2.
+    """The sparse W that minimizes mean ||x W^T - y||^2 + damping ||W - weight||^2, with the mask found by ADMM.
 
     Args:
         weight: (out, in) float, dense.
-        moments: (in, in), mean of x^T x.
-        products: (in, out), mean of x^T y.
-        select: from scores (out, in) to a bool mask of what is kept.
+        moments: (in, in) float32, mean of x^T x.
+        products: (in, out) float32, mean of x^T y.
+        select: maps scores (out, in) to a bool mask (out, in), True = kept.
 
     Returns:
-        (out, in) float32; what the mask leaves out is +0.0.
+        (out, in) float32; pruned weights are +0.0.
     """
     identity = torch.eye(len(moments), device=moments.device)
     damping = DAMPING * moments.diagonal().mean().clamp_min(1e-12)
@@ -127,7 +129,7 @@ def sparse_fit(weight: Tensor, moments: Tensor, products: Tensor, select: Select
 
 
 def _fit_within(weight: Tensor, mask: Tensor, moments: Tensor, targets: Tensor) -> Tensor:
-    """Conjugate gradients for every row at once; weights outside the mask stay zero."""
+    """Minimize over the weights inside the mask by conjugate gradients, all rows at once; the others stay zero."""
     residual = (targets - weight @ moments) * mask
     direction = residual.clone()
     square = (residual**2).sum(1, keepdim=True)
@@ -144,7 +146,7 @@ def _fit_within(weight: Tensor, mask: Tensor, moments: Tensor, targets: Tensor) 
 
 @dataclass(frozen=True)
 class _Arguments:
-    """What a layer is called with: its hidden states, (rows, tokens, hidden), and whatever else."""
+    """Arguments of a layer's forward: hidden states (rows, tokens, hidden), other positional and keyword arguments."""
 
     hidden: Tensor
     others: tuple[Any, ...]
@@ -153,13 +155,13 @@ class _Arguments:
 
 @dataclass(frozen=True)
 class _Call:
-    """The arguments of a batch's layers, which are the same for every layer but for the hidden states."""
+    """The arguments of the layers for one batch: every layer gets the same ones except the hidden states."""
 
     arguments: _Arguments
-    real: Tensor  # bool (rows, tokens): not padding
+    real: Tensor  # bool (rows, tokens), False at padding
 
     def run(self, layer: nn.Module, hidden: Tensor, watch: Iterable[str], last: str | None = None) -> "_Seen":
-        """Call `layer` and keep input and output of the modules `watch`; stop after `last`, if it is given."""
+        """Call `layer` and record input and output of the submodules `watch`; stop after `last` if it is given."""
         seen: dict[str, tuple[Tensor, Tensor]] = {}
         hooks = []
         for name in watch:
@@ -184,18 +186,18 @@ class _Call:
 
 @dataclass(frozen=True)
 class _Seen:
-    """Output of a layer, None where it was stopped, and {module: (its input, its output)}, each (real tokens, …)."""
+    """Output of a layer, or None if it was stopped early, and {module: (input, output)}, each (real tokens, …)."""
 
     output: Any
     modules: dict[str, tuple[Tensor, Tensor]]
 
 
 class _EnoughError(Exception):
-    """Raised inside a forward pass when all that is wanted of it has been seen."""
+    """Raised inside a forward pass to stop it once everything needed has been recorded."""
 
 
 def _capture(model: nn.Module, batch: dict[str, Tensor], layer: nn.Module) -> tuple[_Arguments, dict[str, Tensor]]:
-    """What `layer` is called with when `model` reads the batch."""
+    """The arguments that `layer` receives in a forward pass of `model` on the batch, and the batch."""
     found = []
 
     def keep(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -222,8 +224,12 @@ def _prune_layer(
     wanted: set[str],
     select: Select,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Prune the linears of one layer in the order in which they are computed; returns what both layers give."""
-    # What stands in one group reads the same input. A LayerNorm behind a linear reads its output plus the residual.
+    """Prune the linears of one layer in the order of the forward pass.
+
+    Returns:
+        The outputs of the pruned and of the dense layer, one tensor (rows, tokens, hidden) per batch.
+    """
+    # The linears of a group read the same input. The LayerNorm after a linear reads its output plus the residual.
     groups: list[tuple[list[str], str | None]] = [
         ([names.query, names.key, names.value], None),
         ([names.attention_output], names.attention_norm),
@@ -251,7 +257,7 @@ def _prune_layer(
 
 
 def _fit_linear(linear: nn.Module, rows: list[tuple[Tensor, Tensor]], select: Select, name: str) -> None:
-    """Give a linear the sparse weight and the bias that fit (input, wanted output) rows best."""
+    """Set the sparse weight and the bias of a linear by least squares on pairs (input, target output)."""
     assert isinstance(linear, nn.Linear)
     count = sum(len(x) for x, _ in rows)
     inputs = sum(x.float().sum(0) for x, _ in rows) / count

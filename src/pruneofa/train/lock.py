@@ -1,7 +1,7 @@
 """Keep a sparsity pattern fixed while everything else trains.
 
-The weights stay ordinary parameters and the masks live beside the model, so that names never change and
-every checkpoint loads in plain transformers.
+The weights stay ordinary parameters and the masks are kept outside the model, so that parameter names do not change
+and every checkpoint loads in plain transformers.
 """
 
 import warnings
@@ -37,10 +37,10 @@ class PatternLock:
 
     @classmethod
     def capture(cls, model: nn.Module) -> "PatternLock":
-        """Lock the zeros that the encoder's linears and the pooler of `model` have now.
+        """Lock the weights of the encoder's linears and the pooler of `model` that are zero now.
 
-        Warns when the encoder has no zero, and of adapters such as LoRA's. Raises InputError for a model without
-        encoder linears, and for parameters that are sharded, empty or on the meta device.
+        Warns when the encoder has no zeros, and when weights have adapters such as LoRA. Raises InputError for a
+        model without encoder linears, and for parameters that are sharded, empty or on the meta device.
         """
         weights = masks.prunable(model)
         masks.check_whole(weights)
@@ -60,7 +60,7 @@ class PatternLock:
         return all(id(weight) in live for weight in self.weights.values())
 
     def on(self, model: nn.Module) -> "PatternLock":
-        """The same pattern as a lock on the parameters that `model` has now, found by name; this one is released.
+        """Move the lock to the parameters that `model` has now, matched by name; this lock is released.
 
         Raises InputError naming a layer that the model lacks or that has another shape.
         """
@@ -82,9 +82,9 @@ class PatternLock:
         return PatternLock(found, pruned)
 
     def verify_in(self, weights: Mapping[str, Tensor], where: str) -> None:
-        """Raise CheckFailed if a pruned weight is not zero among `weights` by any names; `where` says whose.
+        """Raise CheckFailed if a pruned weight is not zero in `weights`, whose names may have any wrapper prefix.
 
-        Layers that are not among `weights` are passed over.
+        Layers that are not in `weights` are skipped. `where` names their source in the error message.
         """
         positions = {masks.canonical_name(name): mask for name, mask in self.pruned.items()}
         for name, weight in weights.items():
@@ -130,7 +130,7 @@ class PatternLock:
         return {f"{masks.canonical_name(name)}.pruned": pack(pruned) for name, pruned in self.pruned.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take the pattern of `state_dict`. Raises InputError naming a layer that is missing or misshaped."""
+        """Load the pattern of `state_dict`. Raises InputError naming a layer that is missing or of another shape."""
         for name, weight in self.weights.items():
             self.pruned[name] = unpack(state, name, weight)
 
@@ -141,7 +141,7 @@ class PatternLock:
         self._hooks = []
 
     def mask_on(self, name: str, device: torch.device) -> Tensor:
-        """The pruned positions of one weight, moved along when the model has moved to another device."""
+        """The pruned positions of one weight, moved to `device` if the model was moved."""
         if self.pruned[name].device != device:
             self.pruned[name] = self.pruned[name].to(device)
         return self.pruned[name]
@@ -152,9 +152,9 @@ class PatternLock:
 
 
 def warn_of_adapters(weights: Iterable[str]) -> None:
-    """Warn when one of the `weights`, by parameter name, has an adapter of PEFT beside it.
+    """Warn when one of `weights` (parameter names) has a PEFT adapter.
 
-    The zeros are kept where they are, but the product of an adapter's matrices is dense, and merging adds it to them.
+    The lock keeps the zeros of the base weight, but merging an adapter adds a dense matrix to it.
     """
     adapted = [name for name in weights if ".base_layer." in name]
     if adapted:
@@ -166,7 +166,7 @@ def warn_of_adapters(weights: Iterable[str]) -> None:
 
 
 def sparsity_of(weights: Mapping[str, Tensor], pruned: Mapping[str, Tensor], dense_weights: int = 0) -> dict:
-    """Sparsity of the encoder, the pooler and each layer; `dense_weights` = encoder weights left out."""
+    """Sparsity of the encoder, the pooler and each layer; `dense_weights` counts encoder weights not in `weights`."""
     zeros = {name: int(mask.count_nonzero()) for name, mask in pruned.items()}
     layers = {name: zeros[name] / weight.numel() for name, weight in weights.items()}
     poolers = [name for name in weights if masks.canonical_name(name) == POOLER]
@@ -185,9 +185,9 @@ def pack(mask: Tensor) -> Tensor:
 
 
 def unpack(state: Mapping[str, Tensor], name: str, weight: Tensor) -> Tensor:
-    """The pruned positions of `weight` out of `state`, bool of its shape on its device.
+    """The pruned positions of `weight` from `state`, a bool tensor of its shape on its device.
 
-    Raises InputError when the state has no such layer or another number of bits.
+    Raises InputError when the layer is missing from the state or its number of bits differs.
     """
     packed = state.get(f"{masks.canonical_name(name)}.pruned")
     if packed is None or packed.numel() != -(-weight.numel() // 8):

@@ -1,8 +1,8 @@
 """Which weights are prunable, their scores, and the masks: pure functions of tensors.
 
-Every mask has exactly the number of zeros its sparsity asks for. A score is a non-negative float32, and
-such floats sort like the integers their bits spell, so the threshold comes exactly out of two histograms:
-of the upper 16 bits, then of the lower 16 where the upper ones are the threshold's.
+Every mask has exactly the number of zeros that its sparsity requires. Scores are non-negative float32 numbers, whose
+order is that of their bit patterns as integers. The exact threshold therefore follows from two histograms: one of the
+upper 16 bits, then one of the lower 16 bits of the scores in the threshold's bin.
 """
 
 import re
@@ -18,11 +18,11 @@ from pruneofa.errors import InputError
 from pruneofa.families import base_name, is_encoder_weight
 from pruneofa.formats.pattern import BLOCKS, POOLER
 
-# Weights looked at together: temporaries stay in cache, and so few that torch does not spread them over threads,
-# which made selection tens of times slower on a busy machine.
+# Weights processed at a time: temporaries stay in cache, and torch does not use several threads for so few, which
+# made selection tens of times slower on a busy machine.
 _CHUNK = 1 << 15
 _WRAPPED = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer)\.")
-_HALF = 16  # the histogram looks at the upper 16 bits of a score first, then at the lower 16
+_HALF = 16  # bits per histogram: first the upper 16 bits of a score, then the lower 16
 
 
 def prunable(model: nn.Module, skip: Iterable[str] = ()) -> dict[str, nn.Parameter]:
@@ -57,13 +57,13 @@ def prunable(model: nn.Module, skip: Iterable[str] = ()) -> dict[str, nn.Paramet
 
 
 def canonical_name(name: str) -> str:
-    """`families.base_name` of a weight that `prunable` lists, whatever wrapper the encoder is in."""
+    """`families.base_name` of a weight that `prunable` lists, without the name prefixes of wrappers."""
     name = base_name(_WRAPPED.sub("", name))
     return families.encoder_part(name) or name
 
 
 def check_whole(weights: Mapping[str, Tensor]) -> None:
-    """Raise InputError for a weight of which this process holds only a part, or nothing."""
+    """Raise InputError for a weight that is sharded, empty or on the meta device."""
     for name, weight in weights.items():
         sharded = isinstance(weight, DTensor) or "_fsdp_wrapped_module" in name
         if sharded or weight.is_meta or weight.numel() == 0:
@@ -92,12 +92,12 @@ def _encoder_in(model: nn.Module) -> tuple[str, nn.Module]:
 
 
 def _has_adapter(module: nn.Module) -> bool:
-    """Whether PEFT put this module around a Linear, which it then calls `base_layer`."""
+    """Whether this module is a PEFT wrapper, which holds the original Linear as `base_layer`."""
     return "base_layer" in dict(module.named_children())
 
 
 def final_of(pattern: str) -> float | None:
-    """The one sparsity an n:m pattern ends at, 1 - n/m; None for the others. Raises InputError if unknown."""
+    """The final sparsity of an n:m pattern, 1 - n/m; None for other patterns. Raises InputError if unknown."""
     ratio = _ratio(pattern)
     return 1 - ratio[0] / ratio[1] if ratio else None
 
@@ -117,7 +117,7 @@ def magnitude_mask(weight: Tensor, sparsity: float, pattern: str = "unstructured
 
     `pattern` is unstructured; 4x1 (4 consecutive output rows) or 1x4 (4 consecutive inputs), scored by the
     mean magnitude of the block; or n:m, at most n kept of m consecutive inputs, where a sparsity below
-    1 - n/m prunes that share of the groups. Exactly int(sparsity * count) units go, ties by position.
+    1 - n/m prunes only a share of the groups. Exactly int(sparsity * count) units are pruned, ties by position.
     Raises InputError for a sparsity outside [0, 1), above an n:m pattern's, or a shape that does not divide.
     """
     return next(global_masks({"weight": weight}, sparsity, pattern))[1]
@@ -126,9 +126,9 @@ def magnitude_mask(weight: Tensor, sparsity: float, pattern: str = "unstructured
 def global_masks(
     weights: Mapping[str, Tensor], sparsity: float, pattern: str = "unstructured"
 ) -> Iterator[tuple[str, Tensor]]:
-    """Masks as of `magnitude_mask` under one threshold for all `weights`, one layer at a time, in order.
+    """Yield the masks of `magnitude_mask` with one common threshold for all `weights`, layer by layer.
 
-    The total of pruned units is exactly int(sparsity * total); ties go by order of layers, then position.
+    Exactly int(sparsity * total) units are pruned in all; ties are broken by order of layers, then by position.
     """
     fraction = _fraction(sparsity, pattern)
     for name, weight in weights.items():
@@ -140,9 +140,10 @@ def global_masks(
 
 
 def unit_scores(weight: Tensor, pattern: str) -> Tensor:
-    """Score of what is pruned together, as a new contiguous float32 (units,): |w|, block mean, or n:m removal.
+    """Scores of the units that are pruned as a whole, a new contiguous float32 (units,).
 
-    The score of an n:m group is the magnitude it loses: the sum of its m - n smallest.
+    A unit is a weight (score |w|), a block (mean magnitude), or an n:m group (sum of its m - n smallest magnitudes,
+    which pruning would remove).
     """
     magnitude = weight.detach().float().abs().contiguous()
     if ratio := _ratio(pattern):
@@ -188,7 +189,7 @@ def _kept(weight: Tensor, pattern: str, threshold: int, ties: int) -> tuple[Tens
 
 
 def _chunks(weight: Tensor, pattern: str) -> tuple[Tensor, ...]:
-    """Slices of rows that hold whole units, in order; on a GPU the weight is one slice."""
+    """Slices of rows, in order, that do not split a unit; on a GPU the whole weight is one slice."""
     if weight.device.type != "cpu":
         return (weight,)
     rows = 1 if _ratio(pattern) else BLOCKS[pattern][0]
@@ -196,7 +197,7 @@ def _chunks(weight: Tensor, pattern: str) -> tuple[Tensor, ...]:
 
 
 def _threshold(weights: list[Tensor], fraction: float, pattern: str) -> tuple[int, int]:
-    """Bits below which all units of all `weights` are pruned, and how many units equal to them."""
+    """The threshold's bit pattern: units below it are pruned, and as many of the units equal to it as returned too."""
     upper = torch.zeros(1 << (_HALF - 1), dtype=torch.int64)
     for bits in _bits(weights, pattern):
         upper += torch.bincount((bits >> _HALF).short(), minlength=len(upper)).cpu()

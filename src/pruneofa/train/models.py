@@ -18,7 +18,8 @@ from pruneofa.formats.architecture import check_layers
 from pruneofa.formats.files import file_fingerprint, fingerprint
 from pruneofa.formats.tensors import more_than_weights
 
-# The loader's own bars and reports speak of heads that are meant to be new; what matters is checked below.
+# The loader's progress bars and reports are silenced: they warn of heads that are new on purpose. Real faults are
+# checked below.
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
@@ -43,10 +44,10 @@ def load_config(path: str) -> Any:
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The model folder's own fast tokenizer.
+    """The fast tokenizer in the model folder.
 
-    Raises InputError when its files are missing, for transformers would make up a vocabulary of a few tokens, or
-    when it gives ids that the model has no word embedding for.
+    Raises InputError when its files are missing, because transformers would then create a vocabulary of a few tokens,
+    or when it has ids without a word embedding in the model.
     """
     config = load_config(str(path))
     try:
@@ -56,7 +57,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
             f"model {path}: no readable tokenizer ({first_line(error)}); save the tokenizer in the same folder"
         ) from None
     if not _has_file(path, "tokenizer.json"):
-        # The files of its class alone count: it makes up a vocabulary beside those of another one.
+        # Only the files of its own class are checked: with those of another class it creates a vocabulary itself.
         names = {name for name in tokenizer.vocab_files_names.values() if name != "tokenizer.json"} or {"vocab.txt"}
         if missing := sorted(name for name in names if not _has_file(path, name)):
             raise InputError(
@@ -88,10 +89,10 @@ def _has_file(path: str | Path, name: str) -> bool:
 
 
 def load_for_pretraining(path: str, *, nsp: bool, trained_head: bool = False) -> PreTrainedModel:
-    """Encoder with MLM head (and NSP head): a head that the folder lacks is new, on tied embeddings.
+    """Encoder with MLM head (and NSP head); a head that the folder lacks is newly initialized, on tied embeddings.
 
-    Raises InputError when encoder weights are missing, NSP is asked of an architecture without it, or a
-    `trained_head` is needed and missing: the logits of a new one would be noise to distil from.
+    Raises InputError when encoder weights are missing, when `nsp` is set for an architecture without it, or when a
+    `trained_head` is required and missing: the logits of a new head are useless for distillation.
     """
     config = load_config(path)
     next_sentence = families.of(config.model_type).next_sentence
@@ -116,7 +117,7 @@ def load_for_task(path: str, kind: str, **head: Any) -> PreTrainedModel:
     """
     load_config(path)
     if kind == "qa":
-        # Start and end, however many classes the folder's own head had.
+        # Start and end logits, whatever number of classes the head in the folder has.
         return _load(transformers.AutoModelForQuestionAnswering, path, new_head=True, num_labels=2)
     return _load(transformers.AutoModelForSequenceClassification, path, new_head=True, **head)
 
@@ -124,13 +125,13 @@ def load_for_task(path: str, kind: str, **head: Any) -> PreTrainedModel:
 def read_model(
     architecture: Any, path: str | Path, *, new_head: bool = False, **options: Any
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """`architecture.from_pretrained` in float32, and its loading info. Raises InputError for whatever goes wrong.
+    """`architecture.from_pretrained` in float32, and its loading info. Raises InputError for every failure.
 
-    A weight of another shape than config.json gives is an error, unless `new_head` allows it outside the encoder; so is
-    one of a layer that config.json does not count.
+    A weight whose shape differs from config.json is an error, unless `new_head` allows it outside the encoder. So is a
+    weight of a layer beyond the number of layers in config.json.
     """
-    # from_pretrained reads a .bin with weights_only=True; safetensors needs no such care. What does not fit is asked
-    # for, to be named below: the loader itself would not say which weight it is.
+    # from_pretrained reads a .bin with weights_only=True; safetensors files are safe anyway. Mismatched weights are
+    # allowed here and reported below by name, because the loader's own error does not name the weight.
     options |= {"ignore_mismatched_sizes": True, "trust_remote_code": False}
     try:
         with warnings.catch_warnings():
@@ -157,7 +158,7 @@ def read_model(
 
 
 def _heads(config: Any) -> tuple[str, ...]:
-    """What the names of parameters begin with that a folder may lack, because a new head is trained on top of it."""
+    """Prefixes of parameter names that a folder may lack, because a new head is trained in their place."""
     return tuple(f"{module}." for module in families.of(config.model_type).head_modules())
 
 
@@ -167,7 +168,7 @@ def _in_head(model: PreTrainedModel, name: str) -> bool:
 
 
 def check_encoder(model: PreTrainedModel, info: dict[str, Any], path: str | Path) -> None:
-    """Raises InputError when weights of the encoder, its pooler apart, were not in the file."""
+    """Raises InputError when weights of the encoder, except the pooler, were not in the file."""
     prefix = f"{model.base_model_prefix}."
     missing = sorted(
         name for name in info["missing_keys"] if not name.removeprefix(prefix).startswith(_heads(model.config))
@@ -182,7 +183,7 @@ def check_encoder(model: PreTrainedModel, info: dict[str, Any], path: str | Path
 
 
 def _load(architecture: Any, path: str, new: tuple[str, ...] | None = None, **options: Any) -> PreTrainedModel:
-    """The model, where no weights are missing but `new` ones; None: of any head."""
+    """The model; only weights with a prefix in `new` may be missing, or with None those of any head."""
     model, info = read_model(architecture, path, **options)
     check_encoder(model, info, path)
     prefix = f"{model.base_model_prefix}."
@@ -197,7 +198,7 @@ def _load(architecture: Any, path: str, new: tuple[str, ...] | None = None, **op
 
 
 def set_dropout(model: nn.Module, probability: float) -> None:
-    """Set every dropout of `model`; its config, and so the saved folder, keeps the rates it had."""
+    """Set every dropout rate of `model`; its config, and so the saved folder, keeps the original rates."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = probability
@@ -212,7 +213,7 @@ def reorder_classes(model: PreTrainedModel, order: list[int]) -> None:
 
 
 def model_fingerprint(path: str) -> str:
-    """Content fingerprint of a local model folder, tokenizer included; of a hub id, its present commit."""
+    """Content hash of a local model folder, including the tokenizer; for a hub id, its current commit."""
     folder = Path(path)
     if folder.is_dir():
         files = sorted(p for p in folder.iterdir() if p.name in IDENTITY or p.suffix in (".safetensors", ".bin"))

@@ -1,9 +1,9 @@
-"""What a training step minimises: a student with its losses, and a teacher that is never part of the model.
+"""Training objectives: the losses of a student, distilled from a teacher that is not part of the saved model.
 
-Both objectives have one contract. `counts(batch)` says how many things a micro-batch holds; the trainer adds
-the counts of all micro-batches and ranks of one optimizer step and passes the totals to
-`forward(batch, counts)`, where every part is its sum divided by the total. So accumulation and ranks change
-nothing but rounding. (DDP averages gradients: the trainer multiplies the loss by the number of ranks.)
+Both objectives have the same interface. `counts(batch)` returns the numbers of items and positions in a micro-batch.
+The trainer adds them up over all micro-batches and ranks of one optimizer step and passes the totals to
+`forward(batch, counts)`, which divides every loss sum by its total. So gradient accumulation and the number of ranks
+change only rounding. (DDP averages gradients: the trainer multiplies the loss by the number of ranks.)
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ UNLABELLED = -100
 
 
 class _Objective(nn.Module):
-    """A student and a frozen teacher; the teacher moves with the module but is in no state_dict."""
+    """A student and a frozen teacher; the teacher follows the module's device but is not in its state_dict."""
 
     def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class PretrainingObjective(_Objective):
     """MLM (+ NSP), distillation of their logits, distillation of hidden states.
 
     `loss = hard·(mlm + nsp) + kd·(kd + kd_nsp) + hidden·mse`. Vocabulary logits are computed only at the
-    positions that need them and never all at once (`distill`); with `hard = kd = 0` not at all. `hidden`
+    positions that need them and in chunks (see `distill`); with `hard = kd = 0` not at all. `hidden`
     compares the embedding output, every layer's output, and the pooler's output where both models have one
     (it counts as one more layer, with one position per item: without it, hidden-only distillation would
     prune the pooler and never train it).

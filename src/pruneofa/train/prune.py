@@ -1,4 +1,4 @@
-"""Gradual magnitude pruning: the state over masks.py and schedule.py, usable in any training loop."""
+"""Gradual magnitude pruning for any training loop: keeps the state that masks.py and schedule.py do not have."""
 
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -18,11 +18,11 @@ class GradualPruner:
 
     Call `step(t)` after every optimizer step, with t counting completed optimizer steps from 0:
     backward -> clip -> optimizer -> `step(t)`. Gradients of pruned weights are zero from the backward
-    pass on (hooks, see PatternLock), so that clipping sees the weights that train and no others.
+    pass on (hooks, see PatternLock), so that gradient clipping counts only the weights that train.
 
-    A pruned weight keeps, frozen beside the model, the dense value it had when it was pruned; the value
-    comes back when the masks are selected again, so a weight can return. That costs a second copy of the
-    prunable weights and one byte each for the masks.
+    The dense value that a pruned weight had is kept outside the model. It is restored when masks are selected
+    again, so that a weight can return. This takes a second copy of the prunable weights and one byte per weight for
+    the masks.
     """
 
     def __init__(
@@ -39,10 +39,10 @@ class GradualPruner:
         scope: str = "uniform",
         skip: Iterable[str] = (),
     ) -> None:
-        """Validate everything and find the weights; nothing is pruned before `step(begin)`.
+        """Check the arguments and find the weights; nothing is pruned before `step(begin)`.
 
-        `begin`, `end`, `stop` are steps: first selection, `final` reached, last selection; `interval` steps
-        lie between selections. `skip` lists regular expressions of layers to leave dense.
+        `begin`, `end` and `stop` are the steps of the first selection, of reaching `final`, and of the last
+        selection; `interval` steps lie between selections. `skip` lists regular expressions of layers to leave dense.
         Raises InputError for a bad schedule, sparsity, pattern or scope, and for a layer whose shape does
         not divide into the pattern's blocks.
         """
@@ -88,7 +88,7 @@ class GradualPruner:
             self._lock.apply()
             return False
         for name, weight in self.weights.items():
-            # Afterwards the saved tensor is complete: trained values where kept, frozen ones where pruned.
+            # After this the saved tensor is complete: trained values where kept, saved values where pruned.
             dense, pruned = self._dense_on(name, weight.device), self._lock.mask_on(name, weight.device)
             torch.where(pruned, dense, weight, out=dense)
         target = cubic_sparsity(t, begin=self.begin, end=self.end, final=self.final, initial=self.initial)
@@ -114,10 +114,10 @@ class GradualPruner:
         self._lock.verify_in(weights, where)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Flat, on the CPU, fit for safetensors, by canonical layer name.
+        """The state as a flat dict of CPU tensors by canonical layer name, ready for safetensors.
 
-        `*.pruned` are the packed bits of the mask, uint8; `*.dense` the values of the pruned weights in
-        order of position, in the weight's dtype. The schedule is not in it: it belongs to the recipe.
+        `*.pruned` are the packed bits of the mask, uint8; `*.dense` are the values of the pruned weights in
+        order of position, in the weight's dtype. The schedule is not part of it: it belongs to the recipe.
         """
         state: dict[str, Tensor] = {}
         for name, pruned in self._lock.pruned.items():
@@ -128,7 +128,7 @@ class GradualPruner:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take masks and dense values of `state_dict`; the model's own weights are not touched.
+        """Load masks and dense values from `state_dict`; the model's weights are not changed.
 
         Raises InputError naming a layer that is missing or does not fit, before anything is changed.
         """
@@ -146,7 +146,7 @@ class GradualPruner:
             self._dense_on(name, mask.device)[mask] = state[f"{masks.canonical_name(name)}.dense"].to(mask.device)
 
     def release(self) -> None:
-        """Remove the gradient hooks; call it when pruning is over and the model is used further."""
+        """Remove the gradient hooks; call this when pruning is finished and the model is used further."""
         self._lock.release()
 
     def _select(self, sparsity: float) -> Iterator[tuple[str, Tensor]]:

@@ -1,7 +1,7 @@
-"""Train and evaluate a model in the int8 arithmetic of the engine, and fold it into an ordinary folder.
+"""Train and evaluate a model in the int8 arithmetic of the engine, and store the result as an ordinary folder.
 
-The weights stay ordinary float32 parameters; scales and ranges live beside the model, so that names never
-change.
+The weights stay ordinary float32 parameters; scales and ranges are kept outside the model, so that parameter names
+do not change.
 """
 
 from collections.abc import Iterable, Mapping
@@ -22,17 +22,17 @@ from pruneofa.formats.scales import codes as check_codes
 from pruneofa.train.fake_quant import Codes, CodesLinear, Rows, exact, input_scale, weight_codes, weight_scale
 from pruneofa.train.masks import prunable
 
-EMA = 0.01  # weight of the newest batch in the moving average of a static range (method.md A7)
-_BINS = 2048  # of the histogram that percentiles are read from
+EMA = 0.01  # weight of the newest batch in the moving average of a static range (docs/method.md, "Quantization")
+_BINS = 2048  # bins of the histogram that percentiles are computed from
 
 
 class FakeQuantizer:
-    """Lets a model compute as the int8 engine does with it; a training loop needs nothing else.
+    """Makes the forward pass of a model simulate the engine's int8 arithmetic, in any training loop.
 
-    Quantized are the encoder's linears and the pooler, and the embedding tables unless `embeddings` is false.
-    Static ranges of activations are moving averages of each batch's least and greatest number, padding left out:
-    they move while the model trains and `observing` is true. Afterwards `fold` makes the weights what they were
-    computed as.
+    The encoder's linears and the pooler are quantized, and the embedding tables unless `embeddings` is false.
+    Static activation ranges are moving averages of each batch's minimum and maximum, without padding. They are
+    updated while the model is in training mode and `observing` is true. After training, `fold` replaces the weights
+    by their dequantized values.
     """
 
     def __init__(
@@ -47,9 +47,9 @@ class FakeQuantizer:
         prunable(model)
         self.model, self.strategy, self.static = model, weights, activations == "static"
         self.observing = True
-        self.ranges: dict[str, Tensor] = {}  # by name of an input: float32 (2,), least and greatest
-        self._inputs: dict[str, tuple[Tensor, Tensor]] = {}  # by name of a linear, once they are settled
-        self._weights: dict[str, tuple[Tensor, Tensor]] = {}  # codes and scales, once they are settled
+        self.ranges: dict[str, Tensor] = {}  # by name of an input: float32 (2,), minimum and maximum
+        self._inputs: dict[str, tuple[Tensor, Tensor]] = {}  # by name of a linear: scale and zero point, once final
+        self._weights: dict[str, tuple[Tensor, Tensor]] = {}  # by name of a linear: codes and scales, once final
         self._collect: Any = None
         self._mask: Tensor | None = None
         self._last: tuple[Tensor, Tensor, Tensor] | None = None
@@ -72,7 +72,7 @@ class FakeQuantizer:
 
     @classmethod
     def of(cls, model: nn.Module, quantization: Quantization) -> "FakeQuantizer":
-        """Attach to a model whose weights are on the grid of `quantization`, as in the folder they were read from.
+        """Attach to a model whose weights are exactly code * scale with the scales of `quantization`.
 
         Raises InputError naming a weight that is not.
         """
@@ -96,7 +96,7 @@ class FakeQuantizer:
             module.__dict__.pop("forward", None)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Static ranges: {name of an input: float32 (2,), least and greatest}."""
+        """Static ranges: {name of an input: float32 (2,), minimum and maximum}."""
         return {name: value.cpu() for name, value in self.ranges.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -111,8 +111,8 @@ class FakeQuantizer:
     def calibrate(self, batches: Iterable[Mapping[str, Tensor]], percentile: float | None = None) -> None:
         """Set static ranges without training, from the model's float activations on `batches` of its inputs.
 
-        They are the least and the greatest number seen; or what `percentile` per cent of the numbers lie below, and
-        above, by a histogram of 2048 bins.
+        A range is the minimum and maximum of the activations. With `percentile` p it is instead the (100 - p)th to
+        the pth percentile, from a histogram of 2048 bins.
         """
         if not self.static:
             return
@@ -142,9 +142,9 @@ class FakeQuantizer:
 
     @torch.no_grad()
     def fold(self) -> Quantization:
-        """Make every quantized weight its codes times its scale, and settle the scales; a second time nothing changes.
+        """Replace every quantized weight by code * scale and make the scales final; calling it again changes nothing.
 
-        Raises InputError naming the layer whose activations have no range, one of 0, NaN or infinity.
+        Raises InputError naming the layer whose activation range is missing, zero, NaN or infinite.
         """
         if self.static and not self._inputs:
             self._check_ranges()
@@ -205,7 +205,7 @@ class FakeQuantizer:
         self._mask = self._last = None
 
     def _real(self, x: Tensor) -> Tensor:
-        """Rows of `x` (..., columns) that are no padding."""
+        """The rows of `x` (..., columns) that are not padding, as (rows, columns)."""
         if self._mask is not None and self._mask.shape == x.shape[:-1]:
             return x[self._mask]
         return x.reshape(-1, x.shape[-1])
@@ -227,7 +227,7 @@ class FakeQuantizer:
         return rows if self._collect is not None or self._weights else Rows.apply(rows)
 
     def _codes(self, name: str, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Codes and scale of the input of a linear; query, key and value read the same one."""
+        """Codes and scale of the input of a linear; query, key and value share one input."""
         if self._last is not None and self._last[0] is x:
             return self._last[1:]
         rows = x.reshape(-1, x.shape[-1])
@@ -261,7 +261,7 @@ class FakeQuantizer:
         return input_scale(*found)
 
     def _weight(self, name: str, module: nn.Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Codes, scale, and where the weight was cut off."""
+        """Codes (out, in), scales (out,), and a bool mask (out, in) of clipped weights, None if there are none."""
         if name in self._weights:
             codes, scale = self._weights[name]
             return (codes if dtype == torch.float32 else codes.to(dtype)), scale, None
@@ -287,5 +287,5 @@ class FakeQuantizer:
 
 
 def input_name(name: str) -> str:
-    """Name of what a linear reads: query, key and value of a layer read the same."""
+    """Name of the input of a linear; query, key and value of a layer share one input."""
     return f"{attention_input(name) or name.removesuffix('.weight')}.input"

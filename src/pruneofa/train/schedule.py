@@ -1,12 +1,12 @@
-"""What happens at which step: the sparsity and the learning rate, as pure functions of the step."""
+"""Schedules: sparsity and learning rate as pure functions of the step."""
 
 from pruneofa.errors import InputError
 
 
 def cubic_sparsity(step: int, *, begin: int, end: int, final: float, initial: float = 0.0) -> float:
-    """Sparsity after `step` by Zhu and Gupta's cubic: steep at first, flat near `final`.
+    """Sparsity after `step` by the cubic schedule of Zhu and Gupta: steep at first, flat near `final`.
 
-    It is `initial` up to `begin` and `final`, to the bit, from `end` on.
+    It is `initial` up to `begin`, and exactly `final` from `end` on.
     Raises InputError when `begin` is not below `end`.
     """
     if begin >= end:
@@ -18,7 +18,7 @@ def cubic_sparsity(step: int, *, begin: int, end: int, final: float, initial: fl
 
 
 def linear_lr(step: int, *, total: int, warmup: int) -> float:
-    """Multiple of the peak rate: a linear rise over `warmup` steps, then a linear fall to 0 at `total`."""
+    """Multiple of the peak rate: linear warm-up over `warmup` steps, then linear decay to 0 at `total`."""
     _check_decay(total - warmup, total=total, warmup=warmup)
     if step < warmup:
         return step / warmup
@@ -26,10 +26,10 @@ def linear_lr(step: int, *, total: int, warmup: int) -> float:
 
 
 def rewound_lr(step: int, *, total: int, warmup: int, begin: int, end: int, interval: int) -> float:
-    """Multiple of the peak rate: linear decay whose clock is set back at every mask selection (sawtooth).
+    """Multiple of the peak rate: linear decay that is rewound at every mask selection (sawtooth).
 
-    Between `begin` and `end` each interval starts anew at the same rate, so pruning happens near the
-    peak (slightly above it when begin + warmup are small); the decay to 0 takes place after `end`.
+    Between `begin` and `end` each interval starts at the same rate, so pruning happens near the peak rate (slightly
+    above it when begin + warmup are small). The decay to 0 takes place after `end`.
     Raises InputError when end - begin leaves no steps for that decay.
     """
     _check_window(begin, end, interval)
@@ -49,8 +49,8 @@ def rewound_lr(step: int, *, total: int, warmup: int, begin: int, end: int, inte
 def cyclic_lr(step: int, *, total: int, warmup: int, begin: int, end: int, interval: int, floor: float = 0.01) -> float:
     """Multiple of the peak rate: every interval falls from the peak to `floor` of it (Kurtic et al. 2022).
 
-    The cycles run from `begin` to `end`; after that one linear fall leads to 0 at `total`. The peak holds
-    between warmup and `begin`. Raises InputError when `end` leaves no steps after it.
+    The cycles run from `begin` to `end`; then the rate decays linearly to 0 at `total`. It stays at the peak between
+    warmup and `begin`. Raises InputError when `end` leaves no steps after it.
     """
     _check_window(begin, end, interval)
     _check_decay(total - max(end, warmup), total=total, warmup=warmup, window=end)

@@ -1,4 +1,4 @@
-"""Training of one stage: the Trainer subclass, its progress and checkpoints, and `train`, which resumes."""
+"""Training of one stage: the Trainer subclass, its progress bar and checkpoints, and `train`, which can resume."""
 
 import itertools
 import json
@@ -31,7 +31,7 @@ from pruneofa.train.device import processes, split_batch
 
 
 class StageTrainer(Trainer):
-    """Trains an objective (a student and, outside its module tree, a teacher) for a number of steps.
+    """Trains an objective (a student, and a teacher outside the module tree) for a number of steps.
 
     The objective divides every loss by counts taken over the whole optimizer step, all micro-batches and
     ranks, so neither accumulation nor the number of processes changes a loss or a gradient
@@ -123,9 +123,9 @@ class StageTrainer(Trainer):
 
 
 class _StageCallback(TrainerCallback):
-    """Progress bar, event log, elapsed time, Ctrl-C, and the marker that makes a checkpoint count.
+    """Progress bar, event log, elapsed time, Ctrl-C, and the file that marks a checkpoint as complete.
 
-    It comes last among the callbacks, so that everything a checkpoint needs is in it before the marker.
+    It is the last of the callbacks, so that the marker is written after everything else in the checkpoint.
     """
 
     def __init__(self, stage: str, emit: Callable[[dict[str, Any]], None]) -> None:
@@ -151,7 +151,7 @@ class _StageCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
             self.advance()
-        if args.world_size > 1:  # ranks that stop at different steps would wait for each other for ever
+        if args.world_size > 1:  # ranks that stop at different steps would deadlock
             flag = torch.tensor(float(self.interrupted), device=args.device)
             torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
             self.interrupted = bool(flag)
@@ -196,7 +196,7 @@ class _StageCallback(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """End the progress bar and restore the handler of Ctrl-C, also after an error."""
+        """Close the progress bar and restore the handler of Ctrl-C; also called after an error."""
         if hasattr(self, "stack"):
             self.stack.close()
             signal.signal(signal.SIGINT, self.handler)
@@ -225,10 +225,10 @@ def train(
 ) -> dict[str, Any]:
     """Train `objective.student` in place, resuming from the newest complete checkpoint in `work`.
 
-    A checkpoint that cannot be read is named on stderr and deleted, and the one before it is used.
+    A checkpoint that cannot be read is reported on stderr and deleted, and the one before it is used.
     Returns {"seconds", "tokens"} over all attempts. `rate(t)` multiplies `lr` in optimizer step t + 1.
-    Raises InputError when `batch` cannot be divided among micro-batches and processes, KeyboardInterrupt
-    after a Ctrl-C has been answered with a checkpoint.
+    Raises InputError when `batch` cannot be divided among micro-batches and processes, and KeyboardInterrupt
+    after Ctrl-C, once a checkpoint has been written.
     """
     micro, accumulation = split_batch(batch, micro_batch)
     cuda = torch.cuda.is_available()
