@@ -1,1 +1,1 @@
-"""The engine: a packed or plain folder, run by the native kernels. No torch."""
+"""The engine: runs a packed or plain model folder with the native kernels. No torch."""

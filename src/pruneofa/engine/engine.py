@@ -1,4 +1,4 @@
-"""The engine: a sparse encoder and its task head on a CPU, by the native kernels. No torch, no transformers."""
+"""The engine: runs a sparse encoder and its task head on a CPU with the native kernels. No torch, no transformers."""
 
 import dataclasses
 import os
@@ -24,7 +24,7 @@ from pruneofa.formats.sentence import read_sentence
 
 try:
     from pruneofa import _native
-except ImportError as error:  # a source tree that was not built; from_pretrained says so
+except ImportError as error:  # a source tree that was not built; from_pretrained raises the error
     _native, _not_built = None, error
 native: Any = _native
 
@@ -32,24 +32,24 @@ _MOST_THREADS = 1024  # a mistyped number should not make a million threads
 
 
 class Engine:
-    """A model that is loaded and ready; `from_pretrained` makes one.
+    """A loaded model, ready for inference; create it with `from_pretrained`.
 
-    Several engines, and several Python threads on one engine, may run at the same time.
+    Several engines may run at the same time, and several Python threads may use one engine.
 
     Attributes:
         isa: the kernels in use, one of `available_isas()`.
-        threads: how many threads compute.
+        threads: number of compute threads.
         precision: "int8" or "fp32".
-        activations: what int8 layers read: "static", with the scales of training, or "dynamic", by the token; "float"
-            of fp32.
+        activations: quantization of the inputs of int8 layers: "static" (scales from training) or "dynamic" (one scale
+            per token); "float" if the precision is fp32.
         task: what `predict` does: "classification", "question answering", "token classification",
             "masked-LM" or "embedding".
-        max_length: most tokens of a sequence, special ones included.
-        labels: of classification, the names of the classes by their id; otherwise empty.
+        max_length: maximum number of tokens of a sequence, including special tokens.
+        labels: for classification the names of the classes by class id; otherwise empty.
     """
 
     def __init__(self, packed: Packed, *, precision: Precision, threads: int, isa: str) -> None:
-        """Build the encoder of a packed model for one ISA, which takes its tensors out of it; arguments are checked."""
+        """Build the encoder for one ISA from checked arguments; removes the linear layers from `packed`."""
         folder = packed.folder
         architecture = read_architecture(packed.config, folder)
         sentence = read_sentence(folder)
@@ -89,15 +89,15 @@ class Engine:
         """Load a packed folder, any Hugging Face folder of a supported architecture, or a hub id.
 
         Args:
-            path_or_id: a model of one of `pruneofa.families`; what is not packed is packed in memory.
-            precision: int8 quantizes what is not int8 yet; activations by the static scales that the folder brings,
-                else by the token. fp32 keeps float32.
-            threads: by default one per CPU that this process may use.
-            isa: by default PRUNEOFA_ISA if set, else the best this CPU has.
+            path_or_id: a model of one of `pruneofa.families`; a folder that is not packed is packed in memory.
+            precision: "int8" quantizes weights that are not int8 yet, and activations with the static scales of the
+                folder if it has any, otherwise dynamically per token. "fp32" keeps float32.
+            threads: number of compute threads; default: one per CPU that this process may use.
+            isa: the kernels to use; default: PRUNEOFA_ISA if set, else the fastest that this CPU supports.
 
         Raises:
-            InputError: there is no such model, it is damaged or not supported, an int8 folder should run as
-                fp32, or an argument is out of range.
+            InputError: the model does not exist, is damaged or not supported, fp32 is requested of an int8 folder,
+                or an argument is out of range.
             ImportError: the native extension was not built.
         """
         _check_built()
@@ -121,11 +121,11 @@ class Engine:
 
     @staticmethod
     def available_isas() -> list[str]:
-        """Kernels that this CPU and operating system can run, the best last: of scalar, avx2, avx512vnni, amx."""
+        """Kernels that this CPU and operating system can run, fastest last: scalar, avx2, avx512vnni, amx."""
         return list(native.available_isas()) if native else []
 
     def choices(self) -> list[tuple[str, str]]:
-        """(layer, how its weight is multiplied and why) of every linear layer of the encoder."""
+        """(name, storage layout of its weight and the reason for it) of every linear layer of the encoder."""
         return list(self._encoder.choices())
 
     def encode(
@@ -134,12 +134,12 @@ class Engine:
         attention_mask: ArrayLike | None = None,
         token_type_ids: ArrayLike | None = None,
     ) -> NDArray[np.float32]:
-        """Hidden states of the last layer for token ids; padding is not computed.
+        """Hidden states of the last layer for a batch of token ids; padded positions are not computed.
 
         Args:
             input_ids: (batch, seq) integers.
             attention_mask: (batch, seq) integers or bool: 1 for the tokens of each row, then 0 for its padding;
-                holes and padding on the left are an error. None: every token counts.
+                gaps and padding on the left are an error. None: no padding.
             token_type_ids: (batch, seq) integers; None: all 0.
 
         Returns:
@@ -166,24 +166,24 @@ class Engine:
         Args:
             x: a str, or a pair (a, b) of them; of question answering {"question": str, "context": str}; or a
                 list of these. A masked-LM wants its mask token in every text.
-            batch_size: texts that are tokenized and kept in memory at a time. It changes no result: texts of
-                different lengths are never padded.
-            truncate: cut texts (and questions) that are too long for the model instead of raising. Contexts
-                of question answering are cut into overlapping windows anyway.
+            batch_size: number of texts that are tokenized and kept in memory at a time. It does not affect results,
+                because texts are never padded.
+            truncate: truncate texts (and questions) that are too long for the model instead of raising. Contexts
+                of question answering are always cut into overlapping windows.
 
         Returns:
-            For a list a list of results in its order, otherwise one result:
+            A list of results in the order of `x` if that is a list, otherwise one result:
             classification: {"label", "score", "scores": {label: score}};
             question answering: {"answer", "start", "end", "score"}, by characters of the context: the span with the
                 largest sum of start and end logit over all windows, as in the official SQuAD script; its score, 0 to
                 1, is the probability of the start times that of the end, over the context's tokens of all windows;
             token classification: a list of {"label", "score", "word", "start", "end"}, one per token;
             masked-LM: a list of {"label", "score", "scores": {token: score}}, one per mask;
-            embedding: a float32 vector (hidden,), for a list a matrix (texts, hidden); fewer columns where the folder
+            embedding: a float32 vector (hidden,), for a list a matrix (texts, hidden); fewer columns if the folder
                 has a truncate_dim.
 
         Raises:
-            InputError: of the wrong type, empty, too long, or not what the task takes.
+            InputError: a text of the wrong type, empty or too long, or an input that the task does not accept.
         """
         if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
             raise InputError(f"batch_size is {batch_size!r}, wanted an integer of at least 1")
@@ -205,18 +205,19 @@ class Engine:
     def logits(
         self, input_ids: Sequence[ArrayLike], token_type_ids: Sequence[ArrayLike] | None = None
     ) -> list[NDArray[np.float32]]:
-        """What the head gives before any softmax, for sequences that are tokenized already.
+        """The outputs of the task head before softmax, for sequences that are already tokenized.
 
         Args:
-            input_ids: of each sequence the ids (tokens,), special tokens included and no padding.
-            token_type_ids: (tokens,) likewise; None: all 0. A model without token types ignores them.
+            input_ids: integer ids (tokens,) of each sequence, including special tokens, without padding.
+            token_type_ids: integers (tokens,) of each sequence; None: all 0. A model without token types ignores them.
 
         Returns:
-            Of each sequence, in order: (classes,) of classification, (tokens, 2) start and end of question answering.
+            A float32 array for each sequence, in order: (classes,) for classification, (tokens, 2) start and end logits
+            for question answering.
 
         Raises:
-            InputError: a model of another task; arrays of the wrong shape, type or range; an empty sequence, or one
-                longer than `max_length`.
+            InputError: the model has another task, an array has the wrong shape, dtype or range, or a sequence is empty
+                or longer than `max_length`.
         """
         head = self._head
         if not isinstance(head, Classification | QuestionAnswering):
@@ -240,7 +241,7 @@ class Engine:
     def _sequences(
         self, input_ids: Sequence[NDArray[Any]], token_type_ids: Sequence[NDArray[Any]] | None
     ) -> list[Tokens]:
-        """Rows (tokens,) of integers, of any range, as what the encoder takes. Raises InputError."""
+        """Check rows (tokens,) of integers and convert them to the input of the encoder. Raises InputError."""
         check_range(input_ids, self._vocabulary, "input_ids", "the vocabulary has")
         if token_type_ids is None:
             token_type_ids = [np.zeros(len(ids), np.int32) for ids in input_ids]
@@ -257,7 +258,7 @@ class Engine:
         ]
 
     def _reduced(self, sequences: Sequence[Tokens]) -> list[NDArray[np.float32]]:
-        """What the head keeps of each sequence, in order."""
+        """The output of the head's `reduce` for each sequence, in order."""
         reduced = {index: self._head.reduce(hidden, sequences[index]) for index, hidden in self._hidden(sequences)}
         return [reduced[index] for index in range(len(sequences))]
 
@@ -272,13 +273,13 @@ class Engine:
                 np.concatenate([sequence.types for sequence in part]),
                 bounds,
             )
-            hidden = self._encoder.forward(*arguments)  # Python threads take turns in there
+            hidden = self._encoder.forward(*arguments)  # serializes the calls of several Python threads
             for position, index in enumerate(chunk):
                 yield index, hidden[bounds[position] : bounds[position + 1]]
 
 
 def _quantized(packed: Packed) -> Packed:
-    """A model packed as fp32, as int8; tensor by tensor, so that memory never holds both."""
+    """Quantize a model packed as fp32 to int8, tensor by tensor, so that memory never holds both copies."""
     linears, embeddings = packed.linears, packed.embeddings
     return dataclasses.replace(
         packed,
@@ -294,9 +295,9 @@ def _check_built() -> None:
 
 
 def choose_isa(wanted: str | None) -> str:
-    """`wanted` if this CPU runs it; None: PRUNEOFA_ISA if set, else the best there is.
+    """`wanted` if this CPU supports it; if None, PRUNEOFA_ISA if set, else the fastest supported one.
 
-    Raises InputError, and ImportError where the extension was not built.
+    Raises InputError for one that is not supported, and ImportError if the extension was not built.
     """
     _check_built()
     available = native.available_isas()
@@ -308,9 +309,9 @@ def choose_isa(wanted: str | None) -> str:
 
 
 def choose_threads(wanted: int | None) -> int:
-    """`wanted` if it is a number of threads; None: one per CPU that this process may use. Raises InputError."""
+    """`wanted` if it is a valid number of threads, otherwise raises InputError; None: one per CPU of this process."""
     if wanted is None:
-        # not every platform can say which CPUs are ours
+        # not every platform reports the CPUs that a process may use
         cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return min(cpus, _MOST_THREADS)
     if not isinstance(wanted, int) or isinstance(wanted, bool) or not 1 <= wanted <= _MOST_THREADS:

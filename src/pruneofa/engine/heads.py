@@ -1,8 +1,8 @@
-"""What comes after the encoder, one class per task.
+"""Task heads: the computation after the encoder, one class per task.
 
-Every class has the same three methods. `prepare` tokenizes a batch of texts, into one sequence each or several.
-`reduce` takes the hidden states of one sequence to what the task needs of them, so that those of a batch need not be
-kept. `results` turns what was kept of the batch into one answer for each text.
+Every class has the same three methods. `prepare` tokenizes a batch of texts into one or more sequences each.
+`reduce` maps the hidden states of one sequence to the (smaller) array that the task needs, so that the hidden states of
+a batch are not all kept in memory. `results` computes one answer per text from these arrays.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from pruneofa.formats.sentence import Pooling, Sentence
 
 
 class Classification:
-    """One class, or a probability of each of several, from the first token.
+    """Classification of a text or pair from the hidden state of the first token.
 
     Attributes:
         labels: names of the classes by their id.
@@ -30,12 +30,12 @@ class Classification:
 
     def __init__(self, weights: Weights, architecture: Architecture) -> None:
         head = architecture.family.classification
-        # The pooler is pruned, so the kernels compute it.
+        # The pooler is a sparse layer, so the kernels compute it.
         self._dense = weights.linear(POOLER).forward if head.dense == POOLER else weights.dense(head.dense)
         self._activation = np.tanh if head.activation == "tanh" else reference.relu
         self._out = weights.dense(head.output)
         self.labels = label_names(architecture, len(self._out.bias))
-        # As transformers' pipeline decides where the config does not.
+        # If the config does not say, the rule of transformers' pipeline applies.
         self._problem = architecture.problem_type or (
             "multi_label_classification" if len(self.labels) == 1 else "single_label_classification"
         )
@@ -58,8 +58,8 @@ class Classification:
     def results(self, reduced: Sequence[Float], tokens: Sequence[Tokens], texts: Sequence[Any]) -> list[dict[str, Any]]:
         """{"label", "score", "scores": {label: score}} of each text, scores in the order of the classes.
 
-        A score is a probability among all classes; of one class by itself when the model is multi-label or
-        has a single class; and the bare output of a regression.
+        Scores are softmax probabilities; sigmoid probabilities of each class if the model is multi-label or has a
+        single class; and the unchanged output of a regression.
         """
         scores = self.logits(reduced)
         if self._problem == "single_label_classification":
@@ -79,7 +79,7 @@ class TokenClassification:
     def prepare(
         self, tokenizer: TextTokenizer, texts: Sequence[Text], names: Sequence[str], *, truncate: bool
     ) -> list[Tokens]:
-        """Tokens of each text, with their places in it."""
+        """Tokens of each text, with their character positions."""
         return tokenizer.sequences(texts, names, truncate=truncate, chars=True)
 
     def reduce(self, hidden: Float, tokens: Tokens) -> Float:
@@ -89,7 +89,7 @@ class TokenClassification:
     def results(
         self, reduced: Sequence[Float], tokens: Sequence[Tokens], texts: Sequence[str]
     ) -> list[list[dict[str, Any]]]:
-        """For each text a list with {"label", "score", "word", "start", "end"} of each token but the special ones."""
+        """For each text a list of {"label", "score", "word", "start", "end"}, one per token that is not special."""
         results = []
         for scores, sequence, text in zip(reduced, tokens, texts, strict=True):
             assert sequence.segments is not None and sequence.chars is not None
@@ -114,14 +114,14 @@ class Embedding:
     """One vector per text: the first token, or the mean or maximum over all tokens."""
 
     def __init__(self, pooling: Pooling, *, normalize: bool, dimensions: int | None = None) -> None:
-        """Of a vector only the first `dimensions` numbers are given, if that is not None."""
+        """Return only the first `dimensions` numbers of each vector, unless that is None."""
         self._pooling = pooling
         self._normalize = normalize
         self._dimensions = dimensions
 
     @classmethod
     def of(cls, sentence: Sentence) -> "Embedding":
-        """As a sentence-transformers folder says."""
+        """The head with the settings of a sentence-transformers folder."""
         return cls(sentence.pooling, normalize=sentence.normalize, dimensions=sentence.truncate_dim)
 
     def prepare(
@@ -131,7 +131,9 @@ class Embedding:
         return tokenizer.sequences(texts, names, truncate=truncate)
 
     def reduce(self, hidden: Float, tokens: Tokens) -> Float:
-        """(hidden,), or fewer; cut after it was normalized and not normalized again, as in sentence-transformers."""
+        """(hidden,), or (dimensions,): truncated after normalization, without normalizing again, as in
+        sentence-transformers.
+        """
         if self._pooling == "cls":
             vector = hidden[0].copy()
         else:
@@ -152,7 +154,7 @@ def _best(labels: Sequence[str], scores: NDArray[np.floating]) -> dict[str, Any]
 
 
 def label_names(architecture: Architecture, count: int) -> list[str]:
-    """Names of `count` classes, those of config.json where it has any."""
+    """Names of `count` classes: those of config.json, or LABEL_0, LABEL_1, ... if it has none."""
     return list(architecture.labels) or [f"LABEL_{index}" for index in range(count)]
 
 

@@ -42,11 +42,11 @@ def check_item(item: Any, name: str, task: str) -> Text:
 
 
 def as_matrix(value: ArrayLike, name: str, shape: tuple[int, ...] | None = None, *, kinds: str = "iu") -> NDArray[Any]:
-    """`value` as an array of integers (batch, seq); of `shape` if given. Raises InputError."""
+    """`value` as an integer array (batch, seq), of `shape` if given. Raises InputError if it is not."""
     wanted = "integers or bool" if "b" in kinds else "integers"
     try:
         array = np.asarray(value)
-    except (TypeError, ValueError, OverflowError):  # rows of different lengths, or no numbers
+    except (TypeError, ValueError, OverflowError):  # rows of different lengths, or not numbers
         raise InputError(f"{name} is no matrix, wanted (batch, seq) {wanted}; pad the rows to one length") from None
     if array.size and array.dtype.kind not in kinds:
         raise InputError(f"{name} has dtype {array.dtype}, wanted {wanted}; convert with .astype('int64')")
@@ -58,7 +58,7 @@ def as_matrix(value: ArrayLike, name: str, shape: tuple[int, ...] | None = None,
 
 
 def as_row(value: ArrayLike, name: str, shape: tuple[int, ...] | None = None) -> NDArray[Any]:
-    """`value` as an array of integers (tokens,); of `shape` if given. Raises InputError."""
+    """`value` as an integer array (tokens,), of `shape` if given. Raises InputError if it is not."""
     try:
         array = np.asarray(value)
     except (TypeError, ValueError, OverflowError):

@@ -27,10 +27,10 @@ class Dense:
 
 
 class Weights:
-    """The tensors of a packed model by canonical name; `check_tensors` has found that they are there and fit.
+    """The tensors of a packed model by canonical name; `check_tensors` has checked that all exist and fit.
 
-    A linear layer is taken out of the packed model when the kernels have their own copy: both at once would be twice
-    the memory.
+    A linear layer is removed from the packed model as soon as the kernels have their own copy, which halves the peak
+    memory.
     """
 
     def __init__(self, packed: Packed, native: Any, isa: str) -> None:
@@ -58,7 +58,7 @@ class Weights:
         return self._packed.embeddings[name]
 
     def linear(self, module: str) -> Any:
-        """`native.Linear` of a sparse linear layer and its bias; it can be asked for once.
+        """`native.Linear` of a sparse linear layer and its bias; each layer can be requested only once.
 
         Raises:
             InputError: it is too large for the kernels.

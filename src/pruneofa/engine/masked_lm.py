@@ -11,12 +11,12 @@ from pruneofa.engine.tokenizer import Text, TextTokenizer, Tokens
 from pruneofa.errors import InputError
 from pruneofa.formats.architecture import Architecture, masked_lm_bias
 
-TOP_TOKENS = 5  # of a masked position, as transformers' fill-mask pipeline gives
-_VOCABULARY_BLOCK = 4096  # rows of the word embeddings that are widened to float32 at a time
+TOP_TOKENS = 5  # results per masked position, as in transformers' fill-mask pipeline
+_VOCABULARY_BLOCK = 4096  # rows of the word embeddings that are converted to float32 at a time
 
 
 class MaskedLM:
-    """The likeliest tokens at each mask; the vocabulary is computed there only."""
+    """The likeliest tokens at each mask; vocabulary logits are computed only at masked positions."""
 
     def __init__(self, weights: Weights, architecture: Architecture, tokenizer: TextTokenizer) -> None:
         family = architecture.family
@@ -34,7 +34,7 @@ class MaskedLM:
     def prepare(
         self, tokenizer: TextTokenizer, texts: Sequence[Text], names: Sequence[str], *, truncate: bool
     ) -> list[Tokens]:
-        """Tokens of each text. Raises InputError if one has no mask, or the tokenizer knows of none."""
+        """Tokens of each text. Raises InputError if a text has no mask token, or the tokenizer has none."""
         tokens = tokenizer.sequences(texts, names, truncate=truncate)
         if tokenizer.mask_id is None:
             raise InputError(
@@ -72,7 +72,8 @@ class MaskedLM:
     def _best_tokens(self, scores: Float) -> dict[str, Any]:
         best: dict[str, float] = {}
         for index in np.argsort(-scores, kind="stable"):
-            best.setdefault(self._tokenizer.token(int(index)), float(scores[index]))  # parts of a character look alike
+            # Byte-level tokens that are parts of a character can have the same text: the best one is kept.
+            best.setdefault(self._tokenizer.token(int(index)), float(scores[index]))
             if len(best) == TOP_TOKENS:
                 break
         label = next(iter(best))

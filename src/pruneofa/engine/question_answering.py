@@ -28,7 +28,7 @@ class QuestionAnswering:
         return self._out(hidden)
 
     def logits(self, reduced: Sequence[Float]) -> list[Float]:
-        """What `reduce` gave."""
+        """The start and end logits of each sequence, (tokens, 2), as `reduce` returned them."""
         return list(reduced)
 
     def results(
@@ -40,7 +40,8 @@ class QuestionAnswering:
         to 1, is the probability of its start times that of its end, over the context's tokens of all windows together.
 
         Args:
-            reduced: of every window; `tokens` likewise.
+            reduced: start and end logits (tokens, 2) of every window.
+            tokens: the tokens of every window.
             texts: (question, context) pairs.
         """
         answers = []
@@ -53,7 +54,7 @@ class QuestionAnswering:
 def _answer(logits: Sequence[Float], windows: Sequence[Tokens], context: str) -> dict[str, Any]:
     """The answer of one context from all its windows, each with (tokens, 2) start and end logits.
 
-    No text and score 0 where no valid span is among the best starts and ends, as in the official script.
+    An empty text with score 0 if no valid span is among the best starts and ends, as in the official script.
     """
     best, place = (-np.inf, 0, 0), None
     insides = []
@@ -65,7 +66,7 @@ def _answer(logits: Sequence[Float], windows: Sequence[Tokens], context: str) ->
             best, place = found, number
     if place is None:
         return {"answer": "", "start": 0, "end": 0, "score": 0.0}
-    # Both softmaxes are over the context's tokens in all windows together: the probabilities of windows compare.
+    # Both softmaxes run over the context's tokens of all windows together, so that windows are comparable.
     every = np.concatenate([pair[inside] for pair, inside in zip(logits, insides, strict=True)]).T.astype(np.float64)
     largest = every.max(axis=1)
     totals = np.exp(every - largest[:, None]).sum(axis=1)

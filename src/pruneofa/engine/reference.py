@@ -1,7 +1,7 @@
-"""NumPy definition of every native op, with the same names and signatures: plain, slow, the meaning of correct.
+"""NumPy reference implementation of every native operation, with the same names and signatures: simple and slow.
 
-Text of t tokens is a (t, hidden) float32 matrix. Several sequences lie end to end in it, without padding;
-`offsets` (s + 1,) says where each begins. A Linear of n outputs and k inputs has an (n, k) weight.
+Hidden states of t tokens are a (t, hidden) float32 matrix. Several sequences are concatenated in it without padding;
+`offsets` (s + 1,) gives the start of each. A Linear of n outputs and k inputs has an (n, k) weight.
 """
 
 import itertools
@@ -19,12 +19,12 @@ MOST_INPUTS = 2**16  # 255 * 128 * 2**16 < 2**31: an int32 accumulator cannot ov
 
 
 def available_isas() -> list[str]:
-    """Instruction sets this module can use, worst first: none but NumPy's."""
+    """Instruction sets that this module can use, slowest first: only NumPy's own."""
     return ["scalar"]
 
 
 def quantize_rows(x: Float) -> tuple[NDArray[np.uint8], Float, NDArray[np.int32]]:
-    """Quantize each row to uint8 over its own range, which always includes 0.
+    """Quantize each row to uint8 over its own range, extended to include 0.
 
     x = scale * (q - zero_point) up to rounding; all steps in float32, rounding half to even.
 
@@ -92,8 +92,8 @@ def attention(query: Float, key: Float, value: Float, heads: int, offsets: NDArr
     """Multi-head attention of every token to all tokens of its own sequence.
 
     Args:
-        query: (t, hidden); `key` and `value` likewise. A head owns hidden / heads columns next to each other.
-        offsets: (s + 1,) begins of the sequences, the last one t.
+        query: (t, hidden), as `key` and `value`. Each head has hidden / heads consecutive columns.
+        offsets: (s + 1,) start of each sequence, and t.
 
     Returns:
         (t, hidden)
@@ -130,16 +130,16 @@ class Linear:
         isa: str,
         input: tuple[float, int] | None = None,
     ) -> None:
-        """Take the weight as a packed folder stores it.
+        """Set the weight from the arrays of a packed folder.
 
         Args:
             bitmask: (n, ceil(k / 8)), little-endian bits, 1 = kept.
             values: (nonzeros,) the kept weights row by row, int8 or float32.
-            scale: (n,) of int8 values, None of float32 values.
+            scale: float32 (n,) for int8 values, None for float32 values.
             bias: (n,) or None.
             k: number of inputs.
             isa: one of `available_isas()`.
-            input: static (scale, zero point) of all that `forward` is given, of int8 values; None: found for each row.
+            input: static (scale, zero point) of the input, for int8 values; None: computed for each row.
 
         Raises:
             ValueError: an unknown isa, too many inputs, sizes that do not fit together, or an input out of range.
@@ -170,7 +170,7 @@ class Linear:
         return (x.astype(np.float64) @ self._weight.T.astype(np.float64)).astype(np.int32)
 
     def forward(self, x: Float) -> Float:
-        """(m, k) float32 to (m, n) float32; an int8 weight meets x quantized, row by row or by the static input."""
+        """(m, k) float32 to (m, n) float32. For an int8 weight x is quantized, per row or with the static scale."""
         if self._scale is None:
             y = x @ self._weight.T
         else:
@@ -204,16 +204,18 @@ class Encoder:
         embedding_norm: tuple[Float, Float],
         layers: Sequence[Mapping[str, Any]],
     ) -> None:
-        """Take tables and layers; `threads` changes nothing here.
+        """Set tables and layers; `threads` has no effect here.
 
         Args:
             hidden: size of a token's vector, divisible by `heads`.
             heads: attention heads.
-            epsilon: of every LayerNorm.
+            epsilon: epsilon of every LayerNorm.
             activation: a key of ACTIVATIONS.
-            threads: at most so many work at once.
+            threads: maximum number of compute threads.
             isa: one of `available_isas()`.
-            word: rows of the vocabulary; `position` and `token_type` (None without one) likewise.
+            word: table of the word embeddings, (vocabulary, hidden).
+            position: table of the position embeddings.
+            token_type: table of the token-type embeddings, None without one.
             embedding_norm: gamma and beta (hidden,).
             layers: the Linears "query", "key", "value", "attention_output", "intermediate" and "output", and
                 (gamma, beta) as "attention_norm" and "output_norm".
@@ -243,7 +245,7 @@ class Encoder:
     ) -> Float:
         """Hidden states (t, hidden) of the last layer, for (t,) ids and `offsets` (s + 1,) of s sequences.
 
-        Raises ValueError for an id, position or type outside of its table, and for offsets that do not rise
+        Raises ValueError for an id, position or type outside its table, and for offsets that do not increase
         from 0 to t.
         """
         if offsets[0] != 0 or offsets[-1] != len(ids) or (np.diff(offsets) < 1).any():

@@ -17,12 +17,13 @@ def best_span(
 ) -> tuple[float, int, int] | None:
     """Best (score, first character, last character + 1) of one window, or None without a valid span.
 
-    The score is the sum of the two logits, so that scores of windows compare; candidates are the `n_best` starts and
-    ends among context tokens.
+    The score is the sum of the two logits, so that the scores of windows are comparable. Candidates are the `n_best`
+    starts and ends among context tokens.
 
     Args:
-        start: (tokens,) start logits; `end` likewise.
-        chars: (tokens, 2) characters of each token, -1 outside the context.
+        start: (tokens,) start logits.
+        end: (tokens,) end logits.
+        chars: (tokens, 2) first character and last character + 1 of each token, -1 outside the context.
     """
     found = best_tokens(start, end, chars[:, 0] >= 0, n_best=n_best, max_answer_length=max_answer_length)
     return None if found is None else (found[0], int(chars[found[1], 0]), int(chars[found[2], 1]))
@@ -36,7 +37,7 @@ def best_tokens(
     n_best: int = N_BEST,
     max_answer_length: int = MAX_ANSWER_LENGTH,
 ) -> tuple[float, int, int] | None:
-    """Like `best_span`, but (score, first token, last token); `inside`, (tokens,), says which are of the context."""
+    """Like `best_span`, but returns (score, first token, last token); `inside`, bool (tokens,), marks the context."""
     context = np.flatnonzero(inside)
     starts = context[np.argsort(-start[context], kind="stable")[:n_best]]
     ends = context[np.argsort(-end[context], kind="stable")[:n_best]]

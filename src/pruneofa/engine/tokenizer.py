@@ -1,7 +1,7 @@
 """Text to token sequences: checks, the tokenizer of a folder, truncation, windows over long contexts, chunks.
 
-Nothing here is changed after loading, so that any number of threads may tokenize at once: truncation and
-padding, which the tokenizers library keeps as state, are off and done here.
+Objects are immutable after loading, so that any number of threads may tokenize at once. Truncation and padding, which
+the tokenizers library keeps as state, are therefore switched off there; truncation is implemented here.
 """
 
 import re
@@ -21,11 +21,12 @@ from pruneofa.formats.files import read_json
 from pruneofa.formats.sentence import Sentence
 from pruneofa.formats.settings import without_tokenizer
 
-# Floats of more leave the caches, of fewer read the weights too often: measured with 12 layers of 768.
+# With more tokens the activations do not fit the caches, with fewer the weights are read too often; measured with 12
+# layers of hidden size 768.
 CHUNK_TOKENS = 384
-WINDOW, STRIDE = 384, 128  # of question answering, as in the official SQuAD script
-_HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair: nothing that a tokenizer could know
-_LEAST_CONTEXT = 16  # context tokens per window; a question that leaves fewer is too long
+WINDOW, STRIDE = 384, 128  # tokens, for question answering, as in the official SQuAD script
+_HALF = re.compile("[\ud800-\udfff]")  # half of a surrogate pair, which is not valid text
+_LEAST_CONTEXT = 16  # minimum number of context tokens per window; a question that leaves fewer is too long
 
 Text = str | tuple[str, str]
 
@@ -39,7 +40,7 @@ class Tokens:
         types: (tokens,) int32, 0 where the model has no token types.
         segments: (tokens,) int8: 0 first text, 1 second text, -1 special token; None if not asked for.
         chars: (tokens, 2) int32, begin and end of each token in its text; None if not asked for.
-        text: of a window, the index of its text in the batch.
+        text: for a window of question answering, the index of its text in the batch.
     """
 
     ids: NDArray[np.int32]
@@ -70,14 +71,14 @@ class TextTokenizer:
     def __init__(
         self, folder: Path, *, vocabulary: int, types: int, limit: int, sentence: Sentence | None = None
     ) -> None:
-        """Read it.
+        """Read the tokenizer of a folder.
 
         Args:
-            folder: with tokenizer.json and, if there, tokenizer_config.json and special_tokens_map.json.
-            vocabulary: rows of the word embeddings, above every id that may come out.
-            types: token types of the model; with fewer than two they are all 0.
-            limit: most tokens of a sequence, special ones included.
-            sentence: what a sentence-transformers folder says.
+            folder: contains tokenizer.json and optionally tokenizer_config.json and special_tokens_map.json.
+            vocabulary: number of rows of the word embeddings; every id must be below it.
+            types: number of token types of the model; with fewer than two all types are 0.
+            limit: maximum number of tokens of a sequence, including special tokens.
+            sentence: the settings of a sentence-transformers folder.
 
         Raises:
             InputError: tokenizer.json is missing or not usable.
@@ -92,7 +93,7 @@ class TextTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         if sentence is not None and sentence.do_lower_case:
-            # unlike str.lower, this works on what the tokenizer takes for text, not on its special tokens
+            # unlike str.lower, this does not change special tokens in the text
             own = self._tokenizer.normalizer
             self._tokenizer.normalizer = Sequenced([Lowercase(), *([own] if own else [])])
         self._prompt = sentence.prompt if sentence else ""
@@ -113,7 +114,7 @@ class TextTokenizer:
         self.mask_id = self._mask_id(config.get("mask_token"))
 
     def _mask_id(self, named: Any) -> int | None:
-        name = named.get("content") if isinstance(named, dict) else named  # added tokens are written as tables
+        name = named.get("content") if isinstance(named, dict) else named  # added tokens are JSON objects
         names = [token for token in (name, "[MASK]", "<mask>") if isinstance(token, str) and not _HALF.search(token)]
         found = [self._tokenizer.token_to_id(token) for token in names]
         return next((index for index in found if index is not None), None)
@@ -128,15 +129,15 @@ class TextTokenizer:
         """Tokens of each text or pair, special tokens added.
 
         Args:
-            texts: checked by `check_text`.
-            names: what the caller knows each text by, for messages.
-            truncate: cut what is too long, the longer text of a pair first; otherwise it is an error.
+            texts: texts or pairs, already checked by `check_text`.
+            names: the caller's name of each text, for error messages.
+            truncate: truncate sequences that are too long, the longer text of a pair first; otherwise an error.
             chars: fill in `segments` and `chars`.
 
         Raises:
             InputError: a text is too long, or the tokenizer is not the model's.
         """
-        encode = self._tokenizer.encode_batch if chars else self._tokenizer.encode_batch_fast  # fast: no characters
+        encode = self._tokenizer.encode_batch if chars else self._tokenizer.encode_batch_fast  # fast: without offsets
         result = []
         for name, encoding in zip(names, encode([self._prompted(text) for text in texts]), strict=True):
             tokens = self._tokens(encoding, chars=chars)
@@ -189,10 +190,10 @@ class TextTokenizer:
 
 
 def check_text(value: Any, where: str) -> str:
-    """`value` if it is text that can be tokenized; `where` names it in messages.
+    """`value` if it is text that can be tokenized; `where` names it in error messages.
 
     Raises:
-        InputError: it is no str, empty, or contains NUL or half of a surrogate pair.
+        InputError: it is not a str, is empty, or contains NUL or half of a surrogate pair.
     """
     if not isinstance(value, str):
         raise InputError(f"{where} is {type(value).__name__}, wanted a str")
@@ -211,9 +212,9 @@ def check_text(value: Any, where: str) -> str:
 
 
 def chunks(lengths: Sequence[int], most: int = CHUNK_TOKENS) -> Iterator[list[int]]:
-    """Indices of sequences that go through the encoder together, short ones first: at most `most` tokens in all.
+    """Yield the indices of sequences to compute together, short ones first, at most `most` tokens in all.
 
-    A sequence that is longer than that goes alone.
+    A longer sequence is computed alone.
     """
     chunk: list[int] = []
     total = 0
@@ -262,7 +263,7 @@ def _windows(tokens: Tokens, length: int, *, truncate: bool, where: str) -> list
             )
         tokens = tokens.keep((tokens.segments != 0) | _first(tokens.segments, 0, most))
         return _windows(tokens, length, truncate=False, where=where)
-    step = room - min(STRIDE, room // 2)  # a long question leaves less room: windows then share half of it
+    step = room - min(STRIDE, room // 2)  # after a long question windows share half of the room
     before, after = np.arange(context[0]), np.arange(context[-1] + 1, len(tokens.ids))
     windows = []
     for begin in range(0, len(context), step):

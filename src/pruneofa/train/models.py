@@ -80,7 +80,7 @@ def _has_file(path: str | Path, name: str) -> bool:
     """Whether a folder, or a hub model, has this file."""
     if Path(path).is_dir():
         return (Path(path) / name).is_file()
-    # Of a hub model the loader has just asked for it, so this finds it in the cache.
+    # The loader has just requested this file of a hub model, so it is in the cache.
     missing: dict[str, Any] = {
         "_raise_exceptions_for_missing_entries": False,
         "_raise_exceptions_for_connection_errors": False,
