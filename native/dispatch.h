@@ -1,4 +1,4 @@
-// Which paths there are, and which of them can run here.
+// The ISA paths of this build, and those that this machine can run.
 #pragma once
 
 #include <string>

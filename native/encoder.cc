@@ -67,7 +67,7 @@ void Encoder::reserve(int panels) {
   ranges_ = Aligned<float>(lanes * 2 * threads);
   moments_ = Aligned<float>(lanes * 2 * threads);
   buffers_.clear();
-  // The largest number of features of a thread where `total` are divided in units.
+  // The largest number of features of a thread when `total` features are divided in units.
   const auto most = [&](int total, int unit) { return round_up((total + unit - 1) / unit, threads) / threads * unit; };
   const int state = most(options_.hidden, 32), in_heads = most(options_.heads, head_unit()) * head_size();
   const int wide = std::max({state, 3 * in_heads, most(widest_, 32)});
@@ -173,7 +173,7 @@ void Encoder::embed(int thread, const Slice& state, const Sequences& sequences) 
     }
   };
   for (int token = 0; token < panels_ * kLanes; ++token) {
-    // Lanes past the last token repeat it: finite values that nothing reads.
+    // Lanes past the last token repeat it, so that they hold finite values; their results are not used.
     const int source = std::min(token, sequences.tokens - 1);
     float* to = state.data + token / kLanes * state.stride + token % kLanes;
     for (int f = 0; f < state.count; f += kLanes) {
@@ -203,7 +203,7 @@ void Encoder::attend(int thread, const Slice& query, const Sequences& sequences)
       a.scale = 1.0f / sqrtf(static_cast<float>(size));
       a.begin = sequences.offsets[s];
       a.end = sequences.offsets[s + 1];
-      // With static inputs the codes are those that training simulated, as long as floats are (decision 0007).
+      // With static inputs the codes equal those simulated in training only if floats stay floats (decision 0007).
       a.rounding = !int8_ ? Rounding::kTwoBfloat16 : dynamic_ ? Rounding::kBfloat16 : Rounding::kNone;
       a.scratch = buffers_[thread].scratch.data();
       kernels_.attention(a);

@@ -1,4 +1,4 @@
-// The forward pass of a BERT-like encoder over sequences that lie end to end, without padding between them.
+// The forward pass of a BERT-like encoder over concatenated sequences, without padding between them.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,8 @@
 
 namespace pruneofa {
 
-// int8 rows with a scale each, or floats. The rows are not copied: they are most of the memory of a small model.
+// An embedding table: int8 rows with one scale each, or floats. The rows are not copied, because they are most of the
+// memory of a small model.
 struct Table {
   std::shared_ptr<const void> owner;  // of the rows
   const int8_t* codes = nullptr;      // [rows][hidden] or null
@@ -39,7 +40,7 @@ struct EncoderOptions {
   int threads = 1;
 };
 
-// Token ids of sequences end to end; sequence s has the tokens offsets[s] .. offsets[s + 1] - 1.
+// Token ids of concatenated sequences; sequence s has the tokens offsets[s] .. offsets[s + 1] - 1.
 struct Sequences {
   const int32_t* ids = nullptr;
   const int32_t* positions = nullptr;
@@ -51,7 +52,7 @@ struct Sequences {
 
 class Encoder {
  public:
-  // Throws std::invalid_argument when sizes do not fit each other.
+  // Throws std::invalid_argument when sizes do not match.
   Encoder(EncoderOptions options, Table word, Table position, Table type, Norm embedding_norm,
           std::vector<Layer> layers, const Kernels& kernels);
 
@@ -63,20 +64,20 @@ class Encoder {
   const std::vector<Layer>& layers() const { return layers_; }
 
  private:
-  // The range of `total` features that a thread has, in multiples of `unit`.
+  // The features of `total` that a thread computes, in multiples of `unit`.
   struct Part {
     int begin, end;
     int count() const { return end - begin; }
   };
   Part part(int total, int unit, int thread) const;
-  int head_unit() const;  // heads that make a multiple of 16 features
+  int head_unit() const;  // smallest number of heads whose features are a multiple of 16
   int head_size() const { return options_.hidden / options_.heads; }
-  std::size_t panel_bytes(int features) const;  // of a panel
+  std::size_t panel_bytes(int features) const;  // size of a panel with so many features
 
   void reserve(int panels);
   void check(const Sequences& sequences) const;
   void pass(int thread, const Sequences& sequences, float* out);
-  // A thread's features of an activation: `first` .. `first + count - 1` of `features`, panel by panel, `stride`
+  // A thread's features of an activation: `first` .. `first + count - 1` of `features`. Consecutive panels are `stride`
   // floats apart.
   struct Slice {
     float* data;
@@ -84,27 +85,28 @@ class Encoder {
     std::ptrdiff_t stride;
     bool half = false;  // see Activation::kGeluHalf
   };
-  // Sums of the embeddings, and the moments of this thread's features.
+  // Computes the sum of the embeddings, and the moments of this thread's features.
   void embed(int thread, const Slice& state, const Sequences& sequences);
-  // From query, key and value, each as wide as `query` and one after the other; the result replaces the query.
+  // Attention of this thread's heads. Key and value follow `query` in memory, with the same width; the result replaces
+  // the query.
   void attend(int thread, const Slice& query, const Sequences& sequences);
-  // Updates the ranges of this thread with x; not needed where the kernel that wrote x has done so.
+  // Updates the ranges of this thread with x; not needed if the kernel that wrote x has done so.
   void update_ranges(int thread, const Slice& x);
-  // Writes x where all threads read it, as codes for `linear` where that is int8. Two barriers: before, because codes
-  // need the ranges of all threads, and after.
+  // Writes x to the buffer that all threads read, as codes for `linear` if that is int8. Has two barriers: one before,
+  // because codes need the ranges of all threads, and one after.
   void publish(int thread, const Slice& x, const Linear& linear);
-  // y = linear(what was published last), the rows of this thread.
+  // y = linear(published_), the rows of this thread.
   void multiply(int thread, const Linear& linear, const Slice& y, Activation activation = Activation::kNone,
                 bool ranges = false);
-  // state += linear(what was published last), and the moments of this thread's features.
+  // state += linear(published_), the rows of this thread, and their moments.
   void add(int thread, const Linear& linear, const Slice& state);
   // LayerNorm, from the moments of all threads. One barrier.
   void normalize(int thread, const Slice& state, const Norm& norm);
   Operands operands(int thread, const Slice& y);
-  float* per_thread(Aligned<float>& all, int thread);  // ranges or moments of a thread
+  float* per_thread(Aligned<float>& all, int thread);  // the part of ranges_ or moments_ that a thread writes
   void clear_ranges(int thread);
 
-  // Every linear layer but those that add to the state writes to `wide`, so that it stays in the thread's cache.
+  // Every linear layer that does not add to the state writes to `wide`, so that its output stays in the thread's cache.
   struct ThreadBuffers {
     Aligned<float> state, wide;  // [panels][features of the thread][16]
     Aligned<float> scale;        // [panels][16]
@@ -124,9 +126,9 @@ class Encoder {
 
   std::mutex mutex_;
   Pool pool_;
-  int panels_ = 0;    // of this pass
-  int reserved_ = 0;  // panels that the buffers hold
-  Aligned<char> published_;  // what the next linear layer reads: codes, or floats [panels][features][16]
+  int panels_ = 0;    // panels of the current pass
+  int reserved_ = 0;  // capacity of the buffers in panels
+  Aligned<char> published_;  // input of the next linear layer: codes, or floats [panels][features][16]
   Aligned<float> ranges_, moments_;  // [threads][panels][2][16], written by one thread, read by all
   std::vector<ThreadBuffers> buffers_;
 };

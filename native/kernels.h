@@ -4,7 +4,7 @@
 // Everything between layers is stored panel by panel with the 16 tokens innermost, so that vector lanes run over
 // tokens and nothing is ever reduced across lanes:
 //
-//   float activations   float [panels][features][16]          a thread keeps those of its own features
+//   float activations   float [panels][features][16]          each thread stores those of its own features
 //   codes, int8 paths   uint8 [panels][inputs / 4][16][4]      four consecutive inputs of a token are one 32-bit word
 //   codes, avx2         int16 [panels][inputs / 2][16][2]      the same with two inputs, because AVX2 multiplies pairs
 //
@@ -24,7 +24,7 @@
 #include <cstddef>
 #include <cstdint>
 
-// Sums in registers need their loops unrolled whatever the optimisation level.
+// Loops over sums in registers must be unrolled at every optimisation level.
 #if defined(__clang__)
 #define PRUNEOFA_UNROLL _Pragma("clang loop unroll(full)")
 #elif defined(__GNUC__)
@@ -45,12 +45,14 @@ constexpr int kLanes = 16;
 // token's range.
 enum class Activation { kNone, kGelu, kGeluHalf, kGeluTanh, kRelu };
 
-// Weights of one linear layer in the layout of one path. On AMX tiles, dense or as masks; else groups: a group is the
-// 32-bit word of 4 int8, 2 int16 or 1 float of consecutive inputs that is broadcast against 16 tokens.
+// Weights of one linear layer in the layout of one path. AMX uses tiles, dense or as bitmasks and non-zeros. The other
+// paths use groups: a group is a 32-bit word of 4 int8, 2 int16 or 1 float weights of consecutive inputs, which is
+// broadcast to 16 tokens.
 struct Weights {
   int outputs = 0;
   int inputs = 0;
-  // Sparse groups: of row n those in [row_start[n], row_start[n + 1]); `index` counts groups along the inputs.
+  // Sparse groups: row n has the groups [row_start[n], row_start[n + 1]); `index` is the position of a group along the
+  // inputs.
   const uint32_t* row_start = nullptr;
   const uint16_t* index = nullptr;
   const uint32_t* words = nullptr;  // dense: [outputs / block][groups][block]
@@ -70,11 +72,11 @@ struct Weights {
   bool sparse = false;
 };
 
-// Minimum and maximum of each token so far, [panels][2][16]. A thread has one for its own features; `scales` reduces
-// over the threads.
+// Running minimum and maximum of each token, [panels][2][16]. Each thread has one for its own features; `scales`
+// reduces them over the threads.
 using Ranges = float*;
 
-// What a linear layer reads and where it writes.
+// Inputs and outputs of a linear layer.
 struct Operands {
   const void* x = nullptr;         // codes, or floats for float weights
   const float* scale = nullptr;    // [panels][16], int8 only
@@ -84,16 +86,16 @@ struct Operands {
   std::ptrdiff_t y_stride = 0;
   int first = 0;
   Ranges ranges = nullptr;         // if set, updated with what is written to y
-  float* moments = nullptr;        // if set, y is added to, and the sums of y and of y^2 go to these, [panels][2][16]
-  int32_t* sums = nullptr;         // if set, the raw int32 sums go here, [panels][outputs][16], and nothing to y
+  float* moments = nullptr;        // if set, results are added to y, and the sums of y and y^2 stored, [panels][2][16]
+  int32_t* sums = nullptr;         // if set, the raw int32 sums are stored, [panels][outputs][16], and y is not written
   Activation activation = Activation::kNone;
-  void* scratch = nullptr;         // of this thread, `scratch_bytes` long
+  void* scratch = nullptr;         // scratch memory of this thread, `scratch_bytes` long
 };
 
-// What the operands of attention may be rounded to, on a path where that is faster.
+// The type that attention operands may be rounded to, on paths where that is faster.
 enum class Rounding { kNone, kTwoBfloat16, kBfloat16 };
 
-// One head of one sequence. Up to 16 features past the head may be read.
+// Attention of one head of one sequence. Up to 16 features past the head may be read.
 struct Attention {
   float* query = nullptr;  // float activations holding the head's rows, panel 0; the output replaces them
   const float* key = nullptr;
@@ -106,45 +108,44 @@ struct Attention {
   void* scratch = nullptr;
 };
 
-// The kernels of one path: a row of the table of paths. Rows of a linear layer and features of activations are divided
-// among threads in multiples of 16, so that floats stay in the cache of the core that wrote them; threads exchange only
-// ranges, moments and codes.
+// The kernels of one path. Rows of a linear layer and features of activations are divided among threads in multiples of
+// 16, so that floats stay in the cache of the core that wrote them; threads exchange only ranges, moments and codes.
 struct Kernels {
   const char* isa;
-  bool (*supported)();  // by this CPU and operating system
+  bool (*supported)();  // whether this CPU and operating system can run the path
   // Chooses the layout of a layer and fills `out`, whose `sparsity`, sizes, scales and bias are set.
   void (*lay_out)(const PackedLayer& layer, const Kernels& kernels, LaidOut& out);
   int group_int8;            // inputs in a word of int8 weights and of codes: 4, or 2 on AVX2
   int block_int8 = 0;        // outputs per block of dense int8 words, divides 16; unused where int8 weights are tiles
   int block_float;           // the same for float words
-  float sparse_above;        // sparsity from which the sparse layout is the faster one, for int8 (docs/kernels.md) ...
-  float sparse_above_float;  // ... and for floats
-  // Time for an entry of a gathered int8 list, relative to one of a plain list: of one output, and shared by four
-  // outputs. 0: the path has no such kernel.
+  float sparse_above;        // int8: sparsity above which the sparse layout is faster (docs/kernels.md)
+  float sparse_above_float;  // the same for floats
+  // Time per entry of a gathered int8 list, relative to an entry of a plain list: for lists of one output, and for
+  // lists shared by four outputs. 0: the path has no such kernel.
   float gathered = 0, gathered_by_4 = 0;
 
-  void (*begin)();  // once per thread and forward pass
+  void (*begin)();  // called once per thread and forward pass
   void (*end)();
   void (*linear_int8)(const Weights&, const Operands&, int begin, int end);
   void (*linear_float)(const Weights&, const Operands&, int begin, int end);
 
-  // The following take one panel; x, [count][16], has the features of this thread.
+  // The following functions process one panel; x, [count][16], has the features of this thread.
   // Updates the panel's range, [2][16].
   void (*range)(const float* x, int count, Ranges range);
-  // Scale and zero point of 16 tokens from `count` ranges that lie `stride` floats apart.
+  // Scale and zero point of 16 tokens from `count` ranges, which are `stride` floats apart.
   void (*scales)(const float* ranges, int count, std::ptrdiff_t stride, float* scale, int32_t* zero);
-  // Codes of x, the features begin .. end - 1 of `features`; the thread with the last one also clears the padding.
+  // Codes of x, the features begin .. end - 1 of `features`; the thread with the last feature also clears the padding.
   void (*encode)(const float* x, int begin, int end, int features, const float* scale, const int32_t* zero,
                  void* codes);
   // The sums of x and of x^2 over these features, [2][16].
   void (*moments)(const float* x, int count, float* moments);
-  // x = gamma * (x - mean) / deviation + beta, mean and variance over all `features` from `parts` moments that lie
-  // `stride` floats apart; gamma and beta are those of x. Updates the range if one is given.
+  // x = gamma * (x - mean) / deviation + beta. Mean and variance are over all `features`, from `parts` moments that are
+  // `stride` floats apart; gamma and beta are those of the features in x. Updates the range if one is given.
   void (*normalize)(float* x, int count, int features, const float* moments, int parts, std::ptrdiff_t stride,
                     const float* gamma, const float* beta, float epsilon, Ranges range);
   void (*attention)(const Attention&);
 
-  // `encode` of what linear_int8 wrote for kGeluHalf; null: the path has no kGeluHalf.
+  // `encode` for the output of linear_int8 with kGeluHalf; null: the path does not have kGeluHalf.
   void (*encode_half)(const float* x, int begin, int end, int features, const float* scale, const int32_t* zero,
                       void* codes) = nullptr;
 };

@@ -9,7 +9,7 @@
 namespace pruneofa {
 namespace {
 
-// The bits of input k in a word that holds `group` inputs.
+// The bits of the weight of input k, at its position in a word of `group` inputs.
 uint32_t bits_in_word(const PackedLayer& layer, std::size_t value, int group, int k) {
   if (layer.codes == nullptr) {
     uint32_t bits;
@@ -21,8 +21,9 @@ uint32_t bits_in_word(const PackedLayer& layer, std::size_t value, int group, in
   return static_cast<uint32_t>(static_cast<uint8_t>(static_cast<int8_t>(code))) << (8 * (k % 4));
 }
 
-// Which layout of int8 words does the least work, counted in words of a plain list. A dense layer counts as much as an
-// unstructured one at the sparsity where the two were measured to be equally fast.
+// Chooses the layout of int8 words with the lowest cost. The unit is the cost of one word of a plain sparse list
+// (kSparseWords). The cost of the dense layout is that of an unstructured layer with the sparsity `sparse_above`, at
+// which the two were measured to be equally fast.
 void choose_by_cost(const PackedLayer& layer, const Kernels& kernels, LaidOut& out) {
   const int group = kernels.group_int8;
   const double gathered = kernels.gathered, gathered_by_4 = kernels.gathered_by_4;
@@ -126,7 +127,7 @@ void lay_out_gathered(const PackedLayer& layer, int group, int shared, LaidOut& 
   for (int n = 0; n < layer.outputs; n += shared) {
     std::size_t next[4] = {0, 0, 0, 0};
     for (int r = 0; r < shared && n + r < layer.outputs; ++r) next[r] = begin[n + r];
-    int taken = 0;  // inputs of this list
+    int taken = 0;  // inputs in this list so far
     for (int c = 0; c * 64 < layer.inputs; ++c) {
       uint64_t mask[4] = {0, 0, 0, 0}, any = 0;
       for (int r = 0; r < shared && n + r < layer.outputs; ++r) any |= mask[r] = mask_at(layer, n + r, c);

@@ -1,4 +1,4 @@
-// The weights of one linear layer, from the packed file to the layout of one path.
+// Conversion of the weights of one linear layer from the packed file to the layout of one path.
 #pragma once
 
 #include <string>
@@ -9,15 +9,14 @@
 
 namespace pruneofa {
 
-// Scale and zero point of everything that a layer reads, where they are known beforehand; scale 0: each token has its
-// own.
+// Static scale and zero point of a layer's input. Scale 0: dynamic, each token has its own.
 struct StaticInput {
   float scale = 0;
   int32_t zero = 0;
   bool operator==(const StaticInput& other) const = default;
 };
 
-// A layer as the packed file has it: a bitmask, row by row, and the non-zeros in its order.
+// A layer as stored in the packed file: a bitmask, row by row, and the non-zeros in the same order.
 struct PackedLayer {
   int outputs = 0;
   int inputs = 0;
@@ -40,11 +39,11 @@ enum class Layout {
   kSparseTiles,    // AMX: a bitmask for each row of a tile, and the non-zeros
 };
 
-// Weights in the layout of a path: what kernels read, and the memory that it points into.
+// Weights in the layout of a path: the view that kernels read, and the memory that it points into.
 struct LaidOut {
   Layout layout = Layout::kDenseWords;
   double sparsity = 0;
-  double cost = 0;  // int8 words: of the cheapest sparse layout, relative to the dense one
+  double cost = 0;  // int8 words: cost of the cheapest sparse layout, relative to the dense one
   Weights weights;
   std::vector<uint32_t> row_start;  // of lists and of rows of tiles
   Aligned<uint16_t> index;
@@ -56,13 +55,13 @@ struct LaidOut {
 // Which of the inputs 64 * chunk .. 64 * chunk + 63 of an output are not zero.
 uint64_t mask_at(const PackedLayer& layer, int output, int chunk);
 
-// Where the values of each output begin, and the end: [outputs + 1].
+// Index of the first value of each output, and the number of values: [outputs + 1].
 std::vector<std::size_t> row_begins(const PackedLayer& layer);
 
 // Sets `layout` of float words, or of tiles: sparse if the layer's sparsity is above the path's limit.
 void choose_by_sparsity(double limit, Layout dense, Layout sparse, LaidOut& out);
 
-// Why the layout was chosen, as a line for people.
+// A readable line that says which layout was chosen and why.
 std::string describe(const LaidOut& laid_out, const Kernels& kernels);
 
 }  // namespace pruneofa

@@ -1,5 +1,5 @@
-// Python's view of the engine. Every array argument is taken as it is (noconvert): a silent cast would give wrong
-// numbers. The GIL is released while kernels run.
+// Python bindings of the engine. Array arguments are never converted (noconvert), because a silent cast would give
+// wrong results. The GIL is released while kernels run.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -127,7 +127,7 @@ nb::ndarray<nb::numpy, int32_t, nb::ndim<2>> linear_accumulate(const Linear& lin
   return result;
 }
 
-// Keeps the array of the rows; whoever lets go of it last, its destructor takes the GIL.
+// Keeps a reference to the array of the rows. The destructor of the last owner acquires the GIL.
 Table table(const nb::handle& source, int hidden, const char* name) {
   Table made;
   if (source.is_none()) return made;

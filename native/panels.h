@@ -1,4 +1,4 @@
-// Between matrices, row by row, and token panels (kernels.h).
+// Conversion between row-major matrices and token panels (kernels.h).
 #pragma once
 
 #include <cstddef>

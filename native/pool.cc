@@ -37,7 +37,7 @@ int current_cpu() {
 #endif
 }
 
-// Moves this thread to another CPU, if it may run on one.
+// Moves this thread to a CPU other than the given one, if it may run on another.
 void move_away_from([[maybe_unused]] int cpu) {
 #if defined(__linux__)
   cpu_set_t allowed;

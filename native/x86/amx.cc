@@ -1,9 +1,9 @@
 // AMX: a tile of 16 outputs x 64 inputs times a tile of 64 inputs x 16 tokens in one instruction.
 //
 // The weights are the left operand, so that a row of a tile is a run of 64 weights of one output: it is expanded from
-// one 64-bit mask and the non-zeros that follow in memory (VPEXPANDB). The codes of a token panel are the right
-// operand as they lie. A stretch of a pair of tile rows is expanded once, into memory that stays in the first-level
-// cache, while the first two panels are multiplied; further panels read the expanded tiles.
+// one 64-bit mask and the non-zeros that follow in memory (VPEXPANDB). The codes of a token panel already have the
+// layout of the right operand. A stretch of a pair of tile rows is expanded once, into memory that stays in the
+// first-level cache, while the first two panels are multiplied; further panels read the expanded tiles.
 #include <immintrin.h>
 
 #include "kernels.h"
@@ -146,11 +146,11 @@ void multiply_block(const Weights& w, const Operands& o, Multiply& m, const Bloc
 // all panels are multiplied; the sums of a block wait in memory for the next stretch. Two panels read them only once.
 constexpr int kMostChunks = 16, kStretch = 13;
 
-// And many panels in groups, so that their codes stay in the second-level cache, which all outputs read: that is worth
-// expanding the weights once more.
+// Many panels are processed in groups, so that their codes, which all outputs read, stay in the second-level cache.
+// This saves more than expanding the weights again for each group costs.
 constexpr std::ptrdiff_t kMostCodes = 900 << 10;
 
-// How a layer is divided, and where in the scratch memory it is worked on.
+// How a layer is divided, and its buffers in the scratch memory.
 struct Division {
   int chunks, most;          // of all inputs, and of a stretch
   int group;                 // of panels

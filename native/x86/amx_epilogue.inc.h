@@ -15,8 +15,8 @@ void copy_raw_sums(const Weights& w, const Operands& o, const Block& block, cons
   }
 }
 
-// What is done with sums. kFloats: no activation, no range; kAdded: added to y, with moments; kOther: any activation,
-// chosen for each row.
+// Variants of the epilogue. kFloats: no activation, no range; kAdded: added to y, with moments; kOther: any activation,
+// chosen at run time for each row.
 enum class Epilogue { kFloats, kAdded, kGelu, kGeluHalf, kOther };
 
 template <Epilogue kind>

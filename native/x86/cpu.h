@@ -1,4 +1,4 @@
-// What this CPU has and its operating system lets a program use. Asked once.
+// CPU features that the operating system lets a program use. Queried once.
 #pragma once
 
 namespace pruneofa {

@@ -1,1 +1,1 @@
-"""`pruneofa bench`: this engine beside the peers, and from which sparsity on the zeros pay."""
+"""`pruneofa bench`: the engine compared with other runtimes (peers), and the break-even sparsity."""

@@ -1,4 +1,4 @@
-"""From which sparsity the zeros pay on this machine: our kernel against the best dense int8, per shape of a layer."""
+"""Break-even sparsity on this machine, per layer shape: pruneofa's sparse kernel against the best dense int8."""
 
 import contextlib
 import math
@@ -21,16 +21,17 @@ if TYPE_CHECKING:
 
 SPARSITIES = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95)
 DENSE = "torch-int8"
-LEFT_OUT = f"{DENSE}, one layer"  # not the peer that runs whole models, which may do what this one cannot, or not
+LEFT_OUT = f"{DENSE}, one layer"  # the one-layer peer is independent of the peer that runs whole models
 _ROUNDS = 10
 _TOLERANCE = 0.05  # relative L2 of a product, against float64
 
 
 def break_even(bench: "Bench", model: Model, tokens: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """Yield a row per shape and number of tokens: microseconds of one thread, ours by sparsity and the dense peer's.
+    """Yield a row per shape and number of tokens: microseconds on one thread, of pruneofa by sparsity and of the peer.
 
-    "pays_from" is the least sparsity from which on we are faster than the dense peer, None if from none, or if
-    there is no such peer. Weights are random; each product is verified before it is timed. Raises CheckFailed.
+    "pays_from" is the lowest sparsity from which pruneofa is faster than the dense peer; None if there is no such
+    sparsity or no peer. Weights are random. Each product is verified before it is timed; raises CheckFailed for a
+    wrong one.
     """
     shapes = sorted({tensor.shape for tensor in model.linears})
     dense = PEERS[DENSE]
@@ -102,7 +103,7 @@ def _verify(worker: "Worker", key: str, wanted: np.ndarray, root: Path) -> None:
 
 
 def pays_from(ours: dict[str, float], dense: float | None) -> float | None:
-    """The least sparsity from which on, at every higher one too, ours is faster than dense."""
+    """The lowest sparsity such that pruneofa is faster than dense there and at every higher one; None if none is."""
     least = None
     for sparsity in sorted(ours, key=float, reverse=True):
         if dense is None or ours[sparsity] >= dense:

@@ -1,4 +1,4 @@
-"""A few models of one shape beside each other: how long one sequence takes, each in a process of its own."""
+"""Latency of one sequence for several models of the same shape, each in its own process."""
 
 import contextlib
 import math
@@ -21,7 +21,7 @@ REPEATS = 30
 
 @dataclass(frozen=True)
 class Runner:
-    """A model to time: the folder, by which of `PEERS`, and the precision where that is ours."""
+    """A model to time: its folder, the name of one of `PEERS`, and the precision if that is pruneofa."""
 
     name: str
     folder: Path
@@ -32,7 +32,7 @@ class Runner:
 def latency(runners: Sequence[Runner], *, tokens: int, vocabulary: int, repeats: int = REPEATS) -> dict[str, Any]:
     """{"setting": ..., name: {"median_ms", "p10_ms", "p90_ms"}} of one sequence of `tokens` random tokens.
 
-    The processes alternate, as in `pruneofa bench`, which also verifies outputs: here nothing is. Raises WorkerError.
+    The processes alternate, as in `pruneofa bench`. Unlike there, outputs are not verified. Raises WorkerError.
     """
     bench = Bench(Settings(peers=(REFERENCE,), repeats=repeats))
     rounds = min(ROUNDS, repeats)

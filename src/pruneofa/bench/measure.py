@@ -1,7 +1,7 @@
 """This engine beside the peers that are installed: same weights, inputs and threads, outputs verified, then timed.
 
-Every runner lives in a process of its own (`peers.py`) and runs only when asked; runs alternate between the
-processes, so that whatever the machine does besides hits all of them alike. No torch in this process.
+Every runner has its own process (`peers.py`) and runs only on request. Runs alternate between the processes, so that
+other load on the machine affects all of them equally. No torch in this process.
 """
 
 import contextlib
@@ -30,9 +30,9 @@ from pruneofa.formats.files import fingerprint, read_json, write_json
 from pruneofa.progress import progress
 
 FORMAT = "pruneofa-bench"
-ROUNDS = 10  # turns of each process; the timed runs are spread over them
-FEWEST, ENOUGH = 3, 20.0  # a runner that has run so often for so many seconds needs no further round
-SETTLE = 0.05  # seconds until the threads of the process before have stopped spinning
+ROUNDS = 10  # rounds per process; the timed runs are spread over them
+FEWEST, ENOUGH = 3, 20.0  # a runner with this many runs and this many seconds needs no further round
+SETTLE = 0.05  # seconds until the threads of the previous process have stopped spinning
 # Error against torch fp32 of the same weights. fp32: largest difference over the largest value; else relative L2.
 TOLERANCES = {"fp32": 1e-3, "bf16": 0.05, "int8": 0.15}
 _VERSIONS = ("torch", "transformers", "onnx", "onnxruntime", "openvino", "nncf", "deepsparse", "numpy")
@@ -43,12 +43,12 @@ def run(
 ) -> dict[str, Any]:
     """Measure every case, and the break-even per layer if asked; returns the record that `--json` prints.
 
-    `keep` is given the record, "complete" false, whenever a runner has been timed: what is measured is then the
-    caller's, whatever ends the rest.
+    `keep` is called with the record so far, with "complete" false, whenever a runner has been timed, so that the caller
+    has these results even if a later measurement fails.
 
     Raises:
         InputError: a peer, case or model that cannot be measured.
-        CheckFailed: our output is not that of torch within the tolerance; nothing of it is timed.
+        CheckFailed: pruneofa's output differs from torch's by more than the tolerance; it is then not timed.
     """
     bench = Bench(settings)
     record = bench.head() | {"models": [], "rows": [], "break_even": [], "left_out": bench.left_out}
@@ -136,7 +136,7 @@ class Bench:
     def measure(
         self, case: Case, models: Sequence[Model], root: Path, advance: Callable[..., None]
     ) -> Iterator[dict[str, Any]]:
-        """All runners on one case: prepare, load, verify, time; yields the row as it is each time one has run."""
+        """Prepare, load, verify and time all runners on one case; yields the row so far whenever one has run."""
         config = read_json(models[0].folder / "config.json")
         inputs = root / f"{case.name}.npz"
         arrays: dict[str, Any] = dict(case.inputs(models[0].rows("word"), config.get("pad_token_id") or 0))
@@ -173,7 +173,7 @@ class Bench:
 
     @contextlib.contextmanager
     def _artifacts(self, model: Model, case: Case, root: Path) -> Iterator[Path]:
-        """Where the exported models of a case lie: among those of a former run, or until the case is done."""
+        """Folder of the exported models of a case: kept for later runs if `work` is set, otherwise temporary."""
         if self.settings.work is not None:
             key = fingerprint([model.manifest.source, versions()])[:16]
             folder = self.settings.work / key / case.name
@@ -185,7 +185,7 @@ class Bench:
 
     @contextlib.contextmanager
     def tried(self, label: str, where: str, *, fatal: bool = False) -> Iterator[None]:
-        """A peer that fails, or takes too long, is left out from here on, by name; the others go on."""
+        """Record a peer that fails or exceeds the time limit as left out; the other peers continue."""
         try:
             yield
         except TimeLimitError as error:
@@ -199,7 +199,7 @@ class Bench:
             self.left_out[label] = f"{where}: {error}"
 
     def _reference(self, job: Mapping[str, Any], root: Path) -> NDArray[np.float32] | None:
-        """What torch computes in fp32; None without torch."""
+        """The output of torch in fp32; None if torch is not installed."""
         peer = PEERS[REFERENCE]
         if peer.missing():
             return None
@@ -247,7 +247,7 @@ class Bench:
         for turn in range(self._rounds):
             alive = [(worker, row) for worker, row in loaded if row["name"] not in self.left_out]
             shift = turn % len(alive)
-            for worker, row in alive[shift:] + alive[:shift]:  # nobody always runs after the same one
+            for worker, row in alive[shift:] + alive[:shift]:  # so that no runner always follows the same other one
                 name, peer = row["name"], row["peer"]
                 advance(note=f"{case.name}: {name}")
                 if len(seconds[name]) >= FEWEST and sum(seconds[name]) > ENOUGH:
@@ -334,7 +334,7 @@ def statistics(seconds: Sequence[float]) -> dict[str, Any]:
 
 
 def summary(case: Case, operations: int, runners: list[dict[str, Any]], peak: float | None) -> dict[str, Any]:
-    """One row of a record: the first runner is ours, the others get their ratio to it."""
+    """One row of a record: the first runner is pruneofa, the others get their ratio to it."""
     ours = runners[0]["median_ms"]
     for row in runners:
         row["ratio"] = row["median_ms"] / ours
@@ -358,9 +358,9 @@ def summary(case: Case, operations: int, runners: list[dict[str, Any]], peak: fl
 
 
 def check_ratio(record: Mapping[str, Any], least: float) -> None:
-    """Raise CheckFailed unless the fastest dense peer of every row takes `least` times our time, and all others ours.
+    """Raise CheckFailed unless in every row the fastest dense peer takes at least `least` times pruneofa's time.
 
-    A peer that skips the zeros too (DeepSparse) has to be beaten, not `least` times.
+    A peer that also skips zeros (DeepSparse) only has to be slower than pruneofa.
     """
     slow = []
     for row in record["rows"]:
@@ -377,7 +377,7 @@ def check_ratio(record: Mapping[str, Any], least: float) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of what was compared."""
+    """Installed versions of the packages that were compared."""
     found = {}
     for name in _VERSIONS:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -30,14 +30,14 @@ class Settings:
 
     Attributes:
         path: folder or hub id; None with `random`, one of `families.shapes()`.
-        also: more models for our engine alone, in the same run: a path or, with `random`, "4x1@0.8".
+        also: further models, measured with pruneofa only: a path or, with `random`, PATTERN@SPARSITY such as "4x1@0.8".
         mixed: batches of different lengths, "32x8-128": 32 sequences of 8 to 128 tokens.
-        isa: cap of ours and of the peers; None: what the CPU has.
+        isa: the highest ISA that pruneofa and the peers may use; None: no limit.
         peers: names to compare with; None: all that are installed.
         pythons: {peer: interpreter that has it}.
         work: folder that keeps the exported models for the next run; None: a temporary one.
-        limit: seconds that a step of a peer may take, such as its export or its runs of a round; then it is left out.
-        peak: what the machine can do at best, 10^12 operations per second, for the share of it.
+        limit: seconds that a step of a peer (its export, or its runs of a round) may take before it is left out.
+        peak: peak performance of the machine, 10^12 operations per second, to report the fraction reached.
     """
 
     path: str | None = None
@@ -61,14 +61,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class Case:
-    """One batch: how many tokens each sequence has."""
+    """One batch, given by the number of tokens of each sequence."""
 
     name: str
     lengths: tuple[int, ...]
 
     def inputs(self, vocabulary: int, pad: int) -> dict[str, NDArray[np.int64]]:
         """Random token ids (batch, longest) and, where lengths differ, the mask; the same in every run."""
-        low = vocabulary // 10  # past the special tokens
+        low = vocabulary // 10  # above the special tokens
         ids = np.random.default_rng(_SEED).integers(low, vocabulary, (len(self.lengths), max(self.lengths)))
         if len(set(self.lengths)) == 1:
             return {"input_ids": ids}
@@ -78,7 +78,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Model:
-    """One set of weights: as Hugging Face folder, packed, and what the manifest says."""
+    """One set of weights: its Hugging Face folder, its packed folder, and the manifest."""
 
     label: str
     folder: Path
@@ -107,12 +107,12 @@ class Model:
 
     @cached_property
     def architecture(self) -> Architecture:
-        """What config.json says."""
+        """The checked settings of config.json."""
         return read_architecture(read_config(self.folder), self.folder)
 
 
 def describe(model: Model) -> dict[str, Any]:
-    """What a record says about a model."""
+    """The description of a model in a record."""
     kept = {name: getattr(model.manifest, name) for name in ("architecture", "sparsity", "pattern_hash", "precision")}
     patterns = sorted({tensor.pattern for tensor in model.linears})
     layers = len(model.linears) // 6
@@ -157,7 +157,7 @@ def _zeros(spec: str) -> tuple[float, str]:
 
 
 def read_cases(settings: Settings, model: Model) -> list[Case]:
-    """The batches to measure. Raises InputError for one that is no batch, or too long for the model."""
+    """The batches to measure. Raises InputError for a malformed batch or one that is too long for the model."""
     most = model.rows("position") - model.architecture.first_position
     if settings.batch < 1:
         raise InputError(f"batch is {settings.batch}, wanted at least 1")

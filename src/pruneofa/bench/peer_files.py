@@ -1,6 +1,6 @@
 """The files that peers load, made once per shape from the same Hugging Face folder: ONNX and OpenVINO, int8 too.
 
-Like `peers.py`, this file is the program of a process that obeys lines of JSON, but of one that has pruneofa.
+Like `peers.py`, this file is the program of a process that answers JSON requests, but it needs pruneofa.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from pruneofa.formats.files import new_folder
 from pruneofa.formats.manifest import read_config
 
 _CALIBRATION = 16  # sequences for post-training quantization, beside the inputs: every batch runs many times in fp32
-# What the exporter still writes and DeepSparse, whose last release is of 2024, reads.
+# The opset that both the exporter and DeepSparse, last released in 2024, support.
 _OLD_OPSET = 14
 
 
@@ -25,9 +25,9 @@ def prepare(peer: str, job: Job) -> dict[str, Any]:
 
 
 def make(artifact: str, job: Job) -> None:
-    """Make one folder of the job's artifacts, and those it is made from, unless it is there already.
+    """Make one folder of the job's artifacts, and those it is made from, unless it exists already.
 
-    Raises whatever the exporters raise, and RuntimeError when onnxruntime left linear layers unquantized.
+    Raises the errors of the exporters, and RuntimeError when onnxruntime left linear layers unquantized.
     """
     target = Path(job["artifacts"]) / artifact
     if artifact and not target.exists():

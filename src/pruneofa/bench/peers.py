@@ -1,11 +1,11 @@
-"""What `pruneofa bench` compares, each in a process of its own that obeys lines of JSON on its standard input.
+"""The runtimes that `pruneofa bench` compares, each in its own process that answers JSON requests on standard input.
 
 This file is the program of those processes. Its top imports nothing but the standard library and NumPy, and
 nothing of pruneofa, so that an interpreter that has a peer but not pruneofa can run it too.
 
 A *job* is a dict: "folder" (Hugging Face folder), "packed" (the same model packed), "artifacts" (folder of what
 `peer_files` made for this case), "inputs" (.npz of input_ids and, where there is padding, attention_mask), "threads",
-"isa" and "precision" (ours only).
+"isa" and "precision" (only for pruneofa).
 """
 
 import importlib
@@ -24,7 +24,7 @@ import numpy as np
 Job = Mapping[str, Any]
 Run = Callable[[], np.ndarray]
 
-# Variables that hold a library below what the CPU has; what the user's shell says about them must not leak in.
+# Variables that limit the ISA of a library. They are removed from the environment of the user's shell.
 CAPPING = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "NM_ARCH")
 _TORCH_CAPS = {
     "avx512vnni": {
@@ -43,14 +43,14 @@ class Peer:
     """A way to run an encoder.
 
     Attributes:
-        kind: "fp32", "bf16" or "int8": which tolerance its output has to keep.
-        modules: what its process imports before the clock starts.
-        packages: what to `pip install` for it.
-        build: a job to a function that runs it once.
+        kind: "fp32", "bf16" or "int8", which determines the tolerance of its output.
+        modules: modules that its process imports before timing starts.
+        packages: the packages to `pip install` for it.
+        build: maps a job to a function that runs it once.
         artifact: the folder in a job's artifacts that `build` loads (`peer_files.make` makes it); "" where it
-            loads the Hugging Face folder or, ours, the packed one.
-        makers: modules that making the artifact takes.
-        caps: environment that holds it to an ISA; an ISA that is not a key cannot be asked of it.
+            loads the Hugging Face folder or, for pruneofa, the packed one.
+        makers: modules that are needed to make the artifact.
+        caps: {ISA: environment variables that limit it to this ISA}; other ISAs are not supported.
         dense: whether it multiplies by the zeros.
     """
 
@@ -198,7 +198,7 @@ def _deepsparse(job: Job) -> Run:
     return lambda: engine.run(inputs)[0]
 
 
-LONG = 0.5  # seconds of a run beside which filling the caches again is nothing
+LONG = 0.5  # seconds: for longer runs the time to refill the caches is negligible
 OURS, REFERENCE = "pruneofa", "torch-fp32"
 _TORCH = ("torch", "transformers")
 _EXPORT = (*_TORCH, "onnx", "onnxscript")
@@ -232,7 +232,7 @@ _ALL = (
     ),
     Peer(
         name="openvino",
-        kind="bf16",  # where the CPU has it
+        kind="bf16",  # on CPUs that support it
         modules=("openvino",),
         packages="torch transformers openvino",
         build=_openvino("openvino"),
@@ -266,7 +266,7 @@ PEERS = {peer.name: peer for peer in _ALL}
 
 
 def _layer(job: Job) -> Run:
-    """One linear layer by one thread: ours ("isa" is given), or torch's dynamic int8 through oneDNN."""
+    """One linear layer on one thread: pruneofa's if "isa" is given, otherwise torch's dynamic int8 (oneDNN)."""
     with np.load(job["inputs"]) as stored:
         weight, x = stored["weight"], stored["x"]
     if job["peer"] == OURS:
@@ -302,14 +302,14 @@ def peak_memory() -> int:
 
 
 class _Process:
-    """What a process keeps between two requests."""
+    """The state of a process between requests."""
 
     def __init__(self) -> None:
         self.runs: dict[str, Run] = {}
         self.long: set[str] = set()
 
     def start(self, peer: str, job: Job) -> dict[str, Any]:
-        """Import what the peer needs; memory from here on is its own."""
+        """Import the peer's modules; memory used after this is attributed to the peer."""
         for name in PEERS[peer].modules:
             importlib.import_module(name)
         if "transformers" in PEERS[peer].modules:
@@ -322,7 +322,7 @@ class _Process:
         return {"baseline": peak_memory()}
 
     def build(self, peer: str, job: Job) -> dict[str, Any]:
-        """Load the model and give the first answer; seconds of both."""
+        """Load the model and run it once; returns the seconds of both."""
         start = time.perf_counter()
         run = PEERS[peer].build(job)
         loaded = time.perf_counter()
@@ -341,9 +341,9 @@ class _Process:
         return {}
 
     def time(self, key: str, count: int) -> dict[str, Any]:
-        """Seconds of `count` runs, after one that nobody counts: the others have had the caches.
+        """Seconds of `count` runs, after one warm-up run, because the other processes have evicted the caches.
 
-        Runs so long that filling the caches does not show count all.
+        If a run takes longer than LONG, the warm-up run is counted too.
         """
         run = self.runs[key]
         if key not in self.long:
@@ -370,7 +370,7 @@ class _Process:
 def answer_requests(actions: Mapping[str, Callable[..., dict[str, Any]]]) -> None:
     """Answer one line of JSON, {"do": ACTION, ...arguments}, with another, until the input ends."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print must not get between the answers
+    os.dup2(2, 1)  # so that output printed by libraries does not mix with the answers
     for line in sys.stdin:
         request = json.loads(line)
         try:
@@ -386,7 +386,7 @@ def answer_requests(actions: Mapping[str, Callable[..., dict[str, Any]]]) -> Non
 
 
 def main() -> None:
-    """Run peers as another process asks."""
+    """Answer the requests of another process."""
     process = _Process()
     names = ("start", "build", "layer", "save", "time", "forget", "memory")
     answer_requests({name: getattr(process, name) for name in names})

@@ -1,4 +1,4 @@
-"""A Hugging Face folder of a known shape with random weights: speed depends on shape and zeros, not on values."""
+"""A Hugging Face folder of a known shape with random weights; speed depends on shape and pattern, not on values."""
 
 import json
 from collections.abc import Iterator, Sequence

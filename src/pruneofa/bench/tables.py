@@ -1,4 +1,4 @@
-"""Records of `pruneofa bench` for people: tables for the terminal and the README, and a picture."""
+"""Records of `pruneofa bench` as tables, for the terminal and the README, and as a picture."""
 
 import importlib.util
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,7 +10,7 @@ from pruneofa.bench.peers import OURS
 from pruneofa.errors import InputError
 from pruneofa.formats.files import read_json
 
-_MARKED = "(!)"  # a peer whose output is off
+_MARKED = "(!)"  # marks a peer whose output exceeds the tolerance
 
 
 def aligned(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -48,7 +48,7 @@ def case_rows(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def remarks(record: Mapping[str, Any]) -> list[str]:
-    """What a reader of the tables has to know, a line each."""
+    """Notes that explain the tables, one line each."""
     found = []
     for row in record["rows"]:
         share = f", {100 * row['share_of_peak']:.0f} % of the machine's peak" if row["share_of_peak"] else ""
@@ -80,7 +80,7 @@ def remarks(record: Mapping[str, Any]) -> list[str]:
 
 
 def break_even_rows(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A table of microseconds: layers, ours by sparsity, the dense peer, from where it pays."""
+    """A table of microseconds per layer: pruneofa by sparsity, the dense peer, and the break-even sparsity."""
     return [
         {
             "layer": "x".join(map(str, row["shape"])),
@@ -100,7 +100,7 @@ def _pays(row: Mapping[str, Any]) -> str:
 
 
 def break_even_remark(rows: Sequence[Mapping[str, Any]]) -> str:
-    """One plain sentence."""
+    """One sentence that explains the break-even table."""
     known = [row for row in rows if row["dense_us"] is not None]
     if not known:
         return "break-even: nothing dense to compare with; pip install torch"
@@ -178,7 +178,7 @@ def _time(runner: Mapping[str, Any], row: Mapping[str, Any]) -> str:
 
 
 def _short(value: float) -> str:
-    """Three digits that count."""
+    """A number with three significant digits."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
@@ -187,7 +187,7 @@ def _megabytes(count: float) -> str:
 
 
 def check_picture(path: Path) -> None:
-    """Before minutes are spent: can the picture be drawn?
+    """Check before the measurement that the picture can be drawn.
 
     Raises:
         InputError: the name of another kind of file.

@@ -1,4 +1,4 @@
-"""Processes of `peers.py` and `peer_files.py`, and how to ask them."""
+"""Processes of `peers.py` and `peer_files.py`, and the requests to them."""
 
 import contextlib
 import json
@@ -30,12 +30,12 @@ class Worker:
         limit: float | None = None,
         program: str = "peers",
     ) -> None:
-        """Start it; what it prints goes to `log`.
+        """Start the process; its output goes to `log`.
 
         Args:
-            python: another interpreter, which need not have pruneofa.
-            limit: seconds that an answer may take.
-            program: the file beside this one that it runs, "peers" or "peer_files", which needs pruneofa.
+            python: another interpreter, which need not have pruneofa installed.
+            limit: maximum seconds per answer.
+            program: the file in this folder to run, "peers" or "peer_files", which needs pruneofa.
         """
         file = Path(__file__).with_name(f"{program}.py")
         run = ["-P", str(file)] if python else ["-m", f"pruneofa.bench.{program}"]
@@ -48,7 +48,7 @@ class Worker:
                 stderr=errors,
                 env=dict(environment),
                 text=True,
-                start_new_session=True,  # an interrupt is for this process, which ends the others
+                start_new_session=True,  # only this process receives Ctrl-C; it then ends the others
             )
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""Folders and files, without torch: Hugging Face folders, patterns, scales, packed folders."""
+"""Reading and writing of Hugging Face folders, packed folders, sparsity patterns and scales. No torch."""

@@ -1,6 +1,6 @@
-"""What config.json says about a model, checked, and which tensors it then has to have.
+"""The checked settings of config.json, and the tensors that a model with these settings must have.
 
-Packing and the engine refuse the same models, because both ask here.
+Packing and the engine both use these checks, so they refuse the same models.
 """
 
 from collections.abc import Container, Iterable, Iterator, Mapping
@@ -25,12 +25,12 @@ class Architecture:
     """The checked settings of a model.
 
     Attributes:
-        name: the transformers class, or the model type of a bare encoder; for messages.
-        pad_id: id of the padding token, where positions are counted from it; otherwise None: positions from 0.
-        types: number of token types; 0 without them.
-        labels: names of the classes in order, empty where the config gives none.
-        problem_type: of classification: "regression", "single_label_classification",
-            "multi_label_classification" or None, which the number of labels decides.
+        name: the transformers class, or the model type of a bare encoder; for error messages.
+        pad_id: id of the padding token if positions are counted from it, otherwise None (positions from 0).
+        types: number of token types; 0 if the model has none.
+        labels: names of the classes by class id; empty if the config gives none.
+        problem_type: for classification "regression", "single_label_classification", "multi_label_classification",
+            or None, if it follows from the number of labels.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Architecture:
 
     @property
     def first_position(self) -> int:
-        """Row of the position table of a sequence's first token; the rows before it are never used."""
+        """Row of the position table for the first token of a sequence; the rows before it are not used."""
         return 0 if self.pad_id is None else self.family.first_position(self.pad_id)
 
     def positions(self, ids: NDArray[np.int32]) -> NDArray[np.int32]:
@@ -69,17 +69,17 @@ class Architecture:
         return {field: f"{self.family.layers}.{index}.{name}" for field, name in self.family.layer.modules().items()}
 
     def linear_shape(self, field: str) -> tuple[int, int]:
-        """(outputs, inputs) of the linear layer that is this field of `Layer`."""
+        """(outputs, inputs) of the linear layer named by this field of `Layer`."""
         wide = {"intermediate": (self.inner, self.hidden), "output": (self.hidden, self.inner)}
         return wide.get(field, (self.hidden, self.hidden))
 
 
 def read_architecture(config: Mapping[str, Any], where: Any) -> Architecture:
-    """Check a config.json and take from it what the engine needs; errors begin with `where`.
+    """Check a config.json and return the settings that the engine needs; error messages begin with `where`.
 
     Raises:
         InputError: an unknown architecture or activation, relative positions, a decoder, or a size that is
-            missing or no positive integer.
+            missing or not a positive integer.
     """
     family, task, name = _family_and_task(config, where)
     if config.get("is_decoder") or config.get("add_cross_attention"):
@@ -125,17 +125,17 @@ def read_architecture(config: Mapping[str, Any], where: Any) -> Architecture:
 
 
 def check_tensors(architecture: Architecture, shapes: Mapping[str, Shape], where: Any, *, head: bool = True) -> None:
-    """Check that a model has every tensor that its architecture needs, and no layer beyond.
+    """Check that a model has every tensor that its architecture needs, and no further layers.
 
     Args:
-        architecture: of its config.json.
+        architecture: the settings of its config.json.
         shapes: {canonical name: shape} of all its tensors.
-        where: what an error begins with.
-        head: whether the task's head is needed; otherwise only the encoder.
+        where: beginning of error messages.
+        head: whether to check the task head as well as the encoder.
 
     Raises:
-        InputError: a tensor is missing or of another shape, a layer is more than config.json counts, or the classifier
-            has another number of classes than config.json names.
+        InputError: a tensor is missing or of another shape, there are more layers than config.json says, or the
+            classifier has another number of classes than config.json names.
     """
     for name, shape in [*_encoder(architecture, shapes), *(_head(architecture, shapes) if head else ())]:
         if name not in shapes:
@@ -156,13 +156,13 @@ def check_tensors(architecture: Architecture, shapes: Mapping[str, Shape], where
 
 
 def check_layers(family: Family, layers: int, names: Iterable[str], where: Any) -> None:
-    """Check that no tensor is of a layer beyond the `layers` that config.json counts.
+    """Check that no tensor belongs to a layer beyond the number `layers` of config.json.
 
     Args:
         names: canonical names.
 
     Raises:
-        InputError: it names the first such tensor.
+        InputError: naming the first such tensor.
     """
     beyond = sorted(name for name in names if (families.layer_index(name) or 0) >= layers)
     if beyond:
@@ -173,13 +173,13 @@ def check_layers(family: Family, layers: int, names: Iterable[str], where: Any) 
 
 
 def masked_lm_bias(family: Family, names: Container[str]) -> str:
-    """Which of the names that a decoder's bias may have is there; the first one if none is."""
+    """The name of the decoder's bias: the first possible name that is in `names`, or the first of all if none is."""
     biases = family.masked_lm.biases
     return next((name for name in biases if name in names), biases[0])
 
 
 def _encoder(architecture: Architecture, shapes: Mapping[str, Shape]) -> Iterator[tuple[str, Shape]]:
-    """(canonical name, shape) of every tensor of the encoder; -1 stands for any size."""
+    """(canonical name, shape) of every tensor of the encoder; -1 means any size."""
     hidden = architecture.hidden
     for index in range(architecture.layers):
         for field, name in architecture.layer(index).items():
@@ -193,7 +193,7 @@ def _encoder(architecture: Architecture, shapes: Mapping[str, Shape]) -> Iterato
 
 
 def _head(architecture: Architecture, shapes: Mapping[str, Shape]) -> Iterator[tuple[str, Shape]]:
-    """The same of the task's head."""
+    """(canonical name, shape) of every tensor of the task head; -1 means any size."""
     family, hidden = architecture.family, architecture.hidden
     match architecture.task:
         case "classification":
@@ -298,6 +298,6 @@ def _problem_type(config: Mapping[str, Any], where: Any) -> str | None:
 
 
 def _cross_encoder(config: Mapping[str, Any], where: Any, task: Task) -> str | None:
-    """The problem type whose scores are those of a cross-encoder's activation; None where config.json names none."""
+    """The problem type that gives the scores of a cross-encoder's activation; None if config.json has none."""
     activation = cross_encoder_activation(config, where) if task == "classification" else None
     return {"Identity": "regression", "Sigmoid": "multi_label_classification", None: None}[activation]

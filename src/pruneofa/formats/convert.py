@@ -1,4 +1,4 @@
-"""A Hugging Face folder as a packed model in memory: what the engine needs, and nothing that has to be hashed."""
+"""Convert a Hugging Face folder to a packed model in memory, without the hashes that only a manifest needs."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,16 +14,16 @@ from pruneofa.formats.scales import Quantization
 from pruneofa.formats.source import Source, read_float, source_prefix, source_tensors
 from pruneofa.formats.tensors import StoredTensor
 
-_ROWS = 4096  # quantized at a time: an embedding table has tens of thousands
+_ROWS = 4096  # rows quantized at a time, to limit memory: an embedding table has tens of thousands
 
 
 def convert(folder: Path, precision: str = "int8", *, advance: Callable[[], object] = lambda: None) -> Packed:
-    """A Hugging Face folder as a packed model; a tied decoder, which equals the word embeddings, is left out.
+    """Convert a Hugging Face folder to a packed model, without a tied decoder, which equals the word embeddings.
 
-    A folder that is quantized already keeps its scales, as int8; as fp32 its weights are taken as they are. Its
-    pattern must be the one whose hash is written with the scales. `advance` is called after each tensor.
+    With precision int8 a quantized folder keeps its scales; with fp32 its weights are stored unchanged. Its sparsity
+    pattern must have the hash that is stored with the scales. `advance` is called after each tensor.
 
-    Raises InputError where the folder is no such model, or is packed already.
+    Raises InputError if the folder is not a supported model or is already packed.
     """
     if precision not in PRECISIONS:
         raise InputError(f"precision is {precision!r}; wanted one of {', '.join(PRECISIONS)}")
@@ -56,9 +56,9 @@ def convert(folder: Path, precision: str = "int8", *, advance: Callable[[], obje
 
 
 def pack_linear(weight: np.ndarray, precision: str, codes: tuple[np.ndarray, np.ndarray] | None = None) -> PackedLinear:
-    """A weight, float32 (rows, columns), packed; the pattern is where it is not zero, whatever int8 rounds to.
+    """Pack a float32 weight (rows, columns). The pattern is where it is not zero, even if the int8 code is 0.
 
-    `codes` are int8 codes (rows, columns) and scales (rows,) where they are known; otherwise `quantize_weight` finds
+    `codes` are int8 codes (rows, columns) and float32 scales (rows,), if known; otherwise `quantize_weight` computes
     them.
     """
     kept = weight != 0
@@ -73,8 +73,8 @@ def pack_linear(weight: np.ndarray, precision: str, codes: tuple[np.ndarray, np.
 def quantize_weight(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """int8 (rows, columns) and scale float32 (rows,) of a float32 weight, all in float32.
 
-    q = clip(rint(w / s), -127, 127), half to even, with s = max|row| / 127, and 1 for an all-zero row. At the ends
-    of what float32 can say, s stays within what neither divides by zero nor gives infinity times 127.
+    q = clip(rint(w / s), -127, 127), half to even, with s = max|row| / 127, and s = 1 for an all-zero row. s is
+    clamped so that 1 / s and 127 * s are finite in float32.
     """
     quantized = np.empty(weight.shape, np.int8)
     scale = np.empty(len(weight), np.float32)
@@ -90,7 +90,7 @@ def quantize_weight(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _known_codes(
     known: Quantization | None, name: str, weight: np.ndarray, folder: Path
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """int8 codes and scales of a weight that was put on the grid in training; None of any other."""
+    """int8 codes and scales of a weight that was quantized in training; None for any other weight."""
     if known is None or name not in known.weight_scale:
         return None
     scale = known.weight_scale[name]
@@ -101,14 +101,14 @@ def _known_codes(
 
 
 def _input_scales(known: Quantization | None) -> dict[str, tuple[float, int]] | None:
-    """Scale and zero point of the input of each linear, where activations are static."""
+    """{canonical name: (scale, zero point)} of the input of each linear; None if activations are dynamic."""
     if known is None or known.input_activations.dynamic:
         return None
     return {name: (float(known.input_scale[name]), int(known.input_zero_point[name])) for name in known.linears()}
 
 
 def _is_tied(name: str, stored: StoredTensor, weight: np.ndarray, found: Source) -> bool:
-    """Whether this is the decoder of a masked-LM head, bit for bit the word embeddings."""
+    """Whether this is the decoder of a masked-LM head and bit-identical to the word embeddings."""
     table = families.tied_to(name)
     if table is None or table not in found:
         return False

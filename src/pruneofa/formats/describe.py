@@ -1,4 +1,4 @@
-"""What a packed model is said to be: counts, hashes and figures, as its manifest. For packing; running needs none."""
+"""The manifest of a packed model: counts, hashes and sizes. Needed for packing, not for inference."""
 
 import hashlib
 from collections.abc import Callable
@@ -16,11 +16,12 @@ from pruneofa.formats.source import Source, read_float, source_prefix, source_te
 
 @dataclass(frozen=True)
 class TensorFile:
-    """What is known of a tensor file once it is written.
+    """Sizes and checksum of a tensor file that has been written.
 
     Attributes:
-        size: bytes before compression; `checksum` is of these.
-        compressed: bytes after it, and `compressed_encoder` of the encoder's weights in them; None: not compressed.
+        size: bytes before compression, of which `checksum` is computed.
+        compressed: bytes after compression; None if not compressed.
+        compressed_encoder: compressed bytes of the encoder's weights; None if not compressed.
     """
 
     size: int
@@ -30,7 +31,7 @@ class TensorFile:
 
 
 def describe_tensors(model: Packed) -> dict[str, Tensor]:
-    """The manifest's entries of a model that `convert` made, by canonical name in order."""
+    """The manifest entries of a model made by `convert`, sorted by canonical name."""
     found = source_tensors(model.folder)
     prefix = source_prefix(model.folder, found)
     tensors = {}
@@ -49,9 +50,9 @@ def describe_tensors(model: Packed) -> dict[str, Tensor]:
 def describe(
     model: Packed, tensors: dict[str, Tensor], file: TensorFile, advance: Callable[[], object] = lambda: None
 ) -> Manifest:
-    """The manifest of a model that `convert` made, with `tensors` of `describe_tensors`, written as `file`.
+    """The manifest of a model made by `convert`, with `tensors` from `describe_tensors`, written to `file`.
 
-    The folder it was made of is read again for its hash; `advance` is called after each tensor.
+    The source folder is read again to compute its hash; `advance` is called after each tensor.
     """
     found = source_tensors(model.folder)
     pattern_hash, pooler_hash = model.hashes()
@@ -72,7 +73,7 @@ def describe(
         pooler_hash=pooler_hash,
         sparsity=numbers["sparsity"],
         input_scales=model.input_scales,
-        quantized=model.quantized and model.input_scales is None,  # static activations say it already
+        quantized=model.quantized and model.input_scales is None,  # static activations imply it
         source=_source_hash(found, advance),
         pruneofa=__version__,
         compression="zstd" if compressed else None,

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: write to a temporary name, fsync, rename."""
+"""Atomic writes (temporary name, fsync, rename), strict JSON, and fingerprints."""
 
 import contextlib
 import hashlib
@@ -28,7 +28,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` as UTF-8 to `path` so that a crash leaves the old content or the new, never a part."""
+    """Write `text` as UTF-8 to `path` atomically: after a crash the file has the old or the new content."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -56,7 +56,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def _in_place(path: Path) -> Path:
-    """The path as it will be once `new_folder` has given the folder its name."""
+    """The path with its final name, after `new_folder` has renamed the temporary folder."""
     return Path(*(part[1:-4] if part.startswith(".") and part.endswith(".tmp") else part for part in path.parts))
 
 
@@ -75,7 +75,7 @@ def _not_finite(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
 def read_json(path: Path, advice: str = _AGAIN) -> dict[str, Any]:
     """The object of a JSON file of at most MAX_JSON bytes; see `parse_json`.
 
-    Raises InputError, with the file's name and `advice` what to do, where it cannot be read or is anything else.
+    Raises InputError, with the file's name and `advice` on what to do, if it cannot be read or is not such an object.
     """
     return parse_json(_read(path, advice), str(path), advice)
 
@@ -94,7 +94,7 @@ def _read(path: Path, advice: str) -> bytes:
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            raw = file.read(min(size, MAX_JSON + 1))  # read(n) takes n bytes of memory, however small the file
+            raw = file.read(min(size, MAX_JSON + 1))  # read(n) allocates n bytes even for a small file
     except OSError as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
         raise InputError(f"{path}: {reason}; {advice}") from None
@@ -106,7 +106,7 @@ def _read(path: Path, advice: str) -> bytes:
 def _parse(raw: bytes, where: str, advice: str, kind: type[dict] | type[list]) -> Any:
     try:
         found = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, a million brackets
+    except (ValueError, RecursionError) as error:  # also integers of thousands of digits, and deep nesting
         raise InputError(f"{where}: not valid JSON ({first_line(error)}); {advice}") from None
     if not isinstance(found, kind):
         wanted = "object" if kind is dict else "array"
@@ -167,7 +167,7 @@ def new_output(out: str | Path) -> Iterator[Path]:
 
 
 def cache_root() -> Path:
-    """Where what can be made again is kept: PRUNEOFA_CACHE, else ~/.cache/pruneofa."""
+    """Folder of cached files, which can be recreated: PRUNEOFA_CACHE, else ~/.cache/pruneofa."""
     return Path(os.environ.get("PRUNEOFA_CACHE") or "~/.cache/pruneofa").expanduser()
 
 

@@ -1,11 +1,11 @@
-"""Where a model lies: a folder, or what the hub keeps under an id."""
+"""The local folder of a model: the given folder, or a snapshot of a hub model."""
 
 import re
 from pathlib import Path
 
 from pruneofa.errors import InputError, first_line
 
-# What a model folder may need beside its weights, and weights that are no pickle.
+# The files of a model folder that may be needed, with weights that are not pickles.
 FILES = ("*.json", "*.safetensors", "*.zst", "*.txt", "*.model")
 
 

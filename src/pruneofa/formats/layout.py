@@ -1,7 +1,7 @@
-"""What follows from a manifest: where every tensor lies in the file, and how many bytes and bits that takes.
+"""The layout of a tensor file, computed from the manifest: offsets, bytes and bits.
 
-Name, dtype and shape of every stored tensor follow from the manifest alone (`layout`). So a reader knows how
-many bytes there must be before it opens the tensor file, and allocates nothing the file does not hold.
+Name, dtype and shape of every stored tensor follow from the manifest alone (`layout`). So a reader knows the size of
+the tensor file before it opens it, and does not allocate memory for data that the file does not contain.
 """
 
 import json
@@ -13,11 +13,11 @@ from pruneofa.errors import InputError
 from pruneofa.formats.manifest import AGAIN, MANIFEST, Tensor
 from pruneofa.formats.pattern import POOLER, position_bits
 
-_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1}  # in the order of a file: what is larger first
+_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1}  # in the order of a file: larger types first
 
 
 class Slot(NamedTuple):
-    """A tensor of the file: dtype name of safetensors, shape, and whether it counts as the encoder's weights."""
+    """A tensor of the file: safetensors dtype name, shape, and whether it is part of the encoder's weights."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -30,10 +30,10 @@ class Slot(NamedTuple):
 
 
 def layout(tensors: Mapping[str, Tensor], precision: str, where: str = MANIFEST) -> dict[str, Slot]:
-    """Every tensor of the file in its order: by dtype (float32, int8, bits), the encoder's before others, by name.
+    """Every tensor of the file in file order: by dtype (float32, int8, bits), then encoder weights first, then by name.
 
-    Equal things lie together, so that a compressor finds one kind of byte at a time. Raises InputError, which
-    begins with `where`, when two would have the same name.
+    Tensors of one kind are adjacent, which helps a compressor. Raises InputError, which begins with `where`, when two
+    tensors would have the same name.
     """
     slots: dict[str, Slot] = {}
     for name, tensor in tensors.items():
@@ -45,7 +45,7 @@ def layout(tensors: Mapping[str, Tensor], precision: str, where: str = MANIFEST)
 
 
 def in_order(slots: Mapping[str, Slot]) -> dict[str, Slot]:
-    """By dtype, then the encoder's first, then by name; so every offset is a multiple of the size of the dtype."""
+    """Sort by dtype, then encoder weights first, then by name; every offset is a multiple of the dtype's size."""
     ranks = list(_BYTES)
     return dict(sorted(slots.items(), key=lambda item: (ranks.index(item[1].dtype), not item[1].encoder, item[0])))
 
@@ -69,7 +69,7 @@ def _slots(name: str, tensor: Tensor, precision: str) -> Iterator[tuple[str, Slo
 
 
 def header(slots: Mapping[str, Slot], metadata: Mapping[str, str]) -> bytes:
-    """The first bytes of a safetensors file: length of the header, and the header up to a multiple of 8 bytes."""
+    """The start of a safetensors file: length of the header, and the header padded to a multiple of 8 bytes."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name, slot in slots.items():
@@ -81,9 +81,9 @@ def header(slots: Mapping[str, Slot], metadata: Mapping[str, str]) -> bytes:
 
 
 def figures(tensors: Mapping[str, Tensor], precision: str) -> dict[str, float]:
-    """The numbers of the encoder's weights: "sparsity", "encoder" (bytes), "bits_per_weight", "entropy_bound".
+    """Figures of the encoder's weights: "sparsity", "encoder" (bytes), "bits_per_weight", "entropy_bound".
 
-    The bound is 8 or 32 bits per non-zero and the least bits that say where they are, in bits per weight.
+    The bound, in bits per weight, is 8 or 32 bits per non-zero plus the entropy of their positions.
     """
     linears = [tensor for name, tensor in tensors.items() if tensor.kind == "linear" and name != POOLER]
     weights = sum(tensor.size for tensor in linears)

@@ -1,4 +1,4 @@
-"""What manifest.json of a packed folder says (FORMAT.md as code): its fields, and the names of tensors.
+"""The manifest of a packed folder as defined in FORMAT.md: its fields, and the names of tensors.
 
 `manifest_reader` reads and checks the file; `layout` computes what follows from it.
 """
@@ -28,10 +28,10 @@ SOURCE_DTYPES = ("F32", "F16", "BF16")
 AGAIN = "copy or download the folder again, or make it again with pruneofa pack"
 
 MAX_COLUMNS = 1 << 16  # 65536 products of 255 · 127 still fit the int32 sum of a kernel
-MAX_RATIO, MAX_SLACK = 64, 1 << 20  # a compressed file may become this many times larger, and a MiB
-MAX_WINDOW = 8 << 20  # bytes of history that a decompressor may be made to keep
-LEAST_INPUT_SCALE = 2.0**-126  # of activations; 1 / scale is finite
-MOST_INPUT_SCALE = 2.0**119  # 255 * scale is finite
+MAX_RATIO, MAX_SLACK = 64, 1 << 20  # decompressed bytes <= MAX_RATIO * compressed bytes + MAX_SLACK
+MAX_WINDOW = 8 << 20  # bytes: largest window that a decompressor may have to keep
+LEAST_INPUT_SCALE = 2.0**-126  # smallest scale of activations: 1 / scale is finite
+MOST_INPUT_SCALE = 2.0**119  # largest scale of activations: 255 * scale is finite
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,256}", re.ASCII)
 _OLD_NORM = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
@@ -39,17 +39,17 @@ _OLD_NORM = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor of the packed model, by the fields of FORMAT.md; what a kind does not have is None.
+    """A tensor of the packed model, with the fields of FORMAT.md; fields that its kind does not have are None.
 
     Attributes:
-        shape: of the tensor before packing.
+        shape: shape before packing.
         kind: linear, embedding, plain or tied.
-        dtype: that it had in the source, by the name of safetensors.
-        stored_as: its name in the source, where the rule of prefixes does not give it.
-        nonzeros: of a linear: how many weights are kept.
-        pattern: of a linear: unstructured, 4x1, 1x4 or n:m.
-        negative_zeros: of a linear in fp32: how many weights are -0.0, where any is.
-        to: of a tied tensor: the embedding table that it equals.
+        dtype: safetensors name of its dtype in the source.
+        stored_as: its name in the source, if that does not follow from the prefix rule (`source_name`).
+        nonzeros: for a linear, the number of kept weights.
+        pattern: for a linear, unstructured, 4x1, 1x4 or n:m.
+        negative_zeros: for a linear in fp32, the number of weights that are -0.0, if there are any.
+        to: for a tied tensor, the embedding table that it equals.
     """
 
     shape: tuple[int, ...]
@@ -68,20 +68,22 @@ class Tensor:
 
     @property
     def sparsity(self) -> float:
-        """Of a linear: the share of weights that are not kept."""
+        """For a linear, the fraction of pruned weights."""
         assert self.nonzeros is not None
         return 1 - self.nonzeros / self.size
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes and bits of a packed folder; what only a compressed one has is None.
+    """Sizes of a packed folder; the compressed sizes are None if it is not compressed.
 
     Attributes:
         file: bytes of the tensor file before compression.
         encoder: bytes of the encoder's linear weights in it.
-        bits_per_weight: of the encoder's linear weights; entropy_bound: the least that they could take.
-        compressed: bytes of the compressed file; compressed_encoder: of the encoder's linear weights in it.
+        bits_per_weight: bits per weight of the encoder's linear layers.
+        entropy_bound: lower bound of `bits_per_weight` by entropy.
+        compressed: bytes of the compressed file.
+        compressed_encoder: bytes of the encoder's linear weights in it.
     """
 
     file: int
@@ -93,20 +95,20 @@ class Sizes:
     compressed_bits_per_weight: float | None = None
 
 
-InputScales = Mapping[str, tuple[float, int]]  # scale and zero point of the input of each linear, by canonical NAME
+InputScales = Mapping[str, tuple[float, int]]  # {canonical name of a linear: (scale, zero point) of its input}
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """manifest.json, by the fields of FORMAT.md.
+    """manifest.json, with the fields of FORMAT.md.
 
     Attributes:
-        architecture: the model class of the source, None where its config names none.
-        input_scales: of static activations; None: dynamic.
-        quantized: whether dynamic int8 came with the scales of training.
+        architecture: the model class of the source; None if its config names none.
+        input_scales: scales of static activations; None if they are dynamic.
+        quantized: whether the weights have the scales of quantization-aware training, with dynamic activations.
         source: hash of the tensors that were packed.
-        pruneofa: version of the writer.
-        tensors: by canonical name.
+        pruneofa: version of pruneofa that wrote it.
+        tensors: all tensors by canonical name.
     """
 
     precision: str
@@ -126,7 +128,7 @@ class Manifest:
 
     @property
     def linears(self) -> dict[str, Tensor]:
-        """The encoder's linear weights; the pooler is not among them."""
+        """The encoder's linear weights, without the pooler."""
         return {name: tensor for name, tensor in self.tensors.items() if tensor.kind == "linear" and name != POOLER}
 
     @property
@@ -135,7 +137,7 @@ class Manifest:
         return COMPRESSED if self.compression else TENSORS
 
     def to_json(self) -> dict[str, Any]:
-        """The object that manifest.json holds, keys in the order in which they are written."""
+        """The JSON object of manifest.json, keys in the order of the file."""
         activations: dict[str, Any] = {"kind": "dynamic"}
         if self.input_scales is not None:
             activations = {"kind": "static", "scales": {name: [*pair] for name, pair in self.input_scales.items()}}
@@ -166,7 +168,7 @@ def _given(record: Tensor | Sizes) -> dict[str, Any]:
 
 
 def canonical_name(name: str) -> str:
-    """`families.base_name`, and today's names for the LayerNorm gamma and beta of old checkpoints."""
+    """`families.base_name`, with LayerNorm's gamma and beta of old checkpoints renamed to weight and bias."""
     name = base_name(name)
     for old, new in _OLD_NORM.items():
         if name.endswith(old):
@@ -175,7 +177,7 @@ def canonical_name(name: str) -> str:
 
 
 def source_name(name: str, prefix: str) -> str:
-    """The name that the rule of prefixes gives a tensor in the source; `Tensor.stored_as` says where it does not."""
+    """The name in the source of the tensor with a canonical name, by prefix; exceptions are in `Tensor.stored_as`."""
     return prefix + name if name.split(".")[0] in families.base_modules() else name
 
 
@@ -192,11 +194,11 @@ def is_packed(folder: Path) -> bool:
 
 
 def check_inputs(inputs: Mapping[str, tuple[float, int]]) -> None:
-    """Check static activations: (scale, zero point) of the input of each linear layer by its canonical NAME.
+    """Check static activations: {canonical name of a linear: (scale, zero point) of its input}.
 
     Raises:
-        InputError: a scale that no living layer gives, a zero point that is no code, or a query, key and value, which
-            read the same input, that differ; it names the layer.
+        InputError: naming a layer whose scale or zero point is out of range, or whose query, key and value, which read
+            the same input, have different ones.
     """
     seen: dict[str, tuple[str, tuple[float, int]]] = {}
     for name, (scale, zero) in sorted(inputs.items()):
@@ -218,7 +220,7 @@ def check_inputs(inputs: Mapping[str, tuple[float, int]]) -> None:
 
 
 def read_config(folder: Path, manifest: Manifest | None = None) -> dict[str, Any]:
-    """config.json of a folder of a supported architecture, the same that the manifest was made from."""
+    """config.json of a folder; raises InputError if it is not of a supported architecture or not the manifest's."""
     path = folder / "config.json"
     config = read_json(path, AGAIN)
     model_type = config.get("model_type")
@@ -241,7 +243,7 @@ def architecture(config: Mapping[str, Any], path: Path) -> str | None:
 
 
 def is_count(value: Any) -> bool:
-    """Whether a JSON value is a non-negative integer; true and 1.0, which Python takes for 1, are not."""
+    """Whether a JSON value is a non-negative integer; true and 1.0, which Python considers equal to 1, are not."""
     return type(value) is int and value >= 0
 
 

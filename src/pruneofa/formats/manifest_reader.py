@@ -1,4 +1,4 @@
-"""manifest.json read: every field checked against FORMAT.md and against the others, in one `Manifest`."""
+"""Read manifest.json into a `Manifest`; every field is checked against FORMAT.md and for consistency."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -50,7 +50,7 @@ _COMPRESSED_SIZES = ("compressed", "compressed_encoder", "compressed_bits_per_we
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a packed folder. Raises InputError as `parse_manifest` does, and where there is none."""
+    """The manifest of a packed folder. Raises InputError as `parse_manifest` does, and if there is none."""
     path = folder / MANIFEST
     if not path.is_file():
         raise InputError(f"{folder}: no {MANIFEST}, so not a packed folder; make one with: pruneofa pack {folder} OUT")
@@ -58,9 +58,9 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def parse_manifest(manifest: dict[str, Any], where: str) -> Manifest:
-    """What manifest.json holds as a `Manifest`, every field checked against the others.
+    """The JSON object of manifest.json as a `Manifest`.
 
-    Raises InputError, with the name of the field, for what FORMAT.md does not allow.
+    Raises InputError, naming the field, for values that FORMAT.md does not allow or that contradict each other.
     """
     if manifest.get("format") != FORMAT:
         raise InputError(f'{where}: wanted "format": "{FORMAT}"; this is the manifest of something else')
@@ -107,7 +107,7 @@ def parse_manifest(manifest: dict[str, Any], where: str) -> Manifest:
 
 
 def _input_scales(activations: Any, linears: set[str], precision: str, where: str) -> InputScales | None:
-    """None of dynamic activations; of static ones, which only int8 has, those of every linear and of nothing else."""
+    """The scales of static activations (int8 only), which must be given for exactly the linears; None if dynamic."""
     if activations == {"kind": "dynamic"}:
         return None
     static = isinstance(activations, dict) and activations.get("kind") == "static" and precision == "int8"

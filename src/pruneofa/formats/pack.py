@@ -42,23 +42,23 @@ _CHUNK = 1 << 20
 def pack(source: str | Path, out: str | Path, *, precision: str = "int8", compress: bool = False) -> Manifest:
     """Write the packed folder `out` of a Hugging Face folder or hub id; returns its manifest.
 
-    Embedding tables become int8 with the rest, even those that quantization left float in training: `unlike_training`
-    says so.
+    With int8, embedding tables are quantized too, even those that quantization-aware training left float; see
+    `unlike_training`.
 
     Args:
-        source: a model of one of `pruneofa.families` with weights of float32, float16 or bfloat16.
+        source: a model of one of `pruneofa.families` with float32, float16 or bfloat16 weights.
         out: a folder that does not exist yet, or is empty.
-        precision: "int8", or "fp32", from which `unpack` gives every bit back.
-        compress: zstd over the tensors, for transport.
+        precision: "int8", or "fp32", from which `unpack` restores every bit.
+        compress: compress the tensors with zstd, for transport.
 
     Raises:
-        InputError: the source cannot be packed, the engine would not run it, or `out` holds something.
+        InputError: the source cannot be packed, the engine would refuse it, or `out` is not empty.
     """
     folder = weights_folder(source)
     with new_output(out) as temporary:
         if not (folder / "tokenizer.json").is_file() and not is_packed(folder):
             raise InputError(without_tokenizer(folder))
-        # Every tensor is read twice: once for what is stored, once for the hash of the source.
+        # Every tensor is read twice: to convert it, and to hash the source.
         steps = 0 if is_packed(folder) else 2 * len(source_tensors(folder))
         with progress(f"packing {source}", steps) as advance:
             model = convert(folder, precision, advance=advance)
@@ -74,7 +74,7 @@ def pack(source: str | Path, out: str | Path, *, precision: str = "int8", compre
 
 
 def unlike_training(source: str | Path, precision: str) -> str | None:
-    """One line on how the packed folder of a quantized one differs from what was trained; None if it does not."""
+    """One line saying how the packed form of a quantized folder differs from the trained model; None if it does not."""
     if (quantized := scales.read(weights_folder(source))) is None:
         return None
     if precision == "fp32":
@@ -117,11 +117,11 @@ def _write_tensors(packed: Packed, tensors: Mapping[str, Tensor], folder: Path, 
 
 
 def _compress(folder: Path, head: int, slots: Iterable[Slot]) -> tuple[int, int]:
-    """Put one zstd frame in the place of the tensor file; returns its bytes and those of the encoder's weights.
+    """Replace the tensor file by one zstd frame; returns its bytes and those of the encoder's weights.
 
-    Two ways are tried and the smaller result stays. With a hash table of 64 entries zstd finds next to no
-    repetition and codes every byte by its frequency alone: the best that can be done for bits and values in no
-    order, where the chance repetitions that higher levels find cost more than they save. Block patterns do repeat.
+    Two settings are tried and the smaller result is kept. With a hash table of 64 entries zstd finds almost no matches
+    and only entropy-codes the bytes. That is best for unstructured patterns, where encoding the accidental matches
+    that higher levels find costs more than it saves. Block patterns do have useful matches.
     """
     from pruneofa.formats.zstd import CompressionParameter, ZstdCompressor
 
@@ -140,7 +140,7 @@ def _compress(folder: Path, head: int, slots: Iterable[Slot]) -> tuple[int, int]
                     data = file.read(min(left, _CHUNK))
                     left -= len(data)
                     written[encoder] += out.write(packer.compress(data))
-                # The block ends here: its table of frequencies is of one kind of bytes, and they can be counted.
+                # End the block here, so that its entropy table covers one kind of bytes and its size is known.
                 written[encoder] += out.write(packer.flush(packer.FLUSH_BLOCK))
             written[False] += out.write(packer.flush())
         results.append((sum(written.values()), written[True], target))

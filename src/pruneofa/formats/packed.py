@@ -1,6 +1,6 @@
-"""The packed folder of FORMAT.md, read and checked. No torch. `pruneofa.formats.pack` writes it.
+"""Read and check the packed folder of FORMAT.md, which `pruneofa.formats.pack` writes. No torch.
 
-Whatever the manifest says of the tensors is computed from them again.
+All statements of the manifest about the tensors are verified against the tensors.
 """
 
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ from pruneofa.formats.manifest_reader import read_manifest
 from pruneofa.formats.pattern import POOLER, packed_bits, pattern_hashes, pattern_holds
 from pruneofa.formats.tensor_file import read_arrays
 
-MAX_SCALE = np.nextafter(np.finfo(np.float32).max / np.float32(127), np.float32(0))  # 127 times it is finite ...
-_MAX_SCALE_128 = np.finfo(np.float32).max / np.float32(128)  # ... and 128 times this
+MAX_SCALE = np.nextafter(np.finfo(np.float32).max / np.float32(127), np.float32(0))  # 127 * MAX_SCALE is finite
+_MAX_SCALE_128 = np.finfo(np.float32).max / np.float32(128)  # 128 * _MAX_SCALE_128 is finite
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,12 +55,12 @@ class PackedLinear:
 
     @property
     def pattern_bits(self) -> np.ndarray:
-        """Which weights are kept, as `pattern.packed_bits` has it: a bitmask pads every row, this the end."""
+        """The pattern as `pattern.packed_bits` returns it: padded only at the end, where `bitmask` pads every row."""
         return packed_bits(self.kept) if self.shape[1] % 8 else self.bitmask
 
     @property
     def kept(self) -> np.ndarray:
-        """Bool (rows, columns): which weights are part of the pattern."""
+        """Bool (rows, columns), True = kept."""
         return unpack_bits(self.bitmask, self.shape[1])
 
     def dense(self) -> np.ndarray:
@@ -96,16 +96,17 @@ class PackedEmbedding:
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """A packed model in memory: what the engine needs of it.
+    """A packed model in memory, as the engine needs it.
 
     Attributes:
-        folder: where it came from; settings and tokenizer are there.
-        config: config.json.
+        folder: the source folder, which has the settings and the tokenizer.
+        config: the object of config.json.
         precision: int8 or fp32.
-        input_scales: of static activations; None: dynamic.
-        quantized: whether the scales are those of training.
-        linears: by canonical name, as `embeddings` and `plain`.
-        plain: float32 arrays.
+        input_scales: scales of static activations; None if they are dynamic.
+        quantized: whether the scales are those of quantization-aware training.
+        linears: sparse linear weights by canonical name.
+        embeddings: embedding tables by canonical name.
+        plain: all other tensors, float32 arrays by canonical name.
     """
 
     folder: Path
@@ -118,13 +119,13 @@ class Packed:
     plain: dict[str, np.ndarray]
 
     def hashes(self) -> tuple[str, str | None]:
-        """`pattern.pattern_hash` of the encoder, and of the pooler where there is one, straight from the bitmasks."""
+        """`pattern.pattern_hash` of the encoder, and of the pooler or None, computed from the bitmasks."""
         layers = sorted(self.linears.items())
         return pattern_hashes((name, linear.shape, linear.pattern_bits) for name, linear in layers)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """{canonical name: shape} of every tensor, a decoder that is tied to the word embeddings excepted."""
+        """{canonical name: shape} of every tensor, except a decoder that is tied to the word embeddings."""
         linears = {name: linear.shape for name, linear in self.linears.items()}
         tables = {name: table.values.shape for name, table in self.embeddings.items()}
         return linears | tables | {name: array.shape for name, array in self.plain.items()}
@@ -133,7 +134,7 @@ class Packed:
 def read(path: str | Path) -> Packed:
     """The packed folder or hub id at `path`, checked in full.
 
-    Raises InputError, with the file and the fault, for anything that FORMAT.md does not allow.
+    Raises InputError, naming the file and the error, for anything that FORMAT.md does not allow.
     """
     folder = local_folder(path)
     return read_with(folder, read_manifest(folder))
@@ -172,7 +173,7 @@ def read_with(folder: Path, manifest: Manifest) -> Packed:
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
-    """What the manifest says, with the keys of `pattern.inspect`; the tensors are not read."""
+    """The figures of the manifest with the keys of `pattern.inspect`; the tensors are not read."""
     manifest = read_manifest(local_folder(path))
     stated = manifest.to_json()
     sizes = stated["sizes"]
@@ -206,7 +207,7 @@ def unpack_bits(bits: np.ndarray, columns: int) -> np.ndarray:
 
 
 def _check_claims(linear: PackedLinear, tensor: Tensor) -> None:
-    """What the manifest says of a linear beyond sizes; kernels rely on the pattern."""
+    """Check the manifest's other statements about a linear, such as its pattern, on which kernels rely."""
     marked = 0 if linear.negative_zeros is None else _ones(linear.negative_zeros)
     if marked != (tensor.negative_zeros or 0):
         raise InputError(f"{marked} negative zeros marked, but {tensor.negative_zeros} in the manifest")

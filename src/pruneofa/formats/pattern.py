@@ -1,7 +1,7 @@
-"""What a zero means, as NumPy: block and n:m patterns, hashes, counts, and two models compared. No torch.
+"""Sparsity patterns of stored models, with NumPy: block and n:m patterns, hashes, counts, comparison. No torch.
 
-The pattern of a stored model is where its encoder's linear weights are not zero. Tensors are read one at
-a time, so that memory is bounded by the largest layer, whatever the size of the model.
+The pattern of a stored model is where the linear weights of its encoder are not zero. Tensors are read one at
+a time, so that memory is bounded by the largest layer.
 """
 
 import hashlib
@@ -43,7 +43,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
     "nonzeros"}} with the pooler last, "weights" and "nonzeros" of the encoder's linears, "pattern_hash",
     "pooler_hash" (or None), "sizes" in bytes of the encoder's linears and "bits_per_weight" with the same
     keys: dense_fp32, nonzeros_bitmask_fp32, nonzeros_bitmask_int8 (non-zeros and one bit per weight) and
-    entropy_bound_int8 (non-zeros of 8 bits and the least bits that say where they are, layer by layer).
+    entropy_bound_int8 (8 bits per non-zero plus the entropy of their positions, layer by layer).
     Raises InputError as `read_weights` does, and for a model without encoder linears.
     """
     found: dict[str, dict[str, Any]] = {}
@@ -82,7 +82,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
 
 
 def verify(base: str | Path, derived: str | Path) -> dict[str, Any]:
-    """Whether every zero of BASE's pattern is exactly zero in DERIVED (both folders or hub ids).
+    """Check that every zero of BASE's pattern is exactly zero in DERIVED (both folders or hub ids).
 
     Returns "ok"; "revived" [{"layer", "count"}], pruned in BASE and not zero in DERIVED, the pooler too
     where both have one; "missing", encoder layers of BASE that DERIVED lacks; "missing_pooler" (no failure:
@@ -138,9 +138,9 @@ def pattern_hash(kept: Mapping[str, np.ndarray]) -> str:
 
 
 def pattern_hashes(layers: Iterable[tuple[str, tuple[int, ...], np.ndarray]]) -> tuple[str, str | None]:
-    """`pattern_hash` of the encoder, and of the pooler where there is one.
+    """`pattern_hash` of the encoder, and of the pooler or None.
 
-    Of each layer, sorted by canonical name: the name, the shape, and its `packed_bits`, uint8 of any shape.
+    `layers` yields, sorted by canonical name, (name, shape, `packed_bits` as uint8 of any shape).
     """
     encoder, pooler = hashlib.sha256(), None
     for name, shape, bits in layers:
@@ -153,7 +153,7 @@ def pattern_hashes(layers: Iterable[tuple[str, tuple[int, ...], np.ndarray]]) ->
 
 
 def packed_bits(kept: np.ndarray) -> np.ndarray:
-    """A bool array in C order as uint8, eight to a byte, the first in the lowest bit."""
+    """A bool array in C order as uint8, eight values per byte, the first in the lowest bit."""
     return np.packbits(kept, bitorder="little")
 
 
@@ -163,7 +163,7 @@ def _add_layer(digest: Any, name: str, shape: tuple[int, ...], bits: np.ndarray)
 
 
 def pattern_holds(kept: np.ndarray, pattern: str) -> bool:
-    """Whether the zeros of `kept`, bool (rows, columns), are exactly of this pattern (design of `masks.py`)."""
+    """Whether the zeros of `kept`, bool (rows, columns), follow this pattern exactly."""
     rows, columns = kept.shape
     if pattern == "unstructured":
         return True
@@ -180,14 +180,14 @@ def pattern_holds(kept: np.ndarray, pattern: str) -> bool:
 
 
 def pattern_of(kept: np.ndarray) -> str:
-    """The narrowest pattern of FORMAT.md that the zeros of `kept`, bool (rows, columns), are exactly of."""
+    """The most specific pattern of FORMAT.md that the zeros of `kept`, bool (rows, columns), follow exactly."""
     if not kept.any() or kept.all():
         return "unstructured"
     candidates = ["4x1", "1x4"]
     for m in (2, 4, 8, 16):
         if 0 < (n := int(np.count_nonzero(kept[0, :m]))) < m:
             candidates.append(f"{n}:{m}")
-    # Four rows first: nearly all that a pattern does not fit are found there.
+    # Check four rows first: they rule out nearly every pattern that does not fit.
     return next((p for p in candidates if pattern_holds(kept[:4], p) and pattern_holds(kept, p)), "unstructured")
 
 
@@ -198,12 +198,12 @@ def ratio_of(pattern: str) -> tuple[int, int] | None:
 
 
 def is_prunable(name: str, ndim: int) -> bool:
-    """Whether a canonical name with this many dimensions is a weight that pruning zeroes: the encoder's, the pooler."""
+    """Whether a tensor of this canonical name and number of dimensions is prunable: encoder linears and the pooler."""
     return name == POOLER or is_encoder_weight(name, ndim)
 
 
 def _pruned_tensors(path: str | Path) -> dict[str, StoredTensor]:
-    """Encoder linears and the pooler of a model, by canonical name in order, none of them read yet."""
+    """Encoder linears and the pooler of a model, sorted by canonical name; their data are not read."""
     stored = sorted(_stored_tensors(weights_folder(path)).items())
     found = {name: tensor for name, tensor in stored if is_prunable(name, len(tensor.shape))}
     if not any(name != POOLER for name in found):
@@ -216,7 +216,7 @@ def _nothing_there(path: str | Path) -> str:
 
 
 def position_bits(weights: int, sparsity: float) -> float:
-    """Least bits that tell which of so many weights are not zero: the binary entropy of their density."""
+    """Entropy in bits of the positions of the non-zeros among `weights` weights with this sparsity."""
     density = 1 - sparsity
     if density in (0, 1):
         return 0.0

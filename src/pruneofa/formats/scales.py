@@ -29,15 +29,15 @@ _AGAIN = "quantize the model again with: pruneofa quantize"
 
 @dataclass(frozen=True)
 class QuantizationArgs:
-    """How one kind of tensor is quantized; fields and meanings of compressed-tensors' QuantizationArgs.
+    """How one kind of tensor is quantized, with the fields of compressed-tensors' QuantizationArgs.
 
     Attributes:
-        strategy: what shares a scale: "channel" (an output row) or "tensor" of weights and embedding tables,
-            "token" or "tensor" of activations.
+        strategy: the elements that share a scale: "channel" (an output row) or "tensor" for weights and embedding
+            tables, "token" or "tensor" for activations.
         symmetric: whether the zero point is always 0.
-        dynamic: whether scales are found anew for every input.
-        num_bits: of a code.
-        type: of a code.
+        dynamic: whether scales are computed for every input at run time.
+        num_bits: bits of a code.
+        type: type of a code.
     """
 
     strategy: str
@@ -60,18 +60,18 @@ class Quantization:
     "encoder.layer.0.output.dense.weight" or "pooler.dense.weight".
 
     Attributes:
-        weights: of the linear layers; strategy "channel": codes -127..127, "tensor": -128..127.
-        input_activations: uint8 inputs of the linear layers: per token and dynamic, or per tensor and static.
-        embeddings: of the three tables, per row; None: they stay float.
-        weight_scale: {NAME: float32 (rows,)}; of strategy "tensor" one number repeated. Embedding tables too.
-        input_scale: {NAME of a linear: scale}, each exactly a float32; empty if dynamic.
-        input_zero_point: {NAME: 0..255}, of the same names.
-        pattern_hash: `pattern.pattern_hash` of the folder's encoder when it was written, so that a pattern that
-            changed afterwards is found; None if unknown.
-        pooler_hash: the same of the pooler, whose zeros are locked too; None if unknown, or without a pooler.
+        weights: the weights of the linear layers; codes are -127..127 for strategy "channel", -128..127 for "tensor".
+        input_activations: the uint8 inputs of the linear layers: per token and dynamic, or per tensor and static.
+        embeddings: the three embedding tables, per row; None if they stay float.
+        weight_scale: {NAME: float32 (rows,)} of linears and quantized tables; with strategy "tensor" all rows equal.
+        input_scale: {NAME of a linear: scale}, each exactly representable in float32; empty if dynamic.
+        input_zero_point: {NAME: 0..255}, with the names of `input_scale`.
+        pattern_hash: `pattern.pattern_hash` of the encoder when the folder was written, to detect later changes of
+            the pattern; None if unknown.
+        pooler_hash: the same for the pooler, whose zeros are locked too; None if unknown, or without a pooler.
 
     Raises:
-        InputError: the parts contradict each other, or a scale or zero point is out of range; it names the layer.
+        InputError: naming the layer, if the parts contradict each other or a scale or zero point is out of range.
     """
 
     weights: QuantizationArgs
@@ -134,13 +134,13 @@ def codes(name: str, weight: np.ndarray, scale: np.ndarray, lowest: int = -127) 
     """int8 codes (rows, columns) of a float32 weight that is exactly code * scale of its row, in float32.
 
     Args:
-        name: for the message.
+        name: name of the weight, for error messages.
         weight: float32 (rows, columns).
         scale: float32 (rows,).
         lowest: the lowest code.
 
     Raises:
-        InputError: some weight is no such product, bit by bit.
+        InputError: a weight is not exactly code * scale.
     """
     found = np.empty(weight.shape, np.int8)
     for start in range(0, len(weight), _ROWS):
@@ -155,11 +155,11 @@ def codes(name: str, weight: np.ndarray, scale: np.ndarray, lowest: int = -127) 
     return found
 
 
-_ROWS = 4096  # at a time: an embedding table has tens of thousands
+_ROWS = 4096  # rows processed at a time, to limit memory: an embedding table has tens of thousands
 
 
 def check_pattern(folder: Path, quantization: Quantization, pattern_hash: str, pooler_hash: str | None) -> None:
-    """Raise InputError where a hash, of the folder's weights, is not the one written with the scales."""
+    """Raise InputError if a hash, computed from the folder's weights, differs from the one stored with the scales."""
     written = (("encoder", quantization.pattern_hash, pattern_hash), ("pooler", quantization.pooler_hash, pooler_hash))
     for part, wanted, found in written:
         if wanted not in (None, found):
@@ -170,15 +170,15 @@ def check_pattern(folder: Path, quantization: Quantization, pattern_hash: str, p
 
 
 def is_quantized(folder: Path) -> bool:
-    """Whether a Hugging Face folder says that it is quantized."""
+    """Whether a Hugging Face folder has scales, that is, is quantized."""
     return (folder / SETTINGS).exists()
 
 
 def read(folder: Path) -> Quantization | None:
-    """The scales of a Hugging Face folder, checked against the names and shapes of its weights; None without any.
+    """The scales of a Hugging Face folder, checked against names and shapes of its weights; None if it has none.
 
     Raises:
-        InputError: anything broken, in one line with the file and the layer.
+        InputError: naming file and layer, if something is malformed or does not fit.
     """
     if not is_quantized(folder):
         return None
@@ -207,7 +207,7 @@ def read(folder: Path) -> Quantization | None:
 
 
 def write(folder: Path, quantization: Quantization) -> None:
-    """Write both files into a folder; `read` gives back the same."""
+    """Write both files into a folder, for `read`."""
     from safetensors.numpy import save_file
 
     arrays = {}
@@ -229,17 +229,17 @@ def write(folder: Path, quantization: Quantization) -> None:
     write_json(folder / SETTINGS, settings)
 
 
-# Names are those of compressed-tensors: LAYER.weight_scale. (dtype, whether one number)
+# Names as in compressed-tensors, such as LAYER.weight_scale: (dtype, whether it is a scalar)
 _PARTS = {"weight_scale": ("F32", False), "input_scale": ("F32", True), "input_zero_point": ("U8", True)}
 
 
 def _arguments(settings: dict[str, Any], path: Path) -> dict[str, Any]:
-    """What quantization.json says, as arguments of `Quantization`."""
+    """The settings of quantization.json as arguments of `Quantization`."""
     if settings.get("format") != FORMAT:
         raise InputError(f'{path}: wanted "format": "{FORMAT}"; this file is of something else: {_AGAIN}')
     if type(version := settings.get("version")) is not int or version != VERSION:
         raise InputError(f"{path}: version {short(version)}; this pruneofa reads {VERSION}: upgrade it")
-    settings = {"pooler_hash": None} | settings  # not in folders of before it was checked
+    settings = {"pooler_hash": None} | settings  # absent in folders of earlier versions
     _keys(settings, path, ("format", "version", "weights", "input_activations", "embeddings", *_HASHES))
     arguments: dict[str, Any] = {field: settings[field] for field in _HASHES}
     for field, value in arguments.items():
@@ -271,7 +271,7 @@ def _keys(found: Mapping[str, Any], where: Any, wanted: Any) -> None:
 
 
 def _check_names(folder: Path, quantization: Quantization) -> None:
-    """Every weight that is quantized has a scale of its rows, and nothing else has."""
+    """Raise InputError unless exactly the quantized weights have scales, one per row."""
     kinds = ("linear",) if quantization.embeddings is None else ("linear", "embedding")
     rows = {}
     for file in weight_files(folder):
@@ -290,7 +290,7 @@ def _check_names(folder: Path, quantization: Quantization) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """A NumPy number as Python's."""
+    """A NumPy number as a Python number."""
     return value.item() if isinstance(value, np.generic) else value
 
 

@@ -1,4 +1,4 @@
-"""What a sentence-transformers folder says beside its encoder: how texts are cut and pooled."""
+"""The settings of a sentence-transformers folder: truncation, pooling and prompts."""
 
 import math
 import re
@@ -46,12 +46,12 @@ class Sentence:
     """How a text becomes one vector.
 
     Attributes:
-        pooling: over the hidden states of all tokens.
-        normalize: whether vectors get length 1.
-        truncate_dim: how many numbers of a vector are kept, after that; None: all.
-        max_seq_length: most tokens of a text, special ones included; None: as many as the encoder takes.
-        do_lower_case: whether texts are put in lower case first.
-        prompt: what is put before every text.
+        pooling: how the hidden states of all tokens are reduced to one vector.
+        normalize: whether vectors are scaled to length 1.
+        truncate_dim: number of components of a vector that are kept, after normalization; None: all.
+        max_seq_length: maximum number of tokens of a text, including special tokens; None: the encoder's maximum.
+        do_lower_case: whether texts are converted to lower case first.
+        prompt: text that is prepended to every input.
     """
 
     pooling: Pooling
@@ -63,7 +63,7 @@ class Sentence:
 
 
 def read_sentence(folder: Path) -> Sentence | None:
-    """What a sentence-transformers folder says; None of any other folder, and of one without pooling.
+    """The settings of a sentence-transformers folder; None for any other folder, and for one without pooling.
 
     Raises:
         InputError: a module, a pooling mode or a setting that is not supported.
@@ -83,16 +83,16 @@ def read_sentence(folder: Path) -> Sentence | None:
 
 
 def read_modules(folder: Path) -> list[Module]:
-    """The modules of a sentence-transformers folder in order; none of any other folder.
+    """The modules of a sentence-transformers folder in order; an empty list for any other folder.
 
-    Raises InputError for one that is not among KINDS, or that lies elsewhere than in a folder beside modules.json.
+    Raises InputError for a module whose kind is not one of KINDS, or whose folder is not beside modules.json.
     """
     file = folder / MODULES
     return [_module(entry, file) for entry in read_json_list(file)] if file.is_file() else []
 
 
 def cross_encoder_activation(config: Mapping[str, Any], where: object) -> Activation | None:
-    """What a cross-encoder puts on its logits; None where config.json names nothing.
+    """The activation that a cross-encoder applies to its logits; None if config.json names none.
 
     Raises InputError, which begins with `where`, for another function.
     """
@@ -121,7 +121,7 @@ def _module(entry: Any, file: Path) -> Module:
     kind = kind.rsplit(".", 1)[-1]
     if kind not in KINDS:
         raise InputError(f"{file}: module {short(kind)}, wanted only {', '.join(KINDS)}; {_ELSEWHERE}")
-    if not re.fullmatch(r"[\w-]{0,99}", path, re.ASCII):  # no file outside the folder is read or written
+    if not re.fullmatch(r"[\w-]{0,99}", path, re.ASCII):  # never read or write files outside the folder
         raise InputError(
             f"{file}: the path of {kind} is {short(path)}, wanted a folder beside the file such as '1_Pooling'; "
             "copy the file again"
@@ -150,13 +150,13 @@ def _truncate_dim(prompts: Mapping[str, Any], file: Path) -> int | None:
 
 
 def _max_seq_length(texts: Mapping[str, Any], tokenizer: Mapping[str, Any], folder: Path) -> int | None:
-    """max_seq_length, else the tokenizer's model_max_length, as sentence-transformers has it."""
+    """max_seq_length, else the tokenizer's model_max_length, as in sentence-transformers."""
     for settings, name, key in (
         (texts, TEXTS, "max_seq_length"),
         (tokenizer, "tokenizer_config.json", "model_max_length"),
     ):
         if value := settings.get(key):
-            # model_max_length is 1e30 where no length is known.
+            # model_max_length is 1e30 if the length is unknown.
             if type(value) not in (int, float) or not 1 <= value < math.inf:
                 raise InputError(f"{folder / name}: {key} is {short(value)}, wanted a number of at least 1")
             return int(value)
@@ -164,7 +164,7 @@ def _max_seq_length(texts: Mapping[str, Any], tokenizer: Mapping[str, Any], fold
 
 
 def _prompt(prompts: Mapping[str, Any], file: Path) -> str:
-    """What is put before a text where the caller names no prompt."""
+    """The default prompt, which is prepended to every text."""
     named = prompts.get("prompts") or {}
     if not isinstance(named, dict):
         raise InputError(f"{file}: prompts is {short(named)}, wanted a JSON object of names to texts")

@@ -1,4 +1,4 @@
-"""The files beside the weights of a model: configuration, tokenizer, and how sentences are pooled."""
+"""The files of a model other than its weights: configuration, tokenizer, sentence-transformers settings."""
 
 import shutil
 from pathlib import Path
@@ -12,9 +12,9 @@ _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.jso
 
 
 def copy_settings(source: Path, target: Path) -> None:
-    """Copy configuration and tokenizer, and what sentence-transformers needs to know how to pool.
+    """Copy the files of configuration and tokenizer, and the settings of sentence-transformers.
 
-    Raises InputError for a module that is not known here.
+    Raises InputError for an unknown sentence-transformers module.
     """
     for name in ("config.json", *_TOKENIZER, *sentence.FILES):
         if (source / name).is_file():
@@ -27,9 +27,9 @@ def copy_settings(source: Path, target: Path) -> None:
 
 
 def without_tokenizer(folder: Path) -> str:
-    """What to say of a folder without tokenizer.json.
+    """The error message for a folder without tokenizer.json.
 
-    transformers can convert the slow tokenizer's files, but without them it makes up a vocabulary of a few tokens.
+    transformers can convert the files of a slow tokenizer, but without them it creates a vocabulary of a few tokens.
     """
     known = {}
     for name in ("config.json", "tokenizer_config.json"):

@@ -1,4 +1,4 @@
-"""The tensors of a Hugging Face folder that packing takes: by canonical name, as float32."""
+"""The tensors of a Hugging Face folder that are packed, by canonical name, as float32."""
 
 from pathlib import Path
 
@@ -10,13 +10,13 @@ from pruneofa.formats.manifest import SOURCE_DTYPES, canonical_name, kind_of
 from pruneofa.formats.pattern import POOLER
 from pruneofa.formats.tensors import StoredTensor, read_tensor, tensors_of, weight_files
 
-Source = dict[str, tuple[str, StoredTensor]]  # {canonical name: (name in the source, where it lies)}
+Source = dict[str, tuple[str, StoredTensor]]  # {canonical name: (name in the source, location)}
 
-_BUFFERS = ("position_ids", "token_type_ids")  # integers that transformers makes anew
+_BUFFERS = ("position_ids", "token_type_ids")  # integer buffers that transformers recreates
 
 
 def source_tensors(folder: Path) -> Source:
-    """{canonical name: (name in the source, where it lies)} of every floating-point tensor."""
+    """{canonical name: (name in the source, location)} of every floating-point tensor."""
     found: Source = {}
     for file in weight_files(folder):
         for original, stored in tensors_of(file):
@@ -35,7 +35,7 @@ def source_tensors(folder: Path) -> Source:
 
 
 def source_prefix(folder: Path, found: Source) -> str:
-    """What stands before the names of the encoder's linears in the source: the prefix of the base model."""
+    """The prefix of the names of the encoder's linears in the source: that of the base model."""
     for name, (original, stored) in sorted(found.items()):
         if name != POOLER and kind_of(name, len(stored.shape)) == "linear":
             return original.removesuffix(name)

@@ -1,6 +1,6 @@
-"""The tensor file of a packed folder, compressed or not, read by what the manifest says must be in it.
+"""Read the tensor file of a packed folder, compressed or not, according to its manifest.
 
-The sizes come first: nothing is allocated before the file has shown that it holds as many bytes.
+Sizes are checked first: memory is allocated only for bytes that the file contains.
 """
 
 import contextlib
@@ -18,11 +18,11 @@ from pruneofa.formats.layout import Slot, layout
 from pruneofa.formats.manifest import AGAIN, MANIFEST, MAX_WINDOW, METADATA, Manifest, is_count
 
 DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I8": "i1", "U8": "u1"}
-_CHUNK = 1 << 20  # a decompressor makes a copy of what it gives
+_CHUNK = 1 << 20  # bytes read at a time, because a decompressor returns copies
 
 
 def read_arrays(file: Path, manifest: Manifest) -> dict[str, np.ndarray]:
-    """Every tensor of the file that the manifest implies, each in memory of its own."""
+    """Every tensor of the file as an array with its own memory."""
     slots = layout(manifest.tensors, manifest.precision)
     size = manifest.sizes.file
     with _opened(file, manifest) as raw:
@@ -44,13 +44,13 @@ def read_arrays(file: Path, manifest: Manifest) -> dict[str, np.ndarray]:
 
 
 class _Stream:
-    """Exact numbers of bytes of `raw`, an open file or a zstd reader, and the CRC-32 of all that was taken."""
+    """Reads exact numbers of bytes from `raw`, an open file or a zstd reader, and keeps the CRC-32 of them all."""
 
     def __init__(self, raw: Any, file: Path) -> None:
         self.raw, self.file, self.crc, self.taken = raw, file, 0, 0
 
     def take(self, count: int) -> np.ndarray:
-        """The next `count` bytes, as an array of its own. Raises InputError where the file ends."""
+        """The next `count` bytes as a new array. Raises InputError if the file ends before them."""
         buffer = np.empty(count, np.uint8)
         view, done = buffer.data, 0
         while done < count:
@@ -64,7 +64,7 @@ class _Stream:
 
 @contextlib.contextmanager
 def _opened(file: Path, manifest: Manifest) -> Iterator[Any]:
-    """The tensor file as a stream of its bytes before compression, once its size is what the manifest says."""
+    """The uncompressed tensor file as a stream, after checking that its size is that of the manifest."""
     sizes = manifest.sizes
     wanted = sizes.compressed if manifest.compression else sizes.file
     try:
@@ -95,7 +95,7 @@ def _opened(file: Path, manifest: Manifest) -> Iterator[Any]:
 
 
 def _checked_header(raw: bytes, slots: Mapping[str, Slot], where: str) -> list[str]:
-    """The names of a safetensors header in the order of their bytes; it must say of each what the manifest implies."""
+    """The tensor names of a safetensors header in file order. Raises InputError if it contradicts the manifest."""
     found = parse_json(raw, f"{where}: header", AGAIN)
     if not raw.startswith(b"{"):
         raise InputError(f"{where}: header does not begin with an object; {AGAIN}")

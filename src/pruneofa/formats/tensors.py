@@ -1,6 +1,6 @@
-"""The tensors of a Hugging Face folder's safetensors files, found by their headers and read one at a time.
+"""The tensors of a Hugging Face folder's safetensors files, located by the headers and read one at a time.
 
-A .bin file is a pickle, which only torch reads: `weights_folder` makes a safetensors copy of it where torch is.
+A .bin file is a pickle, which only torch can read; if torch is installed, `weights_folder` converts it to safetensors.
 """
 
 import json
@@ -28,7 +28,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: file, dtype name of safetensors, shape, first byte."""
+    """Location of a tensor: file, safetensors dtype name, shape, offset of its first byte."""
 
     file: Path
     dtype: str
@@ -59,11 +59,11 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def weights_folder(path: str | Path) -> Path:
-    """The folder at `path`, or of the hub model of that id, with weights that can be read here.
+    """The folder at `path`, or of the hub model of that id, with weights that can be read.
 
-    Of one with only a .bin file it is a copy with safetensors, made once in the cache by torch with weights_only=True.
-    Raises InputError as `local_folder` does, for a .bin without torch to read it, and for one that is damaged or holds
-    more than weights.
+    If it has only a .bin file, the result is a copy with safetensors in the cache, made once by torch with
+    weights_only=True. Raises InputError as `local_folder` does, for a .bin file if torch is not installed, and for one
+    that is damaged or contains other objects than weights.
     """
     folder = local_folder(path)
     if _has_safetensors(folder):
@@ -87,7 +87,7 @@ def weights_folder(path: str | Path) -> Path:
 
 
 def more_than_weights(path: str | Path) -> str:
-    """What to say of a .bin file that torch refuses to read with weights_only=True."""
+    """The error message for a .bin file that torch refuses to read with weights_only=True."""
     return (
         f"model {path}: its .bin file holds more than weights and could run code when read, so it was not; "
         "wanted model.safetensors"
@@ -95,7 +95,7 @@ def more_than_weights(path: str | Path) -> str:
 
 
 def _read_binaries(folder: Path, binaries: list[Path]) -> dict[str, Any]:
-    """Every torch.Tensor of .bin files, each with memory of its own: safetensors knows no tied weights."""
+    """Every torch.Tensor of .bin files, each with its own memory, because safetensors has no shared tensors."""
     try:
         import torch
     except ImportError:
@@ -104,7 +104,7 @@ def _read_binaries(folder: Path, binaries: list[Path]) -> dict[str, Any]:
     for file in binaries:
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of pickle protocols: what matters is refused here
+                warnings.simplefilter("ignore")  # about pickle protocols; unsafe content is refused below
                 found = torch.load(file, weights_only=True, map_location="cpu")
         except pickle.UnpicklingError:
             raise InputError(more_than_weights(folder)) from None
@@ -138,9 +138,9 @@ def _only_binaries(folder: Path, binaries: list[Path]) -> str:
 
 
 def tensors_of(file: Path) -> list[tuple[str, StoredTensor]]:
-    """Name and place of every tensor of a safetensors file.
+    """Name and location of every tensor of a safetensors file.
 
-    The library checks that the file is whole. Raises InputError when it is not.
+    The library checks that the file is complete. Raises InputError when it is not.
     """
     from safetensors import SafetensorError, safe_open
 

@@ -19,9 +19,9 @@ from pruneofa.progress import progress
 def unpack(packed: str | Path, out: str | Path) -> None:
     """Write the Hugging Face folder `out` of a packed folder or hub id.
 
-    Names and dtypes are those of the source; from fp32 every bit is, from int8 the values are the rounded ones. Scales
-    that the source brought are written beside them, so that packing gives the same bytes again. Raises InputError as
-    `packed.read` does, or when `out` holds something.
+    Names and dtypes are those of the source. From fp32 the weights are bit-identical to the source, from int8 they are
+    the dequantized values. The scales of a quantized source are written too, so that packing gives the same bytes
+    again. Raises InputError as `packed.read` does, or when `out` is not empty.
     """
     folder = local_folder(packed)
     with new_output(out) as temporary:
@@ -46,11 +46,11 @@ def unpack(packed: str | Path, out: str | Path) -> None:
 
 
 def _quantization(model: Packed, manifest: Manifest) -> Quantization:
-    """What a Hugging Face folder says of a packed model whose source brought its scales."""
+    """The scales for the Hugging Face folder of a packed model whose source was quantized."""
     static, inputs = model.input_scales is not None, model.input_scales or {}
     linears = {name: linear.scale for name, linear in model.linears.items() if linear.scale is not None}
     tables = {name: table.scale for name, table in model.embeddings.items() if table.scale is not None}
-    # One scale in all rows of every layer is one per tensor, whose codes go to -128.
+    # If all rows of every layer have the same scale, the strategy was "tensor", whose lowest code is -128.
     shared = all((scale == scale[0]).all() for scale in linears.values())
     return Quantization(
         weights=QuantizationArgs("tensor" if shared else "channel", symmetric=True),
@@ -74,7 +74,7 @@ def _dense(model: Packed, name: str, tensor: Tensor) -> np.ndarray:
 
 
 def _narrow(weight: np.ndarray, dtype: str) -> np.ndarray:
-    """float32 as the source's dtype, half to even; exact where it came from there."""
+    """Convert float32 to the source's dtype, rounding half to even; exact for values that came from that dtype."""
     if dtype == "F16":
         return weight.astype("<f2")
     if dtype == "BF16":  # the upper half of a float32

@@ -1,4 +1,4 @@
-"""zstd of Python's standard library (3.14), or the same code for an older Python: a tenth of other packages' size."""
+"""zstd from Python's standard library (3.14), or its backport, which is a tenth of the size of other packages."""
 
 import sys
 
@@ -26,10 +26,10 @@ __all__ = ["CompressionParameter", "DecompressionParameter", "ZstdCompressor", "
 
 
 def window_size(frame: bytes) -> int:
-    """Bytes of history that reading a frame may take, by its header (RFC 8878, 3.1.1.1).
+    """Window size in bytes of a frame, from its header (RFC 8878, 3.1.1.1).
 
-    `frame` begins with a header that `get_frame_info` accepts. libzstd heeds its own limit only where it needs the
-    window: not for a frame that comes in one piece.
+    `frame` begins with a header that `get_frame_info` accepts. libzstd applies its own window limit only when it
+    needs the window, not for a frame that is decompressed in one piece.
     """
     if frame[4] & 0x20:  # a single segment: the window is the content, whose size is then stated
         return get_frame_info(frame).decompressed_size or 0
