@@ -203,7 +203,7 @@ void Encoder::attend(int thread, const Slice& query, const Sequences& sequences)
       a.scale = 1.0f / sqrtf(static_cast<float>(size));
       a.begin = sequences.offsets[s];
       a.end = sequences.offsets[s + 1];
-      // With static inputs the codes equal those simulated in training only if floats stay floats (decision 0007).
+      // With static inputs nothing is rounded here, so that codes equal those simulated in training (decision 0007).
       a.rounding = !int8_ ? Rounding::kTwoBfloat16 : dynamic_ ? Rounding::kBfloat16 : Rounding::kNone;
       a.scratch = buffers_[thread].scratch.data();
       kernels_.attention(a);

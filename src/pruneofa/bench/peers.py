@@ -343,7 +343,7 @@ class _Process:
     def time(self, key: str, count: int) -> dict[str, Any]:
         """Seconds of `count` runs, after one warm-up run, because the other processes have evicted the caches.
 
-        If a run takes longer than LONG, the warm-up run is counted too.
+        Once the runs have taken longer than LONG seconds, later calls skip the warm-up run.
         """
         run = self.runs[key]
         if key not in self.long:

@@ -1,4 +1,4 @@
-"""What a task can be done with without any language model: the numbers to be well above."""
+"""Baselines of a task without a language model, which the encoder should clearly exceed."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ from pruneofa.data.features import TaskData
 from pruneofa.data.tasks import Task
 from pruneofa.errors import InputError
 
-WORDS = 50_000  # most frequent words that are counted
+WORDS = 50_000  # size of the vocabulary: the most frequent words
 FOLDS = 3
 CHOICES = {"tfidfvectorizer__stop_words": [None, "english"], "logisticregression__C": [1.0, 4.0, 16.0]}
 
@@ -15,9 +15,9 @@ def baseline(task: Task) -> dict[str, float]:
     """Accuracy in percent of two simple classifiers, learned on the training rows and measured on `validation`.
 
     Returns:
-        majority: always the most frequent label of the training rows; bag_of_words: logistic regression over
-        TF-IDF weighted words of the raw text, both texts of a pair in one bag; stop words and regularization are
-        those of `CHOICES` that do best in cross-validation on the training rows.
+        {"majority", "bag_of_words"}. The first always predicts the most frequent label of the training rows. The second
+        is a logistic regression on TF-IDF weighted words, with both texts of a pair in one bag; stop words and
+        regularization are chosen among `CHOICES` by cross-validation on the training rows.
 
     Raises:
         InputError: the task is not classification, or was loaded without its training rows.

@@ -1,12 +1,12 @@
-"""From text sources to a cache of token ids on disk, and from there to pre-training examples.
+"""Builds a cache of token ids on disk from text sources, and pre-training examples from it.
 
-The cache is a folder of flat little-endian files that are only ever appended to and read back through
-memory maps, so neither building nor reading needs memory that grows with the corpus:
+The cache is a folder of flat little-endian files, written by appending and read through memory maps, so that neither
+building nor reading needs memory that grows with the corpus:
   tokens.bin     uint16 (uint32 for large vocabularies): the ids of all articles, end to end, no special tokens
   sentences.bin  int64: where each sentence starts in tokens.bin, and the total
   documents.bin  int64: where each article starts in sentences.bin, and the total
   hashes.bin     uint64: a hash of each article's text, which decides its split
-  chunks-*/      which sentences make an example, for one length, seed and validation share
+  chunks-*/      the sentences of each example, for one length, seed and validation share
 """
 
 import contextlib
@@ -45,7 +45,7 @@ from pruneofa.recipe import Corpus
 __all__ = ["BuiltCorpus", "build_corpus", "collate", "source_fingerprint"]
 
 FORMAT = 1
-BATCH_CHARACTERS = 1 << 18  # text per task: large against the cost of passing it, small against memory
+BATCH_CHARACTERS = 1 << 18  # text per task of a worker: limits both the overhead of transfers and the memory
 IN_PROCESS_BYTES = 2 << 20  # below this, starting processes costs more than it saves
 MIB = 1 << 20
 PARTS = ("tokens", "sentences", "documents", "hashes")
@@ -55,7 +55,7 @@ Reader = sources.Files | sources.Hub
 
 @dataclass(frozen=True)
 class BuiltCorpus:
-    """A tokenized corpus: its identity, its numbers, and its examples. `store` is None when streaming."""
+    """A tokenized corpus: its fingerprint, its counts, and its examples. `store` is None when streaming."""
 
     fingerprint: str
     stats: dict[str, Any]
@@ -70,7 +70,7 @@ class BuiltCorpus:
         return self._examples("train", size, seed, epoch0)
 
     def validation(self, size: int, *, seed: int) -> PretrainingDataset | StreamingDataset:
-        """`size` examples of articles that `train` never shows."""
+        """`size` examples from held-out articles, which `train` does not use."""
         return self._examples("validation", size, seed, 0)
 
     def _examples(self, split: str, size: int, seed: int, epoch0: int) -> PretrainingDataset | StreamingDataset:
@@ -89,12 +89,12 @@ def build_corpus(
     processes: int | None = None,
     seed: int = 0,
 ) -> BuiltCorpus:
-    """Tokenize the text that `spec` names into a cache, or find it there, and return its examples.
+    """Tokenize the text that `spec` names into a cache, unless it is cached already, and return its examples.
 
     Args:
         spec: the corpus section of a recipe.
         tokenizer: a fast tokenizer of transformers with cls (or bos), sep (or eos), mask and pad tokens.
-        data_root: where relative source paths start; default the working directory.
+        data_root: folder that relative source paths start from; default: the working directory.
         cache_dir: default the environment's PRUNEOFA_CACHE, else ~/.cache/pruneofa.
         processes: tokenizer processes beside the reading one; default one per core.
         seed: decides which examples are made shorter (`short_seq_prob`).
@@ -132,7 +132,7 @@ def build_corpus(
 
 
 def source_fingerprint(spec: Corpus, *, data_root: str | Path | None = None) -> str:
-    """Identity of the text that `spec` names, independent of file names; cheap compared with tokenizing.
+    """Fingerprint of the text that `spec` names, independent of file names; fast compared with tokenizing.
 
     Raises InputError like `build_corpus`, for errors that are found without reading every article.
     """
@@ -166,7 +166,7 @@ def _too_few(spec: Corpus, count: int) -> InputError:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Let one process at a time build `folder`: the ranks of a distributed run all ask for it at once."""
+    """Let one process at a time build `folder`, because all ranks of a distributed run request it at once."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_name(f".{folder.name}.lock"), "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # released by the kernel when a process dies
@@ -225,7 +225,7 @@ def _cores() -> int:
 
 
 def _batches(readers: list[Reader], column: str, unit: int, moved: Callable[[int], None]) -> Iterator[list[str]]:
-    """Articles in groups of about BATCH_CHARACTERS; `moved` hears of every `unit` of the sources read."""
+    """Articles in groups of about BATCH_CHARACTERS; `moved` is called with the progress of reading, in `unit`s."""
     batch: list[str] = []
     characters = read = 0
     for reader in readers:
@@ -262,7 +262,7 @@ def _write(parts: Iterator[Encoded], folder: Path, counts: dict[str, int]) -> No
 
 
 def split_articles(hashes: np.ndarray, share: float, nsp: bool) -> dict[str, np.ndarray]:
-    """Article numbers of each split, by hash; a corpus too small for that still gets a few of each."""
+    """Article numbers of each split, by hash; in a very small corpus each split still gets some articles."""
     held_out = is_held_out(hashes, share)
     least = min(2 if nsp else 1, len(hashes) // 2)
     if not least <= held_out.sum() <= len(hashes) - least:

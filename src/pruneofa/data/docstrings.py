@@ -1,7 +1,7 @@
-"""Real text that is already on the machine: the docstrings of this Python and its packages.
+"""A corpus and a task made of text that is already on the machine: the docstrings of Python and its packages.
 
-They make a corpus to prune on, and a task with few labels: what is a passage of documentation about? Its label is
-the subject of the module that it stands in. Sources are parsed, never imported, so that nothing runs.
+The corpus is for pruning. The task is to classify the subject of a passage of documentation; the label is the subject
+of its module. Sources are parsed, not imported, so no code is executed.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from pruneofa.errors import InputError
 from pruneofa.formats import files
 from pruneofa.progress import progress
 
-# Subject -> modules and packages about it: of the standard library, or of what pruneofa[demo] brings.
+# Subject -> modules and packages about it, from the standard library or the dependencies of pruneofa[demo].
 TOPICS: dict[str, tuple[str, ...]] = {
     "statistics": ("scipy/stats", "statistics"),
     "optimization": ("scipy/optimize",),
@@ -60,13 +60,13 @@ class Module:
 def build_demo_data(folder: Path, *, seed: int = 0, topics: dict[str, list[Path]] | None = None) -> dict[str, Any]:
     """Write `corpus.jsonl`, `train.jsonl`, `validation.jsonl` and `counts.json` into `folder`.
 
-    A module is wholly in training or wholly in validation; the corpus holds training modules only, one
-    document per module. Same environment and seed: same bytes.
+    All passages of a module are in the same split; the corpus holds only training modules, one document per module.
+    The same environment and seed give the same bytes.
 
     Args:
-        folder: replaced when it exists.
-        seed: of the split and of the sampling.
-        topics: label -> source files; default: what is installed of `TOPICS`.
+        folder: replaced if it exists.
+        seed: seed of the split and of the sampling.
+        topics: label -> source files; default: the installed modules of `TOPICS`.
 
     Returns:
         The counts: modules, documents, words, and rows of either split per topic.
@@ -126,7 +126,7 @@ def _sources(place: str) -> list[Path]:
 
 
 def _read(topics: dict[str, list[Path]], seed: int) -> Iterator[Module]:
-    """Modules in an order that depends on seed and path only, until the topic has its share of text."""
+    """Modules in an order that depends only on seed and path, until the topic has TOPIC_CHARACTERS of text."""
     with progress("demo data", len(topics)) as advance:
         for topic, paths in topics.items():
             size = 0
@@ -143,7 +143,7 @@ def _read(topics: dict[str, list[Path]], seed: int) -> Iterator[Module]:
 
 @contextlib.contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Syntax trees are millions of objects without cycles; collecting would take a third of the time."""
+    """Switch garbage collection off: on syntax trees, millions of objects, it would take a third of the time."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -154,7 +154,7 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def _once(paragraphs: Iterable[list[str]]) -> list[list[str]]:
-    """The paragraphs without sentences that an earlier one of this module has (overloads repeat theirs)."""
+    """The paragraphs without sentences that occur in an earlier paragraph of the module, as in overloads."""
     seen: set[str] = set()
     fresh = ([s for s in p if not (s in seen or seen.add(s))] for p in paragraphs)
     return [p for p in fresh if p]
@@ -178,7 +178,7 @@ def _rows(modules: list[Module], seed: int) -> list[tuple[str, bool, str]]:
     """(topic, in validation, passage), balanced and shuffled, without overlap between the splits."""
     owners: dict[str, set[str]] = defaultdict(set)
     where: dict[str, tuple[str, bool, str]] = {}
-    for module in sorted(modules, key=lambda m: m.validation):  # training first: it keeps what both have
+    for module in sorted(modules, key=lambda m: m.validation):  # training first: it keeps passages that are in both
         for passage in (" ".join(p[:2]) for p in module.paragraphs):
             if len(passage.split()) in WORDS:
                 key = _key(passage)
@@ -187,7 +187,7 @@ def _rows(modules: list[Module], seed: int) -> list[tuple[str, bool, str]]:
     leaked = _leaked(modules, {key for key, (_, validation, _) in where.items() if validation})
     pools: dict[tuple[str, bool], list[str]] = defaultdict(list)
     for key, (topic, validation, passage) in where.items():
-        if len(owners[key]) == 1 and key not in leaked:  # a passage of two topics has no right answer
+        if len(owners[key]) == 1 and key not in leaked:  # a passage that occurs in two topics is ambiguous
             pools[topic, validation].append(passage)
     rows = [
         (topic, validation, passage)

@@ -1,7 +1,7 @@
 """Masked-language-model (and next-sentence) examples, each a pure function of (seed, epoch, example).
 
-Nothing here draws from a global generator, so the order in which items are asked for, and by how many
-workers, does not change them, and a resumed run sees what an uninterrupted one would have seen.
+No global random generator is used, so examples do not depend on the order of access or the number of workers, and a
+resumed run sees the same examples as an uninterrupted one.
 """
 
 import bisect
@@ -25,14 +25,14 @@ IGNORED = -100  # label of a position that is not predicted
 MASKED = 0.15  # share of positions that are predicted: 80 % hidden, 10 % replaced, 10 % left as they are
 PARTNER_TRIES = 8
 _WORD = (1 << 64) - 1
-_EXTRA = 4 + PARTNER_TRIES  # uniforms an item uses beside those for masking
+_EXTRA = 4 + PARTNER_TRIES  # uniform random numbers per item in addition to those for masking
 
 Item = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class ExampleFormat:
-    """What an example looks like: lengths, special ids, and which ids may be masked."""
+    """The format of examples: lengths, special ids, and which ids may be masked."""
 
     spec: Corpus
     cls: int
@@ -181,7 +181,7 @@ def chunk(ends: list[int], begin: int, targets: Iterator[int]) -> Iterator[tuple
 
 
 class Store:
-    """Memory-mapped arrays of a cache folder; travels to another process as its path."""
+    """Memory-mapped arrays of a cache folder; pickled as its path only."""
 
     def __init__(self, folder: Path, chunks: Path) -> None:
         self.folder, self.chunks = folder, chunks
@@ -213,7 +213,7 @@ class Store:
 
 
 def mapped(path: Path, dtype: np.dtype) -> np.ndarray:
-    """A flat file as an array that takes no memory of its own."""
+    """A flat file as a memory-mapped array."""
     return np.asarray(np.memmap(path, dtype, mode="r"))  # plain arrays index several times faster than memmap
 
 

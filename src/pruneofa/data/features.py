@@ -18,7 +18,7 @@ Item = dict[str, Any]
 
 @dataclass(frozen=True)
 class TaskData:
-    """One split: the tokens of all features laid end to end, and the rows they were made from.
+    """One split: the concatenated tokens of all features, and the rows they were made from.
 
     `len()` counts features and `[i]` gives one as numpy arrays. In classification a feature is a row; in
     question answering it is a window, and several may come from one row.
@@ -89,7 +89,7 @@ class TrainDataset(torch.utils.data.Dataset[Item]):
     def order(self, epoch: int) -> NDArray[np.int64]:
         """Feature indices of one epoch, (steps_per_epoch · batch,) int64."""
         if epoch not in self._orders:
-            if len(self._orders) > 1:  # a loader that fetches ahead needs the old epoch and the new one
+            if len(self._orders) > 1:  # a loader that prefetches needs both the old and the new epoch
                 self._orders.pop(min(self._orders))
             self._orders[epoch] = self._shuffled(epoch)
         return self._orders[epoch]

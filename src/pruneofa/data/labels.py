@@ -25,8 +25,8 @@ def as_text(value: Any) -> str:
 def label_names(values: Sequence[Any], column: str, where: str, known: Sequence[str] = ()) -> list[str]:
     """The labels of a column as text.
 
-    Raises InputError for an empty value, a list of labels, and, unless they are `known` labels, numbers that are no
-    classes; `column` and `where` are for the message.
+    Raises InputError for an empty value, for a list of labels, and for numbers that are not class ids unless they are
+    `known` labels; `column` and `where` are for the error message.
     """
     names = [_label_name(value, row, column, where) for row, value in enumerate(values, 1)]
     if set(names) <= set(known):
@@ -48,7 +48,7 @@ def distinct(values: Sequence[Any], column: str, where: str) -> list[str]:
 
 
 def labels_of_model(labels: Sequence[str], values: Sequence[Any], column: str, where: str) -> list[str] | None:
-    """The labels of a model; None where they were never named, and the column has names for them."""
+    """The labels of a model; None if they were never named and the column has names."""
     if any(name != f"LABEL_{index}" for index, name in enumerate(labels)):
         return list(labels)
     numbers = {str(index) for index in range(len(labels))}

@@ -41,7 +41,7 @@ def load_splits(
     Args:
         data: file(s), a folder with one file per split (`train.parquet`, `train-00000-of-00001.parquet`, ...)
             or a hub id; relative paths are looked up in `data_root`.
-        where: how messages begin, such as `tasks.sst2`.
+        where: beginning of error messages, such as `tasks.sst2`.
         evaluations: split names to look for, first match wins, by the key they are returned under.
         key: text columns whose content decides whether a row is held out, where a split has to be made.
         label: column of which no value may be held out completely, where a split has to be made.
@@ -49,11 +49,11 @@ def load_splits(
         validation: file with the evaluation rows, instead of those of `data`.
         strict: a folder or hub data set without an evaluation split is an error; otherwise a tenth of the
             training rows is held out.
-        whole: only the evaluation is wanted: all rows of files are for it, and of a folder or hub data set its
-            evaluation splits, which have to be there; training rows need not be.
+        whole: read only evaluation rows: all rows of files, or the evaluation splits of a folder or hub data set, which
+            must exist; training rows are not needed.
 
     Raises:
-        InputError: nothing there, a split missing, not UTF-8, not parseable, or empty.
+        InputError: the data are missing, lack a split, are not UTF-8, cannot be parsed, or are empty.
     """
     root = Path(data_root or ".").expanduser()
     names = [data] if isinstance(data, str) else list(data)

@@ -1,6 +1,6 @@
 """Text sources: articles from local files or the hub, one at a time, in bounded memory.
 
-What a file holds:
+File formats:
   .parquet          one article per row, in a column
   .jsonl            one article per line, in a key (also .jsonl.gz, .jsonl.zst)
   .txt              articles separated by blank lines; a file whose first MiB has no blank line between
@@ -126,7 +126,7 @@ class Hub:
 def find(
     source: str | list[str], config: str | None, data_root: str | Path | None, *, streaming: bool
 ) -> list[Files | Hub]:
-    """Turn what the recipe names into readable sources.
+    """Find the sources that the recipe names.
 
     Raises InputError for a path that does not exist and cannot be a hub id, and for a folder without text files.
     """

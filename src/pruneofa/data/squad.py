@@ -19,7 +19,7 @@ _LEAST_CONTEXT = 16  # new context tokens per window; a question that leaves few
 
 @dataclass(frozen=True)
 class Windows:
-    """Tokens of all windows, laid end to end.
+    """Concatenated tokens of all windows.
 
     Attributes:
         ids: (tokens,) int32.
@@ -84,7 +84,7 @@ def cut_windows(table: pa.Table, tokenizer: Any, *, max_length: int, stride: int
 
 
 def _shorten(questions: list[str], tokenizer: Any, room: int) -> list[str]:
-    """Cut questions of more than `room` tokens; a window of nothing but question would be of no use."""
+    """Truncate questions to `room` tokens, so that every window has room for context."""
     suspects = [i for i, text in enumerate(questions) if len(text.encode()) > room]  # a token has >= 1 byte
     if suspects:
         batch = tokenizer(
@@ -155,7 +155,7 @@ def token_spans(windows: Windows, spans: NDArray[np.int64]) -> NDArray[np.int64]
         if len(inside) and chars[inside[0], 0] <= begin and end <= chars[inside[-1], 1]:
             first = np.searchsorted(chars[inside, 0], begin, side="right") - 1
             last = np.searchsorted(chars[inside, 1], end, side="left")
-            # byte-level tokens may share a character, and then the last one found is before the first
+            # byte-level tokens may share a character; then the last token found can be before the first
             result[index] = inside[0] + first, inside[0] + max(first, last)
     return result
 
@@ -184,5 +184,5 @@ def metrics(predictions: Sequence[str], golds: Sequence[Sequence[str]]) -> dict[
 
 
 def content(table: pa.Table, where: str) -> bytes:
-    """What decides the metrics beside the tokens, for a fingerprint."""
+    """The data other than tokens that determine the metrics, as bytes for a fingerprint."""
     return "\x1f".join(chain.from_iterable(gold_answers(table, where))).encode("utf-8", "surrogatepass")

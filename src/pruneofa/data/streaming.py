@@ -32,7 +32,7 @@ class Article:
 
 
 class StreamingDataset(IterableDataset[Item]):
-    """`size` examples read and tokenized on the way, for a corpus too large to keep.
+    """`size` examples that are read and tokenized during training, for a corpus too large to cache.
 
     Examples come from a shuffle buffer, partners from a reservoir of earlier articles; both are seeded, so
     two runs see the same items. DataLoader workers share the articles by their number.

@@ -41,7 +41,7 @@ class Task:
 
     Attributes:
         labels: names by class id; empty for question answering.
-        train: None where only the evaluation was asked for.
+        train: None if only the evaluation rows were requested.
         evaluations: by the suffix of their metrics, `""` and for MNLI also `"_mm"`.
         train_fingerprint: hex sha256 of everything that training sees of the data; of no rows where train is None.
         evaluation_fingerprint: the same of evaluation.
@@ -160,7 +160,7 @@ def _values(table: pa.Table, column: str, where: str) -> list[Any]:
 
 
 def longest_input(config: Any) -> int:
-    """Tokens that a transformers model has positions for."""
+    """Maximum number of tokens of a transformers model, by its position embeddings."""
     return config.max_position_embeddings - families.of(config.model_type).first_position(config.pad_token_id)
 
 

@@ -67,7 +67,7 @@ class Encoder:
         self.tokenizer.encode_special_tokens = True  # a "[MASK]" in an article is text, not a mask
         self.continuation = continuations(self.tokenizer)
         self.dtype = id_dtype(self.tokenizer)
-        # Byte-level vocabularies tell the start of a word by the blank before it, which splitting took away.
+        # Byte-level vocabularies mark the start of a word by the preceding blank, which splitting removed.
         self.prefix = " " if '"ByteLevel"' in json.dumps(json.loads(tokenizer_json)["pre_tokenizer"]) else ""
 
     def __call__(self, texts: list[str]) -> Encoded:

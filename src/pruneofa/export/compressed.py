@@ -19,12 +19,12 @@ from pruneofa.train.models import read_model
 
 MODULES = ("compressed_tensors",)
 _FORMAT = "int-quantized"
-# Its activations are int8, the engine's uint8: codes and zero points differ by 128.
+# Activations are int8 in compressed-tensors and uint8 in the engine: codes and zero points differ by 128.
 _SHIFT = 128
 
 
 def write(source: Exportable, folder: Path) -> None:
-    """Write model.safetensors and config.json; embeddings and heads stay float, on the grid where they were."""
+    """Write model.safetensors and config.json; embeddings and heads stay float32 with unchanged values."""
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
 
@@ -52,17 +52,17 @@ def write(source: Exportable, folder: Path) -> None:
 
 
 def load(source: Exportable, folder: Path) -> Exported:
-    """The folder in transformers, which computes in float with the int8 codes: no faster.
+    """Load the folder in transformers, which computes in float with the int8 codes, so it is not faster.
 
-    It rounds x / scale + zero point where the engine adds the zero point to what was rounded, so that a number that
-    lies between two codes may get the other one.
+    transformers computes rint(x / scale + zero point), the engine rint(x / scale) + zero point. So a number halfway
+    between two codes can get another code.
     """
     with _quiet():
         model, _ = read_model(type(source.model), folder)
     traced = Traced(model.eval(), source)
 
     def run(inputs: Arrays) -> tuple[NDArray[np.float32], ...]:
-        with _quiet(), torch.no_grad():  # the first call decompresses, with a progress bar
+        with _quiet(), torch.no_grad():  # the first call decompresses the weights and shows a progress bar
             results = traced(*(torch.from_numpy(array) for array in inputs.values()))
         return tuple(result.numpy() for result in results)
 
@@ -71,9 +71,9 @@ def load(source: Exportable, folder: Path) -> Exported:
 
 
 def _whole_batch(found: Quantization) -> bool:
-    """Whether it would give a pooler's input one scale for all sequences of a batch: a token's are those of 3-D inputs.
+    """Whether the pooler's input would get one scale for the whole batch: scales per token need 3-D inputs.
 
-    The answer to a text would depend on those beside it, so the pooler stays float, on the grid.
+    The result of a text would then depend on the other texts of the batch, so the pooler stays float32.
     """
     return found.input_activations.dynamic
 
@@ -88,6 +88,6 @@ def _set_scales(layer: Any, found: Quantization, name: str) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without a progress bar for every step of a few milliseconds."""
+    """Suppress the progress bars that compressed-tensors shows for every short step."""
     with contextlib.redirect_stderr(io.StringIO()):
         yield

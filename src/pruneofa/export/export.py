@@ -1,4 +1,4 @@
-"""Hugging Face folder to ONNX, OpenVINO or compressed-tensors; what was written is run before it counts."""
+"""Export a Hugging Face folder to ONNX, OpenVINO or compressed-tensors, and verify the result by running it."""
 
 import contextlib
 import importlib.metadata
@@ -35,17 +35,17 @@ FORMATS: dict[str, Any] = {
     "compressed-tensors": export_compressed,
 }
 REPORT = "export.json"
-MOST_LOST = 0.2  # points of a metric
-# Relative L2 of a sequence's outputs, median and greatest. In int8 an activation that lies between two codes may be
-# rounded to the other one after sums in another order, which moves logits near 0 by per cents, in one text of many.
+MOST_LOST = 0.2  # largest accepted loss of a metric, in points
+# Limits of the relative L2 error of a sequence's outputs: median and maximum. In int8 an activation halfway between two
+# codes can be rounded differently if sums have another order, which changes logits near 0 by some per cent, rarely.
 _MOST_DIFFERENT = {"fp32": (1e-3, 1e-3), "int8": (2e-2, 0.5)}
-_ROWS, _BATCH = 64, 16  # of the task whose logits are compared; its metrics are of all rows
+_ROWS, _BATCH = 64, 16  # rows of the task whose logits are compared; metrics are computed on all rows
 _TINY = float(np.finfo(np.float32).tiny)
 _WEIGHTS = (".safetensors", ".onnx", ".data", ".xml", ".bin")
 _SHAPES = ((1, 8), (4, 32), (2, 128))  # (sequences, tokens) of random inputs
 
 
-class _Rejected(Exception):  # noqa: N818 - leaves the block that writes a folder, so that nothing stays of it
+class _Rejected(Exception):  # noqa: N818 - raised in the block that writes a folder, so that the folder is discarded
     pass
 
 
@@ -62,20 +62,20 @@ def export(
     """Write the folder `out` of a Hugging Face folder or hub id, run it, and compare it with torch.
 
     Args:
-        path: of any head that the engine knows; int8 needs the scales that `pruneofa quantize` leaves.
-        out: a folder that does not exist yet, or is empty. It is made only when the export is good.
+        path: a model with a head that the engine supports; int8 needs the scales that `pruneofa quantize` writes.
+        out: a folder that does not exist yet, or is empty. It is created only if the export passes all checks.
         to: "onnx", "openvino" or "compressed-tensors".
-        precision: int8 is compared with torch's simulation of it, fp32 with torch; None: int8 where there are scales.
-        name: the task whose metrics are compared, with its section of a recipe `spec`; None: only logits are.
-        data_root: relative data paths are resolved here.
+        precision: int8 is compared with torch's int8 simulation, fp32 with torch; None: int8 if the folder has scales.
+        name: the task whose metrics are compared, with its section `spec` of a recipe; None: compare only logits.
+        data_root: folder that relative data paths start from.
 
     Returns:
-        What export.json in `out` holds. "failures", if there are any, says why nothing was written: a layer that is
-        not run in int8, a zero that was lost, logits of something else, or more than 0.2 points of a metric lost.
+        The contents of export.json in `out`. "failures", if present, says why nothing was written: a layer that is
+        not run in int8, a lost zero, logits outside the tolerance, or a loss of more than 0.2 points of a metric.
 
     Raises:
-        InputError: the folder cannot be exported so, has lost the pattern of the run that it lies in, or the task's
-            data are not for it.
+        InputError: the folder cannot be exported to this format, has lost the pattern of its run's sparse model, or
+            the task's data do not fit the model.
         ImportError: a library that writes or runs the export is not installed.
     """
     if to not in FORMATS:
@@ -107,7 +107,7 @@ def export(
 
 
 def summary(report: Mapping[str, Any]) -> str:
-    """The report as a few lines of text, layers added up."""
+    """The report as a few lines of text, with layers summed up."""
     logits, zeros, sizes = report["logits"], report["zeros"], report["sizes"]
     rows = {
         "precision": " ".join(filter(None, (report["precision"], report["activations"]))),
@@ -139,7 +139,7 @@ def _packages(to: str) -> list[str]:
 
 
 def _size(folder: Path) -> int:
-    """Bytes of the files of a model: weights and graph, not the tokenizer."""
+    """Bytes of a model's files of weights and graph, without the tokenizer."""
     return sum(path.stat().st_size for path in folder.iterdir() if path.suffix in _WEIGHTS)
 
 
@@ -155,7 +155,7 @@ def _read_task(source: Exportable, name: str, spec: recipe.Task, data_root: str 
 
 
 def _compare(source: Exportable, exported: Exported, task: Task | None, *, must_run_int8: bool) -> dict[str, Any]:
-    """The report, but for the files."""
+    """The report, without the sizes of files."""
     int8 = source.quantization
     simulation = None if int8 is None else FakeQuantizer.of(source.model, int8)
     try:
@@ -202,7 +202,7 @@ def _too_different(
 
 
 def _count_zeros(weight: NDArray[np.float32], stored: NDArray[Any] | None) -> dict[str, int | None]:
-    """Zeros of a weight before and after, and those of before that are something else after."""
+    """Number of zeros of a weight before and after the export, and of zeros that are no longer zero."""
     zero = weight == 0
     if stored is None or stored.shape != weight.shape:
         return {"before": int(zero.sum()), "after": None, "lost": 0}
@@ -214,7 +214,7 @@ def _count_zeros(weight: NDArray[np.float32], stored: NDArray[Any] | None) -> di
 
 
 def _compare_logits(source: Exportable, exported: Exported, task: Task | None) -> dict[str, float]:
-    """Differences of the outputs at all tokens that are no padding."""
+    """Differences of the outputs at all tokens that are not padding."""
     model = Traced(source.model, source)
     greatest, relative, sequences = 0.0, [], 0
     for inputs in _random_inputs(source) if task is None else _task_inputs(source, task):
@@ -236,7 +236,7 @@ def _compare_logits(source: Exportable, exported: Exported, task: Task | None) -
 
 
 def _random_inputs(source: Exportable) -> Iterator[Arrays]:
-    """Random tokens in batches of several shapes; padding in all sequences of a batch but the first."""
+    """Random tokens in batches of several shapes; all sequences of a batch but the first are padded."""
     random = np.random.default_rng(0)
     config = source.model.config
     for batch, tokens in _SHAPES:
@@ -260,7 +260,7 @@ def _task_inputs(source: Exportable, task: Task) -> Iterator[Arrays]:
 
 
 def _arrays(source: Exportable, batch: Mapping[str, torch.Tensor]) -> Arrays:
-    zeros = torch.zeros_like(batch["input_ids"])  # types, of a tokenizer that gives none
+    zeros = torch.zeros_like(batch["input_ids"])  # token types, if the tokenizer returns none
     return {name: batch.get(name, zeros).numpy() for name in source.inputs}
 
 
@@ -271,7 +271,7 @@ def _compare_metrics(source: Exportable, exported: Exported, task: Task) -> dict
 
 
 class _Runner(nn.Module):
-    """What was exported, as a transformers model that `evaluate_model` can call."""
+    """An exported model with the interface of a transformers model, for `evaluate_model`."""
 
     def __init__(self, source: Exportable, exported: Exported) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A Hugging Face folder made ready for an exporter, and what an exporter gives back to be checked."""
+"""A Hugging Face folder prepared for an exporter, and the exported model to be verified."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -31,17 +31,17 @@ OUTPUTS: Mapping[Task, tuple[str, ...]] = {
 
 @dataclass
 class Exportable:
-    """A model in torch, and what int8 codes its folder says its weights are.
+    """A torch model and the scales of its folder.
 
     Attributes:
-        folder: where it was read.
-        model: on the CPU, float32, in eval mode.
-        quantization: of an int8 export; None: the export is fp32.
-        linears: {canonical name of the weight: name of the module in `model`} of the encoder's linear layers, the
-            pooler's with them: what is quantized, and where every zero has to stay.
-        tables: the same of the embedding tables that are looked up and nothing else.
-        inputs: names of what the model takes, in the order of INPUTS.
-        outputs: names of what it gives, as in transformers.
+        folder: the source folder.
+        model: the model on the CPU, float32, in eval mode.
+        quantization: the scales for an int8 export; None for an fp32 export.
+        linears: {canonical name of the weight: name of the module in `model`} of the encoder's linear layers and the
+            pooler. These are quantized, and must keep all zeros.
+        tables: the same for the embedding tables that are used only for look-up.
+        inputs: names of the model's inputs, in the order of INPUTS.
+        outputs: names of the model's outputs, as in transformers.
     """
 
     folder: Path
@@ -57,16 +57,16 @@ class Exportable:
         return self.model.get_submodule((self.linears | self.tables)[name]).weight.detach().numpy()
 
     def codes(self, name: str) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-        """int8 codes (rows, columns) and scale (rows,) of the same. Raises InputError where it is not on the grid."""
+        """int8 codes (rows, columns) and scales (rows,) of a weight. Raises InputError if it is not code * scale."""
         assert self.quantization is not None
         scale = self.quantization.weight_scale[name]
         lowest = self.quantization.lowest if name in self.linears else -127
         return scales.codes(name, self.weight(name), scale, lowest), scale
 
     def stored_as(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, str]:
-        """{name: name in `arrays`} of those of `linears` that are there.
+        """{name: name in `arrays`} of those of `linears` that are stored in `arrays`.
 
-        An exporter writes one of several equal tensors, under the name of the first.
+        An exporter stores several equal tensors once, under the name of the first.
         """
         aliases = {}
         for name in self.linears:
@@ -81,13 +81,13 @@ class Exportable:
 
 @dataclass
 class Exported:
-    """What was written, loaded again by the library that it is for.
+    """An exported model, loaded again by the library that runs it.
 
     Attributes:
-        run: input arrays by name, int64 (batch, tokens), to outputs in the order of `Exportable.outputs`.
-        weights: {canonical name: array (rows, columns) of codes or floats} of the linears, as they are stored.
-        executed: {canonical name of a linear's weight: what multiplied it in int8, such as "MatMulIntegerToFloat"}.
-        settings: of the library that are not its defaults.
+        run: maps input arrays by name, int64 (batch, tokens), to outputs in the order of `Exportable.outputs`.
+        weights: {canonical name: stored array (rows, columns) of codes or floats} of the linears.
+        executed: {canonical name of a linear's weight: operator that runs it in int8, such as "MatMulIntegerToFloat"}.
+        settings: settings of the library that differ from its defaults.
     """
 
     run: Callable[[Arrays], tuple[NDArray[np.float32], ...]]
@@ -97,7 +97,7 @@ class Exported:
 
 
 class Traced(nn.Module):
-    """A transformers model that takes what `source` takes, in INPUTS' order, and gives its outputs as a tuple."""
+    """The model of `source` with positional inputs in the order of INPUTS and a tuple of outputs."""
 
     def __init__(self, model: nn.Module, source: Exportable) -> None:
         super().__init__()
@@ -116,13 +116,13 @@ def read_exportable(folder: Path, *, int8: bool | None = None, whole: bool = Fal
     """Load a Hugging Face folder with the class that its config names.
 
     Args:
-        folder: of any head that the engine knows.
-        int8: whether to export int8 codes; None: if the folder says that it is quantized.
-        whole: keep what the outputs do not need: the pooler of a bare encoder, a next-sentence head.
+        folder: a model with a head that the engine supports.
+        int8: whether to export int8 codes; None: if the folder has scales.
+        whole: keep modules that the outputs do not need: the pooler of a bare encoder, a next-sentence head.
 
     Raises:
-        InputError: a packed folder, weights that are missing or not on the int8 grid, a pattern that is no longer the
-            one that was quantized, or int8 asked of a folder without scales.
+        InputError: the folder is packed, weights are missing or not code * scale, the pattern has changed since
+            quantization, or int8 is requested of a folder without scales.
     """
     if is_packed(folder):
         raise InputError(f"{folder}: is packed; make an ordinary folder first: pruneofa unpack {folder} FOLDER")
@@ -154,7 +154,7 @@ def read_exportable(folder: Path, *, int8: bool | None = None, whole: bool = Fal
         scales.check_pattern(folder, found, hashes["pattern_hash"], hashes["pooler_hash"])
     if int8 is False:
         source.quantization = None
-    head = model.get_output_embeddings()  # of masked-LM, tied: its weight is a table too, and stays float
+    head = model.get_output_embeddings()  # the tied decoder of masked-LM: its table is also a weight and stays float
     source.tables = {n: at for n, at in source.tables.items() if head is None or head.weight is not _weight(model, at)}
     return source
 
@@ -191,7 +191,7 @@ def _weight(model: nn.Module, at: str) -> Any:
 
 
 def example_inputs(source: Exportable) -> tuple[torch.Tensor, ...]:
-    """Two sequences of 8 tokens, one of them padded, to trace the model with."""
+    """Inputs for tracing the model: two sequences of 8 tokens, one of them padded."""
     ids = torch.arange(16).reshape(2, 8) % source.model.config.vocab_size
     mask = torch.ones_like(ids)
     mask[1, 6:] = 0

@@ -1,8 +1,8 @@
-"""ONNX: a float graph, or one that ONNX Runtime runs in int8 with exactly the scales of the folder.
+"""ONNX export: a float graph, or one that ONNX Runtime runs in int8 with exactly the scales of the folder.
 
-Static activations are QuantizeLinear/DequantizeLinear pairs (QDQ). Dynamic ones have a scale per token, for which
-ONNX has no operator: `DynamicQuantizeLinear` knows one per tensor. They are written out in ordinary operators
-around MatMulInteger, and compute what the engine does.
+Static activations become QuantizeLinear/DequantizeLinear pairs (QDQ). Dynamic activations have one scale per token, for
+which ONNX has no operator (`DynamicQuantizeLinear` has one per tensor). They are expressed by elementary operators
+around MatMulInteger and compute the same as the engine.
 """
 
 import contextlib
@@ -25,13 +25,13 @@ from pruneofa.formats.manifest import canonical_name
 MODULES = ("onnx", "onnxruntime", "onnxscript")
 PARTS = ("onnx", "onnxscript")
 FILE = "model.onnx"
-# Of a session: without it int8 products on x86 CPUs that lack VNNI are added up in 16 bits, and overflow.
+# A session option: without it int8 products on x86 CPUs without VNNI are summed in 16 bits, which overflows.
 EXACT = {"session.x64quantprecision": "1"}
-_EXACT_WEIGHT = "_s8_2_u8"  # what it calls a weight that it changed there
-# What multiplies int8 codes in an executed graph.
+_EXACT_WEIGHT = "_s8_2_u8"  # suffix of the weights that ONNX Runtime converts with this option
+# The operators that multiply int8 codes in an optimized graph.
 _INT8 = ("MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "QGemm", "DynamicQuantizeMatMul")
 _OPSET = 20
-_MOST_IN_ONE_FILE = 1_500_000_000  # protobuf ends at 2 GiB
+_MOST_IN_ONE_FILE = 1_500_000_000  # bytes; protobuf is limited to 2 GiB
 
 
 def write(source: Exportable, folder: Path) -> None:
@@ -49,7 +49,7 @@ def write(source: Exportable, folder: Path) -> None:
             opset_version=_OPSET,
             verbose=False,
         )
-        assert program is not None  # it is None of the old exporter
+        assert program is not None  # only the old exporter returns None
         for node in program.model.graph:
             node.metadata_props.clear()  # stack traces, with the paths of this machine
         program.save(folder / FILE, external_data=size > _MOST_IN_ONE_FILE)
@@ -91,14 +91,14 @@ def load(source: Exportable, folder: Path) -> Exported:
 
 
 def _overflows() -> bool:
-    """Whether this is an x86 CPU without VNNI, as far as one can tell."""
+    """Whether this is an x86 CPU without VNNI, as far as can be determined."""
     flags = Path("/proc/cpuinfo")
     return platform.machine() in ("x86_64", "AMD64") and not (flags.exists() and "vnni" in flags.read_text())
 
 
 @contextlib.contextmanager
 def _prepared(source: Exportable) -> Iterator[None]:
-    """The model with layers in the place of its linears and tables that are exported as they should be."""
+    """Replace the model's linears and tables by modules that export to the wanted operators, inside the block."""
     replaced = {}
     try:
         for name, at in source.linears.items():
@@ -126,7 +126,7 @@ def _linear(source: Exportable, name: str, layer: Any) -> nn.Module:
 
 
 class _Float(nn.Module):
-    """A linear with its weight stored (inputs, outputs), as MatMul takes it, so that it keeps its name in the file."""
+    """A linear whose weight is stored as (inputs, outputs), the layout of MatMul, so that it keeps its name."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
@@ -157,18 +157,18 @@ class _Static(_Int8):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., inputs) to (..., outputs); only to be exported."""
-        if x.ndim == 2:  # a pooler: ONNX Runtime would make a Gemm of it, and of that a float one
+        if x.ndim == 2:  # the pooler: ONNX Runtime would convert it to a Gemm and run that in float
             return self(x[:, None]).squeeze(1)
         given = (self.input_scale, self.input_zero_point)
         codes = _node("QuantizeLinear", (x, *given), torch.uint8, x.shape)
         rounded = _node("DequantizeLinear", (codes, *given), torch.float32, x.shape)
-        # No zero point, which is 0: layers would share one, and EXACT fails on the second that it changes.
+        # The zero point of weights, 0, is omitted: layers would share one tensor, and EXACT fails on a shared tensor.
         weight = (self.weight, self.weight_scale)
         return rounded @ _node("DequantizeLinear", weight, torch.float32, self.weight.shape, axis=1) + self.bias
 
 
 class _Dynamic(_Int8):
-    """A scale per token. The zero point is taken off after the product, where every runtime can do it."""
+    """A scale per token. The zero point is subtracted after the product, which every runtime supports."""
 
     def __init__(self, *weight: Any) -> None:
         super().__init__(*weight)
@@ -206,7 +206,7 @@ def _node(operator: str, inputs: tuple[Any, ...], dtype: torch.dtype, shape: Any
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter's remarks are about itself: operators of torchvision, names of axes."""
+    """Suppress the exporter's warnings, which concern only the exporter: torchvision operators, names of axes."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:

@@ -1,4 +1,4 @@
-"""OpenVINO, by way of the ONNX graph: the same names, and QDQ is what its int8 kernels take."""
+"""OpenVINO export by conversion of the ONNX graph: it keeps the names, and OpenVINO's int8 kernels need QDQ."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ _ABOUT = ("layerType", "runtimePrecision", "originalLayersNames")
 
 
 def write(source: Exportable, folder: Path) -> None:
-    """Write openvino_model.xml and .bin. Raises InputError for dynamic activations, which it would run in float."""
+    """Write openvino_model.xml and .bin. Raises InputError for dynamic activations, which OpenVINO runs in float."""
     import openvino
 
     if source.quantization is not None and source.quantization.input_activations.dynamic:
@@ -27,9 +27,9 @@ def write(source: Exportable, folder: Path) -> None:
             "int8 operator for; export --to onnx, or make static scales: `pruneofa quantize` with --activations static"
         )
     export_onnx.write(source, folder)
-    # Not convert_model: it transposes weights, and they lose their names.
+    # Not convert_model, which transposes weights, so that they lose their names.
     model = openvino.Core().read_model(folder / export_onnx.FILE)
-    # Half-precision files are its default; the weights should be the same everywhere.
+    # The default is a half-precision file, which would change the weights.
     openvino.save_model(model, folder / FILE, compress_to_fp16=False)
     del model
     for file in folder.glob(f"{export_onnx.FILE}*"):
@@ -37,7 +37,7 @@ def write(source: Exportable, folder: Path) -> None:
 
 
 def load(source: Exportable, folder: Path) -> Exported:
-    """openvino_model.xml compiled for the CPU; what is not int8 in float32, which is not its default."""
+    """openvino_model.xml compiled for the CPU; layers that are not int8 run in float32, which is not the default."""
     import openvino
 
     core = openvino.Core()
@@ -62,7 +62,7 @@ def load(source: Exportable, folder: Path) -> Exported:
 
 
 def _multiplied(model: Any) -> dict[str, tuple[str, NDArray[Any]]]:
-    """{canonical name of a weight: name of the product it is in, and what is stored of it, (rows, columns)}."""
+    """{canonical name of a weight: (name of its matrix product, stored array (rows, columns))}."""
     found = {}
     for product in model.get_ops():
         if product.get_type_name() != "MatMul":
@@ -77,7 +77,7 @@ def _multiplied(model: Any) -> dict[str, tuple[str, NDArray[Any]]]:
 
 
 def _precisions(compiled: Any) -> dict[str, str]:
-    """{name of a product: "FullyConnected u8"} of those that the compiled model carries out in eight bits."""
+    """{name of a matrix product: "FullyConnected u8"} of those that the compiled model runs in int8."""
     found = {}
     for node in compiled.get_runtime_model().get_ops():
         about = {key: node.get_rt_info()[key].astype(str) for key in _ABOUT}

@@ -35,9 +35,9 @@ def write_card(
 ) -> Path:
     """Write `folder`/README.md, a Hugging Face model card, and the figure method.svg beside it.
 
-    `recipe` is the resolved recipe as a plain mapping, `inspection` what `pattern.inspect` says of the folder.
-    Its `card` section holds license, authors, base model, version and language; `date` is ISO, today by default.
-    Nothing in the card shows where on this machine anything lies. Raises InputError for bad `results`.
+    `recipe` is the resolved recipe as a plain mapping; its `card` section has license, authors, base model, version and
+    language. `inspection` is the result of `pattern.inspect` for the folder. `date` is an ISO date, by default today.
+    The card contains no paths of this machine. Raises InputError for invalid `results`.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -91,7 +91,7 @@ def write_card(
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether `name` reads as owner/name of the hub and is no path here."""
+    """Whether `name` has the form owner/name of a hub id and is not an existing path."""
     is_file = name.endswith((".parquet", ".jsonl", ".json", ".txt", ".csv", ".tsv", ".gz", ".zst"))
     return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)) and not is_file and not Path(name).exists()
 
@@ -102,7 +102,7 @@ def _sources(recipe: dict[str, Any]) -> list[str]:
 
 
 def _local_copy(task: str, recipe: dict[str, Any]) -> str:
-    """Where the numbers of `task` come from if not from the public data set itself; empty if they do."""
+    """A note on the data of `task` if they are not the public data set itself; otherwise empty."""
     data = ((recipe.get("tasks") or {}).get(task) or {}).get("data")
     if task in HUB and data in (None, HUB[task][1]):
         return ""
@@ -111,7 +111,7 @@ def _local_copy(task: str, recipe: dict[str, Any]) -> str:
 
 
 def _evaluations(results: dict[str, Any], recipe: dict[str, Any]) -> list[Any]:
-    """One EvalResult per task and metric, of the models transferred from the sparse model."""
+    """One EvalResult per task and metric, for the models transferred from the sparse model."""
     from huggingface_hub import EvalResult
 
     found = []
@@ -139,7 +139,7 @@ def _evaluations(results: dict[str, Any], recipe: dict[str, Any]) -> list[Any]:
 
 
 def architecture(config: dict[str, Any]) -> str:
-    """`6 layers, hidden 384, ...` from a config.json, in its family's words; empty when unknown."""
+    """`6 layers, hidden 384, ...` from a config.json; empty for an unknown family."""
     family = families.find(config.get("model_type"))
     if family is None:
         return config.get("model_type", "")

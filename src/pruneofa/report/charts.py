@@ -1,4 +1,4 @@
-"""Results and log of a run → the report's pictures, as Altair charts; None where there is nothing to show."""
+"""The charts of the report (Altair), from results and log of a run; None if there are no data for a chart."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -21,7 +21,7 @@ COLORS = {
     "dense": "#2f6fb5", "transfer": "#2e8b62", "control": "#c8821a", "quantize": "#7a4fa3", "ptq": "#b05aa0",
     "majority": "#c3ccd6", "bag_of_words": "#8a97a6",
 }  # fmt: skip
-# A stage, and the peak learning rate where it tries several; and its logged steps.
+# {(stage, peak learning rate if the stage tries several): its logged steps}
 Curve = tuple[str, float | None]
 Logs = dict[Curve, list[dict[str, float]]]
 STUDENT_CURVE: Curve = ("prune", None)
@@ -31,7 +31,7 @@ FONT = "system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, 'DejaVu Sans', s
 
 
 def log_rows(events: Iterable[dict[str, Any]]) -> Logs:
-    """Logged steps per curve, in order; of a step logged again after a resume, the later line counts.
+    """Logged steps per curve, in order; if a step was logged again after a resume, the later line is used.
 
     Only finite numbers are kept, and at most POINTS steps of a stage, first and last included.
     """
@@ -96,7 +96,7 @@ def schedule_chart(logs: Logs) -> Any | None:
 
 
 def loss_chart(logs: Logs) -> Any | None:
-    """Teacher, student and control on the one loss they share: masked words (else the total)."""
+    """Teacher, student and control by the loss that they have in common: masked words (else the total)."""
     import altair as alt
 
     names = {("teacher", None): "teacher", STUDENT_CURVE: "student"}
@@ -146,7 +146,7 @@ def parts_chart(logs: Logs) -> Any | None:
     panels = []
     for key in parts:
         values = [{"step": row["step"], "loss": row[key]} for row in rows if key in row]
-        flat = len({value["loss"] for value in values}) == 1  # a scale without extent has no readable axis
+        flat = len({value["loss"] for value in values}) == 1  # a scale of zero length has no readable axis
         panels.append(
             alt.Chart(alt.Data(values=values))
             .mark_line(color=STUDENT, strokeWidth=1.6)
@@ -166,7 +166,7 @@ def parts_chart(logs: Logs) -> Any | None:
 
 
 def accuracy_chart(results: dict[str, Any]) -> Any | None:
-    """A bar per variant in a panel per task and metric; a dot per seed where there are several."""
+    """A bar per variant in a panel per task and metric; a dot per seed if there are several seeds."""
     import altair as alt
 
     order = [v for base in VARIANTS for v in (base, f"{base}_engine")]
@@ -184,7 +184,7 @@ def accuracy_chart(results: dict[str, Any]) -> Any | None:
         return None
     present = sorted({bar["order"] for bar in bars})
     names = [variant_name(order[i]) for i in present]
-    colors = [_lighter(COLORS[order[i - 1]]) if i % 2 else COLORS[order[i]] for i in present]  # engine twins are odd
+    colors = [_lighter(COLORS[order[i - 1]]) if i % 2 else COLORS[order[i]] for i in present]  # odd: engine results
     panels = list(dict.fromkeys(bar["panel"] for bar in bars))
     columns = min(len(panels), 4)
     base = alt.Chart().encode(
@@ -250,7 +250,7 @@ def layer_chart(inspection: dict[str, Any]) -> Any | None:
 
 
 def _kind_order(kind: str) -> tuple[int, str]:
-    """Order of the forward pass: query, key, value, attention output, then the two of the feed-forward."""
+    """Order of the forward pass: query, key, value, attention output, then the two feed-forward layers."""
     order = {
         module.replace(".", " "): index
         for family in families.FAMILIES

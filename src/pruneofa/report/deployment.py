@@ -1,4 +1,4 @@
-"""Sizes and latency of a run's results as tables: the gain by int8 and by the zeros."""
+"""Tables of size and latency from a run's results: the gain by int8 and by sparsity."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ MODEL = (
 
 
 def size_rows(results: dict[str, Any]) -> Rows:
-    """Header and rows: the encoder's linear weights, then the whole model; no rows where nothing was packed."""
+    """Header and rows: the encoder's linear weights, then the whole model; no rows if nothing was packed."""
     sizes = results.get("sizes") or {}
     rows: list[list[str]] = []
     if "packed_int8" in sizes:
@@ -33,7 +33,7 @@ def size_rows(results: dict[str, Any]) -> Rows:
 
 
 def latency_rows(results: dict[str, Any]) -> Rows:
-    """Header and rows, the dense model by torch first where it was timed; no rows where nothing was."""
+    """Header and rows, beginning with the dense model in torch if it was timed; no rows if nothing was timed."""
     found = results.get("latency") or {}
     timed = {name: value for name, value in found.items() if name != "setting"}
     dense = timed.get("dense")

@@ -1,4 +1,4 @@
-"""Templates filled with values, and recipes with the paths of this machine removed."""
+"""Rendering of templates, and removal of this machine's paths from recipes."""
 
 import re
 from pathlib import Path
@@ -7,8 +7,8 @@ from typing import Any
 from pruneofa.recipe import to_yaml
 from pruneofa.report.table import cell, megabytes
 
-# A path that begins with /, ~ or ~name, a drive, a share, . or .., or goes up in the middle. A regular expression
-# that begins with a backslash, as in prune.skip, is none.
+# A path that begins with /, ~ or ~name, a drive, a share, . or .., or has .. in the middle. A regular expression that
+# begins with a backslash, as in prune.skip, does not match.
 _OF_A_MACHINE = re.compile(r"^((file:)?/|~\w*([/\\]|$)|[A-Za-z]:[/\\]|\\\\|\.\.?([/\\]|$))|[/\\]\.\.([/\\]|$)")
 
 
@@ -43,7 +43,7 @@ def portable(value: Any) -> Any:
 
 
 def recipe_yaml(recipe: dict[str, Any]) -> str:
-    """The recipe as YAML that loads again: no paths of this machine, no keys that are at their empty default."""
+    """The recipe as YAML that can be loaded again, without paths of this machine and without empty default values."""
 
     def stated(value: Any) -> Any:
         return {k: stated(v) for k, v in value.items() if v is not None} if isinstance(value, dict) else value

@@ -1,4 +1,4 @@
-"""Results and log of a run → report.html: one file that opens offline, with pictures."""
+"""report.html from results and log of a run: one self-contained file with charts."""
 
 import json
 from collections.abc import Iterable
@@ -31,8 +31,8 @@ def write_report(
 ) -> Path:
     """Write a self-contained page: table, accuracy, schedule, losses, sparsity per layer, recipe.
 
-    `events` are the lines of log.jsonl; a picture that they hold nothing for is left out. Raises InputError for
-    results that do not follow the schema.
+    `events` are the lines of log.jsonl; charts without data are left out. Raises InputError for results that do not
+    follow the schema.
     """
     import vl_convert
     from altair.utils._importers import vl_version_for_vl_convert
@@ -73,12 +73,12 @@ def write_report(
 
 
 def _script(chart: Any) -> str:
-    # "</" would end the script element wherever it stands, also inside a string.
+    # "</" would end the script element even inside a string.
     return json.dumps(chart.to_dict(), allow_nan=False).replace("</", "<\\/")
 
 
 def _tiles(results: dict[str, Any], inspection: dict[str, Any]) -> list[tuple[str, str]]:
-    """The few numbers at the top of the page: (number, what it is)."""
+    """The main numbers at the top of the page: (number, label)."""
     tiles = [
         (f"{results['sparsity']:.3g}", "encoder sparsity"),
         (f"{_thousands(inspection['nonzeros'])} of {_thousands(inspection['weights'])}", "encoder weights left"),

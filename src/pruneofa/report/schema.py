@@ -11,7 +11,7 @@ from pruneofa.formats.files import read_json
 
 METRICS = ("exact_match", "f1", "accuracy", "accuracy_mm")
 METRIC_NAMES = {"exact_match": "Exact match", "f1": "F1", "accuracy": "Accuracy", "accuracy_mm": "Accuracy"}
-# In the order of the table's rows. `*_engine` of each is allowed too.
+# In the order of the table's rows. Each may also occur with the suffix `_engine`.
 VARIANTS = {
     "majority": "majority class",
     "bag_of_words": "bag of words",

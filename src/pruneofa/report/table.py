@@ -1,4 +1,4 @@
-"""Results of runs → the published table as Markdown."""
+"""The published table as Markdown, from the results of runs."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -41,7 +41,7 @@ def write_table(results: Sequence[dict[str, Any]], *, drop_empty: bool = False) 
 
 
 def notes(results: Sequence[dict[str, Any]]) -> str:
-    """What a reader of the table has to know; of int8 only where it has such rows."""
+    """Notes that explain the table; those about int8 only if it has int8 rows."""
     return f"{NOTES} {INT8_NOTES}" if any(set(_variants(result)) & INT8 for result in results) else NOTES
 
 
@@ -76,13 +76,13 @@ def _own_column(task: str, results: Sequence[dict[str, Any]]) -> tuple[str, str,
 
 
 def _variants(result: dict[str, Any]) -> list[str]:
-    """The variants measured in this run, in the order of VARIANTS, each followed by its engine twin."""
+    """The variants measured in this run, in the order of VARIANTS, each followed by its result with the engine."""
     measured = {v for metrics in result["tasks"].values() for variants in metrics.values() for v in variants}
     return [v for base in VARIANTS for v in (base, f"{base}_engine") if v in measured]
 
 
 def variant_name(variant: str) -> str:
-    """What the table calls a variant."""
+    """The name of a variant in the table."""
     engine = ", by the engine" if variant.endswith("_engine") else ""
     return VARIANTS[variant.removesuffix("_engine")] + engine
 
@@ -104,7 +104,7 @@ def _score(result: dict[str, Any], task: str, metrics: Sequence[str], variant: s
 
 
 def retention(result: dict[str, Any], task: str, metric: str, variant: str = "transfer") -> float | None:
-    """`variant` / dense in percent, or None where one of the two was not measured."""
+    """`variant` / dense in percent, or None if one of the two was not measured."""
     kept, dense = _runs(result, task, metric, variant), _runs(result, task, metric, "dense")
     if not kept or not sum(dense):
         return None
@@ -117,7 +117,7 @@ def _retention(result: dict[str, Any], task: str, metrics: Sequence[str], varian
 
 
 def seeds(result: dict[str, Any], variant: str) -> str:
-    """How many seeds a variant was measured with, over all tasks: "2 seeds", or "1–3 seeds" where they differ."""
+    """Number of seeds of a variant over all tasks: "2 seeds", or "1–3 seeds" if it differs between tasks."""
     counts = {
         len(variants[variant]["runs"])
         for metrics in result["tasks"].values()
@@ -148,5 +148,5 @@ def megabytes(size: float) -> str:
 
 
 def cell(value: Any) -> str:
-    """`value` as text that cannot break a Markdown table."""
+    """`value` as text that is escaped for a Markdown table."""
     return " ".join(str(value).split()).replace("|", "\\|")

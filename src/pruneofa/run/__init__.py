@@ -1,1 +1,1 @@
-"""The method as stages of a run: plan, stages, results, estimate, demo."""
+"""The method as the stages of a run: plan, stages, results, estimate, demo."""

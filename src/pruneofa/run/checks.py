@@ -1,4 +1,4 @@
-"""What steps cannot start from or work with, found before anything is written."""
+"""Checks of the inputs of all steps before anything is written."""
 
 from collections.abc import Iterable
 
@@ -20,7 +20,7 @@ from pruneofa.train.prune import GradualPruner
 
 
 def check(recipe: Recipe, inputs: Inputs, steps: Iterable[Step], *, tokenize: bool = True) -> None:
-    """Raises InputError for what unfinished stages cannot start from; reads the whole corpus if `tokenize`."""
+    """Raises InputError for invalid inputs of unfinished stages; reads the whole corpus if `tokenize`."""
     pending = {step.id for step in steps if isinstance(step, Stage) and step.status != "done"}
     if recipe.corpus and recipe.corpus.streaming and processes().num_processes > 1:
         raise InputError("corpus.streaming is for one process; set corpus.streaming=false to train with several")
@@ -38,10 +38,10 @@ def check(recipe: Recipe, inputs: Inputs, steps: Iterable[Step], *, tokenize: bo
 
 
 def check_engine(recipe: Recipe) -> None:
-    """Raises InputError, or ImportError, where the engine cannot run what the tasks' stages will make."""
+    """Raises InputError or ImportError if the engine cannot run the models that the tasks' stages will make."""
     choose_isa(None)
     for model in filter(None, (recipe.model, recipe.dense_model)):
-        # Its head does not matter: the tasks' stages give it another one.
+        # The head is not checked: the tasks' stages replace it.
         read_architecture(load_config(model).to_dict() | {"architectures": None}, model)
 
 
@@ -54,7 +54,7 @@ def check_pattern(sparse: str | None, model: str) -> None:
 
 
 def check_pretraining(model: str, teacher: Teacher | None, prune: Prune | None, distill: Distill, text: Corpus) -> None:
-    """Carry out, without training, what can fail in the stages on text. Raises InputError."""
+    """Do the parts of the stages on text that can fail, without training. Raises InputError."""
     distils_logits = prune is not None and distill.hard + distill.kd > 0
     loaded = load_for_pretraining(model, nsp=text.nsp, trained_head=teacher is None and distils_logits)
     longest = task_data.longest_input(loaded.config)
@@ -69,7 +69,7 @@ def check_pretraining(model: str, teacher: Teacher | None, prune: Prune | None, 
 
 
 def check_task(model: str, spec: Task, task: task_data.Task) -> None:
-    """Carry out, without training, what can fail in the stages of a task. Raises InputError."""
+    """Do the parts of a task's stages that can fail, without training. Raises InputError."""
     transfer_objective(model, spec.teacher, losses(spec), task)
     if spec.teacher is not None:
         check_vocabulary(model, spec.teacher)
@@ -77,7 +77,7 @@ def check_task(model: str, spec: Task, task: task_data.Task) -> None:
 
 
 def check_vocabulary(model: str, other: str) -> None:
-    """Raises InputError when two models number their tokens differently: one would read garbage."""
+    """Raises InputError when two models have different vocabularies, so that token ids have different meanings."""
     mine, theirs = (load_tokenizer(path).get_vocab() for path in (model, other))
     if mine != theirs:
         raise InputError(

@@ -1,4 +1,4 @@
-"""The demo: the whole method in minutes on text that is already on the machine, and what a deployer gets of it."""
+"""The demo: the whole method in minutes on text that is already on the machine, and accuracy, size and speed."""
 
 import importlib.util
 import json
@@ -69,7 +69,7 @@ def installed_encoder() -> Path:
 
 
 def fast_precision() -> str:
-    """bf16 where this machine computes in it, else fp32: a processor that emulates bf16 is tens of times slower."""
+    """bf16 if this machine has bf16 instructions, else fp32: emulated bf16 is tens of times slower."""
     import torch
 
     if torch.cuda.is_available() and torch.cuda.is_bf16_supported():
@@ -79,9 +79,9 @@ def fast_precision() -> str:
 
 
 def closing_rows(results: dict[str, Any]) -> list[dict[str, str]]:
-    """What a deployer came for, a row per model: accuracy, size on disk, milliseconds; "-" where none was measured.
+    """The closing table, one row per model: accuracy, size on disk, milliseconds; "-" if not measured.
 
-    Accuracy and milliseconds are of the engine for the sparse models and of PyTorch for the dense one.
+    Accuracy and milliseconds are measured with the engine for sparse models and with PyTorch for the dense one.
     """
     (task,) = results["tasks"].values()
     accuracy, latency, sizes = task["accuracy"], results["latency"], results["sizes"]
@@ -111,7 +111,7 @@ def closing_rows(results: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def closing_notes(results: dict[str, Any], out: Path) -> str:
-    """Plain lines below the table: what was measured how, where the files are, what to run next."""
+    """The lines below the table: how it was measured, where the files are, what to run next."""
     from pruneofa.report.deployment import latency_setting
 
     (name,) = results["tasks"]

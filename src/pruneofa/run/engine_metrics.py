@@ -1,4 +1,4 @@
-"""What the engine makes of a run's task models: metrics, sizes and latency, kept as engine.json beside each."""
+"""Metrics, sizes and latency of a run's task models with the engine, stored as engine.json beside each model."""
 
 import sys
 from collections.abc import Iterable, Sequence
@@ -13,18 +13,18 @@ from pruneofa.run.stage import Evaluation
 from pruneofa.train.evaluate import evaluate_by_engine
 
 FILE = "engine.json"
-# Variants of a task that the engine computes too, and as what; their names are those of results.json.
+# Variants of a task (by their names in results.json) that are also computed by the engine, and with which precision.
 PRECISIONS: dict[str, Precision] = {"dense": "fp32", "transfer": "fp32", "ptq": "int8", "quantize": "int8"}
 LONGEST = 128  # tokens of the sequence that is timed
 
 
 def measure_by_engine(evaluations: Iterable[Evaluation]) -> bool:
-    """Write engine.json into the folders of task models that lack it; nothing in a run without a quantized one.
+    """Write engine.json into the folders of task models that lack it; does nothing if no model is quantized.
 
-    What the same version measured with the same kernels on the same rows is kept: a stage that is made again loses
-    it with its folder. Returns whether the run has a quantized model.
+    Measurements by the same version with the same kernels on the same rows are kept; when a stage is redone, they are
+    deleted with its folder. Returns whether the run has a quantized model.
 
-    Raises InputError for a model that the engine refuses, and ImportError where it was not built.
+    Raises InputError for a model that the engine refuses, and ImportError if the engine was not built.
     """
     models = [e for e in evaluations if e.id.variant in PRECISIONS and (e.folder / "config.json").exists()]
     quantized = [e for e in models if PRECISIONS[e.id.variant] == "int8"]
@@ -45,7 +45,7 @@ def measure_by_engine(evaluations: Iterable[Evaluation]) -> bool:
 
 
 def _add_latency(folders: dict[str, Path]) -> None:
-    """Time these variants of one task beside each other, and the dense model by torch; all get the same record."""
+    """Time these variants of one task, and the dense model with torch, alternately; all get the same record."""
     from pruneofa.bench.latency import Runner, latency
     from pruneofa.bench.peers import OURS, REFERENCE
     from pruneofa.bench.workers import WorkerError
@@ -59,7 +59,7 @@ def _add_latency(folders: dict[str, Path]) -> None:
     vocabulary = read_json(folders[some] / "config.json")["vocab_size"]
     try:
         found = latency(runners, tokens=tokens, vocabulary=vocabulary)
-    except WorkerError as error:  # a number less in the table is no reason to fail a run of days
+    except WorkerError as error:  # a missing latency must not make a long run fail
         sys.stderr.write(f"latency was not measured: {error}\n")
         return
     for variant, folder in folders.items():
@@ -67,9 +67,9 @@ def _add_latency(folders: dict[str, Path]) -> None:
 
 
 def engine_columns(models: Sequence[tuple[str, Path]]) -> dict[str, dict[str, Any]]:
-    """Sizes and latency for results.json, from (variant, folder) of all task models: the first that has them counts.
+    """Sizes and latency for results.json, from the first of the task models (variant, folder) that has them.
 
-    Sizes are of a model quantized in training, where there is one.
+    Sizes are preferably those of a model from quantization-aware training.
     """
     kept = [(variant, read_json(folder / FILE)) for variant, folder in models if (folder / FILE).exists()]
     sized = [record["sizes"] for wanted in ("quantize", "ptq") for variant, record in kept

@@ -40,17 +40,17 @@ from pruneofa.train.objective import INPUTS
 from pruneofa.train.quantize import FakeQuantizer
 
 PROBE_STEPS = 5
-PROBE_TOKENS = 4096  # a probe never runs a larger batch than this: the rest is multiplied
+PROBE_TOKENS = 4096  # largest batch that is timed; larger ones are extrapolated
 
 
 def estimate(recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
-    """One row per stage and per evaluation: {"stage", "status", "steps", "tokens", "minutes"}.
+    """Estimate a run: one row per stage and per evaluation, {"stage", "status", "steps", "tokens", "minutes"}.
 
     `tokens` counts positions of full-length examples for text, real tokens for tasks. `status` is done
     (skipped), changed (finished or begun with other settings: refused without --redo), resume or run; the
     minutes of resume are those that are left. Nothing is written, so the corpus is not tokenized.
 
-    Raises InputError for what a run would refuse, changed stages apart.
+    Raises InputError for everything that a run would refuse, except changed stages.
     """
     check_folder(recipe, folder)
     inputs = Inputs(recipe)
@@ -97,7 +97,7 @@ def _evaluation_row(recipe: Recipe, inputs: Inputs, step: Evaluation, timed: dic
 
 
 def _steps_done(stage: Stage) -> int:
-    """Optimizer steps that a run would not repeat, over all learning rates of a control."""
+    """Optimizer steps that are already done, for a control over all learning rates."""
     checkpoints = [last_checkpoint(stage.work)]
     done = 0
     if isinstance(settings := stage.settings, ControlSettings):
@@ -108,7 +108,7 @@ def _steps_done(stage: Stage) -> int:
 
 
 def _size(inputs: Inputs, stage: Stage) -> tuple[Any, int, int]:
-    """(what shares a timing, optimizer steps, tokens) of a stage."""
+    """(key of stages with the same timing, optimizer steps, tokens) of a stage."""
     match stage.settings:
         case TeacherSettings(teacher=teacher, corpus=corpus):
             return "teacher", teacher.steps, teacher.steps * teacher.batch * corpus.max_length

@@ -1,4 +1,4 @@
-"""Carry out steps: train in a working folder that survives a kill, put the model in place at once, evaluate it."""
+"""Execute steps: train in a working folder that survives a kill, move the model into place atomically, evaluate it."""
 
 import shutil
 import time
@@ -30,8 +30,8 @@ from pruneofa.train.quantize import FakeQuantizer
 
 
 def carry_out(steps: Iterable[Step], emit: Emit) -> None:
-    """Carry out the steps that are not done, in their order."""
-    # Which they are is decided before any is: a rank that looks later would find what the first has just written.
+    """Execute the steps that are not done, in order."""
+    # The status of all steps is read first: later, another rank may already have written some of the results.
     pending = [step for step in steps if step.status != "done"]
     processes().wait_for_everyone()
     for step in pending:
@@ -42,7 +42,7 @@ def carry_out(steps: Iterable[Step], emit: Emit) -> None:
 
 
 def make(stage: Stage, emit: Emit) -> None:
-    """Make the model of a stage; what its working folder holds for the same fingerprint is resumed."""
+    """Make the model of a stage; work in its working folder with the same fingerprint is resumed."""
     state = processes()
     if state.is_main_process:
         if stage.begun != stage.fingerprint:
@@ -82,7 +82,7 @@ def make(stage: Stage, emit: Emit) -> None:
 
 
 def evaluate(step: Evaluation, emit: Emit) -> None:
-    """Write the metrics of a stage's model beside it. int8 models are computed as the engine computes them."""
+    """Write the metrics of a stage's model beside it. int8 models are evaluated with the arithmetic of the engine."""
     task, start = step.task.read(), time.monotonic()
     try:
         model = load_task_model(step.model.path, task.kind)
@@ -94,7 +94,7 @@ def evaluate(step: Evaluation, emit: Emit) -> None:
         raise KeyboardInterrupt(after) from None
     if processes().is_main_process:
         seconds = round(time.monotonic() - start, 1)
-        (step.folder / EVALUATION).unlink(missing_ok=True)  # it speaks of the metrics that are replaced now
+        (step.folder / EVALUATION).unlink(missing_ok=True)  # it refers to the metrics that are replaced now
         write_json(step.folder / METRICS, metrics)
         record = {"fingerprint": step.fingerprint, "seconds": seconds, "versions": versions()}
         write_json(step.folder / EVALUATION, record)

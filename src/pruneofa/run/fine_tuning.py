@@ -1,6 +1,6 @@
-"""The stages of a task: fine-tuning a dense or a sparse model, and int8 by training or without.
+"""The stages of a task: fine-tuning of a dense or sparse model, and int8 quantization with or without training.
 
-Each is a function to be read top to bottom: its settings and models in, a task model out.
+Each stage is a function from its settings and models to a task model.
 """
 
 import time
@@ -46,9 +46,9 @@ class FineTuneSettings:
     Attributes:
         max_length: tokens per example.
         stride: overlap of windows in tokens; None but for question answering.
-        losses: None without a teacher: the task's own loss alone.
-        dropout: replaces the model's rates; None keeps them.
-        locked: whether zeros stay zero.
+        losses: weights of the losses; None without a teacher, where only the task's own loss is used.
+        dropout: replaces the dropout rates of the model; None keeps them.
+        locked: whether the sparsity pattern is locked.
     """
 
     epochs: int
@@ -68,11 +68,11 @@ class FineTuneSettings:
 
 @dataclass(frozen=True)
 class QuantizeSettings:
-    """How a task model is trained through int8 arithmetic.
+    """How a task model is trained with simulated int8 arithmetic.
 
     Attributes:
-        rows: of each epoch; None for all.
-        freeze: share of the steps in which static scales move; None for dynamic ones.
+        rows: number of rows per epoch; None for all.
+        freeze: share of the steps after which static scales are frozen; None for dynamic scales.
     """
 
     training: FineTuneSettings
@@ -85,7 +85,7 @@ class QuantizeSettings:
 
 @dataclass(frozen=True)
 class CalibrationSettings:
-    """How a task model is rounded to int8 as it is; the last four are None for dynamic scales or where unused."""
+    """How a task model is quantized without training; the last four are None for dynamic scales or if unused."""
 
     weights: str
     activations: str
@@ -100,11 +100,11 @@ class CalibrationSettings:
 
 @dataclass(frozen=True)
 class GivenSettings:
-    """Of a model that was given: none."""
+    """The settings of a given model: none."""
 
 
 def use_given(settings: GivenSettings, job: Job, *, model: Model) -> Outcome:
-    """A task teacher that was given: there is nothing to make, only to evaluate."""
+    """A task teacher that the recipe names: it is not trained, only evaluated."""
     return Outcome()
 
 
@@ -129,9 +129,9 @@ def fine_tune(
 def quantize_aware(
     settings: QuantizeSettings, job: Job, *, model: Model, teacher: Model | None, task: task_data.Task
 ) -> Outcome:
-    """Quantization-aware training: fine-tune a task model through its int8 arithmetic, locked to its pattern.
+    """Quantization-aware training: fine-tune a task model in simulated int8 arithmetic with its pattern locked.
 
-    The weights of the outcome are on the int8 grid.
+    The weights of the outcome are exactly code * scale.
     """
     training = settings.training
     transformers.set_seed(training.seed)
@@ -148,9 +148,9 @@ def quantize_aware(
 
 
 def calibrate(settings: CalibrationSettings, job: Job, *, model: Model, task: task_data.Task) -> Outcome:
-    """Post-training quantization: a task model rounded as it is; static ranges from some of its training data.
+    """Post-training quantization of a task model; static ranges come from some of its training data.
 
-    The weights of the outcome are on the int8 grid.
+    The weights of the outcome are exactly code * scale.
     """
     start = time.monotonic()
     student = task_student(model.path, task)
@@ -181,9 +181,9 @@ def numerics(settings: QuantizeSettings | CalibrationSettings) -> dict[str, Any]
 
 
 def qat_dataset(settings: QuantizeSettings, task: task_data.Task) -> tuple[Any, int]:
-    """What quantization-aware training reads, and its number of steps.
+    """The data set of quantization-aware training, and its number of steps.
 
-    `rows` limits an epoch to that share of the features, whole batches out of all in their shuffled order.
+    `rows` limits an epoch to so many rows, in whole batches from the shuffled order of all of them.
     """
     assert task.train is not None
     training = settings.training
@@ -197,7 +197,7 @@ def task_student(model: str, task: task_data.Task) -> PreTrainedModel:
     """A fine-tuned model whose classes follow the task's order.
 
     Raises:
-        InputError: it is quantized already, has no trained head for this kind of task, or other labels.
+        InputError: the model is already quantized, has no trained head for this kind of task, or has other labels.
     """
     if scales.is_quantized(local_folder(model)):
         raise InputError(

@@ -1,4 +1,4 @@
-"""A run's folder: whose it is, who works in it, and what of it may be replaced."""
+"""Checks and locks of a run's folder: its recipe, other processes, and stages that may be replaced."""
 
 import contextlib
 import fcntl
@@ -16,7 +16,7 @@ LOCK = ".lock"
 
 
 def check_folder(recipe: Recipe, folder: Path) -> None:
-    """Raises InputError when `folder` holds something else than a run of this recipe."""
+    """Raises InputError when `folder` contains anything other than a run of this recipe."""
     file = folder / "recipe.yaml"
     if file.exists():
         name = load([file]).name
@@ -32,7 +32,7 @@ def refuse_changes(steps: Iterable[Step], where: Path, redo: bool, out: str = "-
     """Raises InputError listing stages, finished or begun, whose settings or inputs changed, unless `redo`.
 
     Stages with a record of an earlier format are refused as such: whether their settings changed cannot be told.
-    `where` is what the message calls the place of the stages, `out` the argument that names it.
+    `where` is the folder that the message names, `out` the command-line argument for it.
     """
     stages = [step for step in steps if isinstance(step, Stage)]
     earlier = [(stage, version) for stage in stages if (version := stage.earlier) is not None]
@@ -65,9 +65,9 @@ def refuse_other_work(stages: Iterable[Stage], work: Path, redo: bool) -> None:
 
 @contextlib.contextmanager
 def only_one(folder: Path, *, name: Path | None = None, out: str = "--out") -> Iterator[None]:
-    """Keep a second process out of the folder of a run, or of one stage's work.
+    """Hold an exclusive lock on the folder of a run, or of one stage's work.
 
-    Raises InputError when one is at work there; it calls the folder `name`, and the argument to change `out`.
+    Raises InputError when another process holds it; the message calls the folder `name` and its argument `out`.
     """
     if not processes().is_main_process:
         yield
@@ -82,12 +82,12 @@ def only_one(folder: Path, *, name: Path | None = None, out: str = "--out") -> I
 
 @contextlib.contextmanager
 def _lock_file(folder: Path) -> Iterator[TextIO | None]:
-    """The locked file of the folder, which is made; None where another process has it."""
+    """Create the folder's lock file and lock it; None if another process holds the lock."""
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             file = open(folder / LOCK, "w")  # noqa: SIM115 - closed below, once it is known to be there
-        except FileNotFoundError:  # whoever worked here has just removed the folder
+        except FileNotFoundError:  # the previous owner has just removed the folder
             continue
         with file:
             try:
@@ -95,7 +95,7 @@ def _lock_file(folder: Path) -> Iterator[TextIO | None]:
             except BlockingIOError:
                 yield None
                 return
-            if not _is_at(file, folder / LOCK):  # removed between opening and locking: it keeps nobody out
+            if not _is_at(file, folder / LOCK):  # removed between opening and locking: the lock has no effect
                 continue
             yield file
             return

@@ -31,7 +31,7 @@ class Inputs:
         if self._text is None:
             recipe = self.recipe
             assert recipe.corpus is not None
-            # No collective here: tokenizing takes longer than a barrier waits. build_corpus locks its cache itself.
+            # No collective here: tokenizing takes longer than a barrier's timeout. build_corpus locks its cache itself.
             self._text = read_text(recipe.corpus, recipe.model, data_root=recipe.data_root, seed=recipe.seed)
         return self._text
 

@@ -1,4 +1,4 @@
-"""The sparse model that a run made a task model from, and whether its zeros are all there still. No torch."""
+"""The sparse model that a task model of a run was made from, and whether the task model kept its zeros. No torch."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ SPARSE = ("transfer", "ptq", "quantize")  # variants that come from the sparse m
 
 
 def stage_of(folder: Path) -> StageId | None:
-    """The stage that made this folder; None where none did, or one of version 0.1."""
+    """The stage that made this folder; None if there is no such stage, or it is of version 0.1."""
     if not (folder / RECORD).is_file():
         return None
     record = read_json(folder / RECORD)
@@ -42,7 +42,7 @@ def sparse_of_run(model: Path) -> str | None:
 
 
 def lost_pattern(sparse: str, model: str) -> str | None:
-    """One line with layer and count where zeros of `sparse` are not zero in `model`; None where all are."""
+    """One line with layer and count if zeros of `sparse` are not zero in `model`; None if all are zero."""
     found = pattern.verify(sparse, model)
     if found["ok"]:
         return None
@@ -53,16 +53,16 @@ def lost_pattern(sparse: str, model: str) -> str | None:
 
 
 def check_lock(folder: Path) -> None:
-    """Raise InputError where zeros of a run's sparse model are not zero in a task model that lies in that run.
+    """Raise InputError if zeros of a run's sparse model are not zero in a task model in that run's folder.
 
-    Nothing is known of a folder that lies elsewhere. A sparse model that came from the hub, or as a .bin file, is not
-    fetched for this: `pruneofa verify` compares with it.
+    Folders elsewhere are not checked. A sparse model that came from the hub, or as a .bin file, is not fetched for this
+    check; use `pruneofa verify` to compare with it.
     """
     try:
         sparse = sparse_of_run(folder)
     except InputError:  # the recipe of another version says nothing about this model
         return
-    # A relative path in a recipe was relative to where the run was started, which need not be here.
+    # A relative path in a recipe is relative to the folder where the run was started, which may be another one.
     known = sparse is not None and Path(sparse).is_absolute() and any(Path(sparse).glob("*.safetensors"))
     if known and (lost := lost_pattern(str(sparse), str(folder))):
         raise InputError(lost)

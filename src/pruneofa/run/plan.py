@@ -28,7 +28,7 @@ from pruneofa.run.stage import WORK, Evaluation, Model, Stage, StageId, Step
 
 
 def plan(recipe: Recipe, inputs: Inputs, root: Path) -> list[Step]:
-    """Every step of the recipe in the order they run, in the folder `root`. Reads task data, so bad data fails here."""
+    """Every step of the recipe in order, in the folder `root`. Reads task data: invalid data raise InputError."""
     steps: list[Step] = []
     teacher = inputs.model(recipe.model)
     starts = {"transfer": teacher}
@@ -75,7 +75,7 @@ def control_stage(recipe: Recipe, inputs: Inputs, teacher: Model, root: Path) ->
 def task_steps(
     recipe: Recipe, inputs: Inputs, name: str, seed: int, starts: dict[str, Model], root: Path
 ) -> list[Step]:
-    """The stages of one task with one seed, each followed by its evaluation.
+    """The stages of one task with one seed, each followed by the evaluation of its model.
 
     `starts` are the pre-trained models to fine-tune, by variant.
     """
@@ -84,7 +84,7 @@ def task_steps(
     teacher = None
     if spec.teacher is not None:
         teacher = inputs.model(spec.teacher)
-        if seed == recipe.seeds[0]:  # one model, whatever the seed of the students
+        if seed == recipe.seeds[0]:  # the same model for all seeds of the students
             stage = _stage(root, StageId(name, seed, "dense"), use_given, GivenSettings(), {"model": teacher})
             steps += [stage, Evaluation(stage, teacher, inputs.validation_rows(name))]
     elif not recipe.model_is_sparse or recipe.dense_model is not None:
@@ -138,9 +138,9 @@ def int8_stages(
     sparse: str | None,
     root: Path,
 ) -> list[Stage]:
-    """Post-training quantization, if it is asked for, and quantization-aware training of one task model.
+    """Post-training quantization, if the recipe has it, and quantization-aware training of one task model.
 
-    `sparse` is the path of the model whose pattern it must have, where that is known.
+    `sparse` is the path of the model whose pattern it must have, if that is known.
     """
     assert recipe.quantize is not None
     spec, rows = recipe.tasks[name].resolved(name), inputs.training_rows(name)
@@ -162,7 +162,7 @@ def _stage(
 
 
 def losses(spec: Task) -> Losses:
-    """What a model that has a teacher learns from."""
+    """The losses of a model that has a teacher."""
     return Losses(spec.hard, spec.kd, spec.hidden, spec.temperature)
 
 

@@ -1,6 +1,6 @@
 """The stages on plain text: teacher preparation, student pruning, and the control model.
 
-Each is a function to be read top to bottom: its settings and a model in, a trained model out.
+Each stage is a function from its settings and a model to a trained model.
 """
 
 import shutil
@@ -32,7 +32,7 @@ from pruneofa.train.trainer import batches, train
 VALIDATION_EXAMPLES = 512
 CALIBRATION_BATCH = 32
 UNUSED_BY_CONTROL = ("lr", "begin", "end", "stop", "interval", "initial", "rewind", "score", "calibration")
-SOURCE = unused("source")  # where the text lies does not matter: what it says is an input
+SOURCE = unused("source")  # the location of the text has no influence; its contents are an input
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class PruneSettings:
 
 @dataclass(frozen=True)
 class ControlSettings:
-    """How the control is trained: pruned at once, so without a schedule, with each of several learning rates."""
+    """How the control is trained: pruned at once, without a schedule, with each of several learning rates."""
 
     prune: Prune = field(metadata=unused(*UNUSED_BY_CONTROL))
     distill: Distill
@@ -89,7 +89,7 @@ def read_text(spec: Corpus, model: str, *, data_root: str | None, seed: int) -> 
 
 
 def prepare_teacher(settings: TeacherSettings, job: Job, *, model: Model, text: Text) -> Outcome:
-    """Teacher preparation: the dense model learns MLM (+ NSP) on the corpus (method.md A3)."""
+    """Teacher preparation: the dense model learns MLM (+ NSP) on the corpus (docs/method.md)."""
     transformers.set_seed(settings.seed)
     teacher = load_for_pretraining(model.path, nsp=text.spec.nsp)
     objective = teacher_objective(teacher, settings.teacher, nsp=text.spec.nsp)
@@ -102,7 +102,8 @@ def prepare_teacher(settings: TeacherSettings, job: Job, *, model: Model, text: 
 def prune_student(settings: PruneSettings, job: Job, *, teacher: Model, text: Text) -> Outcome:
     """Student pruning, distilled from the prepared teacher it starts from.
 
-    By score magnitude gradually, while it trains; by score hessian at once, then it trains with its pattern locked.
+    With score magnitude it is pruned gradually during training. With score hessian it is pruned in one shot before
+    training, and trains with its pattern locked.
     """
     transformers.set_seed(settings.seed)
     objective = student_objective(teacher.path, settings.prune, settings.distill, nsp=text.spec.nsp)
@@ -116,7 +117,7 @@ def prune_student(settings: PruneSettings, job: Job, *, teacher: Model, text: Te
 
 
 def _prune_at_once(student: PreTrainedModel, teacher: Model, settings: PruneSettings, text: Text, folder: Path) -> None:
-    """Prune the student layer by layer, or load what an interrupted run pruned; `folder` keeps it."""
+    """Prune the student layer by layer and save it in `folder`, or load it from there if an earlier attempt did so."""
     if processes().is_main_process and not folder.exists():
         device = processes().device
         dense = load_for_pretraining(teacher.path, nsp=text.spec.nsp).to(device)
@@ -134,7 +135,7 @@ def _prune_at_once(student: PreTrainedModel, teacher: Model, settings: PruneSett
 
 
 def _unmasked(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    """A batch of masked-LM training as the text that it was made of."""
+    """A batch of masked-LM training with the original tokens restored, without labels, on `device`."""
     ids, labels = batch["input_ids"], batch["labels"]
     whole = {name: batch[name] for name in ("attention_mask", "token_type_ids") if name in batch}
     whole["input_ids"] = torch.where(labels != IGNORED, labels, ids)
@@ -157,7 +158,7 @@ def train_control(settings: ControlSettings, job: Job, *, teacher: Model, text: 
 
 
 def trial_folder(work: Path, lr: float) -> Path:
-    """Where the control is trained with this learning rate; done.json in it says that it is through."""
+    """Folder of the control's training with this learning rate; done.json in it marks the training as finished."""
     return work / f"lr-{lr:g}"
 
 
@@ -195,7 +196,7 @@ def schedule(settings: Prune) -> dict[str, Any]:
 
 
 def learning_rate(settings: Prune) -> Callable[[int], float]:
-    """The multiple of the peak learning rate as a function of the step (method.md A2)."""
+    """The multiple of the peak learning rate as a function of the step (docs/method.md, "Student pruning")."""
     warmup = int(settings.steps * settings.warmup)
     if settings.rewind == "none" or settings.score == "hessian":
         return partial(linear_lr, total=settings.steps, warmup=warmup)

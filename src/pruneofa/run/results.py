@@ -1,4 +1,4 @@
-"""What a run leaves to read: results.json, table, model card, report, and where its numbers come from."""
+"""The reports of a run: results.json, table, model card, report.html, and versions and hardware."""
 
 import json
 import os
@@ -25,7 +25,7 @@ PACKAGES = ("pruneofa", "torch", "transformers", "datasets", "tokenizers", "nump
 
 
 def collect(recipe: Recipe, folder: Path, steps: Iterable[Step]) -> dict[str, Any]:
-    """results.json from what the folders of finished steps hold."""
+    """The contents of results.json, from the records in the folders of finished steps."""
     costs = {}
     made_with = versions()
     measured: dict[str, Any] = {}
@@ -64,7 +64,7 @@ def _add_runs(measured: dict[str, Any], stage: StageId, by: str, metrics: dict[s
 
 
 def write_reports(recipe: Recipe, folder: Path, results: dict[str, Any]) -> None:
-    """table.md, the model card in sparse/, and report.html."""
+    """Write table.md, the model card in sparse/, and report.html."""
     from pruneofa.report.card import write_card
     from pruneofa.report.deployment import cost_tables
     from pruneofa.report.report import write_report
@@ -81,7 +81,7 @@ def write_reports(recipe: Recipe, folder: Path, results: dict[str, Any]) -> None
 
 
 def verify_run(recipe: Recipe, folder: Path) -> int:
-    """Number of task models proved to keep the sparse model's pattern. Raises CheckFailed naming one that does not."""
+    """Number of task models, all checked to keep the sparse model's pattern. Raises CheckFailed if one does not."""
     made = [(file.parent, stage_of(file.parent)) for file in sorted((folder / "tasks").rglob(RECORD))]
     models = [model for model, stage in made if stage is not None and stage.variant in SPARSE]
     for model in models:
@@ -92,12 +92,12 @@ def verify_run(recipe: Recipe, folder: Path) -> int:
 
 
 def sparse_folder(recipe: Recipe, folder: Path) -> str:
-    """Where the sparse pre-trained model is."""
+    """Folder or hub id of the sparse pre-trained model."""
     return str(folder / StageId(None, None, "prune").path) if recipe.prune else recipe.model
 
 
 def publishable(recipe: Recipe) -> dict[str, Any]:
-    """The recipe without the places of one machine: paths are cut down to their last part."""
+    """The recipe with paths of this machine cut down to their last part."""
     from pruneofa.report.render import portable
 
     return portable(recipe.model_dump()) | {"data_root": None}

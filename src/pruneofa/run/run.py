@@ -1,4 +1,4 @@
-"""A recipe carried out in its folder: plan, check, make what is missing, then results, table, card and report."""
+"""Run a recipe in its folder: plan, check, execute missing steps, then write results, table, card and report."""
 
 import json
 import shutil
@@ -22,10 +22,10 @@ from pruneofa.train.device import processes
 
 
 def run(recipe: Recipe, folder: Path, *, redo: bool = False) -> dict[str, Any]:
-    """Carry out what is missing of a recipe in `folder`, and write results, table, card and report.
+    """Execute the missing steps of a recipe in `folder`, and write results, table, card and report.
 
-    Returns the results (design.md, "A run's folder"). Raises InputError when the folder is another recipe's,
-    or when finished stages no longer match and `redo` is false.
+    Returns the results (design.md, "A run's folder"). Raises InputError when the folder belongs to another recipe,
+    or when the settings of finished stages have changed and `redo` is false.
     """
     check_folder(recipe, folder)
     inputs = Inputs(recipe)
@@ -40,7 +40,7 @@ def run(recipe: Recipe, folder: Path, *, redo: bool = False) -> dict[str, Any]:
             f"no teacher for {', '.join(untaught)}: learning from the labels alone; "
             "name tasks.X.teacher, or dense_model to have one made\n"
         )
-    processes().wait_for_everyone()  # nobody may find the folder begun before having checked it
+    processes().wait_for_everyone()  # all ranks must check the folder before one of them writes to it
     main = processes().is_main_process
     results = {}
     with only_one(folder):
@@ -55,7 +55,7 @@ def run(recipe: Recipe, folder: Path, *, redo: bool = False) -> dict[str, Any]:
             results = collect(recipe, folder, steps)
             write_reports(recipe, folder, results)
         processes().wait_for_everyone()
-        # No collective after this: the engine takes longer than a barrier waits.
+        # No collective after this: the engine takes longer than a barrier's timeout.
         if main and measure_by_engine(step for step in steps if isinstance(step, Evaluation)):
             results = collect(recipe, folder, steps)
             write_reports(recipe, folder, results)

@@ -1,4 +1,4 @@
-"""One stage of the method alone, for the verbs that take a model instead of a recipe."""
+"""Single stages of the method, for the commands that take a model instead of a recipe."""
 
 import shutil
 from collections.abc import Sequence
@@ -83,8 +83,8 @@ def quantize(
 ) -> dict[str, float]:
     """Quantize one task model to int8, by training or, with `settings.ptq`, without; `out` becomes the int8 model.
 
-    A model that a run made must still have the pattern of that run's sparse model. Returns its metrics in percent.
-    Raises as `run` does, and CheckFailed for a pattern that does not hold.
+    A model made by a run must still have the pattern of that run's sparse model. Returns its metrics in percent.
+    Raises as `run` does, and CheckFailed if the pattern is not kept.
     """
     recipe = Recipe(
         name="quantize",
@@ -107,7 +107,7 @@ def quantize(
 
 
 def _work(out: Path) -> Path:
-    """Holds the working folders of the stages that lead to `out`, until it is complete."""
+    """Parent of the working folders of the stages that lead to `out`, removed when `out` is complete."""
     return out.with_name(f".{out.name}.work")
 
 
@@ -118,11 +118,11 @@ def _carry_out(recipe: Recipe, inputs: Inputs, steps: Sequence[Step], out: Path,
             raise InputError(f"{stage.folder}: exists and was not made by this command; choose another OUT")
     work = _work(out)
     fresh = not work.exists()
-    if fresh:  # nothing may be written before this
+    if fresh:  # nothing may be written before this check
         refuse_changes(steps, out, redo, "OUT")
         check(recipe, inputs, steps)
     with only_one(work, name=out, out="OUT"):
-        # Again, for another process may have finished meanwhile; what is begun here may be its own, so only now.
+        # Checked again, because another process may have finished meanwhile. Begun work can be its own, so only now.
         refuse_changes(steps, out, redo, "OUT")
         refuse_other_work(stages, work, redo)
         if not fresh:

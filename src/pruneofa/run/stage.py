@@ -1,7 +1,7 @@
-"""What a stage is: its identity, the models it takes and gives, its settings, and the fingerprint of it all. No torch.
+"""Stages: identity, input and output models, settings, and the fingerprint of all these. No torch.
 
-A stage and the evaluation of its model are steps of their own: whatever changes in how a model is evaluated leaves
-its training as it is.
+A stage and the evaluation of its model are separate steps, so that a change in the evaluation does not require new
+training.
 """
 
 import dataclasses
@@ -17,22 +17,22 @@ from pruneofa.recipe import Section
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-FORMAT = 3  # part of every stage's fingerprint: raise it when a result changes for the same settings, or its record
+FORMAT = 3  # part of every stage's fingerprint: increase it when results change for the same settings, or the record
 EVALUATION_FORMAT = 1  # the same for evaluations
-# What a field of settings that a later version adds stands for where it is absent: {"Class.field": value}. A field at
-# that value is no part of the fingerprint, so that stages which were made without it stay done.
+# {"Class.field": value} for settings added by a later version: the value that corresponds to earlier behaviour. A field
+# with that value is not part of the fingerprint, so that stages made by earlier versions stay done.
 ABSENT: dict[str, Any] = {}
 
 RECORD, METRICS, EVALUATION = "stage.json", "metrics.json", "evaluation.json"
-MARK = "fingerprint"  # in the working folder of a stage: which one it was begun for
-WORK = ".work"  # in a run's folder: the working folders of its stages
+MARK = "fingerprint"  # file in a stage's working folder: the fingerprint that the work was begun with
+WORK = ".work"  # folder in a run's folder: the working folders of its stages
 
 Emit = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
 class StageId:
-    """Which stage of a run: `variant` of `task` with `seed`; both are None for what is made once, from plain text.
+    """A stage of a run: `variant` of `task` with `seed`; task and seed are None for the stages on plain text.
 
     Variants are those of results.json. `str()` is its name in bars, logs, errors and results.
     """
@@ -43,7 +43,7 @@ class StageId:
 
     @property
     def path(self) -> str:
-        """Its folder, relative to the run's."""
+        """Folder of the stage, relative to the run's folder."""
         if self.task is None:
             return "sparse" if self.variant == "prune" else self.variant
         return f"tasks/{self.task}/seed-{self.seed}/{'teacher' if self.variant == 'dense' else self.variant}"
@@ -54,7 +54,7 @@ class StageId:
 
 @dataclass(frozen=True)
 class Model:
-    """A model that a stage takes or gives: a folder or hub id, and what it is, as a hash."""
+    """An input or output model of a stage: a folder or hub id, and the fingerprint of its contents."""
 
     path: str
     fingerprint: str
@@ -62,7 +62,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Data:
-    """Text or task data that a stage takes: what they say, as a hash, and how to get them."""
+    """Text or task data that a stage reads: the fingerprint of their contents, and a function that loads them."""
 
     fingerprint: str
     read: Callable[[], Any] = field(repr=False)
@@ -70,7 +70,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Job:
-    """Where a stage that is made keeps its checkpoints, and whom it tells; `name` as in bars and logs."""
+    """The execution of a stage: folder of its checkpoints, receiver of its events, and its `name` in bars and logs."""
 
     name: str
     work: Path
@@ -79,7 +79,7 @@ class Job:
 
 @dataclass
 class Outcome:
-    """What a stage made: a model to save, what it cost, and the metrics that its training gives."""
+    """The result of a stage: a model to save, its cost, and the metrics of its training."""
 
     model: "PreTrainedModel | None" = None
     tokenizer: "PreTrainedTokenizerBase | None" = None
@@ -98,16 +98,16 @@ class Outcome:
 
 
 def unused(*names: str) -> Mapping[str, Any]:
-    """Metadata of a field of settings that holds a section of the recipe: `names` are not read by the stage."""
+    """Metadata for a settings field that holds a section of the recipe: the stage does not read the fields `names`."""
     return {"unused": set(names)}
 
 
 def decisive(settings: Any) -> dict[str, Any]:
-    """The settings that decide what a stage makes, defaults too, as plain values.
+    """The settings that determine the result of a stage, including defaults, as plain values.
 
     Args:
-        settings: a dataclass of plain values, sections of the recipe and other such dataclasses. Left out are the
-            fields that sections mark as cost, those that are `unused`, and those at the value that ABSENT gives.
+        settings: a dataclass of plain values, sections of the recipe and other such dataclasses. Fields that sections
+            mark as cost, `unused` fields, and fields with their value in ABSENT are left out.
     """
     values: dict[str, Any] = {}
     for each in dataclasses.fields(settings):
@@ -127,15 +127,15 @@ def _without_absent(owner: Any, values: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Stage:
-    """One model of a run: what it depends on, and how it is made.
+    """One model of a run: its dependencies, and how it is made.
 
     Attributes:
-        make: called as `make(settings, job, **inputs)`, data read.
-        settings: the very object that `make` is given; see `decisive`.
-        inputs: what `make` is given by name; None where there is no such model.
-        folder: where the model and its record go.
-        work: holds checkpoints until then.
-        pattern: path of the model whose zeros the input `model` must have, and the result as well.
+        make: called as `make(settings, job, **inputs)`, with data loaded.
+        settings: the object that is passed to `make`; see `decisive`.
+        inputs: models and data that are passed to `make` by name; None for an optional model that is not used.
+        folder: destination of the model and its record.
+        work: folder of checkpoints while the stage is in progress.
+        pattern: path of the model whose zeros both the input `model` and the result must have.
     """
 
     id: StageId
@@ -159,12 +159,12 @@ class Stage:
 
     @property
     def model(self) -> Model:
-        """What it gives."""
+        """The model that the stage makes."""
         return Model(str(self.folder), self.fingerprint)
 
     @property
     def status(self) -> str:
-        """done, changed (done with other settings) or run."""
+        """One of done, changed (done with other settings or inputs) and run."""
         file = self.folder / RECORD
         if file.exists():
             return "done" if read_json(file).get("fingerprint") == self.fingerprint else "changed"
@@ -172,13 +172,13 @@ class Stage:
 
     @property
     def begun(self) -> str | None:
-        """The fingerprint that unfinished work in its working folder was begun with."""
+        """The fingerprint with which the unfinished work in the working folder was begun; None if there is none."""
         mark = self.work / MARK
         return mark.read_text(encoding="utf-8") if mark.exists() else None
 
     @property
     def earlier(self) -> str | None:
-        """The version that made the folder, where its record is of an earlier format."""
+        """The version that made the folder if its record has an earlier format, else None."""
         file = self.folder / RECORD
         if not file.exists():
             return None
@@ -196,7 +196,7 @@ class Evaluation:
     """The metrics of a stage's model on the validation rows of its task, kept beside the model."""
 
     stage: Stage
-    model: Model  # the stage's own, or the teacher that it was given
+    model: Model  # the model of the stage, or the given teacher
     task: Data
 
     @property
@@ -211,13 +211,13 @@ class Evaluation:
 
     @property
     def fingerprint(self) -> str:
-        """Changes with the model, and with what is evaluated on."""
+        """Changes with the model and with the evaluation data."""
         inputs = {"stage": self.stage.fingerprint, "model": self.model.fingerprint, "task": self.task.fingerprint}
         return fingerprint({"format": EVALUATION_FORMAT, **inputs})
 
     @property
     def status(self) -> str:
-        """done or run: an evaluation is made again without asking, for nothing is lost."""
+        """One of done and run: an outdated evaluation is redone without asking, because nothing is lost."""
         files = [self.folder / EVALUATION, self.folder / METRICS]
         made = self.stage.status == "done" and all(file.exists() for file in files)
         return "done" if made and read_json(files[0]).get("fingerprint") == self.fingerprint else "run"
