@@ -1,7 +1,7 @@
 """Sparse int8 and float kernels, and the encoder made of them. `pruneofa.engine.reference` defines what each computes.
 
-Arrays are taken as they are: a NumPy array of the stated type, C-contiguous, is not copied, and anything else is a
-TypeError. The GIL is released while kernels run. Built from native/; how it works is in docs/kernels.md.
+Arrays must be C-contiguous NumPy arrays of the stated dtype, which are not copied; anything else raises TypeError. The
+GIL is released while kernels run. Built from native/; docs/kernels.md describes how it works.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,10 +14,10 @@ Floats = NDArray[np.float32]
 Table = tuple[NDArray[np.int8], Floats] | tuple[Floats, None]  # rows of an embedding: int8 and a scale each, or float32
 
 def built_isas() -> list[str]:
-    """Paths that this build has, slowest first: of "scalar", "avx2", "avx512vnni" and "amx"."""
+    """Paths of this build, slowest first; a subset of "scalar", "avx2", "avx512vnni" and "amx"."""
 
 def available_isas() -> list[str]:
-    """Those that this CPU and operating system run, slowest first."""
+    """The built paths that this CPU and operating system can run, slowest first."""
 
 class Linear:
     """y = x W^T + b with a sparse W, laid out for one path at construction and immutable from then on.
@@ -45,7 +45,7 @@ class Linear:
             bias: (n,) float32 or None.
             k: number of inputs, 1 to 65535.
             isa: one of `available_isas()`.
-            input: static (scale, zero point) of all that `forward` is given; None: found for each row.
+            input: static (scale, zero point) of the input of `forward`; None: computed for each row.
 
         Raises:
             ValueError: sizes that do not fit together, a scale or zero point out of range, an unknown isa.
@@ -104,25 +104,26 @@ class Encoder:
         embedding_norm: tuple[Floats, Floats],
         layers: Sequence[Mapping[str, Any]],
     ) -> None:
-        """Copy norms and scales; keep the layers, and the rows of the tables, which must not change from then on.
+        """Copy norms and scales; keep references to the layers and to the rows of the tables, which must not change.
 
         Args:
             hidden: size of a token's vector, divisible by `heads`.
             heads: attention heads.
-            epsilon: of every LayerNorm.
+            epsilon: epsilon of every LayerNorm.
             activation: "gelu" (by the error function), "gelu_new" or "gelu_pytorch_tanh" (by tanh), "relu".
-            threads: 1 to 4096, the calling one included.
-            isa: one of `available_isas()`, and that of all layers.
-            word: rows (v, hidden) of the vocabulary; `position` and `token_type` (None without one) likewise.
+            threads: number of threads including the calling one, 1 to 4096.
+            isa: one of `available_isas()`, the same as that of all layers.
+            word: table of the word embeddings, rows (v, hidden).
+            position: table of the position embeddings.
+            token_type: table of the token-type embeddings, None without one.
             embedding_norm: gamma and beta, (hidden,) float32.
             layers: dicts of the Linears "query", "key", "value", "attention_output", "intermediate" and "output", and
                 of (gamma, beta) as "attention_norm" and "output_norm".
 
         Raises:
-            ValueError: parts of sizes, precisions, static inputs or paths that do not fit each other, or a setting
-                out of range.
-            KeyError: a part that a layer lacks.
-            TypeError: an argument of another type.
+            ValueError: sizes, precisions, static inputs or paths do not match, or a setting is out of range.
+            KeyError: a layer lacks an entry.
+            TypeError: an argument has another type.
         """
 
     def forward(
@@ -132,13 +133,15 @@ class Encoder:
         types: NDArray[np.int32],
         offsets: NDArray[np.int32],
     ) -> Floats:
-        """Hidden states (t, hidden) of the last layer for sequences that lie end to end, without padding.
+        """Hidden states (t, hidden) of the last layer for concatenated sequences, without padding.
 
-        The same bits for the same path and number of threads.
+        Results are bit-identical for the same path and number of threads.
 
         Args:
-            ids: (t,) int32 rows of `word`; `positions` and `types` (t,) likewise of theirs.
-            offsets: (s + 1,) int32, where the s sequences begin, and t.
+            ids: (t,) int32, rows of `word`.
+            positions: (t,) int32, rows of `position`.
+            types: (t,) int32, rows of `token_type`.
+            offsets: (s + 1,) int32, start of each of the s sequences, and t.
 
         Raises:
             ValueError: an id, position or type outside of its table; offsets that do not rise from 0 to t.

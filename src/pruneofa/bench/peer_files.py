@@ -57,7 +57,7 @@ def _onnx_int8(job: Job, folder: Path) -> None:
     import onnxruntime
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    # Only a weight that is a constant is quantized: transposed ones have to be folded first, whatever their size.
+    # Only constant weights are quantized, so transposed ones of any size must be folded to constants first.
     folded = folder / "folded.onnx"
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC

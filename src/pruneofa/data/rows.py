@@ -130,8 +130,8 @@ def text_column(table: pa.Table, name: str, where: str) -> pa.ChunkedArray:
 def hold_out(table: pa.Table, key: Sequence[str], label: str | None, where: str) -> tuple[pa.Table, pa.Table]:
     """Split into training and held-out rows by a hash of the `key` columns.
 
-    The same text always falls on the same side, whatever the order of the rows or what is added to the file,
-    so that duplicates cannot leak. Rows of a label that would be held out completely stay in training.
+    The same text always falls on the same side, independent of the order of the rows and of rows added later, so
+    that duplicates cannot leak. Rows of a label that would be held out completely stay in training.
     """
     keys = zip(*(text_column(table, name, where).to_pylist() for name in key), strict=True)
     digests = (hashlib.sha256("\x1f".join(texts).encode("utf-8", "surrogatepass")).digest() for texts in keys)

@@ -172,7 +172,7 @@ def _read(path: Path, column: str) -> Iterator[Article]:
 def _read_parquet(path: Path, column: str) -> Iterator[Article]:
     with _parquet(path, column) as file:
         size, rows = path.stat().st_size, file.metadata.num_rows
-        # Without threads and read-ahead, memory is a page or two of the column whatever the file's size.
+        # Without threads and read-ahead, memory is limited to a page or two of the column.
         for batch in file.iter_batches(ROWS, columns=[column], use_threads=False):
             for text in batch.column(0).to_pylist():
                 yield _text(path, column, text), size // rows

@@ -30,8 +30,8 @@ def kd_terms(
         student_logits: (..., classes) of any float type.
         teacher_logits: the same shape; it gets no gradient.
         temperature: T above 0. T² keeps the size of the gradient independent of T.
-        classes: bool, broadcastable to the logits; False classes are ignored in both models, whatever their
-            values (even NaN). A position without any class contributes 0.
+        classes: bool, broadcastable to the logits; False classes are ignored in both models, also if their
+            values are NaN. A position without any class contributes 0.
 
     Returns:
         (...) float32 (float64 for float64 logits).
