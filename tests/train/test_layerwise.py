@@ -9,7 +9,7 @@ import torch
 from transformers import BertForMaskedLM, DistilBertForMaskedLM, RobertaForMaskedLM
 
 from pruneofa.errors import InputError
-from pruneofa.train.layerwise import DAMPING, prune_layerwise, sparse_fit
+from pruneofa.train.layerwise import DAMPING, _fit_linear, prune_layerwise, sparse_fit
 from pruneofa.train.masks import magnitude_mask, prunable
 from tests.tiny import tiny_bert, tiny_distilbert, tiny_roberta
 
@@ -101,3 +101,14 @@ def test_a_pattern_that_does_not_divide_is_refused_before_anything_is_pruned() -
     with pytest.raises(InputError, match="does not divide into 4x1"):
         prune_layerwise(student, teacher, [], final=0.5, pattern="4x1")
     assert all(torch.equal(a, b) for a, b in zip(student.parameters(), teacher.parameters(), strict=True))
+
+
+def test_inputs_that_hardly_vary_are_fitted_by_the_bias() -> None:
+    generator = torch.Generator().manual_seed(0)
+    linear = torch.nn.Linear(16, 8)
+    inputs = 3.0 + 1e-4 * torch.randn(200, 16, generator=generator)
+    wanted = linear(inputs).detach()
+    with torch.no_grad():
+        _fit_linear(linear, [(inputs, wanted)], lambda scores: magnitude_mask(scores, 0.75), "linear")
+    assert int((linear.weight == 0).sum()) == 96
+    torch.testing.assert_close(linear(inputs), wanted, atol=1e-3, rtol=0)

@@ -262,8 +262,10 @@ def _fit_linear(linear: nn.Module, rows: list[tuple[Tensor, Tensor]], select: Se
     count = sum(len(x) for x, _ in rows)
     inputs = sum(x.float().sum(0) for x, _ in rows) / count
     outputs = sum(y.float().sum(0) for _, y in rows) / count
-    moments = sum(x.float().T @ x.float() for x, _ in rows) / count - torch.outer(inputs, inputs)
-    products = sum(x.float().T @ y.float() for x, y in rows) / count - torch.outer(inputs, outputs)
+    # The means are taken off first: a difference of large products would lose the variance of nearly constant inputs.
+    centred = [(x.float() - inputs, y.float() - outputs) for x, y in rows]
+    moments = sum(x.T @ x for x, _ in centred) / count
+    products = sum(x.T @ y for x, y in centred) / count
     weight = sparse_fit(linear.weight, moments, products, select)
     if not weight.isfinite().all():
         raise CheckFailed(f"{name}: its sparse fit is not finite; give more text (prune.calibration)")
