@@ -72,9 +72,10 @@ def _module(source: Path, path: Path) -> str:
 def _imported(path: Path, name: str, modules: dict[str, Path], lazy: bool) -> set[str]:
     tree = ast.parse(path.read_text())
     inside = {node for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for node in ast.walk(f)}
+    typing = {node for test in ast.walk(tree) if _is_for_types(test) for node in ast.walk(test)}
     found = set()
     for node in ast.walk(tree):
-        if node in inside and not lazy:
+        if node in typing or (node in inside and not lazy):
             continue
         if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
             whole = {f"{node.module}.{alias.name}" for alias in node.names}
@@ -82,6 +83,11 @@ def _imported(path: Path, name: str, modules: dict[str, Path], lazy: bool) -> se
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
     return {m for m in found if m in modules and m != name}
+
+
+def _is_for_types(node: ast.AST) -> bool:
+    """Whether this is `if TYPE_CHECKING:`, which no program carries out."""
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
 def _reached(start: str, edges: dict[str, set[str]]) -> set[str]:
