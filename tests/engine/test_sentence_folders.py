@@ -1,0 +1,106 @@
+"""Folders of sentence-transformers: what the engine takes from them, and what it refuses by name. No torch here."""
+
+import json
+
+import numpy as np
+import pytest
+
+from pruneofa import Engine
+from pruneofa.engine import engine, reference
+from pruneofa.errors import InputError
+from tests.tiny import POSITIONS, write_folder
+
+
+@pytest.fixture(autouse=True)
+def _on_the_reference(monkeypatch):
+    monkeypatch.setattr(engine, "native", reference)
+    monkeypatch.delenv("PRUNEOFA_ISA", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("modules.json", [{"path": "2_Dense", "type": "models.Dense"}], "module 'Dense', wanted only Transformer"),
+        ("modules.json", {"type": "Pooling"}, "wanted a JSON array, got dict"),
+        (
+            "1_Pooling/config.json",
+            {"pooling_mode": "lasttoken"},
+            "pooling is 'lasttoken', wanted one of cls, mean, max",
+        ),
+        ("1_Pooling/config.json", {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}, "pooling is"),
+        ("1_Pooling/config.json", {"pooling_mode": "mean", "include_prompt": False}, "include_prompt is false"),
+        ("1_Pooling/config.json", [], "wanted a JSON object, got list"),
+        ("1_Pooling/config.json", None, "config.json: no such file"),
+        ("1_Pooling/config.json", {"pooling_mode": "x" * 5000}, "pooling is 'x+..., wanted one of"),
+        ("modules.json", [{"path": "", "type": "x" * 5000}], "module 'x+..., wanted only Transformer"),
+        (
+            "modules.json",
+            [{"path": "\ud800", "type": "Pooling"}],
+            "the path of Pooling is '.ud800', wanted a folder beside",
+        ),
+        ("modules.json", [{"path": "\0", "type": "Pooling"}], "the path of Pooling is '.x00', wanted a folder beside"),
+        (
+            "modules.json",
+            [{"path": "x" * 5000, "type": "Pooling"}],
+            "the path of Pooling is 'x+..., wanted a folder beside",
+        ),
+        ("modules.json", [{"path": "../1_Pooling", "type": "Pooling"}], "is '../1_Pooling', wanted a folder beside"),
+        ("config_sentence_transformers.json", {"truncate_dim": True}, "truncate_dim is True, wanted an integer"),
+        ("tokenizer_config.json", {"model_input_names": 5}, "model_input_names is 5 in tokenizer_config.json, wanted"),
+        ("sentence_bert_config.json", {"max_seq_length": float("inf")}, r"not valid JSON \(Infinity is no number\)"),
+        ("sentence_bert_config.json", {"max_seq_length": float("nan")}, r"not valid JSON \(NaN is no number\)"),
+        (
+            "config_sentence_transformers.json",
+            {"prompts": {"query": "\ud800"}, "default_prompt_name": "query"},
+            r"the prompt has a lone surrogate U\+D800 at 0",
+        ),
+    ],
+)
+def test_sentence_transformers_folders_the_engine_does_not_run(file, content, message, tmp_path):
+    write_folder(tmp_path, "Model")
+    (tmp_path / "1_Pooling").mkdir()
+    modules = [{"path": "", "type": "models.Transformer"}, {"path": "1_Pooling", "type": "models.Pooling"}]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    if file != "1_Pooling/config.json":
+        (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": "mean"}))
+    if content is not None:
+        (tmp_path / file).write_text(json.dumps(content))
+    with pytest.raises(InputError, match=message) as caught:
+        Engine.from_pretrained(tmp_path)
+    assert len(str(caught.value)) < 700
+
+
+def test_a_sentence_model_is_held_to_the_length_it_was_made_for(tmp_path):
+    write_folder(tmp_path, "Model")
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": "mean"}))
+    modules = [{"path": "", "type": "models.Transformer"}, {"path": "1_Pooling", "type": "models.Pooling"}]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    (tmp_path / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 8, "do_lower_case": False}))
+    sentences = Engine.from_pretrained(tmp_path)
+    with pytest.raises(InputError, match="x has 9 tokens, the model takes at most 8"):
+        sentences.predict("good " * 7)
+    cut, whole = sentences.predict(["good " * 7, "good " * 6], truncate=True)
+    np.testing.assert_allclose(cut, whole, atol=1e-5)
+    assert sentences.encode([[5] * POSITIONS]).shape == (1, POSITIONS, 32)  # of the encoder itself
+
+
+def test_a_sentence_model_may_have_a_prompt_and_lower_case(tmp_path):
+    plain = Engine.from_pretrained(write_folder(tmp_path, "Model")).predict("a good RIVER")
+    modules = [{"path": "", "type": "models.Transformer"}, {"path": "1_Pooling", "type": "models.Pooling"}]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": "mean"}))
+    (tmp_path / "sentence_bert_config.json").write_text(json.dumps({"do_lower_case": True}))
+    prompts = {"prompts": {"query": "A GOOD ", "document": ""}, "default_prompt_name": "query"}
+    (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(prompts))
+    np.testing.assert_array_equal(Engine.from_pretrained(tmp_path).predict("RIVER"), plain)
+    (tmp_path / "config_sentence_transformers.json").write_text(json.dumps({"prompts": ["query"]}))
+    with pytest.raises(
+        InputError, match="config_sentence_transformers.json: prompts is ..query.., wanted a JSON object"
+    ):
+        Engine.from_pretrained(tmp_path)
+    (tmp_path / "config_sentence_transformers.json").unlink()
+    (tmp_path / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": "8"}))
+    with pytest.raises(InputError, match="max_seq_length is '8', wanted a number"):
+        Engine.from_pretrained(tmp_path)
