@@ -46,6 +46,8 @@ CHANGES = {
         "save_steps": (1, SAME),
     },
     "prune": {
+        "score": ("hessian", AFTER_PRUNE),
+        "calibration": (64, AFTER_PRUNE),
         "steps": (11, STUDENTS),
         "lr": (2e-3, AFTER_PRUNE),
         "batch": (4, STUDENTS),
