@@ -75,7 +75,9 @@ def test_accuracy_and_macro_f1_in_percent(own):
 
 
 def test_batches_are_sorted_and_filled(own, monkeypatch):
-    monkeypatch.setattr("pruneofa.train.evaluate.evaluation_seconds", lambda *_, **__: 0.0)  # it would try a few rows first
+    monkeypatch.setattr(
+        "pruneofa.train.evaluate.evaluation_seconds", lambda *_, **__: 0.0
+    )  # it would try a few rows first
     task = load_task("mine", own, tiny_tokenizer())
     model = Oracle(CLASSES, lambda _: 0)
     evaluate_model(model, task, batch_size=2)
