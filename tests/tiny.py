@@ -66,6 +66,19 @@ def write_model(folder: Path, model: Any = None) -> Path:
     return folder
 
 
+def half_pruned(model: Any, *, noise: float = 0.2, seed: int = 1) -> Any:
+    """`model` with normal noise on every weight, so that outputs differ from text to text, and half its layers zero."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight += noise * torch.randn(weight.shape, generator=generator)
+            if ".layer." in name and weight.ndim == 2:
+                weight *= torch.rand(weight.shape, generator=generator) < 0.5
+    return model
+
+
 def _common_sizes() -> dict[str, int]:
     return {"vocab_size": len(VOCABULARY), "max_position_embeddings": POSITIONS, "pad_token_id": 0}
 

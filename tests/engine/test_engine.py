@@ -16,7 +16,7 @@ from pruneofa import Engine
 from pruneofa.errors import InputError
 from pruneofa.formats import packed
 from pruneofa.formats.pack import pack
-from tests.tiny import tiny_bert, tiny_distilbert, tiny_roberta, tiny_tokenizer, write_folder
+from tests.tiny import half_pruned, tiny_bert, tiny_distilbert, tiny_roberta, tiny_tokenizer, write_folder, write_model
 
 FAMILIES = {"Bert": tiny_bert, "DistilBert": tiny_distilbert, "Roberta": tiny_roberta}
 TEXTS = ["the great film", "who was king of the city by the river and the sea?", "bad", "a terrible story, not new."]
@@ -32,17 +32,8 @@ def made(tmp_path_factory):
     def make(family, head, **config):
         key = f"{family}{head}{config}"
         if key not in models:
-            model = FAMILIES[family](getattr(transformers, f"{family}{head}"), **config)
-            generator = torch.Generator().manual_seed(1)
-            with torch.no_grad():
-                for name, weight in model.named_parameters():
-                    weight += 0.2 * torch.randn(weight.shape, generator=generator)
-                    if ".layer." in name and weight.ndim == 2:
-                        weight *= torch.rand(weight.shape, generator=generator) < 0.5
-            folder = tmp_path_factory.mktemp("model")
-            model.save_pretrained(folder)
-            tiny_tokenizer().save_pretrained(folder)
-            models[key] = folder, model
+            model = half_pruned(FAMILIES[family](getattr(transformers, f"{family}{head}"), **config))
+            models[key] = write_model(tmp_path_factory.mktemp("model"), model), model
         return models[key]
 
     return make

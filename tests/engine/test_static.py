@@ -22,7 +22,7 @@ from pruneofa.formats.manifest import MANIFEST
 from pruneofa.formats.pack import pack
 from pruneofa.formats.unpack import unpack
 from tests.quantized import quantize_folder
-from tests.tiny import tiny_bert, tiny_distilbert, tiny_roberta, tiny_tokenizer
+from tests.tiny import half_pruned, tiny_bert, tiny_distilbert, tiny_roberta, tiny_tokenizer, write_model
 
 FAMILIES = {"Bert": tiny_bert, "DistilBert": tiny_distilbert, "Roberta": tiny_roberta}
 TEXTS = [
@@ -65,16 +65,7 @@ def made(tmp_path_factory):
         key = family, head, strategy
         if key not in models:
             kind = getattr(transformers, f"{family}{head}")
-            model = FAMILIES[family](kind)
-            generator = torch.Generator().manual_seed(1)
-            with torch.no_grad():
-                for name, weight in model.named_parameters():
-                    weight += 0.2 * torch.randn(weight.shape, generator=generator)
-                    if ".layer." in name and weight.ndim == 2:
-                        weight *= torch.rand(weight.shape, generator=generator) < 0.5
-            folder = tmp_path_factory.mktemp("model")
-            model.save_pretrained(folder)
-            tiny_tokenizer().save_pretrained(folder)
+            folder = write_model(tmp_path_factory.mktemp("model"), half_pruned(FAMILIES[family](kind)))
             scales = quantize_folder(folder, strategy=strategy)
             models[key] = folder, simulate(kind.from_pretrained(folder).eval(), scales)
         return models[key]

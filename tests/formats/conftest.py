@@ -1,5 +1,6 @@
 import pytest
 
+from tests.broken import copy
 from tests.golden import source
 
 
@@ -12,3 +13,13 @@ def model(tmp_path):
 def parts(monkeypatch):
     """Tensors that make no whole model may be packed, where the format is what matters."""
     monkeypatch.setattr("pruneofa.formats.pack.check_tensors", lambda *_, **__: None)
+
+
+@pytest.fixture
+def int8(tmp_path):
+    return copy("v1-int8", tmp_path)
+
+
+@pytest.fixture
+def fp32(tmp_path):
+    return copy("v1-fp32", tmp_path)

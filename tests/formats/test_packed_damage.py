@@ -24,16 +24,6 @@ def folder(request, tmp_path):
 
 
 @pytest.fixture
-def int8(tmp_path):
-    return copy("v1-int8", tmp_path)
-
-
-@pytest.fixture
-def fp32(tmp_path):
-    return copy("v1-fp32", tmp_path)
-
-
-@pytest.fixture
 def zstd(tmp_path):
     return copy("v1-int8-zstd", tmp_path)
 

@@ -31,16 +31,6 @@ from tests.broken import (
 TIED = {"shape": [7, 4], "kind": "tied", "dtype": "F32", "to": WORDS}
 
 
-@pytest.fixture
-def int8(tmp_path):
-    return copy("v1-int8", tmp_path)
-
-
-@pytest.fixture
-def fp32(tmp_path):
-    return copy("v1-fp32", tmp_path)
-
-
 # manifest.json
 
 

@@ -14,7 +14,7 @@ from pruneofa.errors import InputError
 from pruneofa.formats.pack import pack
 from pruneofa.train import evaluate as module
 from pruneofa.train.evaluate import evaluate, evaluate_engine, evaluate_model, load_task_model
-from tests.tiny import tiny_bert, tiny_distilbert, tiny_roberta, tiny_tokenizer
+from tests.tiny import half_pruned, tiny_bert, tiny_distilbert, tiny_roberta, tiny_tokenizer, write_model
 
 FAMILIES = {"Bert": tiny_bert, "DistilBert": tiny_distilbert, "Roberta": tiny_roberta}
 CLASSES = ["bad", "fine", "good"]
@@ -24,15 +24,7 @@ CONTEXT = "the king of the city was not good and the people of the river had a g
 def save(folder, family, head, **config):
     """A folder whose model gives lively logits: its answers differ from row to row."""
     model = FAMILIES[family](getattr(transformers, f"{family}For{head}"), **config)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            weight += 0.3 * torch.randn(weight.shape, generator=generator)
-            if ".layer." in name and weight.ndim == 2:
-                weight *= torch.rand(weight.shape, generator=generator) < 0.5
-    model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return write_model(folder, half_pruned(model, noise=0.3, seed=3))
 
 
 def named(labels):

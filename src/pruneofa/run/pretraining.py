@@ -93,9 +93,7 @@ def prepare_teacher(settings: TeacherSettings, job: Job, *, model: Model, text: 
     transformers.set_seed(settings.seed)
     teacher = load_for_pretraining(model.path, nsp=text.spec.nsp)
     objective = teacher_objective(teacher, settings.teacher, nsp=text.spec.nsp)
-    steps = settings.teacher.steps
-    rate = partial(linear_lr, total=steps, warmup=int(steps * settings.teacher.warmup))
-    clock = _train(objective, settings.teacher, text, rate, settings, job, [])
+    clock = _train(objective, settings.teacher, text, _linear_rate(settings.teacher), settings, job, [])
     return Outcome(teacher, text.tokenizer, validate(objective, text, settings), **clock)
 
 
@@ -124,9 +122,8 @@ def _prune_at_once(student: PreTrainedModel, teacher: Model, settings: PruneSett
         student.to(device)
         data = text.built.train(settings.prune.calibration, seed=settings.seed)
         given = [_unmasked(batch, device) for batch in batches(data, text.collate, CALIBRATION_BATCH)]
-        prune, training = settings.prune, student.training
+        prune = settings.prune
         prune_layerwise(student, dense, given, final=prune.final, pattern=prune.pattern, skip=prune.skip)
-        student.train(training)
         with new_folder(folder) as temporary:
             student.save_pretrained(temporary)
     processes().wait_for_everyone()
@@ -175,10 +172,9 @@ def _trial(settings: ControlSettings, lr: float, job: Job, teacher: Model, text:
         once.step(1)
         once.release()
         prune = settings.prune.model_copy(update={"lr": lr})
-        rate = partial(linear_lr, total=prune.steps, warmup=int(prune.steps * prune.warmup))
         # The report draws a curve per peak learning rate.
         trial = Job(job.name, folder, lambda event: job.emit(event | {"peak_lr": lr}))
-        clock = _train(objective, prune, text, rate, settings, trial, [LockCallback()])
+        clock = _train(objective, prune, text, _linear_rate(prune), settings, trial, [LockCallback()])
         metrics = validate(objective, text, settings)
         if main:
             objective.student.save_pretrained(folder / "model")
@@ -197,12 +193,17 @@ def schedule(settings: Prune) -> dict[str, Any]:
 
 def learning_rate(settings: Prune) -> Callable[[int], float]:
     """The multiple of the peak learning rate as a function of the step (docs/method.md, "Student pruning")."""
-    warmup = int(settings.steps * settings.warmup)
     if settings.rewind == "none" or settings.score == "hessian":
-        return partial(linear_lr, total=settings.steps, warmup=warmup)
+        return _linear_rate(settings)
+    warmup = int(settings.steps * settings.warmup)
     rewound = rewound_lr if settings.rewind == "sawtooth" else cyclic_lr
     times = {"begin": settings.begin, "end": settings.end, "interval": settings.interval}
     return partial(rewound, total=settings.steps, warmup=warmup, **times)
+
+
+def _linear_rate(settings: Teacher | Prune) -> Callable[[int], float]:
+    """Warmup, then linear decay, as a multiple of the peak learning rate."""
+    return partial(linear_lr, total=settings.steps, warmup=int(settings.steps * settings.warmup))
 
 
 def teacher_objective(teacher: PreTrainedModel, settings: Teacher, *, nsp: bool) -> PretrainingObjective:

@@ -18,7 +18,7 @@ from pruneofa.formats.files import read_json, write_json, write_text
 from pruneofa.recipe import Recipe
 from pruneofa.run.engine_metrics import FILE as ENGINE_FILE
 from pruneofa.run.engine_metrics import engine_columns
-from pruneofa.run.lineage import SPARSE, stage_of
+from pruneofa.run.lineage import SPARSE, lost_pattern, stage_of
 from pruneofa.run.stage import METRICS, RECORD, Stage, StageId, Step
 
 PACKAGES = ("pruneofa", "torch", "transformers", "datasets", "tokenizers", "numpy")
@@ -84,10 +84,10 @@ def verify_run(recipe: Recipe, folder: Path) -> int:
     """Number of task models, all checked to keep the sparse model's pattern. Raises CheckFailed if one does not."""
     made = [(file.parent, stage_of(file.parent)) for file in sorted((folder / "tasks").rglob(RECORD))]
     models = [model for model, stage in made if stage is not None and stage.variant in SPARSE]
+    sparse = sparse_folder(recipe, folder)
     for model in models:
-        result = pattern.verify(sparse_folder(recipe, folder), str(model))
-        if not result["ok"]:
-            raise CheckFailed(f"{model}: {result['revived'] or result['missing']} differ from the sparse model")
+        if lost := lost_pattern(sparse, str(model)):
+            raise CheckFailed(lost)
     return len(models)
 
 

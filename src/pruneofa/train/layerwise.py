@@ -61,9 +61,10 @@ def prune_layerwise(
         InputError: the model has no encoder, or the shape of a weight does not divide into the pattern's blocks.
         CheckFailed: the fitted weight of a layer is not finite.
     """
-    wanted = {canonical_name(name) for name in prunable(student, skip)}
-    for name, weight in prunable(student, skip).items():
+    weights = prunable(student, skip)
+    for name, weight in weights.items():
         check_shape(name, tuple(weight.shape), pattern)
+    wanted = {canonical_name(name) for name in weights}
 
     def select(scores: Tensor) -> Tensor:
         return magnitude_mask(scores, final, pattern)
@@ -73,8 +74,7 @@ def prune_layerwise(
     family = families.of(student.config.model_type)
     base, other = student.base_model, teacher.base_model
     first = other.get_submodule(f"{family.layers}.0")
-    inputs = [_capture(other, batch, first) for batch in batches]
-    calls = [_Call(layer, batch["attention_mask"].bool()) for layer, batch in inputs]
+    calls = [_Call(_capture(other, batch, first), batch["attention_mask"].bool()) for batch in batches]
     pairs = list(zip(base.get_submodule(family.layers), other.get_submodule(family.layers), strict=True))
     with progress("pruning layer by layer", len(pairs)) as advance:
         student_hidden = [call.arguments.hidden for call in calls]
@@ -196,7 +196,7 @@ class _EnoughError(Exception):
     """Raised inside a forward pass to stop it once everything needed has been recorded."""
 
 
-def _capture(model: nn.Module, batch: dict[str, Tensor], layer: nn.Module) -> tuple[_Arguments, dict[str, Tensor]]:
+def _capture(model: nn.Module, batch: dict[str, Tensor], layer: nn.Module) -> _Arguments:
     """The arguments that `layer` receives in a forward pass of `model` on the batch, and the batch."""
     found = []
 
@@ -211,7 +211,7 @@ def _capture(model: nn.Module, batch: dict[str, Tensor], layer: nn.Module) -> tu
         pass
     finally:
         hook.remove()
-    return found[0], batch
+    return found[0]
 
 
 def _prune_layer(

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from pruneofa import families
 from pruneofa.errors import InputError
-from pruneofa.families import base_name, is_encoder_weight
-from pruneofa.formats.pattern import BLOCKS, POOLER
+from pruneofa.families import base_name
+from pruneofa.formats.pattern import BLOCKS, POOLER, is_prunable
 
 # Weights processed at a time: temporaries stay in cache, and torch does not use several threads for so few, which
 # made selection tens of times slower on a busy machine.
@@ -40,7 +40,7 @@ def prunable(model: nn.Module, skip: Iterable[str] = ()) -> dict[str, nn.Paramet
     for module_name, module in encoder.named_modules():
         name = f"{module_name}.weight"
         canonical = base_name(_WRAPPED.sub("", name))
-        wanted = canonical == POOLER or is_encoder_weight(canonical, 2)
+        wanted = is_prunable(canonical, 2)
         adapter = any(name.startswith(a) and not name.startswith(f"{a}base_layer.") for a in adapted)
         if wanted and not adapter and isinstance(module, nn.Linear) and id(module.weight) not in seen:
             seen.add(id(module.weight))
