@@ -1,5 +1,6 @@
 """The files of a model other than its weights: configuration, tokenizer, sentence-transformers settings."""
 
+import shlex
 import shutil
 from pathlib import Path
 
@@ -39,8 +40,8 @@ def without_tokenizer(folder: Path) -> str:
     what = f"{folder}: no tokenizer.json in it, which the engine needs"
     if all((folder / name).is_file() for name in slow):
         return (
-            f'{what}; write it with: python -c "from transformers import AutoTokenizer; '
-            f"AutoTokenizer.from_pretrained('{folder}').save_pretrained('{folder}')\""
+            f'{what}; write it with: python -c "import sys; from transformers import AutoTokenizer; '
+            f'AutoTokenizer.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[1])" {shlex.quote(str(folder))}'
         )
     return (
         f"{what}, nor {' and '.join(slow)} to make it from; copy tokenizer.json and tokenizer_config.json into it from "
