@@ -1,0 +1,120 @@
+"""Milliseconds of the engine of two checkouts in one alternating run, and whether they answer alike to the bit.
+
+    python benchmarks/old_new.py BEFORE AFTER [--model minilm@0.9 ...] [--precision int8 ...] [--out FILE.json]
+
+Each checkout has been installed (`make install`) and runs in a process of its own, which holds the same random weights
+and the same inputs. They take turns, one call each, in random order, so that what else runs on the machine meets both.
+The figure is the median over the turns of time before / time after: 1 is equal, below 1 the second is slower.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from machine import machine
+
+from pruneofa.bench.random_folder import write_random
+
+PROGRAM = """
+import hashlib, json, sys, time
+import numpy as np, pruneofa
+from pruneofa import Engine
+folder, precision, threads = sys.argv[1], sys.argv[2], int(sys.argv[3])
+engine = Engine.from_pretrained(folder, precision=precision, threads=threads)
+print(json.dumps(pruneofa.__file__), flush=True)
+for line in sys.stdin:
+    batch, tokens = json.loads(line)
+    ids = np.random.default_rng(0).integers(5, 500, (batch, tokens))
+    begin = time.perf_counter()
+    states = engine.encode(ids)
+    seconds = time.perf_counter() - begin
+    print(json.dumps([seconds, hashlib.sha256(states).hexdigest()]), flush=True)
+"""
+
+
+def start(checkout: Path, folder: Path, precision: str, threads: int) -> subprocess.Popen[str]:
+    """A process that times one call for each line it is sent; it has loaded the engine of this checkout."""
+    process = subprocess.Popen(
+        [str(checkout / ".venv/bin/python"), "-c", PROGRAM, str(folder), precision, str(threads)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    file = json.loads(process.stdout.readline())
+    if not Path(file).is_relative_to(checkout.resolve()):
+        sys.exit(f"{checkout}: {file} was loaded instead")
+    return process
+
+
+def call(process: subprocess.Popen[str], batch: int, tokens: int) -> tuple[float, str]:
+    """Seconds of one call and the SHA-256 of its answer."""
+    process.stdin.write(json.dumps([batch, tokens]) + "\n")
+    process.stdin.flush()
+    return tuple(json.loads(process.stdout.readline()))
+
+
+def measure(pair: list[subprocess.Popen[str]], batch: int, tokens: int, turns: int) -> dict[str, object]:
+    """One row; the first three turns do not count."""
+    times: list[list[float]] = [[], []]
+    order, digests = [0, 1], set()
+    for _ in range(turns + 3):
+        random.shuffle(order)
+        for which in order:
+            seconds, digest = call(pair[which], batch, tokens)
+            times[which].append(seconds)
+            digests.add(digest)
+    before, after = times[0][3:], times[1][3:]
+    return {
+        "batch": batch,
+        "tokens": tokens,
+        "turns": turns,
+        "before_ms": round(1e3 * statistics.median(before), 3),
+        "after_ms": round(1e3 * statistics.median(after), 3),
+        "before_over_after": round(statistics.median(b / a for b, a in zip(before, after, strict=True)), 4),
+        "fastest_before_over_after": round(min(before) / min(after), 4),
+        "same_bits": len(digests) == 1,
+    }
+
+
+def main() -> None:
+    """Measure every model, precision and shape; exit 1 if any answer differs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("before", type=Path)
+    parser.add_argument("after", type=Path)
+    parser.add_argument("--model", nargs="+", default=["minilm@0.9", "bert-base@0.9", "bert-base@0"])
+    parser.add_argument("--precision", nargs="+", default=["int8", "fp32"])
+    parser.add_argument("--shape", nargs="+", default=["1x32", "1x128", "1x384", "8x64"], help="sequences x tokens")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--turns", type=int, default=40)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    rows = []
+    for model in args.model:
+        shape, _, sparsity = model.partition("@")
+        with tempfile.TemporaryDirectory() as folder:
+            write_random(Path(folder), shape, float(sparsity or 0))
+            for precision in args.precision:
+                pair = [
+                    start(checkout, Path(folder), precision, args.threads) for checkout in (args.before, args.after)
+                ]
+                for batch, tokens in (map(int, text.split("x")) for text in args.shape):
+                    row = {"model": model, "precision": precision} | measure(pair, batch, tokens, args.turns)
+                    rows.append(row)
+                    print(json.dumps(row), flush=True)
+                    if args.out:
+                        record = {"machine": machine(), "threads": args.threads, "rows": rows}
+                        args.out.write_text(json.dumps(record, indent=1) + "\n")
+                for process in pair:
+                    process.stdin.close()
+                    process.wait()
+    sys.exit(0 if all(row["same_bits"] for row in rows) else 1)
+
+
+if __name__ == "__main__":
+    main()
