@@ -5,6 +5,8 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -62,6 +64,13 @@ def test_nothing_is_said_of_folders_without_a_lock(run, tmp_path):
         revive(folder)
         check_lock(folder)
         assert sparse_of_run(folder) is None
+
+
+def test_a_folder_near_the_root_of_the_disk_has_no_run_above_it():
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # shallower than a stage's folder in a run
+        write_record(Path(folder), "transfer")
+        check_lock(Path(folder))
+        assert sparse_of_run(Path(folder)) is None
 
 
 def test_where_the_sparse_model_is(run):

@@ -25,8 +25,9 @@ def sparse_of_run(model: Path) -> str | None:
     stage = stage_of(folder)
     if stage is None or stage.task is None:
         return None
-    root = folder.parents[len(Path(stage.path).parts) - 1]
-    if root / stage.path != folder or not (root / "recipe.yaml").is_file():
+    inside = Path(stage.path).parts
+    root = Path(*folder.parts[: -len(inside)])
+    if folder.parts[-len(inside) :] != inside or not (root / "recipe.yaml").is_file():
         return None
     if stage.variant == "control":
         return str(root / StageId(None, None, "control").path)
