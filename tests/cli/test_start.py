@@ -126,6 +126,26 @@ def test_without_torch_a_folder_can_be_inspected_and_training_names_the_extra(tm
     assert said.stderr == "pruneofa: error: training needs torch and transformers: pip install 'pruneofa[train]'\n"
 
 
+@pytest.mark.parametrize(
+    ("verb", "given", "message"),
+    [
+        ("transfer", [], "no task: give --task"),
+        ("transfer", ["--task", "sst2", "--epochs", "ten"], "epochs is 'ten'"),
+        ("transfer", ["--task", "sst2"], "no model.safetensors"),
+        ("quantize", ["--task", "sst2", "--activations", "x"], "activations"),
+        ("quantize", ["--task", "sst2"], "no model.safetensors"),
+        ("evaluate", ["--task", "mine"], "so it needs --data, --text and --label"),
+        ("export", ["--to", "onnx", "--task", "mine"], "so it needs --data, --text and --label"),
+        ("prune", ["--corpus.source", "x", "--prune.final", "2"], "prune.final is 2"),
+    ],
+)
+def test_a_wrong_call_is_refused_before_torch_is_imported(verb, given, message, tmp_path):
+    out = [] if verb == "evaluate" else [tmp_path / "out"]
+    said = without_torch(verb, tmp_path, *out, *given)
+    assert (said.returncode, said.stdout) == (2, "")
+    assert said.stderr.startswith("pruneofa: error: ") and message in said.stderr
+
+
 def test_a_package_that_is_missing_is_no_failed_check():
     program = "import sys; sys.modules['yaml'] = None; from pruneofa.cli.main import main; sys.exit(main())"
     said = subprocess.run([sys.executable, "-c", program, "run", "demo"], capture_output=True, text=True)

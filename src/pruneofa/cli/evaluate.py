@@ -28,9 +28,9 @@ def describe(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--json", action="store_true", help="print as JSON")
 
     def call(options: argparse.Namespace) -> int:
-        from pruneofa.train.evaluate import evaluate
-
         name, spec = read_task(options)
+        from pruneofa.train.evaluate import evaluate  # torch, which takes seconds: a wrong option is refused before
+
         engine = {key: getattr(options, key) for key in ("engine", "precision", "threads", "isa")}
         print_value(evaluate(options.path, name, spec, data_root=options.data_root, whole=True, **engine), options.json)
         return 0

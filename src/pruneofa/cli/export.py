@@ -31,10 +31,10 @@ def describe(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--json", action="store_true", help="print the report as JSON")
 
     def call(options: argparse.Namespace) -> int:
-        from pruneofa.export import export as module
+        name, spec = read_task(options) if options.task or options.data else (None, None)
+        from pruneofa.export import export as module  # torch, which takes seconds: a wrong option is refused before
         from pruneofa.run.lineage import check_lock
 
-        name, spec = read_task(options) if options.task or options.data else (None, None)
         given = {"to": options.to, "precision": options.precision, "data_root": options.data_root}
         check_lock(Path(options.folder).expanduser())  # a model of the hub is in no run's folder
         try:

@@ -30,15 +30,16 @@ def describe(verb: argparse.ArgumentParser) -> None:
     add_training(verb)
 
     def call(options: argparse.Namespace) -> int:
-        from pruneofa.run import single
-
         values: dict[str, Any] = {"name": options.out.name, "model": options.model, "seed": options.seed}
         values |= {"precision": options.precision, "data_root": options.data_root}
         for name, model in sections.items():
             values[name] = read_fields(options, model, f"{name}.")
         if options.no_teacher:
             values["teacher"] = None
-        metrics = single.prune(recipe.validate(recipe.Recipe, values), options.out, redo=options.redo)
+        settings = recipe.validate(recipe.Recipe, values)
+        from pruneofa.run import single  # torch, which takes seconds: a wrong option is refused before
+
+        metrics = single.prune(settings, options.out, redo=options.redo)
         print_value({"out": str(options.out), **metrics}, options.json)
         return 0
 

@@ -34,13 +34,13 @@ def describe(verb: argparse.ArgumentParser) -> None:
     add_training(verb)
 
     def call(options: argparse.Namespace) -> int:
-        from pruneofa.run import single
-
         name, spec = read_task(options)
         refuse_unused(options)
         values = read_fields(options, recipe.Quantize, "") | {"ptq": options.ptq}
         settings = recipe.validate(recipe.Quantize, values)
         say_pattern(options.folder)
+        from pruneofa.run import single  # torch, which takes seconds: what is wrong without it is said before
+
         if spec.teacher is None and not options.ptq:
             sys.stderr.write("no --teacher given: learning from the task's own labels alone\n")
             spec = spec.model_copy(update={"hard": 1.0, "kd": 0.0, "hidden": 0.0})
