@@ -20,6 +20,8 @@ def progress(description: str, total: int, *, completed: int = 0) -> Iterator[Ca
         return
     start = last = time.monotonic()
     done = completed
+    if completed:
+        sys.stderr.write(f"{description}: resumes at {completed}/{total}\n")
 
     def advance(count: int = 1, note: str = "") -> None:
         nonlocal done, last

@@ -1,10 +1,14 @@
+import itertools
 import math
+import signal
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from pruneofa import progress
 from pruneofa.data.corpus import build_corpus
 from pruneofa.data.examples import collate
 from pruneofa.errors import CheckFailed, InputError
@@ -55,6 +59,24 @@ def fit(objective, text, work, *, steps=12, events=None, callbacks=(), **options
 
 def losses(events):
     return [event["loss"] for event in events if event["event"] == "log"]
+
+
+class _CtrlC(TrainerCallback):
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == 4:
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_does_not_say_done_and_the_next_attempt_says_where_it_resumes(text, tmp_path, monkeypatch, capsys):
+    ticks = itertools.count(step=30)  # so that every step is worth a line
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    with pytest.raises(KeyboardInterrupt):
+        fit(objective(), text, tmp_path, callbacks=[_CtrlC()])
+    said = capsys.readouterr().err
+    assert "test: 5/12" in said and "done" not in said
+    fit(objective(), text, tmp_path)
+    said = capsys.readouterr().err
+    assert said.startswith("test: resumes at 5/12\n") and "test: done in" in said
 
 
 def test_accumulation_changes_neither_losses_nor_weights(text, tmp_path):

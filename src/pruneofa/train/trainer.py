@@ -5,7 +5,7 @@ import json
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -198,7 +198,9 @@ class _StageCallback(TrainerCallback):
     def close(self) -> None:
         """Close the progress bar and restore the handler of Ctrl-C; also called after an error."""
         if hasattr(self, "stack"):
-            self.stack.close()
+            stop = KeyboardInterrupt() if self.interrupted else None
+            with suppress(KeyboardInterrupt):  # the bar must not say that it is done
+                self.stack.__exit__(stop and type(stop), stop, None)
             signal.signal(signal.SIGINT, self.handler)
 
 
