@@ -13,7 +13,7 @@ from pruneofa import Engine
 from pruneofa.errors import InputError
 from pruneofa.formats import pattern
 from pruneofa.formats.pack import pack
-from pruneofa.formats.tensors import weights_folder
+from pruneofa.formats.tensors import weight_files, weights_folder
 from tests.golden import source
 
 
@@ -125,3 +125,16 @@ def test_a_bin_of_other_things_than_tensors(tmp_path):
     torch.save({"model": as_bin(folder), "epoch": 3}, folder / "pytorch_model.bin")
     with pytest.raises(InputError, match="holds other things than tensors; wanted the state_dict"):
         weights_folder(folder)
+
+
+def test_a_packed_folder_is_no_model_to_train_and_one_line_says_how_to_make_one(tmp_path):
+    source(tmp_path / "model")
+    pack(str(tmp_path / "model"), tmp_path / "packed")
+    with pytest.raises(InputError, match=r"packed: is packed; make an ordinary folder first: pruneofa unpack "):
+        weight_files(tmp_path / "packed")
+
+
+def test_the_models_inside_a_folder_of_models_are_named(tmp_path):
+    source(tmp_path / "run" / "sparse")
+    with pytest.raises(InputError, match=r"run: no model.safetensors .* such as \S+/run/sparse$"):
+        weight_files(tmp_path / "run")

@@ -39,7 +39,7 @@ class StoredTensor:
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder: one, or the shards that its index names.
 
-    Raises InputError for a folder without them, with only a .bin file, or with a shard missing.
+    Raises InputError for a folder without them, that is packed, with only a .bin file, or with a shard missing.
     """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
@@ -55,7 +55,11 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / name for name in names]
     if binaries := _binaries(folder):
         raise InputError(_only_binaries(folder, binaries))
-    raise InputError(f"{folder}: no model.safetensors in it; wanted a Hugging Face model folder")
+    if any(folder.glob("model.packed.*")):
+        raise InputError(f"{folder}: is packed; make an ordinary folder first: pruneofa unpack {folder} FOLDER")
+    inside = sorted(file.parent.name for file in folder.glob("*/config.json"))
+    hint = f", such as {' or '.join(str(folder / name) for name in inside[:3])}" if inside else ""
+    raise InputError(f"{folder}: no model.safetensors in it; wanted a Hugging Face model folder{hint}")
 
 
 def weights_folder(path: str | Path) -> Path:
