@@ -82,7 +82,8 @@ def table(rows: list[dict[str, Any]]) -> None:
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*(_cell(value) for value in row.values()))
-    Console(soft_wrap=not sys.stdout.isatty()).print(table)
+    # In a file or pipe no cell is folded: a hash on two lines is found by no search.
+    Console(width=None if sys.stdout.isatty() else 10_000).print(table)
 
 
 def _cell(value: Any) -> str:
