@@ -89,6 +89,13 @@ def test_a_wrong_call_is_one_line(refused, arguments):
     assert "--help" in refused(*arguments)
 
 
+def test_a_misspelt_option_is_corrected_and_the_help_of_its_verb_named(refused):
+    given = ["transfer", "x", "y", "--task", "sst2"]
+    said = refused(*given, "--precison", "fp32")
+    assert said == "unrecognized arguments: --precison fp32; did you mean --precision; see pruneofa transfer --help"
+    assert "did you mean" not in refused(*given, "--zzz=1")
+
+
 def fastest(*command: str) -> float:
     seconds = []
     for _ in range(5):

@@ -1,6 +1,7 @@
 """The command line: parse, call, print. Heavy imports happen inside the verbs."""
 
 import argparse
+import difflib
 import errno
 import os
 import sys
@@ -103,12 +104,20 @@ def _parser(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    called = next((word for word in arguments if not word.startswith("-")), None)
     for name, help_text, describe in VERBS:
         verb = verbs.add_parser(name, help=help_text, description=describe.__doc__)
         # Options generated from the recipe's models need pydantic: only the verb that is called pays for it.
-        if next((word for word in arguments if not word.startswith("-")), None) == name:
+        if name == called:
             describe(verb)
-    return parser.parse_args(arguments)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        verb = verbs.choices[called]
+        flags = [flag for action in verb._actions for flag in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, 1)
+        hint = f"; did you mean {near[0]}" if near else ""
+        verb.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    return options
 
 
 VERBS: list[tuple[str, str, Callable[[argparse.ArgumentParser], None]]] = [
