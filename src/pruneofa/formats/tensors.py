@@ -57,7 +57,7 @@ def weight_files(folder: Path) -> list[Path]:
         raise InputError(_only_binaries(folder, binaries))
     if any(folder.glob("model.packed.*")):
         raise InputError(f"{folder}: is packed; make an ordinary folder first: pruneofa unpack {folder} FOLDER")
-    inside = sorted(file.parent.name for file in folder.glob("*/config.json"))
+    inside = sorted({file.parent.name for file in folder.glob("*/model.safetensors*")})
     hint = f", such as {' or '.join(str(folder / name) for name in inside[:3])}" if inside else ""
     raise InputError(f"{folder}: no model.safetensors in it; wanted a Hugging Face model folder{hint}")
 
