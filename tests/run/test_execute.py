@@ -80,7 +80,7 @@ def test_other_rows_are_evaluated_on_a_finished_folder_without_redo(transfer, tm
     assert transfer() == whole and rows == [3, 40]
     assert read_json(out / "evaluation.json")["fingerprint"] == record["fingerprint"]
     assert weights(out) == before
-    with pytest.raises(InputError, match=f"{SEED}/transfer; --redo"):
+    with pytest.raises(InputError, match=rf"{SEED}/transfer \(lr was \S+, is 0.001\); --redo"):
         transfer(lr=1e-3)
 
 

@@ -31,6 +31,8 @@ def check_folder(recipe: Recipe, folder: Path) -> None:
 def refuse_changes(steps: Iterable[Step], where: Path, redo: bool, out: str = "--out") -> None:
     """Raises InputError listing stages, finished or begun, whose settings or inputs changed, unless `redo`.
 
+    Of a finished stage it says what changed.
+
     Stages with a record of an earlier format are refused as such: whether their settings changed cannot be told.
     `where` is the folder that the message names, `out` the command-line argument for it.
     """
@@ -42,13 +44,18 @@ def refuse_changes(steps: Iterable[Step], where: Path, redo: bool, out: str = "-
             f"{where}: made by pruneofa {earlier[0][1]}, whose stages do not record all settings ({names}); "
             f"wanted stages of format {FORMAT}; choose another {out}, or make them again with --redo"
         )
-    changed = [str(stage.id) for stage in stages if stage.status == "changed"]
+    changed = [f"{stage.id} ({_first(stage.differences())})" for stage in stages if stage.status == "changed"]
     changed += [f"{stage.id} (unfinished)" for stage in stages if stage.begun not in (None, stage.fingerprint)]
     if changed and not redo:
         raise InputError(
             f"settings or inputs of stages changed: {', '.join(changed)}; "
             f"--redo makes them again (the old ones are kept until the new are complete), or choose another {out}"
         )
+
+
+def _first(differences: list[str], shown: int = 3) -> str:
+    more = [f"{len(differences) - shown} more"] if len(differences) > shown else []
+    return "; ".join(differences[:shown] + more)
 
 
 def refuse_other_work(stages: Iterable[Stage], work: Path, redo: bool) -> None:

@@ -5,6 +5,7 @@ training.
 """
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,6 +121,15 @@ def decisive(settings: Any) -> dict[str, Any]:
     return _without_absent(settings, values)
 
 
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name, as JSON gives them back."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        inner = isinstance(value, dict)
+        found |= _flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": json.loads(json.dumps(value))}
+    return found
+
+
 def _without_absent(owner: Any, values: dict[str, Any]) -> dict[str, Any]:
     name = type(owner).__name__
     return {k: v for k, v in values.items() if f"{name}.{k}" not in ABSENT or ABSENT[f"{name}.{k}"] != v}
@@ -169,6 +179,15 @@ class Stage:
         if file.exists():
             return "done" if read_json(file).get("fingerprint") == self.fingerprint else "changed"
         return "run"
+
+    def differences(self) -> list[str]:
+        """What differs between the finished stage's record and the settings and inputs of now, a phrase for each."""
+        record = read_json(self.folder / RECORD)
+        then, now = (_flat(settings) for settings in (record.get("settings", {}), decisive(self.settings)))
+        names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+        found = [f"{name} was {then.get(name)}, is {now.get(name)}" for name in names]
+        before = record.get("inputs", {})
+        return found + [f"other {name}" for name, value in self.input_fingerprints.items() if before.get(name) != value]
 
     @property
     def begun(self) -> str | None:
