@@ -21,7 +21,7 @@ class Said(NamedTuple):
 
 def program(*arguments: object, **environment: str) -> Said:
     """`pruneofa ARGUMENTS` as a program."""
-    command = [sys.executable, "-m", "pruneofa.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "pruneofa", *map(str, arguments)]
     # Threads that wait for one another on a busy machine make tiny models a hundred times slower.
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
     run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=250)

@@ -34,7 +34,7 @@ def file(tmp_path_factory):
 
 
 def start(file: Path, out: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "pruneofa.cli", "run", str(file), "--out", str(out)]
+    command = [sys.executable, "-m", "pruneofa", "run", str(file), "--out", str(out)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 

@@ -106,7 +106,7 @@ def test_a_whole_run_on_two_ranks(tmp_path):
 
     (tmp_path / "recipe.yaml").write_text(recipe.dump(small_recipe(tmp_path, "control={lr: [1e-3]}", "quantize={}")))
     out = tmp_path / "run"
-    torchrun("-m", "pruneofa.cli", "run", tmp_path / "recipe.yaml", "--out", out)
+    torchrun("-m", "pruneofa", "run", tmp_path / "recipe.yaml", "--out", out)
     results = read_json(out / "results.json")
     by_torch = {"dense", "transfer", "control", "ptq", "quantize"}
     by_engine = {f"{name}_engine" for name in by_torch - {"control"}}
@@ -114,7 +114,7 @@ def test_a_whole_run_on_two_ranks(tmp_path):
     assert pattern.verify(out / "sparse", out / "tasks/mine/seed-0/transfer")["ok"]
     assert results["sparsity"] == pytest.approx(0.9, abs=2e-3)
     assert not (out / ".work").exists()
-    torchrun("-m", "pruneofa.cli", "run", tmp_path / "recipe.yaml", "--out", out)
+    torchrun("-m", "pruneofa", "run", tmp_path / "recipe.yaml", "--out", out)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`python -m pruneofa.cli`, which torchrun needs."""
+"""`python -m pruneofa`, which torchrun needs."""
 
 import sys
 
