@@ -106,9 +106,9 @@ def test_metrics_of_the_known_tasks(tmp_path):
 
 
 def test_label_order():
-    def order(theirs, ours):
-        config = SimpleNamespace(id2label=dict(enumerate(theirs)), num_labels=len(theirs))
-        return label_order(config, SimpleNamespace(name="t", labels=ours))
+    def order(model_labels, task_labels):
+        config = SimpleNamespace(id2label=dict(enumerate(model_labels)), num_labels=len(model_labels))
+        return label_order(config, SimpleNamespace(name="t", labels=task_labels))
 
     assert order(["b", "a"], ["a", "b"]) == [1, 0]
     assert order(["CONTRADICTION", "NEUTRAL", "ENTAILMENT"], ["entailment", "neutral", "contradiction"]) == [2, 1, 0]
