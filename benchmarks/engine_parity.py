@@ -1,15 +1,15 @@
-"""How far the engine's answers are from those that training simulated, for a quantized folder and its task.
+"""How far the logits of the engine are from the logits of simulated int8, for a quantized folder and its task.
 
     python benchmarks/engine_parity.py FOLDER --task sst2 [--data PATH] [--isa amx avx2] [--rows N] [--json]
 
 FOLDER has quantization.json, as `pruneofa quantize` writes it. Torch simulates int8 as it did in training; the engine
-computes it. Of every validation row (of question answering every window) the relative L2 distance of the logits;
-how many rows have the same class (windows the same likeliest start and end); and the metrics of both. Exit code 1 if
-a target is missed: median 2e-3, largest 3e-2, 99.8 % equal classes, metrics within 0.2 points.
+computes it. Printed are the relative L2 distances of the logits of every validation row (for SQuAD of every window),
+the share of rows with the same class (of windows with the same likeliest start and end), and the metrics of both. Exit
+code 1 if a target is missed: median 2e-3, largest 3e-2, 99.8 % equal classes, metrics within 0.2 points.
 
-Where a float differs in its last bit a code may come out one off, and a row whose logits are nearly 0 then moves by
-more than they are. So the first line is torch against itself, one row at a time instead of in batches: what is left
-when nothing differs but the order in which floats are added.
+A float that differs in its last bit may be rounded to the next code. If the logits of a row are nearly 0, that changes
+them by more than their size. So the first line compares torch with itself, one row at a time instead of in batches:
+there only the order of additions differs.
 """
 
 import argparse
@@ -37,10 +37,10 @@ Forward = Callable[[TaskData], Iterator[evaluate.Batch]]
 
 
 class Recorded:
-    """What was computed of each split, kept while the metrics are made of it.
+    """The logits of each split, recorded while the metrics are computed from them.
 
     Attributes:
-        logits: of each split {row: its (classes,), or start and end of its tokens}.
+        logits: for each split {row: [(classes,)], or [(tokens,), (tokens,)] for start and end}.
     """
 
     def __init__(self, forward: Forward, task: Task, columns: list[int] | None) -> None:
@@ -59,29 +59,29 @@ class Recorded:
         self.logits.append(found)
 
 
-def compare(ours: Recorded, theirs: Recorded) -> dict[str, Any]:
+def compare(computed: Recorded, simulated: Recorded) -> dict[str, Any]:
     """Distances of the logits, equal classes, and both metrics."""
-    far, equal = [], []
-    for mine, wanted in zip(ours.logits, theirs.logits, strict=True):
+    distances, equal = [], []
+    for found_logits, wanted in zip(computed.logits, simulated.logits, strict=True):
         for row, heads in wanted.items():
-            a, b = np.concatenate(mine[row]), np.concatenate(heads)
-            far.append(np.linalg.norm(a - b) / np.linalg.norm(b))
-            equal.append(all(x.argmax() == y.argmax() for x, y in zip(mine[row], heads, strict=True)))
-    points = max(abs(ours.metrics[name] - wanted) for name, wanted in theirs.metrics.items())
-    found = {"rows": len(far), "median": float(np.median(far)), "p99": float(np.quantile(far, 0.99)),
-             "largest": float(max(far)), "within_1e-5": 100 * float(np.mean(np.array(far) < 1e-5)),
-             "equal": 100 * float(np.mean(equal)), "metrics": ours.metrics}  # fmt: skip
+            a, b = np.concatenate(found_logits[row]), np.concatenate(heads)
+            distances.append(np.linalg.norm(a - b) / np.linalg.norm(b))
+            equal.append(all(x.argmax() == y.argmax() for x, y in zip(found_logits[row], heads, strict=True)))
+    points = max(abs(computed.metrics[name] - wanted) for name, wanted in simulated.metrics.items())
+    found = {"rows": len(distances), "median": float(np.median(distances)), "p99": float(np.quantile(distances, 0.99)),
+             "largest": float(max(distances)), "within_1e-5": 100 * float(np.mean(np.array(distances) < 1e-5)),
+             "equal": 100 * float(np.mean(equal)), "metrics": computed.metrics}  # fmt: skip
     missed = {"median": found["median"] > MEDIAN, "largest": found["largest"] > LARGEST,
               "equal": found["equal"] < EQUAL, "metrics": points > POINTS}  # fmt: skip
     return found | {"missed": [name for name, is_so in missed.items() if is_so]}
 
 
 def measure(folder: Path, task: Task, model: torch.nn.Module, isas: list[str], threads: int | None) -> dict[str, Any]:
-    """What `compare` says of torch against itself and of every path, by name."""
+    """The result of `compare` for torch against itself and for every instruction set, by name."""
     columns = evaluate.label_order(model.config, task) if task.kind == "classification" else None
 
     def torch_in(batch: int) -> Recorded:
-        return Recorded(lambda data: evaluate._forward(model, task, data, batch, "fp32"), task, columns)
+        return Recorded(lambda data: evaluate._forward(model, task, data, batch, "fp32", task.name), task, columns)
 
     simulated = torch_in(64)
     found = {"torch, one row at a time": compare(torch_in(1), simulated)}

@@ -1,7 +1,7 @@
-"""What an installation takes on disk, by package: python benchmarks/install_size.py [PYTHON_OF_A_VENV]
+"""Disk space of an installation, by package: python benchmarks/install_size.py [PYTHON_OF_A_VENV]
 
-Counted are the files that pip recorded, without pip and setuptools: as they come in wheels, and the bytecode that
-Python compiles of them (`pip install --no-compile` leaves it out).
+It counts the files that pip recorded, without pip and setuptools. Bytecode, which Python compiles from them, is counted
+apart (`pip install --no-compile` leaves it out).
 """
 
 import json

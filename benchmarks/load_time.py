@@ -1,10 +1,10 @@
-"""Seconds that Engine.from_pretrained takes, of one checkout or of two by turns.
+"""Time Engine.from_pretrained, of one checkout or of two in alternation.
 
     python benchmarks/load_time.py FOLDER... [--checkout PATH [PATH]] [--runs 5] [--out FILE.json]
 
-FOLDER is a model; bert-base@0.9 stands for random weights of that shape and sparsity. Every load is a process of its
-own, which has imported everything before the clock starts and has read the weights once, so that they are in the
-page cache. The first checkout is the one before, the second the one after.
+FOLDER is a model, or SHAPE@SPARSITY for random weights, such as bert-base@0.9. Every load runs in its own process. The
+process first imports everything and reads the weights once, so that they are in the page cache. The record calls the
+first checkout "before" and the second "after".
 """
 
 import argparse
@@ -35,7 +35,7 @@ print(json.dumps([time.perf_counter() - begin, time.process_time() - processor, 
 
 
 def load(checkout: Path, folder: Path, precision: str) -> tuple[float, float]:
-    """Seconds by the clock and of the processor that one load takes, in a process of its own."""
+    """Wall-clock and CPU seconds of one load, in its own process."""
     environment = os.environ | {"PYTHONPATH": str(checkout / "src")}
     command = [sys.executable, "-c", PROGRAM, str(folder), precision]
     found = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout

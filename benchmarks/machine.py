@@ -1,4 +1,4 @@
-"""What numbers of several of these programs depend on: the machine, and the shape of the model."""
+"""What several benchmarks share: a description of the machine, and the shape of MiniLM."""
 
 import os
 import platform

@@ -2,7 +2,7 @@
 
 Claim: uniform and global each take at most 3 s on 2 cores and one layer's worth of memory (16 MiB) beyond
 the weights and the masks themselves. Correctness comes first: exact counts, and nothing kept is smaller
-than anything pruned. Run it alone on the machine: python benchmarks/mask_selection.py [--json FILE]
+than anything pruned. Run it while nothing else runs: python benchmarks/mask_selection.py [--json FILE]
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Milliseconds of the engine of two checkouts in one alternating run, and whether they answer alike to the bit.
+"""Compare the speed of the engine in two checkouts, and check that their outputs are bit-identical.
 
     python benchmarks/old_new.py BEFORE AFTER [--model minilm@0.9 ...] [--precision int8 ...] [--out FILE.json]
 
-Each checkout has been installed (`make install`) and runs in a process of its own, which holds the same random weights
-and the same inputs. They take turns, one call each, in random order, so that what else runs on the machine meets both.
-The figure is the median over the turns of time before / time after: 1 is equal, below 1 the second is slower.
+Each checkout must be installed (`make install`). It runs in its own process, with the same random weights and inputs.
+The two alternate, one call each, in random order, so that other load on the machine affects both. The figure is the
+median over the turns of time before / time after: 1 is equal, below 1 the second checkout is slower.
 """
 
 import argparse
@@ -39,7 +39,7 @@ for line in sys.stdin:
 
 
 def start(checkout: Path, folder: Path, precision: str, threads: int) -> subprocess.Popen[str]:
-    """A process that times one call for each line it is sent; it has loaded the engine of this checkout."""
+    """Start a process that loads the engine of this checkout and times one call per line of its standard input."""
     process = subprocess.Popen(
         [str(checkout / ".venv/bin/python"), "-c", PROGRAM, str(folder), precision, str(threads)],
         stdin=subprocess.PIPE,

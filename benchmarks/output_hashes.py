@@ -1,4 +1,4 @@
-"""Hashes of what the engine and its kernels compute, on every path of this machine, for inputs made from a seed.
+"""Hashes of the outputs of the engine and its kernels, for every instruction set of this machine and seeded inputs.
 
     python benchmarks/output_hashes.py > before.json
     python benchmarks/output_hashes.py --check before.json
@@ -94,7 +94,7 @@ def write_folder(folder: Path, name: str) -> None:
 
 
 def sha256(array: np.ndarray) -> str:
-    """Of type, shape and bytes."""
+    """Hash of dtype, shape and bytes."""
     return hashlib.sha256(f"{array.dtype.str}{array.shape}".encode() + array.tobytes()).hexdigest()
 
 
@@ -166,9 +166,9 @@ def main() -> None:
     wrong = differing(before, hashes)
     print(*wrong, sep="\n", end="\n" if wrong else "")
     both = [isa for isa in hashes if isa in before]
-    alone = sorted(before.keys() ^ hashes.keys())
+    unmatched = sorted(before.keys() ^ hashes.keys())
     print(f"{sum(len(hashes[isa]) for isa in both)} hashes of {', '.join(both)}: {len(wrong)} differ")
-    print(f"not compared, because only one has them: {', '.join(alone) or 'none'}")
+    print(f"not compared, because only one has them: {', '.join(unmatched) or 'none'}")
     sys.exit(bool(wrong) or not both)
 
 

@@ -65,13 +65,13 @@ def naive_kd(student: Tensor, teacher: Tensor) -> Tensor:
 def naive_step(student: BertForPreTraining, teacher: BertForPreTraining, batch: Batch) -> Tensor:
     """Loss of a step the way it is usually written."""
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "token_type_ids")}
-    mine = student(**inputs)
+    output = student(**inputs)
     with torch.no_grad():
         target = teacher(**inputs)
-    mlm = F.cross_entropy(mine.prediction_logits.flatten(0, 1).float(), batch["labels"].flatten())
-    nsp = F.cross_entropy(mine.seq_relationship_logits.float(), batch["next_sentence_label"])
-    kd = naive_kd(mine.prediction_logits, target.prediction_logits)
-    return 0.5 * (mlm + nsp + kd + naive_kd(mine.seq_relationship_logits, target.seq_relationship_logits))
+    mlm = F.cross_entropy(output.prediction_logits.flatten(0, 1).float(), batch["labels"].flatten())
+    nsp = F.cross_entropy(output.seq_relationship_logits.float(), batch["next_sentence_label"])
+    kd = naive_kd(output.prediction_logits, target.prediction_logits)
+    return 0.5 * (mlm + nsp + kd + naive_kd(output.seq_relationship_logits, target.seq_relationship_logits))
 
 
 def steps(student: BertForPreTraining, teacher: BertForPreTraining, batch: Batch) -> dict[str, Callable[[], Tensor]]:
@@ -138,10 +138,10 @@ def check(losses: dict[str, Callable[[], Tensor]], parameters: list[Tensor]) -> 
         gradients[variant] = torch.autograd.grad(value, parameters)
         values[variant] = value.item()
     difference = abs(values["fused"] / values["naive"] - 1)
-    for mine, theirs in zip(gradients["fused"], gradients["naive"], strict=True):
-        error = (mine - theirs).norm().item()
+    for fused, naive in zip(gradients["fused"], gradients["naive"], strict=True):
+        error = (fused - naive).norm().item()
         # A key's bias adds the same to every score, so its true gradient is 0 and only rounding is left.
-        difference = max(difference, error / max(theirs.norm().item(), 1e-4))
+        difference = max(difference, error / max(naive.norm().item(), 1e-4))
     if not difference <= TOLERANCE:
         sys.exit(f"the variants differ by {difference:.1e} relative, allowed {TOLERANCE:.0e}: {values}")
     return difference

@@ -39,7 +39,7 @@ def build(shape: dict[str, int]) -> tuple[nn.Module, dict[str, torch.Tensor]]:
 
 
 def guarded(model: nn.Module, guard: str) -> tuple[Callable[[], object], Callable[[], None], float]:
-    """What follows the optimizer's step, what ends the guard, and the seconds its mask selection took."""
+    """The callback after the optimizer's step, the one that ends the guard, and the seconds of its mask selection."""
     if guard == "lock":
         lock = PatternLock.capture(model)
         return lock.apply, lock.release, 0.0
@@ -79,7 +79,7 @@ def check(shape: dict[str, int]) -> None:
 
 
 def nothing() -> None:
-    """What follows the optimizer's step without a guard."""
+    """Do nothing: the callback after the optimizer's step when there is no guard."""
 
 
 def measure(shape: dict[str, int], turns: int) -> dict:

@@ -1,8 +1,8 @@
-"""Copy what is worth keeping of a run into results/NAME: everything measured, no weights, no paths of a machine.
+"""Copy the records of a run into results/NAME: recipe, metrics, logs and versions; no weights, no local paths.
 
     python results/collect.py runs/minilm-90
 
-Works on an unfinished run too: whatever stages are complete are copied.
+An unfinished run can be collected too: the complete stages are copied.
 """
 
 import shutil

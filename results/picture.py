@@ -1,4 +1,4 @@
-"""Draw docs/picture.svg, the README's picture: what is kept of accuracy, beside size and speed.
+"""Draw docs/picture.svg for the README: accuracy, size and speed of dense and sparse models.
 
     python results/picture.py
 
@@ -93,11 +93,11 @@ def latency_rows(run: Row) -> list[Row]:
 def bench_rows(record: Row) -> list[Row]:
     """A row per runtime of the record, dense peers first: median milliseconds of the case."""
     [row] = [row for row in record["rows"] if row["case"] == CASE]
-    ours, *_ = record["models"]
+    engine, *_ = record["models"]
     return [
         {
-            "model": INT8 if runner["name"] == ours["name"] else runner["name"],
-            "color": COLORS[INT8 if runner["name"] == ours["name"] else DENSE],
+            "model": INT8 if runner["name"] == engine["name"] else runner["name"],
+            "color": COLORS[INT8 if runner["name"] == engine["name"] else DENSE],
             "value": runner["median_ms"],
         }
         for runner in sorted(row["runners"], key=lambda runner: -runner["median_ms"])

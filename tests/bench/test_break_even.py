@@ -9,10 +9,10 @@ from tests.bench.records import needs_kernels
 
 
 def test_where_it_pays():
-    ours = {f"{s:g}": 100 * (1 - s) for s in SPARSITIES}
-    assert pays_from(ours, 25.0) == 0.8
-    assert pays_from(ours, 1.0) is None and pays_from(ours, 1000.0) == 0 and pays_from(ours, None) is None
-    assert pays_from(ours | {"0.95": 30.0}, 25.0) is None  # what pays at 0.9 alone does not pay from there
+    times = {f"{s:g}": 100 * (1 - s) for s in SPARSITIES}
+    assert pays_from(times, 25.0) == 0.8
+    assert pays_from(times, 1.0) is None and pays_from(times, 1000.0) == 0 and pays_from(times, None) is None
+    assert pays_from(times | {"0.95": 30.0}, 25.0) is None  # what pays at 0.9 alone does not pay from there
 
 
 @needs_kernels
@@ -50,8 +50,8 @@ def test_break_even_goes_on_without_a_dense_peer_that_fails(folder, tmp_path, mo
 
 
 def break_even_row(pays: float | None, dense: float | None = 25.0) -> dict:
-    ours = {f"{s:g}": 100 * (1 - s) for s in SPARSITIES}
-    return {"shape": [8, 8], "tokens": 4, "ours_us": ours, "dense_us": dense, "dense": "torch-int8", "pays_from": pays}
+    times = {f"{s:g}": 100 * (1 - s) for s in SPARSITIES}
+    return {"shape": [8, 8], "tokens": 4, "ours_us": times, "dense_us": dense, "dense": "torch-int8", "pays_from": pays}
 
 
 def test_it_is_said_plainly_where_it_pays_and_where_not():

@@ -19,7 +19,7 @@ from tests.tiny import write_folder
 
 def test_a_process_that_dies_says_how(tmp_path):
     with Worker(OURS, tmp_path / "log", os.environ) as worker:
-        with pytest.raises(WorkerError, match="KeyError: 'nobody'"):
+        with pytest.raises(WorkerError, match="KeyError"):
             worker.ask("time", key="nobody", count=1)
         worker._process.send_signal(signal.SIGKILL)
         with pytest.raises(WorkerError, match="its process ended with -9"):

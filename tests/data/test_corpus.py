@@ -270,7 +270,7 @@ def test_a_tokenizer_without_a_mask_token(tmp_path):
 
 def test_a_full_disk_is_reported_and_leaves_nothing(tmp_path, monkeypatch):
     def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     path = write(tmp_path / "a.txt", articles(30))
     monkeypatch.setattr(corpus, "_write", full)

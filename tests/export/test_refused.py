@@ -57,12 +57,12 @@ class TestBadInput:
             weight[row, column] = scale[row]
 
         change(folder, f"bert.{name}", revive)
-        self.refused(folder, "its pattern lock was broken after quantization", precision=precision)
+        self.refused(folder, "pattern lock was broken", precision=precision)
 
     def test_a_weight_off_the_grid(self, tmp_path):
         folder = save(tmp_path / "model")
         change(folder, f"bert.{QUERY}", lambda weight: np.multiply(weight, 1.01, out=weight))
-        self.refused(folder, rf"{QUERY} claims to be on the int8 grid but is not")
+        self.refused(folder, f"{QUERY} claims to be on")
 
     def test_another_head(self, tmp_path):
         folder = save(tmp_path / "model", head="ForMaskedLM")

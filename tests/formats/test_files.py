@@ -58,7 +58,7 @@ def test_a_full_disk_leaves_the_old_text_and_nothing_else(tmp_path, monkeypatch,
         monkeypatch.setattr(builtins, "open", FullAfter)
     else:
         monkeypatch.setattr(os, fault, full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
         files.write_json(file, {"step": 2})
     monkeypatch.undo()
     assert file.read_bytes() == before
@@ -67,7 +67,7 @@ def test_a_full_disk_leaves_the_old_text_and_nothing_else(tmp_path, monkeypatch,
 
 def test_a_file_that_never_was_does_not_appear_in_part(tmp_path, monkeypatch):
     monkeypatch.setattr(builtins, "open", FullAfter)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
         files.write_text(tmp_path / "new.txt", "text")
     assert names(tmp_path) == []
 
@@ -94,7 +94,7 @@ def test_a_folder_appears_when_its_block_is_done(tmp_path):
 
 @pytest.mark.parametrize("old", [False, True])
 @pytest.mark.parametrize(
-    "error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(), InputError("x")]
+    "error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), KeyboardInterrupt(), InputError("x")]
 )
 def test_an_error_in_the_block_leaves_what_was_there(tmp_path, old, error):
     target = tmp_path / "sparse"
@@ -123,7 +123,7 @@ def test_a_rename_that_fails_leaves_what_was_there(tmp_path, monkeypatch, call):
         replace(*arguments)
 
     monkeypatch.setattr(os, "replace", fails)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
         make(target, "two")
     assert content(target) == "one"
     assert names(tmp_path) == ["sparse"]
@@ -133,7 +133,7 @@ def test_a_flush_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     target = tmp_path / "sparse"
     make(target, "one")
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
         make(target, "two")
     assert content(target) == "one" and names(tmp_path) == ["sparse"]
 
@@ -157,7 +157,7 @@ def test_after_a_kill_in_the_block_the_old_folder_stands_and_the_next_try_succee
 def test_json_that_cannot_be_read_is_named(tmp_path):
     with pytest.raises(InputError, match=r"none\.json: no such file"):
         files.read_json(tmp_path / "none.json")
-    with pytest.raises(InputError, match=r"cannot be read \(Is a directory\)"):
+    with pytest.raises(InputError, match=r"cannot be read \(.+\)"):
         files.read_json(tmp_path)
     for bad in (b'{"a": ', b"\xff\xfe", b"", b"9" * 5000, b"[" * 100_000):
         (tmp_path / "half.json").write_bytes(bad)

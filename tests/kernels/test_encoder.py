@@ -90,11 +90,11 @@ def test_bfloat16_in_attention_and_half_precision_in_gelu_are_small_beside_int8(
     for seed in range(4):
         codes = model(hidden=hidden, heads=heads, inner=inner, precision="int8", seed=seed)
         wanted = codes.in_floats().build(reference, "scalar").forward(*inputs)
-        ours, exact = (
+        rounded, exact = (
             float(np.square(codes.build(module, path).forward(*inputs) - wanted).mean() ** 0.5)
             for module, path in ((_native, isa), (reference, "scalar"))
         )
-        ratios.append(ours / exact)
+        ratios.append(rounded / exact)
     assert np.mean(ratios) <= 1 + ROUGH
 
 

@@ -94,8 +94,8 @@ def test_an_unknown_key_names_the_nearest(override, message):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("prune.final=1", "prune.final is 1: input should be less than 1"),
-        ("prune.final=-0.1", "prune.final is -0.1: input should be greater than or equal to 0"),
+        ("prune.final=1", "prune.final is 1: "),
+        ("prune.final=-0.1", "prune.final is -0.1: "),
         ("prune.final=90", "prune.final is 90"),
         ("prune.final=.nan", "prune.final is nan"),
         ("prune.initial=1.5", "prune.initial is 1.5"),

@@ -103,8 +103,8 @@ def test_one_seed_has_no_spread_and_empty_columns_can_be_dropped():
     results["tasks"] = {"sst2": {"accuracy": {"transfer": entry(87.25)}}}
     results["recipe"], results["sparsity"], results["sizes"] = {"name": "mini"}, 0.85, {}
     rows = table([results], drop_empty=True)
-    ours = {"Sparsity": "0.85", "Model size": "-", "SST-2 (Acc)": "87.25"}
-    assert rows["mini: Prune Once for All (1 seed)"] == {"Model": "mini: Prune Once for All (1 seed)"} | ours
+    columns = {"Sparsity": "0.85", "Model size": "-", "SST-2 (Acc)": "87.25"}
+    assert rows["mini: Prune Once for All (1 seed)"] == {"Model": "mini: Prune Once for All (1 seed)"} | columns
     assert rows["mini: retention (%)"]["SST-2 (Acc)"] == "-"
     assert retention(results, "sst2", "accuracy") is None
 

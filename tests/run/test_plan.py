@@ -194,7 +194,7 @@ def test_a_teacher_without_a_trained_head_is_refused_before_anything_is_written(
     with pytest.raises(InputError, match="not fine-tuned for classification"):
         checked(given)
     headless = write_model(tmp_path / "headless", tiny_bert(BertModel))
-    with pytest.raises(InputError, match="its pre-training head is missing"):
+    with pytest.raises(InputError, match="head is missing"):
         checked(settings.model_copy(update={"model": str(headless), "teacher": None}))
     assert not (tmp_path / "run").exists()
 

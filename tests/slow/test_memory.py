@@ -12,5 +12,5 @@ pytestmark = pytest.mark.slow
 def test_bert_base_takes_at_most_70_mb_above_its_imports(tokens):
     settings = Settings(random="bert-base", seq=(tokens,), peers=(), repeats=1, threads=2)
     [row] = measure.run(settings)["rows"]
-    [ours] = row["runners"]
-    assert ours["peak"] - ours["baseline"] <= 70e6
+    [engine] = row["runners"]
+    assert engine["peak"] - engine["baseline"] <= 70e6

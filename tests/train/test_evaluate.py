@@ -106,9 +106,9 @@ def test_metrics_of_the_known_tasks(tmp_path):
 
 
 def test_label_order():
-    def order(theirs, ours):
-        config = SimpleNamespace(id2label=dict(enumerate(theirs)), num_labels=len(theirs))
-        return label_order(config, SimpleNamespace(name="t", labels=ours))
+    def order(model_labels, task_labels):
+        config = SimpleNamespace(id2label=dict(enumerate(model_labels)), num_labels=len(model_labels))
+        return label_order(config, SimpleNamespace(name="t", labels=task_labels))
 
     assert order(["b", "a"], ["a", "b"]) == [1, 0]
     assert order(["CONTRADICTION", "NEUTRAL", "ENTAILMENT"], ["entailment", "neutral", "contradiction"]) == [2, 1, 0]
@@ -210,7 +210,7 @@ def test_folder_without_a_trained_head_is_refused(tmp_path, own):
 
 
 def test_unreadable_folders(tmp_path, own):
-    with pytest.raises(InputError, match="nothing: no such folder; give a Hugging Face folder or a hub id"):
+    with pytest.raises(InputError, match="nothing: no such folder"):
         evaluate(tmp_path / "nothing", "mine", own)
     folder = tmp_path / "cut"
     save(tiny_bert(BertForSequenceClassification), folder)
@@ -223,7 +223,7 @@ def test_unreadable_folders(tmp_path, own):
 def test_other_labels_are_refused(tmp_path, own):
     labels = {"id2label": {0: "x", 1: "y"}, "label2id": {"x": 0, "y": 1}}
     folder = save(tiny_bert(BertForSequenceClassification, **labels), tmp_path / "model")
-    with pytest.raises(InputError, match="label 'bad' in validation row 1 is not one of the labels known: x, y"):
+    with pytest.raises(InputError, match="label 'bad' in validation row 1 .*: x, y"):
         evaluate(folder, "mine", own)
     write(tmp_path / "train.jsonl", [{"sentence": "a", "label": 0}, {"sentence": "b", "label": 1}])
     write(tmp_path / "validation.jsonl", [{"sentence": "a", "label": 0}])

@@ -87,11 +87,11 @@ def test_classification(tmp_path, own, family, order):
     engine = Engine.from_pretrained(folder, precision="fp32")
     task = load_task("mine", own, tiny_tokenizer(), train=False, labels=order)
     data = task.evaluations[""]
-    ours = logits_of(module._engine_forward(engine, task, data), len(data))
+    by_engine = logits_of(module._engine_forward(engine, task, data), len(data))
     model = load_task_model(folder, "classification")
     with torch.no_grad():
-        theirs = logits_of(module._forward(model, task, data, 16, "fp32", "t"), len(data))
-    np.testing.assert_allclose(np.array(ours), np.array(theirs), rtol=1e-4, atol=1e-4)
+        by_torch = logits_of(module._forward(model, task, data, 16, "fp32", "t"), len(data))
+    np.testing.assert_allclose(np.array(by_engine), np.array(by_torch), rtol=1e-4, atol=1e-4)
     assert evaluate_engine(engine, task) == evaluate_model(model, task)
 
 
@@ -102,13 +102,13 @@ def test_question_answering(tmp_path, questions, family):
     data = task.evaluations[""]
     assert len(data) > 2 * data.rows.num_rows
     engine = Engine.from_pretrained(folder, precision="fp32")
-    ours = logits_of(module._engine_forward(engine, task, data), len(data))
+    engine_logits = logits_of(module._engine_forward(engine, task, data), len(data))
     model = load_task_model(folder, "qa")
     with torch.no_grad():
-        theirs = logits_of(module._forward(model, task, data, 4, "fp32", "t"), len(data))
-    for mine, other, length in zip(ours, theirs, data.lengths, strict=True):
-        assert [len(part) for part in mine] == [length, length]
-        np.testing.assert_allclose(mine, [part[:length] for part in other], rtol=1e-4, atol=1e-4)
+        torch_logits = logits_of(module._forward(model, task, data, 4, "fp32", "t"), len(data))
+    for computed, wanted, length in zip(engine_logits, torch_logits, data.lengths, strict=True):
+        assert [len(part) for part in computed] == [length, length]
+        np.testing.assert_allclose(computed, [part[:length] for part in wanted], rtol=1e-4, atol=1e-4)
     by_torch, by_engine = (
         module._answers(task, data, batches)
         for batches in (_no_grad(model, task, data), module._engine_forward(engine, task, data))
@@ -182,12 +182,12 @@ def test_what_does_not_fit_is_refused(tmp_path, own, questions):
     for wrong in ({"precision": "int8"}, {"threads": 1}, {"isa": "scalar"}):
         with pytest.raises(InputError, match="are the engine's, and this folder goes to torch; add --engine"):
             evaluate(classifier, "mine", own, **wrong)
-    with pytest.raises(InputError, match="precision is 'bf16', wanted 'int8' or 'fp32'"):
+    with pytest.raises(InputError, match="precision is 'bf16'"):
         evaluate(classifier, "mine", own, engine=True, precision="bf16")
     with pytest.raises(InputError, match="neither|no such folder"):
         evaluate(tmp_path / "nothing", "mine", own, engine=True)
     task = SimpleNamespace(name="mine", kind="classification", labels=["a", "b"])
-    with pytest.raises(InputError, match="tasks.mine: the model's labels are bad, fine, good, the task's a, b"):
+    with pytest.raises(InputError, match="tasks.mine: the model's labels are bad, fine, good"):
         evaluate_engine(Engine.from_pretrained(classifier), task)
 
 

@@ -160,8 +160,8 @@ def test_a_linear_gives_the_engines_reference_bit_for_bit(seed, dense):
     expected = reference.Linear(bits, codes[kept], scale, bias, k, "scalar").forward(x)
     rows = torch.from_numpy(x)
     each, zero_point = (v[:, None] for v in input_scale(rows.amin(1), rows.amax(1)))
-    inputs, theirs = codes_of(rows, each, zero_point), exact(torch.from_numpy(codes).float())
-    found = CodesLinear.apply(inputs, torch.from_numpy(weight), torch.from_numpy(bias), each, theirs,
+    inputs, weight_codes = codes_of(rows, each, zero_point), exact(torch.from_numpy(codes).float())
+    found = CodesLinear.apply(inputs, torch.from_numpy(weight), torch.from_numpy(bias), each, weight_codes,
                               torch.from_numpy(scale), None)  # fmt: skip
     np.testing.assert_array_equal(found.numpy(), expected)
 

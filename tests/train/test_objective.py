@@ -69,8 +69,8 @@ def test_hard_loss_is_the_models_own(kind):
     got = torch.autograd.grad(losses["loss"], [p for p in student.parameters() if p.requires_grad], allow_unused=True)
     torch.testing.assert_close(losses["loss"], expected)
     assert set(losses) == ({"loss", "mlm", "nsp"} if kind == "bert" else {"loss", "mlm"})
-    for mine, theirs in zip(got, wanted, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+    for gradient, expected_gradient in zip(got, wanted, strict=True):
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["bert", "distilbert", "roberta"])
@@ -79,14 +79,14 @@ def test_distillation_of_logits(kind, positions):
     student, teacher, batch = _model(kind), _model(kind, seed=1), _batch(kind)
     objective = PretrainingObjective(student, teacher, **{**LOSSES, "positions": positions}, nsp=kind == "bert")
     inputs = {k: v for k, v in batch.items() if "label" not in k}
-    mine, theirs = student(**inputs), teacher(**inputs)
+    student_output, teacher_output = student(**inputs), teacher(**inputs)
     rows = batch["attention_mask"].bool() if positions == "all" else batch["labels"] != -100
-    expected = kd_loss(mine[0], theirs[0], 2.0, rows=rows)
+    expected = kd_loss(student_output[0], teacher_output[0], 2.0, rows=rows)
     losses = _loss(objective, batch)
     torch.testing.assert_close(losses["kd"], expected.detach())
     total = 0.5 * (losses["mlm"] + losses["kd"])
     if kind == "bert":
-        nsp = kd_loss(mine.seq_relationship_logits, theirs.seq_relationship_logits, 2.0)
+        nsp = kd_loss(student_output.seq_relationship_logits, teacher_output.seq_relationship_logits, 2.0)
         torch.testing.assert_close(losses["kd_nsp"], nsp.detach())
         total = total + 0.5 * (losses["nsp"] + losses["kd_nsp"])
     torch.testing.assert_close(losses["loss"].detach(), total)
@@ -96,11 +96,11 @@ def test_hidden_states_and_pooler():
     student, teacher, batch = _model(), _model(seed=1), _batch()
     objective = PretrainingObjective(student, teacher, **{**LOSSES, "hidden": 3.0}, nsp=True)
     inputs = {k: v for k, v in batch.items() if "label" not in k}
-    mine, theirs = (m.bert(**inputs, output_hidden_states=True) for m in (student, teacher))
+    student_output, teacher_output = (m.bert(**inputs, output_hidden_states=True) for m in (student, teacher))
     rows = batch["attention_mask"].bool()
-    states = zip(mine.hidden_states, theirs.hidden_states, strict=True)
+    states = zip(student_output.hidden_states, teacher_output.hidden_states, strict=True)
     expected = torch.stack([F.mse_loss(s[rows], t[rows]) for s, t in states]).mean()
-    expected = expected + F.mse_loss(mine.pooler_output, theirs.pooler_output) / 3
+    expected = expected + F.mse_loss(student_output.pooler_output, teacher_output.pooler_output) / 3
     losses = _loss(objective, batch)
     torch.testing.assert_close(losses["hidden"], expected.detach())
     rest = 0.5 * (losses["mlm"] + losses["nsp"] + losses["kd"] + losses["kd_nsp"])
@@ -316,9 +316,11 @@ def test_transfer_reading_distils_only_real_tokens():
     student, teacher = _reader(), _reader(seed=1)
     objective = TransferObjective(student, teacher, kind="qa", hard=0.5, kd=0.5, temperature=2.0)
     inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
-    mine, theirs = student(**inputs), teacher(**inputs)
+    student_output, teacher_output = student(**inputs), teacher(**inputs)
     classes = batch["attention_mask"].bool()
-    terms = [kd_loss(mine[n], theirs[n], 2.0, classes=classes) for n in ("start_logits", "end_logits")]
+    terms = [
+        kd_loss(student_output[n], teacher_output[n], 2.0, classes=classes) for n in ("start_logits", "end_logits")
+    ]
     losses = _loss(objective, batch)
     torch.testing.assert_close(losses["kd"], (sum(terms) / 2).detach())
     torch.testing.assert_close(losses["hard"], student(**batch).loss.detach())

@@ -1,5 +1,7 @@
+import errno
 import itertools
 import math
+import os
 import signal
 from functools import partial
 from types import SimpleNamespace
@@ -165,11 +167,11 @@ def test_a_disk_that_fills_up_while_saving_leaves_the_previous_checkpoint(text, 
     def full_the_second_time(path, value):
         saves.append(path)
         if len(saves) == 2:
-            raise OSError(28, "No space left on device")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(path, value)
 
     monkeypatch.setattr(trainer, "write_json", full_the_second_time)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
         fit(objective(), text, tmp_path, save_steps=3, callbacks=[PruningCallback(**SCHEDULE)])
     assert last_checkpoint(tmp_path).name == "checkpoint-3"
     fit(objective(), text, tmp_path, save_steps=3, callbacks=[PruningCallback(**SCHEDULE)])
