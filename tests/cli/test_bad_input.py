@@ -59,7 +59,7 @@ def settings(*overrides):
         (["prune.final=-0.5"], "prune.final is -0.5"),
         (["prune.stop=4"], "stop is 4 but must be between end (5) and steps (10)"),
         (["prune.interval=0"], "prune.interval is 0"),
-        (["prune.end=10", "prune.stop=10"], "end - begin is 10 of 10 steps and leaves none for the learning rate"),
+        (["prune.end=10", "prune.stop=10"], "end - begin is 10 of 10 steps, which leaves none"),
         (["prune.pattern=2:4"], "final is 0.9 but pattern 2:4 gives 0.5; set prune.final to that"),
         (["tasks.mine.epoch=1"], "unknown key 'tasks.mine.epoch'; did you mean 'epochs'?"),
         (["distil.hard=1"], "unknown key 'distil'; did you mean 'distill'?"),
@@ -261,7 +261,7 @@ def test_a_pickle_with_code_in_it_is_not_run(root, complaint, verb):
         "transfer": ["transfer", "model", "out", *task, "--teacher", "model"],
         "evaluate": ["evaluate", "model", *task],
     }[verb]
-    hints = ("convert it with: python", "holds more than weights and could run code")
+    hints = ("convert it with: python", "contains more than weights and could run code")
     assert any(hint in complaint(*arguments, run=verb == "run") for hint in hints)
     assert not (root / "sprung").exists()
     with open(root / "model" / "pytorch_model.bin", "wb") as file:

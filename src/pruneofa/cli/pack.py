@@ -22,13 +22,13 @@ def describe(verb: argparse.ArgumentParser) -> None:
     def call(options: argparse.Namespace) -> int:
         from pruneofa.formats import packed
         from pruneofa.formats.hub import local_folder
-        from pruneofa.formats.pack import pack, unlike_training
+        from pruneofa.formats.pack import difference_from_training, pack
         from pruneofa.run.lineage import check_lock
 
         folder = local_folder(options.folder)
         check_lock(folder)
         manifest = pack(folder, options.out, precision=options.precision, compress=options.compress)
-        if note := unlike_training(folder, options.precision):
+        if note := difference_from_training(folder, options.precision):
             say(f"note: {note}", 0)
         print_value(manifest.to_json(), options.json, lambda: show_model(packed.inspect(options.out), layers=False))
         return 0

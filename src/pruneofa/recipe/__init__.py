@@ -1,4 +1,4 @@
-"""The recipe: everything a run needs to know, validated before any work starts."""
+"""The recipe: all settings of a run, validated before any work starts."""
 
 from pruneofa.recipe.loading import dump, load, merge, parse_override, validate
 from pruneofa.recipe.model import (

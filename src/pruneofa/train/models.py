@@ -16,7 +16,7 @@ from pruneofa.errors import InputError, first_line
 from pruneofa.families import base_name
 from pruneofa.formats.architecture import check_layers
 from pruneofa.formats.files import file_fingerprint, fingerprint
-from pruneofa.formats.tensors import more_than_weights
+from pruneofa.formats.tensors import unsafe_binary
 
 # The loader's progress bars and reports are silenced: they warn of heads that are new on purpose. Real faults are
 # checked below.
@@ -138,7 +138,7 @@ def read_model(
             warnings.simplefilter("ignore")
             model, info = architecture.from_pretrained(path, output_loading_info=True, dtype=torch.float32, **options)
     except pickle.UnpicklingError:
-        raise InputError(more_than_weights(path)) from None
+        raise InputError(unsafe_binary(path)) from None
     except Exception as error:  # the loader's errors have no common type: OSError, SafetensorError, RuntimeError...
         raise InputError(
             f"model {path}: not a loadable model folder or hub id ({type(error).__name__}: {first_line(error)}); "
