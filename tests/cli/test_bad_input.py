@@ -275,7 +275,9 @@ def test_results_that_are_none(root, complaint):
     (root / "results.json").write_text('{"recipe": ')
     assert "not valid JSON" in complaint("table", "results.json", run=False)
     (root / "results.json").write_text("{}")
-    assert "recipe is missing; is this a results.json of pruneofa?" in complaint("table", "results.json", run=False)
+    assert "recipe is missing; wanted a results.json that pruneofa wrote" in complaint(
+        "table", "results.json", run=False
+    )
 
 
 @pytest.mark.parametrize("kind", ["system", "library"])

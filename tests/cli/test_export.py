@@ -52,7 +52,7 @@ def test_a_worse_export_is_exit_1(made, call, tmp_path, monkeypatch):
 def test_wrong_input_is_one_line(made, call, refused, tmp_path, monkeypatch):
     monkeypatch.setattr(export_compressed, "MODULES", ())
     line = refused("export", made[0], tmp_path / "out", "--to", "compressed-tensors", "--precision", "fp32")
-    assert line.startswith("compressed-tensors holds int8")
+    assert line.startswith("compressed-tensors stores int8")
     assert "argument --to" in call("export", made[0], tmp_path / "out", "--to", "tflite").err
     assert "needs --data, --text and --label" in refused(
         "export", made[0], tmp_path / "out", "--to", "compressed-tensors", "--task", "mine"

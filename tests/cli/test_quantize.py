@@ -61,7 +61,7 @@ def test_with_and_without_training(root, command, call, tmp_path):
 def test_without_a_teacher_it_says_so_and_learns_from_labels(command, call):
     said = call(*command, *ONCE, "--qat_lr", "1e-3")
     assert said.code == 0, said.err
-    assert "no --teacher given: learning from the task's own labels alone" in said.err
+    assert "no --teacher given: training on the labels only" in said.err
 
 
 def test_evaluate_simulates_what_the_folder_says(root, command, call, tmp_path):
@@ -81,7 +81,7 @@ def test_evaluate_simulates_what_the_folder_says(root, command, call, tmp_path):
         (["--ptq", "--qat-lr", "1e-5"], "--qat-lr was given, but --ptq does not train"),
         (["--calibration", "9"], "--calibration was given, but without --ptq"),
         (["--activations", "dynamic", "--freeze", "0.5"], "--freeze was given, but a scale per token"),
-        (["--ptq", "--percentile", "99"], "add --observer percentile, or leave it out"),
+        (["--ptq", "--percentile", "99"], "add --observer percentile, or omit it"),
     ],
 )
 def test_options_that_would_do_nothing_are_refused(command, call, tmp_path, given, words):

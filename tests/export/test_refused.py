@@ -38,13 +38,13 @@ class TestBadInput:
 
     def test_packed(self, tmp_path):
         pack(save(tmp_path / "model", int8=False), tmp_path / "packed")
-        self.refused(tmp_path / "packed", r"is packed; make an ordinary folder first: pruneofa unpack .*packed FOLDER")
+        self.refused(tmp_path / "packed", r"is packed, .*; make one with: pruneofa unpack .*packed OUT")
 
     def test_not_quantized(self, tmp_path):
         folder = save(tmp_path / "model", int8=False)
         self.refused(folder, "no quantization.json .* make them with `pruneofa quantize", precision="int8")
         self.refused(folder, "no quantization.json", to="compressed-tensors")
-        self.refused(folder, "compressed-tensors holds int8", to="compressed-tensors", precision="fp32")
+        self.refused(folder, "compressed-tensors stores int8", to="compressed-tensors", precision="fp32")
 
     @pytest.mark.parametrize("precision", ["int8", "fp32"])
     @pytest.mark.parametrize("name", [QUERY, POOLER])

@@ -84,8 +84,8 @@ def difference_from_training(source: str | Path, precision: str) -> str | None:
         )
     if quantized.embeddings is None:
         return (
-            f"the embedding tables of {source} were float in training and are int8 when packed: the engine does not "
-            "compute exactly what was trained; to train with int8 tables, quantize with embeddings: true"
+            f"packing changed the embedding tables of {source} from float to int8: the engine does not compute exactly "
+            "what was trained; to train with int8 tables, quantize with embeddings: true"
         )
     return None
 

@@ -105,7 +105,7 @@ class Prune(_Optimization):
     )
     skip: list[str] = Field([], description="regular expressions of layers to leave dense")
     rewind: Literal["sawtooth", "cyclic", "none"] = Field(
-        "sawtooth", description="learning-rate rewinding after each mask update"
+        "sawtooth", description="sawtooth, cyclic or none: learning-rate rewinding after each mask update"
     )
 
     @model_validator(mode="after")
@@ -160,7 +160,9 @@ class Distill(Section):
     kd: Weight = Field(0.5, description="weight of the distillation of logits")
     temperature: Rate = Field(2.0, description="temperature of the logit distillation")
     hidden: Weight = Field(0.0, description="weight of the MSE between hidden states, all layers")
-    positions: Literal["all", "masked"] = Field("all", description="positions whose MLM logits are distilled")
+    positions: Literal["all", "masked"] = Field(
+        "all", description="all or masked: positions whose MLM logits are distilled"
+    )
 
     @model_validator(mode="after")
     def _some_weight(self) -> "Distill":
@@ -192,7 +194,8 @@ class Task(Section):
     temperature: Rate = Field(2.0, description="temperature of the logit distillation")
     dropout: Fraction | None = Field(None, description="dropout rate in transfer (default: that of the model's config)")
     teacher: str | None = Field(
-        None, description="dense teacher of the task; null: run fine-tunes one, transfer uses the labels only"
+        None,
+        description="dense teacher of the task (default: run fine-tunes one, the single verbs use the labels only)",
     )
     dense_epochs: Positive | None = Field(
         None, description="epochs of the dense teacher's fine-tuning (default: epochs)"
@@ -252,7 +255,9 @@ class Quantize(Section):
     )
     ptq: bool = Field(True, description="also quantize without training, for comparison")
     calibration: Positive = Field(256, description="training examples that calibrate static scales after training")
-    observer: Literal["minmax", "percentile"] = Field("minmax", description="how calibration determines a range")
+    observer: Literal["minmax", "percentile"] = Field(
+        "minmax", description="minmax or percentile: how calibration determines a range"
+    )
     percentile: Annotated[float, Field(gt=50, lt=100)] = Field(
         99.99, description="for observer percentile: a range is from percentile 100 - p to p"
     )
