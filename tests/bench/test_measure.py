@@ -148,7 +148,7 @@ def test_an_interrupt_leaves_the_record_of_what_was_measured(folder, tmp_path, m
     assert [(row["case"], len(row["runners"][0]["seconds"])) for row in found["rows"]] == [("1x4", 3), ("1x8", 1)]
     assert kept == [0, 1, 1, 1, 2]
     said = tables.remarks(found)
-    assert "fewer than 3 runs: pruneofa 1" in said and any(line.startswith("not complete") for line in said)
+    assert "fewer than 3 runs: pruneofa 1" in said and any(line.startswith("incomplete") for line in said)
     assert "BERT" not in tables.speed_table([found]) and "1 × 4 tokens" in tables.speed_table([found])
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="--record .*choose a file that you may write"):

@@ -68,7 +68,7 @@ def settings(*overrides):
         (["prune.micro_batch=3"], "batch is 8, which 1 process(es) x micro_batch 3 do not divide"),
         (["corpus.max_length=65"], "corpus.max_length is 65 but model has 64 positions"),
         (["prune.skip=['(']"], "skip: '(' is not a regular expression"),
-        (["prune.rewind=cyclic", "prune.end=10", "prune.stop=10"], "leave no step of 10 to decay in"),
+        (["prune.rewind=cyclic", "prune.end=10", "prune.stop=10"], "leave none of 10 steps for the decay"),
         (["tasks.mine.teacher=./none"], "model ./none: no such folder"),
         (["corpus.source=none.txt"], "none.txt: no such file or folder"),
         (["tasks.mine.data=none.csv"], "none.csv: no such file"),
@@ -137,7 +137,7 @@ def test_corpora_that_give_no_examples(root, complaint):
     line = complaint(*settings("corpus.source=body.jsonl"))
     assert "no column 'text', it has body" in line and "corpus.column" in line
     pq.write_table(pa.table({"text": [1, 2]}), root / "numbers.parquet")
-    assert "column 'text' is int64, wanted text" in complaint(*settings("corpus.source=numbers.parquet"))
+    assert "column 'text' is int64, wanted strings" in complaint(*settings("corpus.source=numbers.parquet"))
     (root / "latin.txt").write_bytes("le roi était là\n\nla reine\n".encode("latin-1"))
     assert "latin.txt" in (line := complaint(*settings("corpus.source=latin.txt"))) and "UTF-8" in line
 
@@ -161,7 +161,7 @@ ROWS = "sentence,verdict\n" + "the king is good,good\nthe queen is bad,bad\n" * 
     [
         (ROWS, ROWS, ["tasks.mine.label=verdit"], "no label column 'verdit' among"),
         (ROWS, ROWS, ["tasks.mine.text=sentense"], "no text column 'sentense' among"),
-        (ROWS, ROWS + "a river,neutral\n", [], "label 'neutral' in validation row 41 is not one of the labels known"),
+        (ROWS, ROWS + "a river,neutral\n", [], "label 'neutral' in validation row 41 is unknown; wanted one of"),
         (
             ROWS.replace(",bad", ",good"),
             ROWS.replace(",bad", ",good"),
@@ -170,7 +170,7 @@ ROWS = "sentence,verdict\n" + "the king is good,good\nthe queen is bad,bad\n" * 
         ),
         (ROWS + "a river,\n", ROWS, [], "label column 'verdict' is empty in row 41"),
         ("sentence,verdict\n", ROWS, [], "the file has no rows"),
-        ("sentence,verdict\na,b,c\n", ROWS, [], "another number of fields"),
+        ("sentence,verdict\na,b,c\n", ROWS, [], "not as many fields"),
     ],
 )
 def test_task_files(root, complaint, train, validation, overrides, message):
@@ -207,7 +207,7 @@ def test_answers_that_do_not_stand_where_they_say(root, complaint):
     for split in ("train", "validation"):
         pq.write_table(pa.table(rows), root / "squad" / f"{split}.parquet")
     line = complaint(*settings("tasks={squad: {data: squad, max_length: 48, stride: 8}}"))
-    assert "2 of 3 answers do not stand in their context at answer_start, first 'b' (row 2)" in line
+    assert "2 of 3 answers are not found in their context at answer_start, first 'b' (row 2)" in line
     assert "set tasks.squad.skip_bad_answers=true" in line
 
 

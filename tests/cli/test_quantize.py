@@ -117,7 +117,7 @@ def test_wrong_tasks_and_folders_are_refused(root, command, call, tmp_path):
 def test_quantizing_twice_is_refused(command, call, tmp_path):
     assert call(*command, "--ptq").code == 0
     line = last(call("quantize", tmp_path / "out", tmp_path / "again", *command[3:], "--ptq"))
-    assert "quantized already (quantization.json is in it)" in line
+    assert "is already quantized (quantization.json is in it)" in line
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 

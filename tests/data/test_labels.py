@@ -73,8 +73,8 @@ def test_one_and_one_point_zero_are_one_label(tmp_path, tokenizer):
     ("suffix", "labels", "message"),
     [
         (".csv", ["1.0", "0.25"], "holds the number 0.25 in row 2, wanted classes; regression is not supported yet"),
-        (".jsonl", [["a"], ["a", "b"]], "holds a list in row 1, wanted one class a row; several labels"),
-        (".csv", ["[0, 1]", "[1]"], "holds a list in row 1, wanted one class a row; several labels"),
+        (".jsonl", [["a"], ["a", "b"]], "holds a list in row 1, wanted one class per row; multi-label"),
+        (".csv", ["[0, 1]", "[1]"], "holds a list in row 1, wanted one class per row; multi-label"),
     ],
 )
 def test_numbers_and_lists_are_no_classes(tmp_path, tokenizer, suffix, labels, message):

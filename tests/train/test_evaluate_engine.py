@@ -180,7 +180,7 @@ def test_what_does_not_fit_is_refused(tmp_path, own, questions):
     with pytest.raises(InputError, match="max_length is 99 but the model has 64 positions|tokenizer's limit is 64"):
         evaluate(tmp_path / "int8", "mine", own.model_copy(update={"max_length": 99}))
     for wrong in ({"precision": "int8"}, {"threads": 1}, {"isa": "scalar"}):
-        with pytest.raises(InputError, match="are the engine's, and this folder goes to torch; add --engine"):
+        with pytest.raises(InputError, match="need the engine, but torch runs this folder; add --engine"):
             evaluate(classifier, "mine", own, **wrong)
     with pytest.raises(InputError, match="precision is 'bf16', wanted 'int8' or 'fp32'"):
         evaluate(classifier, "mine", own, engine=True, precision="bf16")

@@ -219,5 +219,5 @@ def test_another_vocabulary_is_refused(tmp_path):
     check_vocabulary(str(a), str(b))
     tokenizer = (b / "tokenizer.json").read_text()
     (b / "tokenizer.json").write_text(tokenizer.replace('"river"', '"rivre"'))
-    with pytest.raises(InputError, match="its vocabulary .* is not that of"):
+    with pytest.raises(InputError, match="its vocabulary .* differs from that of"):
         check_vocabulary(str(a), str(b))

@@ -2,9 +2,9 @@
 
 from pruneofa.recipe.loading import dump, load, merge, parse_override, validate
 from pruneofa.recipe.model import (
-    COST,
     GLUE,
     KNOWN_TASKS,
+    RESOURCES_ONLY,
     Card,
     Control,
     Corpus,
@@ -20,9 +20,9 @@ from pruneofa.recipe.model import (
 from pruneofa.recipe.yaml12 import to_yaml
 
 __all__ = [
-    "COST",
     "GLUE",
     "KNOWN_TASKS",
+    "RESOURCES_ONLY",
     "Card",
     "Control",
     "Corpus",

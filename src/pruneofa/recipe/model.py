@@ -18,7 +18,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # the seeds that NumPy's generator accepts
 Names = str | list[str]
-COST: dict[str, Any] = {"cost": True}  # marks a field that affects time or memory but not results
+RESOURCES_ONLY: dict[str, Any] = {"in_fingerprint": False}  # marks a field that affects time or memory but not results
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"  # names of runs and tasks, which become parts of paths
 RATE_WARNING = 1.2  # multiple of lr above which to warn; the published schedule reaches 1.02
 
@@ -28,13 +28,15 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", validate_default=True, strict=True)
 
-    def decisive(self, include: set[str] | None = None, exclude: set[str] | None = None) -> dict[str, Any]:
-        """The values that affect a stage's results, with defaults: all fields except those marked COST.
+    def fingerprinted(self, include: set[str] | None = None, exclude: set[str] | None = None) -> dict[str, Any]:
+        """The values that affect a stage's results, with defaults: all fields except those marked RESOURCES_ONLY.
 
         `include`: only these fields; `exclude`: fields that the stage does not use.
         """
-        costs = {name for name, field in type(self).model_fields.items() if field.json_schema_extra == COST}
-        return self.model_dump(include=include, exclude=costs | (exclude or set()))
+        excluded = {
+            name for name, field in type(self).model_fields.items() if field.json_schema_extra == RESOURCES_ONLY
+        }
+        return self.model_dump(include=include, exclude=excluded | (exclude or set()))
 
 
 class Corpus(Section):
@@ -60,17 +62,19 @@ class _Optimization(Section):
     lr: Rate = Field(5e-5, description="peak learning rate")
     batch: Positive = Field(256, description="examples per optimizer step, over all processes")
     micro_batch: Positive | None = Field(
-        None, description="examples per forward pass and process (default: batch)", json_schema_extra=COST
+        None, description="examples per forward pass and process (default: batch)", json_schema_extra=RESOURCES_ONLY
     )
     warmup: Fraction = Field(0.01, description="fraction of the steps for linear warmup of the learning rate")
     weight_decay: Weight = Field(0.01, description="weight decay of AdamW; not applied to biases and norms")
     max_grad_norm: Weight = Field(1.0, description="gradient clipping: maximum norm; 0: no clipping")
     dropout: Fraction | None = Field(None, description="dropout rate; null: those of the model's config")
     checkpoint_activations: bool = Field(
-        False, description="recompute activations in the backward pass", json_schema_extra=COST
+        False, description="recompute activations in the backward pass", json_schema_extra=RESOURCES_ONLY
     )
     save_steps: Positive | None = Field(
-        None, description="steps between checkpoints (default: a twentieth of steps)", json_schema_extra=COST
+        None,
+        description="steps between checkpoints (default: a twentieth of steps)",
+        json_schema_extra=RESOURCES_ONLY,
     )
 
 

@@ -13,7 +13,7 @@ from pruneofa.run.stage import Evaluation
 from pruneofa.train.evaluate import evaluate_by_engine
 
 FILE = "engine.json"
-# Variants of a task (by their names in results.json) that are also computed by the engine, and with which precision.
+# Variants of a task (names in results.json) that the engine evaluates too, with its precision.
 PRECISIONS: dict[str, Precision] = {"dense": "fp32", "transfer": "fp32", "ptq": "int8", "quantize": "int8"}
 LONGEST = 128  # tokens of the sequence that is timed
 
