@@ -84,10 +84,10 @@ def _row(
         workers[peer].ask("forget", key=key)
     advance(note=f"{shape[0]}x{shape[1]}")
     median = {key: 1e6 * float(np.median(seconds[key])) for _, key in keys}
-    ours = {f"{s:g}": median[f"{PRUNEOFA} {s:g}"] for s in SPARSITIES}
+    engine = {f"{s:g}": median[f"{PRUNEOFA} {s:g}"] for s in SPARSITIES}
     dense = median.get(f"{DENSE} 0")
-    return {"shape": list(shape), "tokens": tokens, "ours_us": ours, "dense_us": dense, "dense": dense and DENSE,
-            "pays_from": pays_from(ours, dense)}  # fmt: skip
+    return {"shape": list(shape), "tokens": tokens, "ours_us": engine, "dense_us": dense, "dense": dense and DENSE,
+            "pays_from": pays_from(engine, dense)}  # fmt: skip
 
 
 def _tried(bench: "Bench", peer: str) -> contextlib.AbstractContextManager[None]:
@@ -102,11 +102,11 @@ def _verify(worker: "Worker", key: str, wanted: np.ndarray, root: Path) -> None:
         raise CheckFailed(f"one layer, {key}: error {error:.3g}, wanted at most {_TOLERANCE}; it was not timed")
 
 
-def pays_from(ours: dict[str, float], dense: float | None) -> float | None:
+def pays_from(engine: dict[str, float], dense: float | None) -> float | None:
     """The lowest sparsity at which, and at all higher ones, pruneofa is faster than dense; None if there is none."""
     least = None
-    for sparsity in sorted(ours, key=float, reverse=True):
-        if dense is None or ours[sparsity] >= dense:
+    for sparsity in sorted(engine, key=float, reverse=True):
+        if dense is None or engine[sparsity] >= dense:
             break
         least = float(sparsity)
     return least

@@ -336,14 +336,14 @@ def statistics(seconds: Sequence[float]) -> dict[str, Any]:
 
 def summary(case: Case, operations: int, runners: list[dict[str, Any]], peak: float | None) -> dict[str, Any]:
     """One row of a record: the first runner is pruneofa, the others get their ratio to it."""
-    ours = runners[0]["median_ms"]
+    engine_ms = runners[0]["median_ms"]
     for row in runners:
-        row["ratio"] = row["median_ms"] / ours
+        row["ratio"] = row["median_ms"] / engine_ms
         row["per_second"] = 1e3 * len(case.lengths) / row["median_ms"]
     peers = [row for row in runners if row["peer"] != PRUNEOFA]
     fastest = min(peers, key=lambda row: row["median_ms"], default=None)
     dense = min((row for row in peers if row["dense"]), key=lambda row: row["median_ms"], default=None)
-    rate = operations / ours / 1e9  # 10^12 per second
+    rate = operations / engine_ms / 1e9  # 10^12 per second
     return {
         "case": case.name,
         "batch": len(case.lengths),

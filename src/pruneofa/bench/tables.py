@@ -135,8 +135,8 @@ def speed_table(records: Iterable[Mapping[str, Any]]) -> str:
             by_name = {runner["name"]: runner for runner in row["runners"]}
             dense, sparse = by_name.get(row["fastest_dense"]), by_name.get("deepsparse")
             for model in record["models"]:
-                ours = by_name[model["name"]]
-                speed = [_time(ours, row), *_against(dense, ours, row)]
+                engine = by_name[model["name"]]
+                speed = [_time(engine, row), *_against(dense, engine, row)]
                 share = row["share_of_peak"] and row["share_of_peak"] * row["runners"][0]["median_ms"]
                 lines.append(
                     "| "
@@ -145,19 +145,19 @@ def speed_table(records: Iterable[Mapping[str, Any]]) -> str:
                         record["isa"] + (" (capped)" if record["capped"] else ""),
                         _batch(row),
                         *speed,
-                        f"{sparse['median_ms'] / ours['median_ms']:.2f}×" if sparse else "-",
-                        f"{100 * share / ours['median_ms']:.0f} %" if share else "-",
+                        f"{sparse['median_ms'] / engine['median_ms']:.2f}×" if sparse else "-",
+                        f"{100 * share / engine['median_ms']:.0f} %" if share else "-",
                     ])
                     + " |"
                 )  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
-def _against(peer: Mapping[str, Any] | None, ours: Mapping[str, Any], row: Mapping[str, Any]) -> list[str]:
+def _against(peer: Mapping[str, Any] | None, engine: Mapping[str, Any], row: Mapping[str, Any]) -> list[str]:
     if peer is None:
         return ["-", "-"]
     off = "" if peer["verified"] is not False else f" {_MARKED}"
-    return [f"{peer['name']}{off}, {_time(peer, row)}", f"**{peer['median_ms'] / ours['median_ms']:.2f}×**"]
+    return [f"{peer['name']}{off}, {_time(peer, row)}", f"**{peer['median_ms'] / engine['median_ms']:.2f}×**"]
 
 
 def _model(model: Mapping[str, Any]) -> str:
@@ -210,7 +210,7 @@ def picture(record: Mapping[str, Any], path: Path) -> None:
     import altair
 
     rows = [
-        {"case": row["case"], "ours": PRUNEOFA in runner["name"]}
+        {"case": row["case"], "pruneofa": PRUNEOFA in runner["name"]}
         | {key: runner[key] for key in ("name", "median_ms", "p10_ms", "p90_ms")}
         for row in record["rows"]
         for runner in row["runners"]
@@ -221,7 +221,7 @@ def picture(record: Mapping[str, Any], path: Path) -> None:
     bars = base.mark_bar().encode(
         x=altair.X("median_ms:Q", title="median, ms (line: p10 to p90)"),
         color=altair.Color(
-            "ours:N", legend=None, scale=altair.Scale(domain=[False, True], range=["#b0b7c3", "#1f6feb"])
+            "pruneofa:N", legend=None, scale=altair.Scale(domain=[False, True], range=["#b0b7c3", "#1f6feb"])
         ),
     )
     spread = base.mark_rule().encode(x="p10_ms:Q", x2="p90_ms:Q")

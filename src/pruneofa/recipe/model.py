@@ -321,7 +321,7 @@ class Recipe(Section):
         if self.control and not self.prune:
             raise ValueError("control needs a prune section to compare with; add one, or set control: false")
         if self.control and self.prune and self.control.lr is None:
-            # A learning rate far below the prune stage's alone would make the control worse.
+            # With a learning rate far below the prune stage's, the control would be worse for that reason only.
             self.control = self.control.model_copy(update={"lr": [self.prune.lr, 2 * self.prune.lr]})
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds {self.seeds} repeat a seed; give each once")

@@ -217,7 +217,7 @@ def task_student(model: str, task: task_data.Task) -> PreTrainedModel:
 def transfer_objective(
     model: str | PreTrainedModel, teacher: str | PreTrainedModel | None, losses: Losses | None, task: task_data.Task
 ) -> TransferObjective:
-    """A task model and the losses it is trained with; without a teacher the task's own loss alone.
+    """A task model and the losses it is trained with; without a teacher only the task's own loss.
 
     Raises InputError when the folder `teacher` has no trained head for this task.
     """
