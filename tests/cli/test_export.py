@@ -45,7 +45,7 @@ def test_a_worse_export_is_exit_1(made, call, tmp_path, monkeypatch):
     said = call("export", made[0], tmp_path / "out", "--to", "compressed-tensors", "--json")
     assert said.code == 1
     [failure] = json.loads(said.out)["failures"]
-    assert failure.startswith("outputs are ") and said.err.endswith(f"pruneofa: failed: {failure}\n")
+    assert failure.startswith("outputs differ ") and said.err.endswith(f"pruneofa: failed: {failure}\n")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -68,7 +68,7 @@ def test_evaluate_simulates_what_the_folder_says(root, command, call, tmp_path):
     assert call(*command, "--ptq").code == 0
     data = ["--data", root / "validation.csv", *TEXT, "--max-length", "32"]
     said = call("evaluate", tmp_path / "out", *data, "--json")
-    assert said.code == 0 and "simulates the engine's int8" in said.err, said.err
+    assert said.code == 0 and "simulates the int8 arithmetic" in said.err, said.err
     assert json.loads(said.out) == read_json(tmp_path / "out" / "metrics.json")
     assert "simulates" not in call("evaluate", tmp_path / "out", *data, "--precision", "fp32").err
 
