@@ -60,7 +60,7 @@ def test_labels_of_a_model_are_its_names_or_its_class_ids(tmp_path, tokenizer, c
 def test_class_ids_are_refused_beside_names(tmp_path, tokenizer):
     write(tmp_path / "d.csv", [{"text": "a", "label": "negative"}, {"text": "b", "label": "1"}])
     options = {"data_root": tmp_path, "train": False, "whole": True, "labels": ["negative", "positive"]}
-    with pytest.raises(InputError, match="label '1' in validation row 2 is not one of"):
+    with pytest.raises(InputError, match="label '1' in validation row 2 is unknown"):
         load_task("mine", own(data="d.csv"), tokenizer, **options)
 
 

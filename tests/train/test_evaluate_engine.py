@@ -171,9 +171,9 @@ def test_what_does_not_fit_is_refused(tmp_path, own, questions):
     pack(save(tmp_path / "xy", "Bert", "SequenceClassification", **named(["x", "y"])), tmp_path / "xy-packed")
     with pytest.raises(InputError, match="packed as int8, but precision='fp32' was requested"):
         evaluate(tmp_path / "int8", "mine", own, precision="fp32")
-    with pytest.raises(InputError, match="its head is for classification, --task squad needs question answering for question answ"):
+    with pytest.raises(InputError, match="its head is for classification, --task squad needs question answ"):
         evaluate(tmp_path / "int8", "squad", questions)
-    with pytest.raises(InputError, match="its head is for masked-LM, --task mine wants one for classification"):
+    with pytest.raises(InputError, match="its head is for masked-LM, --task mine needs classification"):
         evaluate(tmp_path / "mlm-packed", "mine", own)
     with pytest.raises(InputError, match="label 'bad' in validation row 1"):
         evaluate(tmp_path / "xy-packed", "mine", own)
