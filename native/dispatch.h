@@ -14,7 +14,7 @@ const std::vector<const Kernels*>& built_kernels();
 // Those that this CPU and operating system can run, slowest first.
 const std::vector<const Kernels*>& available_kernels();
 
-// Throws std::invalid_argument, naming what is available, when `isa` is not.
+// Throws std::invalid_argument, which names the available ones, if `isa` is not available.
 const Kernels& kernels_for(const std::string& isa);
 
 }  // namespace pruneofa

@@ -28,7 +28,7 @@ class Linear {
     (int8_ ? kernels_.linear_int8 : kernels_.linear_float)(laid_out_.weights, operands, begin, end);
   }
 
-  // The layer alone, on one thread. x: [tokens][inputs], out: [tokens][outputs], both row-major.
+  // Computes this layer only, on one thread. x: [tokens][inputs], out: [tokens][outputs], both row-major.
   void forward(const float* x, std::size_t tokens, float* out) const;
   // The raw sums of codes 0..255; int8 only.
   void accumulate(const uint8_t* x, std::size_t tokens, int32_t* out) const;

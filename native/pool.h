@@ -38,7 +38,7 @@ class Pool {
   std::condition_variable wake_;
   bool stop_ = false;
   std::atomic<int> cpu_{-1};  // of the caller; -1: not known
-  // Each on a cache line of its own: threads spin on the one while others write the next.
+  // Each has its own cache line, because threads spin on one while others write the next.
   alignas(64) std::atomic<uint64_t> generation_{0};
   alignas(64) std::atomic<int> running_{0};
   alignas(64) std::atomic<int> arrived_{0};

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pruneofa.bench.peers import OURS, Peer
+from pruneofa.bench.peers import PRUNEOFA, Peer
 from pruneofa.bench.workers import Worker
 
 
@@ -11,7 +11,7 @@ def without_torch(patch: pytest.MonkeyPatch) -> None:
     ask = Worker.ask
 
     def ask_ours(worker: Worker, do: str, **arguments: object) -> dict:
-        return ask(worker, do, **arguments | {name: OURS for name in ("peer", "key") if name in arguments})
+        return ask(worker, do, **arguments | {name: PRUNEOFA for name in ("peer", "key") if name in arguments})
 
     patch.setattr(Worker, "ask", ask_ours)
     patch.setattr(Peer, "missing", lambda peer, elsewhere=False: [])

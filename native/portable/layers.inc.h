@@ -18,7 +18,7 @@ static inline void range(const float* x, int count, Ranges range) {
   store(range + kLanes, high);
 }
 
-// The range includes 0 (design.md, "int8").
+// The range is extended to include 0.
 static inline void scales(const float* ranges, int count, std::ptrdiff_t stride, float* scale, int32_t* zero) {
   Floats low = broadcast(0.0f), high = broadcast(0.0f);
   for (int i = 0; i < count; ++i) {
@@ -33,8 +33,8 @@ static inline void scales(const float* ranges, int count, std::ptrdiff_t stride,
 }
 
 // Words of `Group` codes of consecutive features; the bits of a code are 32 / Group. The product with 1 / scale
-// replaces the quotient x / scale: a division costs more than all the rest here, and only where x / scale is half an
-// integer to within rounding does the code come out one off.
+// replaces the quotient x / scale: a division costs more than everything else here. The code differs by one only if
+// x / scale is within rounding of half an integer.
 template <int Group, class Row>
 static inline void encode_rows(const Row& row, int begin, int end, int features, const float* scale,
                                const int32_t* zero, void* codes) {

@@ -67,7 +67,7 @@ alignas(64) constexpr float kGelu[5][32] = {
 };
 
 // x * Phi(x) to 2e-7 up to x = 1 and to a few 1e-8 of x beyond: as exact as float's own rounding, because a code that
-// comes out one off is what makes int8 differ from what training simulated. Fewer instructions than the polynomial
+// differs by one makes int8 differ from what training simulated. Fewer instructions than the polynomial
 // below, and many of these are shuffles, which have a port of their own: tile instructions leave only one for
 // multiplications.
 static inline Floats gelu(const Floats& x) {

@@ -27,7 +27,7 @@ struct RowEpilogue {
   const float *row_sum, *scale, *bias;  // of the next output
   const int32_t* sums;
   float* y;
-  float* statistics;  // ranges or moments of the panel; null: not asked for
+  float* statistics;  // ranges or moments of the panel; null: not requested
   TokenScales tokens;
   Activation activation;
   lanes::Floats first, second;  // running statistics: minimum and maximum, or with kAdded sums of values and of squares

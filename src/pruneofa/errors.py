@@ -1,4 +1,4 @@
-"""The two exceptions a user can cause, which the CLI turns into exit codes, and what their messages may quote."""
+"""The two exceptions that a user's input can cause, and helpers for their messages. The CLI maps them to exit codes."""
 
 import importlib.util
 from typing import Any
@@ -8,8 +8,8 @@ class InputError(ValueError):
     """The user's input is wrong: one line that says what, got, wanted and what to do (exit code 2)."""
 
 
-class CheckFailed(RuntimeError):  # noqa: N818 - it is a verdict, not a malfunction
-    """A check was carried out and its answer is no (exit code 1)."""
+class CheckFailed(RuntimeError):  # noqa: N818 - it is the result of a check, not a malfunction
+    """A check was performed and failed (exit code 1)."""
 
 
 def first_line(error: BaseException) -> str:
@@ -18,12 +18,12 @@ def first_line(error: BaseException) -> str:
 
 
 def short(value: Any) -> str:
-    """A value from a file, as part of a message: one line, and no lone surrogate that a terminal could not print."""
+    """A value as text for a message: one line of ASCII, at most 60 characters."""
     text = ascii(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def need_train_extra() -> None:
-    """Raise ImportError, without a module's name, where the packages of the train extra are not installed."""
+    """Raise ImportError, with `name` None, if the packages of the train extra are not installed."""
     if importlib.util.find_spec("torch") is None or importlib.util.find_spec("transformers") is None:
         raise ImportError("training needs torch and transformers: pip install 'pruneofa[train]'")

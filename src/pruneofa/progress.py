@@ -1,4 +1,4 @@
-"""A progress bar with ETA on a terminal, a line every few seconds in a log file."""
+"""Progress: a bar with the remaining time on a terminal, otherwise a line every few seconds."""
 
 import contextlib
 import sys
@@ -12,7 +12,7 @@ SECONDS_BETWEEN_LINES = 15
 def progress(description: str, total: int, *, completed: int = 0) -> Iterator[Callable[..., None]]:
     """Yield `advance(count=1, note="")`, which moves a bar of `total` units that starts at `completed`.
 
-    The bar goes to stderr, so that stdout keeps only what a program may want to parse.
+    The bar goes to stderr, so that stdout contains only output that a program may parse.
     """
     if sys.stderr.isatty():
         with _bar(description, total, completed) as advance:

@@ -46,7 +46,7 @@ def test_break_even_goes_on_without_a_dense_peer_that_fails(folder, tmp_path, mo
     model = next(models.read_models(bench.settings, tmp_path))
     rows = list(break_even.break_even(bench, model, [4]))
     assert len(rows) == 3 and all(row["dense_us"] is None for row in rows)
-    assert bench.left_out == {break_even.LEFT_OUT: "break-even: no such engine"}
+    assert bench.left_out == {break_even.ONE_LAYER: "break-even: no such engine"}
 
 
 def break_even_row(pays: float | None, dense: float | None = 25.0) -> dict:
@@ -58,7 +58,9 @@ def test_it_is_said_plainly_where_it_pays_and_where_not():
     say = tables.break_even_remark
     assert say([break_even_row(0.8), break_even_row(0.7)]).endswith("faster than dense int8 from sparsity 0.8")
     assert "no sparsity up to 0.95 is faster" in say([break_even_row(None)])
-    assert "pays for 1 of 2 layers, there from 0.7" in say([break_even_row(0.7), break_even_row(None)])
-    assert "nothing dense to compare with" in say([break_even_row(None, None)])
+    assert "1 of 2 layers are faster than dense int8, from sparsity 0.7" in say(
+        [break_even_row(0.7), break_even_row(None)]
+    )
+    assert "no dense peer to compare with" in say([break_even_row(None, None)])
     rows = tables.break_even_rows([break_even_row(None), break_even_row(None, None), break_even_row(0.8)])
-    assert [row["pays from"] for row in rows] == ["none of these", "unknown: no dense peer", "0.8"]
+    assert [row["break-even"] for row in rows] == ["none of these", "unknown: no dense peer", "0.8"]

@@ -10,7 +10,7 @@ import pytest
 
 from pruneofa.bench import measure, tables
 from pruneofa.bench.models import Settings
-from pruneofa.bench.peers import OURS, PEERS
+from pruneofa.bench.peers import PEERS, PRUNEOFA
 from pruneofa.bench.workers import TimeLimitError, Worker
 from pruneofa.engine import engine
 from pruneofa.errors import CheckFailed, InputError
@@ -18,7 +18,7 @@ from tests.bench.records import needs_kernels, record, runner
 
 
 def test_the_median_of_ours_is_what_the_others_are_compared_with():
-    row = record(runner(OURS, 2), runner("torch-int8", 8), runner("openvino-int8", 6), runner("deepsparse", 5))
+    row = record(runner(PRUNEOFA, 2), runner("torch-int8", 8), runner("openvino-int8", 6), runner("deepsparse", 5))
     [row] = row["rows"]
     assert (row["fastest"], row["fastest_dense"], row["ratio"]) == ("deepsparse", "openvino-int8", pytest.approx(3))
     assert [r["ratio"] for r in row["runners"]] == pytest.approx([1, 4, 3, 2.5])
@@ -32,14 +32,14 @@ def test_statistics_are_in_milliseconds():
 
 
 def test_too_slow_a_row_fails_and_a_sparse_peer_has_to_be_beaten_only():
-    fast = record(runner(OURS, 2), runner("torch-int8", 7), runner("deepsparse", 2.5))
+    fast = record(runner(PRUNEOFA, 2), runner("torch-int8", 7), runner("deepsparse", 2.5))
     measure.check_ratio(fast, 3)
     with pytest.raises(CheckFailed, match=r"wanted 4 times .* 1x128: 3\.50 times as fast as torch-int8"):
         measure.check_ratio(fast, 4)
     with pytest.raises(CheckFailed, match="1x128: 0.50 times as fast as deepsparse"):
-        measure.check_ratio(record(runner(OURS, 2), runner("torch-int8", 7), runner("deepsparse", 1)), 3)
+        measure.check_ratio(record(runner(PRUNEOFA, 2), runner("torch-int8", 7), runner("deepsparse", 1)), 3)
     with pytest.raises(CheckFailed, match="1x128: no peer to compare with"):
-        measure.check_ratio(record(runner(OURS, 2)), 3)
+        measure.check_ratio(record(runner(PRUNEOFA, 2)), 3)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_errors_are_relative_and_padding_does_not_count(kind, error):
 
 
 def test_an_unknown_peer_is_named_with_the_nearest():
-    with pytest.raises(InputError, match="peer 'openvno': there is none of this name; did you mean openvino"):
+    with pytest.raises(InputError, match="peer 'openvno' is unknown, wanted one of .*; did you mean openvino"):
         measure.choose(Settings(peers=("openvno",)), None)
     with pytest.raises(InputError, match="peer 'deepspars'"):
         measure.choose(Settings(pythons={"deepspars": sys.executable}), None)
@@ -63,8 +63,8 @@ def test_what_is_not_installed_is_listed_or_refused(monkeypatch):
     monkeypatch.setattr(measure.Peer, "missing", lambda peer, elsewhere=False: ["gone"] if "onnx" in peer.name else [])
     chosen, left_out = measure.choose(Settings(), None)
     assert left_out["onnxruntime"].startswith("not installed (gone): pip install torch transformers onnx onnxruntime")
-    assert OURS not in [peer.name for peer in chosen] and "torch-int8" in [peer.name for peer in chosen]
-    with pytest.raises(InputError, match="peer onnxruntime: gone not installed; pip install "):
+    assert PRUNEOFA not in [peer.name for peer in chosen] and "torch-int8" in [peer.name for peer in chosen]
+    with pytest.raises(InputError, match="peer onnxruntime: gone not installed; run: pip install "):
         measure.choose(Settings(peers=("onnxruntime",)), None)
 
 
@@ -74,14 +74,14 @@ def test_what_is_not_installed_is_listed_or_refused(monkeypatch):
         (None, set()),
         ("avx512vnni", {"onnxruntime", "onnxruntime-int8"}),
         ("avx2", {"onnxruntime", "onnxruntime-int8", "openvino", "openvino-int8"}),
-        ("scalar", set(PEERS) - {OURS}),
+        ("scalar", set(PEERS) - {PRUNEOFA}),
     ],
 )
 def test_a_peer_that_cannot_be_held_to_an_isa_is_left_out_by_name(monkeypatch, cap, out):
     monkeypatch.setattr(measure.Peer, "missing", lambda peer, elsewhere=False: [])
     chosen, left_out = measure.choose(Settings(), cap)
-    assert left_out == {name: f"cannot be held to {cap}" for name in out}
-    assert {peer.name for peer in chosen} == set(PEERS) - {OURS} - out
+    assert left_out == {name: f"cannot be limited to {cap}" for name in out}
+    assert {peer.name for peer in chosen} == set(PEERS) - {PRUNEOFA} - out
 
 
 @needs_kernels
@@ -92,7 +92,7 @@ def test_processes_are_held_to_the_isa_and_to_nothing_else(monkeypatch):
     bench = measure.Bench(Settings(threads=3))
     assert "ONEDNN_MAX_CPU_ISA" not in bench.environment(PEERS["torch-int8"])
     assert bench.environment(PEERS["torch-int8"])["OMP_NUM_THREADS"] == "3"
-    assert bench.environment(PEERS[OURS])["PATH"] == os.environ["PATH"]
+    assert bench.environment(PEERS[PRUNEOFA])["PATH"] == os.environ["PATH"]
     if "avx2" in engine.native.available_isas():
         capped = measure.Bench(Settings(isa="avx2")).environment(PEERS["torch-int8"])
         assert (capped["ONEDNN_MAX_CPU_ISA"], capped["ATEN_CPU_CAPABILITY"]) == ("AVX2", "avx2")
@@ -121,13 +121,13 @@ def test_a_peer_over_its_limit_is_left_out_and_the_others_go_on(folder, monkeypa
     found = measure.run(Settings(path=str(folder), seq=(4, 8), threads=1, repeats=4, peers=peers))
     assert found["left_out"] == {"torch-bf16": "1x4: took longer"} and found["complete"]
     for row in found["rows"]:
-        assert [(one["name"], len(one["seconds"])) for one in row["runners"]] == [(OURS, 4), ("torch-fp32", 4)]
+        assert [(one["name"], len(one["seconds"])) for one in row["runners"]] == [(PRUNEOFA, 4), ("torch-fp32", 4)]
 
 
 @needs_kernels
 @pytest.mark.usefixtures("peers_without_torch")
 def test_ours_over_its_limit_is_an_error(folder, monkeypatch):
-    stopping(monkeypatch, OURS, "build", 1, TimeLimitError("took longer"))
+    stopping(monkeypatch, PRUNEOFA, "build", 1, TimeLimitError("took longer"))
     with pytest.raises(InputError, match="1x8: pruneofa took longer"):
         measure.run(Settings(path=str(folder), seq=(8,), threads=1, repeats=1, peers=()))
 
@@ -135,7 +135,7 @@ def test_ours_over_its_limit_is_an_error(folder, monkeypatch):
 @needs_kernels
 @pytest.mark.usefixtures("peers_without_torch")
 def test_an_interrupt_leaves_the_record_of_what_was_measured(folder, tmp_path, monkeypatch):
-    stopping(monkeypatch, OURS, "time", 5, KeyboardInterrupt())
+    stopping(monkeypatch, PRUNEOFA, "time", 5, KeyboardInterrupt())
     file, kept = tmp_path / "out" / "record.json", []
 
     def keep(record):
@@ -148,26 +148,28 @@ def test_an_interrupt_leaves_the_record_of_what_was_measured(folder, tmp_path, m
     assert [(row["case"], len(row["runners"][0]["seconds"])) for row in found["rows"]] == [("1x4", 3), ("1x8", 1)]
     assert kept == [0, 1, 1, 1, 2]
     said = tables.remarks(found)
-    assert "fewer than 3 runs: pruneofa 1" in said and any(line.startswith("not complete") for line in said)
+    assert "fewer than 3 runs: pruneofa 1" in said and any(line.startswith("incomplete") for line in said)
     assert "BERT" not in tables.speed_table([found]) and "1 × 4 tokens" in tables.speed_table([found])
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="--record .*name a file that you may write"):
+    with pytest.raises(InputError, match="--record .*choose a file that you may write"):
         measure.write_record(found, tmp_path / "file" / "record.json")
 
 
 @needs_kernels
 @pytest.mark.usefixtures("peers_without_torch")
 def test_a_runner_that_has_run_for_long_enough_is_not_run_again(folder, monkeypatch):
-    monkeypatch.setattr(measure, "ENOUGH", 0.0)
+    monkeypatch.setattr(measure, "MIN_SECONDS", 0.0)
     found = measure.run(Settings(path=str(folder), seq=(4,), threads=1, repeats=10, peers=()))
-    assert len(found["rows"][0]["runners"][0]["seconds"]) == measure.FEWEST
+    assert len(found["rows"][0]["runners"][0]["seconds"]) == measure.MIN_RUNS
 
 
 @needs_kernels
 @pytest.mark.usefixtures("peers_without_torch")
 def test_wrong_results_are_not_timed(folder, monkeypatch):
     monkeypatch.setattr(measure.Bench, "_reference", lambda bench, job, root: np.ones((1, 8, 32), np.float32))
-    with pytest.raises(CheckFailed, match=r"pruneofa: error \d\.\d+ against torch fp32 is above 0\.15; not timed"):
+    with pytest.raises(
+        CheckFailed, match=r"pruneofa: error \d\.\d+ against torch fp32, wanted at most 0\.15; it was not timed"
+    ):
         measure.run(Settings(path=str(folder), seq=(8,), threads=1, peers=()))
 
 

@@ -59,9 +59,9 @@ def test_what_is_no_case(folder, tmp_path, settings, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "give one model: PATH, or --random SHAPE"),
-        ({"path": "x", "random": "bert-base"}, "give one model"),
-        ({"random": "bert-bse"}, "random shape 'bert-bse': wanted one of bert-base, bert-large"),
+        ({}, "wanted exactly one model; give PATH, or --random SHAPE"),
+        ({"path": "x", "random": "bert-base"}, "wanted exactly one model"),
+        ({"random": "bert-bse"}, "--random 'bert-bse': wanted one of bert-base, bert-large"),
         ({"random": "minilm", "pattern": "8x1"}, "pattern '8x1': wanted one of unstructured, 4x1, 1x4"),
         ({"random": "minilm", "sparsity": 90.0}, "sparsity is 90.0, wanted at least 0 and below 1"),
         ({"random": "minilm", "also": ("4x1",)}, "--also 4x1: wanted PATTERN@SPARSITY"),

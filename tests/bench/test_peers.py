@@ -10,7 +10,7 @@ import pytest
 
 from pruneofa.bench import measure
 from pruneofa.bench.models import Settings
-from pruneofa.bench.peers import OURS, PEERS
+from pruneofa.bench.peers import PEERS, PRUNEOFA
 from pruneofa.bench.workers import TimeLimitError, Worker, WorkerError
 from pruneofa.errors import InputError
 from tests.bench.records import needs_kernels
@@ -18,8 +18,8 @@ from tests.tiny import write_folder
 
 
 def test_a_process_that_dies_says_how(tmp_path):
-    with Worker(OURS, tmp_path / "log", os.environ) as worker:
-        with pytest.raises(WorkerError, match="KeyError"):
+    with Worker(PRUNEOFA, tmp_path / "log", os.environ) as worker:
+        with pytest.raises(WorkerError, match="KeyError: 'nobody'"):
             worker.ask("time", key="nobody", count=1)
         worker._process.send_signal(signal.SIGKILL)
         with pytest.raises(WorkerError, match="its process ended with -9"):
@@ -32,7 +32,7 @@ def test_another_interpreter_needs_nothing_of_ours(tmp_path):
 
 
 def test_a_process_that_takes_too_long_is_ended(tmp_path):
-    with Worker(OURS, tmp_path / "log", os.environ, limit=0.001) as worker:
+    with Worker(PRUNEOFA, tmp_path / "log", os.environ, limit=0.001) as worker:
         with pytest.raises(TimeLimitError, match=r"took longer than the 0\.001 seconds of --limit to memory"):
             worker.ask("memory")
         assert worker._process.wait(5) == -signal.SIGKILL
@@ -63,8 +63,8 @@ def test_torch_and_a_second_model_are_verified_timed_and_described(folder, tmp_p
     found = measure.run(settings)
     json.dumps(found)
     [row] = found["rows"]
-    assert (row["case"], row["fastest"] in (OURS, *peers)) == ("3x4-9", True)
-    assert [one["name"] for one in row["runners"]] == [OURS, f"{OURS} 2: other", *peers]
+    assert (row["case"], row["fastest"] in (PRUNEOFA, *peers)) == ("3x4-9", True)
+    assert [one["name"] for one in row["runners"]] == [PRUNEOFA, f"{PRUNEOFA} 2: other", *peers]
     ours, other, torch, *_ = row["runners"]
     assert 0 < ours["error"] < 0.15 and other["error"] == ours["error"] and torch["error"] == 0
     for one in row["runners"]:
@@ -107,4 +107,4 @@ def test_a_peer_that_takes_an_export_gives_what_torch_gives(folder, names, outpu
 
 def test_all_peers_are_among_those_tests():
     exported = {"onnxruntime", "onnxruntime-int8", "openvino", "openvino-int8", "deepsparse"}
-    assert set(PEERS) == {OURS, "torch-fp32", "torch-bf16", "torch-int8"} | exported
+    assert set(PEERS) == {PRUNEOFA, "torch-fp32", "torch-bf16", "torch-int8"} | exported

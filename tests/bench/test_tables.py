@@ -6,22 +6,22 @@ import pytest
 
 from pruneofa.bench import tables
 from pruneofa.bench.models import Case
-from pruneofa.bench.peers import OURS
+from pruneofa.bench.peers import PRUNEOFA
 from pruneofa.errors import InputError
 from tests.bench.records import record, runner
 
 
 def test_a_peer_that_is_off_is_marked_and_said():
     off = runner("openvino-int8", 6, verified=False, error=0.4)
-    found = record(runner(OURS, 2), off, left_out={"openvino": "cannot be held to avx2"})
+    found = record(runner(PRUNEOFA, 2), off, left_out={"openvino": "cannot be limited to avx2"})
     assert "openvino-int8 (!)" in tables.aligned(tables.case_rows(found["rows"][0]))
     said = "\n".join(tables.remarks(found))
-    assert "(!) openvino-int8: its output is off by 0.4, tolerance 0.1; timed all the same" in said
-    assert "left out: openvino: cannot be held to avx2" in said and "3.00 times as fast as openvino-int8" in said
+    assert "(!) openvino-int8: its output error is 0.4, tolerance 0.1; timed nevertheless" in said
+    assert "left out: openvino: cannot be limited to avx2" in said and "3.00 times as fast as openvino-int8" in said
 
 
 def test_a_busy_machine_and_missing_torch_are_said():
-    found = record(runner(OURS, 2, verified=None, error=None), machine={"load_average": [1.5, 1], "cpus": 2})
+    found = record(runner(PRUNEOFA, 2, verified=None, error=None), machine={"load_average": [1.5, 1], "cpus": 2})
     said = "\n".join(tables.remarks(found))
     assert "outputs were not verified" in said and "measure again when idle" in said and "no peer" in said
 
@@ -35,8 +35,8 @@ def test_columns_are_aligned_and_never_folded():
 def test_the_table_of_the_readme_comes_from_records(tmp_path):
     mixed = Case("32x8-128", (8, 128))
     found = [
-        record(runner(OURS, 2), runner("openvino-int8", 7), runner("deepsparse", 9)),
-        record(runner(OURS, 40), runner("onnxruntime-int8", 130), case=mixed, isa="avx2", capped=True),
+        record(runner(PRUNEOFA, 2), runner("openvino-int8", 7), runner("deepsparse", 9)),
+        record(runner(PRUNEOFA, 40), runner("onnxruntime-int8", 130), case=mixed, isa="avx2", capped=True),
     ]
     for index, one in enumerate(found):
         (tmp_path / f"{index}.json").write_text(json.dumps(one))
@@ -47,14 +47,14 @@ def test_the_table_of_the_readme_comes_from_records(tmp_path):
     assert lines[3][1:6] == ["avx2 (capped)", "2 × 8–128 tokens", "50 seq/s", "onnxruntime-int8, 15.4 seq/s",
                              "**3.25×**"]  # fmt: skip
     (tmp_path / "0.json").write_text("{}")
-    with pytest.raises(InputError, match="wanted a file that pruneofa bench --json wrote"):
+    with pytest.raises(InputError, match="wanted a file that `pruneofa bench --json` or --record wrote"):
         tables.read_records([tmp_path / "0.json"])
 
 
 @pytest.mark.parametrize("suffix", [".svg", ".html"])
 def test_a_picture(tmp_path, suffix):
     pytest.importorskip("altair", reason="altair draws it, and is not installed")
-    tables.picture(record(runner(OURS, 2), runner("torch-int8", 8)), tmp_path / f"p{suffix}")
+    tables.picture(record(runner(PRUNEOFA, 2), runner("torch-int8", 8)), tmp_path / f"p{suffix}")
     assert "torch-int8" in (tmp_path / f"p{suffix}").read_text(encoding="utf-8")
     with pytest.raises(InputError, match=r"wanted a name that ends in \.svg or \.html"):
         tables.check_picture(tmp_path / "p.gif")

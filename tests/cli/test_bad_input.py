@@ -59,16 +59,16 @@ def settings(*overrides):
         (["prune.final=-0.5"], "prune.final is -0.5"),
         (["prune.stop=4"], "stop is 4"),
         (["prune.interval=0"], "prune.interval is 0"),
-        (["prune.end=10", "prune.stop=10"], "end - begin is 10 of 10"),
-        (["prune.pattern=2:4"], "pattern 2:4 gives 0.5"),
-        (["tasks.mine.epoch=1"], "did you mean 'epochs'?"),
-        (["distil.hard=1"], "did you mean 'distill'?"),
+        (["prune.end=10", "prune.stop=10"], "end - begin is 10 of 10 steps, which leaves none"),
+        (["prune.pattern=2:4"], "final is 0.9 but pattern 2:4 gives 0.5; set prune.final to that"),
+        (["tasks.mine.epoch=1"], "unknown key 'tasks.mine.epoch'; did you mean 'epochs'?"),
+        (["distil.hard=1"], "unknown key 'distil'; did you mean 'distill'?"),
         (["prune.final"], "wanted key=value"),
         (["model=./nowhere"], "model ./nowhere: no such folder"),
         (["prune.micro_batch=3"], "batch is 8, which"),
         (["corpus.max_length=65"], "corpus.max_length is 65 but model has 64 positions"),
-        (["prune.skip=['(']"], "skip: '('"),
-        (["prune.rewind=cyclic", "prune.end=10", "prune.stop=10"], "leave no step of 10"),
+        (["prune.skip=['(']"], "skip: '(' is not a regular expression"),
+        (["prune.rewind=cyclic", "prune.end=10", "prune.stop=10"], "leave none of 10 steps for the decay"),
         (["tasks.mine.teacher=./none"], "model ./none: no such folder"),
         (["corpus.source=none.txt"], "none.txt: no such file or folder"),
         (["tasks.mine.data=none.csv"], "none.csv: no such file"),
@@ -137,7 +137,7 @@ def test_corpora_that_give_no_examples(root, complaint):
     line = complaint(*settings("corpus.source=body.jsonl"))
     assert "no column 'text', it has body" in line and "corpus.column" in line
     pq.write_table(pa.table({"text": [1, 2]}), root / "numbers.parquet")
-    assert "column 'text' is int64, wanted text" in complaint(*settings("corpus.source=numbers.parquet"))
+    assert "column 'text' is int64, wanted strings" in complaint(*settings("corpus.source=numbers.parquet"))
     (root / "latin.txt").write_bytes("le roi était là\n\nla reine\n".encode("latin-1"))
     assert "latin.txt" in (line := complaint(*settings("corpus.source=latin.txt"))) and "UTF-8" in line
 
@@ -161,7 +161,7 @@ ROWS = "sentence,verdict\n" + "the king is good,good\nthe queen is bad,bad\n" * 
     [
         (ROWS, ROWS, ["tasks.mine.label=verdit"], "no label column 'verdit' among"),
         (ROWS, ROWS, ["tasks.mine.text=sentense"], "no text column 'sentense' among"),
-        (ROWS, ROWS + "a river,neutral\n", [], "label 'neutral' in validation row 41"),
+        (ROWS, ROWS + "a river,neutral\n", [], "label 'neutral' in validation row 41 is unknown; wanted one of"),
         (
             ROWS.replace(",bad", ",good"),
             ROWS.replace(",bad", ",good"),
@@ -170,7 +170,7 @@ ROWS = "sentence,verdict\n" + "the king is good,good\nthe queen is bad,bad\n" * 
         ),
         (ROWS + "a river,\n", ROWS, [], "label column 'verdict' is empty in row 41"),
         ("sentence,verdict\n", ROWS, [], "the file has no rows"),
-        ("sentence,verdict\na,b,c\n", ROWS, [], "another number of fields"),
+        ("sentence,verdict\na,b,c\n", ROWS, [], "not as many fields"),
     ],
 )
 def test_task_files(root, complaint, train, validation, overrides, message):
@@ -207,7 +207,7 @@ def test_answers_that_do_not_stand_where_they_say(root, complaint):
     for split in ("train", "validation"):
         pq.write_table(pa.table(rows), root / "squad" / f"{split}.parquet")
     line = complaint(*settings("tasks={squad: {data: squad, max_length: 48, stride: 8}}"))
-    assert "2 of 3 answers do not stand in their context at answer_start, first 'b' (row 2)" in line
+    assert "2 of 3 answers are not found in their context at answer_start, first 'b' (row 2)" in line
     assert "set tasks.squad.skip_bad_answers=true" in line
 
 
@@ -261,7 +261,7 @@ def test_a_pickle_with_code_in_it_is_not_run(root, complaint, verb):
         "transfer": ["transfer", "model", "out", *task, "--teacher", "model"],
         "evaluate": ["evaluate", "model", *task],
     }[verb]
-    hints = ("convert it with", "could run code")
+    hints = ("convert it with: python", "contains more than weights and could run code")
     assert any(hint in complaint(*arguments, run=verb == "run") for hint in hints)
     assert not (root / "sprung").exists()
     with open(root / "model" / "pytorch_model.bin", "wb") as file:
@@ -275,7 +275,9 @@ def test_results_that_are_none(root, complaint):
     (root / "results.json").write_text('{"recipe": ')
     assert "not valid JSON" in complaint("table", "results.json", run=False)
     (root / "results.json").write_text("{}")
-    assert "recipe is missing; is this a results.json of pruneofa?" in complaint("table", "results.json", run=False)
+    assert "recipe is missing; wanted a results.json that pruneofa wrote" in complaint(
+        "table", "results.json", run=False
+    )
 
 
 @pytest.mark.parametrize("kind", ["system", "library"])

@@ -21,15 +21,15 @@ def folder(tmp_path):
     ("arguments", "message"),
     [
         (["--peers", "openvno"], "did you mean openvino"),
-        (["--random", "bert-base"], "give one model"),
-        (["--seq", "9999"], "1x9999: 9999 tokens"),
-        (["--mixed", "4"], "--mixed 4: wanted"),
-        (["--isa", "sse"], "isa is 'sse'"),
-        (["--threads", "0"], "threads is 0"),
+        (["--random", "bert-base"], "wanted exactly one model; give PATH, or --random SHAPE"),
+        (["--seq", "9999"], "1x9999: 9999 tokens, but the model takes 1 to 64"),
+        (["--mixed", "4"], "--mixed 4: wanted COUNTxSHORTEST-LONGEST"),
+        (["--isa", "sse"], "isa is 'sse', which this CPU does not run"),
+        (["--threads", "0"], "threads is 0, wanted an integer from 1"),
         (["--repeats", "0"], "repeats is 0, wanted at least 1"),
-        (["--limit", "0"], "limit is 0 seconds"),
-        (["--record", "/dev/null/x"], "--record /dev/null/x: "),
-        (["--picture", "speed.gif"], "--picture speed.gif: "),
+        (["--limit", "0"], "limit is 0 seconds, wanted more than 0"),
+        (["--record", "/dev/null/x"], "--record /dev/null/x: File exists; choose a file that you may write"),
+        (["--picture", "speed.gif"], "wanted a name that ends in .svg or .html"),
         (["--python", "deepsparse"], "wanted PEER=FILE"),
         (["--python", f"deepspars={sys.executable}"], "did you mean deepsparse"),
     ],
@@ -39,7 +39,7 @@ def test_wrong_input_is_one_line(refused, folder, arguments, message):
 
 
 def test_no_model(refused, tmp_path):
-    assert "give one model" in refused("bench", "--peers")
+    assert "wanted exactly one model" in refused("bench", "--peers")
     assert "no such folder" in refused("bench", tmp_path / "none", "--peers")
 
 
@@ -68,8 +68,8 @@ def test_an_interrupt_prints_what_was_measured(call, folder, tmp_path, monkeypat
     monkeypatch.setattr(Worker, "ask", interrupted)
     given = ["bench", folder, "--peers", "--seq", 4, 8, "--threads", 1, "--repeats", 3, "--record"]
     said = call(*given, tmp_path / "r.json")
-    assert said.code == 130 and "pruneofa: interrupted; what was measured until then is above\n" in said.err
-    assert said.out.startswith("1x4 ") and "1x8" not in said.out and "not complete: " in said.out
+    assert said.code == 130 and "pruneofa: interrupted; the measurements so far are above\n" in said.err
+    assert said.out.startswith("1x4 ") and "1x8" not in said.out and "incomplete: " in said.out
     assert [row["case"] for row in json.loads((tmp_path / "r.json").read_text())["rows"]] == ["1x4"]
     asked[:] = ["time"] * 3
     said = call(*given, tmp_path / "s.json")

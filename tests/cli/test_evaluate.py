@@ -75,5 +75,5 @@ def test_what_does_not_fit_is_one_line(made, refused, tmp_path):
     assert "isa is 'sse'" in refused("evaluate", root / "int8", *data, "--isa", "sse")
     assert "threads is 0, wanted" in refused("evaluate", root / "int8", *data, "--threads", "0")
     squad = ["--task", "squad", "--data", tmp_path]
-    assert "--task squad" in refused("evaluate", root / "int8", *squad)
+    assert "head is for classification, --task squad needs" in refused("evaluate", root / "int8", *squad)
     assert "--precision" in refused("evaluate", root / "int8", *data, "--precision", "int4")

@@ -42,8 +42,8 @@ def test_pack_shows_what_it_cost(model, tmp_path, call):
 
 @pytest.mark.parametrize(
     ("precision", "embeddings", "note"),
-    [("int8", True, ""), ("fp32", True, "fp32 leaves out the int8 scales of"),
-     ("fp32", False, "fp32 leaves out the int8 scales of"), ("int8", False, "training left the embedding tables of")],
+    [("int8", True, ""), ("fp32", True, "fp32 omits the int8 scales of"),
+     ("fp32", False, "fp32 omits the int8 scales of"), ("int8", False, "packing changed the embedding tables of")],
 )  # fmt: skip
 def test_what_differs_from_training_is_said_in_one_line(precision, embeddings, note, model, tmp_path, call):
     quantize_folder(model, embeddings=embeddings)
@@ -91,9 +91,9 @@ def test_a_damaged_packed_folder_is_refused(model, tmp_path, call, refused):
     file = tmp_path / "packed" / TENSORS
     file.write_bytes(file.read_bytes()[:-1])
     line = refused("unpack", tmp_path / "packed", tmp_path / "out")
-    assert line.startswith(f"{file}: ") and "as manifest.json says; copy or download the folder again" in line
+    assert line.startswith(f"{file}: ") and "as manifest.json states; copy or download the folder again" in line
 
 
 def test_packing_twice_is_refused(model, tmp_path, call, refused):
     call("pack", model, tmp_path / "packed")
-    assert "is packed already" in refused("pack", tmp_path / "packed", tmp_path / "out")
+    assert "is already packed" in refused("pack", tmp_path / "packed", tmp_path / "out")

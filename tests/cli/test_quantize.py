@@ -61,14 +61,14 @@ def test_with_and_without_training(root, command, call, tmp_path):
 def test_without_a_teacher_it_says_so_and_learns_from_labels(command, call):
     said = call(*command, *ONCE, "--qat_lr", "1e-3")
     assert said.code == 0, said.err
-    assert "no --teacher given: learning from the task's own labels alone" in said.err
+    assert "no --teacher given: training on the labels only" in said.err
 
 
 def test_evaluate_simulates_what_the_folder_says(root, command, call, tmp_path):
     assert call(*command, "--ptq").code == 0
     data = ["--data", root / "validation.csv", *TEXT, "--max-length", "32"]
     said = call("evaluate", tmp_path / "out", *data, "--json")
-    assert said.code == 0 and "simulates the engine's int8" in said.err, said.err
+    assert said.code == 0 and "simulates the int8 arithmetic" in said.err, said.err
     assert json.loads(said.out) == read_json(tmp_path / "out" / "metrics.json")
     assert "simulates" not in call("evaluate", tmp_path / "out", *data, "--precision", "fp32").err
 
@@ -81,7 +81,7 @@ def test_evaluate_simulates_what_the_folder_says(root, command, call, tmp_path):
         (["--ptq", "--qat-lr", "1e-5"], "--qat-lr was given, but --ptq does not train"),
         (["--calibration", "9"], "--calibration was given, but without --ptq"),
         (["--activations", "dynamic", "--freeze", "0.5"], "--freeze was given, but a scale per token"),
-        (["--ptq", "--percentile", "99"], "add --observer percentile, or leave it out"),
+        (["--ptq", "--percentile", "99"], "add --observer percentile, or omit it"),
     ],
 )
 def test_options_that_would_do_nothing_are_refused(command, call, tmp_path, given, words):
@@ -117,7 +117,7 @@ def test_wrong_tasks_and_folders_are_refused(root, command, call, tmp_path):
 def test_quantizing_twice_is_refused(command, call, tmp_path):
     assert call(*command, "--ptq").code == 0
     line = last(call("quantize", tmp_path / "out", tmp_path / "again", *command[3:], "--ptq"))
-    assert "quantized already" in line
+    assert "is already quantized (quantization.json is in it)" in line
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 

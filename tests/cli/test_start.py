@@ -12,7 +12,7 @@ from pruneofa.cli import main as cli
 
 VERBS = [name for name, *_ in cli.VERBS]
 TEACHES = {
-    "run": ["recipe", "--set A.B=C", "--dry-run", "--redo", "--json", "later ones win"],
+    "run": ["recipe", "--set A.B=C", "--dry-run", "--redo", "--json", "later ones override"],
     "demo": ["--out", "(default: runs/demo)", "--json", "documentation of the installed Python"],
     "prune": [
         "--prune.final",

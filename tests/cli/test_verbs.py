@@ -86,7 +86,7 @@ def test_changed_settings_stop_until_redo(done, again, call, refused, tmp_path):
 
 def test_the_folder_of_another_recipe_is_refused(done, again, refused, tmp_path):
     line = refused(*again, "--set", "name=other")
-    assert "choose another --out" in line
+    assert "contains the run 'small', this recipe is 'other'; choose another --out" in line
     (tmp_path / "thesis.txt").write_text("years of work")
     assert "not a run's folder" in refused("run", done[1], "--out", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]

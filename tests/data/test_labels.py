@@ -29,7 +29,7 @@ def test_label_unseen_in_training(tmp_path, tokenizer):
     write(tmp_path / "train.csv", ROWS)
     write(tmp_path / "validation.csv", [*ROWS[:2], {"text": "a", "label": "neutral"}])
     spec = own(data="train.csv", validation="validation.csv")
-    with pytest.raises(InputError, match=r"label 'neutral' in validation row 3 is not one of .*: neg, pos"):
+    with pytest.raises(InputError, match=r"label 'neutral' in validation row 3 is unknown; wanted one of neg, pos"):
         load_task("mine", spec, tokenizer, data_root=tmp_path)
 
 
@@ -60,7 +60,7 @@ def test_labels_of_a_model_are_its_names_or_its_class_ids(tmp_path, tokenizer, c
 def test_class_ids_are_refused_beside_names(tmp_path, tokenizer):
     write(tmp_path / "d.csv", [{"text": "a", "label": "negative"}, {"text": "b", "label": "1"}])
     options = {"data_root": tmp_path, "train": False, "whole": True, "labels": ["negative", "positive"]}
-    with pytest.raises(InputError, match="label '1' in validation row 2 is not one of"):
+    with pytest.raises(InputError, match="label '1' in validation row 2 is unknown"):
         load_task("mine", own(data="d.csv"), tokenizer, **options)
 
 
@@ -73,8 +73,8 @@ def test_one_and_one_point_zero_are_one_label(tmp_path, tokenizer):
     ("suffix", "labels", "message"),
     [
         (".csv", ["1.0", "0.25"], "holds the number 0.25 in row 2, wanted classes; regression is not supported yet"),
-        (".jsonl", [["a"], ["a", "b"]], "holds a list in row 1, wanted one class a row; several labels"),
-        (".csv", ["[0, 1]", "[1]"], "holds a list in row 1, wanted one class a row; several labels"),
+        (".jsonl", [["a"], ["a", "b"]], "holds a list in row 1, wanted one class per row; multi-label"),
+        (".csv", ["[0, 1]", "[1]"], "holds a list in row 1, wanted one class per row; multi-label"),
     ],
 )
 def test_numbers_and_lists_are_no_classes(tmp_path, tokenizer, suffix, labels, message):

@@ -93,15 +93,15 @@ def test_the_fingerprint_is_of_the_text_not_of_its_name_or_compression(tmp_path)
         ("a.txt", b"", r"a\.txt: this file is empty"),
         ("a.txt", b" \n \n", r"a\.txt: no text in this file"),
         ("a.jsonl", b'{"text": null}\n', r"a\.jsonl: no text in this file"),
-        ("a.jsonl", b'{"text": 3}\n', r"column 'text' holds int, wanted text"),
+        ("a.jsonl", b'{"text": 3}\n', r"column 'text' holds int, wanted strings"),
         ("a.jsonl", b'{"txt": "a", "id": 1}\n', r"no column 'text', it has txt, id; did you mean 'txt'\?"),
         ("a.jsonl", b"[1]\n", r"line 1 is a list, wanted one JSON object per line"),
         ("a.jsonl", b'{"text": "a"}\n{"text"', r"line 2 is not JSON"),
-        ("a.txt.gz", b"not gzip", r"damaged or not really gz"),
-        ("a.txt.gz", gzip.compress(b"hello" * 99, mtime=0)[:-9], r"damaged or not really gz"),
-        ("a.txt.zst", b"not zstandard", r"damaged or not really zst"),
+        ("a.txt.gz", b"not gzip", r"damaged or not gz data"),
+        ("a.txt.gz", gzip.compress(b"hello" * 99, mtime=0)[:-9], r"damaged or not gz data"),
+        ("a.txt.zst", b"not zstandard", r"damaged or not zst data"),
         ("a.parquet", b"not parquet", r"a\.parquet: not a readable parquet file"),
-        ("a.csv", b"a,b", r"a\.csv: cannot read this kind of file; wanted \.parquet, \.jsonl or \.txt"),
+        ("a.csv", b"a,b", r"a\.csv: unsupported kind of file; wanted \.parquet, \.jsonl or \.txt"),
     ],
 )  # fmt: skip
 def test_a_bad_file_is_named_with_what_is_wrong(tmp_path, name, content, message):
@@ -121,7 +121,7 @@ def test_bad_parquet_columns(tmp_path):
     write_parquet(tmp_path / "a.parquet", id=[1], text=["a"])
     with pytest.raises(InputError, match=r"no column 'texts', it has id, text; did you mean 'text'\? set corpus"):
         read(tmp_path / "a.parquet", "texts")
-    with pytest.raises(InputError, match=r"column 'id' is int64, wanted text"):
+    with pytest.raises(InputError, match=r"column 'id' is int64, wanted strings"):
         read(tmp_path / "a.parquet", "id")
     write_parquet(tmp_path / "b.parquet", text=pa.array([], pa.string()))
     with pytest.raises(InputError, match=r"b\.parquet: this file has no rows"):

@@ -110,12 +110,12 @@ def test_answers_at_wrong_offsets_are_counted_and_the_first_is_named(tmp_path):
         row("second is good", "what", ["city"]),
     ]
     rows[3]["answers"] = {"text": ["lake", "city"], "answer_start": [0, 4]}
-    message = r"2 of 4 answers do not stand .* first 'shifted' \(row 2\); set tasks.squad.skip_bad_answers=true"
+    message = r"2 of 4 answers are not found .* first 'shifted' \(row 2\); set tasks.squad.skip_bad_answers=true"
     with pytest.raises(InputError, match=message):
         load(tmp_path, rows)
     task = load(tmp_path, rows, [rows[0]], skip_bad_answers=True)
     assert task.train.rows["id"].to_pylist() == ["fine", "second is good"]
-    with pytest.raises(InputError, match="no answer stands in its context"):
+    with pytest.raises(InputError, match="no answer is found in its context"):
         load(tmp_path, rows[1:2], [rows[0]], skip_bad_answers=True)
 
 

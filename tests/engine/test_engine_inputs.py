@@ -42,7 +42,7 @@ LAST = len(VOCABULARY) - 1
     [
         (
             ([[5, LAST + 1]],),
-            rf"input_ids\[0, 1\] is {LAST + 1}, wanted 0 to {LAST}: the vocabulary has {LAST + 1}; use",
+            rf"input_ids\[0, 1\] is {LAST + 1}, wanted 0 to {LAST}: the vocabulary size is {LAST + 1}; use",
         ),
         (([[5, 6], [-1, 6]],), r"input_ids\[1, 0\] is -1, wanted 0 to"),
         ((np.array([[2**40]]),), rf"input_ids\[0, 0\] is {2**40}, wanted"),
@@ -51,7 +51,7 @@ LAST = len(VOCABULARY) - 1
         ((np.zeros((0, 4), int),), r"input_ids has shape \(0, 4\), wanted \(batch, seq\), both at least 1"),
         ((np.zeros((4, 0), int),), r"input_ids has shape \(4, 0\)"),
         (([],), r"input_ids has shape \(0,\), wanted"),
-        (([[5], [6, 7]],), "input_ids is no matrix.*pad the rows to one length"),
+        (([[5], [6, 7]],), "input_ids is not a matrix.*pad the rows to one length"),
         (([[5.0]],), "input_ids has dtype float64, wanted integers; convert"),
         (([[True]],), "input_ids has dtype bool, wanted integers"),
         (("the river",), "input_ids has dtype <U9"),
@@ -63,7 +63,7 @@ LAST = len(VOCABULARY) - 1
         (([[5, 6]], [[1, 2]]), "attention_mask has values from 1 to 2, wanted only 0 and 1"),
         (([[5, 6]], [[-1, 1]]), "attention_mask has values from -1 to 1"),
         (([[5, 6], [5, 6]], [[1, 0], [0, 0]]), "attention_mask: row 1 has no token"),
-        (([[5, 6]], [[0, 1]]), "row 0 has a 0 before a 1, wanted ones and then zeros; padding goes to the right"),
+        (([[5, 6]], [[0, 1]]), "row 0 has a 0 before a 1, wanted ones and then zeros; pad on the right"),
         (([[5, 6, 7], [5, 6, 7]], [[1, 1, 1], [1, 0, 1]]), "row 1 has a 0 before a 1"),
         (([[5, 6]], None, [[0]]), r"token_type_ids has shape \(1, 1\), wanted \(1, 2\)"),
         (([[5, 6]], None, [[0, 2]]), r"token_type_ids\[0, 1\] is 2, wanted 0 to 1"),
@@ -80,15 +80,15 @@ def test_wrong_arrays(loaded, arguments, message):
     [
         (
             ([[5, 6], [5, LAST + 1]],),
-            rf"input_ids\[1, 1\] is {LAST + 1}, wanted 0 to {LAST}: the vocabulary has {LAST + 1}; use",
+            rf"input_ids\[1, 1\] is {LAST + 1}, wanted 0 to {LAST}: the vocabulary size is {LAST + 1}; use",
         ),
         (([[5, -1]],), r"input_ids\[0, 1\] is -1, wanted 0 to"),
         (([np.array([5, 2**32 + 5])],), rf"input_ids\[0, 1\] is {2**32 + 5}, wanted 0 to"),
         (([np.array([2**64 - 1], np.uint64)],), rf"input_ids\[0, 0\] is {2**64 - 1}, wanted 0 to"),
-        (([[5], []],), r"input_ids\[1\] has shape \(0,\), wanted \(tokens,\), at least 1; leave out"),
+        (([[5], []],), r"input_ids\[1\] has shape \(0,\), wanted \(tokens,\), at least 1; omit"),
         (([5, 6],), r"input_ids\[0\] has shape \(\), wanted \(tokens,\)"),
         (([[[5]]],), r"input_ids\[0\] has shape \(1, 1\), wanted \(tokens,\)"),
-        (([[[5], [6, 7]]],), r"input_ids\[0\] is no array, wanted"),
+        (([[[5], [6, 7]]],), r"input_ids\[0\] is not an array, wanted"),
         (([[5.0]],), r"input_ids\[0\] has dtype float64, wanted integers; convert"),
         (([[True]],), r"input_ids\[0\] has dtype bool"),
         (
@@ -133,8 +133,8 @@ def test_sequences_of_any_integers_are_the_same(loaded):
         ([["a", "b"]], r"x\[0\] is list, wanted"),
         (iter("ab"), "x is .*iterator, wanted"),
         (np.array(["a"]), "x is ndarray, wanted"),
-        ({"question": "a", "context": "b"}, "x is a dict, but this model does classification; give a str"),
-        ("good " * 63, "x has 65 tokens, the model takes at most 64; shorten it, or give truncate=True"),
+        ({"question": "a", "context": "b"}, "x is a dict, but the model's task is classification; give a str"),
+        ("good " * 63, "x has 65 tokens, the model takes at most 64; shorten it, or pass truncate=True"),
         ([("good " * 31, "bad " * 31)], r"x\[0\] has 65 tokens"),
     ],
 )
@@ -146,8 +146,8 @@ def test_wrong_texts(loaded, x, message):
 @pytest.mark.parametrize(
     ("x", "message"),
     [
-        ("who?", "x is str, but this model does question answering; give {'question': ..., 'context': ...}"),
-        ([("who", "what")], r"x\[0\] is tuple, but this model does question answering"),
+        ("who?", "x is str, but the model's task is question answering; give {'question': ..., 'context': ...}"),
+        ([("who", "what")], r"x\[0\] is tuple, but the model's task is question answering"),
         ({}, "x has the keys none; wanted exactly 'question' and 'context'"),
         ({"question": "who?"}, "x has the keys 'question'; wanted exactly"),
         ([{"question": "who?", "context": "a king", "id": 3}], r"x\[0\] has the keys 'question', 'context', 'id'"),
@@ -176,9 +176,11 @@ def test_a_long_question_is_cut_when_asked_to(loaded):
 
 
 def test_inputs_of_the_other_heads(loaded):
-    with pytest.raises(InputError, match=r"x\[1\] has no \[MASK\], which this masked-LM fills in"):
+    with pytest.raises(InputError, match=r"x\[1\] has no \[MASK\], wanted at least one"):
         loaded("ForMaskedLM").predict(["the [MASK]", "the river"])
-    with pytest.raises(InputError, match="x is a tuple, but this model does token classification; give one str"):
+    with pytest.raises(
+        InputError, match="x is a tuple, but the model's task is token classification; give single texts"
+    ):
         loaded("ForTokenClassification").predict(("a", "b"))
     assert loaded("ForTokenClassification").predict(" ") == []  # no token, no class
     assert loaded("Model").predict(" ").shape == (32,)  # the special tokens have hidden states
@@ -249,8 +251,8 @@ def test_paths_of_the_wrong_type(path):
         ({"layer_norm_eps": 0}, "layer_norm_eps is 0"),
         ({"type_vocab_size": 3}, "token_type_embeddings.weight has shape 2x32, config.json wants 3x32"),
         ({"problem_type": "ranking"}, "problem_type is 'ranking' in config.json, wanted one of regression"),
-        ({"id2label": {"0": "a", "2": "b"}}, "id2label in config.json is no table"),
-        ({"id2label": {"0": "a"}}, "the classifier has 3 classes, id2label in config.json names 1"),
+        ({"id2label": {"0": "a", "2": "b"}}, "id2label in config.json is"),
+        ({"id2label": {"0": "a"}}, "the classifier has 3 classes, id2label in config.json has 1"),
         ({"model_type": "gpt2"}, "model_type is 'gpt2'"),
         ({"hidden_act": "x" * 5000}, "activation 'x+... in config.json"),
         ({"position_embedding_type": "\ud800\n" * 900}, r"position_embedding_type is '.ud800.n.*\.\.\. in config.json"),
@@ -309,13 +311,13 @@ def test_tokenizers_that_are_missing_broken_or_of_another_model(tmp_path):
     weights = load_file(tmp_path / "model.safetensors")
     weights["bert.embeddings.word_embeddings.weight"] = weights["bert.embeddings.word_embeddings.weight"][:10].copy()
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(InputError, match=r"gives id \d+, but the model has 10 word embeddings"):
+    with pytest.raises(InputError, match=r"produces id \d+, but the model has 10 word embeddings"):
         Engine.from_pretrained(tmp_path).predict("a bad zebra")
 
 
 def test_int8_cannot_be_asked_for_float_weights(tmp_path):
     pack(write_folder(tmp_path / "folder"), tmp_path / "packed", precision="int8")
-    with pytest.raises(InputError, match="packed as int8, but precision='fp32' was asked for; leave it out, or pack"):
+    with pytest.raises(InputError, match="packed as int8, but precision='fp32' was requested; omit it, or pack"):
         Engine.from_pretrained(tmp_path / "packed", precision="fp32")
 
 

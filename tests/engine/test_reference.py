@@ -49,7 +49,7 @@ def test_accumulators_are_exact_integer_sums(n, k):
 
 
 def test_the_widest_layer_does_not_overflow():
-    k = reference.MOST_INPUTS
+    k = reference.MAX_INPUTS
     bitmask = np.full((1, k // 8), 255, np.uint8)
     linear = Linear(bitmask, np.full(k, -127, np.int8), np.ones(1, np.float32), None, k, "scalar")
     assert linear.accumulate(np.full((1, k), 255, np.uint8)).item() == -255 * 127 * k

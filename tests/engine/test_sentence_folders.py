@@ -47,8 +47,12 @@ def _on_the_reference(monkeypatch):
         ("modules.json", [{"path": "../1_Pooling", "type": "Pooling"}], "is '../1_Pooling', wanted a folder beside"),
         ("config_sentence_transformers.json", {"truncate_dim": True}, "truncate_dim is True, wanted an integer"),
         ("tokenizer_config.json", {"model_input_names": 5}, "model_input_names is 5 in tokenizer_config.json, wanted"),
-        ("sentence_bert_config.json", {"max_seq_length": float("inf")}, r"not valid JSON \(Infinity is no number\)"),
-        ("sentence_bert_config.json", {"max_seq_length": float("nan")}, r"not valid JSON \(NaN is no number\)"),
+        (
+            "sentence_bert_config.json",
+            {"max_seq_length": float("inf")},
+            r"not valid JSON \(Infinity is not a JSON number\)",
+        ),
+        ("sentence_bert_config.json", {"max_seq_length": float("nan")}, r"not valid JSON \(NaN is not a JSON number\)"),
         (
             "config_sentence_transformers.json",
             {"prompts": {"query": "\ud800"}, "default_prompt_name": "query"},

@@ -222,7 +222,7 @@ def test_weights_that_are_no_numbers(name, value, model, tmp_path):
     weight = tensors()[name]
     weight.reshape(-1)[1] = value
     change(model, **{name: weight})
-    with pytest.raises(InputError, match=f"{name} has 1 NaN or infinite; wanted numbers"):
+    with pytest.raises(InputError, match=f"{name} has 1 NaN or infinite values; wanted finite numbers"):
         pack(model, tmp_path / "packed")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
@@ -236,7 +236,7 @@ def test_weights_that_are_no_numbers(name, value, model, tmp_path):
             "classifier.weight has dtype I8; wanted F32, F16, BF16: convert",
         ),
         ("classifier.weight", np.ones((2, 4)), "classifier.weight has dtype F64; wanted F32"),
-        ("classifier.weight", np.ones((0, 4), np.float32), r"has shape \[0, 4\], no number in it"),
+        ("classifier.weight", np.ones((0, 4), np.float32), r"has shape \[0, 4\], which is empty"),
         ("classifier.weight", np.ones((1,) * 9, np.float32), "shape is .*wanted at most 8"),
         (QUERY, np.ones((4, 4), np.float32), f"are both {QUERY}; keep only one"),
         ("bert.embeddings.LayerNorm.gamma", np.ones(4, np.float32), "are both embeddings.LayerNorm.weight"),
@@ -271,7 +271,7 @@ def test_folders_that_cannot_be_packed(model, tmp_path):
         InputError, match="no tokenizer.json in it, which the engine needs, nor vocab.txt to make it from"
     ):
         pack(model, out)
-    with pytest.raises(InputError, match="v1-int8: is packed already; wanted a Hugging Face folder"):
+    with pytest.raises(InputError, match="v1-int8: is already packed; wanted a Hugging Face folder"):
         pack(GOLDEN / "v1-int8", out)
     assert not out.exists()
 
@@ -301,11 +301,11 @@ def test_output_that_holds_something(model, tmp_path):
     (full / "mine").write_text("mine")
     empty.mkdir()
     for out in (file, full):
-        with pytest.raises(InputError, match="exists and is not an empty folder; name another one"):
+        with pytest.raises(InputError, match="exists and is not an empty folder; choose another folder"):
             pack(model, out)
-        with pytest.raises(InputError, match="exists and is not an empty folder; name another one"):
+        with pytest.raises(InputError, match="exists and is not an empty folder; choose another folder"):
             unpack(GOLDEN / "v1-int8", out)
-    with pytest.raises(InputError, match="name a folder that you may write to"):
+    with pytest.raises(InputError, match="choose a folder that you may write to"):
         pack(model, file / "below")
     pack(model, empty)
     assert (empty / MANIFEST).is_file() and file.read_text() == "mine"
@@ -317,7 +317,7 @@ def test_what_would_shrink_too_much_is_not_compressed(model, tmp_path, monkeypat
     weight = np.zeros((256, 8192), np.float32)
     weight[0, 0] = 1
     save_file({f"bert.{QUERY}": weight}, model / "model.safetensors")
-    with pytest.raises(InputError, match="shrinks over 64 times, more than readers allow; do not compress"):
+    with pytest.raises(InputError, match="compresses over 64 times, which readers refuse; do not compress"):
         pack(model, tmp_path / "packed", compress=True)
 
 
@@ -340,5 +340,5 @@ def test_what_the_engine_refuses_is_not_packed(config, message, model, tmp_path)
 def test_names_of_old_quantization_aware_training_are_not_packed(model, tmp_path):
     weights = {name.replace("query.weight", "query.module.weight"): weight for name, weight in tensors().items()}
     save_file(weights, model / "model.safetensors", {"format": "pt"})
-    with pytest.raises(InputError, match=r"query\.module\.weight, .*take '\.module' out of the names"):
+    with pytest.raises(InputError, match=r"query\.module\.weight, .*remove '\.module' from the names"):
         pack(model, tmp_path / "packed")

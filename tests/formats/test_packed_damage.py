@@ -36,7 +36,7 @@ def test_a_file_cut_short_or_continued(folder):
     whole = file.read_bytes()
     for length in [*range(20), *range(20, len(whole), 61), *range(len(whole) - 20, len(whole))]:
         file.write_bytes(whole[:length])
-        assert f"{length} bytes; wanted {len(whole)}, as manifest.json says" in refused(folder)
+        assert f"{length} bytes; wanted {len(whole)}, as manifest.json states" in refused(folder)
     file.write_bytes(whole + b"\0")
     assert f"{len(whole) + 1} bytes; wanted {len(whole)}" in refused(folder)
 
@@ -137,7 +137,7 @@ GOLDEN_INT8 = GOLDEN / "v1-int8"
 @pytest.mark.parametrize("shape", [[10**6, 10**6], [2**31 - 1] * 8])
 def test_a_trillion_elements_are_refused_before_anything_is_allocated(shape, int8):
     size = claims(int8, shape)
-    assert f"bytes; wanted {size}, as manifest.json says" in small(int8)
+    assert f"bytes; wanted {size}, as manifest.json states" in small(int8)
     claims(int8, shape, file=(int8 / TENSORS).stat().st_size)
     assert "sizes: file is" in small(int8)
 
@@ -153,7 +153,7 @@ def test_a_compressed_file_that_would_become_much_larger(zstd):
     manifest["sizes"] |= {"file": size, "compressed": len(frame), "compressed_encoder": 0}
     manifest["sizes"] |= {"compressed_bits_per_weight": 0}
     write(zstd, manifest)
-    assert f"{len(frame)} bytes would become {size}, over 64 times as many" in small(zstd)
+    assert f"{len(frame)} bytes decompress to {size}, over 64 times as many" in small(zstd)
 
 
 def reframe(folder, frame):
@@ -175,23 +175,23 @@ def stored_frame(raw, window_log):
 def test_frames_that_are_not_what_the_manifest_says(zstd):
     raw = (GOLDEN_INT8 / TENSORS).read_bytes()
     reframe(zstd, zstandard.compress(raw + b"\0"))
-    assert "unpacks to 4744 bytes with a window of 4744; wanted 4743" in small(zstd)
+    assert "decompresses to 4744 bytes with a window of 4744; wanted 4743" in small(zstd)
     unsized = zstandard.ZstdCompressor(write_content_size=False).compress(raw)
     reframe(zstd, unsized)
-    assert "unpacks to an unknown number of bytes" in small(zstd)
+    assert "decompresses to an unknown number of bytes" in small(zstd)
     wide = zstandard.ZstdCompressionParameters.from_level(1, window_log=27, write_content_size=True)
     stream = zstandard.ZstdCompressor(compression_params=wide).compressobj(size=2**27 + 1)
     head = stream.compress(raw) + stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
     reframe(zstd, head)
     assert "with a window of 134217728; wanted 4743 and at most 8388608" in small(zstd)
     reframe(zstd, stored_frame(raw, window_log=24))
-    assert "unpacks to 4743 bytes with a window of 16777216; wanted 4743 and at most 8388608" in small(zstd)
+    assert "decompresses to 4743 bytes with a window of 16777216; wanted 4743 and at most 8388608" in small(zstd)
     reframe(zstd, stored_frame(raw, window_log=23))
     assert read(zstd).linears
     reframe(zstd, zstandard.compress(raw)[:500])
-    assert "not a whole zstd file" in small(zstd)
+    assert "not a complete zstd file" in small(zstd)
     reframe(zstd, b"not a frame" * 20)
-    assert "not a whole zstd file" in small(zstd)
+    assert "not a complete zstd file" in small(zstd)
     reframe(zstd, zstandard.compress(raw, 19))
     assert read(zstd).linears  # any level will do
 
@@ -213,7 +213,7 @@ def test_a_frame_that_lies_about_its_content(zstd):
     longer[place : place + 2] = (len(raw) - 256).to_bytes(2, "little")
     assert zstandard.frame_content_size(bytes(longer)) == len(raw)
     reframe(zstd, bytes(longer))
-    assert any(fault in small(zstd) for fault in ("not a whole zstd file", "goes on after"))
+    assert any(fault in small(zstd) for fault in ("not a complete zstd file", "has data after"))
 
 
 def test_the_limits_are_those_of_the_specification():

@@ -64,8 +64,8 @@ def test_every_field_of_the_manifest_removed_or_of_another_kind(variant, tmp_pat
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("format",), "other", 'wanted "format": "pruneofa-packed"; this is the manifest of something else'),
-        (("version",), 2, "format version 2; this pruneofa reads 1: upgrade it"),
+        (("format",), "other", "format is 'other'; wanted \"pruneofa-packed\"; give a packed folder"),
+        (("version",), 2, "format version 2; wanted 1; upgrade pruneofa"),
         (("precision",), "fp16", "precision is 'fp16'; wanted int8 or fp32"),
         (("architecture",), "BertModel", "architecture BertForSequenceClassification, but BertModel in manifest.json"),
         (("prefix",), "gpt.", """prefix is 'gpt.'; wanted such as "bert." or \"\""""),
@@ -79,13 +79,13 @@ def test_every_field_of_the_manifest_removed_or_of_another_kind(variant, tmp_pat
         (("activations",), {"kind": "static"}, "activations: no scales in it"),
         (("activations",), {"kind": "static", "scales": {}, "more": 1}, "activations: 'more' is unknown to format"),
         (("activations",), {"kind": "static", "scales": "x"}, "activations: scales is 'x'; wanted an object"),
-        (("activations",), {"kind": "static", "scales": {}}, "no scale of 'encoder.layer.0.attention.output.dense."),
-        (("activations",), {"kind": "learned"}, 'wanted {"kind": "dynamic"} or, of int8, {"kind": "static"'),
-        (("sparsity",), 0.5, "sparsity is 0.5; wanted 0.75, by the tensors"),
-        (("sizes", "encoder"), 5, "sizes: encoder is 5; wanted 190, by the tensors"),
+        (("activations",), {"kind": "static", "scales": {}}, "no scale for 'encoder.layer.0.attention.output.dense."),
+        (("activations",), {"kind": "learned"}, 'wanted {"kind": "dynamic"} or, for int8, {"kind": "static"'),
+        (("sparsity",), 0.5, "sparsity is 0.5; wanted 0.75, from the tensors"),
+        (("sizes", "encoder"), 5, "sizes: encoder is 5; wanted 190, from the tensors"),
         (("sizes", "bits_per_weight"), 1.0, "sizes: bits_per_weight is 1.0; wanted 10.5"),
         (("sizes", "entropy_bound"), 1.0, "sizes: entropy_bound is 1.0; wanted 2.79"),
-        (("sizes", "file"), 4744, "4743 bytes; wanted 4744, as manifest.json says"),
+        (("sizes", "file"), 4744, "4743 bytes; wanted 4744, as manifest.json states"),
         (("sizes", "file"), 30, "sizes: file is 30; wanted"),
         (("sizes", "file"), HUGE, "sizes: file is 1000000000000; wanted"),
         (("pattern_hash",), "0" * 64, "pattern_hash is 000"),
@@ -99,21 +99,21 @@ def test_every_field_of_the_manifest_removed_or_of_another_kind(variant, tmp_pat
         (("tensors", QUERY, "dtype"), "F64", "dtype is 'F64'; wanted one of F32, F16, BF16"),
         (("tensors", QUERY, "shape"), [4, 4, 1], "kind is 'linear'; wanted plain"),
         (("tensors", QUERY, "shape"), [4, 2**31], "wanted at most 8 positive integers below 2^31"),
-        (("tensors", QUERY, "shape"), [4, 2**16 + 1], "65536 columns"),
-        (("tensors", QUERY, "shape", 0), 4.0, "positive integers"),
-        (("tensors", QUERY, "shape"), [3, 4], "by the tensors"),
+        (("tensors", QUERY, "shape"), [4, 2**16 + 1], "wanted at most 65536 columns"),
+        (("tensors", QUERY, "shape", 0), 4.0, "wanted at most 8 positive integers below 2^31"),
+        (("tensors", QUERY, "shape"), [3, 4], "from the tensors"),
         (("tensors", QUERY, "nonzeros"), 17, "nonzeros is 17; wanted 0 to 16"),
-        (("tensors", QUERY, "nonzeros"), 3, "by the tensors"),
+        (("tensors", QUERY, "nonzeros"), 3, "from the tensors"),
         (("tensors", QUERY, "pattern"), "8x1", "pattern is '8x1'; wanted unstructured, 4x1, 1x4 or n:m"),
         (("tensors", QUERY, "pattern"), "4:2", "pattern is '4:2'; wanted unstructured"),
-        (("tensors", QUERY, "pattern"), "4x1", f"{QUERY}: its zeros are not of pattern 4x1, as the manifest says"),
-        (("tensors", QUERY, "pattern"), "1x4", "its zeros are not of pattern 1x4"),
-        (("tensors", QUERY, "pattern"), "2:4", "its zeros are not of pattern 2:4"),
-        (("tensors", QUERY, "pattern"), "2:3", "its zeros are not of pattern 2:3"),
+        (("tensors", QUERY, "pattern"), "4x1", f"{QUERY}: its zeros do not have pattern 4x1, which the manifest"),
+        (("tensors", QUERY, "pattern"), "1x4", "its zeros do not have pattern 1x4"),
+        (("tensors", QUERY, "pattern"), "2:4", "its zeros do not have pattern 2:4"),
+        (("tensors", QUERY, "pattern"), "2:3", "its zeros do not have pattern 2:3"),
         (("tensors", QUERY, "negative_zeros"), 1, "'negative_zeros' is unknown"),
         (("tensors", QUERY, "stored_as"), "other", "stored_as is 'other'; wanted a name of"),
         (("tensors", "classifier.bias", "stored_as"), "module.classifier.weight", "stored_as is 'module.class"),
-        (("tensors", "extra"), {"shape": [1], "kind": "plain", "dtype": "F32"}, "header of"),
+        (("tensors", "extra"), {"shape": [1], "kind": "plain", "dtype": "F32"}, "the header has"),
         (("tensors", "classifier.weight", "shape"), [4, 2], "classifier.weight: [2, 4]; wanted shape [4, 2]"),
         (("tensors", "classifier.weight"), TIED | {"to": QUERY}, f"to is '{QUERY}'; wanted an embedding"),
         (("tensors", "classifier.weight"), TIED | {"shape": [2, 4]}, "to is"),
@@ -228,7 +228,7 @@ def test_every_field_of_the_header_removed_or_of_another_kind(fp32):
         ((f"{QUERY}.values", "data_offsets"), [0, HUGE], "[0, 1000000000000]; wanted data_offsets of 5 bytes"),
         ((f"{QUERY}.values", "data_offsets"), [-5, 0], "[-5, 0]; wanted data_offsets of 5 bytes"),
         ((f"{QUERY}.values", "data_offsets"), [0, 5], "starts at 0; wanted"),
-        ((f"{QUERY}.values", "data_offsets"), [HUGE, HUGE + 5], "no hole or overlap"),
+        ((f"{QUERY}.values", "data_offsets"), [HUGE, HUGE + 5], "no gap or overlap"),
         (("classifier.bias", "data_offsets"), [0, 8, 9], "wanted data_offsets of 8 bytes"),
         (("classifier.bias", "more"), 1, "wanted dtype, shape and data_offsets"),
     ],
@@ -254,14 +254,14 @@ def test_a_header_of_any_length(length, int8):
     raw = length.to_bytes(8, "little") + file.read_bytes()[8:]
     file.write_bytes(raw)
     state(int8, raw)
-    assert f"a header of {length} bytes; wanted " in refused(int8)
+    assert f"the header has {length} bytes; wanted " in refused(int8)
 
 
 def test_a_header_with_a_key_twice(int8):
     head, data = parts(int8)
     text = json.dumps(head).encode()
     seal(int8, text[:-1] + b"," + text[1:], data)
-    assert "header: not valid JSON (a key is there twice)" in refused(int8)
+    assert "header: not valid JSON (a key occurs twice)" in refused(int8)
     seal(int8, b" " + text, data)
     assert "header does not begin with an object" in refused(int8)
 
@@ -281,14 +281,14 @@ def write_at(place, value):
         ("v1-int8", f"{QUERY}.bitmask", write_at((1, 0), 1), "6 bits set, but there are 5 values"),
         ("v1-int8", f"{QUERY}.bitmask", lambda a: np.copyto(a, a[::-1].copy()), "pattern_hash is"),
         ("v1-int8", f"{WORDS}.values", write_at((0, 0), -128), f"{WORDS}: values has -128; wanted -127 to 127"),
-        ("v1-int8", f"{QUERY}.scale", write_at(0, np.nan), f"{QUERY}: scale has NaN or infinity"),
-        ("v1-int8", f"{QUERY}.scale", write_at(0, 3e38), "scale has a number that is not above 0 and at most 2.67"),
-        ("v1-int8", f"{QUERY}.scale", write_at(0, 0), "scale has a number that is not above 0 and at most 2.67"),
-        ("v1-int8", f"{WORDS}.scale", write_at(0, -1), f"{WORDS}: scale has a number that is not above 0"),
-        ("v1-int8", "classifier.bias", write_at(1, np.inf), "classifier.bias: it has NaN or infinity"),
-        ("v1-fp32", f"{QUERY}.values", write_at(0, np.nan), f"{QUERY}: values has NaN or infinity"),
-        ("v1-fp32", f"{QUERY}.values", write_at(0, -0.0), "values has a zero, which no kept weight is"),
-        ("v1-fp32", WORDS, write_at((0, 0), np.inf), f"{WORDS}: values has NaN or infinity"),
+        ("v1-int8", f"{QUERY}.scale", write_at(0, np.nan), f"{QUERY}: scale contains NaN or infinity"),
+        ("v1-int8", f"{QUERY}.scale", write_at(0, 3e38), "a number that is not above 0 and at most 2.67"),
+        ("v1-int8", f"{QUERY}.scale", write_at(0, 0), "scale contains a number that is not above 0 and at most 2.67"),
+        ("v1-int8", f"{WORDS}.scale", write_at(0, -1), f"{WORDS}: scale contains a number that is not above 0"),
+        ("v1-int8", "classifier.bias", write_at(1, np.inf), "classifier.bias: the tensor contains NaN or infinity"),
+        ("v1-fp32", f"{QUERY}.values", write_at(0, np.nan), f"{QUERY}: values contains NaN or infinity"),
+        ("v1-fp32", f"{QUERY}.values", write_at(0, -0.0), "values contains a zero; wanted kept weights"),
+        ("v1-fp32", WORDS, write_at((0, 0), np.inf), f"{WORDS}: values contains NaN or infinity"),
         ("v1-fp32", f"{OUTPUT}.negative_zeros", write_at((0, 0), 255), "a weight that bitmask keeps"),
         ("v1-fp32", f"{OUTPUT}.negative_zeros", write_at((1, 1), 128), "bits set beyond column 10"),
         ("v1-fp32", f"{OUTPUT}.negative_zeros", write_at((1, 0), 0), "0 negative zeros marked, but 1"),
@@ -310,7 +310,7 @@ def test_tensors_that_no_packing_gives(variant, name, edit, message, tmp_path):
         ({"values": np.ones(1, np.int8), "scale": np.ones(3, np.float32)}, r"scale is float32 \(3,\); wanted float32"),
         ({"values": np.ones(1, np.int8), "scale": np.ones(2)}, r"scale is float64 \(2,\); wanted float32"),
         ({"values": np.ones(1, np.int8), "scale": np.ones(2, np.float32), "negative_zeros": np.zeros((2, 2), np.uint8)},
-         "negative_zeros beside int8 values"),
+         "negative_zeros given with int8 values"),
         ({"negative_zeros": np.zeros((2, 1), np.uint8)}, "negative_zeros is uint8"),
     ],
 )  # fmt: skip

@@ -259,7 +259,7 @@ def test_a_hub_id_that_cannot_be_had_is_an_input_error():
     )
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert "no such folder, and the hub gave no such model" in result.stdout, result.stderr
+    assert "no such folder, and the hub has no such model" in result.stdout, result.stderr
     assert len(result.stdout.splitlines()) == 1
 
 

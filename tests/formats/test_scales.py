@@ -106,12 +106,12 @@ def test_codes_are_recovered_exactly(strategy, lowest):
 def test_weights_off_the_grid_are_named():
     scale = np.ones(3, np.float32)
     weight = np.float32([[1, 2], [3, -128], [0, 127]])
-    with pytest.raises(InputError, match=r"^a\.weight claims to be on the int8 grid but is not: 1 of its weights"):
+    with pytest.raises(InputError, match=r"^a\.weight is not on the int8 grid: 1 of its weights"):
         codes("a.weight", weight, scale)
     assert codes("a.weight", weight, scale, -128)[1, 1] == -128
     for wrong in (1.5, 128, -0.0, np.nextafter(np.float32(1), np.float32(2))):
         weight[2, 0] = wrong
-        with pytest.raises(InputError, match="claims to be on"):
+        with pytest.raises(InputError, match="is not on the int8 grid"):
             codes("a.weight", weight, scale, -128)
 
 
@@ -121,7 +121,7 @@ def test_weights_off_the_grid_are_named():
 @pytest.mark.parametrize("value", [0.0, -1.0, np.nan, np.inf, -np.inf, 1e-40, 3e38])
 def test_dead_activations_are_named(folder, value):
     edit_scales(folder, lambda arrays: arrays[OUTPUT.replace("weight", "input_scale")].fill(value))
-    assert f"input scale of {OUTPUT} is " in (text := refused(folder)) and "dead activations" in text
+    assert f"input scale of {OUTPUT} is " in (text := refused(folder)) and "constant or never observed" in text
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, np.nan, np.inf])
@@ -242,7 +242,7 @@ def test_damaged_files(folder):
     (folder / SCALES).write_bytes(whole[:-3])
     assert "not a complete safetensors file" in refused(folder)
     (folder / SCALES).unlink()
-    assert f"no {SCALES} in it" in refused(folder)
+    assert f"{SCALES} is missing" in refused(folder)
     for text in ("", "{", "[]", '{"a": 1, "a": 2}', "NaN"):
         (folder / SETTINGS).write_text(text)
         assert refused(folder).endswith("quantize the model again with: pruneofa quantize")

@@ -106,7 +106,7 @@ class Trap:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (lambda trap: pickle.dumps(trap), "holds more than weights and could run code"),
+        (lambda trap: pickle.dumps(trap), "contains more than weights and could run code"),
         (lambda trap: b"PK\x03\x04" + bytes(99), r"pytorch_model\.bin: damaged \("),
         (lambda trap: b"", r"pytorch_model\.bin: damaged \("),
     ],
@@ -123,7 +123,7 @@ def test_a_bin_that_cannot_be_read(content, message, tmp_path):
 def test_a_bin_of_other_things_than_tensors(tmp_path):
     folder = source(tmp_path / "model")
     torch.save({"model": as_bin(folder), "epoch": 3}, folder / "pytorch_model.bin")
-    with pytest.raises(InputError, match="holds other things than tensors; wanted the state_dict"):
+    with pytest.raises(InputError, match="contains objects other than tensors; wanted the state_dict"):
         weights_folder(folder)
 
 

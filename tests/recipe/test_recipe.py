@@ -105,7 +105,10 @@ def test_an_unknown_key_names_the_nearest(override, message):
         ("prune={begin: 60, end: 60}", "prune: begin is 60 but must be below end (60)"),
         ("prune.interval=0", "prune.interval is 0: input should be greater than 0"),
         ("prune.steps=0", "prune.steps is 0"),
-        ("prune={begin: 0, end: 99, stop: 99}", "end - begin is 99 of 100 steps and leaves none for the learning rate"),
+        (
+            "prune={begin: 0, end: 99, stop: 99}",
+            "end - begin is 99 of 100 steps, which leaves none",
+        ),
         ("prune={pattern: 2:4, final: 0.9}", "prune: final is 0.9 but pattern 2:4 gives 0.5; set prune.final to that"),
         ("prune={pattern: 4:4, final: 0}", "pattern 4:4 gives 0"),
         ("prune={pattern: 0:4, final: 0.9}", "pattern 0:4 gives 1"),
@@ -117,13 +120,13 @@ def test_an_unknown_key_names_the_nearest(override, message):
         ("corpus.validation=0", "corpus.validation is 0"),
         ("corpus.source=3", "recipe: corpus.source is 3: input should be a valid string"),
         ("corpus.max_length=4", "corpus.max_length is 4"),
-        ("distill={hard: 0, kd: 0}", "distill: hard, kd and hidden are all 0: nothing would be learned"),
-        ("tasks.sst2={hard: 0, kd: 0}", "tasks.sst2: hard and kd are both 0: the task's head would not be trained"),
+        ("distill={hard: 0, kd: 0}", "distill: hard, kd and hidden are all 0, so there is no loss to train on"),
+        ("tasks.sst2={hard: 0, kd: 0}", "tasks.sst2: hard and kd are both 0, so the task's head would not be trained"),
         ("tasks.sst2={hard: 0, kd: 0, hidden: 1}", "tasks.sst2: hard and kd are both 0"),
         ("tasks.sst.epochs=1", "task 'sst' is not one of sst2, mnli, qnli, qqp, squad (did you mean 'sst2'?)"),
         ("tasks.mine.data=x.csv", "task 'mine' is not one of"),
         ("corpus=null", "teacher and prune need a corpus; set corpus.source"),
-        ("prune=null", "there is nothing to prune with: add a prune section, or set model_is_sparse: true"),
+        ("prune=null", "the recipe has no prune section; add one, or set model_is_sparse: true"),
         ("model_is_sparse=true", "model_is_sparse is true, so teacher and prune must be null"),
         ("seeds=[0, 0]", "seeds [0, 0] repeat a seed"),
         ("seeds=[]", "seeds is []"),
@@ -201,14 +204,14 @@ def test_files_that_are_no_recipes(tmp_path):
     for content, message in (
         (b"a: [1", "not valid YAML"),
         (b"\xff\xfe\x00", "not valid YAML"),
-        (b"- 1\n", "a recipe is a mapping of keys, got list"),
-        (b"", "a recipe is a mapping of keys, got NoneType"),
+        (b"- 1\n", "got list, wanted a mapping of keys"),
+        (b"", "got NoneType, wanted a mapping of keys"),
     ):
         file.write_bytes(content)
         with pytest.raises(InputError, match=message) as caught:
             recipe.load([file])
         assert "\n" not in str(caught.value)
-    with pytest.raises(InputError, match="a folder, wanted a recipe file"):
+    with pytest.raises(InputError, match="a folder; wanted a recipe file"):
         recipe.load([tmp_path])
     with pytest.raises(InputError, match="not valid YAML; put quotes around it"):
         recipe.parse_override("a=[1")

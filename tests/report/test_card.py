@@ -155,7 +155,7 @@ SST2 = ("tasks", "sst2", "accuracy")
         (change(SST2, {"tranfer": entry(1.0)}), r"^x: tasks.sst2.accuracy has 'tranfer'; did you mean 'transfer'\?"),
         (change((*SST2, "dense", "mean"), "high"), r"accuracy.dense.mean is 'high', wanted a number from 0 to 100"),
         (change((*SST2, "dense", "mean"), float("nan")), r"accuracy.dense.mean is nan, wanted"),
-        (change((*SST2, "dense", "mean"), 95.0), r"dense.mean is 95.0 but its runs give 89.8000; it was edited"),
+        (change((*SST2, "dense", "mean"), 95.0), r"dense.mean is 95.0 but its runs give 89.8000; the file was edited"),
         (change((*SST2, "dense", "runs"), []), r"accuracy.dense.runs is \[\], wanted a list"),
         (change((*SST2, "dense", "runs"), [{"seed": 0, "value": 89.8}] * 2), r"seeds \[0, 0\], wanted each once"),
         (change(["sizes"], {"dense_fp32": -1}), r"^x: sizes.dense_fp32 is -1, wanted a number of at least 0"),

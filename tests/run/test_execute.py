@@ -122,7 +122,7 @@ def test_begun_work_with_other_settings_is_refused_until_redo(transfer, tmp_path
     (work / "checkpoint-3").mkdir()
     with pytest.raises(InputError, match=rf"{SEED}/transfer \(unfinished\); --redo"):
         transfer(lr=1e-3)
-    with pytest.raises(InputError, match=rf"holds {SEED}/transfer \(unfinished\).*--redo deletes it"):
+    with pytest.raises(InputError, match=rf"contains {SEED}/transfer \(unfinished\).*delete it with --redo"):
         transfer("other")
     assert (work / "checkpoint-3").exists() and not (tmp_path / "out").exists()
     transfer(lr=1e-3, redo=True)

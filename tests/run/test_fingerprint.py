@@ -9,7 +9,7 @@ from pruneofa import recipe
 from pruneofa.errors import InputError
 from pruneofa.formats.files import write_json
 from pruneofa.run import single, stage
-from pruneofa.run.folder import only_one, refuse_changes
+from pruneofa.run.folder import exclusive, refuse_changes
 from pruneofa.run.inputs import Inputs
 from pruneofa.run.plan import plan
 from tests.small import small_recipe, write_task
@@ -175,11 +175,11 @@ def test_a_field_that_a_later_version_adds_changes_nothing_at_its_absent_value(m
 
     prune = recipe.Prune(steps=10)
     monkeypatch.setattr(stage, "ABSENT", {"Later.noise": 0.0, "Prune.scope": "uniform"})
-    earlier = stage.decisive(Settings(prune, 1.0))
+    earlier = stage.fingerprinted(Settings(prune, 1.0))
     assert "scope" not in earlier["prune"] and earlier["prune"]["final"] == 0.9
-    assert stage.decisive(Later(prune, 1.0, noise=0.0)) == earlier
-    assert stage.decisive(Later(prune, 1.0, noise=0.5)) == earlier | {"noise": 0.5}
-    assert stage.decisive(Settings(recipe.Prune(steps=10, scope="global"), 1.0))["prune"]["scope"] == "global"
+    assert stage.fingerprinted(Later(prune, 1.0, noise=0.0)) == earlier
+    assert stage.fingerprinted(Later(prune, 1.0, noise=0.5)) == earlier | {"noise": 0.5}
+    assert stage.fingerprinted(Settings(recipe.Prune(steps=10, scope="global"), 1.0))["prune"]["scope"] == "global"
 
 
 @pytest.mark.parametrize(
@@ -197,11 +197,11 @@ def test_the_record_of_an_earlier_format_is_refused(settings, tmp_path, record):
 def test_a_single_stage_is_made_by_one_process_and_records_its_defaults(settings, tmp_path):
     inputs = Inputs(settings)
     teacher = plan(settings, inputs, tmp_path / ".out.work")[0]
-    recorded = stage.decisive(teacher.settings)["teacher"]
+    recorded = stage.fingerprinted(teacher.settings)["teacher"]
     assert recorded["weight_decay"] == 0.01 and "save_steps" not in recorded
-    refused = pytest.raises(InputError, match=r"out: another pruneofa .*another OUT")
-    with only_one(tmp_path / ".out.work"), refused:
-        single._carry_out(settings, inputs, [replace(teacher, folder=tmp_path / "out")], tmp_path / "out", False)
+    refused = pytest.raises(InputError, match=r"out: another pruneofa is at work here.*another OUT")
+    with exclusive(tmp_path / ".out.work"), refused:
+        single._execute(settings, inputs, [replace(teacher, folder=tmp_path / "out")], tmp_path / "out", False)
     assert not (tmp_path / "out").exists()
 
 

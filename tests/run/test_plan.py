@@ -12,7 +12,7 @@ from pruneofa.formats.files import read_json
 from pruneofa.run import single
 from pruneofa.run.checks import check
 from pruneofa.run.estimate import estimate
-from pruneofa.run.folder import only_one, refuse_changes
+from pruneofa.run.folder import exclusive, refuse_changes
 from pruneofa.run.inputs import Inputs
 from pruneofa.run.plan import plan
 from pruneofa.run.results import verify_run
@@ -178,7 +178,7 @@ def test_what_only_costs_memory_may_change_and_the_tokenizer_may_not(tmp_path):
 
 def test_a_second_process_is_kept_out(tmp_path):
     refused = pytest.raises(InputError, match="another pruneofa is at work here")
-    with only_one(tmp_path / "run"), refused, only_one(tmp_path / "run"):
+    with exclusive(tmp_path / "run"), refused, exclusive(tmp_path / "run"):
         pass
 
 
@@ -210,7 +210,7 @@ def test_a_model_that_the_engine_cannot_run_is_refused_before_int8_work(tmp_path
 
 def test_another_recipes_folder_is_refused(done, tmp_path):
     settings, folder, _ = done
-    with pytest.raises(InputError, match="holds the run 'small', this recipe is 'other'"):
+    with pytest.raises(InputError, match="contains the run 'small', this recipe is 'other'"):
         run(settings.model_copy(update={"name": "other"}), folder)
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(InputError, match="not empty and not a run's folder"):
@@ -229,7 +229,7 @@ def test_a_sparse_model_is_a_start(done, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "t.csv"]
     assert "transfer" in (out / "log.jsonl").read_text()
     (tmp_path / "mine").mkdir()
-    with pytest.raises(InputError, match="was not made by this command"):
+    with pytest.raises(InputError, match="this command did not make it"):
         single.transfer(str(folder / "sparse"), tmp_path / "mine", "mine", spec.resolved("mine"), **options)
 
 

@@ -169,18 +169,18 @@ def test_what_does_not_fit_is_refused(tmp_path, own, questions):
     pack(classifier, tmp_path / "int8")
     pack(save(tmp_path / "mlm", "Bert", "MaskedLM"), tmp_path / "mlm-packed")
     pack(save(tmp_path / "xy", "Bert", "SequenceClassification", **named(["x", "y"])), tmp_path / "xy-packed")
-    with pytest.raises(InputError, match="packed as int8, but precision='fp32' was asked for"):
+    with pytest.raises(InputError, match="packed as int8, but precision='fp32' was requested"):
         evaluate(tmp_path / "int8", "mine", own, precision="fp32")
-    with pytest.raises(InputError, match="its head is for classification, --task squad wants one for question answ"):
+    with pytest.raises(InputError, match="its head is for classification, --task squad needs question answ"):
         evaluate(tmp_path / "int8", "squad", questions)
-    with pytest.raises(InputError, match="its head is for masked-LM, --task mine wants one for classification"):
+    with pytest.raises(InputError, match="its head is for masked-LM, --task mine needs classification"):
         evaluate(tmp_path / "mlm-packed", "mine", own)
     with pytest.raises(InputError, match="label 'bad' in validation row 1"):
         evaluate(tmp_path / "xy-packed", "mine", own)
     with pytest.raises(InputError, match="max_length is 99 but the model has 64 positions|tokenizer's limit is 64"):
         evaluate(tmp_path / "int8", "mine", own.model_copy(update={"max_length": 99}))
     for wrong in ({"precision": "int8"}, {"threads": 1}, {"isa": "scalar"}):
-        with pytest.raises(InputError, match="are the engine's, and this folder goes to torch; add --engine"):
+        with pytest.raises(InputError, match="need the engine, but torch runs this folder; add --engine"):
             evaluate(classifier, "mine", own, **wrong)
     with pytest.raises(InputError, match="precision is 'bf16'"):
         evaluate(classifier, "mine", own, engine=True, precision="bf16")
@@ -199,9 +199,9 @@ def test_logits_refuse_what_is_not_the_models(tmp_path):
     assert alone.shape == (3,) and alone.dtype == np.float32
     assert not np.array_equal(alone, engine.logits([ids], [np.array([0, 0, 1])])[0])
     assert engine.logits([]) == []
-    with pytest.raises(InputError, match=r"input_ids\[1, 0\] is 9999, wanted 0 to \d+: the vocabulary has"):
+    with pytest.raises(InputError, match=r"input_ids\[1, 0\] is 9999, wanted 0 to \d+: the vocabulary size is"):
         engine.logits([ids, np.array([9999])])
     masked = Engine.from_pretrained(save(tmp_path / "mlm", "Bert", "MaskedLM"))
     assert masked.labels == []
-    with pytest.raises(InputError, match="logits are of classification and question answering; .* masked-LM"):
+    with pytest.raises(InputError, match="task is masked-LM, but logits needs classification or question answering"):
         masked.logits([ids])

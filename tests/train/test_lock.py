@@ -247,7 +247,7 @@ def test_the_encoder_is_found_inside_a_wrapper(model, wrap):
     "hold", [PatternLock.capture, lambda model: GradualPruner(model, final=0.8, begin=0, end=2, stop=2, interval=1)]
 )
 def test_adapters_are_warned_of(model, hold):
-    with pytest.warns(UserWarning, match=r"2 pruned weights have an adapter beside them, .*query\.base_layer\.weight"):
+    with pytest.warns(UserWarning, match=r"2 pruned weights have an adapter, .*query\.base_layer\.weight"):
         hold(peft(model))
 
 

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from pruneofa.errors import InputError
-from pruneofa.export.exportable import read_exportable
+from pruneofa.export.source import read_source
 from pruneofa.run.checks import check_vocabulary
 from pruneofa.train.evaluate import load_task_model
 from pruneofa.train.models import (
@@ -112,7 +112,7 @@ def test_weights_that_do_not_fit_the_config_are_named(tmp_path, damage, named):
         lambda: load_for_task(str(path), "qa"),
         lambda: load_for_pretraining(str(path), nsp=True),
         lambda: load_task_model(path, "classification"),  # of evaluation, and every teacher
-        lambda: read_exportable(path, int8=False, whole=False),
+        lambda: read_source(path, int8=False, whole=False),
     ]
     for read in readers:
         with pytest.raises(InputError, match=f"{named}; copy the config.json") as caught:
@@ -143,7 +143,7 @@ def test_missing_encoder_weights_of_a_task_model(tmp_path):
     change_config(path, num_hidden_layers=2)
     for read in (
         lambda: load_task_model(path, "classification"),
-        lambda: read_exportable(path, int8=False, whole=False),
+        lambda: read_source(path, int8=False, whole=False),
     ):
         with pytest.raises(InputError, match=r"such as bert.encoder.layer.1.*wants shape \(32,\)"):
             read()
@@ -219,5 +219,5 @@ def test_another_vocabulary_is_refused(tmp_path):
     check_vocabulary(str(a), str(b))
     tokenizer = (b / "tokenizer.json").read_text()
     (b / "tokenizer.json").write_text(tokenizer.replace('"river"', '"rivre"'))
-    with pytest.raises(InputError, match="its vocabulary .* is not that of"):
+    with pytest.raises(InputError, match="its vocabulary .* differs from that of"):
         check_vocabulary(str(a), str(b))

@@ -124,7 +124,7 @@ def test_adapters_keep_the_zeros_until_they_are_merged(tmp_path):
     model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["query", "value"], lora_alpha=64))
     args = TrainingArguments(str(tmp_path), **SETTINGS)
     callback = LockCallback()
-    with pytest.warns(UserWarning, match="4 pruned weights have an adapter beside them, .* merging"):
+    with pytest.warns(UserWarning, match="4 pruned weights have an adapter, .* merging"):
         trainer = Trainer(model=model, args=args, train_dataset=Rows(), callbacks=[callback])
     trainer.train()
     for name, weight in encoder_weights(prunable(model)).items():

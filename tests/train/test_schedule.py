@@ -69,7 +69,7 @@ def test_linear():
 
 @pytest.mark.parametrize("schedule", [rewound_lr, cyclic_lr])
 def test_rewinding_rejects_what_leaves_no_decay(schedule):
-    with pytest.raises(InputError, match="leave no step of 100 to decay in"):
+    with pytest.raises(InputError, match="leave none of 100 steps for the decay"):
         schedule(0, total=100, warmup=10, begin=0, end=100, interval=10)
     with pytest.raises(InputError, match="interval is 0 but must be at least 1"):
         schedule(0, total=100, warmup=10, begin=0, end=50, interval=0)
@@ -80,5 +80,5 @@ def test_rewinding_rejects_what_leaves_no_decay(schedule):
 def test_bad_schedules_are_named():
     with pytest.raises(InputError, match=r"begin is 5 but must be below end \(5\)"):
         cubic_sparsity(0, begin=5, end=5, final=0.5)
-    with pytest.raises(InputError, match=r"warmup \(10\) leave no step of 10"):
+    with pytest.raises(InputError, match=r"warmup \(10\) leave none of 10 steps"):
         linear_lr(0, total=10, warmup=10)

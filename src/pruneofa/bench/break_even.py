@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pruneofa.bench.models import Model
-from pruneofa.bench.peers import OURS, PEERS
+from pruneofa.bench.peers import PEERS, PRUNEOFA
 from pruneofa.bench.random_folder import prune
 from pruneofa.errors import CheckFailed
 from pruneofa.progress import progress
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 SPARSITIES = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95)
 DENSE = "torch-int8"
-LEFT_OUT = f"{DENSE}, one layer"  # the one-layer peer is independent of the peer that runs whole models
+ONE_LAYER = f"{DENSE}, one layer"  # the one-layer peer is independent of the peer that runs whole models
 _ROUNDS = 10
 _TOLERANCE = 0.05  # relative L2 of a product, against float64
 
@@ -39,8 +39,8 @@ def break_even(bench: "Bench", model: Model, tokens: Sequence[int]) -> Iterator[
         root = Path(temporary)
         job = {"folder": str(model.folder.absolute()), "packed": str(model.packed.absolute())}
         workers: dict[str, Worker] = {}
-        for peer in (PEERS[OURS], dense):
-            if not peer.missing() and (bench.cap is None or bench.cap in peer.caps or peer.name == OURS):
+        for peer in (PEERS[PRUNEOFA], dense):
+            if not peer.missing() and (bench.cap is None or bench.cap in peer.caps or peer.name == PRUNEOFA):
                 worker = stack.enter_context(bench.worker(peer, root, here=True))
                 with _tried(bench, peer.name):
                     worker.ask("start", peer=peer.name, job=job)
@@ -48,7 +48,7 @@ def break_even(bench: "Bench", model: Model, tokens: Sequence[int]) -> Iterator[
         with progress("break-even", len(shapes) * len(tokens)) as advance:
             for shape in shapes:
                 for count in tokens:
-                    if LEFT_OUT in bench.left_out:
+                    if ONE_LAYER in bench.left_out:
                         workers.pop(dense.name, None)
                     yield _row(bench, workers, shape, count, root, advance)
 
@@ -61,7 +61,7 @@ def _row(
     full = random.standard_normal(shape, np.float32) * np.float32(0.02)
     x = random.standard_normal((tokens, shape[1]), np.float32)
     keys: list[tuple[str, str]] = []
-    for peer, sparsity in [*((OURS, s) for s in SPARSITIES), (DENSE, 0.0)]:
+    for peer, sparsity in [*((PRUNEOFA, s) for s in SPARSITIES), (DENSE, 0.0)]:
         if peer not in workers:
             continue
         key, file = f"{peer} {sparsity:g}", root / "layer.npz"
@@ -76,37 +76,37 @@ def _row(
     for turn in range(_ROUNDS):
         shift = turn % len(keys)
         for peer, key in keys[shift:] + keys[:shift]:
-            if peer == OURS or LEFT_OUT not in bench.left_out:
+            if peer == PRUNEOFA or ONE_LAYER not in bench.left_out:
                 with _tried(bench, peer):
                     seconds[key] += workers[peer].ask("time", key=key, count=count)["seconds"]
-    keys = [(peer, key) for peer, key in keys if peer == OURS or LEFT_OUT not in bench.left_out]
+    keys = [(peer, key) for peer, key in keys if peer == PRUNEOFA or ONE_LAYER not in bench.left_out]
     for peer, key in keys:
         workers[peer].ask("forget", key=key)
     advance(note=f"{shape[0]}x{shape[1]}")
     median = {key: 1e6 * float(np.median(seconds[key])) for _, key in keys}
-    ours = {f"{s:g}": median[f"{OURS} {s:g}"] for s in SPARSITIES}
+    engine = {f"{s:g}": median[f"{PRUNEOFA} {s:g}"] for s in SPARSITIES}
     dense = median.get(f"{DENSE} 0")
-    return {"shape": list(shape), "tokens": tokens, "ours_us": ours, "dense_us": dense, "dense": dense and DENSE,
-            "pays_from": pays_from(ours, dense)}  # fmt: skip
+    return {"shape": list(shape), "tokens": tokens, "ours_us": engine, "dense_us": dense, "dense": dense and DENSE,
+            "pays_from": pays_from(engine, dense)}  # fmt: skip
 
 
 def _tried(bench: "Bench", peer: str) -> contextlib.AbstractContextManager[None]:
-    return bench.tried(OURS if peer == OURS else LEFT_OUT, "break-even", fatal=peer == OURS)
+    return bench.tried(PRUNEOFA if peer == PRUNEOFA else ONE_LAYER, "break-even", fatal=peer == PRUNEOFA)
 
 
 def _verify(worker: "Worker", key: str, wanted: np.ndarray, root: Path) -> None:
     path = root / "product.npy"
     worker.ask("save", key=key, path=str(path))
     error = float(np.linalg.norm(np.load(path) - wanted) / np.linalg.norm(wanted))
-    if not error <= _TOLERANCE and key.startswith(OURS):
-        raise CheckFailed(f"one layer, {key}: error {error:.3g} is above {_TOLERANCE}; not timed")
+    if not error <= _TOLERANCE and key.startswith(PRUNEOFA):
+        raise CheckFailed(f"one layer, {key}: error {error:.3g}, wanted at most {_TOLERANCE}; it was not timed")
 
 
-def pays_from(ours: dict[str, float], dense: float | None) -> float | None:
-    """The lowest sparsity such that pruneofa is faster than dense there and at every higher one; None if none is."""
+def pays_from(engine: dict[str, float], dense: float | None) -> float | None:
+    """The lowest sparsity at which, and at all higher ones, pruneofa is faster than dense; None if there is none."""
     least = None
-    for sparsity in sorted(ours, key=float, reverse=True):
-        if dense is None or ours[sparsity] >= dense:
+    for sparsity in sorted(engine, key=float, reverse=True):
+        if dense is None or engine[sparsity] >= dense:
             break
         least = float(sparsity)
     return least

@@ -1,4 +1,4 @@
-"""This engine beside the peers that are installed: same weights, inputs and threads, outputs verified, then timed.
+"""Measure the engine and the installed peers with the same weights, inputs and threads; outputs are verified first.
 
 Every runner has its own process (`peers.py`) and runs only on request. Runs alternate between the processes, so that
 other load on the machine affects all of them equally. No torch in this process.
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pruneofa import __version__
 from pruneofa.bench.break_even import break_even as break_even_rows
 from pruneofa.bench.models import DEFAULT_MIXED, Case, Model, Settings, describe, read_cases, read_models
-from pruneofa.bench.peers import CAPPING, OURS, PEERS, REFERENCE, Peer
+from pruneofa.bench.peers import CAPPING, PEERS, PRUNEOFA, REFERENCE, Peer
 from pruneofa.bench.workers import TimeLimitError, Worker, WorkerError
 from pruneofa.engine.hardware import processor
 from pruneofa.errors import CheckFailed, InputError
@@ -31,7 +31,7 @@ from pruneofa.progress import progress
 
 FORMAT = "pruneofa-bench"
 ROUNDS = 10  # rounds per process; the timed runs are spread over them
-FEWEST, ENOUGH = 3, 20.0  # a runner with this many runs and this many seconds needs no further round
+MIN_RUNS, MIN_SECONDS = 3, 20.0  # a runner with this many runs and this many seconds needs no further round
 SETTLE = 0.05  # seconds until the threads of the previous process have stopped spinning
 # Error against torch fp32 of the same weights. fp32: largest difference over the largest value; else relative L2.
 TOLERANCES = {"fp32": 1e-3, "bf16": 0.05, "int8": 0.15}
@@ -41,7 +41,7 @@ _VERSIONS = ("torch", "transformers", "onnx", "onnxruntime", "openvino", "nncf",
 def run(
     settings: Settings, *, break_even: bool = False, keep: Callable[[dict[str, Any]], Any] = lambda record: None
 ) -> dict[str, Any]:
-    """Measure every case, and the break-even per layer if asked; returns the record that `--json` prints.
+    """Measure every case, and optionally the break-even per layer; returns the record that `--json` prints.
 
     `keep` is called with the record so far, with "complete" false, whenever a runner has been timed, so that the caller
     has these results even if a later measurement fails.
@@ -75,7 +75,7 @@ def run(
 
 
 class Bench:
-    """Settings checked, peers chosen, and their processes' environment."""
+    """The checked settings, the chosen peers, and the environment of their processes."""
 
     def __init__(self, settings: Settings) -> None:
         """Raises InputError as `run` does."""
@@ -94,7 +94,7 @@ class Bench:
             raise InputError(f"limit is {settings.limit:g} seconds, wanted more than 0")
 
     def steps(self, models: int) -> int:
-        """Units of the progress bar that one case takes."""
+        """Number of progress units of one case."""
         runners = models + len(self.peers)
         return sum(bool(peer.artifact) for peer in self.peers) + models + runners * (1 + self._rounds)
 
@@ -153,14 +153,14 @@ class Bench:
                     worker.ask("prepare", peer=peer.name, job=first)
             wanted = {}
             for model in models:
-                advance(note=f"{case.name}: what {model.label} has to give")
+                advance(note=f"{case.name}: reference output of {model.label}")
                 wanted[model.label] = self._reference(jobs[model.label], root)
-            runners = [(label, PEERS[OURS], job) for label, job in jobs.items()]
+            runners = [(label, PEERS[PRUNEOFA], job) for label, job in jobs.items()]
             runners += [(peer.name, peer, first) for peer in self.peers if peer.name not in self.left_out]
             loaded: list[tuple[Worker, dict[str, Any]]] = []
             for label, peer, job in runners:
                 advance(note=f"{case.name}: loading {label}")
-                with self.tried(label, case.name, fatal=peer.name == OURS):
+                with self.tried(label, case.name, fatal=peer.name == PRUNEOFA):
                     worker = stack.enter_context(self.worker(peer, root))
                     row = self._load_and_verify(worker, label, job, wanted.get(label, wanted[models[0].label]))
                     loaded.append((worker, row))
@@ -210,14 +210,14 @@ class Bench:
                 worker.ask("build", peer=peer.name, job=job)
                 worker.ask("save", key=peer.name, path=str(path))
             except WorkerError as error:
-                raise InputError(f"{job['folder']}: torch cannot run it ({error})") from None
+                raise InputError(f"{job['folder']}: torch cannot run this model ({error})") from None
         return np.load(path)
 
     def _load_and_verify(
         self, worker: Worker, label: str, job: Mapping[str, Any], wanted: NDArray[np.float32] | None
     ) -> dict[str, Any]:
         peer = PEERS[worker.peer]
-        kind = self.settings.precision if peer.name == OURS else peer.kind
+        kind = self.settings.precision if peer.name == PRUNEOFA else peer.kind
         baseline = worker.ask("start", peer=peer.name, job=job)["baseline"]
         row: dict[str, Any] = {"name": label, "peer": peer.name, "kind": kind, "dense": peer.dense}
         row |= worker.ask("build", peer=peer.name, job=job)
@@ -229,11 +229,12 @@ class Bench:
                 mask = stored["attention_mask"] == 1 if "attention_mask" in stored else None
             row["error"] = error_of(np.load(path), wanted, kind, mask)
             row["verified"] = bool(row["error"] <= row["tolerance"])
-            if peer.name != OURS and not math.isfinite(row["error"]):
-                raise WorkerError("its output has another shape, or NaN or infinity")
-            if peer.name == OURS and not row["verified"]:
+            if peer.name != PRUNEOFA and not math.isfinite(row["error"]):
+                raise WorkerError("its output has another shape, or contains NaN or infinity")
+            if peer.name == PRUNEOFA and not row["verified"]:
                 raise CheckFailed(
-                    f"{label}: error {row['error']:.3g} against torch fp32 is above {row['tolerance']:g}; not timed"
+                    f"{label}: error {row['error']:.3g} against torch fp32, wanted at most {row['tolerance']:g}; "
+                    "it was not timed"
                 )
         else:
             row |= {"error": None, "verified": None}
@@ -247,13 +248,13 @@ class Bench:
         for turn in range(self._rounds):
             alive = [(worker, row) for worker, row in loaded if row["name"] not in self.left_out]
             shift = turn % len(alive)
-            for worker, row in alive[shift:] + alive[:shift]:  # so that no runner always follows the same other one
+            for worker, row in alive[shift:] + alive[:shift]:  # so that the order of the runners changes
                 name, peer = row["name"], row["peer"]
                 advance(note=f"{case.name}: {name}")
-                if len(seconds[name]) >= FEWEST and sum(seconds[name]) > ENOUGH:
+                if len(seconds[name]) >= MIN_RUNS and sum(seconds[name]) > MIN_SECONDS:
                     continue
                 time.sleep(SETTLE)
-                with self.tried(name, case.name, fatal=peer == OURS):
+                with self.tried(name, case.name, fatal=peer == PRUNEOFA):
                     seconds[name] += worker.ask("time", key=peer, count=count)["seconds"]
                     row["peak"] = worker.ask("memory")["peak"]
                 timed = [one for _, one in loaded if seconds[one["name"]] and one["name"] not in self.left_out]
@@ -266,16 +267,16 @@ def write_record(record: Mapping[str, Any], path: Path) -> None:
     try:
         write_json(path, record)
     except OSError as error:
-        raise InputError(f"--record {path}: {error.strerror}; name a file that you may write") from error
+        raise InputError(f"--record {path}: {error.strerror}; choose a file that you may write") from error
 
 
 def settings_of(options: Any) -> Settings:
-    """The command line's options. Raises InputError for a --python that names no peer and interpreter."""
+    """The settings from the command line's options. Raises InputError for a --python that is not PEER=FILE."""
     pythons = {}
     for spec in options.python:
         peer, _, file = spec.partition("=")
         if not os.access(file, os.X_OK):
-            raise InputError(f"--python {spec}: wanted PEER=FILE, the file an interpreter that has PEER")
+            raise InputError(f"--python {spec}: wanted PEER=FILE, where FILE is a Python interpreter that has PEER")
         pythons[peer] = file
     same = ("path", "random", "sparsity", "pattern", "batch", "threads", "isa", "precision", "repeats", "work", "peak",
             "limit")  # fmt: skip
@@ -290,26 +291,26 @@ def settings_of(options: Any) -> Settings:
 
 
 def choose(settings: Settings, cap: str | None) -> tuple[list[Peer], dict[str, str]]:
-    """The peers to run, and why each of the others is left out.
+    """The peers to run, and for each of the others the reason why it is left out.
 
     Raises:
-        InputError: a name that is no peer, or one asked for by name that is not installed.
+        InputError: an unknown peer, or a requested one that is not installed.
     """
-    known = [name for name in PEERS if name != OURS]
+    known = [name for name in PEERS if name != PRUNEOFA]
     for name in (*(settings.peers or ()), *settings.pythons):
         if name not in known:
             near = difflib.get_close_matches(name, known, 1, 0)[0]
-            raise InputError(f"peer {name!r}: there is none of this name; did you mean {near}? ({', '.join(known)})")
+            raise InputError(f"peer {name!r} is unknown, wanted one of {', '.join(known)}; did you mean {near}?")
     chosen, left_out = [], {}
     for name in known if settings.peers is None else dict.fromkeys(settings.peers):
         peer = PEERS[name]
         missing = peer.missing(elsewhere=name in settings.pythons)
         if missing and settings.peers is not None:
-            raise InputError(f"peer {name}: {', '.join(missing)} not installed; pip install {peer.packages}")
+            raise InputError(f"peer {name}: {', '.join(missing)} not installed; run: pip install {peer.packages}")
         if missing:
             left_out[name] = f"not installed ({', '.join(missing)}): pip install {peer.packages}"
         elif cap is not None and cap not in peer.caps:
-            left_out[name] = f"cannot be held to {cap}"
+            left_out[name] = f"cannot be limited to {cap}"
         else:
             chosen.append(peer)
     return chosen, left_out
@@ -335,14 +336,14 @@ def statistics(seconds: Sequence[float]) -> dict[str, Any]:
 
 def summary(case: Case, operations: int, runners: list[dict[str, Any]], peak: float | None) -> dict[str, Any]:
     """One row of a record: the first runner is pruneofa, the others get their ratio to it."""
-    ours = runners[0]["median_ms"]
+    engine_ms = runners[0]["median_ms"]
     for row in runners:
-        row["ratio"] = row["median_ms"] / ours
+        row["ratio"] = row["median_ms"] / engine_ms
         row["per_second"] = 1e3 * len(case.lengths) / row["median_ms"]
-    peers = [row for row in runners if row["peer"] != OURS]
+    peers = [row for row in runners if row["peer"] != PRUNEOFA]
     fastest = min(peers, key=lambda row: row["median_ms"], default=None)
     dense = min((row for row in peers if row["dense"]), key=lambda row: row["median_ms"], default=None)
-    rate = operations / ours / 1e9  # 10^12 per second
+    rate = operations / engine_ms / 1e9  # 10^12 per second
     return {
         "case": case.name,
         "batch": len(case.lengths),
@@ -367,7 +368,7 @@ def check_ratio(record: Mapping[str, Any], least: float) -> None:
         if row["ratio"] is None:
             slow.append(f"{row['case']}: no peer to compare with")
             continue
-        best = min(runner["ratio"] for runner in row["runners"] if runner["peer"] != OURS)
+        best = min(runner["ratio"] for runner in row["runners"] if runner["peer"] != PRUNEOFA)
         if row["ratio"] < least:
             slow.append(f"{row['case']}: {row['ratio']:.2f} times as fast as {row['fastest_dense']}")
         elif best < 1:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pruneofa.bench.peers import OURS
+from pruneofa.bench.peers import PRUNEOFA
 from pruneofa.bench.random_folder import check_random, write_random
 from pruneofa.errors import InputError
 from pruneofa.formats.architecture import Architecture, read_architecture
@@ -122,13 +122,13 @@ def describe(model: Model) -> dict[str, Any]:
 def read_models(settings: Settings, root: Path) -> Iterator[Model]:
     """The models to measure, each as a Hugging Face folder and packed. Raises InputError."""
     if (settings.path is None) == (settings.random is None):
-        raise InputError("give one model: PATH, or --random SHAPE")
+        raise InputError("wanted exactly one model; give PATH, or --random SHAPE")
     specs = [settings.path or f"{settings.pattern}@{settings.sparsity:g}", *settings.also]
     if settings.random is not None:
         for spec in specs:
             check_random(settings.random, *_zeros(spec))
     for index, spec in enumerate(specs):
-        label = OURS if index == 0 else f"{OURS} {index + 1}: {Path(spec).name}"
+        label = PRUNEOFA if index == 0 else f"{PRUNEOFA} {index + 1}: {Path(spec).name}"
         here = root / f"model-{index}"
         folder = here / "folder"
         if settings.random is not None:
@@ -139,7 +139,7 @@ def read_models(settings: Settings, root: Path) -> Iterator[Model]:
             manifest = read_manifest(folder)
             if settings.precision == "fp32" and manifest.precision == "int8":
                 raise InputError(
-                    f"{spec}: packed as int8, but --precision fp32 was asked for; give the original folder"
+                    f"{spec}: packed as int8, but --precision fp32 was requested; give the original folder"
                 )
             unpack(folder, here / "unpacked")
             yield Model(label, here / "unpacked", folder, manifest)
@@ -153,7 +153,7 @@ def _zeros(spec: str) -> tuple[float, str]:
     try:
         return float(number), pattern
     except ValueError:
-        raise InputError(f"--also {spec}: wanted PATTERN@SPARSITY, such as 4x1@0.8, beside --random") from None
+        raise InputError(f"--also {spec}: wanted PATTERN@SPARSITY, such as 4x1@0.8, with --random") from None
 
 
 def read_cases(settings: Settings, model: Model) -> list[Case]:
@@ -172,5 +172,7 @@ def read_cases(settings: Settings, model: Model) -> list[Case]:
         cases.append(Case(spec, tuple(map(int, drawn))))
     for case in cases:
         if not 1 <= min(case.lengths) <= max(case.lengths) <= most:
-            raise InputError(f"{case.name}: {max(case.lengths)} tokens, but the model takes 1 to {most}")
+            raise InputError(
+                f"{case.name}: {max(case.lengths)} tokens, but the model takes 1 to {most}; change --seq or --mixed"
+            )
     return cases

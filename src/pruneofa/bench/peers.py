@@ -74,7 +74,7 @@ class Peer:
         if self.artifact:
             files = (Path(job["artifacts"]) / self.artifact).iterdir()
         else:
-            files = Path(job["packed"] if self.name == OURS else job["folder"]).glob("*.safetensors*")
+            files = Path(job["packed"] if self.name == PRUNEOFA else job["folder"]).glob("*.safetensors*")
         return sum(path.stat().st_size for path in files if path.suffix != ".json")
 
 
@@ -84,7 +84,7 @@ def read_inputs(job: Job) -> dict[str, np.ndarray]:
         return {name: stored[name] for name in ("input_ids", "attention_mask") if name in stored}
 
 
-def _ours(job: Job) -> Run:
+def _pruneofa(job: Job) -> Run:
     from pruneofa.engine.engine import Engine
 
     engine = Engine.from_pretrained(
@@ -199,7 +199,7 @@ def _deepsparse(job: Job) -> Run:
 
 
 LONG = 0.5  # seconds: for longer runs the time to refill the caches is negligible
-OURS, REFERENCE = "pruneofa", "torch-fp32"
+PRUNEOFA, REFERENCE = "pruneofa", "torch-fp32"
 _TORCH = ("torch", "transformers")
 _EXPORT = (*_TORCH, "onnx", "onnxscript")
 _TORCH_PACKAGES, _ONNX_PACKAGES = "torch transformers", "torch transformers onnx onnxruntime onnxscript"
@@ -208,7 +208,7 @@ _BASE = ("numpy", "safetensors", "tokenizers", "huggingface_hub", "pydantic", "y
          "pruneofa.formats.zstd", "pruneofa.engine.engine")  # fmt: skip
 
 _ALL = (
-    Peer(OURS, "int8", _BASE, "pruneofa", _ours),
+    Peer(PRUNEOFA, "int8", _BASE, "pruneofa", _pruneofa),
     Peer(REFERENCE, "fp32", _TORCH, _TORCH_PACKAGES, _torch_fp32, caps=_TORCH_CAPS),
     Peer("torch-bf16", "bf16", _TORCH, _TORCH_PACKAGES, _torch_bf16, caps=_TORCH_CAPS),
     Peer("torch-int8", "int8", _TORCH, _TORCH_PACKAGES, _torch_int8, caps=_TORCH_CAPS),
@@ -254,7 +254,7 @@ _ALL = (
         name="deepsparse",
         kind="fp32",
         modules=("deepsparse",),
-        packages="deepsparse, into an interpreter of its own (it wants NumPy 1): --python deepsparse=FILE",
+        packages="deepsparse, into a separate interpreter (it needs NumPy 1): --python deepsparse=FILE",
         build=_deepsparse,
         artifact="onnx-old",
         makers=_EXPORT,
@@ -266,16 +266,16 @@ PEERS = {peer.name: peer for peer in _ALL}
 
 
 def _layer(job: Job) -> Run:
-    """One linear layer on one thread: pruneofa's if "isa" is given, otherwise torch's dynamic int8 (oneDNN)."""
+    """One linear layer on one thread: pruneofa's or torch's dynamic int8 (oneDNN)."""
     with np.load(job["inputs"]) as stored:
         weight, x = stored["weight"], stored["x"]
-    if job["peer"] == OURS:
+    if job["peer"] == PRUNEOFA:
         from pruneofa.engine.engine import native
         from pruneofa.formats.convert import pack_linear
 
         packed = pack_linear(weight, "int8")
-        ours = native.Linear(packed.bitmask, packed.values, packed.scale, None, weight.shape[1], job["isa"])
-        return lambda: ours.forward(x)
+        linear = native.Linear(packed.bitmask, packed.values, packed.scale, None, weight.shape[1], job["isa"])
+        return lambda: linear.forward(x)
     import torch
 
     torch.set_num_threads(1)
@@ -291,7 +291,7 @@ def _layer(job: Job) -> Run:
 
 
 def peak_memory() -> int:
-    """The most bytes this process has had in memory."""
+    """Peak memory of this process in bytes."""
     status = Path("/proc/self/status")
     if status.exists():  # getrusage would count what the parent had before exec
         [line] = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
@@ -315,7 +315,7 @@ class _Process:
         if "transformers" in PEERS[peer].modules:
             kind = json.loads((Path(job["folder"]) / "config.json").read_text())["model_type"]
             importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
-        if peer == OURS:
+        if peer == PRUNEOFA:
             from tokenizers import Tokenizer
 
             Tokenizer.from_file(str(Path(job["packed"]) / "tokenizer.json"))
@@ -363,7 +363,7 @@ class _Process:
         return {}
 
     def memory(self) -> dict[str, Any]:
-        """The most memory so far."""
+        """Peak memory so far, in bytes."""
         return {"peak": peak_memory()}
 
 

@@ -35,9 +35,9 @@ def write_random(folder: Path, shape: str, sparsity: float, pattern: str = "unst
 
 
 def check_random(shape: str, sparsity: float, pattern: str) -> None:
-    """Raise InputError for what `write_random` cannot make."""
+    """Raise InputError for arguments that `write_random` does not support."""
     if shape not in families.shapes():
-        raise InputError(f"random shape {shape!r}: wanted one of {', '.join(families.shapes())}")
+        raise InputError(f"--random {shape!r}: wanted one of {', '.join(families.shapes())}")
     if pattern not in BLOCKS:
         raise InputError(f"pattern {pattern!r}: wanted one of {', '.join(BLOCKS)}")
     if not 0 <= sparsity < 1:
@@ -47,14 +47,14 @@ def check_random(shape: str, sparsity: float, pattern: str) -> None:
 def prune(weight: NDArray[np.float32], sparsity: float, pattern: str) -> NDArray[np.float32]:
     """`weight` (rows, columns) with its int(sparsity * blocks) blocks of the smallest mean magnitude set to 0."""
     rows, columns = weight.shape
-    high, wide = BLOCKS[pattern]
-    blocks = weight.reshape(rows // high, high, columns // wide, wide)
+    height, width = BLOCKS[pattern]
+    blocks = weight.reshape(rows // height, height, columns // width, width)
     score = np.abs(blocks).mean(axis=(1, 3)).reshape(-1)
     kept = np.ones(score.size, bool)
     count = int(sparsity * score.size)
     if count:
         kept[np.argpartition(score, count - 1)[:count]] = False
-    mask = kept.reshape(rows // high, 1, columns // wide, 1)
+    mask = kept.reshape(rows // height, 1, columns // width, 1)
     return np.where(mask, blocks, np.float32(0)).reshape(rows, columns)
 
 

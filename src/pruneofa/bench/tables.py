@@ -1,4 +1,4 @@
-"""Records of `pruneofa bench` as tables, for the terminal and the README, and as a picture."""
+"""Records of `pruneofa bench` as tables for the terminal and the documentation, and as a chart."""
 
 import importlib.util
 from collections.abc import Iterable, Mapping, Sequence
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pruneofa import families
-from pruneofa.bench.peers import OURS
+from pruneofa.bench.peers import PRUNEOFA
 from pruneofa.errors import InputError
 from pruneofa.formats.files import read_json
 
@@ -14,7 +14,7 @@ _MARKED = "(!)"  # marks a peer whose output exceeds the tolerance
 
 
 def aligned(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows with the same keys as text in columns, the first one to the left; no line is ever folded."""
+    """Rows with the same keys as text in columns, the first one to the left; lines are never wrapped."""
     if not rows:
         return ""
     lines = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
@@ -35,7 +35,7 @@ def case_rows(row: Mapping[str, Any]) -> list[dict[str, Any]]:
             "median ms": _short(runner["median_ms"]),
             "p10": _short(runner["p10_ms"]),
             "p90": _short(runner["p90_ms"]),
-            "x ours": f"{runner['ratio']:.2f}",
+            "x pruneofa": f"{runner['ratio']:.2f}",
             **({"seq/s": _short(runner["per_second"])} if many else {}),
             "error": "not verified" if runner["error"] is None else f"{runner['error']:.1e}",
             "peak MB": _megabytes(runner["peak"]),
@@ -52,17 +52,17 @@ def remarks(record: Mapping[str, Any]) -> list[str]:
     found = []
     for row in record["rows"]:
         share = f", {100 * row['share_of_peak']:.0f} % of the machine's peak" if row["share_of_peak"] else ""
-        rate = f"{row['tera_per_second']:.2f} x 10^12 operations/s counted as if dense{share}"
+        rate = f"{row['tera_per_second']:.2f} x 10^12 operations/s of the dense model{share}"
         if row["ratio"] is None:
             found.append(f"{row['case']}: {rate}; no peer to compare with")
         else:
             found.append(f"{row['case']}: {row['ratio']:.2f} times as fast as {row['fastest_dense']}; {rate}")
         for runner in row["runners"]:
             if runner["verified"] is False:
-                text = f"its output is off by {runner['error']:.2g}, tolerance {runner['tolerance']:g}"
-                found.append(f"{row['case']}: {_MARKED} {runner['name']}: {text}; timed all the same")
+                text = f"its output error is {runner['error']:.2g}, tolerance {runner['tolerance']:g}"
+                found.append(f"{row['case']}: {_MARKED} {runner['name']}: {text}; timed nevertheless")
     if any(runner["verified"] is None for row in record["rows"] for runner in row["runners"]):
-        found.append("outputs were not verified: that takes torch and transformers; pip install 'pruneofa[train]'")
+        found.append("outputs were not verified: this needs torch and transformers; pip install 'pruneofa[train]'")
     if record["break_even"]:
         found.append(break_even_remark(record["break_even"]))
     repeats = record.get("repeats", 0)
@@ -71,7 +71,7 @@ def remarks(record: Mapping[str, Any]) -> list[str]:
     if few:
         found.append(f"fewer than {repeats} runs: " + ", ".join(f"{name} {runs}" for name, runs in few))
     if not record.get("complete", True):
-        found.append("not complete: this is what was measured until it ended")
+        found.append("incomplete: the run ended before all measurements")
     found += [f"left out: {name}: {reason}" for name, reason in record["left_out"].items()]
     load, cpus = record["machine"]["load_average"][0], record["machine"]["cpus"] or 1
     if load > 0.3 * cpus:
@@ -85,15 +85,15 @@ def break_even_rows(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         {
             "layer": "x".join(map(str, row["shape"])),
             "tokens": row["tokens"],
-            **{f"ours at {sparsity}, us": _short(value) for sparsity, value in row["ours_us"].items()},
+            **{f"pruneofa at {sparsity}, us": _short(value) for sparsity, value in row["ours_us"].items()},
             "dense int8, us": "-" if row["dense_us"] is None else _short(row["dense_us"]),
-            "pays from": _pays(row),
+            "break-even": _break_even(row),
         }
         for row in rows
     ]
 
 
-def _pays(row: Mapping[str, Any]) -> str:
+def _break_even(row: Mapping[str, Any]) -> str:
     if row["dense_us"] is None:
         return "unknown: no dense peer"
     return "none of these" if row["pays_from"] is None else f"{row['pays_from']:g}"
@@ -103,14 +103,15 @@ def break_even_remark(rows: Sequence[Mapping[str, Any]]) -> str:
     """One sentence that explains the break-even table."""
     known = [row for row in rows if row["dense_us"] is not None]
     if not known:
-        return "break-even: nothing dense to compare with; pip install torch"
+        return "break-even: no dense peer to compare with; pip install torch"
     never = sum(row["pays_from"] is None for row in known)
-    text = "one layer, one thread, conversions of our input and output included"
+    text = "one layer, one thread, with the conversion of the engine's input and output"
     if never == len(known):
         return f"break-even ({text}): no sparsity up to 0.95 is faster than dense int8 on this machine"
     from_ = max(row["pays_from"] for row in known if row["pays_from"] is not None)
     if never:
-        return f"break-even ({text}): pays for {len(known) - never} of {len(known)} layers, there from {from_:g}"
+        faster = f"{len(known) - never} of {len(known)} layers"
+        return f"break-even ({text}): {faster} are faster than dense int8, from sparsity {from_:g}"
     return f"break-even ({text}): on this machine every layer is faster than dense int8 from sparsity {from_:g}"
 
 
@@ -120,7 +121,7 @@ def read_records(paths: Iterable[Path]) -> list[dict[str, Any]]:
     for path in paths:
         record = read_json(path)
         if not isinstance(record, dict) or record.get("format") != "pruneofa-bench":
-            raise InputError(f"{path}: wanted a file that pruneofa bench --json wrote")
+            raise InputError(f"{path}: wanted a file that `pruneofa bench --json` or --record wrote")
         records.append(record)
     return records
 
@@ -134,8 +135,8 @@ def speed_table(records: Iterable[Mapping[str, Any]]) -> str:
             by_name = {runner["name"]: runner for runner in row["runners"]}
             dense, sparse = by_name.get(row["fastest_dense"]), by_name.get("deepsparse")
             for model in record["models"]:
-                ours = by_name[model["name"]]
-                speed = [_time(ours, row), *_against(dense, ours, row)]
+                engine = by_name[model["name"]]
+                speed = [_time(engine, row), *_against(dense, engine, row)]
                 share = row["share_of_peak"] and row["share_of_peak"] * row["runners"][0]["median_ms"]
                 lines.append(
                     "| "
@@ -144,19 +145,19 @@ def speed_table(records: Iterable[Mapping[str, Any]]) -> str:
                         record["isa"] + (" (capped)" if record["capped"] else ""),
                         _batch(row),
                         *speed,
-                        f"{sparse['median_ms'] / ours['median_ms']:.2f}×" if sparse else "-",
-                        f"{100 * share / ours['median_ms']:.0f} %" if share else "-",
+                        f"{sparse['median_ms'] / engine['median_ms']:.2f}×" if sparse else "-",
+                        f"{100 * share / engine['median_ms']:.0f} %" if share else "-",
                     ])
                     + " |"
                 )  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
-def _against(peer: Mapping[str, Any] | None, ours: Mapping[str, Any], row: Mapping[str, Any]) -> list[str]:
+def _against(peer: Mapping[str, Any] | None, engine: Mapping[str, Any], row: Mapping[str, Any]) -> list[str]:
     if peer is None:
         return ["-", "-"]
     off = "" if peer["verified"] is not False else f" {_MARKED}"
-    return [f"{peer['name']}{off}, {_time(peer, row)}", f"**{peer['median_ms'] / ours['median_ms']:.2f}×**"]
+    return [f"{peer['name']}{off}, {_time(peer, row)}", f"**{peer['median_ms'] / engine['median_ms']:.2f}×**"]
 
 
 def _model(model: Mapping[str, Any]) -> str:
@@ -187,10 +188,10 @@ def _megabytes(count: float) -> str:
 
 
 def check_picture(path: Path) -> None:
-    """Check before the measurement that the picture can be drawn.
+    """Check before the measurement that the chart can be drawn.
 
     Raises:
-        InputError: the name of another kind of file.
+        InputError: the file name has another suffix.
         ImportError: altair, of the train extra, is not installed.
     """
     if path.suffix not in (".svg", ".html"):
@@ -209,7 +210,7 @@ def picture(record: Mapping[str, Any], path: Path) -> None:
     import altair
 
     rows = [
-        {"case": row["case"], "ours": OURS in runner["name"]}
+        {"case": row["case"], "pruneofa": PRUNEOFA in runner["name"]}
         | {key: runner[key] for key in ("name", "median_ms", "p10_ms", "p90_ms")}
         for row in record["rows"]
         for runner in row["runners"]
@@ -220,7 +221,7 @@ def picture(record: Mapping[str, Any], path: Path) -> None:
     bars = base.mark_bar().encode(
         x=altair.X("median_ms:Q", title="median, ms (line: p10 to p90)"),
         color=altair.Color(
-            "ours:N", legend=None, scale=altair.Scale(domain=[False, True], range=["#b0b7c3", "#1f6feb"])
+            "pruneofa:N", legend=None, scale=altair.Scale(domain=[False, True], range=["#b0b7c3", "#1f6feb"])
         ),
     )
     spread = base.mark_rule().encode(x="p10_ms:Q", x2="p90_ms:Q")

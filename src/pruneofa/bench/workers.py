@@ -11,11 +11,11 @@ from typing import Any, Self
 
 
 class WorkerError(RuntimeError):
-    """A peer's process answered with an error, or ended."""
+    """A peer's process returned an error, or ended."""
 
 
 class TimeLimitError(WorkerError):
-    """A peer's process gave no answer in time, and was ended."""
+    """A peer's process exceeded the time limit, and was ended."""
 
 
 class Worker:

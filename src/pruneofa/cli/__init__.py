@@ -1,1 +1,1 @@
-"""The command line: `main` has the table of verbs, one file for each, and `show` prints."""
+"""The command line: `main` has the table of verbs, each verb has its own file, and `show` prints results."""

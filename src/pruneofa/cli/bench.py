@@ -1,4 +1,4 @@
-"""`pruneofa bench`: its options, and what it prints. Heavy imports happen when it is called."""
+"""The verb `bench`: its options and its output. Heavy imports happen when it is called."""
 
 import argparse
 import json
@@ -10,34 +10,83 @@ from pruneofa import families
 
 
 def describe(verb: argparse.ArgumentParser) -> None:
-    """This engine beside every peer that is installed: same weights, inputs and threads, outputs verified first."""
+    """Measure the speed, memory and size of the engine and of every installed peer on this machine.
+
+    All runners get the same weights, inputs and number of threads, with outputs verified first against torch fp32. The
+    peers are other runtimes: torch, onnxruntime, openvino and deepsparse, in fp32, bf16 or int8.
+    """
     verb.usage = "pruneofa bench (PATH | --random SHAPE) [options]"
-    verb.epilog = "example: pruneofa bench runs/minilm-90/sparse --seq 32 128 --mixed --break-even"
+    verb.epilog = (
+        "example: pruneofa bench runs/minilm-90/sparse --seq 32 128; without a model: "
+        "pruneofa bench --random minilm --sparsity 0.9"
+    )
     add = verb.add_argument
-    add("path", nargs="?", help="folder or hub id, packed or not; what is measured is the encoder")
-    add("--random", metavar="SHAPE", help=f"random weights instead: {', '.join(families.shapes())}")
-    add("--sparsity", type=float, default=0.9, metavar="S", help="zeros of --random (default 0.9)")
-    add("--pattern", default="unstructured", metavar="P", help="of --random: unstructured (default), 4x1 or 1x4")
+    add("path", nargs="?", help="folder or hub id, packed or not; only its encoder is measured")
+    add(
+        "--random",
+        metavar="SHAPE",
+        help=f"random weights of a known shape instead of PATH: {', '.join(families.shapes())}",
+    )
+    add("--sparsity", type=float, default=0.9, metavar="S", help="sparsity of --random (default 0.9)")
+    add(
+        "--pattern",
+        default="unstructured",
+        metavar="P",
+        help="sparsity pattern of --random: unstructured (default), 4x1 or 1x4",
+    )
     add("--also", nargs="+", default=[], metavar="MODEL",
-        help="more models for our engine in the same run: a folder; with --random, PATTERN@SPARSITY")  # fmt: skip
-    add("--seq", nargs="+", type=int, default=[], metavar="N", help="tokens of a sequence (default 32 128 384)")
-    add("--batch", type=int, default=1, metavar="N", help="sequences of these lengths together (default 1)")
+        help="further models to measure with the engine only: folders; with --random, PATTERN@SPARSITY")  # fmt: skip
+    add(
+        "--seq",
+        nargs="+",
+        type=int,
+        default=[],
+        metavar="N",
+        help="tokens per sequence, one case each (default 32 128 384; with --mixed none)",
+    )
+    add("--batch", type=int, default=1, metavar="N", help="sequences per batch (default 1)")
     add("--mixed", nargs="*", metavar="NxA-B",
-        help="batches of N sequences of A to B tokens (default 32x8-128), which peers get padded")  # fmt: skip
-    add("--threads", type=int, metavar="N", help="of every runner (default: one per CPU)")
-    add("--isa", metavar="ISA", help="hold ours and the peers to amx, avx512vnni, avx2 or scalar")
-    add("--precision", choices=["int8", "fp32"], default="int8", help="of ours (default int8)")
-    add("--peers", nargs="*", metavar="PEER", help="compare with these (default: all installed; none: alone)")
-    add("--python", action="append", default=[], metavar="PEER=FILE", help="the interpreter that has PEER")
-    add("--repeats", type=int, default=30, metavar="N", help="timed runs of each (default 30)")
+        help="batches of N sequences of A to B tokens (no value: 32x8-128); padded for peers")  # fmt: skip
+    add("--threads", type=int, metavar="N", help="threads of every runner (default: one per CPU)")
+    add(
+        "--isa",
+        metavar="ISA",
+        help="limit engine and peers to this instruction set: amx, avx512vnni, avx2 or scalar",
+    )
+    add("--precision", choices=["int8", "fp32"], default="int8", help="precision of the engine (default int8)")
+    add(
+        "--peers",
+        nargs="*",
+        metavar="PEER",
+        help="compare with these peers (default: all installed ones; no value: none)",
+    )
+    add(
+        "--python",
+        action="append",
+        default=[],
+        metavar="PEER=FILE",
+        help="Python interpreter in which PEER is installed",
+    )
+    add("--repeats", type=int, default=30, metavar="N", help="timed runs of every runner (default 30)")
     add("--limit", type=float, default=600, metavar="S",
-        help="seconds that a step of a peer may take; then it is left out (default 600)")  # fmt: skip
-    add("--work", type=Path, metavar="DIR", help="keep what is exported for the peers for the next run")
-    add("--record", type=Path, metavar="FILE", help="write the record here as JSON, again after every round")
-    add("--peak", type=float, metavar="X", help="10^12 operations/s the machine can do, to report our share")
-    add("--break-even", action="store_true", help="per layer: from which sparsity the zeros pay on this machine")
-    add("--at-least", type=float, metavar="X", help="exit 1 unless every dense peer takes X times our time")
-    add("--picture", type=Path, metavar="FILE", help="draw the medians: .svg or .html")
+        help="maximum seconds per step of a peer; a slower peer is left out (default 600)")  # fmt: skip
+    add(
+        "--work", type=Path, metavar="DIR", help="folder that keeps the models exported for the peers, for the next run"
+    )
+    add("--record", type=Path, metavar="FILE", help="write the record to FILE as JSON after every round")
+    add(
+        "--peak",
+        type=float,
+        metavar="X",
+        help="peak of the machine in 10^12 operations per second, to report the fraction reached",
+    )
+    add(
+        "--break-even",
+        action="store_true",
+        help="also the sparsity from which each layer is faster than dense int8 on this machine",
+    )
+    add("--at-least", type=float, metavar="X", help="exit 1 unless the engine is X times as fast as every dense peer")
+    add("--picture", type=Path, metavar="FILE", help="draw a chart of the medians: .svg or .html")
     add("--json", action="store_true", help="print the record as JSON")
 
     def call(options: argparse.Namespace) -> int:
@@ -58,7 +107,7 @@ def describe(verb: argparse.ArgumentParser) -> None:
             if record.get("rows"):
                 _show(record, options.json)
             if isinstance(error, KeyboardInterrupt):
-                known = "what was measured until then is above" if record.get("rows") else "nothing was measured yet"
+                known = "the measurements so far are above" if record.get("rows") else "nothing was measured yet"
                 raise KeyboardInterrupt(known) from None
             raise
         _show(record, options.json)

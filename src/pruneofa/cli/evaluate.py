@@ -7,9 +7,10 @@ from pruneofa.cli.show import print_value
 
 
 def describe(verb: argparse.ArgumentParser) -> None:
-    """Metrics of any task model's folder: a packed one by the engine, another one by torch or by the engine.
+    """Compute the metrics of a task model on validation data.
 
-    Task data is read and tokenized by the train extra, for the engine too: pip install '.[train]'.
+    The engine runs packed folders. torch runs all other folders, unless --engine is given. The data are read and
+    tokenized by the train extra, for the engine too: pip install '.[train]'.
     """
     from pruneofa import recipe
 
@@ -18,13 +19,21 @@ def describe(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("path", help="folder or hub id of a task model")
     verb.add_argument("--task", metavar="T", help="sst2, mnli, qnli, qqp or squad; or a name for your own --data")
     add_fields(verb, recipe.Task, "", only=EVALUATED)
-    verb.add_argument("--data-root", help="relative data paths are resolved here")
+    verb.add_argument("--data-root", help="folder to which relative data paths refer")
     group = verb.add_argument_group("engine")
-    group.add_argument("--engine", action="store_true", help="by the engine, as packed folders are in any case")
-    choice = "of the engine (default int8), or fp32 instead of the int8 that torch simulates of a quantized folder"
+    group.add_argument(
+        "--engine", action="store_true", help="run the model with the engine, as packed folders always are"
+    )
+    choice = (
+        "of the engine: int8 (default) or fp32; for torch: fp32 switches off the int8 simulation of a quantized folder"
+    )
     group.add_argument("--precision", choices=["int8", "fp32"], help=choice)
-    group.add_argument("--threads", type=int, metavar="N", help="of the engine (default: one per CPU)")
-    group.add_argument("--isa", metavar="ISA", help="hold the engine to amx, avx512vnni, avx2 or scalar")
+    group.add_argument("--threads", type=int, metavar="N", help="threads of the engine (default: one per CPU)")
+    group.add_argument(
+        "--isa",
+        metavar="ISA",
+        help="instruction set of the engine: amx, avx512vnni, avx2 or scalar (default: the fastest)",
+    )
     verb.add_argument("--json", action="store_true", help="print as JSON")
 
     def call(options: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""The verb `export`: its options, and what it prints."""
+"""The verb `export`."""
 
 import argparse
 import json
@@ -9,25 +9,27 @@ from pruneofa.cli.options import EVALUATED, add_fields, read_task
 
 
 def describe(verb: argparse.ArgumentParser) -> None:
-    """Write a model for another runtime, run it there, and compare; exit 1 and no folder unless it is as good.
+    """Export a model for another runtime, run it there, and compare its outputs with torch.
 
-    It fails where a zero is lost, a layer of an int8 export is not run in int8, the outputs are not those of torch,
-    or a metric of --task or --data loses more than 0.2 points.
+    The export fails with exit 1 and writes no folder if a zero is lost, a layer of an int8 export does not run in int8,
+    the outputs differ from those of torch, or a metric of --task or --data loses more than 0.2 points.
     """
     from pruneofa import recipe
 
     verb.usage = "pruneofa export FOLDER OUT --to FORMAT [--task T | --data FILE --text A [B] --label L] [options]"
     verb.epilog = "example: pruneofa export runs/minilm-90/tasks/sst2/seed-0/quantize onnx --to onnx --task sst2"
-    verb.add_argument("folder", help="Hugging Face folder or hub id")
+    verb.add_argument("folder", help="Hugging Face folder or hub id of the model")
     verb.add_argument("out", help="the new folder; must not exist, or be empty")
     formats = ["onnx", "openvino", "compressed-tensors"]
-    verb.add_argument("--to", required=True, choices=formats, help="what to write; each is an extra of its own")
-    choice = "int8 with the scales of `pruneofa quantize` (default where there are any), or fp32"
+    verb.add_argument(
+        "--to", required=True, choices=formats, help="the format; each needs its extra: onnx, openvino or compressed"
+    )
+    choice = "int8 with the scales of `pruneofa quantize` (default if the folder has scales), or fp32"
     verb.add_argument("--precision", choices=["int8", "fp32"], help=choice)
     task = "also compare metrics: sst2, mnli, qnli, qqp or squad; or a name for your own --data"
     verb.add_argument("--task", metavar="T", help=task)
     add_fields(verb, recipe.Task, "", only=EVALUATED)
-    verb.add_argument("--data-root", help="relative data paths are resolved here")
+    verb.add_argument("--data-root", help="folder to which relative data paths refer")
     verb.add_argument("--json", action="store_true", help="print the report as JSON")
 
     def call(options: argparse.Namespace) -> int:

@@ -6,9 +6,15 @@ from pruneofa.cli.show import print_value, show_model
 
 
 def describe(verb: argparse.ArgumentParser) -> None:
-    """Sparsity per layer, non-zeros, pattern hash and sizes of a model folder, packed or not."""
+    """Print the sparsity per layer, non-zeros, pattern hash and sizes of a model, packed or not.
+
+    Nothing is written. Sizes are given dense, as non-zeros with a bitmask, and as the lower bound by entropy.
+    """
+    verb.epilog = "example: pruneofa inspect runs/minilm-90/sparse --engine"
     verb.add_argument("path", help="folder or hub id")
-    verb.add_argument("--engine", action="store_true", help="how the engine multiplies each layer here, and why")
+    verb.add_argument(
+        "--engine", action="store_true", help="also how the engine computes each layer on this machine, and why"
+    )
     verb.add_argument("--json", action="store_true", help="print as JSON")
 
     def call(options: argparse.Namespace) -> int:

@@ -30,8 +30,8 @@ from pruneofa.errors import CheckFailed, InputError
 
 EXAMPLES = """\
 examples:
-  pruneofa demo                                        everything, in minutes, on text this machine already has
-  pruneofa run minilm-90 --set data_root=DATA          one row of the table, from raw text to model card
+  pruneofa demo                                        the whole method in minutes, on text of this machine
+  pruneofa run minilm-90 --set data_root=DATA          a whole recipe, from plain text to model card
   pruneofa transfer Intel/bert-base-uncased-sparse-90-unstructured-pruneofa out --task sst2
   pruneofa verify runs/minilm-90/sparse runs/minilm-90/tasks/sst2/seed-0/transfer
 
@@ -63,7 +63,7 @@ def _main(arguments: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        if isinstance(error, ImportError) and error.name is None:  # ours, where an extra is missing
+        if isinstance(error, ImportError) and error.name is None:  # raised by pruneofa because an extra is missing
             return say(f"error: {error}", 3)
         if _disk_is_full(error):
             reason = " ".join(str(error).split())
@@ -75,11 +75,11 @@ def _main(arguments: Sequence[str]) -> int:
 
 
 def _disk_is_full(error: BaseException | None) -> bool:
-    """Whether no space was left, here or in what led here: libraries raise errors of their own over the system's."""
+    """Whether this error or one of its causes says that the disk is full: libraries wrap the system's errors."""
     messages = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
     while error is not None:
         text = str(error)
-        # torch's zip writer says only that bytes went missing.
+        # torch's zip writer only reports that bytes are missing.
         torch = "inline_container.cc" in text and ("unexpected pos" in text or "write failed" in text)
         if torch or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(m in text for m in messages):
             return True
@@ -88,10 +88,10 @@ def _disk_is_full(error: BaseException | None) -> bool:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Errors on one line, like all others."""
+    """A parser whose errors are one line, like all other errors."""
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong and where help is; exit 2."""
+        """Print the error and where to find help; exit with code 2."""
         self.exit(2, f"pruneofa: error: {' '.join(message.split())}; see {self.prog} --help\n")
 
 
@@ -107,7 +107,7 @@ def _parser(arguments: Sequence[str]) -> argparse.Namespace:
     called = next((word for word in arguments if not word.startswith("-")), None)
     for name, help_text, describe in VERBS:
         verb = verbs.add_parser(name, help=help_text, description=describe.__doc__)
-        # Options generated from the recipe's models need pydantic: only the verb that is called pays for it.
+        # Options generated from the recipe's models need pydantic, so only the verb that is called adds its options.
         if name == called:
             describe(verb)
     options, unknown = parser.parse_known_args(arguments)
@@ -121,17 +121,17 @@ def _parser(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 VERBS: list[tuple[str, str, Callable[[argparse.ArgumentParser], None]]] = [
-    ("run", "carry out a recipe, from raw text to model card", run.describe),
-    ("demo", "the whole method in minutes, on text this machine has", demo.describe),
-    ("prune", "teacher preparation and pruning alone", prune.describe),
+    ("run", "run a recipe, from plain text to model card", run.describe),
+    ("demo", "run the whole method in minutes, on text of this machine", demo.describe),
+    ("prune", "prune a dense encoder on plain text", prune.describe),
     ("transfer", "fine-tune a sparse model on a task, pattern locked", transfer.describe),
-    ("quantize", "make an int8 model of a task model, zeros kept", quantize.describe),
-    ("evaluate", "metrics of a task model, packed or not", evaluate.describe),
-    ("inspect", "sparsity per layer, pattern hash, sizes", inspect.describe),
-    ("verify", "prove that a derived model keeps the pattern", verify.describe),
-    ("pack", "store a model at a fraction of its size", pack.describe),
-    ("unpack", "make a Hugging Face folder of a packed one", unpack.describe),
-    ("export", "write it for ONNX Runtime, OpenVINO or compressed-tensors", export.describe),
-    ("bench", "speed, memory and size beside the peers", bench.describe),
+    ("quantize", "quantize a task model to int8, pattern locked", quantize.describe),
+    ("evaluate", "compute the metrics of a task model", evaluate.describe),
+    ("inspect", "print sparsity per layer, pattern hash and sizes", inspect.describe),
+    ("verify", "check that a derived model keeps the pattern", verify.describe),
+    ("pack", "store a model without its zeros", pack.describe),
+    ("unpack", "convert a packed folder to a Hugging Face folder", unpack.describe),
+    ("export", "export for ONNX Runtime, OpenVINO or compressed-tensors", export.describe),
+    ("bench", "compare speed, memory and size with other runtimes", bench.describe),
     ("table", "join results.json files into one table", table.describe),
 ]

@@ -28,9 +28,9 @@ def add_fields(
     without: Sequence[str] = (),
     title: str = "task",
 ) -> None:
-    """Add an option per field of `model`, --PREFIXNAME; `only` those fields, or all `without` those.
+    """Add an option --PREFIXNAME for each field of `model`: for the fields of `only`, or for all except `without`.
 
-    The group is called like the prefix, or `title` without one.
+    The name of the option group is the prefix, or `title` without a prefix.
     """
     group = verb.add_argument_group(prefix.rstrip(".") or title)
     for name, field in model.model_fields.items():
@@ -51,7 +51,7 @@ def add_fields(
 
 
 def read_fields(options: argparse.Namespace, model: "type[BaseModel]", prefix: str) -> dict[str, Any]:
-    """What was given of the options that `add_fields` made, as values of a recipe."""
+    """The values of the options from `add_fields` that were given, as values of a recipe section."""
     from pruneofa.recipe import parse_override
 
     def is_text(annotation: Any) -> bool:
@@ -63,23 +63,23 @@ def read_fields(options: argparse.Namespace, model: "type[BaseModel]", prefix: s
         if isinstance(given, list):
             values[name] = given[0] if len(given) == 1 and name != "skip" else given
         elif given is not None and is_text(field.annotation):
-            values[name] = given  # not parsed: a column may be called 0 or #label
+            values[name] = given  # not parsed: the name of a column may be 0 or #label
         elif given is not None:
             values |= parse_override(f"{name}={given}")
     return values
 
 
 def refuse_unused(options: argparse.Namespace) -> None:
-    """Raise InputError for an option of `quantize` that another one, or its absence, makes meaningless."""
-    reason = "--ptq does not train" if options.ptq else "without --ptq static scales come from training"
+    """Raise InputError for an option of `quantize` that has no effect with the other options."""
+    reason = "--ptq does not train" if options.ptq else "without --ptq training sets the static scales"
     for name in TRAINING if options.ptq else CALIBRATION:
         if getattr(options, name) is not None:
-            raise InputError(f"--{name.replace('_', '-')} was given, but {reason}; leave one of them out")
+            raise InputError(f"--{name.replace('_', '-')} was given, but {reason}; omit one of them")
     for name in ("freeze", *CALIBRATION) if options.activations == "dynamic" else ():
         if getattr(options, name) is not None:
-            raise InputError(f"--{name} was given, but a scale per token has no range to find; leave one of them out")
+            raise InputError(f"--{name} was given, but a scale per token needs no calibration; omit one of them")
     if options.percentile is not None and options.observer != "percentile":
-        raise InputError("--percentile was given, but --observer is minmax; add --observer percentile, or leave it out")
+        raise InputError("--percentile was given, but --observer is minmax; add --observer percentile, or omit it")
 
 
 def read_task(options: argparse.Namespace) -> tuple[str, Any]:
@@ -99,13 +99,13 @@ def read_task(options: argparse.Namespace) -> tuple[str, Any]:
 
 
 def add_training(verb: argparse.ArgumentParser) -> None:
-    """Add what every verb that trains takes."""
+    """Add the options that all training verbs share."""
     verb.add_argument(
-        "--seed", type=_seed, default=0, metavar="N", help="of data order, dropout and new heads (default 0)"
+        "--seed", type=_seed, default=0, metavar="N", help="seed of data order, dropout and new heads (default 0)"
     )
-    precision = "to train in: bf16 (default) by autocast over fp32 weights, or fp32 throughout"
+    precision = "training precision: bf16 (default; autocast over fp32 weights) or fp32"
     verb.add_argument("--precision", choices=["bf16", "fp32"], default="bf16", help=precision)
-    verb.add_argument("--data-root", help="relative data paths are resolved here")
+    verb.add_argument("--data-root", help="folder to which relative data paths refer")
     verb.add_argument("--redo", action="store_true", help="replace OUT if its settings changed")
     verb.add_argument("--json", action="store_true", help="print as JSON")
 

@@ -7,28 +7,31 @@ from pruneofa.cli.show import print_value, say, show_model
 
 
 def describe(verb: argparse.ArgumentParser) -> None:
-    """Store a Hugging Face folder at a fraction of its size: a bit per weight, and the non-zeros.
+    """Pack a Hugging Face folder: store only the non-zeros and a bitmask with one bit per weight.
 
-    int8 keeps the scales of `pruneofa quantize`. Embedding tables are int8 too, even where training left them float.
+    The engine loads the packed folder directly. int8 keeps the scales of `pruneofa quantize` if there are any.
+    Embedding tables become int8 too, even if they were float in training.
     """
     verb.epilog = "example: pruneofa pack runs/minilm-90/tasks/sst2/seed-0/transfer packed"
-    verb.add_argument("folder", help="folder or hub id; its zeros are the pattern")
+    verb.add_argument("folder", help="folder or hub id of the model; its zeros are the pattern")
     verb.add_argument("out", type=Path, help="the packed folder; must not exist, or be empty")
-    choice = "int8 (default), or fp32: unpack gives every bit back"
+    choice = "int8 (default), or fp32, from which unpack restores every bit"
     verb.add_argument("--precision", choices=["int8", "fp32"], default="int8", help=choice)
-    verb.add_argument("--compress", action="store_true", help="zstd over the tensors: smaller to send, slower to load")
+    verb.add_argument(
+        "--compress", action="store_true", help="compress the tensors with zstd: smaller, but slower to load"
+    )
     verb.add_argument("--json", action="store_true", help="print the manifest as JSON")
 
     def call(options: argparse.Namespace) -> int:
         from pruneofa.formats import packed
         from pruneofa.formats.hub import local_folder
-        from pruneofa.formats.pack import pack, unlike_training
+        from pruneofa.formats.pack import difference_from_training, pack
         from pruneofa.run.lineage import check_lock
 
         folder = local_folder(options.folder)
         check_lock(folder)
         manifest = pack(folder, options.out, precision=options.precision, compress=options.compress)
-        if note := unlike_training(folder, options.precision):
+        if note := difference_from_training(folder, options.precision):
             say(f"note: {note}", 0)
         print_value(manifest.to_json(), options.json, lambda: show_model(packed.inspect(options.out), layers=False))
         return 0

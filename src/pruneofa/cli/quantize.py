@@ -9,10 +9,11 @@ from pruneofa.cli.show import print_value, say_pattern
 
 
 def describe(verb: argparse.ArgumentParser) -> None:
-    """Make an int8 model of a task model: train through int8 arithmetic, its zeros locked; or round it as it is.
+    """Quantize a task model to int8: by quantization-aware training with its zeros locked, or without training (--ptq).
 
-    OUT is an ordinary Hugging Face folder whose weights are on the int8 grid, with its scales in quantization.json
-    and quantization.safetensors beside them; `pruneofa pack OUT PACKED` stores and the engine computes just that.
+    OUT is an ordinary Hugging Face folder. Its weights are on the int8 grid, and its scales are in quantization.json
+    and quantization.safetensors. `pruneofa pack OUT PACKED` stores these codes and scales, and the engine uses them
+    unchanged. The same command resumes an interrupted run.
     """
     from pruneofa import recipe
 
@@ -23,13 +24,13 @@ def describe(verb: argparse.ArgumentParser) -> None:
         "example: pruneofa quantize runs/minilm-90/tasks/sst2/seed-0/transfer out --task sst2 --data sst2 "
         "--teacher runs/minilm-90/tasks/sst2/seed-0/teacher"
     )
-    verb.add_argument("folder", help="folder or hub id of a task model; its zeros are kept")
+    verb.add_argument("folder", help="folder or hub id of a task model; its zeros stay zero")
     verb.add_argument("out", type=Path, help="folder of the int8 model")
     verb.add_argument("--task", metavar="T", help="sst2, mnli, qnli, qqp or squad; or a name for your own --data")
-    ptq = "post-training quantization: no training, static ranges from --calibration examples; takes seconds"
+    ptq = "post-training quantization: no training; static ranges come from --calibration examples; takes seconds"
     verb.add_argument("--ptq", action="store_true", help=ptq)
     add_fields(verb, recipe.Quantize, "", without=("ptq",), title="int8")
-    # They set how a run trains the models that this verb is given.
+    # The omitted fields set how a run trains the models that are inputs here.
     add_fields(verb, recipe.Task, "", without=("dense_epochs", "dense_lr", "epochs", "lr"))
     add_training(verb)
 
@@ -42,7 +43,7 @@ def describe(verb: argparse.ArgumentParser) -> None:
         from pruneofa.run import single  # torch, which takes seconds: what is wrong without it is said before
 
         if spec.teacher is None and not options.ptq:
-            sys.stderr.write("no --teacher given: learning from the task's own labels alone\n")
+            sys.stderr.write("no --teacher given: training on the labels only\n")
             spec = spec.model_copy(update={"hard": 1.0, "kd": 0.0, "hidden": 0.0})
         training = {"seed": options.seed, "precision": options.precision}
         root, redo = options.data_root, options.redo

@@ -7,14 +7,29 @@ from pruneofa.cli.show import print_results, print_value, recipe_file, table
 
 
 def describe(verb: argparse.ArgumentParser) -> None:
-    """Carry out a recipe: finished stages are skipped, a broken one resumes."""
+    """Run a recipe, from plain text to model card: teacher, prune, and for each task transfer and quantize.
+
+    The same command continues a run: finished stages are skipped, and an interrupted stage resumes from its last
+    checkpoint. Results are in results.json, table.md and report.html of the run's folder.
+    """
+    verb.epilog = "example: pruneofa run minilm-90 --set data_root=DATA --dry-run"
     verb.add_argument(
-        "recipe", nargs="+", help="recipe file(s), later ones win key by key; or the name of a shipped one"
+        "recipe",
+        nargs="+",
+        help="recipe files, or names of shipped recipes; later ones override earlier ones key by key",
     )
-    verb.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override a key (repeatable)")
+    verb.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="A.B=C",
+        help="override a key, such as prune.final=0.85 (repeatable)",
+    )
     verb.add_argument("--out", type=Path, help="the run's folder (default: runs/NAME)")
-    verb.add_argument("--dry-run", action="store_true", help="print the stages, their cost, and what would be skipped")
-    verb.add_argument("--redo", action="store_true", help="make stages again whose settings changed")
+    verb.add_argument(
+        "--dry-run", action="store_true", help="only print the stages, their estimated time, and which would be skipped"
+    )
+    verb.add_argument("--redo", action="store_true", help="run stages again whose settings changed")
     verb.add_argument("--json", action="store_true", help="print results as JSON")
 
     def call(options: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""What verbs print: values, tables, models, results; and where shipped recipes are."""
+"""Output of the verbs: messages, values, tables, models and results; and the location of shipped recipes."""
 
 import json
 import os
@@ -16,18 +16,18 @@ def say(message: str, code: int) -> int:
 
 
 def say_pattern(path: str) -> None:
-    """Say how sparse the model is whose pattern will be locked; warn, once, of one without zeros."""
+    """Print the sparsity of the model whose pattern will be locked; warn, once, if it has no zeros."""
     from pruneofa.formats import pattern
 
     sparsity = pattern.inspect(path)["encoder"]
     sys.stderr.write(f"locking the pattern of {path}: {100 * sparsity:.2f} % of its encoder's weights are zero\n")
     if sparsity == 0:
-        say(f"warning: {path} has no zeros to keep: the result will be dense; name a sparse model", 0)
+        say(f"warning: {path} has no zeros to keep: the result will be dense; give a sparse model", 0)
         warnings.filterwarnings("ignore", r"\w+ has no zeros to keep", UserWarning)
 
 
 def show_model(found: dict[str, Any], layers: bool = True) -> None:
-    """Print what `inspect` found: its layers, totals and sizes."""
+    """Print the result of `inspect`: layers, totals and sizes."""
     if layers:
         table([{"layer": name, **values} for name, values in found["layers"].items()])
     table([{"": k, "value": v} for k, v in found.items() if not isinstance(v, dict)])
@@ -49,7 +49,7 @@ def recipe_file(name: str) -> Path:
 
 
 def print_value(value: Any, as_json: bool, show: Callable[[], Any] | None = None) -> None:
-    """Print `value` as JSON, by `show`, or as a table of its keys."""
+    """Print `value` as JSON, with `show`, or as a table of its keys."""
     if as_json:
         sys.stdout.write(json.dumps(value, indent=2) + "\n")
     elif show is not None:
@@ -59,7 +59,7 @@ def print_value(value: Any, as_json: bool, show: Callable[[], Any] | None = None
 
 
 def print_results(results: dict[str, Any], folder: Path, as_json: bool) -> None:
-    """Print the results of a run, and the files that hold them."""
+    """Print the results of a run, and the paths of its result files."""
 
     def show() -> None:
         from pruneofa.report.table import write_table
@@ -68,7 +68,7 @@ def print_results(results: dict[str, Any], folder: Path, as_json: bool) -> None:
         files = ["results.json", "table.md", "report.html", "sparse/README.md"]
         sys.stdout.write("\n" + "".join(f"{folder / file}\n" for file in files if (folder / file).exists()))
 
-    if results:  # empty in all processes of a torchrun but the first
+    if results:  # empty in all processes of torchrun except the first
         print_value(results, as_json, show)
 
 

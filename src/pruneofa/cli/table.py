@@ -8,8 +8,12 @@ from pruneofa.cli.show import print_value
 
 
 def describe(verb: argparse.ArgumentParser) -> None:
-    """Join results.json files into the published table's layout (Markdown)."""
-    verb.add_argument("results", nargs="+", type=Path, help="results.json files, or the folders that hold them")
+    """Print one Markdown table of the results of several runs, in the layout of the paper's table.
+
+    Rows are models and variants; columns are tasks. A run's folder or its results.json can be given.
+    """
+    verb.epilog = "example: pruneofa table runs/minilm-90 runs/bert-base-85"
+    verb.add_argument("results", nargs="+", type=Path, help="results.json files, or the folders of runs")
     verb.add_argument("--json", action="store_true", help="print the results as one JSON list")
 
     def call(options: argparse.Namespace) -> int:

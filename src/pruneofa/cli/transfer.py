@@ -9,17 +9,21 @@ from pruneofa.cli.show import print_value, say_pattern
 
 
 def describe(verb: argparse.ArgumentParser) -> None:
-    """Fine-tune an existing sparse model on a task, its sparsity pattern locked."""
+    """Fine-tune a sparse model on a task, with its sparsity pattern locked: zeros stay zero.
+
+    With --teacher the model is distilled from a dense model of the task, without it is trained on the labels only. The
+    metrics on the validation data are printed. The same command resumes an interrupted run.
+    """
     from pruneofa import recipe
 
     verb.usage = (
         "pruneofa transfer SPARSE OUT (--task T | --data FILE --text A [B] --label L) [--teacher DIR] [options]"
     )
     verb.epilog = "example: pruneofa transfer runs/minilm-90/sparse out --data reviews.csv --text review --label stars"
-    verb.add_argument("sparse", help="folder or hub id of a model whose zeros are its pattern")
+    verb.add_argument("sparse", help="folder or hub id of the sparse model; its zeros are the pattern")
     verb.add_argument("out", type=Path, help="folder of the task model")
     verb.add_argument("--task", metavar="T", help="sst2, mnli, qnli, qqp or squad; or a name for your own --data")
-    # They set how a run trains the dense teacher and the int8 model.
+    # The omitted fields set how a run trains the dense teacher and the int8 model.
     add_fields(verb, recipe.Task, "", without=("dense_epochs", "dense_lr", "qat_epochs", "qat_lr", "qat_rows"))
     add_training(verb)
 
@@ -29,7 +33,7 @@ def describe(verb: argparse.ArgumentParser) -> None:
         from pruneofa.run import single  # torch, which takes seconds: what is wrong without it is said before
 
         if spec.teacher is None:
-            sys.stderr.write("no --teacher given: learning from the task's own labels alone\n")
+            sys.stderr.write("no --teacher given: training on the labels only\n")
             spec = spec.model_copy(update={"hard": 1.0, "kd": 0.0, "hidden": 0.0})
         training = {"seed": options.seed, "precision": options.precision}
         root, redo = options.data_root, options.redo

@@ -7,7 +7,7 @@ from pruneofa.cli.show import print_value
 
 
 def describe(verb: argparse.ArgumentParser) -> None:
-    """Make a Hugging Face folder of a packed one: bit-identical from fp32, the rounded values from int8."""
+    """Convert a packed folder to a Hugging Face folder: bit-identical from fp32, dequantized values from int8."""
     verb.epilog = "example: pruneofa unpack packed model"
     verb.add_argument("packed", help="packed folder or hub id")
     verb.add_argument("out", type=Path, help="the Hugging Face folder; must not exist, or be empty")

@@ -7,9 +7,13 @@ from pruneofa.cli.show import print_value
 
 
 def describe(verb: argparse.ArgumentParser) -> None:
-    """Prove that every zero of BASE's pattern is exactly zero in DERIVED; exit 1 if not."""
-    verb.add_argument("base", help="the sparse pre-trained model")
-    verb.add_argument("derived", help="a model made from it")
+    """Check that every zero of BASE's pattern is exactly zero in DERIVED; exit 1 if not.
+
+    The encoder's linear weights are compared, and the pooler if both models have one.
+    """
+    verb.epilog = "example: pruneofa verify runs/minilm-90/sparse runs/minilm-90/tasks/sst2/seed-0/transfer"
+    verb.add_argument("base", help="folder or hub id of the sparse pre-trained model")
+    verb.add_argument("derived", help="folder or hub id of a model derived from it")
     verb.add_argument("--json", action="store_true", help="print as JSON")
 
     def call(options: argparse.Namespace) -> int:
@@ -23,8 +27,8 @@ def describe(verb: argparse.ArgumentParser) -> None:
             for layer in found["missing"]:
                 sys.stdout.write(f"missing: {layer}\n")
             if found["missing_pooler"]:
-                sys.stdout.write("the pooler is missing in the derived model (question-answering heads drop it)\n")
-            sys.stdout.write(f"{'ok' if found['ok'] else 'FAILED'}: {found['extra_zeros']} zeros more than the base\n")
+                sys.stdout.write("the derived model has no pooler (question-answering models have none)\n")
+            sys.stdout.write(f"{'ok' if found['ok'] else 'FAILED'}: {found['extra_zeros']} more zeros than the base\n")
 
         print_value(found, options.json, show)
         return 0 if found["ok"] else 1

@@ -104,7 +104,7 @@ def build_corpus(
             fewer than two articles with nsp, or a tokenizer without the special tokens.
     """
     start = time.monotonic()
-    form = ExampleFormat.of(spec, tokenizer)  # an unusable tokenizer is found before the long work
+    form = ExampleFormat.of(spec, tokenizer)  # an unusable tokenizer is an error before the long work
     readers = sources.find(spec.source, spec.config, data_root, streaming=spec.streaming)
     backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()  # so that the text's identity does not depend on how the tokenizer was last called

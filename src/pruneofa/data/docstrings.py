@@ -1,4 +1,4 @@
-"""A corpus and a task made of text that is already on the machine: the docstrings of Python and its packages.
+"""A corpus and a task from text that is already on the machine: the docstrings of Python and its packages.
 
 The corpus is for pruning. The task is to classify the subject of a passage of documentation; the label is the subject
 of its module. Sources are parsed, not imported, so no code is executed.
@@ -44,7 +44,7 @@ VALIDATION_SHARE = 0.3
 TRAIN_ROWS, VALIDATION_ROWS = 48, 30  # per topic, at most: as many as a person labels in an hour
 WORDS = range(10, 41)
 SHINGLE = 8  # no run of this many words of a validation passage occurs in the training text
-LEAST_ROWS = 16  # a topic with fewer training passages cannot be learned
+MIN_ROWS = 16  # a topic with fewer training passages cannot be learned
 
 
 @dataclass(frozen=True)
@@ -94,10 +94,10 @@ def build_demo_data(folder: Path, *, seed: int = 0, topics: dict[str, list[Path]
         },
     }
     for topic, count in counts["topics"].items():
-        if count["train"] < LEAST_ROWS or not count["validation"]:
+        if count["train"] < MIN_ROWS or not count["validation"]:
             raise InputError(
                 f"demo: topic {topic!r} has {count['train']} training and {count['validation']} validation "
-                f"passages, wanted at least {LEAST_ROWS} and 1; install its packages with 'pruneofa[demo]'"
+                f"passages, wanted at least {MIN_ROWS} and 1; install its packages with 'pruneofa[demo]'"
             )
     with files.new_folder(folder) as out:
         documents = ({"text": "\n\n".join(" ".join(p) for p in module.paragraphs)} for module in corpus)
@@ -110,18 +110,18 @@ def build_demo_data(folder: Path, *, seed: int = 0, topics: dict[str, list[Path]
 
 def installed_sources() -> dict[str, list[Path]]:
     """Topic -> the source files about it that are installed here."""
-    return {topic: [path for place in places for path in _sources(place)] for topic, places in TOPICS.items()}
+    return {topic: [path for name in names for path in _sources(name)] for topic, names in TOPICS.items()}
 
 
-def _sources(place: str) -> list[Path]:
+def _sources(name: str) -> list[Path]:
     """The .py files of a module or package such as scipy/stats, found without importing anything."""
-    spec = importlib.util.find_spec(place.split("/")[0])
+    spec = importlib.util.find_spec(name.split("/")[0])
     if spec is None or not spec.origin or not spec.origin.endswith(".py"):
         return []
     origin = Path(spec.origin)
     if origin.name != "__init__.py":
         return [origin]
-    root = origin.parent.joinpath(*place.split("/")[1:])
+    root = origin.parent.joinpath(*name.split("/")[1:])
     return sorted(p for p in root.rglob("*.py") if not NOT_DOCUMENTATION & set(p.relative_to(root).parts))
 
 

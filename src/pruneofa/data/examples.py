@@ -60,7 +60,7 @@ class ExampleFormat:
 
     def uniforms(self, seed: int, epoch: int, index: int) -> np.ndarray:
         """All randomness of one item: float64 (_EXTRA + 3 * max_length,) in [0, 1)."""
-        key = np.array([mixed(mixed(seed) + epoch), index], np.uint64)
+        key = np.array([splitmix64(splitmix64(seed) + epoch), index], np.uint64)
         return np.random.Generator(np.random.Philox(key=key)).random(_EXTRA + 3 * self.spec.max_length)
 
     def item(self, first: np.ndarray, second: np.ndarray | None, random_second: bool, draws: np.ndarray) -> Item:
@@ -135,13 +135,13 @@ def permuted(index: int, size: int, key: int) -> int:
     while True:
         left, right = index >> half, index & low
         for turn in range(4):
-            left, right = right, left ^ (mixed(key + turn * 0x632BE59BD9B4E019 + right) & low)
+            left, right = right, left ^ (splitmix64(key + turn * 0x632BE59BD9B4E019 + right) & low)
         index = left << half | right
         if index < size:
             return index
 
 
-def mixed(value: int) -> int:
+def splitmix64(value: int) -> int:
     """splitmix64: a hash of a 64-bit integer."""
     value = (value + 0x9E3779B97F4A7C15) & _WORD
     value = ((value ^ value >> 30) * 0xBF58476D1CE4E5B9) & _WORD
@@ -150,12 +150,12 @@ def mixed(value: int) -> int:
 
 
 def is_held_out(hashes: np.ndarray, share: float) -> np.ndarray:
-    """Which articles are for validation, by the hash of their text: the same in every order, on every machine."""
+    """Which articles are for validation, by the hash of their text, independent of their order and the machine."""
     return hashes < np.uint64(min(int(share * 2**64), 2**64 - 1))
 
 
 def chunk_targets(spec: Corpus, seed: int) -> Iterator[int]:
-    """Length wanted of chunk 0, 1, 2, …: the maximum, or with short_seq_prob a random one from 2 up."""
+    """Target length of chunk 0, 1, 2, …: the maximum, or with probability short_seq_prob a random one from 2 up."""
     longest = spec.max_length - (3 if spec.nsp else 2)
     for block in itertools.count():
         rng = np.random.Generator(np.random.Philox(key=[seed, block]))
@@ -169,7 +169,7 @@ def chunk(ends: list[int], begin: int, targets: Iterator[int]) -> Iterator[tuple
     Args:
         ends: where each sentence of the article ends, in tokens.
         begin: where the article begins, in tokens.
-        targets: the length wanted of each chunk to come, in tokens.
+        targets: target length of each next chunk, in tokens.
     """
     first = 0
     while first < len(ends):
@@ -251,7 +251,7 @@ class PretrainingDataset(Dataset[Item]):
         """(epoch, example) of a position."""
         epoch, index = divmod(position, len(self._spans))
         epoch += self.epoch0
-        return epoch, permuted(index, len(self._spans), mixed(self.seed) + mixed(epoch))
+        return epoch, permuted(index, len(self._spans), splitmix64(self.seed) + splitmix64(epoch))
 
     def __getitem__(self, position: int) -> Item:
         if not 0 <= position < self.size:

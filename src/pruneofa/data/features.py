@@ -69,7 +69,7 @@ class TrainDataset(torch.utils.data.Dataset[Item]):
     Read it in order (a sequential sampler) in batches of `batch`. Each epoch is a new permutation; within
     stretches of 50 batches features are sorted by length, so that a batch needs little padding, and then whole
     batches are shuffled. Every feature comes once per epoch; an epoch that does not divide into batches is
-    filled up with the first features of its own permutation: no batch is short or straddles two epochs.
+    filled up with the first features of its own permutation, so that no batch is short or spans two epochs.
     """
 
     def __init__(self, data: TaskData, batch: int, seed: int, epochs: int) -> None:

@@ -76,18 +76,18 @@ def class_ids(
     if unknown is None:
         return np.fromiter((ids[name] for name in names), np.int64, len(names))
     row, name = unknown
-    place = "training" if split == "train" else f"validation{split}"
+    split_name = "training" if split == "train" else f"validation{split}"
     if known and name == "-1":
-        raise InputError(f"{where}: label -1 in {place} row {row}: the split has no labels (GLUE test); use another")
+        raise InputError(f"{where}: label -1 in {split_name} row {row}: the split has no labels; use another")
     among = ", ".join(labels[:10]) + (", ..." if len(labels) > 10 else "")
-    raise InputError(f"{where}: label {name!r} in {place} row {row} is not one of the labels known: {among}")
+    raise InputError(f"{where}: label {name!r} in {split_name} row {row} is unknown; wanted one of {among}")
 
 
 def _label_name(value: Any, row: int, column: str, where: str) -> str:
     if isinstance(value, list | tuple | dict):
         raise _several(type(value).__name__, row, column, where)
     if value is None or (isinstance(value, float) and math.isnan(value)) or not (name := as_text(value)):
-        raise InputError(f"{where}: label column {column!r} is empty in row {row}")
+        raise InputError(f"{where}: label column {column!r} is empty in row {row}; remove the row")
     if isinstance(value, float) and not value.is_integer():
         raise _regression(name, row, column, where)
     return name
@@ -95,8 +95,8 @@ def _label_name(value: Any, row: int, column: str, where: str) -> str:
 
 def _several(kind: str, row: int, column: str, where: str) -> InputError:
     return InputError(
-        f"{where}: label column {column!r} holds a {kind} in row {row}, wanted one class a row; "
-        "several labels a row are not supported yet"
+        f"{where}: label column {column!r} holds a {kind} in row {row}, wanted one class per row; "
+        "multi-label classification is not supported yet"
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 def docstrings(path: Path) -> Iterator[str]:
     """The docstrings of a source file, outermost first; nothing when it is not Python that parses here."""
     try:
-        with warnings.catch_warnings():  # invalid escapes in other people's strings
+        with warnings.catch_warnings():  # invalid escapes in the strings of these sources
             warnings.simplefilter("ignore")
             tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError, OSError, RecursionError, MemoryError):
@@ -50,7 +50,7 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])(?<!e\.g\.)(?<!i\.e\.)(?<! vs\.)(?<! cf\.
 def prose(docstring: str) -> list[list[str]]:
     """The paragraphs of a docstring as lists of sentences.
 
-    Doctests, code blocks, headings, directives, tables and signatures go; descriptions of parameters stay.
+    Doctests, code blocks, headings, directives, tables and signatures are removed; descriptions of parameters are kept.
     """
     paragraphs = (_sentences(" ".join(lines)) for lines in _paragraphs(docstring))
     return [sentences for sentences in paragraphs if sentences]

@@ -142,7 +142,7 @@ def hold_out(table: pa.Table, key: Sequence[str], label: str | None, where: str)
     if not out.any() or out.all():
         raise InputError(
             f"{where}: {table.num_rows} rows are too few to hold out one in {HELD_OUT}; "
-            f"name a file with evaluation rows in {where}.validation"
+            f"give a file with evaluation rows in {where}.validation"
         )
     return table.filter(pa.array(~out)), table.filter(pa.array(out))
 
@@ -249,7 +249,7 @@ def _delimited(text: str, path: Path, where: str) -> list[dict[str, Any]]:
         for row in reader:
             if None in row or None in row.values():
                 raise InputError(
-                    f"{where}: {path}: line {reader.line_num} has another number of fields than the header "
+                    f"{where}: {path}: line {reader.line_num} has not as many fields as the header "
                     f"({len(reader.fieldnames or [])}); quote texts that contain the delimiter"
                 )
             rows.append(row)

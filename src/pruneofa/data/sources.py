@@ -138,11 +138,11 @@ def _find(name: str, config: str | None, data_root: str | Path | None, streaming
     if path.is_dir():
         found = sorted(p for p in path.rglob("*") if _kind(p) and p.is_file() and p.name[0] != ".")
         if not found:
-            raise InputError(f"{path}: this folder has no {WANTED} file")
+            raise InputError(f"{path}: this folder has no {WANTED} file; check corpus.source (and data_root)")
         return Files(tuple(found))
     if path.is_file():
         if not _kind(path):
-            raise InputError(f"{path}: cannot read this kind of file; wanted {WANTED}")
+            raise InputError(f"{path}: unsupported kind of file; wanted {WANTED}")
         return Files((path,))
     if not _HUB_ID.fullmatch(name) or Path(name).suffix in (*KINDS, *COMPRESSED, ".csv", ".tsv", ".json"):
         raise InputError(f"{path}: no such file or folder; check corpus.source (and data_root)")
@@ -188,7 +188,7 @@ def _parquet(path: Path, column: str) -> Iterator[Any]:
             _need_column(path, column, file.schema_arrow.names)
             kind = file.schema_arrow.field(column).type
             if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-                raise InputError(f"{path}: column {column!r} is {kind}, wanted text; set corpus.column")
+                raise InputError(f"{path}: column {column!r} is {kind}, wanted strings; set corpus.column")
             if not file.metadata.num_rows:
                 raise InputError(f"{path}: this file has no rows; remove it from the source or write it again")
             yield file
@@ -202,7 +202,7 @@ def _text(where: object, column: str, value: object) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise InputError(f"{where}: column {column!r} holds {type(value).__name__}, wanted text; set corpus.column")
+        raise InputError(f"{where}: column {column!r} holds {type(value).__name__}, wanted strings; set corpus.column")
     return value.strip()
 
 
@@ -228,7 +228,7 @@ def _decompressed(path: Path, raw: BinaryIO) -> Iterator[Any]:
         else:
             yield raw
     except (gzip.BadGzipFile, EOFError, zlib.error, ZstdError) as error:
-        raise InputError(f"{path}: damaged or not really {path.suffix[1:]} ({error}); compress it again") from None
+        raise InputError(f"{path}: damaged or not {path.suffix[1:]} data ({error}); compress it again") from None
 
 
 def _lines(path: Path, file: Any) -> Iterator[str]:

@@ -14,7 +14,7 @@ from pruneofa.engine.spans import best_span as best_span
 from pruneofa.errors import InputError
 
 _CHUNK = 1000  # rows per call of the tokenizer: enough to use every core, little enough to hold
-_LEAST_CONTEXT = 16  # new context tokens per window; a question that leaves fewer is cut
+_MIN_CONTEXT = 16  # new context tokens per window; a question that leaves fewer is cut
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def cut_windows(table: pa.Table, tokenizer: Any, *, max_length: int, stride: int
     """
     if not tokenizer.is_fast:
         raise InputError(f"{where}: the tokenizer has no tokenizer.json, which question answering needs for offsets")
-    room = max_length - tokenizer.num_special_tokens_to_add(pair=True) - stride - _LEAST_CONTEXT
+    room = max_length - tokenizer.num_special_tokens_to_add(pair=True) - stride - _MIN_CONTEXT
     if room < 1:
         raise InputError(f"{where}: stride {stride} leaves no room in max_length {max_length}; lower {where}.stride")
     questions = [text.lstrip() for text in rows.text_column(table, "question", where).to_pylist()]
@@ -114,12 +114,12 @@ def good_answers(table: pa.Table, *, skip: bool, where: str) -> tuple[pa.Table, 
     if bad and not skip:
         name = rows.column(table, "id", "id", where)[bad[0]].as_py()
         raise InputError(
-            f"{where}: {len(bad)} of {table.num_rows} answers do not stand in their context at answer_start, "
+            f"{where}: {len(bad)} of {table.num_rows} answers are not found in their context at answer_start, "
             f"first {name!r} (row {bad[0] + 1}); set {where}.skip_bad_answers=true to train without them"
         )
     kept = [span for span in spans if span is not None]
     if not kept:
-        raise InputError(f"{where}: no answer stands in its context at answer_start; offsets count characters from 0")
+        raise InputError(f"{where}: no answer is found in its context at answer_start; offsets count characters from 0")
     if bad:
         table = table.filter(pa.array([span is not None for span in spans]))
     return table, np.asarray(kept, np.int64)

@@ -14,9 +14,9 @@ from pruneofa.data.examples import (
     chunk,
     chunk_targets,
     is_held_out,
-    mixed,
     segment,
     split_point,
+    splitmix64,
 )
 from pruneofa.data.tokenization import Encoder
 from pruneofa.errors import InputError
@@ -61,7 +61,7 @@ class StreamingDataset(IterableDataset[Item]):
         info = get_worker_info()
         rank, workers = (info.id, info.num_workers) if info else (0, 1)
         size = len(range(rank, self.size, workers))
-        rng = np.random.Generator(np.random.Philox(key=[mixed(mixed(self.seed) + self.epoch0), rank]))
+        rng = np.random.Generator(np.random.Philox(key=[splitmix64(splitmix64(self.seed) + self.epoch0), rank]))
         buffer: list[Item] = []
         items = self._items(rank, workers, rng)
         for _ in range(size):

@@ -86,7 +86,7 @@ def load_task(
 ) -> Task:
     """Read and tokenize a task; nothing is written.
 
-    `train_rows` and `validation_rows` keep the first rows of the splits, no sample of them.
+    `train_rows` and `validation_rows` keep the first rows of the splits, not a sample.
 
     Args:
         name: sst2, mnli, qnli, qqp, squad, or any name when `spec` has data, text and label.
@@ -101,7 +101,7 @@ def load_task(
         max_positions: longest input of the model (`longest_input`), where it is known already.
 
     Raises:
-        InputError: one line that says what is wrong with the data.
+        InputError: the data do not fit the task, the tokenizer or the model.
     """
     spec, where = spec.resolved(name), f"tasks.{name}"
     max_length = _check_length(spec.max_length, tokenizer, max_positions, where)

@@ -138,7 +138,7 @@ def _work(texts: list[str]) -> Encoded:
 
 
 def encode_batches(batches: Iterable[list[str]], tokenizer_json: str, processes: int) -> Iterator[Encoded]:
-    """Encode batches in order, at most two per process under way, so memory does not grow with the corpus."""
+    """Encode batches in order, at most two per process at a time, so memory does not grow with the corpus."""
     if processes <= 1:
         yield from map(Encoder(tokenizer_json), batches)
         return
@@ -148,13 +148,13 @@ def encode_batches(batches: Iterable[list[str]], tokenizer_json: str, processes:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     pool = concurrent.futures.ProcessPoolExecutor(processes, context, _start_worker, (tokenizer_json,))
     try:
-        under_way: collections.deque[concurrent.futures.Future[Encoded]] = collections.deque()
+        in_progress: collections.deque[concurrent.futures.Future[Encoded]] = collections.deque()
         for batch in batches:
-            under_way.append(pool.submit(_work, batch))
-            if len(under_way) >= 2 * processes:
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
+            in_progress.append(pool.submit(_work, batch))
+            if len(in_progress) >= 2 * processes:
+                yield in_progress.popleft().result()
+        while in_progress:
+            yield in_progress.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
         if before is None:

@@ -28,7 +28,7 @@ except ImportError as error:  # a source tree that was not built; from_pretraine
     _native, _not_built = None, error
 native: Any = _native
 
-_MOST_THREADS = 1024  # a mistyped number should not make a million threads
+_MAX_THREADS = 1024  # a mistyped number must not start a million threads
 
 
 class Engine:
@@ -112,7 +112,7 @@ class Engine:
         packed = read(folder)
         if packed.precision == "int8" and precision == "fp32":
             raise InputError(
-                f"{folder}: packed as int8, but precision='fp32' was asked for; leave it out, "
+                f"{folder}: packed as int8, but precision='fp32' was requested; omit it, "
                 "or pack the original folder with --precision fp32"
             )
         if packed.precision != precision:
@@ -161,11 +161,11 @@ class Engine:
         return result
 
     def predict(self, x: Any, *, batch_size: int = 32, truncate: bool = False) -> Any:
-        """The answer of the model's task for one text or a list of texts.
+        """Run the model's task on one text or a list of texts.
 
         Args:
-            x: a str, or a pair (a, b) of them; of question answering {"question": str, "context": str}; or a
-                list of these. A masked-LM wants its mask token in every text.
+            x: a str, or a pair (a, b) of them; for question answering {"question": str, "context": str}; or a
+                list of these. A masked-LM needs its mask token in every text.
             batch_size: number of texts that are tokenized and kept in memory at a time. It does not affect results,
                 because texts are never padded.
             truncate: truncate texts (and questions) that are too long for the model instead of raising. Contexts
@@ -189,7 +189,7 @@ class Engine:
             raise InputError(f"batch_size is {batch_size!r}, wanted an integer of at least 1")
         if isinstance(x, list):
             if not x:
-                raise InputError(f"x is an empty list, {WANTED}; call predict only where there is text")
+                raise InputError(f"x is an empty list, {WANTED}; call predict only with texts")
             items, names = x, [f"x[{index}]" for index in range(len(x))]
         else:
             items, names = [x], ["x"]
@@ -221,7 +221,9 @@ class Engine:
         """
         head = self._head
         if not isinstance(head, Classification | QuestionAnswering):
-            raise InputError(f"logits are of classification and question answering; this model does {self.task}")
+            raise InputError(
+                f"the model's task is {self.task}, but logits needs classification or question answering; use predict"
+            )
         if len(input_ids) == 0:
             return []
         ids = [as_row(row, f"input_ids[{index}]") for index, row in enumerate(input_ids)]
@@ -242,10 +244,10 @@ class Engine:
         self, input_ids: Sequence[NDArray[Any]], token_type_ids: Sequence[NDArray[Any]] | None
     ) -> list[Tokens]:
         """Check rows (tokens,) of integers and convert them to the input of the encoder. Raises InputError."""
-        check_range(input_ids, self._vocabulary, "input_ids", "the vocabulary has")
+        check_range(input_ids, self._vocabulary, "input_ids", "the vocabulary size is")
         if token_type_ids is None:
             token_type_ids = [np.zeros(len(ids), np.int32) for ids in input_ids]
-        check_range(token_type_ids, max(self._architecture.types, 1), "token_type_ids", "the model's types number")
+        check_range(token_type_ids, max(self._architecture.types, 1), "token_type_ids", "the number of token types is")
         for row, ids in enumerate(input_ids):
             if len(ids) > self.max_length:
                 raise InputError(
@@ -313,7 +315,7 @@ def choose_threads(wanted: int | None) -> int:
     if wanted is None:
         # not every platform reports the CPUs that a process may use
         cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return min(cpus, _MOST_THREADS)
-    if not isinstance(wanted, int) or isinstance(wanted, bool) or not 1 <= wanted <= _MOST_THREADS:
-        raise InputError(f"threads is {wanted!r}, wanted an integer from 1 to {_MOST_THREADS}, or None for all CPUs")
+        return min(cpus, _MAX_THREADS)
+    if not isinstance(wanted, int) or isinstance(wanted, bool) or not 1 <= wanted <= _MAX_THREADS:
+        raise InputError(f"threads is {wanted!r}, wanted an integer from 1 to {_MAX_THREADS}, or None for all CPUs")
     return wanted

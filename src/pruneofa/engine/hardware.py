@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def processor() -> str:
-    """Name of the processor as the system gives it, "unknown" where it gives none."""
+    """Name of the processor as the system gives it, "unknown" if it gives none."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

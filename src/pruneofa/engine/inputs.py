@@ -1,4 +1,4 @@
-"""Checks of what a caller gives the engine: arrays of token ids, and texts."""
+"""Checks of the engine's inputs: arrays of token ids, and texts."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,11 +15,11 @@ WANTED = "wanted a str, a pair (a, b), {'question': ..., 'context': ...}, or a l
 def check_item(item: Any, name: str, task: str) -> Text:
     """One item of `predict` as text or a pair; (question, context) where the task is question answering.
 
-    Raises InputError for what the task does not take.
+    Raises InputError for an input that the task does not accept.
     """
     if isinstance(item, dict):
         if task != "question answering":
-            raise InputError(f"{name} is a dict, but this model does {task}; give a str or a pair (a, b)")
+            raise InputError(f"{name} is a dict, but the model's task is {task}; give a str or a pair (a, b)")
         if set(item) != {"question", "context"}:
             keys = ", ".join(map(repr, item)) or "none"
             raise InputError(f"{name} has the keys {keys}; wanted exactly 'question' and 'context'")
@@ -27,12 +27,12 @@ def check_item(item: Any, name: str, task: str) -> Text:
         return question.lstrip() or question, check_text(item["context"], f"{name}['context']")
     if task == "question answering" and isinstance(item, (str, tuple)):
         raise InputError(
-            f"{name} is {type(item).__name__}, but this model does question answering; "
+            f"{name} is {type(item).__name__}, but the model's task is question answering; "
             "give {'question': ..., 'context': ...}"
         )
     if isinstance(item, tuple):
         if task == "token classification":
-            raise InputError(f"{name} is a tuple, but this model does token classification; give one str at a time")
+            raise InputError(f"{name} is a tuple, but the model's task is token classification; give single texts")
         if len(item) != 2:
             raise InputError(f"{name} is a tuple of {len(item)}, wanted a pair (a, b) of str")
         return check_text(item[0], f"{name}[0]"), check_text(item[1], f"{name}[1]")
@@ -47,7 +47,7 @@ def as_matrix(value: ArrayLike, name: str, shape: tuple[int, ...] | None = None,
     try:
         array = np.asarray(value)
     except (TypeError, ValueError, OverflowError):  # rows of different lengths, or not numbers
-        raise InputError(f"{name} is no matrix, wanted (batch, seq) {wanted}; pad the rows to one length") from None
+        raise InputError(f"{name} is not a matrix, wanted (batch, seq) {wanted}; pad the rows to one length") from None
     if array.size and array.dtype.kind not in kinds:
         raise InputError(f"{name} has dtype {array.dtype}, wanted {wanted}; convert with .astype('int64')")
     if shape is not None and array.shape != shape:
@@ -62,13 +62,13 @@ def as_row(value: ArrayLike, name: str, shape: tuple[int, ...] | None = None) ->
     try:
         array = np.asarray(value)
     except (TypeError, ValueError, OverflowError):
-        raise InputError(f"{name} is no array, wanted (tokens,) integers; give one sequence each") from None
+        raise InputError(f"{name} is not an array, wanted (tokens,) integers; give one sequence each") from None
     if array.size and array.dtype.kind not in "iu":
         raise InputError(f"{name} has dtype {array.dtype}, wanted integers; convert with .astype('int64')")
     if shape is not None and array.shape != shape:
         raise InputError(f"{name} has shape {array.shape}, wanted {shape}, that of input_ids")
     if array.ndim != 1 or not array.size:
-        raise InputError(f"{name} has shape {array.shape}, wanted (tokens,), at least 1; leave out what is empty")
+        raise InputError(f"{name} has shape {array.shape}, wanted (tokens,), at least 1; omit empty sequences")
     return array
 
 
@@ -82,13 +82,13 @@ def row_lengths(mask: ArrayLike | None, shape: tuple[int, ...]) -> NDArray[np.in
     lengths = np.count_nonzero(array, axis=1)
     if not lengths.all():
         row = int(np.argmin(lengths))
-        raise InputError(f"attention_mask: row {row} has no token, wanted at least one; leave the row out")
-    holes = (array.astype(bool) != (np.arange(shape[1]) < lengths[:, None])).any(axis=1)
-    if holes.any():
-        row = int(np.argmax(holes))
+        raise InputError(f"attention_mask: row {row} has no token, wanted at least one; remove the row")
+    gaps = (array.astype(bool) != (np.arange(shape[1]) < lengths[:, None])).any(axis=1)
+    if gaps.any():
+        row = int(np.argmax(gaps))
         raise InputError(
-            f"attention_mask: row {row} has a 0 before a 1, wanted ones and then zeros; padding goes to the right, "
-            "and tokens to be ignored in between have to be taken out"
+            f"attention_mask: row {row} has a 0 before a 1, wanted ones and then zeros; pad on the right, and "
+            "remove tokens that are to be ignored"
         )
     return lengths
 

@@ -38,13 +38,13 @@ class MaskedLM:
         tokens = tokenizer.sequences(texts, names, truncate=truncate)
         if tokenizer.mask_id is None:
             raise InputError(
-                "the tokenizer has no mask token to fill in; name it as mask_token in tokenizer_config.json"
+                "the tokenizer has no mask token, which a masked-LM needs; set mask_token in tokenizer_config.json"
             )
         for sequence, name in zip(tokens, names, strict=True):
             if not (sequence.ids == tokenizer.mask_id).any():
                 mask = tokenizer.token(tokenizer.mask_id)
                 raise InputError(
-                    f"{name} has no {mask}, which this masked-LM fills in; put {mask} where a word is wanted"
+                    f"{name} has no {mask}, wanted at least one; put {mask} where the model has to fill in a word"
                 )
         return tokens
 

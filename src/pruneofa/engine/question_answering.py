@@ -54,26 +54,28 @@ class QuestionAnswering:
 def _answer(logits: Sequence[Float], windows: Sequence[Tokens], context: str) -> dict[str, Any]:
     """The answer of one context from all its windows, each with (tokens, 2) start and end logits.
 
-    An empty text with score 0 if no valid span is among the best starts and ends, as in the official script.
+    Returns an empty text with score 0 if no valid span is among the best starts and ends, as in the official script.
     """
-    best, place = (-np.inf, 0, 0), None
-    insides = []
+    best, best_window = (-np.inf, 0, 0), None
+    context_masks = []
     for number, (pair, window) in enumerate(zip(logits, windows, strict=True)):
         assert window.segments is not None
-        insides.append(window.segments == 1)
-        found = best_tokens(pair[:, 0], pair[:, 1], insides[-1])
+        context_masks.append(window.segments == 1)
+        found = best_tokens(pair[:, 0], pair[:, 1], context_masks[-1])
         if found is not None and found[0] > best[0]:
-            best, place = found, number
-    if place is None:
+            best, best_window = found, number
+    if best_window is None:
         return {"answer": "", "start": 0, "end": 0, "score": 0.0}
     # Both softmaxes run over the context's tokens of all windows together, so that windows are comparable.
-    every = np.concatenate([pair[inside] for pair, inside in zip(logits, insides, strict=True)]).T.astype(np.float64)
-    largest = every.max(axis=1)
-    totals = np.exp(every - largest[:, None]).sum(axis=1)
+    all_logits = np.concatenate([pair[inside] for pair, inside in zip(logits, context_masks, strict=True)]).T.astype(
+        np.float64
+    )
+    largest = all_logits.max(axis=1)
+    totals = np.exp(all_logits - largest[:, None]).sum(axis=1)
     _, first, last = best
-    chosen = np.array([logits[place][first, 0], logits[place][last, 1]], np.float64)
+    chosen = np.array([logits[best_window][first, 0], logits[best_window][last, 1]], np.float64)
     score = float(np.prod(np.exp(chosen - largest) / totals))
-    chars = windows[place].chars
+    chars = windows[best_window].chars
     assert chars is not None
     start, end = int(chars[first, 0]), int(chars[last, 1])
     return {"answer": context[start:end], "start": start, "end": end, "score": score}

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 Float = NDArray[np.float32]
 Table = tuple[np.ndarray, Float | None]  # rows of an embedding: int8 and a scale per row, or float32 and None
 
-MOST_INPUTS = 2**16  # 255 * 128 * 2**16 < 2**31: an int32 accumulator cannot overflow
+MAX_INPUTS = 2**16  # 255 * 128 * 2**16 < 2**31: an int32 accumulator cannot overflow
 
 
 def available_isas() -> list[str]:
@@ -146,8 +146,8 @@ class Linear:
         """
         if isa not in available_isas():
             raise ValueError(f"isa is {isa!r}, wanted one of {', '.join(available_isas())}")
-        if not 1 <= k <= MOST_INPUTS or bitmask.shape[1] != math.ceil(k / 8):
-            raise ValueError(f"{k} inputs and a bitmask of {bitmask.shape[1]} bytes per row; wanted 1 to {MOST_INPUTS}")
+        if not 1 <= k <= MAX_INPUTS or bitmask.shape[1] != math.ceil(k / 8):
+            raise ValueError(f"{k} inputs and a bitmask of {bitmask.shape[1]} bytes per row; wanted 1 to {MAX_INPUTS}")
         if (scale is None) != (values.dtype == np.float32):
             raise ValueError(f"{values.dtype} values {'without' if scale is None else 'with'} a scale")
         if input is not None and not (scale is not None and 2.0**-126 <= input[0] <= 2.0**119 and 0 <= input[1] <= 255):

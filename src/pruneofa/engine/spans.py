@@ -1,4 +1,4 @@
-"""The best answer span, by the rule of the official SQuAD script: one rule for the engine and for `evaluate`."""
+"""The best answer span, by the rule of the official SQuAD script. The engine and `evaluate` both use it."""
 
 import numpy as np
 from numpy.typing import NDArray

@@ -21,12 +21,12 @@ from pruneofa.formats.files import read_json
 from pruneofa.formats.sentence import Sentence
 from pruneofa.formats.settings import without_tokenizer
 
-# With more tokens the activations do not fit the caches, with fewer the weights are read too often; measured with 12
+# With more tokens the activations do not fit in the caches. With fewer the weights are read too often. Measured with 12
 # layers of hidden size 768.
 CHUNK_TOKENS = 384
 WINDOW, STRIDE = 384, 128  # tokens, for question answering, as in the official SQuAD script
-_HALF = re.compile("[\ud800-\udfff]")  # half of a surrogate pair, which is not valid text
-_LEAST_CONTEXT = 16  # minimum number of context tokens per window; a question that leaves fewer is too long
+_SURROGATE = re.compile("[\ud800-\udfff]")  # half of a surrogate pair, which is not valid text
+_MIN_CONTEXT = 16  # minimum number of context tokens per window; a question that leaves fewer is too long
 
 Text = str | tuple[str, str]
 
@@ -38,8 +38,8 @@ class Tokens:
     Attributes:
         ids: (tokens,) int32.
         types: (tokens,) int32, 0 where the model has no token types.
-        segments: (tokens,) int8: 0 first text, 1 second text, -1 special token; None if not asked for.
-        chars: (tokens, 2) int32, begin and end of each token in its text; None if not asked for.
+        segments: (tokens,) int8: 0 first text, 1 second text, -1 special token; None if not requested.
+        chars: (tokens, 2) int32, begin and end of each token in its text; None if not requested.
         text: for a window of question answering, the index of its text in the batch.
     """
 
@@ -105,7 +105,9 @@ class TextTokenizer:
                 config |= read_json(folder / name)
         names = config.get("model_input_names") or ["token_type_ids"]
         if not isinstance(names, list):
-            raise InputError(f"{folder}: model_input_names is {short(names)} in tokenizer_config.json, wanted a list")
+            raise InputError(
+                f"{folder}: model_input_names is {short(names)} in tokenizer_config.json, wanted a list; correct it"
+            )
         self._typed = types > 1 and "token_type_ids" in names
         self._vocabulary = vocabulary
         most = sentence.max_seq_length if sentence else None
@@ -115,7 +117,9 @@ class TextTokenizer:
 
     def _mask_id(self, named: Any) -> int | None:
         name = named.get("content") if isinstance(named, dict) else named  # added tokens are JSON objects
-        names = [token for token in (name, "[MASK]", "<mask>") if isinstance(token, str) and not _HALF.search(token)]
+        names = [
+            token for token in (name, "[MASK]", "<mask>") if isinstance(token, str) and not _SURROGATE.search(token)
+        ]
         found = [self._tokenizer.token_to_id(token) for token in names]
         return next((index for index in found if index is not None), None)
 
@@ -145,7 +149,7 @@ class TextTokenizer:
                 if not truncate:
                     raise InputError(
                         f"{name} has {got} tokens, the model takes at most {self._limit}; "
-                        "shorten it, or give truncate=True"
+                        "shorten it, or pass truncate=True"
                     )
                 tokens = _truncated(self._tokens(encoding, chars=chars, segments=True), self._limit)
             result.append(tokens)
@@ -176,7 +180,7 @@ class TextTokenizer:
         ids = np.array(encoding.ids, np.int32)
         if len(ids) and ids.max() >= self._vocabulary:
             raise InputError(
-                f"{self._folder}: the tokenizer gives id {ids.max()}, but the model has {self._vocabulary} "
+                f"{self._folder}: the tokenizer produces id {ids.max()}, but the model has {self._vocabulary} "
                 "word embeddings; tokenizer.json belongs to another model"
             )
         types = np.array(encoding.type_ids, np.int32) if self._typed else np.zeros(len(ids), np.int32)
@@ -198,28 +202,28 @@ def check_text(value: Any, where: str) -> str:
     if not isinstance(value, str):
         raise InputError(f"{where} is {type(value).__name__}, wanted a str")
     if not value:
-        raise InputError(f"{where} is an empty string, wanted text; leave it out")
+        raise InputError(f"{where} is an empty string, wanted text; omit it")
     if (index := value.find("\0")) >= 0:
-        raise InputError(f"{where} has a NUL character at {index}, wanted text; remove it, or decode the bytes anew")
+        raise InputError(f"{where} has a NUL character at {index}, wanted text; remove it, or decode the bytes again")
     try:
         value.encode()
     except UnicodeEncodeError as error:
         raise InputError(
             f"{where} has a lone surrogate U+{ord(value[error.start]):04X} at {error.start}, wanted valid Unicode; "
-            "decode the bytes anew, without errors='surrogateescape'"
+            "decode the bytes again, without errors='surrogateescape'"
         ) from None
     return str(value)
 
 
-def chunks(lengths: Sequence[int], most: int = CHUNK_TOKENS) -> Iterator[list[int]]:
-    """Yield the indices of sequences to compute together, short ones first, at most `most` tokens in all.
+def chunks(lengths: Sequence[int], limit: int = CHUNK_TOKENS) -> Iterator[list[int]]:
+    """Yield the indices of sequences to compute together, short ones first, at most `limit` tokens in total.
 
-    A longer sequence is computed alone.
+    A longer sequence has its own chunk.
     """
     chunk: list[int] = []
     total = 0
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if chunk and total + lengths[index] > most:
+        if chunk and total + lengths[index] > limit:
             yield chunk
             chunk, total = [], 0
         chunk.append(index)
@@ -251,15 +255,15 @@ def _windows(tokens: Tokens, length: int, *, truncate: bool, where: str) -> list
     assert tokens.segments is not None
     context = np.flatnonzero(tokens.segments == 1)
     if not len(context):
-        raise InputError(f"{where}: the context has no tokens, wanted text that can hold an answer")
+        raise InputError(f"{where}: the context has no tokens, wanted text that can contain an answer")
     room = length - (len(tokens.ids) - len(context))
-    if room < _LEAST_CONTEXT and room < len(context):
+    if room < _MIN_CONTEXT and room < len(context):
         question = int(np.count_nonzero(tokens.segments == 0))
-        most = question + room - _LEAST_CONTEXT
+        most = question + room - _MIN_CONTEXT
         if not truncate or most < 1:
             raise InputError(
                 f"{where}: the question has {question} tokens, wanted at most {max(most, 0)} beside a context in a "
-                f"window of {length}; shorten it, or give truncate=True"
+                f"window of {length}; shorten it, or pass truncate=True"
             )
         tokens = tokens.keep((tokens.segments != 0) | _first(tokens.segments, 0, most))
         return _windows(tokens, length, truncate=False, where=where)

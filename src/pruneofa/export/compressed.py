@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pruneofa.export.exportable import Arrays, Exportable, Exported, Traced
+from pruneofa.export.source import Arrays, Exported, Source, Traced
 from pruneofa.formats.pattern import POOLER, read_weights
 from pruneofa.formats.scales import Quantization
 from pruneofa.train.models import read_model
@@ -23,7 +23,7 @@ _FORMAT = "int-quantized"
 _SHIFT = 128
 
 
-def write(source: Exportable, folder: Path) -> None:
+def write(source: Source, folder: Path) -> None:
     """Write model.safetensors and config.json; embeddings and heads stay float32 with unchanged values."""
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
@@ -51,7 +51,7 @@ def write(source: Exportable, folder: Path) -> None:
     compressor.update_config(str(folder))
 
 
-def load(source: Exportable, folder: Path) -> Exported:
+def load(source: Source, folder: Path) -> Exported:
     """Load the folder in transformers, which computes in float with the int8 codes, so it is not faster.
 
     transformers computes rint(x / scale + zero point), the engine rint(x / scale) + zero point. So a number halfway

@@ -20,7 +20,7 @@ from pruneofa.errors import InputError
 from pruneofa.export import compressed as export_compressed
 from pruneofa.export import onnx as export_onnx
 from pruneofa.export import openvino as export_openvino
-from pruneofa.export.exportable import OUTPUTS, Arrays, Exportable, Exported, Traced, read_exportable
+from pruneofa.export.source import OUTPUTS, Arrays, Exported, Source, Traced, read_source
 from pruneofa.formats.files import new_output, write_json
 from pruneofa.formats.settings import copy_settings
 from pruneofa.formats.tensors import weights_folder
@@ -35,10 +35,10 @@ FORMATS: dict[str, Any] = {
     "compressed-tensors": export_compressed,
 }
 REPORT = "export.json"
-MOST_LOST = 0.2  # largest accepted loss of a metric, in points
+MAX_LOSS = 0.2  # largest accepted loss of a metric, in points
 # Limits of the relative L2 error of a sequence's outputs: median and maximum. In int8 an activation halfway between two
 # codes can be rounded differently if sums have another order, which changes logits near 0 by some per cent, rarely.
-_MOST_DIFFERENT = {"fp32": (1e-3, 1e-3), "int8": (2e-2, 0.5)}
+_TOLERANCES = {"fp32": (1e-3, 1e-3), "int8": (2e-2, 0.5)}
 _ROWS, _BATCH = 64, 16  # rows of the task whose logits are compared; metrics are computed on all rows
 _TINY = float(np.finfo(np.float32).tiny)
 _WEIGHTS = (".safetensors", ".onnx", ".data", ".xml", ".bin")
@@ -70,7 +70,7 @@ def export(
         data_root: folder that relative data paths start from.
 
     Returns:
-        The contents of export.json in `out`. "failures", if present, says why nothing was written: a layer that is
+        The contents of export.json in `out`. "failures", if present, says why nothing was written: a layer that does
         not run in int8, a lost zero, logits outside the tolerance, or a loss of more than 0.2 points of a metric.
 
     Raises:
@@ -82,13 +82,13 @@ def export(
         raise InputError(f"to is {to!r}; wanted one of {', '.join(FORMATS)}")
     dense = to != "compressed-tensors"
     if not dense and precision == "fp32":
-        raise InputError(f"compressed-tensors holds int8; the fp32 folder that transformers loads is {path} itself")
+        raise InputError(f"compressed-tensors stores int8, got precision fp32; load {path} itself with transformers")
     _check_installed(to)
     folder = weights_folder(path)
     int8 = (None if precision is None else precision == "int8") if dense else True
     report: dict[str, Any] = {}
     with progress(f"export to {to}", 4) as advance, contextlib.suppress(_Rejected), new_output(out) as temporary:
-        source = read_exportable(folder, int8=int8, whole=not dense)
+        source = read_source(folder, int8=int8, whole=not dense)
         task = None if name is None or spec is None else _read_task(source, name, spec, data_root)
         advance(note="writing")
         copy_settings(folder, temporary)
@@ -107,7 +107,7 @@ def export(
 
 
 def summary(report: Mapping[str, Any]) -> str:
-    """The report as a few lines of text, with layers summed up."""
+    """The report as a few lines of text, summed over layers."""
     logits, zeros, sizes = report["logits"], report["zeros"], report["sizes"]
     rows = {
         "precision": " ".join(filter(None, (report["precision"], report["activations"]))),
@@ -143,18 +143,18 @@ def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir() if path.suffix in _WEIGHTS)
 
 
-def _read_task(source: Exportable, name: str, spec: recipe.Task, data_root: str | Path | None) -> Task:
+def _read_task(source: Source, name: str, spec: recipe.Task, data_root: str | Path | None) -> Task:
     wanted = "start_logits" if name == "squad" else "logits"
     per_row = "SequenceClassification" in type(source.model).__name__
     if wanted not in source.outputs or (wanted == "logits" and not per_row):
         raise InputError(
-            f"{source.folder}: {type(source.model).__name__} has no metrics on --task {name}; leave out --task and "
-            "--data, so that only its outputs are compared"
+            f"{source.folder}: {type(source.model).__name__} has no metrics on --task {name}; omit --task and "
+            "--data to compare only its outputs"
         )
     return task_of(source.model, source.folder, name, spec, data_root=data_root, whole=True)
 
 
-def _compare(source: Exportable, exported: Exported, task: Task | None, *, must_run_int8: bool) -> dict[str, Any]:
+def _compare(source: Source, exported: Exported, task: Task | None, *, must_run_int8: bool) -> dict[str, Any]:
     """The report, without the sizes of files."""
     int8 = source.quantization
     simulation = None if int8 is None else FakeQuantizer.of(source.model, int8)
@@ -173,10 +173,10 @@ def _compare(source: Exportable, exported: Exported, task: Task | None, *, must_
         "activations": None if int8 is None else "dynamic" if int8.input_activations.dynamic else "static",
         "compared_with": "torch in fp32" if int8 is None else "torch's simulation of the int8 arithmetic",
         "failures": [
-            *(f"{name}: not found in what was written" for name, count in layers.items() if count["after"] is None),
+            *(f"{name}: not found in the exported model" for name, count in layers.items() if count["after"] is None),
             *(f"{name}: {count['lost']} zeros lost" for name, count in layers.items() if count["lost"]),
-            *(f"{name}: its product is not run in int8" for name, kernel in executed.items() if kernel is None),
-            *_too_different(logits, metrics, _MOST_DIFFERENT[precision]),
+            *(f"{name}: does not run in int8" for name, kernel in executed.items() if kernel is None),
+            *_too_different(logits, metrics, _TOLERANCES[precision]),
         ],
         "logits": logits,
         "metrics": metrics,
@@ -193,12 +193,12 @@ def _too_different(
     median, greatest = logits["relative_l2_median"], logits["relative_l2_max"]
     if not (median <= limits[0] and greatest <= limits[1]):  # NaN too
         yield (
-            f"outputs are {median:.2g} (median) and {greatest:.2g} (most) from torch's, relative L2 of a sequence; "
-            f"wanted at most {limits[0]:g} and {limits[1]:g}"
+            f"outputs differ from torch's by {median:.2g} (median) and {greatest:.2g} (maximum) in relative L2 of a "
+            f"sequence; wanted at most {limits[0]:g} and {limits[1]:g}"
         )
     for name, value in (metrics or {}).items():
-        if value["torch"] - value["exported"] > MOST_LOST:
-            yield f"{name} is {value['exported']:.2f}, by torch {value['torch']:.2f}: more than {MOST_LOST} points lost"
+        if value["torch"] - value["exported"] > MAX_LOSS:
+            yield f"{name} is {value['exported']:.2f}, by torch {value['torch']:.2f}: more than {MAX_LOSS} points lost"
 
 
 def _count_zeros(weight: NDArray[np.float32], stored: NDArray[Any] | None) -> dict[str, int | None]:
@@ -213,7 +213,7 @@ def _count_zeros(weight: NDArray[np.float32], stored: NDArray[Any] | None) -> di
     }
 
 
-def _compare_logits(source: Exportable, exported: Exported, task: Task | None) -> dict[str, float]:
+def _compare_logits(source: Source, exported: Exported, task: Task | None) -> dict[str, float]:
     """Differences of the outputs at all tokens that are not padding."""
     model = Traced(source.model, source)
     greatest, relative, sequences = 0.0, [], 0
@@ -221,10 +221,10 @@ def _compare_logits(source: Exportable, exported: Exported, task: Task | None) -
         wanted = [output.numpy() for output in model(*map(torch.from_numpy, inputs.values()))]
         real = inputs["attention_mask"].astype(bool)
         sequences += len(real)
-        for name, ours, theirs in zip(source.outputs, wanted, exported.run(inputs), strict=True):
-            per_token = ours.ndim == 3 or name in OUTPUTS["question answering"]
+        for name, expected, got in zip(source.outputs, wanted, exported.run(inputs), strict=True):
+            per_token = expected.ndim == 3 or name in OUTPUTS["question answering"]
             for row, mask in enumerate(real):
-                a, b = (output[row][mask] if per_token else output[row] for output in (ours, theirs))
+                a, b = (output[row][mask] if per_token else output[row] for output in (expected, got))
                 greatest = float(np.maximum(greatest, np.abs(a - b).max()))  # NaN stays NaN
                 relative.append(float(np.linalg.norm(a - b) / max(np.linalg.norm(a), _TINY)))
     return {
@@ -235,7 +235,7 @@ def _compare_logits(source: Exportable, exported: Exported, task: Task | None) -
     }
 
 
-def _random_inputs(source: Exportable) -> Iterator[Arrays]:
+def _random_inputs(source: Source) -> Iterator[Arrays]:
     """Random tokens in batches of several shapes; all sequences of a batch but the first are padded."""
     random = np.random.default_rng(0)
     config = source.model.config
@@ -251,7 +251,7 @@ def _random_inputs(source: Exportable) -> Iterator[Arrays]:
         yield dict(zip(source.inputs, (ids, mask, types), strict=False))
 
 
-def _task_inputs(source: Exportable, task: Task) -> Iterator[Arrays]:
+def _task_inputs(source: Source, task: Task) -> Iterator[Arrays]:
     """The first features of the validation rows."""
     data = next(iter(task.evaluations.values()))
     for begin in range(0, min(_ROWS, len(data)), _BATCH):
@@ -259,12 +259,12 @@ def _task_inputs(source: Exportable, task: Task) -> Iterator[Arrays]:
         yield _arrays(source, batch)
 
 
-def _arrays(source: Exportable, batch: Mapping[str, torch.Tensor]) -> Arrays:
+def _arrays(source: Source, batch: Mapping[str, torch.Tensor]) -> Arrays:
     zeros = torch.zeros_like(batch["input_ids"])  # token types, if the tokenizer returns none
     return {name: batch.get(name, zeros).numpy() for name in source.inputs}
 
 
-def _compare_metrics(source: Exportable, exported: Exported, task: Task) -> dict[str, dict[str, float]]:
+def _compare_metrics(source: Source, exported: Exported, task: Task) -> dict[str, dict[str, float]]:
     by_torch = evaluate_model(source.model, task)
     found = evaluate_model(_Runner(source, exported), task)
     return {name: {"torch": by_torch[name], "exported": found[name]} for name in by_torch}
@@ -273,7 +273,7 @@ def _compare_metrics(source: Exportable, exported: Exported, task: Task) -> dict
 class _Runner(nn.Module):
     """An exported model with the interface of a transformers model, for `evaluate_model`."""
 
-    def __init__(self, source: Exportable, exported: Exported) -> None:
+    def __init__(self, source: Source, exported: Exported) -> None:
         super().__init__()
         self.config, self._source, self._run = source.model.config, source, exported.run
         self.register_parameter("on_the_cpu", nn.Parameter(torch.empty(0)))

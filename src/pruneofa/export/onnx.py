@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from pruneofa.export.exportable import Exportable, Exported, Traced, example_inputs
+from pruneofa.export.source import Exported, Source, Traced, example_inputs
 from pruneofa.formats.manifest import canonical_name
 
 MODULES = ("onnx", "onnxruntime", "onnxscript")
@@ -31,10 +31,10 @@ _EXACT_WEIGHT = "_s8_2_u8"  # suffix of the weights that ONNX Runtime converts w
 # The operators that multiply int8 codes in an optimized graph.
 _INT8 = ("MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "QGemm", "DynamicQuantizeMatMul")
 _OPSET = 20
-_MOST_IN_ONE_FILE = 1_500_000_000  # bytes; protobuf is limited to 2 GiB
+_MAX_SINGLE_FILE = 1_500_000_000  # bytes; protobuf is limited to 2 GiB
 
 
-def write(source: Exportable, folder: Path) -> None:
+def write(source: Source, folder: Path) -> None:
     """Write model.onnx; batch and tokens may have any size."""
     axes = {0: "batch", 1: "sequence"}
     size = sum(parameter.numel() * parameter.element_size() for parameter in source.model.parameters())
@@ -52,10 +52,10 @@ def write(source: Exportable, folder: Path) -> None:
         assert program is not None  # only the old exporter returns None
         for node in program.model.graph:
             node.metadata_props.clear()  # stack traces, with the paths of this machine
-        program.save(folder / FILE, external_data=size > _MOST_IN_ONE_FILE)
+        program.save(folder / FILE, external_data=size > _MAX_SINGLE_FILE)
 
 
-def load(source: Exportable, folder: Path) -> Exported:
+def load(source: Source, folder: Path) -> Exported:
     """model.onnx in ONNX Runtime, and the graph after its optimizations."""
     import onnx
     import onnxruntime
@@ -97,7 +97,7 @@ def _overflows() -> bool:
 
 
 @contextlib.contextmanager
-def _prepared(source: Exportable) -> Iterator[None]:
+def _prepared(source: Source) -> Iterator[None]:
     """Replace the model's linears and tables by modules that export to the wanted operators, inside the block."""
     replaced = {}
     try:
@@ -114,7 +114,7 @@ def _prepared(source: Exportable) -> Iterator[None]:
             source.model.set_submodule(at, module)
 
 
-def _linear(source: Exportable, name: str, layer: Any) -> nn.Module:
+def _linear(source: Source, name: str, layer: Any) -> nn.Module:
     found = source.quantization
     if found is None:
         return _Float(layer)

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from pruneofa.errors import InputError
 from pruneofa.export import onnx as export_onnx
-from pruneofa.export.exportable import Arrays, Exportable, Exported
+from pruneofa.export.source import Arrays, Exported, Source
 from pruneofa.formats.manifest import canonical_name
 
 MODULES = ("openvino", "onnx", "onnxscript")
@@ -17,14 +17,14 @@ _SETTINGS = {"INFERENCE_PRECISION_HINT": "f32"}
 _ABOUT = ("layerType", "runtimePrecision", "originalLayersNames")
 
 
-def write(source: Exportable, folder: Path) -> None:
+def write(source: Source, folder: Path) -> None:
     """Write openvino_model.xml and .bin. Raises InputError for dynamic activations, which OpenVINO runs in float."""
     import openvino
 
     if source.quantization is not None and source.quantization.input_activations.dynamic:
         raise InputError(
-            f"{source.folder}: its activations are quantized per token as they come (dynamic), which OpenVINO has no "
-            "int8 operator for; export --to onnx, or make static scales: `pruneofa quantize` with --activations static"
+            f"{source.folder}: its activations are quantized per token (dynamic), for which OpenVINO has no int8 "
+            "operator; export --to onnx, or make static scales: `pruneofa quantize` with --activations static"
         )
     export_onnx.write(source, folder)
     # Not convert_model, which transposes weights, so that they lose their names.
@@ -36,7 +36,7 @@ def write(source: Exportable, folder: Path) -> None:
         file.unlink()
 
 
-def load(source: Exportable, folder: Path) -> Exported:
+def load(source: Source, folder: Path) -> Exported:
     """openvino_model.xml compiled for the CPU; layers that are not int8 run in float32, which is not the default."""
     import openvino
 

@@ -1,7 +1,7 @@
-"""What the package knows of each model family, as data, and where to look it up.
+"""The supported model families as data, and functions that look them up.
 
-A family is one file with one `Family` value, listed in FAMILIES. Everything that depends on the family reads it here
-when it is called, so a family with no new operation is added in this folder alone. No torch, no transformers.
+A family is one file with one `Family` value, listed in FAMILIES. All code that depends on the family reads it from here
+at call time. A family without a new operation therefore needs changes in this folder only. No torch, no transformers.
 """
 
 import re
@@ -15,7 +15,7 @@ __all__ = ["FAMILIES", "POOLER", "Family", "Shape", "Task"]
 
 FAMILIES: tuple[Family, ...] = (BERT, DISTILBERT, ROBERTA)
 
-_WRAPPERS = ("module", "_orig_mod", "model")  # what DDP, torch.compile and others put before a name
+_WRAPPERS = ("module", "_orig_mod", "model")  # prefixes that DDP, torch.compile and others add to names
 
 
 def find(model_type: object) -> Family | None:
@@ -24,7 +24,7 @@ def find(model_type: object) -> Family | None:
 
 
 def of(model_type: str) -> Family:
-    """The family of a `model_type` that has been checked already."""
+    """The family of a `model_type` that is known to be supported."""
     family = find(model_type)
     assert family is not None, f"{model_type} is not supported, and was not checked"
     return family
@@ -63,18 +63,18 @@ def shapes() -> dict[str, tuple[Family, Shape]]:
 
 
 def layer_name() -> str:
-    """How a layer may be called, for a message: "encoder.layer.N or transformer.layer.N"."""
+    """The possible names of an encoder layer, for a message: "encoder.layer.N or transformer.layer.N"."""
     return " or ".join(dict.fromkeys(f"{family.layers}.N" for family in FAMILIES))
 
 
 def without_encoder() -> str:
-    """What to say of weights without any encoder layer."""
+    """The end of an error message about weights without an encoder layer."""
     return f"no weight named {layer_name()}; wanted a {titles()} model"
 
 
 def tokenizer_files(name: str) -> tuple[str, ...]:
-    """What `tokenizer.json` can be made from, by a tokenizer class or model type; of an unknown one vocab.txt."""
-    # The longest name that occurs in it: one family's name may be the end of another's.
+    """The files that `tokenizer.json` is made from, by tokenizer class or model type; vocab.txt if it is unknown."""
+    # Longest model type first, because one model type may be the end of another.
     known = sorted(FAMILIES, key=lambda family: len(family.model_type), reverse=True)
     found = (family.tokenizer_files for family in known if family.model_type in name.lower())
     return next(found, ("vocab.txt",))
@@ -100,15 +100,15 @@ def layer_index(name: str) -> int | None:
 
 
 def encoder_part(name: str) -> str | None:
-    """The end of a parameter's name that is its canonical name inside an encoder layer or pooler; None elsewhere."""
+    """The canonical name of a parameter of an encoder layer or the pooler, after any prefix; None for others."""
     found = re.search(rf"(?:^|\.)((?:{_layers()})\.\d+\..+|{re.escape(POOLER)}\.weight)$", name)
     return found[1] if found else None
 
 
 def attention_input(name: str) -> str | None:
-    """What a layer's query, key and value read, which is the same; None for the weight of anything else.
+    """A name for the input that the query, key and value of a layer share; None for any other weight.
 
-    `name` is canonical.
+    `name` is the canonical name of the weight.
     """
     for family in FAMILIES:
         for module in (family.layer.query, family.layer.key, family.layer.value):

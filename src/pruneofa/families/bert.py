@@ -1,4 +1,4 @@
-"""BERT, and MiniLM, which is a BERT in its names."""
+"""BERT. MiniLM has the same architecture and names."""
 
 from pruneofa.families.family import (
     POOLER,

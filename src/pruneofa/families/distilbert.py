@@ -1,4 +1,4 @@
-"""DistilBERT: no token types, no pooler, LayerNorm's epsilon in transformers' code."""
+"""DistilBERT: no token types, no pooler; LayerNorm's epsilon is fixed in transformers' code."""
 
 from pruneofa.families.family import ClassificationHead, ConfigKeys, Family, Layer, MaskedLMHead, Shape
 

@@ -1,4 +1,4 @@
-"""The type of what the package knows of a model family. The values stand in one file per family beside this one."""
+"""The dataclasses that describe a model family. Each family's values are in its own file in this folder."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -6,12 +6,12 @@ from typing import Literal
 
 Task = Literal["embedding", "classification", "question answering", "token classification", "masked-LM"]
 
-POOLER = "pooler.dense"  # the one name a pooler has in the packed format and in pattern hashes
+POOLER = "pooler.dense"  # name of the pooler in packed folders and in pattern hashes
 
 
 @dataclass(frozen=True)
 class Layer:
-    """Module names inside one transformer layer, in the order in which they are read."""
+    """Module names inside one transformer layer, in the order of computation."""
 
     query: str
     key: str
@@ -43,7 +43,7 @@ class ClassificationHead:
     """Sequence classification of the first token: `output(activation(dense(x)))`.
 
     Attributes:
-        dense: module name; of a family that classifies by its pooler, POOLER.
+        dense: module name; POOLER if the family's classifier uses the pooler.
     """
 
     dense: str
@@ -56,8 +56,8 @@ class MaskedLMHead:
     """Masked language modeling: `decoder(norm(activation(dense(x))))`, the decoder tied to the word embeddings.
 
     Attributes:
-        activation: name of the activation; None: the one that config.json gives for the encoder.
-        biases: tensor names that the decoder's bias may have; files hold one of them or all.
+        activation: name of the activation; None: the encoder's activation in config.json.
+        biases: possible tensor names of the decoder's bias; a file has one or more of them.
     """
 
     dense: str
@@ -72,8 +72,8 @@ class Shape:
     """Sizes of a well-known model, for benchmarks with random weights.
 
     Attributes:
-        name: on the command line.
-        title: in tables.
+        name: name on the command line.
+        title: name in tables.
     """
 
     name: str
@@ -86,30 +86,30 @@ class Shape:
 
 @dataclass(frozen=True)
 class Family:
-    """What the package knows of a model family. Tensor and module names are without the base model's prefix.
+    """Description of a model family. Tensor and module names have no base-model prefix.
 
     Attributes:
-        title: the name in messages.
-        model_type: of config.json.
-        prefix: transformers' `base_model_prefix`, which stands before the names of the base model's tensors.
+        title: name in messages.
+        model_type: `model_type` of config.json.
+        prefix: transformers' `base_model_prefix`, with which the names of the base model's tensors begin.
         classes: {task: transformers class}.
         pretraining: class with masked-LM and next-sentence heads, which runs as masked-LM; None where there is none.
         keys: names of the sizes in config.json.
-        epsilon: of LayerNorm, where transformers has it in code; None: `layer_norm_eps` of config.json.
+        epsilon: LayerNorm's epsilon if transformers' code fixes it; None: `layer_norm_eps` of config.json.
         token_types: whether the model has token type embeddings; their number is `type_vocab_size` of config.json.
-        positions_after_padding: whether positions are counted from `pad_token_id` + 1, padding staying at
-            `pad_token_id`; otherwise from 0.
+        positions_after_padding: whether positions start at `pad_token_id` + 1 and padding has position
+            `pad_token_id`; otherwise they start at 0.
         tables: {"word" | "position" | "token_type": embedding module}, in the order of the model.
         embedding_norm: module of the LayerNorm over the sum of embeddings.
-        layers: module list of the layers; every two-dimensional weight in it, embeddings apart, is prunable.
-        layer: modules in one of them.
-        pooler: whether the base model has the linear layer POOLER, which is pruned and counted apart.
+        layers: module list of the layers; every two-dimensional weight in it except embeddings is prunable.
+        layer: module names inside one layer.
+        pooler: whether the base model has the linear layer POOLER, which is pruned and counted separately.
         classification: head of sequence classification.
         question_answering: linear module of question answering: start and end logits.
         token_classification: linear module of token classification.
         masked_lm: head of masked language modeling.
         next_sentence: linear module of next-sentence prediction; None where there is none.
-        tokenizer_files: what `tokenizer.json` can be made from.
+        tokenizer_files: the files that `tokenizer.json` can be made from.
         shapes: well-known sizes.
     """
 

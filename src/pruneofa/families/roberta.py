@@ -1,4 +1,4 @@
-"""RoBERTa: BERT's encoder with positions after padding, byte-level tokens and heads of its own."""
+"""RoBERTa: BERT's encoder with positions after padding, byte-level tokens and different heads."""
 
 from dataclasses import replace
 
@@ -25,7 +25,7 @@ ROBERTA = replace(
         norm="lm_head.layer_norm",
         decoder="lm_head.decoder",
         biases=("lm_head.bias", "lm_head.decoder.bias"),
-        activation="gelu",  # in transformers' code, whatever config.json says
+        activation="gelu",  # fixed in transformers' code; config.json does not change it
     ),
     next_sentence=None,
     tokenizer_files=("vocab.json", "merges.txt"),

@@ -90,7 +90,7 @@ def read_architecture(config: Mapping[str, Any], where: Any) -> Architecture:
     kind = config.get("position_embedding_type", "absolute")
     if kind != "absolute":
         raise InputError(f"{where}: position_embedding_type is {short(kind)} in config.json, wanted 'absolute'; "
-                         "models with relative positions run in transformers only")  # fmt: skip
+                         "run this model with transformers")  # fmt: skip
     activation = config.get(family.keys.activation, "gelu")
     if activation not in ACTIVATIONS:
         raise InputError(
@@ -101,11 +101,12 @@ def read_architecture(config: Mapping[str, Any], where: Any) -> Architecture:
     heads = _size(config, family.keys.heads, where)
     if hidden % heads:
         raise InputError(
-            f"{where}: hidden size {hidden} in config.json is not divisible by {heads} heads; mend the file"
+            f"{where}: hidden size {hidden} in config.json is not divisible by {heads} heads; correct the file"
         )
     epsilon = config.get("layer_norm_eps", 1e-12) if family.epsilon is None else family.epsilon
     if not isinstance(epsilon, float) or not 0 < epsilon < 1:
-        raise InputError(f"{where}: layer_norm_eps is {short(epsilon)} in config.json, wanted a number such as 1e-12")
+        raise InputError(f"{where}: layer_norm_eps is {short(epsilon)} in config.json, wanted a number such as 1e-12; "
+                         "correct the file")  # fmt: skip
     counted = family.positions_after_padding
     return Architecture(
         name=name,
@@ -150,7 +151,7 @@ def check_tensors(architecture: Architecture, shapes: Mapping[str, Shape], where
         rows = shapes[_classifier(architecture)][0]
         if architecture.labels and len(architecture.labels) != rows:
             raise InputError(
-                f"the classifier has {rows} classes, id2label in config.json names {len(architecture.labels)}; "
+                f"{where}: the classifier has {rows} classes, id2label in config.json has {len(architecture.labels)}; "
                 "weights and config belong to different models"
             )
 
@@ -237,7 +238,7 @@ def _missing(name: str, shapes: Mapping[str, Shape], architecture: Architecture,
     if (old := f"{stem}.module.{last}") in shapes:
         return InputError(
             f"{where}: got the tensor {old}, a name of torch's quantization-aware training, wanted "
-            f"{name}; convert the model to a plain one, or take '.module' out of the names"
+            f"{name}; convert the model to one without quantization modules, or remove '.module' from the names"
         )
     return InputError(
         f"{where}: no tensor {name}, which {architecture.name} has; "
@@ -260,7 +261,7 @@ def _family_and_task(config: Mapping[str, Any], where: Any) -> tuple[Family, Tas
         if family is None:
             raise InputError(
                 f"{where}: config.json has no architectures and model_type {short(config.get('model_type'))}, "
-                f"wanted one of {', '.join(families.model_types())}"
+                f"wanted one of {', '.join(families.model_types())}; run this model with transformers"
             )
         return family, "embedding", f"a {family.model_type} encoder"
     name = architectures[0] if isinstance(architectures, list) else architectures
@@ -276,7 +277,9 @@ def _family_and_task(config: Mapping[str, Any], where: Any) -> tuple[Family, Tas
 def _size(config: Mapping[str, Any], key: str, where: Any, *, least: int = 1, default: int | None = None) -> int:
     value = config.get(key, default)
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**31:
-        raise InputError(f"{where}: {key} is {short(value)} in config.json, wanted an integer of at least {least}")
+        raise InputError(
+            f"{where}: {key} is {short(value)} in config.json, wanted an integer of at least {least}; correct the file"
+        )
     return value
 
 
@@ -286,14 +289,20 @@ def _labels(config: Mapping[str, Any], where: Any) -> tuple[str, ...]:
         by_id = {int(index): str(name) for index, name in names.items()}
         return tuple(by_id[index] for index in range(len(by_id)))
     except (AttributeError, KeyError, TypeError, ValueError):
-        raise InputError(f"{where}: id2label in config.json is no table of 0, 1, ... to names; mend the file") from None
+        raise InputError(
+            f"{where}: id2label in config.json is {short(names)}, wanted an object from class ids 0, 1, ... to names; "
+            "correct the file"
+        ) from None
 
 
 def _problem_type(config: Mapping[str, Any], where: Any) -> str | None:
     known = ("regression", "single_label_classification", "multi_label_classification")
     value = config.get("problem_type")
     if value is not None and value not in known:
-        raise InputError(f"{where}: problem_type is {short(value)} in config.json, wanted one of {', '.join(known)}")
+        raise InputError(
+            f"{where}: problem_type is {short(value)} in config.json, wanted one of {', '.join(known)}; "
+            "correct the file"
+        )
     return value
 
 

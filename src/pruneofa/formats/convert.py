@@ -28,7 +28,7 @@ def convert(folder: Path, precision: str = "int8", *, advance: Callable[[], obje
     if precision not in PRECISIONS:
         raise InputError(f"precision is {precision!r}; wanted one of {', '.join(PRECISIONS)}")
     if is_packed(folder):
-        raise InputError(f"{folder}: is packed already; wanted a Hugging Face folder, such as: pruneofa unpack gives")
+        raise InputError(f"{folder}: is already packed; wanted a Hugging Face folder; make one with: pruneofa unpack")
     config = read_config(folder)
     found = source_tensors(folder)
     source_prefix(folder, found)

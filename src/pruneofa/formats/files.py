@@ -14,7 +14,7 @@ from pruneofa.errors import CheckFailed, InputError, first_line
 
 COMPLETE = "complete"
 MAX_JSON = 4 << 20  # bytes; a manifest of 24 layers needs 0.1 MB
-_AGAIN = "it may be half-written: copy it again, or delete it"
+_AGAIN = "it may be incomplete: copy it again, or delete it"
 
 
 def sync_tree(folder: Path) -> None:
@@ -49,8 +49,8 @@ def write_json(path: Path, value: Any) -> None:
     """
     for key, number in _not_finite(value):
         raise CheckFailed(
-            f"{_in_place(path)}: {key} is {number}, wanted a finite number, so it was not written; "
-            "if it comes from training, that diverged: lower its learning rate"
+            f"{_in_place(path)}: {key} is {number}, wanted a finite number; the file was not written; "
+            "if training produced the number, training diverged: lower its learning rate"
         )
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
@@ -86,7 +86,7 @@ def read_json_list(path: Path, advice: str = _AGAIN) -> list[Any]:
 
 
 def parse_json(raw: bytes, where: str, advice: str = _AGAIN) -> dict[str, Any]:
-    """A JSON object as the standard has it: UTF-8, no key twice (readers would differ), no NaN. Raises InputError."""
+    """A JSON object: UTF-8, no duplicate keys (parsers treat them differently), no NaN. Raises InputError."""
     return _parse(raw, where, advice, dict)
 
 
@@ -117,19 +117,19 @@ def _parse(raw: bytes, where: str, advice: str, kind: type[dict] | type[list]) -
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a key is there twice")
+        raise ValueError("a key occurs twice")
     return found
 
 
 def _refuse_constant(text: str) -> None:
-    raise ValueError(f"{text} is no number")
+    raise ValueError(f"{text} is not a JSON number")
 
 
 @contextlib.contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """Yield an empty temporary folder beside `target` that becomes `target` only if the block succeeds.
 
-    A folder that stood at `target` is kept as `target.old` until the new one is in place.
+    An existing folder at `target` is kept as `target.old` until the new one is in place.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.tmp")
@@ -155,15 +155,15 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_output(out: str | Path) -> Iterator[Path]:
-    """A temporary folder that becomes `out` when the block succeeds. Raises InputError when `out` holds something."""
+    """A temporary folder that becomes `out` when the block succeeds. Raises InputError if `out` is not empty."""
     target = Path(out).expanduser().absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{out}: exists and is not an empty folder; name another one, or remove it first")
+        raise InputError(f"{out}: exists and is not an empty folder; choose another folder, or remove it first")
     try:
         with new_folder(target) as temporary:
             yield temporary
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
-        raise InputError(f"{error.filename or out}: {error.strerror}; name a folder that you may write to") from None
+        raise InputError(f"{error.filename or out}: {error.strerror}; choose a folder that you may write to") from None
 
 
 def cache_root() -> Path:
@@ -172,7 +172,7 @@ def cache_root() -> Path:
 
 
 def fingerprint(value: Any) -> str:
-    """Hex sha256 of a JSON-able value, independent of the order of keys."""
+    """Hex sha256 of a JSON-serializable value, independent of the order of keys."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 

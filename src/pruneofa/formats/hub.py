@@ -26,4 +26,4 @@ def local_folder(path: str | Path, files: tuple[str, ...] = FILES) -> Path:
     try:
         return Path(snapshot_download(str(path), allow_patterns=list(files)))
     except Exception as error:  # hub, HTTP and validation errors have no common type
-        raise InputError(f"{path}: no such folder, and the hub gave no such model ({first_line(error)})") from None
+        raise InputError(f"{path}: no such folder, and the hub has no such model ({first_line(error)})") from None

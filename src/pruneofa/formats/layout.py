@@ -1,6 +1,6 @@
 """The layout of a tensor file, computed from the manifest: offsets, bytes and bits.
 
-Name, dtype and shape of every stored tensor follow from the manifest alone (`layout`). So a reader knows the size of
+Name, dtype and shape of every stored tensor follow from the manifest (`layout`). A reader therefore knows the size of
 the tensor file before it opens it, and does not allocate memory for data that the file does not contain.
 """
 

@@ -30,8 +30,8 @@ AGAIN = "copy or download the folder again, or make it again with pruneofa pack"
 MAX_COLUMNS = 1 << 16  # 65536 products of 255 · 127 still fit the int32 sum of a kernel
 MAX_RATIO, MAX_SLACK = 64, 1 << 20  # decompressed bytes <= MAX_RATIO * compressed bytes + MAX_SLACK
 MAX_WINDOW = 8 << 20  # bytes: largest window that a decompressor may have to keep
-LEAST_INPUT_SCALE = 2.0**-126  # smallest scale of activations: 1 / scale is finite
-MOST_INPUT_SCALE = 2.0**119  # largest scale of activations: 255 * scale is finite
+MIN_INPUT_SCALE = 2.0**-126  # smallest scale of activations: 1 / scale is finite
+MAX_INPUT_SCALE = 2.0**119  # largest scale of activations: 255 * scale is finite
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,256}", re.ASCII)
 _OLD_NORM = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
@@ -197,16 +197,16 @@ def check_inputs(inputs: Mapping[str, tuple[float, int]]) -> None:
     """Check static activations: {canonical name of a linear: (scale, zero point) of its input}.
 
     Raises:
-        InputError: naming a layer whose scale or zero point is out of range, or whose query, key and value, which read
-            the same input, have different ones.
+        InputError: a scale or zero point is out of range, or differs between query, key and value of a layer, which
+            read the same input. The message names the layer.
     """
     seen: dict[str, tuple[str, tuple[float, int]]] = {}
     for name, (scale, zero) in sorted(inputs.items()):
-        good = type(scale) is float and LEAST_INPUT_SCALE <= scale <= MOST_INPUT_SCALE
+        good = type(scale) is float and MIN_INPUT_SCALE <= scale <= MAX_INPUT_SCALE
         if not good or struct.unpack("f", struct.pack("f", scale))[0] != scale:
             raise InputError(
-                f"input scale of {name} is {short(scale)}: dead activations, or calibrated on nothing; wanted a "
-                f"float32 from {LEAST_INPUT_SCALE:.1e} to {MOST_INPUT_SCALE:.1e}; look at what that layer reads"
+                f"input scale of {name} is {short(scale)}: its activations were constant or never observed; wanted a "
+                f"float32 from {MIN_INPUT_SCALE:.1e} to {MAX_INPUT_SCALE:.1e}; calibrate on other examples"
             )
         if not is_count(zero) or zero > 255:
             raise InputError(f"input zero point of {name} is {short(zero)}; wanted an integer from 0 to 255")
@@ -215,7 +215,7 @@ def check_inputs(inputs: Mapping[str, tuple[float, int]]) -> None:
             if same != (scale, zero):
                 raise InputError(
                     f"{name} and {first} read the same input but have input scale and zero point {[scale, zero]} and "
-                    f"{list(same)}"
+                    f"{list(same)}; wanted the same"
                 )
 
 
@@ -229,7 +229,8 @@ def read_config(folder: Path, manifest: Manifest | None = None) -> dict[str, Any
         raise InputError(f"{path}: model_type is {short(model_type)}; wanted one of {wanted}")
     if manifest is not None and (named := architecture(config, path)) != manifest.architecture:
         raise InputError(
-            f"{path}: architecture {named}, but {manifest.architecture} in {MANIFEST}: files of two models; {AGAIN}"
+            f"{path}: architecture {named}, but {manifest.architecture} in {MANIFEST}: "
+            f"they belong to different models; {AGAIN}"
         )
     return config
 

@@ -63,9 +63,9 @@ def parse_manifest(manifest: dict[str, Any], where: str) -> Manifest:
     Raises InputError, naming the field, for values that FORMAT.md does not allow or that contradict each other.
     """
     if manifest.get("format") != FORMAT:
-        raise InputError(f'{where}: wanted "format": "{FORMAT}"; this is the manifest of something else')
+        raise InputError(f'{where}: format is {short(manifest.get("format"))}; wanted "{FORMAT}"; give a packed folder')
     if type(version := manifest.get("version")) is not int or version != VERSION:
-        raise InputError(f"{where}: format version {short(version)}; this pruneofa reads {VERSION}: upgrade it")
+        raise InputError(f"{where}: format version {short(version)}; wanted {VERSION}; upgrade pruneofa")
     _keys(manifest, where, _KEYS, optional=("quantized",))
 
     def want(key: str, good: bool, wanted: str) -> None:
@@ -94,7 +94,7 @@ def parse_manifest(manifest: dict[str, Any], where: str) -> Manifest:
     if "quantized" in manifest:
         good = manifest["quantized"] is True and manifest["precision"] == "int8"
         good = good and input_scales is None
-        want("quantized", good, "true, of int8 with dynamic activations, or nothing")
+        want("quantized", good, "true, only for int8 with dynamic activations")
     pooler = manifest["pooler_hash"]
     if POOLER in tensors:
         want("pooler_hash", _is_hash(pooler), f"64 hexadecimal digits, as there is {POOLER}")
@@ -107,17 +107,17 @@ def parse_manifest(manifest: dict[str, Any], where: str) -> Manifest:
 
 
 def _input_scales(activations: Any, linears: set[str], precision: str, where: str) -> InputScales | None:
-    """The scales of static activations (int8 only), which must be given for exactly the linears; None if dynamic."""
+    """The scales of static activations (int8 only), exactly one for each linear; None if dynamic."""
     if activations == {"kind": "dynamic"}:
         return None
     static = isinstance(activations, dict) and activations.get("kind") == "static" and precision == "int8"
-    _want(static, where, activations, '{"kind": "dynamic"} or, of int8, {"kind": "static", "scales": ...}')
+    _want(static, where, activations, '{"kind": "dynamic"} or, for int8, {"kind": "static", "scales": ...}')
     _keys(activations, where, ("kind", "scales"))
     scales = activations["scales"]
     _want(isinstance(scales, dict), f"{where}: scales", scales, "an object")
     if names := sorted(linears ^ scales.keys()):
-        fault = "no scale of" if names[0] in linears else "a scale of"
-        raise InputError(f"{where}: {fault} {short(names[0])}; wanted one of every linear weight; {AGAIN}")
+        fault = "no scale for" if names[0] in linears else "a scale for"
+        raise InputError(f"{where}: {fault} {short(names[0])}; wanted one for every linear weight; {AGAIN}")
     for name, pair in scales.items():
         _want(isinstance(pair, list) and len(pair) == 2, f"{where}: {name}", pair, "[scale, zero point]")
     found = {name: (pair[0], pair[1]) for name, pair in scales.items()}
@@ -182,13 +182,13 @@ def _check_sizes(manifest: dict[str, Any], tensors: Mapping[str, Tensor], where:
         good = is_count(encoder) and encoder <= packed
         _want(good, f"{where}: sizes: compressed_encoder", encoder, f"at most {packed} bytes")
         if file > MAX_RATIO * packed + MAX_SLACK:
-            raise InputError(f"{where}: {packed} bytes would become {file}, over {MAX_RATIO} times as many; {AGAIN}")
+            raise InputError(f"{where}: {packed} bytes decompress to {file}, over {MAX_RATIO} times as many; {AGAIN}")
         computed["compressed_bits_per_weight"] = encoder / computed["encoder"] * computed["bits_per_weight"]
     for key, value in computed.items():
         stated = manifest[key] if key == "sparsity" else sizes[key]
         # 2**63: Python cannot subtract a float from an integer of a thousand digits.
         good = type(stated) in (int, float) and 0 <= stated < 2**63 and abs(stated - value) <= 1e-9 + 1e-6 * value
-        _want(good, f"{where}: {key if key == 'sparsity' else f'sizes: {key}'}", stated, f"{value}, by the tensors")
+        _want(good, f"{where}: {key if key == 'sparsity' else f'sizes: {key}'}", stated, f"{value}, from the tensors")
 
 
 def _keys(found: Mapping[str, Any], where: str, wanted: Iterable[str], optional: Iterable[str] = ()) -> None:

@@ -43,7 +43,7 @@ def pack(source: str | Path, out: str | Path, *, precision: str = "int8", compre
     """Write the packed folder `out` of a Hugging Face folder or hub id; returns its manifest.
 
     With int8, embedding tables are quantized too, even those that quantization-aware training left float; see
-    `unlike_training`.
+    `difference_from_training`.
 
     Args:
         source: a model of one of `pruneofa.families` with float32, float16 or bfloat16 weights.
@@ -66,26 +66,26 @@ def pack(source: str | Path, out: str | Path, *, precision: str = "int8", compre
             copy_settings(folder, temporary)
             file = _write_tensors(model, tensors, temporary, compress)
             manifest = describe(model, tensors, file, advance)
-        parse_manifest(manifest.to_json(), str(folder))  # what is written can be read
+        parse_manifest(manifest.to_json(), str(folder))  # the output can be read
         architecture = read_architecture(model.config, folder)
         check_tensors(architecture, model.shapes, folder, head=read_sentence(folder) is None)  # and run
         write_json(temporary / MANIFEST, manifest.to_json())
     return manifest
 
 
-def unlike_training(source: str | Path, precision: str) -> str | None:
-    """One line saying how the packed form of a quantized folder differs from the trained model; None if it does not."""
+def difference_from_training(source: str | Path, precision: str) -> str | None:
+    """How the packed form of a quantized folder differs from the trained model, in one line; None if it does not."""
     if (quantized := scales.read(weights_folder(source))) is None:
         return None
     if precision == "fp32":
         return (
-            f"fp32 leaves out the int8 scales of {source}: what is run as int8 later has other ones; to keep them, "
+            f"fp32 omits the int8 scales of {source}: running it as int8 later computes different ones; to keep them, "
             "pack it without --precision fp32"
         )
     if quantized.embeddings is None:
         return (
-            f"training left the embedding tables of {source} float, and packing made them int8: the engine does not "
-            "compute exactly what was trained; to train that, quantize with embeddings: true"
+            f"packing changed the embedding tables of {source} from float to int8: the engine does not compute exactly "
+            "what was trained; to train with int8 tables, quantize with embeddings: true"
         )
     return None
 
@@ -112,7 +112,7 @@ def _write_tensors(packed: Packed, tensors: Mapping[str, Tensor], folder: Path, 
         return TensorFile(size, f"crc32:{crc:08x}")
     compressed, encoder = _compress(folder, len(head), slots.values())
     if size > MAX_RATIO * compressed + MAX_SLACK:
-        raise InputError(f"{packed.folder}: shrinks over {MAX_RATIO} times, more than readers allow; do not compress")
+        raise InputError(f"{packed.folder}: compresses over {MAX_RATIO} times, which readers refuse; do not compress")
     return TensorFile(size, f"crc32:{crc:08x}", compressed, encoder)
 
 
@@ -129,11 +129,11 @@ def _compress(folder: Path, head: int, slots: Iterable[Slot]) -> tuple[int, int]
     parts = [(head, False), *((sum(slot.nbytes for slot in group), encoder) for (_, encoder), group in kinds)]
     results = []
     key = CompressionParameter
-    for way, settings in enumerate(({key.compression_level: 1, key.hash_log: 6}, {key.compression_level: 3})):
+    for attempt, settings in enumerate(({key.compression_level: 1, key.hash_log: 6}, {key.compression_level: 3})):
         packer = ZstdCompressor(options={**settings, key.checksum_flag: 1})
         packer.set_pledged_input_size(sum(n for n, _ in parts))
         written = {True: 0, False: 0}
-        target = folder / f"{way}.zst"
+        target = folder / f"{attempt}.zst"
         with open(folder / TENSORS, "rb") as file, open(target, "wb") as out:
             for left, encoder in parts:
                 while left:

@@ -45,10 +45,10 @@ class PackedLinear:
             raise InputError(f"bitmask has {kept} bits set, but there are {self.values.size} values")
         _check_values(self.values, self.scale, rows, lowest=-128)
         if self.values.dtype != np.int8 and not self.values.all():
-            raise InputError("values has a zero, which no kept weight is")
+            raise InputError("values contains a zero; wanted kept weights, which are not zero")
         if self.negative_zeros is not None:
             if self.scale is not None:
-                raise InputError("negative_zeros beside int8 values, which have no negative zero")
+                raise InputError("negative_zeros given with int8 values, which have no negative zero")
             _check_bits("negative_zeros", self.negative_zeros, rows, columns)
             if (self.negative_zeros & self.bitmask).any():
                 raise InputError("negative_zeros marks a weight that bitmask keeps")
@@ -156,19 +156,19 @@ def read_with(folder: Path, manifest: Manifest) -> Packed:
         try:
             if tensor.kind == "linear":
                 packed.linears[name] = PackedLinear((tensor.shape[0], tensor.shape[1]), **stored)
-                _check_claims(packed.linears[name], tensor)
+                _check_entry(packed.linears[name], tensor)
             elif tensor.kind == "embedding":
                 values = arrays.pop(name) if stored["values"] is None else stored["values"]
                 packed.embeddings[name] = PackedEmbedding(values, stored["scale"])
             elif tensor.kind == "plain":
                 packed.plain[name] = arrays.pop(name)
-                _check_finite("it", packed.plain[name])
+                _check_finite("the tensor", packed.plain[name])
         except InputError as error:
             raise InputError(f"{file}: {name}: {error}; {AGAIN}") from None
     stated = {"pattern_hash": manifest.pattern_hash, "pooler_hash": manifest.pooler_hash}
     for (key, value), hashed in zip(stated.items(), packed.hashes(), strict=True):
         if value != hashed:
-            raise InputError(f"{folder / MANIFEST}: {key} is {value}, but {hashed} by the bitmasks; {AGAIN}")
+            raise InputError(f"{folder / MANIFEST}: {key} is {value}, but the bitmasks have {hashed}; {AGAIN}")
     return packed
 
 
@@ -206,14 +206,14 @@ def unpack_bits(bits: np.ndarray, columns: int) -> np.ndarray:
     return np.unpackbits(bits, axis=1, count=columns, bitorder="little").view(bool)
 
 
-def _check_claims(linear: PackedLinear, tensor: Tensor) -> None:
-    """Check the manifest's other statements about a linear, such as its pattern, on which kernels rely."""
+def _check_entry(linear: PackedLinear, tensor: Tensor) -> None:
+    """Check the manifest's other entries for a linear, such as its pattern, which the kernels rely on."""
     marked = 0 if linear.negative_zeros is None else _ones(linear.negative_zeros)
     if marked != (tensor.negative_zeros or 0):
         raise InputError(f"{marked} negative zeros marked, but {tensor.negative_zeros} in the manifest")
     assert tensor.pattern is not None
     if tensor.pattern != "unstructured" and not pattern_holds(linear.kept, tensor.pattern):
-        raise InputError(f"its zeros are not of pattern {tensor.pattern}, as the manifest says")
+        raise InputError(f"its zeros do not have pattern {tensor.pattern}, which the manifest states")
 
 
 def _check_bits(what: str, bits: np.ndarray, rows: int, columns: int) -> None:
@@ -238,12 +238,12 @@ def _check_values(values: np.ndarray, scale: np.ndarray | None, rows: int, lowes
     _check_finite("scale", scale)
     most = _MAX_SCALE_128 if least == -128 else MAX_SCALE
     if not ((scale > 0) & (scale <= most)).all():
-        raise InputError(f"scale has a number that is not above 0 and at most {most:.6e}")
+        raise InputError(f"scale contains a number that is not above 0 and at most {most:.6e}")
 
 
 def _check_finite(what: str, values: np.ndarray) -> None:
     if not np.isfinite(values).all():
-        raise InputError(f"{what} has NaN or infinity")
+        raise InputError(f"{what} contains NaN or infinity")
 
 
 def _ones(bits: np.ndarray) -> int:

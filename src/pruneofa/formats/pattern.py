@@ -58,7 +58,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
     encoder_hash, pooler_hash = pattern_hashes(counted())
     layers = {name: layer for name, layer in found.items() if name != POOLER}
     if not layers:
-        raise InputError(_nothing_there(path))
+        raise InputError(_no_encoder(path))
     weights = sum(math.prod(layer["shape"]) for layer in layers.values())
     nonzeros = sum(layer["nonzeros"] for layer in layers.values())
     positions = sum(position_bits(math.prod(layer["shape"]), layer["sparsity"]) for layer in layers.values())
@@ -84,9 +84,9 @@ def inspect(path: str | Path) -> dict[str, Any]:
 def verify(base: str | Path, derived: str | Path) -> dict[str, Any]:
     """Check that every zero of BASE's pattern is exactly zero in DERIVED (both folders or hub ids).
 
-    Returns "ok"; "revived" [{"layer", "count"}], pruned in BASE and not zero in DERIVED, the pooler too
-    where both have one; "missing", encoder layers of BASE that DERIVED lacks; "missing_pooler" (no failure:
-    question-answering heads drop it); "checked", zeros of BASE that were compared; "extra_zeros", zeros of
+    Returns "ok"; "revived" [{"layer", "count"}], weights that are zero in BASE but not in DERIVED, with the
+    pooler if both have one; "missing", encoder layers of BASE that DERIVED lacks; "missing_pooler" (not a failure:
+    question-answering models have none); "checked", zeros of BASE that were compared; "extra_zeros", zeros of
     DERIVED that BASE does not have; "negative_zeros", -0.0 among the checked; and the number of "layers".
     ok = nothing revived and nothing missing. Raises InputError for models of different shapes or without
     encoder linears, and as `read_weights` does.
@@ -99,7 +99,7 @@ def verify(base: str | Path, derived: str | Path) -> dict[str, Any]:
     for name in common:
         if base_tensors[name].shape != derived_tensors[name].shape:
             shapes = ["x".join(map(str, t[name].shape)) for t in (base_tensors, derived_tensors)]
-            raise InputError(f"{name}: shape {shapes[1]} in {derived}, but {shapes[0]} in {base}: another model")
+            raise InputError(f"{name}: shape {shapes[1]} in {derived}, but {shapes[0]} in {base}; wanted equal shapes")
     for name in common:
         pruned = read_tensor(name, base_tensors[name]) == 0
         weight = read_tensor(name, derived_tensors[name])
@@ -168,10 +168,10 @@ def pattern_holds(kept: np.ndarray, pattern: str) -> bool:
     if pattern == "unstructured":
         return True
     if pattern in BLOCKS:
-        high, wide = BLOCKS[pattern]
-        if rows % high or columns % wide:
+        height, width = BLOCKS[pattern]
+        if rows % height or columns % width:
             return False
-        blocks = kept.reshape(rows // high, high, columns // wide, wide)
+        blocks = kept.reshape(rows // height, height, columns // width, width)
         return bool((blocks == blocks[:, :1, :, :1]).all())
     ratio = ratio_of(pattern)
     assert ratio is not None
@@ -207,11 +207,11 @@ def _pruned_tensors(path: str | Path) -> dict[str, StoredTensor]:
     stored = sorted(_stored_tensors(weights_folder(path)).items())
     found = {name: tensor for name, tensor in stored if is_prunable(name, len(tensor.shape))}
     if not any(name != POOLER for name in found):
-        raise InputError(_nothing_there(path))
+        raise InputError(_no_encoder(path))
     return found
 
 
-def _nothing_there(path: str | Path) -> str:
+def _no_encoder(path: str | Path) -> str:
     return f"{path}: {families.without_encoder()}"
 
 

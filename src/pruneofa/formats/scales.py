@@ -149,8 +149,8 @@ def codes(name: str, weight: np.ndarray, scale: np.ndarray, lowest: int = -127) 
         found[rows] = np.clip(np.rint(part / each), lowest, 127)
         if wrong := np.count_nonzero((found[rows] * each).view(np.uint32) != part.view(np.uint32)):
             raise InputError(
-                f"{name} claims to be on the int8 grid but is not: {wrong} of its weights are no whole number of "
-                f"their scale in {SCALES}; quantize the model again, or remove {SETTINGS} if it was trained since"
+                f"{name} is not on the int8 grid: {wrong} of its weights are not an integer multiple of their scale in "
+                f"{SCALES}; quantize the model again, or remove {SETTINGS} if the model was trained afterwards"
             )
     return found
 
@@ -186,13 +186,15 @@ def read(folder: Path) -> Quantization | None:
     settings = read_json(path, _AGAIN)
     arguments = _arguments(settings, path)
     if not where.is_file():
-        raise InputError(f"{folder}: no {SCALES} in it, but {SETTINGS}; copy it too, or {_AGAIN}")
+        raise InputError(f"{folder}: {SETTINGS} is there, but {SCALES} is missing; copy it too, or {_AGAIN}")
     parts: dict[str, dict[str, Any]] = {part: {} for part in _PARTS}
     for key, stored in tensors_of(where):
         name, _, part = key.rpartition(".")
         dtype, scalar = _PARTS.get(part, (None, False))
         if dtype is None:
-            raise InputError(f"{where}: {short(key)} is unknown; wanted LAYER. and one of {', '.join(_PARTS)}")
+            raise InputError(
+                f"{where}: {short(key)} is unknown; wanted LAYER. and one of {', '.join(_PARTS)}; {_AGAIN}"
+            )
         if stored.dtype != dtype or (scalar and stored.shape != (1,)):
             wanted = f"{dtype} {'[1]' if scalar else '[rows]'}"
             raise InputError(f"{where}: {key} is {stored.dtype} {list(stored.shape)}; wanted {wanted}; {_AGAIN}")
@@ -236,15 +238,15 @@ _PARTS = {"weight_scale": ("F32", False), "input_scale": ("F32", True), "input_z
 def _arguments(settings: dict[str, Any], path: Path) -> dict[str, Any]:
     """The settings of quantization.json as arguments of `Quantization`."""
     if settings.get("format") != FORMAT:
-        raise InputError(f'{path}: wanted "format": "{FORMAT}"; this file is of something else: {_AGAIN}')
+        raise InputError(f'{path}: format is {short(settings.get("format"))}; wanted "{FORMAT}"; {_AGAIN}')
     if type(version := settings.get("version")) is not int or version != VERSION:
-        raise InputError(f"{path}: version {short(version)}; this pruneofa reads {VERSION}: upgrade it")
+        raise InputError(f"{path}: version {short(version)}; wanted {VERSION}; upgrade pruneofa")
     settings = {"pooler_hash": None} | settings  # absent in folders of earlier versions
     _keys(settings, path, ("format", "version", "weights", "input_activations", "embeddings", *_HASHES))
     arguments: dict[str, Any] = {field: settings[field] for field in _HASHES}
     for field, value in arguments.items():
         if not isinstance(value, str | None):
-            raise InputError(f"{path}: {field} is {short(value)}; wanted a text or null; {_AGAIN}")
+            raise InputError(f"{path}: {field} is {short(value)}; wanted a string or null; {_AGAIN}")
     for field in ("weights", "input_activations", "embeddings"):
         value = settings[field]
         if value is None and field == "embeddings":

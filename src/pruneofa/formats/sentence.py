@@ -43,7 +43,7 @@ class Module:
 
 @dataclass(frozen=True)
 class Sentence:
-    """How a text becomes one vector.
+    """The settings that turn a text into one vector.
 
     Attributes:
         pooling: how the hidden states of all tokens are reduced to one vector.
@@ -132,7 +132,7 @@ def _module(entry: Any, file: Path) -> Module:
 def _pooling(file: Path) -> Pooling:
     settings = read_json(file)
     if settings.get("include_prompt") is False:
-        raise InputError(f"{file}: include_prompt is false, wanted a model that pools its prompt too; {_ELSEWHERE}")
+        raise InputError(f"{file}: include_prompt is false, wanted true; {_ELSEWHERE}")
     mode = settings.get("pooling_mode", [new for old, new in _OLD_POOLING.items() if settings.get(old)] or "mean")
     mode = mode[0] if isinstance(mode, list) and len(mode) == 1 else mode
     if mode not in ("cls", "mean", "max"):
@@ -144,7 +144,7 @@ def _truncate_dim(prompts: Mapping[str, Any], file: Path) -> int | None:
     value = prompts.get("truncate_dim")
     if value is not None and (type(value) is not int or value < 1):
         raise InputError(
-            f"{file}: truncate_dim is {short(value)}, wanted an integer of at least 1 or null; mend the file"
+            f"{file}: truncate_dim is {short(value)}, wanted an integer of at least 1 or null; correct the file"
         )
     return value
 
@@ -158,7 +158,9 @@ def _max_seq_length(texts: Mapping[str, Any], tokenizer: Mapping[str, Any], fold
         if value := settings.get(key):
             # model_max_length is 1e30 if the length is unknown.
             if type(value) not in (int, float) or not 1 <= value < math.inf:
-                raise InputError(f"{folder / name}: {key} is {short(value)}, wanted a number of at least 1")
+                raise InputError(
+                    f"{folder / name}: {key} is {short(value)}, wanted a number of at least 1; correct the file"
+                )
             return int(value)
     return None
 
@@ -167,8 +169,10 @@ def _prompt(prompts: Mapping[str, Any], file: Path) -> str:
     """The default prompt, which is prepended to every text."""
     named = prompts.get("prompts") or {}
     if not isinstance(named, dict):
-        raise InputError(f"{file}: prompts is {short(named)}, wanted a JSON object of names to texts")
+        raise InputError(
+            f"{file}: prompts is {short(named)}, wanted a JSON object from names to strings; correct the file"
+        )
     prompt = named.get(str(prompts.get("default_prompt_name"))) or ""
     if not isinstance(prompt, str):
-        raise InputError(f"{file}: the prompt is {short(prompt)}, wanted a text")
+        raise InputError(f"{file}: the prompt is {short(prompt)}, wanted a string; correct the file")
     return prompt

@@ -45,5 +45,5 @@ def without_tokenizer(folder: Path) -> str:
         )
     return (
         f"{what}, nor {' and '.join(slow)} to make it from; copy tokenizer.json and tokenizer_config.json into it from "
-        "the model that it was made from"
+        "the original model"
     )

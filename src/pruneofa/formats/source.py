@@ -27,7 +27,9 @@ def source_tensors(folder: Path) -> Source:
                 wanted = ", ".join(SOURCE_DTYPES)
                 raise InputError(f"{file}: {original} has dtype {stored.dtype}; wanted {wanted}: convert the model")
             if 0 in stored.shape:
-                raise InputError(f"{file}: {original} has shape {list(stored.shape)}, no number in it; save it again")
+                raise InputError(
+                    f"{file}: {original} has shape {list(stored.shape)}, which is empty; save the model again"
+                )
             if name in found:
                 raise InputError(f"{file}: {original} and {found[name][0]} are both {name}; keep only one of them")
             found[name] = original, stored
@@ -47,5 +49,7 @@ def read_float(original: str, stored: StoredTensor) -> np.ndarray:
     weight = read_tensor(original, stored).astype(np.float32, copy=False)
     if not np.isfinite(weight).all():
         count = weight.size - int(np.count_nonzero(np.isfinite(weight)))
-        raise InputError(f"{stored.file}: {original} has {count} NaN or infinite; wanted numbers: train again")
+        raise InputError(
+            f"{stored.file}: {original} has {count} NaN or infinite values; wanted finite numbers: train again"
+        )
     return weight

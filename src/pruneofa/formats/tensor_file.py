@@ -30,14 +30,14 @@ def read_arrays(file: Path, manifest: Manifest) -> dict[str, np.ndarray]:
         length = int.from_bytes(stream.take(8).tobytes(), "little")
         data = sum(slot.nbytes for slot in slots.values())
         if length > MAX_JSON or 8 + length + data != size:
-            wanted = f"{size - 8 - data}, as {MANIFEST} says"
-            raise InputError(f"{file}: a header of {length} bytes; wanted {wanted}; {AGAIN}")
+            wanted = f"{size - 8 - data}, as {MANIFEST} states"
+            raise InputError(f"{file}: the header has {length} bytes; wanted {wanted}; {AGAIN}")
         arrays = {}
         for name in _checked_header(stream.take(length).tobytes(), slots, str(file)):
             slot = slots[name]
             arrays[name] = stream.take(slot.nbytes).view(DTYPES[slot.dtype]).reshape(slot.shape)
         if raw.read(1):
-            raise InputError(f"{file}: goes on after the {size} bytes that {MANIFEST} says; {AGAIN}")
+            raise InputError(f"{file}: has data after the {size} bytes that {MANIFEST} states; {AGAIN}")
     if (checksum := f"crc32:{stream.crc:08x}") != manifest.checksum:
         raise InputError(f"{file}: damaged: {checksum}, but {manifest.checksum} in {MANIFEST}; {AGAIN}")
     return arrays
@@ -70,7 +70,7 @@ def _opened(file: Path, manifest: Manifest) -> Iterator[Any]:
     try:
         with open(file, "rb") as raw:
             if (size := os.fstat(raw.fileno()).st_size) != wanted:
-                raise InputError(f"{file}: {size} bytes; wanted {wanted}, as {MANIFEST} says; {AGAIN}")
+                raise InputError(f"{file}: {size} bytes; wanted {wanted}, as {MANIFEST} states; {AGAIN}")
             if not manifest.compression:
                 yield raw
                 return
@@ -82,14 +82,14 @@ def _opened(file: Path, manifest: Manifest) -> Iterator[Any]:
                 if size != sizes.file or window > MAX_WINDOW:
                     stated = f"{'an unknown number of' if size is None else size} bytes with a window of {window}"
                     raise InputError(
-                        f"{file}: unpacks to {stated}; wanted {sizes.file} and at most {MAX_WINDOW}; {AGAIN}"
+                        f"{file}: decompresses to {stated}; wanted {sizes.file} and at most {MAX_WINDOW}; {AGAIN}"
                     )
                 raw.seek(0)
                 limit = {DecompressionParameter.window_log_max: MAX_WINDOW.bit_length() - 1}
                 with ZstdFile(raw, options=limit) as reader:
                     yield reader
             except (ZstdError, EOFError) as error:
-                raise InputError(f"{file}: not a whole zstd file ({first_line(error)}); {AGAIN}") from None
+                raise InputError(f"{file}: not a complete zstd file ({first_line(error)}); {AGAIN}") from None
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror or first_line(error)}); {AGAIN}") from None
 
@@ -102,9 +102,9 @@ def _checked_header(raw: bytes, slots: Mapping[str, Slot], where: str) -> list[s
     if found.pop("__metadata__", None) != METADATA:
         raise InputError(f"{where}: header has no __metadata__ of {METADATA}; {AGAIN}")
     for name in [name for name in slots if name not in found] + [name for name in found if name not in slots]:
-        holds, lacks = (MANIFEST, "the header") if name in slots else ("the header", MANIFEST)
-        raise InputError(f"{where}: tensor {ascii(name)[:99]} is in {holds}, but not in {lacks}; {AGAIN}")
-    places = []
+        present, absent = (MANIFEST, "the header") if name in slots else ("the header", MANIFEST)
+        raise InputError(f"{where}: tensor {ascii(name)[:99]} is in {present}, but not in {absent}; {AGAIN}")
+    ranges = []
     for name, slot in slots.items():
         entry = found[name]
 
@@ -116,17 +116,17 @@ def _checked_header(raw: bytes, slots: Mapping[str, Slot], where: str) -> list[s
         want(good, entry, "dtype, shape and data_offsets")
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         want(dtype == slot.dtype, dtype, f"dtype {slot.dtype}")
-        want(_is_counts(shape) and tuple(shape) == slot.shape, shape, f"shape {list(slot.shape)}")
-        good = _is_counts(offsets) and len(offsets) == 2 and offsets[1] - offsets[0] == slot.nbytes
+        want(_are_counts(shape) and tuple(shape) == slot.shape, shape, f"shape {list(slot.shape)}")
+        good = _are_counts(offsets) and len(offsets) == 2 and offsets[1] - offsets[0] == slot.nbytes
         want(good, offsets, f"data_offsets of {slot.nbytes} bytes")
-        places.append((offsets[0], offsets[1], name))
+        ranges.append((offsets[0], offsets[1], name))
     end = 0
-    for start, stop, name in sorted(places):
+    for start, stop, name in sorted(ranges):
         if start != end:
-            raise InputError(f"{where}: header: {name} starts at {start}; wanted {end}, no hole or overlap; {AGAIN}")
+            raise InputError(f"{where}: header: {name} starts at {start}; wanted {end}, no gap or overlap; {AGAIN}")
         end = stop
-    return [name for *_, name in sorted(places)]
+    return [name for *_, name in sorted(ranges)]
 
 
-def _is_counts(value: Any) -> bool:
+def _are_counts(value: Any) -> bool:
     return isinstance(value, list) and all(map(is_count, value))

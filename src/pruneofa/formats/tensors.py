@@ -90,10 +90,10 @@ def weights_folder(path: str | Path) -> Path:
     return copy
 
 
-def more_than_weights(path: str | Path) -> str:
+def unsafe_binary(path: str | Path) -> str:
     """The error message for a .bin file that torch refuses to read with weights_only=True."""
     return (
-        f"model {path}: its .bin file holds more than weights and could run code when read, so it was not; "
+        f"model {path}: its .bin file contains more than weights and could run code, so it was not loaded; "
         "wanted model.safetensors"
     )
 
@@ -111,11 +111,13 @@ def _read_binaries(folder: Path, binaries: list[Path]) -> dict[str, Any]:
                 warnings.simplefilter("ignore")  # about pickle protocols; unsafe content is refused below
                 found = torch.load(file, weights_only=True, map_location="cpu")
         except pickle.UnpicklingError:
-            raise InputError(more_than_weights(folder)) from None
+            raise InputError(unsafe_binary(folder)) from None
         except Exception as error:  # torch's errors for a damaged file have no common type
             raise InputError(f"{file}: damaged ({first_line(error)}); copy or download it again") from None
         if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
-            raise InputError(f"{file}: holds other things than tensors; wanted the state_dict of a transformers model")
+            raise InputError(
+                f"{file}: contains objects other than tensors; wanted the state_dict of a transformers model"
+            )
         weights |= {name: value.clone().contiguous() for name, value in found.items()}
     return weights
 
@@ -136,7 +138,7 @@ def _only_binaries(folder: Path, binaries: list[Path]) -> str:
     )
     files = " ".join(shlex.quote(str(path)) for path in [folder / "model.safetensors", *binaries])
     return (
-        f"{folder}: only a .bin file, which may run code when read and takes torch; wanted model.safetensors; where "
+        f"{folder}: only a .bin file, which may run code when loaded and needs torch; wanted model.safetensors; where "
         f'torch is installed, convert it with: python -c "{command}" {files}'
     )
 

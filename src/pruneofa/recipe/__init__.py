@@ -1,10 +1,10 @@
-"""The recipe: everything a run needs to know, validated before any work starts."""
+"""The recipe: all settings of a run, validated before any work starts."""
 
 from pruneofa.recipe.loading import dump, load, merge, parse_override, validate
 from pruneofa.recipe.model import (
-    COST,
     GLUE,
     KNOWN_TASKS,
+    RESOURCES_ONLY,
     Card,
     Control,
     Corpus,
@@ -20,9 +20,9 @@ from pruneofa.recipe.model import (
 from pruneofa.recipe.yaml12 import to_yaml
 
 __all__ = [
-    "COST",
     "GLUE",
     "KNOWN_TASKS",
+    "RESOURCES_ONLY",
     "Card",
     "Control",
     "Corpus",

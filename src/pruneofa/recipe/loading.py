@@ -1,4 +1,4 @@
-"""Recipe files and overrides → a validated recipe, and back to YAML."""
+"""Load recipe files and overrides into a validated recipe; write a recipe as YAML."""
 
 import difflib
 from collections.abc import Iterable
@@ -29,22 +29,24 @@ T = TypeVar("T", bound=BaseModel)
 
 
 def load(paths: Iterable[str | Path], overrides: Iterable[str] = ()) -> Recipe:
-    """Read one or more YAML files, later ones win key by key, then apply `a.b=value` overrides.
+    """Read one or more YAML files and apply `a.b=value` overrides. Later files override earlier ones key by key.
 
-    Raises InputError with the file or key, and the nearest known key for an unknown one.
+    Raises InputError that names the file or key, and for an unknown key the most similar known one.
     """
     merged: dict[str, Any] = {}
     for path in paths:
         try:
             loaded = parse(Path(path).read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise InputError(f"{path}: no such recipe file") from None
+            raise InputError(f"{path}: no such recipe file; wanted one such as recipes/demo.yaml") from None
         except IsADirectoryError:
-            raise InputError(f"{path}: a folder, wanted a recipe file such as recipes/demo.yaml") from None
+            raise InputError(f"{path}: a folder; wanted a recipe file such as recipes/demo.yaml") from None
         except (UnicodeDecodeError, YAMLError) as error:
             raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
         if not isinstance(loaded, dict):
-            raise InputError(f"{path}: a recipe is a mapping of keys, got {type(loaded).__name__}")
+            raise InputError(
+                f"{path}: got {type(loaded).__name__}, wanted a mapping of keys such as in recipes/demo.yaml"
+            )
         merged = merge(merged, loaded)
     for override in overrides:
         merged = merge(merged, parse_override(override))
@@ -52,7 +54,7 @@ def load(paths: Iterable[str | Path], overrides: Iterable[str] = ()) -> Recipe:
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`base` with the keys of `over` laid over it, mappings merged recursively."""
+    """`base` updated with the keys of `over`; nested mappings are merged recursively."""
     result = dict(base)
     for key, value in over.items():
         both = isinstance(value, dict) and isinstance(result.get(key), dict)
@@ -61,7 +63,7 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse_override(text: str) -> dict[str, Any]:
-    """`a.b=value` as a nested mapping; the value is YAML, so numbers and lists keep their type."""
+    """`a.b=value` as a nested mapping; the value is YAML, so numbers and lists keep their types."""
     key, equals, value = text.partition("=")
     if not equals or not all(key.split(".")):
         raise InputError(f"--set {text}: wanted key=value, such as prune.final=0.85")
@@ -81,7 +83,7 @@ def validate(model: type[T], values: dict[str, Any]) -> T:
     except pydantic.ValidationError as error:
         problems: dict[tuple[str, ...], str] = {}
         for problem in error.errors():
-            # Where several types are allowed there is one error for each; the first says enough.
+            # If several types are allowed, pydantic reports one error for each; only the first is shown.
             location = tuple(str(part) for part in problem["loc"] if part not in _ALTERNATIVES)
             if not (problem["loc"][-1:] == ("bool",) and isinstance(problem["input"], dict)):
                 problems.setdefault(location, _explain(model, list(location), problem))
@@ -113,5 +115,5 @@ def _known_keys(model: type[BaseModel], location: list[str]) -> list[str]:
 
 
 def dump(recipe: Recipe) -> str:
-    """The resolved recipe as YAML that `load` reads back to an equal recipe."""
+    """The resolved recipe as YAML, from which `load` reads an equal recipe."""
     return to_yaml(recipe.model_dump())

@@ -16,25 +16,27 @@ Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(ge=0)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what NumPy's generator takes
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # the seeds that NumPy's generator accepts
 Names = str | list[str]
-COST: dict[str, Any] = {"cost": True}  # marks a field that costs time or memory only: it may change within a stage
-NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"  # of runs and tasks: it becomes part of a path
-RATE_WARNING = 1.2  # the published schedule reaches 1.02
+RESOURCES_ONLY: dict[str, Any] = {"in_fingerprint": False}  # marks a field that affects time or memory but not results
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"  # names of runs and tasks, which become parts of paths
+RATE_WARNING = 1.2  # multiple of lr above which to warn; the published schedule reaches 1.02
 
 
 class Section(BaseModel):
-    """A part of the recipe: unknown keys are errors, and so are values of another type (1 for 1.0 is fine)."""
+    """A section of the recipe. Unknown keys and values of another type are errors, except an integer for a float."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True, strict=True)
 
-    def decisive(self, include: set[str] | None = None, exclude: set[str] | None = None) -> dict[str, Any]:
-        """The values that decide what a stage makes, defaults too: all fields but those marked COST.
+    def fingerprinted(self, include: set[str] | None = None, exclude: set[str] | None = None) -> dict[str, Any]:
+        """The values that affect a stage's results, with defaults: all fields except those marked RESOURCES_ONLY.
 
-        `include` names the only fields wanted, `exclude` those that the stage does not use.
+        `include`: only these fields; `exclude`: fields that the stage does not use.
         """
-        costs = {name for name, field in type(self).model_fields.items() if field.json_schema_extra == COST}
-        return self.model_dump(include=include, exclude=costs | (exclude or set()))
+        excluded = {
+            name for name, field in type(self).model_fields.items() if field.json_schema_extra == RESOURCES_ONLY
+        }
+        return self.model_dump(include=include, exclude=excluded | (exclude or set()))
 
 
 class Corpus(Section):
@@ -45,30 +47,34 @@ class Corpus(Section):
     column: str = Field("text", description="column that holds the text")
     max_length: Annotated[int, Field(ge=8)] = Field(128, description="tokens per example, special tokens included")
     nsp: bool = Field(True, description="segment pairs with next-sentence prediction; false: documents")
-    short_seq_prob: Annotated[float, Field(ge=0, le=1)] = Field(0.1, description="share of shorter examples")
-    validation: Annotated[float, Field(gt=0, lt=1)] = Field(0.05, description="share of articles held out")
+    short_seq_prob: Annotated[float, Field(ge=0, le=1)] = Field(0.1, description="fraction of shorter examples")
+    validation: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.05, description="fraction of articles held out for validation"
+    )
     whole_word: bool = Field(False, description="mask whole words instead of single word pieces")
     streaming: bool = Field(False, description="read while training instead of tokenizing once to a cache")
 
 
 class _Optimization(Section):
-    """What teacher preparation and pruning have in common."""
+    """Settings that teacher preparation and pruning share."""
 
     steps: Positive = Field(100_000, description="optimizer steps")
     lr: Rate = Field(5e-5, description="peak learning rate")
     batch: Positive = Field(256, description="examples per optimizer step, over all processes")
     micro_batch: Positive | None = Field(
-        None, description="examples per forward pass and process (default: batch)", json_schema_extra=COST
+        None, description="examples per forward pass and process (default: batch)", json_schema_extra=RESOURCES_ONLY
     )
-    warmup: Fraction = Field(0.01, description="share of the steps with rising learning rate")
-    weight_decay: Weight = Field(0.01, description="of AdamW; biases and norms have none")
-    max_grad_norm: Weight = Field(1.0, description="gradient clipping; 0 switches it off")
-    dropout: Fraction | None = Field(None, description="replaces the model's dropout rates; null keeps them")
+    warmup: Fraction = Field(0.01, description="fraction of the steps for linear warmup of the learning rate")
+    weight_decay: Weight = Field(0.01, description="weight decay of AdamW; not applied to biases and norms")
+    max_grad_norm: Weight = Field(1.0, description="gradient clipping: maximum norm; 0: no clipping")
+    dropout: Fraction | None = Field(None, description="dropout rate; null: those of the model's config")
     checkpoint_activations: bool = Field(
-        False, description="recompute activations in the backward pass", json_schema_extra=COST
+        False, description="recompute activations in the backward pass", json_schema_extra=RESOURCES_ONLY
     )
     save_steps: Positive | None = Field(
-        None, description="steps between checkpoints (default: a twentieth)", json_schema_extra=COST
+        None,
+        description="steps between checkpoints (default: a twentieth of steps)",
+        json_schema_extra=RESOURCES_ONLY,
     )
 
 
@@ -79,26 +85,32 @@ class Teacher(_Optimization):
 class Prune(_Optimization):
     """Student pruning: gradual magnitude pruning with distillation and learning-rate rewinding.
 
-    With score hessian the weights are pruned at once, before the first step: begin, end, stop, interval, initial and
-    rewind are not used, and the steps train what is left with its pattern locked.
+    With score hessian all weights are pruned before the first step, and the steps train the remaining weights with the
+    pattern locked. begin, end, stop, interval, initial and rewind are then not used.
     """
 
     score: Literal["magnitude", "hessian"] = Field(
-        "magnitude", description="gradual, smallest weights; or at once, layer by layer, by what their inputs need"
+        "magnitude", description="magnitude: gradually, smallest weights first; hessian: once, layer by layer"
     )
-    calibration: Positive = Field(512, description="examples that score hessian sees")
+    calibration: Positive = Field(512, description="calibration examples for score hessian")
     begin: Annotated[int, Field(ge=0)] = Field(0, description="first step at which weights are pruned")
-    end: Positive | None = Field(None, description="step at which the final sparsity is reached (default: half)")
-    stop: Positive | None = Field(None, description="last step that may select the mask anew (default: 80 %)")
-    interval: Positive | None = Field(None, description="steps between selections (default: a hundredth)")
+    end: Positive | None = Field(
+        None, description="step at which the final sparsity is reached (default: half of steps)"
+    )
+    stop: Positive | None = Field(None, description="last step at which the mask may change (default: 80 % of steps)")
+    interval: Positive | None = Field(None, description="steps between mask updates (default: a hundredth of steps)")
     final: Fraction = Field(0.9, description="final sparsity of the encoder's linear weights")
-    initial: Fraction = Field(0.0, description="sparsity from which it rises, at begin")
+    initial: Fraction = Field(0.0, description="sparsity at begin")
     pattern: Annotated[str, Field(pattern=r"^(unstructured|4x1|1x4|\d+:\d+)$")] = Field(
         "unstructured", description="unstructured, 4x1 (4 output rows), 1x4 (4 inputs) or n:m such as 2:4"
     )
-    scope: Literal["uniform", "global"] = Field("uniform", description="same sparsity per layer, or one threshold")
+    scope: Literal["uniform", "global"] = Field(
+        "uniform", description="uniform: the same sparsity in every layer; global: one threshold"
+    )
     skip: list[str] = Field([], description="regular expressions of layers to leave dense")
-    rewind: Literal["sawtooth", "cyclic", "none"] = Field("sawtooth", description="learning-rate rewinding")
+    rewind: Literal["sawtooth", "cyclic", "none"] = Field(
+        "sawtooth", description="sawtooth, cyclic or none: learning-rate rewinding after each mask update"
+    )
 
     @model_validator(mode="after")
     def _schedule(self) -> "Prune":
@@ -118,13 +130,13 @@ class Prune(_Optimization):
             and self.end - self.begin >= self.steps - int(self.steps * self.warmup)
         ):
             raise ValueError(
-                f"end - begin is {self.end - self.begin} of {self.steps} steps and leaves none for the learning "
-                "rate to decay; lower end or raise steps"
+                f"end - begin is {self.end - self.begin} of {self.steps} steps, which leaves none for the "
+                "learning rate to decay; lower end or raise steps"
             )
         if gradual and self.rewind == "sawtooth" and (peak := self._peak_rate()) > RATE_WARNING:
             warnings.warn(
                 f"prune: rewinding raises the learning rate to {peak:.2f} times lr, {peak * self.lr:.3g}; "
-                "lower lr, warmup or end if that is not wanted",
+                "lower lr, warmup or end to avoid that",
                 stacklevel=2,
             )
         if self.score == "hessian" and self.scope == "global":
@@ -150,19 +162,21 @@ class Distill(Section):
 
     hard: Weight = Field(0.5, description="weight of the MLM (+ NSP) loss")
     kd: Weight = Field(0.5, description="weight of the distillation of logits")
-    temperature: Rate = Field(2.0, description="softens both sides of the distillation of logits")
+    temperature: Rate = Field(2.0, description="temperature of the logit distillation")
     hidden: Weight = Field(0.0, description="weight of the MSE between hidden states, all layers")
-    positions: Literal["all", "masked"] = Field("all", description="positions whose MLM logits are distilled")
+    positions: Literal["all", "masked"] = Field(
+        "all", description="all or masked: positions whose MLM logits are distilled"
+    )
 
     @model_validator(mode="after")
     def _some_weight(self) -> "Distill":
         if self.hard + self.kd + self.hidden == 0:
-            raise ValueError("hard, kd and hidden are all 0: nothing would be learned; raise one of them")
+            raise ValueError("hard, kd and hidden are all 0, so there is no loss to train on; raise one of them")
         return self
 
 
 class Task(Section):
-    """A downstream task. Defaults that are null here follow the task's kind (see `resolved`)."""
+    """A downstream task. Fields that are null get their defaults by the kind of task (see `resolved`)."""
 
     data: Names | None = Field(None, description="hub id, folder of parquet splits, or a CSV/TSV/JSONL/parquet file")
     validation: str | None = Field(None, description="validation file (default: the data's own split, else 10 %)")
@@ -175,36 +189,42 @@ class Task(Section):
         None, description="tokens per example, special tokens included (default: 128, SQuAD 384)"
     )
     stride: Annotated[int, Field(ge=0)] | None = Field(None, description="overlap of question-answering windows")
-    warmup: Fraction = Field(0.0, description="share of the steps with rising learning rate")
-    weight_decay: Weight = Field(0.0, description="of AdamW; biases and norms have none")
-    max_grad_norm: Weight = Field(1.0, description="gradient clipping; 0 switches it off")
+    warmup: Fraction = Field(0.0, description="fraction of the steps for linear warmup of the learning rate")
+    weight_decay: Weight = Field(0.0, description="weight decay of AdamW; not applied to biases and norms")
+    max_grad_norm: Weight = Field(1.0, description="gradient clipping: maximum norm; 0: no clipping")
     hard: Weight = Field(0.0, description="weight of the task's own loss in transfer")
     kd: Weight = Field(1.0, description="weight of the distillation from the dense task teacher")
-    hidden: Weight = Field(0.0, description="weight of the MSE between their hidden states, all layers")
-    temperature: Rate = Field(2.0, description="softens both sides of the distillation of logits")
-    dropout: Fraction | None = Field(None, description="of the sparse model in transfer (default: as in its config)")
+    hidden: Weight = Field(0.0, description="weight of the MSE between hidden states, all layers")
+    temperature: Rate = Field(2.0, description="temperature of the logit distillation")
+    dropout: Fraction | None = Field(None, description="dropout rate in transfer (default: that of the model's config)")
     teacher: str | None = Field(
-        None, description="dense model of the task; without: run fine-tunes one, transfer learns from the labels alone"
+        None,
+        description="dense teacher of the task (default: run fine-tunes one, the single verbs use the labels only)",
     )
-    dense_epochs: Positive | None = Field(None, description="epochs of that fine-tuning (default: epochs)")
-    dense_lr: Rate | None = Field(None, description="its learning rate (default: lr)")
+    dense_epochs: Positive | None = Field(
+        None, description="epochs of the dense teacher's fine-tuning (default: epochs)"
+    )
+    dense_lr: Rate | None = Field(None, description="learning rate of the dense teacher's fine-tuning (default: lr)")
     qat_epochs: Positive | None = Field(None, description="epochs of quantization-aware training (default: 3, SQuAD 2)")
-    qat_lr: Rate | None = Field(None, description="its peak learning rate (default: 1e-5)")
-    qat_rows: Positive | None = Field(None, description="rows of each of its epochs, drawn at random (default: all)")
-    train_rows: Positive | None = Field(None, description="use only the first rows, for trials")
+    qat_lr: Rate | None = Field(None, description="peak learning rate of quantization-aware training (default: 1e-5)")
+    qat_rows: Positive | None = Field(
+        None, description="random rows per epoch of quantization-aware training (default: all)"
+    )
+    train_rows: Positive | None = Field(None, description="train on the first rows only, for trials")
     validation_rows: Positive | None = Field(None, description="evaluate on the first rows only, for trials")
     skip_bad_answers: bool = Field(False, description="drop SQuAD answers whose offsets do not match")
 
     @model_validator(mode="after")
     def _head_is_trained(self) -> "Task":
         if self.hard + self.kd == 0:
-            raise ValueError("hard and kd are both 0: the task's head would not be trained; raise one of them")
+            raise ValueError("hard and kd are both 0, so the task's head would not be trained; raise one of them")
         return self
 
     def resolved(self, name: str) -> "Task":
-        """Fill the defaults of method.md A6: GLUE 9 epochs, 1e-4, 32 x 128; SQuAD 8, 1.5e-4, 12 x 384/128.
+        """Fill the published defaults (docs/method.md, "Transfer").
 
-        Quantization-aware training: 3 epochs, SQuAD 2, 1e-5.
+        GLUE and other tasks: 9 epochs, lr 1e-4, batch 32, length 128. SQuAD: 8 epochs, lr 1.5e-4, batch 12, length 384,
+        stride 128. Quantization-aware training: 3 epochs (SQuAD 2), lr 1e-5.
         """
         squad = name == "squad"
         defaults = (
@@ -223,51 +243,59 @@ class Task(Section):
 
 
 class Quantize(Section):
-    """int8 for the task models: quantization-aware training, and post-training quantization to compare with."""
+    """int8 task models: quantization-aware training, and post-training quantization for comparison."""
 
-    weights: Literal["channel", "tensor"] = Field("channel", description="a scale per output row, or per weight")
-    activations: Literal["static", "dynamic"] = Field("static", description="scales learned once, or per token")
+    weights: Literal["channel", "tensor"] = Field(
+        "channel", description="one scale per output row (channel) or per weight matrix (tensor)"
+    )
+    activations: Literal["static", "dynamic"] = Field(
+        "static", description="static: fixed scales learned in training; dynamic: one per token"
+    )
     embeddings: bool = Field(
-        True, description="int8 embedding tables too, a scale per row; false: float here, but pack makes them int8"
+        True, description="train with int8 embedding tables, a scale per row; false: float, but pack makes them int8"
     )
     freeze: Annotated[float, Field(gt=0, le=1)] = Field(
-        0.8, description="share of the steps after which static scales stay as they are; 1: never"
+        0.8, description="fraction of the steps after which static scales are frozen; 1: never"
     )
-    ptq: bool = Field(True, description="also quantize without training, to see what training buys")
-    calibration: Positive = Field(256, description="training examples that post-training static scales come from")
-    observer: Literal["minmax", "percentile"] = Field("minmax", description="how they come from them")
+    ptq: bool = Field(True, description="also quantize without training, for comparison")
+    calibration: Positive = Field(256, description="training examples that calibrate static scales after training")
+    observer: Literal["minmax", "percentile"] = Field(
+        "minmax", description="minmax or percentile: how calibration determines a range"
+    )
     percentile: Annotated[float, Field(gt=50, lt=100)] = Field(
-        99.99, description="of observer percentile: per cent of the numbers that lie below the range's end"
+        99.99, description="for observer percentile: a range is from percentile 100 - p to p"
     )
 
 
 class Control(Section):
-    """The comparison model: pruned once, locked, trained for the prune stage's tokens."""
+    """The comparison model: pruned once, locked, and trained on as many tokens as the prune stage."""
 
     tasks: list[str] | None = Field(None, description="tasks to transfer it to (default: all)")
     lr: Annotated[list[Rate], Field(min_length=1)] | None = Field(
-        None, description="learning rates tried, lowest validation loss wins (default: prune.lr and twice that)"
+        None, description="learning rates to try; the lowest validation loss is kept (default: prune.lr and twice that)"
     )
 
 
 class Card(Section):
-    """What the model card says and the run cannot know."""
+    """Entries of the model card that a run cannot determine."""
 
-    license: str = Field("apache-2.0", description="identifier that the hub knows")
+    license: str = Field("apache-2.0", description="license identifier of the Hugging Face hub")
     authors: str | None = None
     base_model: str | None = Field(None, description="hub id of the starting model (default: model, if it is one)")
-    version: str = Field("1", description="text, so in quotes")
+    version: str = Field("1", description="version of the model; a string, so quote it in YAML")
     language: Annotated[list[str], Field(min_length=1)] = Field(["en"], description="ISO codes")
 
 
 class Recipe(Section):
-    """One row of the published table, from raw text to model card."""
+    """A complete run, from plain text to model card."""
 
     name: Annotated[str, Field(pattern=f"^{NAME}$")]
     model: str = Field(description="folder or hub id of the encoder")
     model_is_sparse: bool = Field(False, description="start from an existing sparse model: no teacher, no prune")
-    dense_model: str | None = Field(None, description="with model_is_sparse: where dense task teachers start")
-    data_root: str | None = Field(None, description="relative data paths are resolved here")
+    dense_model: str | None = Field(
+        None, description="with model_is_sparse: the model from which dense task teachers are fine-tuned"
+    )
+    data_root: str | None = Field(None, description="folder to which relative data paths refer")
     corpus: Corpus | None = None
     teacher: Teacher | None = Field(None, description="null: the model itself is the teacher, without further training")
     prune: Prune | None = None
@@ -287,13 +315,13 @@ class Recipe(Section):
         if (self.prune or self.teacher) and not self.corpus:
             raise ValueError("teacher and prune need a corpus; set corpus.source")
         if not self.model_is_sparse and not self.prune:
-            raise ValueError("there is nothing to prune with: add a prune section, or set model_is_sparse: true")
+            raise ValueError("the recipe has no prune section; add one, or set model_is_sparse: true")
         if self.control is True:
             self.control = Control()
         if self.control and not self.prune:
-            raise ValueError("control compares with the prune stage, which this recipe does not have")
+            raise ValueError("control needs a prune section to compare with; add one, or set control: false")
         if self.control and self.prune and self.control.lr is None:
-            # A rate far below the prune stage's would make the control lose for that alone.
+            # With a learning rate far below the prune stage's, the control would be worse for that reason only.
             self.control = self.control.model_copy(update={"lr": [self.prune.lr, 2 * self.prune.lr]})
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds {self.seeds} repeat a seed; give each once")
@@ -313,6 +341,6 @@ class Recipe(Section):
 
 
 def check_task_name(name: str) -> None:
-    """Raises InputError, which is a ValueError, for a name that cannot be the name of a folder everywhere."""
+    """Raises InputError, which is a ValueError, for a name that is not a valid folder name on every system."""
     if not re.fullmatch(NAME, name):
         raise InputError(f"task name {name!r}: wanted letters, digits, '.', '_' and '-', the first a letter or digit")

@@ -1,4 +1,4 @@
-"""YAML 1.2 by PyYAML, which by itself reads and writes YAML 1.1."""
+"""YAML 1.2 with PyYAML, which implements YAML 1.1."""
 
 import re
 from typing import Any
@@ -7,7 +7,7 @@ import yaml
 
 
 class Loader(yaml.SafeLoader):
-    """PyYAML reads YAML 1.1, where 2:4 is the number 124, 1e-4 is text and no is false; these are the rules of 1.2."""
+    """A YAML 1.2 loader. In YAML 1.1, which PyYAML implements, 2:4 is the number 124, 1e-4 a string and no is false."""
 
 
 Loader.yaml_implicit_resolvers = {
@@ -27,16 +27,16 @@ Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))
 
 
 class Dumper(yaml.SafeDumper):
-    """Quotes exactly the text that `Loader` would read as something else."""
+    """A YAML 1.2 dumper: quotes only strings that `Loader` would read as another type."""
 
     yaml_implicit_resolvers = Loader.yaml_implicit_resolvers
 
 
 def parse(text: str) -> Any:
-    """The plain values that a YAML document stands for. Raises yaml.YAMLError."""
+    """Parse a YAML document into plain values. Raises yaml.YAMLError."""
     return yaml.load(text, Loader)
 
 
 def to_yaml(values: dict[str, Any]) -> str:
-    """Plain values as YAML that `parse` reads back as they are."""
+    """Write plain values as YAML, from which `parse` reads equal values."""
     return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True)

@@ -96,7 +96,7 @@ def schedule_chart(logs: Logs) -> Any | None:
 
 
 def loss_chart(logs: Logs) -> Any | None:
-    """Teacher, student and control by the loss that they have in common: masked words (else the total)."""
+    """The loss that teacher, student and control share: masked words, otherwise the total."""
     import altair as alt
 
     names = {("teacher", None): "teacher", STUDENT_CURVE: "student"}

@@ -1,4 +1,4 @@
-"""Tables of size and latency from a run's results: the gain by int8 and by sparsity."""
+"""Tables of size and latency from a run's results."""
 
 from typing import Any
 
@@ -24,10 +24,10 @@ def size_rows(results: dict[str, Any]) -> Rows:
     sizes = results.get("sizes") or {}
     rows: list[list[str]] = []
     if "packed_int8" in sizes:
-        for of, dense in ((ENCODER, "dense_fp32"), (MODEL, "model_fp32")):
-            for name, key in of:
+        for group, dense in ((ENCODER, "dense_fp32"), (MODEL, "model_fp32")):
+            for name, key in group:
                 if sizes.get(key) and sizes.get(dense):
-                    bits = f"{32 * sizes[key] / sizes[dense]:.3g}" if of is ENCODER else "-"
+                    bits = f"{32 * sizes[key] / sizes[dense]:.3g}" if group is ENCODER else "-"
                     rows.append([name, megabytes(sizes[key]), bits, f"{sizes[dense] / sizes[key]:.1f}×"])
     return ["Stored as", "Size", "Bits per weight", "Smaller than fp32"], rows
 
@@ -42,8 +42,8 @@ def latency_rows(results: dict[str, Any]) -> Rows:
     for name in names:
         low, median, high = (f"{timed[name][key]:.3g}" for key in ("p10_ms", "median_ms", "p90_ms"))
         speed = f"{dense['median_ms'] / timed[name]['median_ms']:.2f}×" if dense else "-"
-        who = "" if name.endswith("_engine") else ", by torch in fp32"
-        rows.append([variant_name(name) + who, median, f"{low}–{high}", speed])
+        runner = "" if name.endswith("_engine") else ", by torch in fp32"
+        rows.append([variant_name(name) + runner, median, f"{low}–{high}", speed])
     return ["Model", "Median, ms", "p10–p90", "Times as fast"], rows
 
 

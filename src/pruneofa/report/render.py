@@ -9,7 +9,7 @@ from pruneofa.report.table import cell, megabytes
 
 # A path that begins with /, ~ or ~name, a drive, a share, . or .., or has .. in the middle. A regular expression that
 # begins with a backslash, as in prune.skip, does not match.
-_OF_A_MACHINE = re.compile(r"^((file:)?/|~\w*([/\\]|$)|[A-Za-z]:[/\\]|\\\\|\.\.?([/\\]|$))|[/\\]\.\.([/\\]|$)")
+_LOCAL_PATH = re.compile(r"^((file:)?/|~\w*([/\\]|$)|[A-Za-z]:[/\\]|\\\\|\.\.?([/\\]|$))|[/\\]\.\.([/\\]|$)")
 
 
 def render(template: str, *, autoescape: bool, **values: Any) -> str:
@@ -29,14 +29,14 @@ def render(template: str, *, autoescape: bool, **values: Any) -> str:
 
 
 def portable(value: Any) -> Any:
-    """`value` with every path in it that is absolute, upward or in a home folder cut down to its last part."""
+    """`value` with every path that is absolute, upward or in a home folder shortened to its last part."""
     if isinstance(value, dict):
         return {key: portable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [portable(item) for item in value]
     if isinstance(value, Path):
         value = str(value)
-    if isinstance(value, str) and _OF_A_MACHINE.search(value):
+    if isinstance(value, str) and _LOCAL_PATH.search(value):
         last = re.split(r"[/\\]", value.rstrip("/\\"))[-1]
         return last if re.search(r"\w", last) and not last.startswith("~") else "."
     return value

@@ -31,7 +31,7 @@ def write_report(
 ) -> Path:
     """Write a self-contained page: table, accuracy, schedule, losses, sparsity per layer, recipe.
 
-    `events` are the lines of log.jsonl; charts without data are left out. Raises InputError for results that do not
+    `events` are the lines of log.jsonl; charts without data are omitted. Raises InputError for results that do not
     follow the schema.
     """
     import vl_convert

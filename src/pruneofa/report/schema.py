@@ -34,10 +34,10 @@ def check_results(value: Any, source: str = "results") -> dict[str, Any]:
     top = _mapping(value, source, "the whole file")
     for key in ("recipe", "sparsity", "versions", "stages", "tasks"):
         if key not in top:
-            raise InputError(f"{source}: {key} is missing; is this a results.json of pruneofa?")
+            raise InputError(f"{source}: {key} is missing; wanted a results.json that pruneofa wrote")
     name = _mapping(top["recipe"], source, "recipe").get("name")
     if not isinstance(name, str):
-        raise InputError(f"{source}: recipe.name is {name!r}, wanted text")
+        raise InputError(f"{source}: recipe.name is {name!r}, wanted a string")
     _number(top["sparsity"], source, "sparsity", 1)
     for stage, costs in _mapping(top["stages"], source, "stages").items():
         for key in ("tokens", "seconds"):
@@ -76,7 +76,7 @@ def _check_runs(value: Any, source: str, key: str) -> None:
     if abs(mean - sum(values) / len(values)) > 0.01:
         raise InputError(
             f"{source}: {key}.mean is {mean} but its runs give {sum(values) / len(values):.4f}; "
-            "it was edited, run the recipe again"
+            "the file was edited; run the recipe again"
         )
 
 

@@ -31,7 +31,7 @@ INT8_NOTES = (
 def write_table(results: Sequence[dict[str, Any]], *, drop_empty: bool = False) -> str:
     """The published table as Markdown, a group of rows per run.
 
-    `drop_empty` leaves out columns without a number, for a terminal. Raises InputError for results that do
+    `drop_empty` omits columns without numbers, for a terminal. Raises InputError for results that do
     not follow the schema.
     """
     header, rows = table_rows(results, drop_empty=drop_empty)

@@ -1,1 +1,1 @@
-"""The method as the stages of a run: plan, stages, results, estimate, demo."""
+"""The stages of a run: plan, execution, results, estimate and demo."""

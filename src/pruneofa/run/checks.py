@@ -23,7 +23,9 @@ def check(recipe: Recipe, inputs: Inputs, steps: Iterable[Step], *, tokenize: bo
     """Raises InputError for invalid inputs of unfinished stages; reads the whole corpus if `tokenize`."""
     pending = {step.id for step in steps if isinstance(step, Stage) and step.status != "done"}
     if recipe.corpus and recipe.corpus.streaming and processes().num_processes > 1:
-        raise InputError("corpus.streaming is for one process; set corpus.streaming=false to train with several")
+        raise InputError(
+            "corpus.streaming works with one process only; set corpus.streaming=false to train with several"
+        )
     if recipe.model_is_sparse:
         pattern.inspect(recipe.model)
     if recipe.dense_model is not None:
@@ -54,7 +56,7 @@ def check_pattern(sparse: str | None, model: str) -> None:
 
 
 def check_pretraining(model: str, teacher: Teacher | None, prune: Prune | None, distill: Distill, text: Corpus) -> None:
-    """Do the parts of the stages on text that can fail, without training. Raises InputError."""
+    """Perform the parts of the stages on text that can fail, without training. Raises InputError."""
     distils_logits = prune is not None and distill.hard + distill.kd > 0
     loaded = load_for_pretraining(model, nsp=text.nsp, trained_head=teacher is None and distils_logits)
     longest = task_data.longest_input(loaded.config)
@@ -69,7 +71,7 @@ def check_pretraining(model: str, teacher: Teacher | None, prune: Prune | None, 
 
 
 def check_task(model: str, spec: Task, task: task_data.Task) -> None:
-    """Do the parts of a task's stages that can fail, without training. Raises InputError."""
+    """Perform the parts of a task's stages that can fail, without training. Raises InputError."""
     transfer_objective(model, spec.teacher, losses(spec), task)
     if spec.teacher is not None:
         check_vocabulary(model, spec.teacher)
@@ -78,9 +80,9 @@ def check_task(model: str, spec: Task, task: task_data.Task) -> None:
 
 def check_vocabulary(model: str, other: str) -> None:
     """Raises InputError when two models have different vocabularies, so that token ids have different meanings."""
-    mine, theirs = (load_tokenizer(path).get_vocab() for path in (model, other))
-    if mine != theirs:
+    wanted, got = (load_tokenizer(path).get_vocab() for path in (model, other))
+    if got != wanted:
         raise InputError(
-            f"{other}: its vocabulary ({len(theirs)} tokens) is not that of {model} ({len(mine)}); both models are "
-            "given the same token ids, so use one with the same tokenizer"
+            f"{other}: its vocabulary ({len(got)} tokens) differs from that of {model} ({len(wanted)}), but both "
+            "models get the same token ids; use a model with the same tokenizer"
         )

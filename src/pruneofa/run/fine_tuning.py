@@ -113,7 +113,7 @@ def fine_tune(
 ) -> Outcome:
     """Fine-tune `model` on a task, distilled from `teacher` if there is one, `locked` to its sparsity pattern.
 
-    Without a teacher it learns from the task's own loss alone, which is how dense task teachers are made.
+    Without a teacher only the task's own loss is used; dense task teachers are trained like this.
     """
     transformers.set_seed(settings.seed)
     objective = transfer_objective(model.path, teacher and teacher.path, settings.losses, task)
@@ -201,8 +201,8 @@ def task_student(model: str, task: task_data.Task) -> PreTrainedModel:
     """
     if scales.is_quantized(local_folder(model)):
         raise InputError(
-            f"{model}: quantized already ({scales.SETTINGS} is in it), and quantizing twice loses accuracy for "
-            "nothing; name the folder it was made from"
+            f"{model}: is already quantized ({scales.SETTINGS} is in it), wanted a float model, because quantizing "
+            "twice only loses accuracy; give the folder that it was made from"
         )
     student = load_task_model(model, task.kind)
     if task.kind == "classification":
@@ -217,7 +217,7 @@ def task_student(model: str, task: task_data.Task) -> PreTrainedModel:
 def transfer_objective(
     model: str | PreTrainedModel, teacher: str | PreTrainedModel | None, losses: Losses | None, task: task_data.Task
 ) -> TransferObjective:
-    """A task model and the losses it is trained with; without a teacher the task's own loss alone.
+    """A task model and the losses it is trained with; without a teacher only the task's own loss.
 
     Raises InputError when the folder `teacher` has no trained head for this task.
     """

@@ -22,7 +22,7 @@ def check_folder(recipe: Recipe, folder: Path) -> None:
         name = load([file]).name
         if name != recipe.name:
             raise InputError(
-                f"{folder}: holds the run {name!r}, this recipe is {recipe.name!r}; choose another --out, or delete it"
+                f"{folder}: contains the run {name!r}, this recipe is {recipe.name!r}; choose another --out"
             )
     elif folder.exists() and any(p.name not in (WORK, LOCK, "data") for p in folder.iterdir()):
         raise InputError(f"{folder}: not empty and not a run's folder; choose another --out")
@@ -33,7 +33,7 @@ def refuse_changes(steps: Iterable[Step], where: Path, redo: bool, out: str = "-
 
     Of a finished stage it says what changed.
 
-    Stages with a record of an earlier format are refused as such: whether their settings changed cannot be told.
+    Stages with a record of an earlier format are refused too, because it is unknown whether their settings changed.
     `where` is the folder that the message names, `out` the command-line argument for it.
     """
     stages = [step for step in steps if isinstance(step, Stage)]
@@ -42,14 +42,14 @@ def refuse_changes(steps: Iterable[Step], where: Path, redo: bool, out: str = "-
         names = ", ".join(str(stage.id) for stage, _ in earlier)
         raise InputError(
             f"{where}: made by pruneofa {earlier[0][1]}, whose stages do not record all settings ({names}); "
-            f"wanted stages of format {FORMAT}; choose another {out}, or make them again with --redo"
+            f"wanted stages of format {FORMAT}; choose another {out}, or run them again with --redo"
         )
     changed = [f"{stage.id} ({_first(stage.differences())})" for stage in stages if stage.status == "changed"]
     changed += [f"{stage.id} (unfinished)" for stage in stages if stage.begun not in (None, stage.fingerprint)]
     if changed and not redo:
         raise InputError(
             f"settings or inputs of stages changed: {', '.join(changed)}; "
-            f"--redo makes them again (the old ones are kept until the new are complete), or choose another {out}"
+            f"--redo runs them again (the old ones are kept until the new ones are complete), or choose another {out}"
         )
 
 
@@ -65,13 +65,13 @@ def refuse_other_work(stages: Iterable[Stage], work: Path, redo: bool) -> None:
     others = [mark.parent.relative_to(work).as_posix().removeprefix(f"{WORK}/") for mark in marks]
     if others and not redo:
         raise InputError(
-            f"{work}: holds {', '.join(others)} (unfinished), which this command would not go on with; "
-            "--redo deletes it, or choose another OUT"
+            f"{work}: contains {', '.join(others)} (unfinished), which this command does not continue; "
+            "delete it with --redo, or choose another OUT"
         )
 
 
 @contextlib.contextmanager
-def only_one(folder: Path, *, name: Path | None = None, out: str = "--out") -> Iterator[None]:
+def exclusive(folder: Path, *, name: Path | None = None, out: str = "--out") -> Iterator[None]:
     """Hold an exclusive lock on the folder of a run, or of one stage's work.
 
     Raises InputError when another process holds it; the message calls the folder `name` and its argument `out`.

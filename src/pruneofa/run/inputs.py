@@ -1,4 +1,4 @@
-"""What a recipe starts from: models, text and task data, each read once."""
+"""The inputs of a recipe: models, text and task data, each read once."""
 
 from pruneofa.data import corpus, tasks
 from pruneofa.recipe import Recipe

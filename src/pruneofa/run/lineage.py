@@ -61,7 +61,7 @@ def check_lock(folder: Path) -> None:
     """
     try:
         sparse = sparse_of_run(folder)
-    except InputError:  # the recipe of another version says nothing about this model
+    except InputError:  # the recipe of another version cannot be read
         return
     # A relative path in a recipe is relative to the folder where the run was started, which may be another one.
     known = sparse is not None and Path(sparse).is_absolute() and any(Path(sparse).glob("*.safetensors"))

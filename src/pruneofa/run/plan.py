@@ -56,7 +56,7 @@ def teacher_stage(recipe: Recipe, inputs: Inputs, model: Model, root: Path) -> S
 
 
 def prune_stage(recipe: Recipe, inputs: Inputs, teacher: Model, root: Path) -> Stage:
-    """Student pruning: it gives the sparse model."""
+    """Student pruning, which makes the sparse model."""
     assert recipe.prune is not None and recipe.corpus is not None
     settings = PruneSettings(recipe.prune, recipe.distill, recipe.corpus, recipe.seed, recipe.precision)
     given = {"teacher": teacher, "text": inputs.text()}
@@ -110,10 +110,10 @@ def with_evaluation(stage: Stage, inputs: Inputs) -> list[Step]:
 
 
 def dense_stage(recipe: Recipe, inputs: Inputs, id: StageId, model: Model, root: Path) -> Stage:
-    """The dense model of a task, which teaches the sparse ones."""
+    """The dense model of a task, the teacher of the sparse ones."""
     spec = recipe.tasks[str(id.task)].resolved(str(id.task))
     spec = spec.model_copy(update={"epochs": spec.dense_epochs, "lr": spec.dense_lr, "dropout": None})
-    settings = _fine_tuning(spec, id, recipe.precision, taught=False, locked=False)
+    settings = _fine_tuning(spec, id, recipe.precision, has_teacher=False, locked=False)
     given = {"model": model, "teacher": None, "task": inputs.training_rows(str(id.task))}
     return _stage(root, id, fine_tune, settings, given)
 
@@ -123,7 +123,7 @@ def transfer_stage(
 ) -> Stage:
     """A sparse model fine-tuned on a task with its pattern locked."""
     spec = recipe.tasks[str(id.task)].resolved(str(id.task))
-    settings = _fine_tuning(spec, id, recipe.precision, taught=teacher is not None)
+    settings = _fine_tuning(spec, id, recipe.precision, has_teacher=teacher is not None)
     given = {"model": model, "teacher": teacher, "task": inputs.training_rows(str(id.task))}
     return _stage(root, id, fine_tune, settings, given)
 
@@ -150,7 +150,7 @@ def int8_stages(
         settings: Any = _calibration(recipe.quantize, spec, id)
         stages.append(_stage(root, id, calibrate, settings, {"model": model, "task": rows}, sparse))
     id = StageId(name, seed, "quantize")
-    settings = _quantization(recipe.quantize, spec, id, recipe.precision, taught=teacher is not None)
+    settings = _quantization(recipe.quantize, spec, id, recipe.precision, has_teacher=teacher is not None)
     given = {"model": model, "teacher": teacher, "task": rows}
     return [*stages, _stage(root, id, quantize_aware, settings, given, sparse)]
 
@@ -166,7 +166,9 @@ def losses(spec: Task) -> Losses:
     return Losses(spec.hard, spec.kd, spec.hidden, spec.temperature)
 
 
-def _fine_tuning(spec: Task, id: StageId, precision: str, *, taught: bool, locked: bool = True) -> FineTuneSettings:
+def _fine_tuning(
+    spec: Task, id: StageId, precision: str, *, has_teacher: bool, locked: bool = True
+) -> FineTuneSettings:
     assert spec.epochs and spec.lr and spec.batch and spec.max_length and id.seed is not None  # resolved() fills them
     return FineTuneSettings(
         epochs=spec.epochs,
@@ -177,7 +179,7 @@ def _fine_tuning(spec: Task, id: StageId, precision: str, *, taught: bool, locke
         warmup=spec.warmup,
         weight_decay=spec.weight_decay,
         max_grad_norm=spec.max_grad_norm,
-        losses=losses(spec) if taught else None,
+        losses=losses(spec) if has_teacher else None,
         dropout=spec.dropout,
         locked=locked,
         seed=id.seed,
@@ -185,10 +187,12 @@ def _fine_tuning(spec: Task, id: StageId, precision: str, *, taught: bool, locke
     )
 
 
-def _quantization(quantize: Quantize, spec: Task, id: StageId, precision: str, *, taught: bool) -> QuantizeSettings:
+def _quantization(
+    quantize: Quantize, spec: Task, id: StageId, precision: str, *, has_teacher: bool
+) -> QuantizeSettings:
     spec = spec.model_copy(update={"epochs": spec.qat_epochs, "lr": spec.qat_lr})
     return QuantizeSettings(
-        training=_fine_tuning(spec, id, precision, taught=taught),
+        training=_fine_tuning(spec, id, precision, has_teacher=has_teacher),
         rows=spec.qat_rows,
         weights=quantize.weights,
         activations=quantize.activations,

@@ -58,7 +58,7 @@ class PruneSettings:
 
 @dataclass(frozen=True)
 class ControlSettings:
-    """How the control is trained: pruned at once, without a schedule, with each of several learning rates."""
+    """How the control is trained: pruned in one shot, with each of several learning rates."""
 
     prune: Prune = field(metadata=unused(*UNUSED_BY_CONTROL))
     distill: Distill
@@ -106,7 +106,7 @@ def prune_student(settings: PruneSettings, job: Job, *, teacher: Model, text: Te
     transformers.set_seed(settings.seed)
     objective = student_objective(teacher.path, settings.prune, settings.distill, nsp=text.spec.nsp)
     if settings.prune.score == "hessian":
-        _prune_at_once(objective.student, teacher, settings, text, job.work / "pruned")
+        _prune_one_shot(objective.student, teacher, settings, text, job.work / "pruned")
         pruning: Any = LockCallback()
     else:
         pruning = PruningCallback(**schedule(settings.prune))
@@ -114,7 +114,9 @@ def prune_student(settings: PruneSettings, job: Job, *, teacher: Model, text: Te
     return Outcome(objective.student, text.tokenizer, validate(objective, text, settings), **clock)
 
 
-def _prune_at_once(student: PreTrainedModel, teacher: Model, settings: PruneSettings, text: Text, folder: Path) -> None:
+def _prune_one_shot(
+    student: PreTrainedModel, teacher: Model, settings: PruneSettings, text: Text, folder: Path
+) -> None:
     """Prune the student layer by layer and save it in `folder`, or load it from there if an earlier attempt did so."""
     if processes().is_main_process and not folder.exists():
         device = processes().device
@@ -142,7 +144,7 @@ def _unmasked(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str,
 def train_control(settings: ControlSettings, job: Job, *, teacher: Model, text: Text) -> Outcome:
     """The control: the teacher pruned in one shot, locked, trained on the prune stage's tokens.
 
-    Every learning rate of the control is tried; the lowest validation loss of the objective wins.
+    Every learning rate of the control is tried; the model with the lowest validation loss is kept.
     """
     trials = [(_trial(settings, lr, job, teacher, text), trial_folder(job.work, lr)) for lr in settings.rates]
     best, folder = min(trials, key=lambda trial: trial[0]["metrics"]["loss"])

@@ -97,14 +97,14 @@ def sparse_folder(recipe: Recipe, folder: Path) -> str:
 
 
 def publishable(recipe: Recipe) -> dict[str, Any]:
-    """The recipe with paths of this machine cut down to their last part."""
+    """The recipe with paths of this machine shortened to their last part."""
     from pruneofa.report.render import portable
 
     return portable(recipe.model_dump()) | {"data_root": None}
 
 
 def versions() -> dict[str, str]:
-    """Versions of everything that can change a number."""
+    """Versions of the packages that can affect results."""
     return {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
 
 

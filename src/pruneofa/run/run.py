@@ -12,8 +12,8 @@ from pruneofa.formats.files import write_json, write_text
 from pruneofa.recipe import Recipe, dump
 from pruneofa.run.checks import check, check_engine
 from pruneofa.run.engine_metrics import measure_by_engine
-from pruneofa.run.execute import carry_out
-from pruneofa.run.folder import check_folder, only_one, refuse_changes
+from pruneofa.run.execute import execute_steps
+from pruneofa.run.folder import check_folder, exclusive, refuse_changes
 from pruneofa.run.inputs import Inputs
 from pruneofa.run.plan import plan
 from pruneofa.run.results import collect, environment, write_reports
@@ -24,7 +24,7 @@ from pruneofa.train.device import processes
 def run(recipe: Recipe, folder: Path, *, redo: bool = False) -> dict[str, Any]:
     """Execute the missing steps of a recipe in `folder`, and write results, table, card and report.
 
-    Returns the results (design.md, "A run's folder"). Raises InputError when the folder belongs to another recipe,
+    Returns the contents of results.json. Raises InputError when the folder belongs to another recipe,
     or when the settings of finished stages have changed and `redo` is false.
     """
     check_folder(recipe, folder)
@@ -34,22 +34,22 @@ def run(recipe: Recipe, folder: Path, *, redo: bool = False) -> dict[str, Any]:
     check(recipe, inputs, steps)
     if recipe.quantize:
         check_engine(recipe)
-    untaught = [name for name, task in recipe.tasks.items() if task.teacher is None]
-    if recipe.model_is_sparse and recipe.dense_model is None and untaught and processes().is_main_process:
+    without_teacher = [name for name, task in recipe.tasks.items() if task.teacher is None]
+    if recipe.model_is_sparse and recipe.dense_model is None and without_teacher and processes().is_main_process:
         sys.stderr.write(
-            f"no teacher for {', '.join(untaught)}: learning from the labels alone; "
-            "name tasks.X.teacher, or dense_model to have one made\n"
+            f"no teacher for {', '.join(without_teacher)}: training on the labels only; "
+            "set tasks.X.teacher, or dense_model to train one\n"
         )
     processes().wait_for_everyone()  # all ranks must check the folder before one of them writes to it
     main = processes().is_main_process
     results = {}
-    with only_one(folder):
+    with exclusive(folder):
         refuse_changes(steps, folder, redo)  # again: another process may have finished meanwhile
         if main:
             write_text(folder / "recipe.yaml", dump(recipe))
             if any(step.status != "done" for step in steps):
                 write_json(folder / "run.json", environment())
-        carry_out(steps, partial(append_event, folder / "log.jsonl"))
+        execute_steps(steps, partial(append_event, folder / "log.jsonl"))
         if main:
             shutil.rmtree(folder / WORK, ignore_errors=True)
             results = collect(recipe, folder, steps)

@@ -11,9 +11,9 @@ from pruneofa.errors import InputError
 from pruneofa.formats.files import read_json
 from pruneofa.recipe import Quantize, Recipe, Task
 from pruneofa.run.checks import check, check_pattern
-from pruneofa.run.execute import carry_out
+from pruneofa.run.execute import execute_steps
 from pruneofa.run.fine_tuning import task_student
-from pruneofa.run.folder import only_one, refuse_changes, refuse_other_work
+from pruneofa.run.folder import exclusive, refuse_changes, refuse_other_work
 from pruneofa.run.inputs import Inputs
 from pruneofa.run.lineage import sparse_of_run
 from pruneofa.run.plan import int8_stages, prune_stage, teacher_stage, transfer_stage, with_evaluation
@@ -23,7 +23,7 @@ from pruneofa.train.device import processes
 
 
 def prune(recipe: Recipe, out: Path, *, redo: bool = False) -> dict[str, float]:
-    """Teacher preparation and pruning alone; `out` becomes the sparse model, `out`-teacher its teacher.
+    """Teacher preparation and pruning; `out` becomes the sparse model, `out`-teacher its teacher.
 
     Returns the sparse model's validation losses. Raises as `run` does.
     """
@@ -35,7 +35,7 @@ def prune(recipe: Recipe, out: Path, *, redo: bool = False) -> dict[str, float]:
         steps.append(replace(teacher, folder=out.with_name(f"{out.name}-teacher")))
         model = steps[0].model
     steps.append(replace(prune_stage(recipe, inputs, model, work), folder=out))
-    return _carry_out(recipe, inputs, steps, out, redo)
+    return _execute(recipe, inputs, steps, out, redo)
 
 
 def transfer(
@@ -66,7 +66,7 @@ def transfer(
     teacher = inputs.model(spec.teacher) if spec.teacher else None
     id = StageId(name, seed, "transfer")
     stage = transfer_stage(recipe, inputs, id, inputs.model(sparse), teacher, _work(out))
-    return _carry_out(recipe, inputs, with_evaluation(replace(stage, folder=out), inputs), out, redo)
+    return _execute(recipe, inputs, with_evaluation(replace(stage, folder=out), inputs), out, redo)
 
 
 def quantize(
@@ -103,7 +103,7 @@ def quantize(
     teacher = inputs.model(spec.teacher) if spec.teacher else None
     stages = int8_stages(recipe, inputs, name, seed, inputs.model(model), teacher, sparse, _work(out))
     stage = next(stage for stage in stages if stage.id.variant == ("ptq" if settings.ptq else "quantize"))
-    return _carry_out(recipe, inputs, with_evaluation(replace(stage, folder=out), inputs), out, redo)
+    return _execute(recipe, inputs, with_evaluation(replace(stage, folder=out), inputs), out, redo)
 
 
 def _work(out: Path) -> Path:
@@ -111,23 +111,23 @@ def _work(out: Path) -> Path:
     return out.with_name(f".{out.name}.work")
 
 
-def _carry_out(recipe: Recipe, inputs: Inputs, steps: Sequence[Step], out: Path, redo: bool) -> dict[str, float]:
+def _execute(recipe: Recipe, inputs: Inputs, steps: Sequence[Step], out: Path, redo: bool) -> dict[str, float]:
     stages = [step for step in steps if isinstance(step, Stage)]
     for stage in stages:
         if stage.folder.exists() and not (stage.folder / RECORD).exists():
-            raise InputError(f"{stage.folder}: exists and was not made by this command; choose another OUT")
+            raise InputError(f"{stage.folder}: exists, but this command did not make it; choose another OUT")
     work = _work(out)
     fresh = not work.exists()
     if fresh:  # nothing may be written before this check
         refuse_changes(steps, out, redo, "OUT")
         check(recipe, inputs, steps)
-    with only_one(work, name=out, out="OUT"):
+    with exclusive(work, name=out, out="OUT"):
         # Checked again, because another process may have finished meanwhile. Begun work can be its own, so only now.
         refuse_changes(steps, out, redo, "OUT")
         refuse_other_work(stages, work, redo)
         if not fresh:
             check(recipe, inputs, steps)
-        carry_out(steps, partial(append_event, work / "log.jsonl"))
+        execute_steps(steps, partial(append_event, work / "log.jsonl"))
         if processes().is_main_process:
             log = work / "log.jsonl"
             if log.exists():

@@ -103,20 +103,20 @@ def unused(*names: str) -> Mapping[str, Any]:
     return {"unused": set(names)}
 
 
-def decisive(settings: Any) -> dict[str, Any]:
+def fingerprinted(settings: Any) -> dict[str, Any]:
     """The settings that determine the result of a stage, including defaults, as plain values.
 
     Args:
         settings: a dataclass of plain values, sections of the recipe and other such dataclasses. Fields that sections
-            mark as cost, `unused` fields, and fields with their value in ABSENT are left out.
+            mark as RESOURCES_ONLY, `unused` fields, and fields with their value in ABSENT are omitted.
     """
     values: dict[str, Any] = {}
     for each in dataclasses.fields(settings):
         value = getattr(settings, each.name)
         if isinstance(value, Section):
-            value = _without_absent(value, value.decisive(exclude=each.metadata.get("unused")))
+            value = _without_absent(value, value.fingerprinted(exclude=each.metadata.get("unused")))
         elif dataclasses.is_dataclass(value):
-            value = decisive(value)
+            value = fingerprinted(value)
         values[each.name] = value
     return _without_absent(settings, values)
 
@@ -141,7 +141,7 @@ class Stage:
 
     Attributes:
         make: called as `make(settings, job, **inputs)`, with data loaded.
-        settings: the object that is passed to `make`; see `decisive`.
+        settings: the object that is passed to `make`; see `fingerprinted`.
         inputs: models and data that are passed to `make` by name; None for an optional model that is not used.
         folder: destination of the model and its record.
         work: folder of checkpoints while the stage is in progress.
@@ -159,7 +159,7 @@ class Stage:
     @property
     def fingerprint(self) -> str:
         """Changes when a setting or anything upstream changes."""
-        used = {"settings": decisive(self.settings), "inputs": self.input_fingerprints}
+        used = {"settings": fingerprinted(self.settings), "inputs": self.input_fingerprints}
         return fingerprint({"format": FORMAT, "stage": str(self.id), **used})
 
     @property

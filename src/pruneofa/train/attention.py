@@ -1,4 +1,4 @@
-"""Attention that trains faster than PyTorch's in bfloat16 on a CPU.
+"""Attention for bfloat16 training on a CPU, faster there than PyTorch's.
 
 On a CPU, `scaled_dot_product_attention` computes its backward pass, and with dropout the forward pass too, mostly
 without the matrix units. Written as separate bfloat16 operations, a whole training step takes a quarter to a half less

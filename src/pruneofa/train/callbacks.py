@@ -63,7 +63,7 @@ class PruningCallback(TrainerCallback):
             return
         file = checkpoint_path(args.output_dir, state.global_step, PRUNER_FILE)
         if not file.exists():
-            raise InputError(f"{file}: missing, so pruning cannot resume here; start again or restore the file")
+            raise InputError(f"{file}: missing, but resuming pruning needs it; start again or restore the file")
         self.pruner.load_state_dict(read_state(file))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -164,7 +164,7 @@ class QuantizeCallback(TrainerCallback):
             return
         file = checkpoint_path(args.output_dir, state.global_step, OBSERVER_FILE)
         if not file.exists():
-            raise InputError(f"{file}: missing, so quantization cannot resume here; start again or restore the file")
+            raise InputError(f"{file}: missing, but resuming quantization needs it; start again or restore the file")
         self.quantizer.load_state_dict(read_state(file))
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

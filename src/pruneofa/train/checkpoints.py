@@ -27,7 +27,7 @@ def read_state(file: Path) -> dict[str, torch.Tensor]:
 
 
 def checkpoint_path(output_dir: str | None, step: int, file: str = "") -> Path:
-    """Where the Trainer puts the checkpoint of a step, or a file of it."""
+    """Path of the Trainer's checkpoint of a step, or of a file in it."""
     return Path(str(output_dir)) / f"checkpoint-{step}" / file
 
 
@@ -52,8 +52,8 @@ def remove_damaged(folder: Path) -> None:
             return
         shutil.rmtree(checkpoint)
         older = last_checkpoint(folder)
-        then = f"trying {older.name}" if older else "training starts from the beginning"
-        sys.stderr.write(f"pruneofa: warning: {checkpoint}: damaged ({damage}); it is deleted, {then}\n")
+        next_step = f"trying {older.name}" if older else "training starts from the beginning"
+        sys.stderr.write(f"pruneofa: warning: {checkpoint}: damaged ({damage}); it is deleted, {next_step}\n")
 
 
 def _damage(checkpoint: Path) -> str | None:
@@ -71,7 +71,7 @@ def _damage(checkpoint: Path) -> str | None:
         except OSError as error:
             if error.errno != errno.EINVAL:  # torch seeks before the start of a truncated archive
                 raise
-            return f"{file.name}: cut short"
+            return f"{file.name}: truncated"
     return None
 
 

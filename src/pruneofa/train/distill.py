@@ -49,7 +49,7 @@ def kd_terms(
     kind = _softmax_dtype(student_logits.dtype)
     student, teacher = student_logits.to(kind), teacher_logits.detach().to(kind)
     if classes is not None:
-        # A finite filler: -inf would make 0·inf = NaN in the backward pass of log_softmax.
+        # A finite value, because -inf would give 0·inf = NaN in the backward pass of log_softmax.
         lowest = torch.finfo(kind).min
         student, teacher = student.masked_fill(~classes, lowest), teacher.masked_fill(~classes, lowest)
     log_student = F.log_softmax(student / temperature, dim=-1)
@@ -120,17 +120,17 @@ def hidden_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], rows: Tens
             f"{len(teacher)} of {tuple(teacher[0].shape)}; depth and width must be equal"
         )
     errors = []
-    for mine, target in zip(student, teacher, strict=True):
-        kind = _softmax_dtype(mine.dtype)
-        difference = mine.to(kind) - target.detach().to(kind)
+    for state, target in zip(student, teacher, strict=True):
+        kind = _softmax_dtype(state.dtype)
+        difference = state.to(kind) - target.detach().to(kind)
         if rows is not None:
             difference = difference.masked_fill(~rows.unsqueeze(-1), 0)
-        errors.append(difference.square().sum() / mine.shape[-1])
+        errors.append(difference.square().sum() / state.shape[-1])
     return torch.stack(errors).mean()
 
 
 class HeadLosses(NamedTuple):
-    """What `fused_head_losses` returns: three scalars, of which only `loss` carries a gradient."""
+    """The result of `fused_head_losses`: three scalars, of which only `loss` has a gradient."""
 
     loss: Tensor
     hard: Tensor
@@ -246,8 +246,8 @@ class _FusedHead(torch.autograd.Function):
                 z = torch.mm(x[rows], w.t(), out=logits[: len(x[rows])])
                 targets = None
                 if teacher is not None:
-                    mine = teacher_x[rows]
-                    targets = (torch.mm(mine, teacher_w.t(), out=teacher_logits[: len(mine)]), teacher_b)
+                    part = teacher_x[rows]
+                    targets = (torch.mm(part, teacher_w.t(), out=teacher_logits[: len(part)]), teacher_b)
                 wanted = None if labels is None else labels[rows]
                 sums += _replace_by_gradient(z, b, targets, wanted, temperature, ratio, grad_b)
                 if grad_x is not None:

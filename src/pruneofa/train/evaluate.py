@@ -32,7 +32,7 @@ TorchPrecision = Literal["fp32", "bf16"]
 # Features, and the logits of each: one (classes,) row, or start and end of at least as many tokens as it has.
 Batch = tuple[NDArray[np.int64], tuple[Sequence[NDArray[np.float32]] | NDArray[np.float32], ...]]
 _FULL_LENGTH = 128  # row length in tokens that batch_size refers to; shorter rows are batched in larger numbers
-_MOST = 8  # largest batch of short rows, as a multiple of batch_size
+_MAX_BATCH_FACTOR = 8  # largest batch of short rows, as a multiple of batch_size
 _ENGINE_ROWS = 256  # rows per step of the progress bar; the engine forms its own batches
 ANNOUNCED = 2.0  # seconds: the expected time of a longer evaluation is printed before it starts
 _PROBE_TOKENS = 1024
@@ -57,7 +57,7 @@ def evaluate(
     A folder that `pruneofa quantize` made is evaluated in the engine's int8 arithmetic, in torch too, unless
     `precision` is fp32.
     Classes are matched by the model's label names, so the order of its class ids does not matter.
-    If the data have no validation rows, the tenth is evaluated that training would hold out, so that the result is
+    If the data have no validation rows, the tenth that training would hold out is evaluated, so that the result is
     comparable with models trained on these data; `whole` evaluates all rows. The number of rows is printed on stderr.
 
     Args:
@@ -74,19 +74,19 @@ def evaluate(
     folder = weights_folder(path)  # of a hub id the snapshot in the cache, where transformers finds the weights again
     if engine or is_packed(folder):
         chosen: Any = precision or "int8"  # the engine refuses bf16
-        ours = Engine.from_pretrained(folder, precision=chosen, threads=threads, isa=isa)
-        if ours.task != (purpose := "question answering" if kind == "qa" else kind):
-            raise InputError(f"{path}: its head is for {ours.task}, --task {name} wants one for {purpose}; "
-                             "name a model of this task, or make one with `pruneofa transfer`")  # fmt: skip
-        how = f", by the engine in {ours.precision} on {ours.isa}"
-        return evaluate_engine(ours, _read_task(folder, name, spec, ours.labels, ours.max_length, how, **data))
+        loaded = Engine.from_pretrained(folder, precision=chosen, threads=threads, isa=isa)
+        if loaded.task != (purpose := "question answering" if kind == "qa" else kind):
+            raise InputError(f"{path}: its head is for {loaded.task}, --task {name} needs {purpose}; "
+                             "give a model of this task, or make one with `pruneofa transfer`")  # fmt: skip
+        how = f", by the engine in {loaded.precision} on {loaded.isa}"
+        return evaluate_engine(loaded, _read_task(folder, name, spec, loaded.labels, loaded.max_length, how, **data))
     if precision == "int8" or threads is not None or isa is not None:
-        raise InputError(f"{path}: int8, --threads and --isa are the engine's, and this folder goes to torch; "
-                         "add --engine, or leave them out")  # fmt: skip
+        raise InputError(f"{path}: int8, --threads and --isa need the engine, but torch runs this folder; "
+                         "add --engine, or omit them")  # fmt: skip
     model = load_task_model(path, kind)
     if precision != "fp32" and (quantization := scales.read(folder)):
         FakeQuantizer.of(model, quantization)
-        sys.stderr.write(f"{path} is quantized: torch simulates the engine's int8\n")
+        sys.stderr.write(f"{path} is quantized: torch simulates the int8 arithmetic of the engine\n")
     task = task_of(model, path, name, spec, **data)
     return evaluate_model(model, task, batch_size=batch_size, precision=precision or "fp32")
 
@@ -105,7 +105,7 @@ def _read_task(
     how: str = "",
     **data: Any,
 ) -> Task:
-    """The task for a model with these classes, by the tokenizer in its folder; says how many rows there are."""
+    """The task for a model with these classes, with the tokenizer in its folder; prints the number of rows."""
     tokenizer = load_tokenizer(path)
     labels = None if name in recipe.KNOWN_TASKS else classes
     task = load_task(name, spec, tokenizer, train=False, labels=labels, max_positions=max_positions, **data)
@@ -249,16 +249,16 @@ def label_order(config: Any, task: Task) -> list[int]:
     return _order(_class_names(config), task)
 
 
-def _order(theirs: list[str], task: Task) -> list[int]:
-    if _unnamed(theirs) and len(theirs) == len(task.labels):
-        return list(range(len(theirs)))
-    ids = {name.lower(): index for index, name in enumerate(theirs)}
+def _order(names: list[str], task: Task) -> list[int]:
+    if _unnamed(names) and len(names) == len(task.labels):
+        return list(range(len(names)))
+    ids = {name.lower(): index for index, name in enumerate(names)}
     wanted = [label.lower() for label in task.labels]
-    if len(ids) != len(theirs) or len(set(wanted)) != len(wanted):  # some labels differ only in case
-        ids, wanted = {name: index for index, name in enumerate(theirs)}, task.labels
+    if len(ids) != len(names) or len(set(wanted)) != len(wanted):  # some labels differ only in case
+        ids, wanted = {name: index for index, name in enumerate(names)}, task.labels
     if sorted(ids) != sorted(wanted):
         raise InputError(
-            f"tasks.{task.name}: the model's labels are {_some(theirs)}, the task's {_some(task.labels)}; "
+            f"tasks.{task.name}: the model's labels are {_some(names)}, the task's {_some(task.labels)}; "
             "evaluate a model of this task, or rename id2label in its config.json"
         )
     return [ids[label] for label in wanted]
@@ -318,7 +318,7 @@ def _forward(
     with progress(name, len(order)) as advance:
         while begin < len(order):
             fitting = batch_size * _FULL_LENGTH // int(data.lengths[order[begin]])
-            rows = order[begin : begin + min(max(fitting, 1), _MOST * batch_size)]
+            rows = order[begin : begin + min(max(fitting, 1), _MAX_BATCH_FACTOR * batch_size)]
             yield rows, _logits(model, task, [data[int(row)] for row in rows], precision)
             begin += len(rows)
             advance(len(rows))

@@ -1,4 +1,4 @@
-"""Keep a sparsity pattern fixed while everything else trains.
+"""Keep a sparsity pattern fixed during training.
 
 The weights stay ordinary parameters and the masks are kept outside the model, so that parameter names do not change
 and every checkpoint loads in plain transformers.
@@ -49,7 +49,7 @@ class PatternLock:
         if lock.sparsity()["encoder"] == 0:
             warnings.warn(
                 f"{type(model).__name__} has no zeros to keep: got 0 % in its encoder, wanted a pruned model; "
-                "the result will be dense, so load a sparse one",
+                "the result will be dense: load a sparse model",
                 stacklevel=2,
             )
         return lock
@@ -96,7 +96,7 @@ class PatternLock:
             if revived:
                 raise CheckFailed(
                     f"{name}: {revived} pruned weight{'s are' if revived > 1 else ' is'} not zero in {where}; "
-                    "its parameters were replaced or loaded anew, so train again without that"
+                    "its parameters were replaced or loaded again: train without doing that"
                 )
 
     @property
@@ -106,7 +106,7 @@ class PatternLock:
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Set every pruned weight to +0.0 (filled, never multiplied: that would leave -0.0)."""
+        """Set every pruned weight to +0.0. Filled, not multiplied, because a product can be -0.0."""
         for name, weight in self.weights.items():
             weight.masked_fill_(self.mask_on(name, weight.device), 0.0)
 
@@ -159,8 +159,8 @@ def warn_of_adapters(weights: Iterable[str]) -> None:
     adapted = [name for name in weights if ".base_layer." in name]
     if adapted:
         warnings.warn(
-            f"{len(adapted)} pruned weights have an adapter beside them, the first {adapted[0]}: merging fills their "
-            "zeros, so deploy it unmerged, or call PatternLock.on(merged model) after merging and evaluate again",
+            f"{len(adapted)} pruned weights have an adapter, the first {adapted[0]}: merging it fills their "
+            "zeros; deploy it unmerged, or call PatternLock.on(merged model) after merging and evaluate again",
             stacklevel=3,
         )
 

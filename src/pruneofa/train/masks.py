@@ -69,8 +69,8 @@ def check_whole(weights: Mapping[str, Tensor]) -> None:
         if sharded or weight.is_meta or weight.numel() == 0:
             got = "sharded" if sharded else "on the meta device" if weight.is_meta else "empty"
             raise InputError(
-                f"{name}: the parameter is {got}, wanted a whole tensor; zeros cannot be kept under FSDP, tensor "
-                "parallelism or ZeRO-3, so train with one process or DDP"
+                f"{name}: the parameter is {got}, wanted a whole tensor; FSDP, tensor parallelism and ZeRO-3 are not "
+                "supported: train with one process or DDP"
             )
 
 

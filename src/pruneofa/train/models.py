@@ -1,4 +1,4 @@
-"""Load encoders from folders or the hub, with errors a user can act on."""
+"""Load models from folders or the hub, with errors that say what to do."""
 
 import pickle
 import warnings
@@ -16,10 +16,10 @@ from pruneofa.errors import InputError, first_line
 from pruneofa.families import base_name
 from pruneofa.formats.architecture import check_layers
 from pruneofa.formats.files import file_fingerprint, fingerprint
-from pruneofa.formats.tensors import more_than_weights
+from pruneofa.formats.tensors import unsafe_binary
 
-# The loader's progress bars and reports are silenced: they warn of heads that are new on purpose. Real faults are
-# checked below.
+# The loader's progress bars and reports are silenced: they warn about heads that are new intentionally. Real errors
+# are checked below.
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
@@ -63,7 +63,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
             raise InputError(
                 f"model {path}: no tokenizer in it: got neither tokenizer.json nor {' and '.join(missing)}, wanted "
                 "tokenizer.json (or vocab.txt, or vocab.json and merges.txt, or a sentencepiece model); copy the "
-                "tokenizer files of the model it was made from, or call tokenizer.save_pretrained on this folder"
+                "tokenizer files of the original model, or call tokenizer.save_pretrained on this folder"
             )
     largest = max(tokenizer.get_vocab().values(), default=0)
     if largest >= config.vocab_size:
@@ -71,7 +71,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
             f"model {path}: its tokenizer has {len(tokenizer)} tokens with ids up to {largest}, but config.json gives "
             f"vocab_size {config.vocab_size}, wanted a word embedding for every id: tokens were added and the "
             "embeddings not resized; call model.resize_token_embeddings(len(tokenizer)) and save both, or copy the "
-            "tokenizer files of the model it was made from"
+            "tokenizer files of the original model"
         )
     return tokenizer
 
@@ -138,7 +138,7 @@ def read_model(
             warnings.simplefilter("ignore")
             model, info = architecture.from_pretrained(path, output_loading_info=True, dtype=torch.float32, **options)
     except pickle.UnpicklingError:
-        raise InputError(more_than_weights(path)) from None
+        raise InputError(unsafe_binary(path)) from None
     except Exception as error:  # the loader's errors have no common type: OSError, SafetensorError, RuntimeError...
         raise InputError(
             f"model {path}: not a loadable model folder or hub id ({type(error).__name__}: {first_line(error)}); "
@@ -177,7 +177,7 @@ def check_encoder(model: PreTrainedModel, info: dict[str, Any], path: str | Path
         shape = tuple(model.state_dict()[missing[0]].shape)
         raise InputError(
             f"model {path}: {len(missing)} encoder weights are missing, such as {missing[0]}: the file has none, "
-            f"config.json wants shape {shape}; the folder is half-written or of another architecture, so copy or "
+            f"config.json wants shape {shape}; the folder is incomplete or of another architecture; copy or "
             "save it again"
         )
 
@@ -230,4 +230,4 @@ def model_fingerprint(path: str) -> str:
 def _explain_missing_folder(path: str) -> None:
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
     if looks_local and not Path(path).is_dir():
-        raise InputError(f"model {path}: no such folder")
+        raise InputError(f"model {path}: no such folder; give a Hugging Face folder or a hub id")

@@ -69,7 +69,7 @@ class PretrainingObjective(_Objective):
         positions: Literal["all", "masked"],
         nsp: bool,
     ) -> None:
-        """Check that the models fit together and freeze what no loss reaches.
+        """Check that the models fit together, and freeze parameters that no loss depends on.
 
         Args:
             student: a model with a vocabulary head (...ForPreTraining, ...ForMaskedLM).
@@ -254,14 +254,12 @@ class TransferObjective(_Objective):
         super().__init__(student, teacher if kd or hidden else None)
         self.kind, self.hard, self.kd, self.temperature, self.hidden = kind, hard, kd, temperature, hidden
         if (kd or hidden) and teacher is None:
-            raise InputError("kd or hidden is above 0 but there is no teacher; name one, or set both to 0 and hard: 1")
+            raise InputError("kd or hidden is above 0 but there is no teacher; give one, or set both to 0 and hard: 1")
         _check_pair(student, teacher, logits=False, hidden=hidden > 0)
         if self.teacher is not None and kind == "classification":
-            mine, theirs = student.config.num_labels, self.teacher.config.num_labels
-            if mine != theirs:
-                raise InputError(
-                    f"the teacher has {theirs} classes but the task has {mine}; use a teacher of this task"
-                )
+            wanted, got = student.config.num_labels, self.teacher.config.num_labels
+            if got != wanted:
+                raise InputError(f"the teacher has {got} classes but the task has {wanted}; use a teacher of this task")
 
     def counts(self, batch: Batch) -> Tensor:
         """Float64 (2): items, non-padding positions."""
@@ -365,12 +363,12 @@ def _check_pair(student: PreTrainedModel, teacher: PreTrainedModel | None, *, lo
     if not (logits or hidden):
         return
     if teacher is None:
-        raise InputError("distill.kd or distill.hidden is above 0 but there is no teacher; set both to 0 or name one")
+        raise InputError("distill.kd or distill.hidden is above 0 but there is no teacher; give one, or set both to 0")
     keys = (["vocab_size"] if logits else []) + (["num_hidden_layers", "hidden_size"] if hidden else [])
     for key in keys:
-        mine, theirs = getattr(student.config, key), getattr(teacher.config, key)
-        if mine != theirs:
+        wanted, got = getattr(student.config, key), getattr(teacher.config, key)
+        if got != wanted:
             raise InputError(
-                f"distill: the student's {key} is {mine} but the teacher's is {theirs}; they must be equal"
+                f"distill: the student's {key} is {wanted} but the teacher's is {got}; they must be equal"
                 + ("; set distill.hidden: 0 to distil logits only" if key != "vocab_size" else "")
             )

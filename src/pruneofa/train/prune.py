@@ -1,4 +1,4 @@
-"""Gradual magnitude pruning for any training loop: keeps the state that masks.py and schedule.py do not have."""
+"""Gradual magnitude pruning for any training loop: holds the state; masks.py and schedule.py are pure functions."""
 
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -59,9 +59,9 @@ class GradualPruner:
         warn_of_adapters(weights)
         for name, weight in weights.items():
             masks.check_shape(name, tuple(weight.shape), pattern)
-        every = masks.prunable(model)
+        all_weights = masks.prunable(model)
         self._left_dense = sum(
-            w.numel() for n, w in every.items() if n not in weights and masks.canonical_name(n) != masks.POOLER
+            w.numel() for n, w in all_weights.items() if n not in weights and masks.canonical_name(n) != masks.POOLER
         )
         self._lock = PatternLock(weights, {n: torch.zeros_like(w, dtype=torch.bool) for n, w in weights.items()})
         self._dense = {n: torch.empty_like(w, requires_grad=False) for n, w in weights.items()}
@@ -77,13 +77,13 @@ class GradualPruner:
         return self._lock.masks
 
     def due(self, t: int) -> bool:
-        """Whether `step(t)` selects the masks anew."""
+        """Whether `step(t)` selects new masks."""
         on_grid = (t - self.begin) % self.interval == 0
         return self.begin <= t <= self.stop and (on_grid or t == self.end)
 
     @torch.no_grad()
     def step(self, t: int) -> bool:
-        """Set pruned weights to zero, selecting them anew when t is due; return whether it was."""
+        """Set pruned weights to zero; if t is due, select new masks first. Returns whether t was due."""
         if not self.due(t):
             self._lock.apply()
             return False

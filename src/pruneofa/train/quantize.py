@@ -85,7 +85,7 @@ class FakeQuantizer:
         for name, module in (self.linears | self.tables).items():
             lowest = quantization.lowest if name in self.linears else -127
             check_codes(name, module.weight.detach().cpu().numpy(), quantization.weight_scale[name], lowest)
-        self._settle(quantization)
+        self._finish(quantization)
         return self
 
     def release(self) -> None:
@@ -171,10 +171,10 @@ class FakeQuantizer:
             pattern_hash=pattern.pattern_hash(kept),
             pooler_hash=pattern.pattern_hash(pooler) if pooler else None,
         )
-        self._settle(quantization)
+        self._finish(quantization)
         return quantization
 
-    def _settle(self, quantization: Quantization) -> None:
+    def _finish(self, quantization: Quantization) -> None:
         for name, module in (self.linears | self.tables).items():
             scale = torch.from_numpy(quantization.weight_scale[name]).to(module.weight.device)
             strategy = self.strategy if name in self.linears else "channel"
@@ -257,7 +257,7 @@ class FakeQuantizer:
             return self._inputs[name]
         found = self.ranges.get(input_name(name))
         if found is None:
-            raise InputError(f"{name}: no range of its activations yet; train a step, or calibrate, first")
+            raise InputError(f"{name}: no range of its activations is known; train a step or calibrate first")
         return input_scale(*found)
 
     def _weight(self, name: str, module: nn.Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -277,12 +277,12 @@ class FakeQuantizer:
         for name in self.linears:
             found = self.ranges.get(input_name(name))
             if found is None:
-                raise InputError(f"{name}: its activations were never seen; calibrate on data, or train, first")
+                raise InputError(f"{name}: its activations were never observed; calibrate on data or train first")
             low, high = map(float, found)
             if not np.isfinite([low, high]).all() or low == high == 0:
                 raise InputError(
-                    f"{name}: its activations range from {low} to {high}: dead, or not finite; no scale fits them, so "
-                    "look at that layer, lower the learning rate, or use activations: dynamic"
+                    f"{name}: its activations range from {low} to {high}, wanted a finite range other than 0; lower "
+                    "the learning rate, calibrate on other examples, or use activations: dynamic"
                 )
 
 

@@ -73,4 +73,4 @@ def _check_window(begin: int, end: int, interval: int) -> None:
 def _check_decay(steps: int, *, total: int, warmup: int, window: int = 0) -> None:
     if steps <= 0:
         taken = f"warmup ({warmup})" + (f" and rewinding ({window})" if window else "")
-        raise InputError(f"learning rate: {taken} leave no step of {total} to decay in; raise the steps or lower end")
+        raise InputError(f"learning rate: {taken} leave none of {total} steps for the decay; raise steps or lower end")

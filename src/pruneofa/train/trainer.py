@@ -1,4 +1,4 @@
-"""Training of one stage: the Trainer subclass, its progress bar and checkpoints, and `train`, which can resume."""
+"""Training of one stage: the Trainer subclass, progress bar, checkpoints, and `train`, which resumes."""
 
 import itertools
 import json
@@ -115,7 +115,7 @@ class StageTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         state = safetensors.torch.load_file(Path(resume_from_checkpoint) / "model.safetensors")
         result = self.model.student.load_state_dict(state, strict=False)
-        # Tied weights are stored once; everything else must be there.
+        # Tied weights are stored once; all other weights must exist.
         tied = set(getattr(self.model.student, "all_tied_weights_keys", {}) or {})
         wrong = [name for name in result.missing_keys if name not in tied] + list(result.unexpected_keys)
         if wrong:
@@ -166,7 +166,7 @@ class _StageCallback(TrainerCallback):
         loss = logs["loss"]
         if loss != loss or abs(loss) == float("inf"):
             raise InputError(
-                f"{self.stage}: the loss is {loss} at step {state.global_step}; lower its lr, or use precision: fp32"
+                f"{self.stage}: the loss is {loss} at step {state.global_step}; lower lr, or use precision: fp32"
             )
         if state.is_world_process_zero:
             self.advance(0, f"loss {loss:.4f}")

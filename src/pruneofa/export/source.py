@@ -30,7 +30,7 @@ OUTPUTS: Mapping[Task, tuple[str, ...]] = {
 
 
 @dataclass
-class Exportable:
+class Source:
     """A torch model and the scales of its folder.
 
     Attributes:
@@ -84,7 +84,7 @@ class Exported:
     """An exported model, loaded again by the library that runs it.
 
     Attributes:
-        run: maps input arrays by name, int64 (batch, tokens), to outputs in the order of `Exportable.outputs`.
+        run: maps input arrays by name, int64 (batch, tokens), to outputs in the order of `Source.outputs`.
         weights: {canonical name: stored array (rows, columns) of codes or floats} of the linears.
         executed: {canonical name of a linear's weight: operator that runs it in int8, such as "MatMulIntegerToFloat"}.
         settings: settings of the library that differ from its defaults.
@@ -99,7 +99,7 @@ class Exported:
 class Traced(nn.Module):
     """The model of `source` with positional inputs in the order of INPUTS and a tuple of outputs."""
 
-    def __init__(self, model: nn.Module, source: Exportable) -> None:
+    def __init__(self, model: nn.Module, source: Source) -> None:
         super().__init__()
         self.model, self._inputs, self._outputs = model, source.inputs, source.outputs
 
@@ -112,7 +112,7 @@ class Traced(nn.Module):
         return tuple(output[name] for name in self._outputs)
 
 
-def read_exportable(folder: Path, *, int8: bool | None = None, whole: bool = False) -> Exportable:
+def read_source(folder: Path, *, int8: bool | None = None, whole: bool = False) -> Source:
     """Load a Hugging Face folder with the class that its config names.
 
     Args:
@@ -125,7 +125,9 @@ def read_exportable(folder: Path, *, int8: bool | None = None, whole: bool = Fal
             quantization, or int8 is requested of a folder without scales.
     """
     if is_packed(folder):
-        raise InputError(f"{folder}: is packed; make an ordinary folder first: pruneofa unpack {folder} FOLDER")
+        raise InputError(
+            f"{folder}: is packed, wanted a Hugging Face folder; make one with: pruneofa unpack {folder} OUT"
+        )
     found = scales.read(folder)
     if int8 and found is None:
         raise InputError(
@@ -136,7 +138,7 @@ def read_exportable(folder: Path, *, int8: bool | None = None, whole: bool = Fal
     architecture = read_architecture(config, folder)
     model = _load(folder, config, architecture, whole)
     names = {canonical_name(f"{name}.weight"): (name, module) for name, module in model.named_modules()}
-    source = Exportable(
+    source = Source(
         folder=folder,
         model=model,
         quantization=found,
@@ -176,8 +178,8 @@ def _load(folder: Path, config: Mapping[str, Any], architecture: Architecture, w
     check_encoder(model, info, folder)
     if missing := sorted(info["missing_keys"]):
         raise InputError(
-            f"{folder}: {len(missing)} weights of {name} are missing, such as {missing[0]}; the folder is half-written "
-            "or not fine-tuned, or its config.json names another head than it has"
+            f"{folder}: {len(missing)} weights of {name} are missing, such as {missing[0]}; the folder is incomplete "
+            "or not fine-tuned, or its config.json names another head"
         )
     return model.eval()
 
@@ -190,7 +192,7 @@ def _weight(model: nn.Module, at: str) -> Any:
     return model.get_submodule(at).weight
 
 
-def example_inputs(source: Exportable) -> tuple[torch.Tensor, ...]:
+def example_inputs(source: Source) -> tuple[torch.Tensor, ...]:
     """Inputs for tracing the model: two sequences of 8 tokens, one of them padded."""
     ids = torch.arange(16).reshape(2, 8) % source.model.config.vocab_size
     mask = torch.ones_like(ids)
