@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from pruneofa.families import canonical_name
 from pruneofa.formats import pattern
 from pruneofa.formats import scales as quantization
-from pruneofa.formats.manifest import canonical_name, kind_of
+from pruneofa.formats.manifest import kind_of
 from pruneofa.formats.scales import Quantization, QuantizationArgs
 
 STATIC = QuantizationArgs("tensor", False)

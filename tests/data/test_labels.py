@@ -48,6 +48,8 @@ def test_unlabelled_split_is_refused(tmp_path, tokenizer):
         (["LABEL_0", "LABEL_1", "LABEL_2"], [2, 1], [2, 1]),
         (["LABEL_0", "LABEL_1"], ["y", "x"], [1, 0]),
         (["1", "2"], ["1.0", "2"], [0, 1]),
+        (["Good", "BAD"], ["bad", "Good"], [1, 0]),
+        (["good", "Good"], ["Good", "good"], [1, 0]),
         (["nan", "some"], ["nan", "some"], [0, 1]),
     ],
 )
@@ -73,6 +75,8 @@ def test_one_and_one_point_zero_are_one_label(tmp_path, tokenizer):
     ("suffix", "labels", "message"),
     [
         (".csv", ["1.0", "0.25"], "holds the number 0.25 in row 2, wanted classes; regression is not supported yet"),
+        (".csv", ["1", "nan", "0.25"], "holds the number 0.25 in row 3, wanted classes; regression"),
+        (".csv", ["0,5", "1,5"], "holds the number 0,5 in row 1, wanted classes; regression"),
         (".jsonl", [["a"], ["a", "b"]], "holds a list in row 1, wanted one class per row; multi-label"),
         (".csv", ["[0, 1]", "[1]"], "holds a list in row 1, wanted one class per row; multi-label"),
     ],

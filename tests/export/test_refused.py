@@ -15,6 +15,7 @@ from pruneofa.formats import scales as quantization
 from pruneofa.formats.pack import pack
 from pruneofa.formats.pattern import POOLER
 from tests.export.folders import QUERY, save
+from tests.tiny import tiny_tokenizer
 
 
 def change(folder, name, edit):
@@ -39,6 +40,15 @@ class TestBadInput:
     def test_packed(self, tmp_path):
         pack(save(tmp_path / "model", int8=False), tmp_path / "packed")
         self.refused(tmp_path / "packed", r"is packed, .*; make one with: pruneofa unpack .*packed OUT")
+
+    def test_without_a_tokenizer_or_with_tokens_that_have_no_embedding(self, tmp_path):
+        folder = save(tmp_path / "model", int8=False)
+        tokenizer = tiny_tokenizer()
+        tokenizer.add_tokens(["unheardof"])
+        tokenizer.save_pretrained(folder)
+        self.refused(folder, "wanted a word embedding for every id: tokens were added")
+        (folder / "tokenizer.json").unlink()
+        self.refused(folder, "no tokenizer in it: got neither tokenizer.json nor vocab.txt")
 
     def test_not_quantized(self, tmp_path):
         folder = save(tmp_path / "model", int8=False)

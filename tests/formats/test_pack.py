@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer
 
 from pruneofa import families
 from pruneofa.errors import InputError
@@ -328,6 +329,8 @@ def test_what_would_shrink_too_much_is_not_compressed(model, tmp_path, monkeypat
         ({"architectures": ["BertForMultipleChoice"]}, "architecture 'BertForMultipleChoice' .*; save the model"),
         ({"architectures": ["BertLMHeadModel"]}, "architecture 'BertLMHeadModel' .*; save the model"),
         ({"architectures": ["BertForQuestionAnswering"]}, "no tensor qa_outputs.weight"),
+        ({"vocab_size": CONFIG["vocab_size"] + 1}, "word_embeddings.weight has shape .*, config.json wants .*; copy"),
+        ({"max_position_embeddings": 3}, "position_embeddings.weight has shape .*, config.json wants 3x.*; copy"),
     ],
 )
 def test_what_the_engine_refuses_is_not_packed(config, message, model, tmp_path):
@@ -342,3 +345,12 @@ def test_names_of_old_quantization_aware_training_are_not_packed(model, tmp_path
     save_file(weights, model / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match=r"query\.module\.weight, .*remove '\.module' from the names"):
         pack(model, tmp_path / "packed")
+
+
+def test_a_tokenizer_with_more_tokens_than_embeddings_is_not_packed(model, tmp_path):
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    tokenizer.add_tokens(["unheardof"])
+    tokenizer.save(str(model / "tokenizer.json"))
+    with pytest.raises(InputError, match="but the model has .* word embeddings, wanted one for every id: .*resize"):
+        pack(model, tmp_path / "packed")
+    assert not (tmp_path / "packed").exists()

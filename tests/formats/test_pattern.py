@@ -225,6 +225,32 @@ def test_verify_refuses_another_architecture(tmp_path, base):
         pattern.verify(base, tmp_path / "wide")
 
 
+@pytest.mark.parametrize(
+    ("key", "change", "named"),
+    [
+        ("vocab_size", 8, "embeddings.word_embeddings.weight has shape 165x32, config.json wants 173x32"),
+        (
+            "max_position_embeddings",
+            -24,
+            "position_embeddings.weight has shape 64x32, config.json wants 40x32",
+        ),
+        ("intermediate_size", 8, "encoder.layer.0.intermediate.dense.weight has shape 64x32, config.json wants 72x32"),
+        ("num_hidden_layers", -1, "got the tensor encoder.layer.1.*, config.json wants 1 layers"),
+        ("num_hidden_layers", 1, "no tensor encoder.layer.2.attention.self.query.weight"),
+    ],
+)
+def test_weights_that_do_not_fit_the_config_are_refused(base, derived, key, change, named):
+    config = json.loads((derived / "config.json").read_text())
+    # An activation that the engine does not run is no fault here.
+    changed = config | {key: config[key] + change, "hidden_act": "silu", "architectures": ["BertForMultipleChoice"]}
+    (derived / "config.json").write_text(json.dumps(changed))
+    for call in (lambda: pattern.inspect(derived), lambda: pattern.verify(base, derived)):
+        with pytest.raises(InputError, match=named):
+            call()
+    (derived / "config.json").write_text(json.dumps(changed | {key: config[key]}))
+    assert pattern.verify(base, derived)["ok"]
+
+
 def test_half_written_files_are_named(base):
     file = base / "model.safetensors"
     whole = file.read_bytes()

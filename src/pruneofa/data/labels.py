@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from pruneofa.errors import InputError
 
-_NUMBER = r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?"
+_NUMBER = r"[-+]?(\d+[.,]?\d*|[.,]\d+)([eE][-+]?\d+)?"
+_NO_NUMBER = ("nan", "inf", "-inf")  # how a missing or infinite score is written
 _WHOLE = r"[-+]?\d+\.0+"  # a whole number written as a decimal
 
 
@@ -33,9 +34,9 @@ def label_names(values: Sequence[Any], column: str, where: str, known: Sequence[
         return names
     if all(name[0] == "[" and name[-1] == "]" for name in names):
         raise _several("list", 1, column, where)
-    if all(re.fullmatch(_NUMBER, name) for name in names):
+    if all(re.fullmatch(_NUMBER, name) or name.lower() in _NO_NUMBER for name in names):
         for row, name in enumerate(names, 1):
-            if not float(name).is_integer():
+            if name.lower() not in _NO_NUMBER and not float(name.replace(",", ".")).is_integer():
                 raise _regression(name, row, column, where)
     return names
 
@@ -61,8 +62,9 @@ def class_ids(
 ) -> NDArray[np.int64]:
     """Class ids, (rows,) int64; the labels of a `known` task may be names or the numbers of GLUE.
 
-    Labels `of_model` may be its class ids where none of its names is found. Raises InputError for a label that is
-    not one of `labels`; `split` is "train" or the suffix of an evaluation's metrics.
+    Labels `of_model` may be its class ids where none of its names is found, or differ from its names in case.
+    Raises InputError for a label that is not one of `labels`; `split` is "train" or the suffix of an evaluation's
+    metrics.
     """
     numbers = {str(index): index for index in range(len(labels))}
     ids = {label: index for index, label in enumerate(labels)}
@@ -70,8 +72,11 @@ def class_ids(
     if known:
         ids |= numbers
     names = label_names(values, column, where, labels)
-    if of_model and (found := set(names)) <= set(numbers) and not found & set(ids):
+    found = set(names)
+    if of_model and found <= set(numbers) and not found & set(ids):
         ids = numbers
+    elif of_model and len(lower := {label.lower(): index for index, label in enumerate(labels)}) == len(labels):
+        ids = {name: lower[name.lower()] for name in found if name.lower() in lower} | ids
     unknown = next(((row, name) for row, name in enumerate(names, 1) if name not in ids), None)
     if unknown is None:
         return np.fromiter((ids[name] for name in names), np.int64, len(names))

@@ -12,14 +12,13 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 from tokenizers.normalizers import Lowercase
 from tokenizers.normalizers import Sequence as Sequenced
 
-from pruneofa.errors import InputError, first_line, short
+from pruneofa.errors import InputError, short
 from pruneofa.formats.files import read_json
 from pruneofa.formats.sentence import Sentence
-from pruneofa.formats.settings import without_tokenizer
+from pruneofa.formats.settings import read_tokenizer
 
 # With more tokens the activations do not fit in the caches. With fewer the weights are read too often. Measured with 12
 # layers of hidden size 768.
@@ -75,21 +74,15 @@ class TextTokenizer:
 
         Args:
             folder: contains tokenizer.json and optionally tokenizer_config.json and special_tokens_map.json.
-            vocabulary: number of rows of the word embeddings; every id must be below it.
+            vocabulary: number of rows of the word embeddings.
             types: number of token types of the model; with fewer than two all types are 0.
             limit: maximum number of tokens of a sequence, including special tokens.
             sentence: the settings of a sentence-transformers folder.
 
         Raises:
-            InputError: tokenizer.json is missing or not usable.
+            InputError: tokenizer.json is missing, not usable, or has an id without a word embedding.
         """
-        file = folder / "tokenizer.json"
-        if not file.is_file():
-            raise InputError(without_tokenizer(folder))
-        try:
-            self._tokenizer = Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises nothing narrower
-            raise InputError(f"{file}: not a usable tokenizer ({first_line(error)}); copy it again") from None
+        self._tokenizer = read_tokenizer(folder, vocabulary)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         if sentence is not None and sentence.do_lower_case:
@@ -109,10 +102,8 @@ class TextTokenizer:
                 f"{folder}: model_input_names is {short(names)} in tokenizer_config.json, wanted a list; correct it"
             )
         self._typed = types > 1 and "token_type_ids" in names
-        self._vocabulary = vocabulary
         most = sentence.max_seq_length if sentence else None
         self._limit = limit if most is None else min(limit, most)
-        self._folder = folder
         self.mask_id = self._mask_id(config.get("mask_token"))
 
     def _mask_id(self, named: Any) -> int | None:
@@ -178,11 +169,6 @@ class TextTokenizer:
 
     def _tokens(self, encoding: Any, *, chars: bool, segments: bool = False) -> Tokens:
         ids = np.array(encoding.ids, np.int32)
-        if len(ids) and ids.max() >= self._vocabulary:
-            raise InputError(
-                f"{self._folder}: the tokenizer produces id {ids.max()}, but the model has {self._vocabulary} "
-                "word embeddings; tokenizer.json belongs to another model"
-            )
         types = np.array(encoding.type_ids, np.int32) if self._typed else np.zeros(len(ids), np.int32)
         owner = [-1 if segment is None else segment for segment in encoding.sequence_ids] if chars or segments else None
         return Tokens(

@@ -26,6 +26,7 @@ from pruneofa.formats.settings import copy_settings
 from pruneofa.formats.tensors import weights_folder
 from pruneofa.progress import progress
 from pruneofa.train.evaluate import evaluate_model, task_of
+from pruneofa.train.models import load_tokenizer
 from pruneofa.train.quantize import FakeQuantizer
 
 Precision = Literal["fp32", "int8"]
@@ -89,6 +90,7 @@ def export(
     report: dict[str, Any] = {}
     with progress(f"export to {to}", 4) as advance, contextlib.suppress(_Rejected), new_output(out) as temporary:
         source = read_source(folder, int8=int8, whole=not dense)
+        load_tokenizer(folder)  # it is copied: the exported model is of no use without it
         task = None if name is None or spec is None else _read_task(source, name, spec, data_root)
         advance(note="writing")
         copy_settings(folder, temporary)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from pruneofa.export.source import Exported, Source, Traced, example_inputs
-from pruneofa.formats.manifest import canonical_name
+from pruneofa.families import canonical_name
 
 MODULES = ("onnx", "onnxruntime", "onnxscript")
 PARTS = ("onnx", "onnxscript")

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from pruneofa.errors import InputError
 from pruneofa.export import onnx as export_onnx
 from pruneofa.export.source import Arrays, Exported, Source
-from pruneofa.formats.manifest import canonical_name
+from pruneofa.families import canonical_name
 
 MODULES = ("openvino", "onnx", "onnxscript")
 FILE = "openvino_model.xml"

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from pruneofa.errors import InputError
-from pruneofa.families import Task
+from pruneofa.families import Task, canonical_name
 from pruneofa.formats import pattern, scales
 from pruneofa.formats.architecture import Architecture, read_architecture
-from pruneofa.formats.manifest import canonical_name, is_packed, kind_of, read_config
+from pruneofa.formats.manifest import is_packed, kind_of, read_config
 from pruneofa.formats.scales import Quantization
 from pruneofa.train.models import check_encoder, read_model
 

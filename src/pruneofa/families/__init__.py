@@ -16,6 +16,7 @@ __all__ = ["FAMILIES", "POOLER", "Family", "Shape", "Task"]
 FAMILIES: tuple[Family, ...] = (BERT, DISTILBERT, ROBERTA)
 
 _WRAPPERS = ("module", "_orig_mod", "model")  # prefixes that DDP, torch.compile and others add to names
+_OLD_NORM = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 
 def find(model_type: object) -> Family | None:
@@ -85,6 +86,15 @@ def base_name(name: str) -> str:
     before = {*_WRAPPERS, *prefixes()}
     while (parts := name.partition("."))[1] and parts[0] in before:
         name = parts[2]
+    return name
+
+
+def canonical_name(name: str) -> str:
+    """`base_name`, with LayerNorm's gamma and beta of old checkpoints renamed to weight and bias."""
+    name = base_name(name)
+    for old, new in _OLD_NORM.items():
+        if name.endswith(old):
+            return name.removesuffix(old) + new
     return name
 
 

@@ -15,7 +15,12 @@ from pruneofa.errors import InputError, short
 from pruneofa.families import Family, Task
 from pruneofa.formats.sentence import cross_encoder_activation
 
+_SAVE_AGAIN = (
+    "copy the config.json that was saved with these weights, or save model and config again with model.save_pretrained"
+)
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
+
+_ROWS = {"word": "vocab_size", "position": "max_position_embeddings"}  # {embedding table: key of config.json}
 
 Shape = tuple[int, ...]
 
@@ -28,6 +33,7 @@ class Architecture:
         name: the transformers class, or the model type of a bare encoder; for error messages.
         pad_id: id of the padding token if positions are counted from it, otherwise None (positions from 0).
         types: number of token types; 0 if the model has none.
+        rows: {embedding table, as in `tables`: number of its rows}; -1 if the config does not give it.
         labels: names of the classes by class id; empty if the config gives none.
         problem_type: for classification "regression", "single_label_classification", "multi_label_classification",
             or None, if it follows from the number of labels.
@@ -44,6 +50,7 @@ class Architecture:
     activation: str
     pad_id: int | None
     types: int
+    rows: Mapping[str, int]
     labels: tuple[str, ...]
     problem_type: str | None
 
@@ -108,6 +115,8 @@ def read_architecture(config: Mapping[str, Any], where: Any) -> Architecture:
         raise InputError(f"{where}: layer_norm_eps is {short(epsilon)} in config.json, wanted a number such as 1e-12; "
                          "correct the file")  # fmt: skip
     counted = family.positions_after_padding
+    types = _size(config, "type_vocab_size", where, default=2) if family.token_types else 0
+    rows = {table: _size(config, key, where) if key in config else -1 for table, key in _ROWS.items()}
     return Architecture(
         name=name,
         family=family,
@@ -119,7 +128,8 @@ def read_architecture(config: Mapping[str, Any], where: Any) -> Architecture:
         epsilon=epsilon,
         activation=activation,
         pad_id=_size(config, "pad_token_id", where, least=0, default=1) if counted else None,
-        types=_size(config, "type_vocab_size", where, default=2) if family.token_types else 0,
+        types=types,
+        rows=rows | {"token_type": types},
         labels=_labels(config, where),
         problem_type=_cross_encoder(config, where, task) or _problem_type(config, where),
     )
@@ -143,17 +153,30 @@ def check_tensors(architecture: Architecture, shapes: Mapping[str, Shape], where
             raise _missing(name, shapes, architecture, where)
         if not _fits(shapes[name], shape):
             raise InputError(
-                f"{where}: {name} has shape {_text(shapes[name])}, config.json wants {_text(shape)}; "
-                "weights and config belong to different models"
+                f"{where}: {name} has shape {_text(shapes[name])}, config.json wants {_text(shape)}; {_SAVE_AGAIN}"
             )
     check_layers(architecture.family, architecture.layers, shapes, where)
     if head and architecture.task in ("classification", "token classification"):
         rows = shapes[_classifier(architecture)][0]
         if architecture.labels and len(architecture.labels) != rows:
             raise InputError(
-                f"{where}: the classifier has {rows} classes, id2label in config.json has {len(architecture.labels)}; "
-                "weights and config belong to different models"
+                f"{where}: the classifier has {rows} classes, id2label in config.json has "
+                f"{len(architecture.labels)}; {_SAVE_AGAIN}"
             )
+
+
+def check_encoder(config: Mapping[str, Any], shapes: Mapping[str, Shape], where: Any) -> None:
+    """Check the encoder's tensors against config.json as `check_tensors` does, also where the engine cannot run it.
+
+    A model type that is not supported is not checked.
+    """
+    family = families.find(config.get("model_type"))
+    if family is None:
+        return
+    keys = family.keys
+    wanted = ("model_type", *_ROWS.values(), "type_vocab_size", keys.hidden, keys.heads, keys.inner, keys.layers)
+    sizes = {key: config[key] for key in wanted if key in config}
+    check_tensors(read_architecture(sizes, where), shapes, where, head=False)
 
 
 def check_layers(family: Family, layers: int, names: Iterable[str], where: Any) -> None:
@@ -168,8 +191,8 @@ def check_layers(family: Family, layers: int, names: Iterable[str], where: Any) 
     beyond = sorted(name for name in names if (families.layer_index(name) or 0) >= layers)
     if beyond:
         raise InputError(
-            f"{where}: got the tensor {beyond[0]}, config.json wants {layers} layers ({family.keys.layers}); copy the "
-            "config.json that was saved with these weights, or save model and config again with model.save_pretrained"
+            f"{where}: got the tensor {beyond[0]}, config.json wants {layers} layers ({family.keys.layers}); "
+            f"{_SAVE_AGAIN}"
         )
 
 
@@ -187,9 +210,8 @@ def _encoder(architecture: Architecture, shapes: Mapping[str, Shape]) -> Iterato
             shape = (hidden,) if field.endswith("_norm") else architecture.linear_shape(field)
             yield f"{name}.weight", shape
             yield f"{name}.bias", shape[:1]
-    rows = {"token_type": architecture.types}
     for table, name in architecture.tables.items():
-        yield name, (rows.get(table, -1), hidden)
+        yield name, (architecture.rows[table], hidden)
     yield from _linear(architecture.family.embedding_norm, (hidden,))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from pruneofa import families
 from pruneofa.errors import InputError, short
-from pruneofa.families import base_name, is_encoder_weight
+from pruneofa.families import is_encoder_weight
 from pruneofa.formats.files import read_json
 from pruneofa.formats.pattern import POOLER
 
@@ -34,7 +34,6 @@ MIN_INPUT_SCALE = 2.0**-126  # smallest scale of activations: 1 / scale is finit
 MAX_INPUT_SCALE = 2.0**119  # largest scale of activations: 255 * scale is finite
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,256}", re.ASCII)
-_OLD_NORM = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 
 @dataclass(frozen=True)
@@ -165,15 +164,6 @@ def _given(record: Tensor | Sizes) -> dict[str, Any]:
     """The fields that are not None, in order."""
     values = {field.name: getattr(record, field.name) for field in fields(record)}
     return {name: value for name, value in values.items() if value is not None}
-
-
-def canonical_name(name: str) -> str:
-    """`families.base_name`, with LayerNorm's gamma and beta of old checkpoints renamed to weight and bias."""
-    name = base_name(name)
-    for old, new in _OLD_NORM.items():
-        if name.endswith(old):
-            return name.removesuffix(old) + new
-    return name
 
 
 def source_name(name: str, prefix: str) -> str:

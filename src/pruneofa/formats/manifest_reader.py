@@ -8,7 +8,7 @@ from typing import Any
 
 from pruneofa import families
 from pruneofa.errors import InputError, short
-from pruneofa.families import base_name
+from pruneofa.families import base_name, canonical_name
 from pruneofa.formats.files import MAX_JSON, read_json
 from pruneofa.formats.layout import figures, layout
 from pruneofa.formats.manifest import (
@@ -25,7 +25,6 @@ from pruneofa.formats.manifest import (
     Manifest,
     Sizes,
     Tensor,
-    canonical_name,
     check_inputs,
     is_count,
     is_name,

@@ -31,7 +31,7 @@ from pruneofa.formats.manifest import (
 from pruneofa.formats.manifest_reader import parse_manifest
 from pruneofa.formats.packed import Packed
 from pruneofa.formats.sentence import read_sentence
-from pruneofa.formats.settings import copy_settings, without_tokenizer
+from pruneofa.formats.settings import copy_settings, read_tokenizer, without_tokenizer
 from pruneofa.formats.source import source_tensors
 from pruneofa.formats.tensors import weights_folder
 from pruneofa.progress import progress
@@ -67,10 +67,16 @@ def pack(source: str | Path, out: str | Path, *, precision: str = "int8", compre
             file = _write_tensors(model, tensors, temporary, compress)
             manifest = describe(model, tensors, file, advance)
         parse_manifest(manifest.to_json(), str(folder))  # the output can be read
-        architecture = read_architecture(model.config, folder)
-        check_tensors(architecture, model.shapes, folder, head=read_sentence(folder) is None)  # and run
+        check_engine_runs(model)
         write_json(temporary / MANIFEST, manifest.to_json())
     return manifest
+
+
+def check_engine_runs(model: Packed) -> None:
+    """Raises InputError for a model that the engine would refuse, by its configuration, tensors or tokenizer."""
+    architecture = read_architecture(model.config, model.folder)
+    check_tensors(architecture, model.shapes, model.folder, head=read_sentence(model.folder) is None)
+    read_tokenizer(model.folder, model.shapes[architecture.tables["word"]][0])
 
 
 def difference_from_training(source: str | Path, precision: str) -> str | None:

@@ -15,7 +15,9 @@ import numpy as np
 
 from pruneofa import families
 from pruneofa.errors import InputError
-from pruneofa.families import base_name, is_encoder_weight
+from pruneofa.families import base_name, canonical_name, is_encoder_weight
+from pruneofa.formats.architecture import check_encoder
+from pruneofa.formats.files import read_json
 from pruneofa.formats.tensors import StoredTensor, read_tensor, tensors_of, weight_files, weights_folder
 
 POOLER = f"{families.POOLER}.weight"
@@ -55,6 +57,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
             found[name] = {"shape": list(kept.shape), "sparsity": 1 - nonzeros / kept.size, "nonzeros": nonzeros}
             yield name, kept.shape, packed_bits(kept)
 
+    check_config(path)
     encoder_hash, pooler_hash = pattern_hashes(counted())
     layers = {name: layer for name, layer in found.items() if name != POOLER}
     if not layers:
@@ -91,6 +94,7 @@ def verify(base: str | Path, derived: str | Path) -> dict[str, Any]:
     ok = nothing revived and nothing missing. Raises InputError for models of different shapes or without
     encoder linears, and as `read_weights` does.
     """
+    check_config(base)
     base_tensors = _pruned_tensors(base)
     derived_tensors = _pruned_tensors(derived)
     revived: list[dict[str, Any]] = []
@@ -113,6 +117,8 @@ def verify(base: str | Path, derived: str | Path) -> dict[str, Any]:
         if weight.dtype.kind == "f":
             negative += int(np.count_nonzero(np.signbit(weight) & ~nonzero & pruned))
     missing = [name for name in base_tensors if name not in derived_tensors and name != POOLER]
+    if not missing:
+        check_config(derived)
     return {
         "ok": not revived and not missing,
         "revived": revived,
@@ -123,6 +129,19 @@ def verify(base: str | Path, derived: str | Path) -> dict[str, Any]:
         "negative_zeros": negative,
         "layers": len(common),
     }
+
+
+def check_config(path: str | Path) -> None:
+    """Check that the encoder's tensors are those that config.json, if there is one, gives.
+
+    Raises InputError naming the first that is missing, of another shape or beyond the last layer, and as
+    `read_weights` does.
+    """
+    folder = weights_folder(path)
+    if not (folder / "config.json").is_file():
+        return
+    stored = {canonical_name(name): tensor.shape for name, tensor in _stored_tensors(folder).items()}
+    check_encoder(read_json(folder / "config.json"), stored, path)
 
 
 def pattern_hash(kept: Mapping[str, np.ndarray]) -> str:

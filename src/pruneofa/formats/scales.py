@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from pruneofa.errors import InputError, short
+from pruneofa.families import canonical_name
 from pruneofa.formats.files import read_json, write_json
-from pruneofa.formats.manifest import canonical_name, check_inputs, kind_of
+from pruneofa.formats.manifest import check_inputs, kind_of
 from pruneofa.formats.packed import MAX_SCALE
 from pruneofa.formats.tensors import read_tensor, tensors_of, weight_files
 

@@ -4,7 +4,10 @@ import shlex
 import shutil
 from pathlib import Path
 
+from tokenizers import Tokenizer
+
 from pruneofa import families
+from pruneofa.errors import InputError, first_line
 from pruneofa.formats import sentence
 from pruneofa.formats.files import read_json
 
@@ -25,6 +28,30 @@ def copy_settings(source: Path, target: Path) -> None:
             (target / module.path).mkdir(exist_ok=True)
             if (source / module.path / "config.json").is_file():
                 shutil.copyfile(source / module.path / "config.json", target / module.path / "config.json")
+
+
+def read_tokenizer(folder: Path, rows: int) -> Tokenizer:
+    """The tokenizer.json of a folder whose model has this number of word embeddings.
+
+    Raises InputError if it is missing or not usable, or gives an id without a word embedding.
+    """
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise InputError(without_tokenizer(folder))
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing narrower
+        raise InputError(f"{file}: not a usable tokenizer ({first_line(error)}); copy it again") from None
+    vocabulary = tokenizer.get_vocab()
+    largest = max(vocabulary.values(), default=0)
+    if largest >= rows:
+        raise InputError(
+            f"{file}: {len(vocabulary)} tokens with ids up to {largest}, but the model has {rows} word embeddings, "
+            "wanted one for every id: tokens were added and the embeddings not resized, or the file belongs to another "
+            "model; call model.resize_token_embeddings(len(tokenizer)) and save both, or copy the tokenizer files of "
+            "the model it was made from"
+        )
+    return tokenizer
 
 
 def without_tokenizer(folder: Path) -> str:

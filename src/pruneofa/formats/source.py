@@ -6,7 +6,8 @@ import numpy as np
 
 from pruneofa import families
 from pruneofa.errors import InputError
-from pruneofa.formats.manifest import SOURCE_DTYPES, canonical_name, kind_of
+from pruneofa.families import canonical_name
+from pruneofa.formats.manifest import SOURCE_DTYPES, kind_of
 from pruneofa.formats.pattern import POOLER
 from pruneofa.formats.tensors import StoredTensor, read_tensor, tensors_of, weight_files
 

@@ -183,7 +183,7 @@ class Stage:
     def differences(self) -> list[str]:
         """What differs between the finished stage's record and the settings and inputs of now, a phrase for each."""
         record = read_json(self.folder / RECORD)
-        then, now = (_flat(settings) for settings in (record.get("settings", {}), decisive(self.settings)))
+        then, now = (_flat(settings) for settings in (record.get("settings", {}), fingerprinted(self.settings)))
         names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
         found = [f"{name} was {then.get(name)}, is {now.get(name)}" for name in names]
         before = record.get("inputs", {})
