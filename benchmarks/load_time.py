@@ -9,7 +9,6 @@ first checkout "before" and the second "after".
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -36,9 +35,8 @@ print(json.dumps([time.perf_counter() - begin, time.process_time() - processor, 
 
 def load(checkout: Path, folder: Path, precision: str) -> tuple[float, float]:
     """Wall-clock and CPU seconds of one load, in its own process."""
-    environment = os.environ | {"PYTHONPATH": str(checkout / "src")}
-    command = [sys.executable, "-c", PROGRAM, str(folder), precision]
-    found = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    command = [str(checkout / ".venv/bin/python"), "-c", PROGRAM, str(folder), precision]
+    found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     wall, processor, file = json.loads(found.splitlines()[-1])
     if not Path(file).is_relative_to(checkout.resolve()):
         sys.exit(f"{checkout}: {file} was loaded instead")
