@@ -57,7 +57,7 @@ lint: install
 readme-table: install
 	$(VENV)/bin/python results/picture.py
 	$(call fill,docs/results.md,results,$(VENV)/bin/pruneofa table,$(filter-out results/demo/%,$(wildcard results/*/results.json)))
-	$(call fill,README.md,demo,$(VENV)/bin/pruneofa table,$(wildcard results/demo/results.json))
+	$(call fill,README.md,demo,$(VENV)/bin/python results/demo_table.py,$(wildcard results/demo/results.json))
 	$(call fill,docs/results.md,speed,$(VENV)/bin/python benchmarks/speed_table.py,$(sort $(wildcard benchmarks/records/*-engine/bench_*.json)))
 
 # $(call fill,PAGE,NAME,COMMAND,FILES): put what COMMAND prints of FILES between the markers NAME:begin and NAME:end.

@@ -1,4 +1,6 @@
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from pruneofa.train.models import load_tokenizer
 from tests.tiny import tiny_bert, tiny_tokenizer, write_model
 
 ROOT = Path(__file__).resolve().parents[2]
+AGAIN = "run make readme-table"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
 
@@ -102,24 +105,28 @@ def test_make_commands_in_the_documents_exist() -> None:
                 assert {word for word in line.split() if "=" not in word} <= targets, line
 
 
-TABLES = [("docs/results.md", "results", "results/*"), ("README.md", "demo", "results/demo")]
+def between(page: str, block: str) -> str:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return text.partition(f"<!-- {block}:begin -->\n")[2].partition(f"<!-- {block}:end -->")[0]
 
 
-@pytest.mark.parametrize(("page", "block", "folders"), TABLES)
-def test_tables_are_what_the_committed_results_say(page: str, block: str, folders: str) -> None:
+def test_the_table_of_results_is_what_the_committed_results_say() -> None:
     from pruneofa.formats.files import read_json
     from pruneofa.report.table import write_table
 
-    files = [f for f in sorted(ROOT.glob(f"{folders}/results.json")) if block == "demo" or f.parent.name != "demo"]
-    text = (ROOT / page).read_text(encoding="utf-8")
-    table = text.partition(f"<!-- {block}:begin -->\n")[2].partition(f"<!-- {block}:end -->")[0]
-    assert table == (write_table([read_json(f) for f in files]) if files else ""), "run make readme-table"
+    files = [file for file in sorted(ROOT.glob("results/*/results.json")) if file.parent.name != "demo"]
+    assert between("docs/results.md", "results") == write_table([read_json(file) for file in files]), AGAIN
+
+
+def test_the_table_of_the_demo_is_what_its_committed_results_say() -> None:
+    command = [sys.executable, ROOT / "results/demo_table.py", ROOT / "results/demo/results.json"]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert printed.count("|") > 20
+    assert between("README.md", "demo") == printed, AGAIN
 
 
 def test_the_speed_table_is_what_the_committed_records_say() -> None:
     from pruneofa.bench.tables import read_records, speed_table
 
     files = sorted(ROOT.glob("benchmarks/records/*-engine/bench_*.json"))
-    text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
-    table = text.partition("<!-- speed:begin -->\n")[2].partition("<!-- speed:end -->")[0]
-    assert table == speed_table(read_records(files)), "run make readme-table"
+    assert between("docs/results.md", "speed") == speed_table(read_records(files)), AGAIN

@@ -61,9 +61,15 @@ def latency_setting(results: dict[str, Any]) -> str:
 def cost_tables(results: dict[str, Any]) -> str:
     """Both tables as Markdown, each after an empty line; empty for a run without int8."""
     text = ""
-    for (header, rows), note in ((size_rows(results), ""), (latency_rows(results), latency_setting(results))):
-        if rows:
-            lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
-            text += "\n" + "".join("| " + " | ".join(map(cell, line)) + " |\n" for line in lines)
+    for table, note in ((size_rows(results), ""), (latency_rows(results), latency_setting(results))):
+        if table[1]:
+            text += "\n" + markdown(table)
             text += f"\n{note}\n" if note else ""
     return text
+
+
+def markdown(table: Rows) -> str:
+    """A header and rows as a Markdown table; the columns after the first are aligned right."""
+    header, rows = table
+    lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
+    return "".join("| " + " | ".join(map(cell, line)) + " |\n" for line in lines)
