@@ -141,7 +141,7 @@ def test_sparsity_must_be_a_fraction(sparsity):
         magnitude_mask(torch.ones(4, 4), sparsity)
 
 
-@pytest.mark.parametrize("pattern", ["2x2", "4:4", "0:4", "5:4", "block", "2:4:6", ""])
+@pytest.mark.parametrize("pattern", ["2x2", "4:4", "0:4", "5:4", "block", "2:4:6", "02:4", "2:104", ""])
 def test_unknown_patterns(pattern):
     with pytest.raises(InputError, match="wanted unstructured, 4x1, 1x4 or n:m"):
         magnitude_mask(torch.ones(4, 4), 0.5, pattern)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from pruneofa import families
 from pruneofa.errors import InputError
 from pruneofa.families import base_name
-from pruneofa.formats.pattern import BLOCKS, POOLER, is_prunable
+from pruneofa.formats.pattern import BLOCKS, POOLER, is_prunable, ratio_of
 
 # Weights processed at a time: temporaries stay in cache, and torch does not use several threads for so few, which
 # made selection tens of times slower on a busy machine.
@@ -232,10 +232,10 @@ def _ratio(pattern: str) -> tuple[int, int] | None:
     """(n, m) of an n:m pattern, None for a block pattern. Raises InputError for anything else."""
     if pattern in BLOCKS:
         return None
-    match = re.fullmatch(r"(\d+):(\d+)", pattern)
-    if not match or not 0 < int(match[1]) < int(match[2]):
-        raise InputError(f"pattern is {pattern!r}; wanted unstructured, 4x1, 1x4 or n:m with 0 < n < m such as 2:4")
-    return int(match[1]), int(match[2])
+    ratio = ratio_of(pattern)
+    if ratio is None:
+        raise InputError(f"pattern is {pattern!r}; wanted unstructured, 4x1, 1x4 or n:m, 0 < n < m < 100, such as 2:4")
+    return ratio
 
 
 def _fraction(sparsity: float, pattern: str) -> float:
