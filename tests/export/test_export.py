@@ -279,7 +279,7 @@ def test_a_layer_in_float_leaves_nothing(tmp_path, monkeypatch):
 def test_what_is_too_different(median, greatest, exported, count):
     logits = {"relative_l2_median": median, "relative_l2_max": greatest}
     metrics = {"accuracy": {"torch": 90.0, "exported": exported}}
-    assert len(list(module._too_different(logits, metrics, module._MOST_DIFFERENT["int8"]))) == count
+    assert len(list(module._too_different(logits, metrics, module._TOLERANCES["int8"]))) == count
 
 
 def test_interrupted(tmp_path, monkeypatch):
