@@ -19,6 +19,7 @@ from pruneofa.cli import (
     prune,
     quantize,
     run,
+    serve,
     table,
     transfer,
     unpack,
@@ -124,5 +125,6 @@ VERBS: list[tuple[str, str, Callable[[argparse.ArgumentParser], None]]] = [
     ("unpack", "make a Hugging Face folder of a packed one", unpack.describe),
     ("export", "write it for ONNX Runtime, OpenVINO or compressed-tensors", export.describe),
     ("bench", "speed, memory and size beside the peers", bench.describe),
+    ("serve", "answer over HTTP, as text-embeddings-inference does", serve.describe),
     ("table", "join results.json files into one table", table.describe),
 ]
