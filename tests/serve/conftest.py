@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("fastapi", reason="the serve extra is not installed")
+pytest.importorskip("starlette", reason="the serve extra is not installed")
 pytest.importorskip("uvicorn", reason="the serve extra is not installed")
 
-from fastapi.testclient import TestClient
+from starlette.testclient import TestClient
 
 from pruneofa.serve.app import create_app
 from pruneofa.serve.model import Model, load

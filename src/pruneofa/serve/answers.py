@@ -6,7 +6,6 @@ Bodies and responses are those of Hugging Face's inference API, so its client wo
 import asyncio
 from typing import Any
 
-from fastapi import APIRouter
 from pydantic import Field
 
 from pruneofa.engine.entities import Aggregation, find_entities
@@ -14,9 +13,7 @@ from pruneofa.engine.heads import TokenClassification
 from pruneofa.engine.masked_lm import MaskedLM
 from pruneofa.engine.question_answering import QuestionAnswering
 from pruneofa.serve.bodies import Body
-from pruneofa.serve.call import Call, add_route
-
-router = APIRouter()
+from pruneofa.serve.call import Call, Post
 
 
 class TokensParameters(Body):
@@ -121,6 +118,8 @@ async def fill_mask(call: Call, body: FillMaskRequest) -> tuple[Any, int]:
     return (found[0] if single else found), 0
 
 
-add_route(router, "/classify_tokens", TokensRequest, classify_tokens)
-add_route(router, "/answer", AnswerRequest, answer)
-add_route(router, "/fill_mask", FillMaskRequest, fill_mask)
+POSTS = [
+    Post("/classify_tokens", TokensRequest, classify_tokens),
+    Post("/answer", AnswerRequest, answer),
+    Post("/fill_mask", FillMaskRequest, fill_mask),
+]

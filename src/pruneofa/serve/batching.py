@@ -1,8 +1,9 @@
 """One queue of token sequences for all requests, and the two threads that fill and empty it.
 
-The tokenization thread takes the waiting jobs in turn, a slice of inputs each; the compute thread takes sequences of
-the waiting jobs in turn until a batch is full. A long request therefore delays a short one by a slice and a batch at
-most. Sequences are not padded, so the cost of a batch is the sum of its tokens. The event loop only waits.
+Either thread tokenizes: it takes the jobs in turn, a slice of inputs each. When sequences wait and nobody computes, it
+computes: it takes sequences of the waiting jobs in turn until a batch is full, until none is left, while the other
+thread tokenizes on. So a request that comes alone changes threads once only, and a long request delays a short one by
+a slice and a batch at most. Sequences are not padded: a batch costs the sum of its tokens. The event loop only waits.
 """
 
 import asyncio
@@ -124,12 +125,10 @@ class Batcher:
         self.in_flight = 0
         self._untokenized: SimpleQueue[Job | None] = SimpleQueue()
         self._waiting: deque[Job] = deque()
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()  # of what waits, and of who computes
+        self._computing = False
         self._closed = False
-        self._threads = [
-            threading.Thread(target=self._tokenize, name="tokenization", daemon=True),
-            threading.Thread(target=self._compute, name="compute", daemon=True),
-        ]
+        self._threads = [threading.Thread(target=self._work, name=f"worker-{index}", daemon=True) for index in (0, 1)]
         for thread in self._threads:
             thread.start()
 
@@ -141,7 +140,7 @@ class Batcher:
     @property
     def waiting(self) -> int:
         """Sequences that wait to be computed."""
-        with self._changed:
+        with self._lock:
             return sum(len(job._pending) for job in self._waiting)
 
     async def run(self, job: Job) -> None:
@@ -164,13 +163,12 @@ class Batcher:
     def close(self) -> None:
         """Stop both threads; what still waits is dropped."""
         self._closed = True
-        self._untokenized.put(None)
-        with self._changed:
-            self._changed.notify()
+        for _ in self._threads:
+            self._untokenized.put(None)
         for thread in self._threads:
             thread.join()
 
-    def _tokenize(self) -> None:
+    def _work(self) -> None:
         while (job := self._untokenized.get()) is not None:
             if job._cancelled or self._closed:
                 continue
@@ -179,20 +177,24 @@ class Batcher:
             except Exception as error:
                 _fail([job], error)
                 continue
-            with self._changed:
+            with self._lock:
                 job.add_slice(found)
                 if job not in self._waiting:
                     self._waiting.append(job)
-                self._changed.notify()
+                mine = not self._computing
+                self._computing = True
             if not job.tokenized:
                 self._untokenized.put(job)
+            if mine:
+                self._compute()
 
     def _compute(self) -> None:
+        """Compute what waits, until nothing does."""
         while True:
-            with self._changed:
-                while not self._closed and not (batch := next_batch(self._waiting, self._max_tokens)):
-                    self._changed.wait()
-                if self._closed:
+            with self._lock:
+                batch = [] if self._closed else next_batch(self._waiting, self._max_tokens)
+                if not batch:
+                    self._computing = False
                     return
             begin = time.perf_counter()
             sequences = [job.sequences[index] for job, index in batch]

@@ -7,17 +7,21 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import orjson
-from fastapi import APIRouter, Request, Response
+from pydantic import ValidationError
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from pruneofa.engine.tokenizer import Side
 from pruneofa.serve.batching import Batcher, Job
 from pruneofa.serve.bodies import Body
 from pruneofa.serve.metrics import Family, Metrics
 from pruneofa.serve.model import Item, Model
-from pruneofa.serve.refusal import Refused
+from pruneofa.serve.refusal import Refused, invalid
 from pruneofa.serve.settings import Settings
 
 _INLINE = 16_384  # numbers in a response that are written by the event loop; more by a thread
+_PATIENCE = 0.02  # seconds until a request is watched for its client leaving
 
 
 class ClientLeft(Exception):  # noqa: N818 - nothing failed
@@ -165,27 +169,53 @@ class Call:
 
     async def _run_while_connected(self, job: Job) -> None:
         """Run a job, which is cancelled when the client leaves."""
-        # The body was read: only a farewell can come.
-        leaving = asyncio.ensure_future(self._request.receive())
-        running = self.serving.batcher.run(job)
-        leaving.add_done_callback(lambda task: None if task.cancelled() else job.cancel(ClientLeft()))
+        watching: list[asyncio.Future[Any]] = []
+
+        def watch() -> None:
+            leaving = asyncio.ensure_future(self._request.receive())  # the body was read: only a farewell can come
+            leaving.add_done_callback(lambda task: None if task.cancelled() else job.cancel(ClientLeft()))
+            watching.append(leaving)
+
+        # A short request is answered before it is worth a look whether somebody waits for it.
+        timer = asyncio.get_running_loop().call_later(_PATIENCE, watch)
         try:
-            await running
+            await self.serving.batcher.run(job)
         finally:
-            leaving.cancel()
+            timer.cancel()
+            for leaving in watching:
+                leaving.cancel()
 
 
-def add_route(
-    router: APIRouter, path: str, body: type[Body], answer: Callable[[Call, Any], Awaitable[tuple[Any, int]]]
-) -> None:
-    """Add a POST route whose body is a `body` and whose response is the value, and its size, of `answer`."""
+@dataclass(frozen=True)
+class Post:
+    """A POST route: its path, the body that it takes, and the function that answers with a value and its size."""
 
-    async def handle(request: Request, body: body) -> Response:  # pyrefly: ignore[not-a-type]
-        call = Call(request)
-        value, size = await answer(call, body)
-        return await call.respond(value, size)
+    path: str
+    body: type[Body]
+    answer: Callable[[Call, Any], Awaitable[tuple[Any, int]]]
 
-    router.add_api_route(path, handle, methods=["POST"], name=answer.__name__, summary=answer.__doc__)
+    def route(self) -> Route:
+        """The route for the application."""
+
+        async def handle(request: Request) -> Response:
+            call = Call(request)
+            try:
+                body = self.body.model_validate_json(await request.body())
+            except ValidationError as error:
+                raise wrong_body(error) from None
+            value, size = await self.answer(call, body)
+            return await call.respond(value, size)
+
+        return Route(self.path, handle, methods=["POST"], name=self.answer.__name__)
+
+
+def wrong_body(error: ValidationError) -> Refused:
+    """JSON that is broken is 400; JSON of another form 422, as in text-embeddings-inference."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    if first["type"] == "json_invalid":
+        return Refused("Validation", "the request's body is not valid JSON", status=400)
+    place = ".".join(str(part) for part in first["loc"][:3])
+    return invalid(f"{place}: {first['msg']}" if place else first["msg"])
 
 
 def to_json(value: Any) -> bytes:

@@ -11,7 +11,6 @@ Family = Literal["embed", "predict"]
 
 _SECONDS = tuple(1e-5 * 1.5**power for power in range(1, 36))
 _COUNTS = tuple(2.0**power for power in range(21))
-DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"  # where the processes of one server share their metrics
 
 
 class Metrics:
@@ -89,7 +88,7 @@ class Metrics:
         """Everything in Prometheus' text format; `waiting` sequences are in the queue now."""
         self._queue.set(waiting)
         registry = self._registry
-        if DIRECTORY in os.environ:
+        if "PROMETHEUS_MULTIPROC_DIR" in os.environ:  # the folder that all workers share
             registry = CollectorRegistry()
             MultiProcessCollector(registry)
         # The library ends the names of counters in _total; text-embeddings-inference does not.

@@ -3,13 +3,12 @@
 import base64
 from typing import Any, Literal
 
-from fastapi import APIRouter, Request, Response
+from starlette.requests import Request
+from starlette.responses import Response
 
 from pruneofa.serve.bodies import Body, Input, is_single
-from pruneofa.serve.call import Call, Serving, add_route, to_json
+from pruneofa.serve.call import Call, Post, Serving, to_json
 from pruneofa.serve.scoring import as_vectors, check_dimensions
-
-router = APIRouter()
 
 
 class EmbeddingsRequest(Body):
@@ -43,7 +42,6 @@ async def embeddings(call: Call, body: EmbeddingsRequest) -> tuple[Any, int]:
     return value, vectors.size
 
 
-@router.get("/v1/models")
 async def models(request: Request) -> Response:
     """The models by name."""
     serving: Serving = request.app.state.serving
@@ -51,5 +49,4 @@ async def models(request: Request) -> Response:
     return Response(to_json({"object": "list", "data": listed}), media_type="application/json")
 
 
-add_route(router, "/v1/embeddings", EmbeddingsRequest, embeddings)
-add_route(router, "/embeddings", EmbeddingsRequest, embeddings)
+POSTS = [Post("/v1/embeddings", EmbeddingsRequest, embeddings), Post("/embeddings", EmbeddingsRequest, embeddings)]

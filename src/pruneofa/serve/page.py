@@ -3,14 +3,12 @@
 from functools import cache
 from pathlib import Path
 
-from fastapi import APIRouter, Request, Response
+from starlette.requests import Request
+from starlette.responses import Response
 
 from pruneofa.serve.status import check_health
 
-router = APIRouter()
 
-
-@router.get("/")
 async def root(request: Request) -> Response:
     """The page for a browser; for anything else what /health says, as in text-embeddings-inference."""
     if "text/html" not in request.headers.get("accept", ""):

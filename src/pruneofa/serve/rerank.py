@@ -4,14 +4,11 @@ import uuid
 from typing import Any
 
 import numpy as np
-from fastapi import APIRouter
 
 from pruneofa.serve.bodies import Body
-from pruneofa.serve.call import Call, add_route
+from pruneofa.serve.call import Call, Post
 from pruneofa.serve.refusal import invalid
 from pruneofa.serve.scoring import relevance
-
-router = APIRouter()
 
 
 class Document(Body):
@@ -53,5 +50,4 @@ async def rank(call: Call, body: RankRequest) -> tuple[Any, int]:
     return value, len(results)
 
 
-add_route(router, "/v1/rerank", RankRequest, rank)
-add_route(router, "/v2/rerank", RankRequest, rank)
+POSTS = [Post("/v1/rerank", RankRequest, rank), Post("/v2/rerank", RankRequest, rank)]

@@ -6,6 +6,7 @@ import socket
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,9 @@ from typing import Any
 import uvicorn
 
 from pruneofa.errors import InputError
-from pruneofa.serve import metrics
-from pruneofa.serve.app import create_app
-from pruneofa.serve.model import Model, load
 from pruneofa.serve.settings import Settings
 
-_FAILED_START = 3  # exits of workers before they are ready, in a row, after which the server gives up
+_PAUSE = 0.2  # seconds before a worker that ended is replaced: a model that cannot be loaded is not tried without rest
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -27,8 +25,9 @@ def bind(host: str, port: int) -> socket.socket:
     Raises InputError if the address is in use or not ours.
     """
     try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        bound = socket.socket(family, socket.SOCK_STREAM)
+        family, kind, protocol, _, _ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        # With the protocol named, asyncio sets TCP_NODELAY; without it every answer may wait 40 ms for an ACK.
+        bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind((host, port))
     except OSError as error:
@@ -71,21 +70,25 @@ def serve(
     shown = f"[{host}]" if ":" in host else host
     url = f"http://{shown}:{bound.getsockname()[1]}"
 
-    def work() -> None:
-        loaded = [load(name, path, **(engine or {})) for name, path in models]
-        _run(loaded, settings, bound, grace, lambda: ready(url))
+    def work(started: Callable[[], None]) -> None:
+        # Imported by each worker: prometheus_client looks for its shared folder when it is imported.
+        from pruneofa.serve.app import create_app
+        from pruneofa.serve.model import load
+
+        app = create_app([load(name, path, **(engine or {})) for name, path in models], settings)
+        _run(app, bound, grace, started)
 
     if workers == 1:
-        work()
+        work(lambda: ready(url))
         return 0
     with tempfile.TemporaryDirectory(prefix="pruneofa-metrics-") as folder:
-        os.environ[metrics.DIRECTORY] = folder
-        return _prefork(work, workers, Path(folder))
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
+        return _prefork(work, workers, Path(folder), lambda: ready(url))
 
 
-def _run(models: list[Model], settings: Settings, bound: socket.socket, grace: int, ready: Callable[[], None]) -> None:
+def _run(app: Any, bound: socket.socket, grace: int, started: Callable[[], None]) -> None:
     config = uvicorn.Config(
-        create_app(models, settings),
+        app,
         log_level="warning",
         access_log=False,
         server_header=False,
@@ -97,16 +100,23 @@ def _run(models: list[Model], settings: Settings, bound: socket.socket, grace: i
 
     async def startup_and_say(sockets: list[socket.socket] | None = None) -> None:
         await startup(sockets=sockets)
-        ready()
+        started()
 
     server.startup = startup_and_say  # type: ignore[method-assign]  # uvicorn has no hook for it
+    for number in (signal.SIGTERM, signal.SIGINT):  # raised again by uvicorn after it has drained
+        signal.signal(number, lambda *_: None)
     server.run(sockets=[bound])
 
 
-def _prefork(work: Callable[[], None], workers: int, shared: Path) -> int:
-    """Keep so many processes running `work`; nothing that has threads was loaded before they are forked."""
+def _prefork(
+    work: Callable[[Callable[[], None]], None], workers: int, shared: Path, started: Callable[[], None]
+) -> int:
+    """Keep so many processes running `work`; nothing that has threads was loaded before they are forked.
+
+    The others start once the first is ready, so that wrong input is said once, and before anything listens.
+    """
     stopping = False
-    running: dict[int, float] = {}  # process id: when it started
+    running: set[int] = set()
 
     def stop(*_: object) -> None:
         nonlocal stopping
@@ -116,37 +126,29 @@ def _prefork(work: Callable[[], None], workers: int, shared: Path) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-    failures = 0
+    reading, writing = os.pipe()
+    running.add(_fork(work, lambda: os.write(writing, b"1")))
+    os.close(writing)
+    ready = os.read(reading, 1) == b"1"
+    if ready and not stopping:
+        started()
     while True:
-        while not stopping and len(running) < workers:
-            running[_fork(work)] = time.monotonic()
+        while ready and not stopping and len(running) < workers:
+            running.add(_fork(work, lambda: None))
         if not running:
             return 0
         process, status = os.wait()
-        started = running.pop(process, 0.0)
+        running.discard(process)
         (shared / f"gauge_livesum_{process}.db").unlink(missing_ok=True)  # a dead process has no queue
-        code = os.waitstatus_to_exitcode(status)
-        if stopping:
-            continue
-        if code == 2:  # wrong input: it said so, and the others will too
-            stop()
-            _wait_for(running)
-            return code
-        failures = failures + 1 if time.monotonic() - started < 1 else 0
-        if failures >= _FAILED_START:
-            sys.stderr.write("pruneofa: workers end as soon as they start; giving up\n")
-            stop()
-            _wait_for(running)
-            return 3
-        sys.stderr.write(f"pruneofa: worker {process} ended with {code}; starting another\n")
+        if not stopping:
+            code = os.waitstatus_to_exitcode(status)
+            if not ready:
+                return code if code > 0 else 3
+            sys.stderr.write(f"pruneofa: worker {process} ended with {code}; starting another\n")
+            time.sleep(_PAUSE)
 
 
-def _wait_for(running: dict[int, float]) -> None:
-    while running:
-        running.pop(os.wait()[0], None)
-
-
-def _fork(work: Callable[[], None]) -> int:
+def _fork(work: Callable[[Callable[[], None]], None], started: Callable[[], Any]) -> int:
     """The id of a new process that does `work` and ends."""
     process = os.fork()
     if process:
@@ -155,7 +157,7 @@ def _fork(work: Callable[[], None]) -> int:
     try:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        work()
+        work(started)
         code = 0
     except InputError as error:
         sys.stderr.write(f"pruneofa: error: {error}\n")
@@ -163,8 +165,6 @@ def _fork(work: Callable[[], None]) -> int:
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 3
     except BaseException:
-        import traceback
-
         traceback.print_exc()
     finally:
         sys.stdout.flush()

@@ -3,8 +3,9 @@
 import asyncio
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.requests import Request
+from starlette.responses import Response
 
 from pruneofa import __version__
 from pruneofa.engine.heads import Embedding
@@ -12,26 +13,19 @@ from pruneofa.serve.call import Call, Serving, to_json
 from pruneofa.serve.model import Model
 from pruneofa.serve.refusal import Refused
 
-router = APIRouter()
 
-
-@router.get("/health")
-@router.get("/ping")
 async def health(request: Request) -> Response:
     """200 while the server computes."""
     check_health(request.app.state.serving)
     return Response()
 
 
-@router.get("/metrics")
 async def metrics(request: Request) -> Response:
     """Metrics for Prometheus."""
     serving: Serving = request.app.state.serving
     return Response(serving.metrics.text(serving.batcher.waiting), media_type=CONTENT_TYPE_LATEST)
 
 
-@router.get("/info")
-@router.get("/models/{model}/info")
 async def info(request: Request) -> Response:
     """What is loaded, by text-embeddings-inference's names, and what the engine does with it."""
     call = Call(request)

@@ -4,7 +4,6 @@ import asyncio
 from typing import Any
 
 import numpy as np
-from fastapi import APIRouter
 from pydantic import ValidationError
 
 from pruneofa.engine.tokenizer import check_text
@@ -24,12 +23,10 @@ from pruneofa.serve.bodies import (
     VertexRequest,
     is_single,
 )
-from pruneofa.serve.call import Call, add_route
+from pruneofa.serve.call import Call, Post
 from pruneofa.serve.model import Item, Model
 from pruneofa.serve.refusal import Refused, invalid
 from pruneofa.serve.scoring import as_vectors, check_dimensions, relevance, scores
-
-router = APIRouter()
 
 
 async def embed(call: Call, body: EmbedRequest) -> tuple[Any, int]:
@@ -209,23 +206,18 @@ def default(model: Model) -> tuple[Any, type[Body]]:
             return embed, EmbedRequest
 
 
-def default_router(model: Model) -> APIRouter:
+def defaults(model: Model) -> list[Post]:
     """POST / and the paths of SageMaker and Vertex, for the model's task."""
-    routes = APIRouter()
-    function, body = default(model)
-    for path in ("/", "/invocations"):
-        add_route(routes, path, body, function)
-    add_route(routes, "/vertex", VertexRequest, vertex)
-    return routes
+    answer, body = default(model)
+    return [Post("/", body, answer), Post("/invocations", body, answer), Post("/vertex", VertexRequest, vertex)]
 
 
-for _path, _body, _answer in (
-    ("/embed", EmbedRequest, embed),
-    ("/embed_all", EmbedAllRequest, embed_all),
-    ("/predict", PredictRequest, predict),
-    ("/rerank", RerankRequest, rerank),
-    ("/similarity", SimilarityRequest, similarity),
-    ("/tokenize", TokenizeRequest, tokenize),
-    ("/decode", DecodeRequest, decode),
-):
-    add_route(router, _path, _body, _answer)
+POSTS = [
+    Post("/embed", EmbedRequest, embed),
+    Post("/embed_all", EmbedAllRequest, embed_all),
+    Post("/predict", PredictRequest, predict),
+    Post("/rerank", RerankRequest, rerank),
+    Post("/similarity", SimilarityRequest, similarity),
+    Post("/tokenize", TokenizeRequest, tokenize),
+    Post("/decode", DecodeRequest, decode),
+]
