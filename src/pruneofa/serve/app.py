@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from pruneofa.errors import InputError
-from pruneofa.serve import answers, openai, page, rerank, schema, status, tei
+from pruneofa.serve import answers, infer, openai, page, rerank, schema, status, tei
 from pruneofa.serve.access import Access
 from pruneofa.serve.batching import Batcher
 from pruneofa.serve.call import Post, Serving, to_json
@@ -53,6 +53,7 @@ def create_app(models: Sequence[Model], settings: Settings | None = None) -> Sta
         *by_model,
         *openai.POSTS,
         *rerank.POSTS,
+        *infer.POSTS,
         *tei.defaults(models[0]),
         *(Post(f"/models/{{model}}{post.path}", post.body, post.answer) for post in by_model),
     ]
@@ -70,6 +71,7 @@ def create_app(models: Sequence[Model], settings: Settings | None = None) -> Sta
         Route("/models/{model}/info", status.info),
         Route("/v1/models", openai.models),
         Route("/api-doc/openapi.json", openapi),
+        *(Route(path, function) for path, function in infer.GETS.items()),
     ]
     return Starlette(
         routes=[*(post.route() for post in posts), *gets],

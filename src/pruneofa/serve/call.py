@@ -20,6 +20,7 @@ from pruneofa.serve.model import Item, Model
 from pruneofa.serve.refusal import Refused, invalid
 from pruneofa.serve.settings import Settings
 
+BINARY_HEADER = "inference-header-content-length"  # bytes of JSON in a body that goes on with tensors
 _INLINE = 16_384  # numbers in a response that are written by the event loop; more by a thread
 _PATIENCE = 0.02  # seconds until a request is watched for its client leaving
 
@@ -44,11 +45,13 @@ class Call:
     Attributes:
         serving: what all requests share.
         jobs: what was computed for it so far.
+        binary: the bytes behind the JSON of its body, in the Open Inference Protocol.
     """
 
     def __init__(self, request: Request) -> None:
         self.serving: Serving = request.app.state.serving
         self.jobs: list[Job] = []
+        self.binary = b""
         self._request = request
         self._begin = time.perf_counter()
         self._characters = 0
@@ -199,12 +202,16 @@ class Post:
 
         async def handle(request: Request) -> Response:
             call = Call(request)
+            content = await request.body()
+            length = request.headers.get(BINARY_HEADER, "")
+            if length.isdecimal():
+                content, call.binary = content[: int(length)], content[int(length) :]
             try:
-                body = self.body.model_validate_json(await request.body())
+                body = self.body.model_validate_json(content)
             except ValidationError as error:
                 raise wrong_body(error) from None
             value, size = await self.answer(call, body)
-            return await call.respond(value, size)
+            return value if isinstance(value, Response) else await call.respond(value, size)
 
         return Route(self.path, handle, methods=["POST"], name=self.answer.__name__)
 

@@ -40,7 +40,7 @@ def invalid(message: str, cause: str = "validation") -> Refused:
 
 def error_body(path: str, refused: Refused) -> dict[str, Any]:
     """The body of the response to a refused request, in the form of the protocol that its path belongs to."""
-    if path.startswith("/v2/") and path != "/v2/rerank":  # Open Inference Protocol
+    if path.startswith(("/v2/models/", "/v2/health/")):  # Open Inference Protocol
         return {"error": refused.message}
     if path.endswith(("/v1/rerank", "/v2/rerank")):  # Cohere and Jina
         return {"message": refused.message}

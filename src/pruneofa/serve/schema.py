@@ -1,5 +1,6 @@
 """The OpenAPI description of the POST routes, from the models of their bodies."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,8 +33,10 @@ def describe(posts: Sequence[Post]) -> dict[str, Any]:
 
 
 def _operation(post: Post, reference: dict[str, Any]) -> dict[str, Any]:
-    named = "{model}" in post.path
-    parameters = [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}] if named else []
+    parameters = [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+        for name in re.findall(r"\{(\w+)\}", post.path)
+    ]
     return {
         "summary": post.answer.__doc__,
         "parameters": parameters,
