@@ -1,9 +1,10 @@
 """One queue of token sequences for all requests, and the two threads that fill and empty it.
 
-Either thread tokenizes: it takes the jobs in turn, a slice of inputs each. When sequences wait and nobody computes, it
-computes: it takes sequences of the waiting jobs in turn until a batch is full, until none is left, while the other
-thread tokenizes on. So a request that comes alone changes threads once only, and a long request delays a short one by
-a slice and a batch at most. Sequences are not padded: a batch costs the sum of its tokens. The event loop only waits.
+First in, first out, by slices: a request is tokenized a slice of inputs at a time, and has its next slice tokenized,
+behind what has come since, when its last one is taken. So a long request delays a short one by a slice at most, and
+what waits is bounded by the inputs that are accepted. Either thread tokenizes. When sequences wait and nobody computes,
+it computes, until none is left, while the other thread tokenizes on: a request that comes alone changes threads once.
+Sequences are not padded: a batch costs the sum of its tokens. The event loop only waits.
 """
 
 import asyncio
@@ -23,7 +24,7 @@ from pruneofa.engine.tokenizer import Side, Tokens
 from pruneofa.serve.model import Item, Model
 from pruneofa.serve.refusal import Refused
 
-SLICE = 32  # inputs that are tokenized in one turn
+SLICE = 32  # inputs of a request that wait to be computed at a time
 
 
 @dataclass(eq=False)
@@ -179,12 +180,9 @@ class Batcher:
                 continue
             with self._lock:
                 job.add_slice(found)
-                if job not in self._waiting:
-                    self._waiting.append(job)
+                self._waiting.append(job)
                 mine = not self._computing
                 self._computing = True
-            if not job.tokenized:
-                self._untokenized.put(job)
             if mine:
                 self._compute()
 
@@ -196,6 +194,10 @@ class Batcher:
                 if not batch:
                     self._computing = False
                     return
+                emptied = [job for job in dict.fromkeys(job for job, _ in batch) if not job._pending]
+            for job in emptied:
+                if not job.tokenized:
+                    self._untokenized.put(job)
             begin = time.perf_counter()
             sequences = [job.sequences[index] for job, index in batch]
             self._observe(len(batch), sum(len(sequence.ids) for sequence in sequences))
@@ -213,37 +215,30 @@ class Batcher:
 
 
 def next_batch(waiting: deque[Job], most: int) -> list[tuple[Job, int]]:
-    """Take the next sequences to compute together: one of each job in turn, at most `most` tokens.
+    """Take the next sequences to compute together, at most `most` tokens, first come, first served.
 
-    All are of the model of the job that waited longest. Jobs that were cancelled are dropped, and those that still
-    have sequences after their turn go behind those that had none.
+    All are of the model of the job that waited longest. Jobs that were cancelled, and those whose sequences are all
+    taken, leave the queue.
 
     Returns:
         Pairs of a job and the index of its sequence; none if nothing waits.
     """
-    kept = [job for job in waiting if job._pending and not job._cancelled]
-    waiting.clear()
-    waiting.extend(kept)
-    if not waiting:
-        return []
-    model = waiting[0].model
-    turns = deque(job for job in waiting if job.model is model)
+    jobs = [job for job in waiting if job._pending and not job._cancelled]
     batch: list[tuple[Job, int]] = []
     tokens = 0
-    while turns:
-        job = turns[0]
-        length = len(job.sequences[job._pending[-1]].ids)
-        if batch and tokens + length > most:
-            break
-        batch.append((job, job._pending.pop()))
-        tokens += length
-        turns.popleft()
+    for job in jobs:
+        if job.model is not jobs[0].model:
+            continue
+        while job._pending:
+            length = len(job.sequences[job._pending[-1]].ids)
+            if batch and tokens + length > most:
+                break
+            batch.append((job, job._pending.pop()))
+            tokens += length
         if job._pending:
-            turns.append(job)
-    served = dict.fromkeys(job for job, _ in batch)
-    kept = [job for job in waiting if job not in served]
+            break
     waiting.clear()
-    waiting.extend([*kept, *(job for job in served if job._pending)])
+    waiting.extend(job for job in jobs if job._pending)
     return batch
 
 
