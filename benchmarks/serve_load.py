@@ -99,6 +99,29 @@ def unit(rows: np.ndarray) -> np.ndarray:
     return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
 
 
+def processor_seconds(process: int) -> float:
+    """What a process has used of the CPUs, which the load of others changes less than the clock."""
+    fields = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+async def without_engine(port: int, process: int, seconds: float) -> dict[str, Any]:
+    """A request that computes nothing: /decode of two ids."""
+    connection = Connection(port)
+    served = []
+    used = processor_seconds(process)
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        begin = time.perf_counter()
+        await connection.send("/decode", b'{"ids": [7, 8]}')
+        status, _ = await connection.receive()
+        assert status == 200
+        served.append(time.perf_counter() - begin)
+    connection.leave()
+    used = 1000 * (processor_seconds(process) - used) / len(served)
+    return {"requests": len(served), "server ms": percentiles(served), "server's CPU ms per request": round(used, 3)}
+
+
 async def closed_loop(port: int, engine: Engine, seconds: float) -> dict[str, Any]:
     """The time that the server adds for one client, by the length of the texts."""
     source, connection = random.Random(0), Connection(port)
@@ -208,6 +231,7 @@ def main() -> None:
             "threads": options.threads,
             "start to ready s": round(ready, 2),
         }
+        found["/decode, one client"] = asyncio.run(without_engine(port, server.pid, options.seconds / 4))
         found["closed loop, one client"] = asyncio.run(closed_loop(port, engine, options.seconds))
         found["saturation"] = asyncio.run(saturate(port, engine, options.seconds, options.limit, server.pid))
     finally:
