@@ -169,17 +169,20 @@ def test_a_bad_input_fails_its_own_request_only(batcher, capfd):
 
 def test_a_long_request_does_not_starve_a_short_one():
     model = FakeModel()
+    model.go.clear()
     batcher = Batcher(max_batch_tokens=8, max_concurrent_requests=20_000)
 
     async def both():
         long = asyncio.create_task(batcher.run(job([1] * 10_000, model)))
-        await asyncio.sleep(0.05)
-        before = len(model.batches)
-        await batcher.run(job([2], model))
-        assert not long.done()
-        # What was being computed, the slice that waited, and at most one that was tokenized meanwhile.
-        assert len(model.batches) - before <= 1 + 2 * SLICE // 8
+        await asyncio.sleep(0.05)  # its first batch is being computed
+        short = asyncio.create_task(batcher.run(job([2], model)))
+        while batcher.waiting < SLICE - 8 + 1:
+            await asyncio.sleep(0.01)
+        model.go.set()
+        await short
         long.cancel()
 
     asyncio.run(both())
     batcher.close()
+    served = next(index for index, lengths in enumerate(model.batches) if 2 in lengths)
+    assert served == SLICE // 8  # after what was left of the slice that came before it

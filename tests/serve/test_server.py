@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -170,3 +171,24 @@ def test_workers_share_a_port_and_a_dead_one_comes_back(start, folders):
     assert metric(server, 'te_request_count{method="single"}') > 10  # of all workers together
     server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(30) == 0
+
+
+def test_a_packed_folder_may_go_while_it_is_served(start, folders, tmp_path):
+    from pruneofa.formats.pack import pack
+
+    pack(folders["vectors"], tmp_path / "packed")
+    expected = Engine.from_pretrained(tmp_path / "packed", threads=1)
+    server = start(tmp_path / "packed")
+    shutil.rmtree(tmp_path / "packed")
+    status, found = ask(server, inputs="the king", normalize=False)
+    assert status == 200 and max(abs(found[0] - expected.predict("the king"))) < 1e-5
+    with urllib.request.urlopen(f"{server.url}/info", timeout=30) as response:
+        engine = json.load(response)["engine"]
+    assert engine["precision"] == "int8" and engine["sparsity"] == pytest.approx(expected.sparsity, abs=1e-4)
+    assert expected.sparsity == pytest.approx(Engine.from_pretrained(folders["vectors"]).sparsity)
+
+
+def test_a_damaged_folder_is_one_line(folders, tmp_path):
+    shutil.copytree(folders["vectors"], tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"nothing")
+    assert str(tmp_path) in refused(tmp_path / "model", "--port", 0)

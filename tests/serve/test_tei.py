@@ -1,5 +1,7 @@
 """The routes of text-embeddings-inference answer with the engine's own numbers, in its shapes."""
 
+import time
+
 import numpy as np
 import pytest
 
@@ -198,3 +200,12 @@ def test_broken_json_is_400(client):
         response = client.post("/embed", content=content, headers={"content-type": "application/json"})
         assert response.status_code in (400, 422) and response.json()["error_type"] == "Validation"
     assert client.post("/embed", content=b'{"inputs": ').json()["error"] == "the request's body is not valid JSON"
+
+
+def test_a_hundred_thousand_wrong_inputs_are_refused_at_the_first(client):
+    content = b'{"inputs": [' + b"{}," * 100_000 + b"{}]}"
+    begin = time.perf_counter()
+    response = client.post("/embed", content=content)
+    assert response.status_code == 422 and len(response.content) < 500
+    assert client.post("/embed", json={"inputs": ["a"] * 100_000}).status_code == 422
+    assert time.perf_counter() - begin < 2

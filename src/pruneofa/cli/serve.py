@@ -72,6 +72,10 @@ def _call(options: argparse.Namespace) -> int:
         access_log=not options.no_access_log,
     )
     engine = {"precision": options.precision, "threads": _threads(options), "isa": options.isa}
+
+    def ready(url: str) -> None:
+        say(f"serving {', '.join(names)} on {url}", 0)
+
     return serve(
         models,
         settings,
@@ -80,7 +84,7 @@ def _call(options: argparse.Namespace) -> int:
         workers=options.workers,
         grace=options.grace,
         engine=engine,
-        ready=lambda url: say(f"serving {', '.join(names)} on {url}", 0),
+        ready=ready,
     )
 
 

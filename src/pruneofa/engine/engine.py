@@ -1,6 +1,7 @@
 """The engine: runs a sparse encoder and its task head on a CPU with the native kernels. No torch, no transformers."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from pruneofa.engine.load import Precision, Weights, build_encoder
 from pruneofa.engine.question_answering import QuestionAnswering
 from pruneofa.engine.tokenizer import TextTokenizer, Tokens, chunks
 from pruneofa.errors import InputError
+from pruneofa.families import POOLER
 from pruneofa.formats.architecture import check_tensors, read_architecture
 from pruneofa.formats.convert import convert, pack_linear, quantize_weight
 from pruneofa.formats.hub import local_folder
@@ -45,6 +47,7 @@ class Engine:
         task: what `predict` does: "classification", "question answering", "token classification",
             "masked-LM" or "embedding".
         max_length: maximum number of tokens of a sequence, including special tokens.
+        sparsity: fraction of zeros in the encoder's linear weights, the pooler excluded.
         labels: for classification the names of the classes by class id; otherwise empty.
         tokenizer: the folder's tokenizer.
         head: the computation after the encoder.
@@ -57,6 +60,8 @@ class Engine:
         sentence = read_sentence(folder)
         check_tensors(architecture, packed.shapes, folder, head=sentence is None)
         words, positions = (packed.embeddings[architecture.tables[name]].values for name in ("word", "position"))
+        encoder = [linear for name, linear in packed.linears.items() if name != f"{POOLER}.weight"]
+        self.sparsity = 1 - sum(linear.values.size for linear in encoder) / sum(math.prod(x.shape) for x in encoder)
         weights = Weights(packed, native, isa)
         self.isa, self.threads, self.precision = isa, threads, precision
         int8 = "dynamic" if packed.input_scales is None else "static"

@@ -78,8 +78,10 @@ def _joined(windows: Sequence[Tokens], scores: Sequence[Float]) -> tuple[Tokens,
         end = len(own[number]) - (shared - shared // 2 if number + 1 < len(windows) else 0)
         own[number] = own[number][begin:end]
     parts = [window.keep(kept) for window, kept in zip(windows, own, strict=True)]
-    tokens = Tokens(*(np.concatenate([getattr(part, name) for part in parts]) for name in _FIELDS))
-    return tokens, np.concatenate([rows[kept] for rows, kept in zip(scores, own, strict=True)])
+    ids, types, segments, chars = (np.concatenate([getattr(part, name) for part in parts]) for name in _FIELDS)
+    return Tokens(ids, types, segments, chars), np.concatenate(
+        [rows[kept] for rows, kept in zip(scores, own, strict=True)]
+    )
 
 
 _FIELDS = ("ids", "types", "segments", "chars")

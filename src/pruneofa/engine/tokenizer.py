@@ -69,6 +69,7 @@ class TextTokenizer:
         mask_id: id of the mask token, None without one.
         limit: maximum number of tokens of a sequence, including special tokens.
         prompts: texts to put before an input, by name.
+        folder: where it was read.
     """
 
     def __init__(
@@ -114,7 +115,7 @@ class TextTokenizer:
         self._vocabulary = vocabulary
         most = sentence.max_seq_length if sentence else None
         self.limit = limit if most is None else min(limit, most)
-        self._folder = folder
+        self.folder = folder
         self.mask_id = self._mask_id(config.get("mask_token"))
 
     def _mask_id(self, named: Any) -> int | None:
@@ -230,7 +231,7 @@ class TextTokenizer:
         ids = np.array(encoding.ids, np.int32)
         if len(ids) and ids.max() >= self._vocabulary:
             raise InputError(
-                f"{self._folder}: the tokenizer gives id {ids.max()}, but the model has {self._vocabulary} "
+                f"{self.folder}: the tokenizer gives id {ids.max()}, but the model has {self._vocabulary} "
                 "word embeddings; tokenizer.json belongs to another model"
             )
         types = np.array(encoding.type_ids, np.int32) if self._typed else np.zeros(len(ids), np.int32)

@@ -80,7 +80,7 @@ class Access:
         """The body. Raises Refused if it is too long or too slow, ClientLeft if it ends too early."""
         limit = self._settings.payload_limit
         length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length) > limit:
+        if length.isdigit() and (len(length) > 15 or int(length) > limit):
             raise _too_long(limit)
         parts: list[bytes] = []
         size, more = 0, True

@@ -12,7 +12,7 @@ from pruneofa.engine.entities import Aggregation, find_entities
 from pruneofa.engine.heads import TokenClassification
 from pruneofa.engine.masked_lm import MaskedLM
 from pruneofa.engine.question_answering import QuestionAnswering
-from pruneofa.serve.bodies import Body
+from pruneofa.serve.bodies import Body, Many
 from pruneofa.serve.call import Call, Post
 
 
@@ -26,7 +26,7 @@ class TokensParameters(Body):
 class TokensRequest(Body):
     """Texts, one or a list."""
 
-    inputs: str | list[str]
+    inputs: str | Many[str]
     parameters: TokensParameters | None = None
 
 
@@ -40,13 +40,13 @@ class Question(Body):
 class AnswerRequest(Body):
     """Questions, one or a list."""
 
-    inputs: Question | list[Question]
+    inputs: Question | Many[Question]
 
 
 class FillMaskRequest(Body):
     """Texts with mask tokens, one or a list."""
 
-    inputs: str | list[str]
+    inputs: str | Many[str]
 
 
 async def classify_tokens(call: Call, body: TokensRequest) -> tuple[Any, int]:
@@ -56,10 +56,10 @@ async def classify_tokens(call: Call, body: TokensRequest) -> tuple[Any, int]:
     options = body.parameters or TokensParameters()
     model = call.model("token classification")
     job = await call.run(model, texts, single=single)
-    head = model.engine.head
-    assert isinstance(head, TokenClassification)
 
     def entities() -> list[list[dict[str, Any]]]:
+        head = model.engine.head
+        assert isinstance(head, TokenClassification)
         windows: list[list[int]] = [[] for _ in texts]
         for index, sequence in enumerate(job.sequences):
             windows[sequence.text].append(index)

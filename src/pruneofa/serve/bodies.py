@@ -1,10 +1,12 @@
 """Bodies of text-embeddings-inference's requests."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-Ids = list[Annotated[int, Field(ge=0, lt=2**32)]]
+T = TypeVar("T")
+Many = Annotated[list[T], Field(fail_fast=True)]  # one error is told, so a hundred thousand need not be collected
+Ids = Many[Annotated[int, Field(ge=0, lt=2**32)]]
 Direction = Annotated[
     Literal["left", "right"], BeforeValidator(lambda side: {"Left": "left", "Right": "right"}.get(str(side), side))
 ]
@@ -23,7 +25,7 @@ TextOrPair = Annotated[list[str], Field(min_length=1, max_length=2)]
 class EmbedAllRequest(Body):
     """Texts or token ids, one or a list."""
 
-    inputs: Input | list[Input]
+    inputs: Input | Many[Input]
     truncate: bool | None = None
     truncation_direction: Direction = "right"
     prompt_name: str | None = None
@@ -39,7 +41,7 @@ class EmbedRequest(EmbedAllRequest):
 class PredictRequest(Body):
     """A text, a pair of texts, or a batch of lists of one or two."""
 
-    inputs: str | TextOrPair | list[TextOrPair]
+    inputs: str | TextOrPair | Many[TextOrPair]
     truncate: bool | None = None
     truncation_direction: Direction = "right"
     raw_scores: bool = False
@@ -49,7 +51,7 @@ class RerankRequest(Body):
     """A query and the texts to rank by it."""
 
     query: str
-    texts: list[str]
+    texts: Many[str]
     truncate: bool | None = None
     truncation_direction: Direction = "right"
     raw_scores: bool = False
@@ -60,7 +62,7 @@ class SimilarityInput(Body):
     """A sentence and those that it is compared with."""
 
     source_sentence: str
-    sentences: list[str]
+    sentences: Many[str]
 
 
 class SimilarityParameters(Body):
@@ -81,7 +83,7 @@ class SimilarityRequest(Body):
 class TokenizeRequest(Body):
     """Texts, one or a list."""
 
-    inputs: str | list[str]
+    inputs: str | Many[str]
     add_special_tokens: bool = True
     prompt_name: str | None = None
 
@@ -89,14 +91,14 @@ class TokenizeRequest(Body):
 class DecodeRequest(Body):
     """Token ids, one sequence or a list."""
 
-    ids: Ids | list[Ids]
+    ids: Ids | Many[Ids]
     skip_special_tokens: bool = True
 
 
 class VertexRequest(Body):
     """Requests of the model's task."""
 
-    instances: list[dict[str, Any]]
+    instances: Many[dict[str, Any]]
 
 
 def is_single(inputs: Any) -> bool:

@@ -204,7 +204,7 @@ class Post:
             call = Call(request)
             content = await request.body()
             length = request.headers.get(BINARY_HEADER, "")
-            if length.isdecimal():
+            if length.isdecimal() and len(length) < 10:
                 content, call.binary = content[: int(length)], content[int(length) :]
             try:
                 body = self.body.model_validate_json(content)

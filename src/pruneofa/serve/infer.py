@@ -12,7 +12,7 @@ from pruneofa import __version__
 from pruneofa.engine.inputs import row_lengths
 from pruneofa.errors import InputError
 from pruneofa.serve import answers
-from pruneofa.serve.bodies import Body
+from pruneofa.serve.bodies import Body, Many
 from pruneofa.serve.call import BINARY_HEADER, Call, Post, to_json
 from pruneofa.serve.model import Item, Model
 from pruneofa.serve.refusal import invalid
@@ -42,8 +42,8 @@ class RequestedOutput(Body):
 class InferRequest(Body):
     """Tensors of inputs, and which outputs are wanted."""
 
-    inputs: list[Tensor]
-    outputs: list[RequestedOutput] | None = None
+    inputs: Many[Tensor]
+    outputs: Many[RequestedOutput] | None = None
     id: str | None = None
     parameters: dict[str, Any] | None = None
 

@@ -1,7 +1,6 @@
 """A served model: an engine, what it is called, and the two steps of a request that need it: tokenize and compute."""
 
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,6 @@ from pruneofa.engine.heads import Classification, Embedding, TokenClassification
 from pruneofa.engine.inputs import as_row, check_item
 from pruneofa.engine.tokenizer import Side, Tokens, check_text
 from pruneofa.errors import InputError
-from pruneofa.formats import pattern
-from pruneofa.formats.hub import local_folder
 from pruneofa.serve.refusal import Refused, invalid
 
 Item = str | tuple[str, str] | list[int] | dict[str, str]
@@ -35,21 +32,15 @@ class Model:
     Attributes:
         name: what clients call it.
         engine: what computes; its `head` belongs to the task.
-        path: the folder or hub id it was loaded from; clients never see it.
     """
 
-    def __init__(self, name: str, engine: Engine, path: str | Path) -> None:
-        self.name, self.engine, self.path = name, engine, path
+    def __init__(self, name: str, engine: Engine) -> None:
+        self.name, self.engine = name, engine
 
     @property
     def reranks(self) -> bool:
         """Whether it scores a pair of texts by one number."""
         return self.engine.task == "classification" and len(self.engine.labels) == 1
-
-    @cached_property
-    def sparsity(self) -> float:
-        """Fraction of zeros in the encoder's linear weights; reads the folder."""
-        return pattern.inspect(local_folder(self.path))["encoder"]
 
     def does(self, task: str) -> bool:
         """Whether the model does a task of the engine, or "reranking"."""
@@ -86,10 +77,11 @@ class Model:
                 return self.engine.tokenizer.text_windows(texts)
             if self.engine.task in ("question answering", "masked-LM"):
                 checked = [check_item(item, name, self.engine.task) for item, name in zip(items, names, strict=True)]
-                return self.engine.head.prepare(self.engine.tokenizer, checked, names, truncate=True)
+                head: Any = self.engine.head
+                return head.prepare(self.engine.tokenizer, checked, names, truncate=True)
             return self._sequences(items, names, truncate=truncate, side=side, prompt=prompt)
         except InputError as error:
-            raise invalid(str(error).replace(str(self.path), self.name), "tokenization") from None
+            raise invalid(str(error).replace(str(self.engine.tokenizer.folder), self.name), "tokenization") from None
 
     def compute(self, sequences: Sequence[Tokens], whole: Sequence[bool]) -> list[NDArray[np.float32]]:
         """What the task's head needs of each sequence, in order.
@@ -142,6 +134,6 @@ class Model:
 
 def load(name: str, path: str | Path, **settings: Any) -> Model:
     """Load a model and compute with it once; `settings` go to `Engine.from_pretrained`. Raises InputError."""
-    model = Model(name, Engine.from_pretrained(path, **settings), path)
+    model = Model(name, Engine.from_pretrained(path, **settings))
     model.warm_up()
     return model

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from starlette.requests import Request
 from starlette.responses import Response
 
-from pruneofa.serve.bodies import Body, Input, is_single
+from pruneofa.serve.bodies import Body, Input, Many, is_single
 from pruneofa.serve.call import Call, Post, Serving, to_json
 from pruneofa.serve.scoring import as_vectors, check_dimensions
 
@@ -14,7 +14,7 @@ from pruneofa.serve.scoring import as_vectors, check_dimensions
 class EmbeddingsRequest(Body):
     """Texts or token ids, one or a list."""
 
-    input: Input | list[Input]
+    input: Input | Many[Input]
     model: str | None = None
     user: str | None = None
     encoding_format: Literal["float", "base64"] = "float"

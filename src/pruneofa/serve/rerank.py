@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from pruneofa.serve.bodies import Body
+from pruneofa.serve.bodies import Body, Many
 from pruneofa.serve.call import Call, Post
 from pruneofa.serve.refusal import invalid
 from pruneofa.serve.scoring import relevance
@@ -21,7 +21,7 @@ class RankRequest(Body):
     """A query and the documents to rank by it."""
 
     query: str
-    documents: list[str | Document]
+    documents: Many[str | Document]
     model: str | None = None
     top_n: int | None = None
     return_documents: bool = False

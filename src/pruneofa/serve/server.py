@@ -94,6 +94,7 @@ def _run(app: Any, bound: socket.socket, grace: int, started: Callable[[], None]
         server_header=False,
         timeout_graceful_shutdown=grace,
         ws="none",
+        timeout_keep_alive=75,  # seconds; clients keep connections in pools, and a short time makes them race
     )
     server = uvicorn.Server(config)
     startup = server.startup
@@ -166,7 +167,6 @@ def _fork(work: Callable[[Callable[[], None]], None], started: Callable[[], Any]
         code = end.code if isinstance(end.code, int) else 3
     except BaseException:
         traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

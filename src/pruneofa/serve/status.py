@@ -1,6 +1,5 @@
 """What a server says of itself: health, metrics, and text-embeddings-inference's /info."""
 
-import asyncio
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -30,7 +29,6 @@ async def info(request: Request) -> Response:
     """What is loaded, by text-embeddings-inference's names, and what the engine does with it."""
     call = Call(request)
     model = call.model()
-    described = await asyncio.to_thread(_describe, model)
     limits = call.serving.settings
     value = {
         "model_id": model.name,
@@ -48,7 +46,7 @@ async def info(request: Request) -> Response:
         "version": __version__,
         "sha": None,
         "docker_label": None,
-        "engine": described,
+        "engine": _describe(model),
         "models": {other.name: other.engine.task for other in call.serving.models.values()},
     }
     return Response(to_json(value), media_type="application/json")
@@ -64,7 +62,7 @@ def _describe(model: Model) -> dict[str, Any]:
     engine = model.engine
     return {
         "task": engine.task,
-        "sparsity": round(model.sparsity, 4),
+        "sparsity": round(engine.sparsity, 4),
         "precision": engine.precision,
         "activations": engine.activations,
         "isa": engine.isa,
