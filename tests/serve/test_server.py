@@ -1,5 +1,7 @@
 """The program: its start, its end, its workers, and clients that misbehave on real connections."""
 
+import gzip
+import http.server
 import json
 import os
 import re
@@ -192,3 +194,36 @@ def test_a_damaged_folder_is_one_line(folders, tmp_path):
     shutil.copytree(folders["vectors"], tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").write_bytes(b"nothing")
     assert str(tmp_path) in refused(tmp_path / "model", "--port", 0)
+
+
+def test_traces_go_to_a_collector_and_continue_the_callers(start, folders):
+    pytest.importorskip("opentelemetry.instrumentation.asgi", reason="the otel extra is not installed")
+    received = []
+
+    class Collector(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            received.append((self.path, self.rfile.read(int(self.headers["content-length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Collector) as collector:
+        threading.Thread(target=collector.serve_forever, daemon=True).start()
+        server = start(folders["vectors"], "--otlp-endpoint", f"http://127.0.0.1:{collector.server_port}")
+        trace = "0af7651916cd43dd8448eb211c80319c"
+        request = urllib.request.Request(
+            f"{server.url}/embed",
+            b'{"inputs": "hidden words"}',
+            {"content-type": "application/json", "traceparent": f"00-{trace}-b7ad6b7169203331-01"},
+        )
+        assert urllib.request.urlopen(request, timeout=30).status == 200
+        urllib.request.urlopen(f"{server.url}/health", timeout=30)
+        server.process.send_signal(signal.SIGTERM)  # what is left is sent before the end
+        assert server.process.wait(30) == 0
+        collector.shutdown()
+    path, content = received[0]
+    content = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
+    assert path == "/v1/traces" and bytes.fromhex(trace) in content and b"/embed" in content
+    assert b"hidden" not in content and b"/health" not in content

@@ -35,6 +35,8 @@ def describe(verb: argparse.ArgumentParser) -> None:
     add("--api-key-file", type=Path, metavar="FILE",
         help=f"file with the bearer token that clients must send (or set {KEY})")  # fmt: skip
     add("--grace", type=int, default=30, metavar="S", help="seconds for open requests after SIGTERM (default 30)")
+    add("--otlp-endpoint", metavar="URL",
+        help="OpenTelemetry collector for spans of requests, as http://localhost:4318 (default: none)")  # fmt: skip
     add("--no-access-log", action="store_true", help="do not write a line of JSON per request to stderr")
     verb.set_defaults(call=_call)
 
@@ -84,6 +86,7 @@ def _call(options: argparse.Namespace) -> int:
         workers=options.workers,
         grace=options.grace,
         engine=engine,
+        otlp_endpoint=options.otlp_endpoint,
         ready=ready,
     )
 

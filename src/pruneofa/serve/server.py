@@ -46,6 +46,7 @@ def serve(
     workers: int = 1,
     grace: int = 30,
     engine: dict[str, Any] | None = None,
+    otlp_endpoint: str | None = None,
     ready: Callable[[str], None] = lambda url: None,
 ) -> int:
     """Serve until SIGTERM or SIGINT, and then until the requests that were accepted are answered.
@@ -58,6 +59,7 @@ def serve(
         workers: processes, each of which loads the models.
         grace: seconds for open requests after SIGTERM.
         engine: arguments of `Engine.from_pretrained`.
+        otlp_endpoint: URL of an OpenTelemetry collector; None: no traces.
         ready: called with the server's URL once a process can answer.
 
     Returns:
@@ -65,6 +67,7 @@ def serve(
 
     Raises:
         InputError: a model cannot be loaded, or the address is taken.
+        ImportError: traces are wanted, and the otel extra is not installed.
     """
     bound = bind(host, port)
     shown = f"[{host}]" if ":" in host else host
@@ -74,8 +77,11 @@ def serve(
         # Imported by each worker: prometheus_client looks for its shared folder when it is imported.
         from pruneofa.serve.app import create_app
         from pruneofa.serve.model import load
+        from pruneofa.serve.tracing import traced
 
-        app = create_app([load(name, path, **(engine or {})) for name, path in models], settings)
+        app: Any = create_app([load(name, path, **(engine or {})) for name, path in models], settings)
+        if otlp_endpoint is not None:
+            app = traced(app, otlp_endpoint)
         _run(app, bound, grace, started)
 
     if workers == 1:
