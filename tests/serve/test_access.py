@@ -1,10 +1,12 @@
 """Keys, limits and the access log; what a broken or slow client gets; that no answer shows the server's inside."""
 
+import asyncio
 import json
 
 import pytest
 from starlette.testclient import TestClient
 
+from pruneofa.serve.access import Access
 from pruneofa.serve.app import create_app
 from pruneofa.serve.settings import Settings
 
@@ -87,6 +89,24 @@ def test_no_answer_shows_a_path_or_a_traceback(served, models, monkeypatch, fold
     for answer in answers:
         assert "broken" not in answer.text and "Traceback" not in answer.text
     assert "is broken" in capfd.readouterr().err  # the operator sees it
+
+
+def test_a_client_that_sends_its_body_too_slowly_is_told_so():
+    sent = []
+
+    async def receive():
+        await asyncio.sleep(60)
+
+    async def send(message):
+        sent.append(message)
+
+    async def app(*_):
+        raise AssertionError("the route is not reached")
+
+    scope = {"type": "http", "method": "POST", "path": "/embed", "headers": []}
+    asyncio.run(Access(app, Settings(body_timeout=0.05, access_log=False))(scope, receive, send))
+    assert sent[0]["status"] == 408
+    assert json.loads(sent[1]["body"]) == {"error": "the request's body took too long", "error_type": "Validation"}
 
 
 def test_no_other_origin_is_let_in(served):

@@ -11,7 +11,7 @@ TEXTS = ["the king of music", "a great film", "water"]
 @pytest.fixture(scope="module")
 def server(folders):
     names = [f"{name}={folder}" for name, folder in folders.items()]
-    with Server(*names, "--no-access-log", PRUNEOFA_API_KEY="secret") as started:
+    with Server(*names, PRUNEOFA_API_KEY="secret") as started:
         yield started
 
 

@@ -27,7 +27,7 @@ def test_the_page_needs_no_other_server(client):
 @pytest.fixture(scope="module")
 def server(folders):
     names = [f"{name}={folder}" for name, folder in folders.items()]
-    with Server(*names, "--no-access-log") as started:
+    with Server(*names) as started:
         yield started
 
 
@@ -103,7 +103,7 @@ def test_what_goes_wrong_is_said_on_the_page(server, browser):
 
 
 def test_a_key_is_asked_for(folders, browser):
-    with Server(folders["topics"], "--no-access-log", PRUNEOFA_API_KEY="secret") as locked:
+    with Server(folders["topics"], PRUNEOFA_API_KEY="secret") as locked:
         page = browser.new_page()
         page.goto(locked.url)
         assert "asks for a key" in page.wait_for_selector("#result .error").inner_text()

@@ -98,6 +98,7 @@ def _run(app: Any, bound: socket.socket, grace: int, started: Callable[[], None]
         log_level="warning",
         access_log=False,
         server_header=False,
+        proxy_headers=False,  # who calls is who connects
         timeout_graceful_shutdown=grace,
         ws="none",
         timeout_keep_alive=75,  # seconds; clients keep connections in pools, and a short time makes them race
