@@ -6,19 +6,28 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-pytest.importorskip("starlette", reason="the serve extra is not installed")
-pytest.importorskip("uvicorn", reason="the serve extra is not installed")
-
-from starlette.testclient import TestClient
-
-from pruneofa.serve.app import create_app
-from pruneofa.serve.model import Model, load
-from pruneofa.serve.settings import Settings
 from tests.tiny import write_folder
+
+# Without the serve extra there is nothing here to test; the header of the run says so.
+MISSING = [name for name in ("starlette", "uvicorn", "orjson", "prometheus_client") if find_spec(name) is None]
+collect_ignore_glob = ["test_*.py"] if MISSING else []
+
+
+def pytest_report_header() -> str | None:
+    return f"tests/serve: left out, no {', '.join(MISSING)}; pip install '.[serve]'" if MISSING else None
+
+
+if not MISSING:
+    from starlette.testclient import TestClient
+
+    from pruneofa.serve.app import create_app
+    from pruneofa.serve.model import Model, load
+    from pruneofa.serve.settings import Settings
 
 QUIET = {"access_log": False}
 
@@ -39,12 +48,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def models(folders: dict[str, Path]) -> dict[str, Model]:
+def models(folders: dict[str, Path]) -> "dict[str, Model]":
     return {name: load(name, folder, threads=1) for name, folder in folders.items()}
 
 
 @pytest.fixture(scope="session")
-def client(models: dict[str, Model]) -> Iterator[TestClient]:
+def client(models: "dict[str, Model]") -> "Iterator[TestClient]":
     """All models with the default limits."""
     with TestClient(create_app(list(models.values()), Settings(**QUIET))) as found:
         yield found
