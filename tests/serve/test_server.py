@@ -196,6 +196,20 @@ def test_a_damaged_folder_is_one_line(folders, tmp_path):
     assert str(tmp_path) in refused(tmp_path / "model", "--port", 0)
 
 
+def test_workers_end_with_the_program_however_it_ends(start, folders):
+    server = start(folders["vectors"], "--workers", 2)
+    os.kill(server.process.pid, signal.SIGKILL)
+    server.process.wait()
+    end = time.monotonic() + 20
+    while True:
+        try:
+            server.connect().close()
+        except ConnectionRefusedError:
+            break
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
 def test_traces_go_to_a_collector_and_continue_the_callers(start, folders):
     pytest.importorskip("opentelemetry.instrumentation.asgi", reason="the otel extra is not installed")
     received = []

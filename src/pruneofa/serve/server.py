@@ -1,5 +1,6 @@
 """The process of a server: its socket, its workers, its signals."""
 
+import ctypes
 import os
 import signal
 import socket
@@ -156,6 +157,12 @@ def _prefork(
             time.sleep(_PAUSE)
 
 
+def _end_with_parent() -> None:
+    """Get SIGTERM when the parent dies, so that no worker keeps the port; on Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
 def _fork(work: Callable[[Callable[[], None]], None], started: Callable[[], Any]) -> int:
     """The id of a new process that does `work` and ends."""
     process = os.fork()
@@ -165,6 +172,7 @@ def _fork(work: Callable[[Callable[[], None]], None], started: Callable[[], Any]
     try:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+        _end_with_parent()
         work(started)
         code = 0
     except InputError as error:
