@@ -14,7 +14,7 @@ import transformers
 
 from pruneofa import Engine
 from pruneofa.errors import InputError
-from pruneofa.formats import packed
+from pruneofa.formats import packed, pattern
 from pruneofa.formats.pack import pack
 from tests.tiny import half_pruned, tiny_bert, tiny_distilbert, tiny_roberta, tiny_tokenizer, write_folder, write_model
 
@@ -357,3 +357,10 @@ def test_truncate_dim_cuts_after_normalizing(kernels, tmp_path):
     whole = Engine.from_pretrained(tmp_path, precision="fp32").predict(TEXTS[:1])
     (tmp_path / "config_sentence_transformers.json").write_text(json.dumps({"truncate_dim": 8}))
     np.testing.assert_array_equal(Engine.from_pretrained(tmp_path, precision="fp32").predict(TEXTS[:1]), whole[:, :8])
+
+
+def test_sparsity_is_that_of_the_encoder(tmp_path):
+    folder = write_folder(tmp_path / "model")
+    for precision in ("int8", "fp32"):
+        found = Engine.from_pretrained(folder, precision=precision, threads=1).sparsity
+        assert found == pytest.approx(pattern.inspect(folder)["encoder"])

@@ -20,6 +20,7 @@ from pruneofa.cli import (
     prune,
     quantize,
     run,
+    serve,
     table,
     transfer,
     unpack,
@@ -133,5 +134,6 @@ VERBS: list[tuple[str, str, Callable[[argparse.ArgumentParser], None]]] = [
     ("unpack", "convert a packed folder to a Hugging Face folder", unpack.describe),
     ("export", "export for ONNX Runtime, OpenVINO or compressed-tensors", export.describe),
     ("bench", "compare speed, memory and size with other runtimes", bench.describe),
+    ("serve", "answer over HTTP, as text-embeddings-inference does", serve.describe),
     ("table", "join results.json files into one table", table.describe),
 ]

@@ -1,6 +1,7 @@
 """The engine: runs a sparse encoder and its task head on a CPU with the native kernels. No torch, no transformers."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from pruneofa.engine.load import Precision, Weights, build_encoder
 from pruneofa.engine.question_answering import QuestionAnswering
 from pruneofa.engine.tokenizer import TextTokenizer, Tokens, chunks
 from pruneofa.errors import InputError
+from pruneofa.families import POOLER
 from pruneofa.formats.architecture import check_tensors, read_architecture
 from pruneofa.formats.convert import convert, pack_linear, quantize_weight
 from pruneofa.formats.hub import local_folder
@@ -45,7 +47,10 @@ class Engine:
         task: what `predict` does: "classification", "question answering", "token classification",
             "masked-LM" or "embedding".
         max_length: maximum number of tokens of a sequence, including special tokens.
+        sparsity: fraction of zeros in the encoder's linear weights, the pooler excluded.
         labels: for classification the names of the classes by class id; otherwise empty.
+        tokenizer: the folder's tokenizer.
+        head: the computation after the encoder.
     """
 
     def __init__(self, packed: Packed, *, precision: Precision, threads: int, isa: str) -> None:
@@ -55,6 +60,8 @@ class Engine:
         sentence = read_sentence(folder)
         check_tensors(architecture, packed.shapes, folder, head=sentence is None)
         words, positions = (packed.embeddings[architecture.tables[name]].values for name in ("word", "position"))
+        encoder = [linear for name, linear in packed.linears.items() if name != f"{POOLER}.weight"]
+        self.sparsity = 1 - sum(linear.values.size for linear in encoder) / sum(math.prod(x.shape) for x in encoder)
         weights = Weights(packed, native, isa)
         self.isa, self.threads, self.precision = isa, threads, precision
         int8 = "dynamic" if packed.input_scales is None else "static"
@@ -63,19 +70,19 @@ class Engine:
         self._encoder = build_encoder(native, weights, architecture, threads=threads, isa=isa)
         self._vocabulary = len(words)
         self.max_length = len(positions) - architecture.first_position
-        self._tokenizer = TextTokenizer(
+        self.tokenizer = TextTokenizer(
             folder,
             vocabulary=self._vocabulary,
             types=architecture.types,
             limit=self.max_length,
             sentence=sentence,
         )
-        self._head: Head
+        self.head: Head
         if sentence is None:
-            self._head, self.task = task_head(weights, architecture, self._tokenizer), architecture.task
+            self.head, self.task = task_head(weights, architecture, self.tokenizer), architecture.task
         else:
-            self._head, self.task = Embedding.of(sentence), "embedding"
-        self.labels = list(self._head.labels) if isinstance(self._head, Classification) else []
+            self.head, self.task = Embedding.of(sentence), "embedding"
+        self.labels = list(self.head.labels) if isinstance(self.head, Classification) else []
 
     @classmethod
     def from_pretrained(
@@ -151,12 +158,12 @@ class Engine:
         ids = as_matrix(input_ids, "input_ids")
         lengths = row_lengths(attention_mask, ids.shape)
         types = None if token_type_ids is None else as_matrix(token_type_ids, "token_type_ids", ids.shape)
-        sequences = self._sequences(
+        sequences = self.checked_ids(
             [ids[row, :length] for row, length in enumerate(lengths)],
             None if types is None else [types[row, :length] for row, length in enumerate(lengths)],
         )
         result = np.zeros((*ids.shape, self._architecture.hidden), np.float32)
-        for row, hidden in self._hidden(sequences):
+        for row, hidden in self.hidden(sequences):
             result[row, : len(hidden)] = hidden
         return result
 
@@ -219,7 +226,7 @@ class Engine:
             InputError: the model has another task, an array has the wrong shape, dtype or range, or a sequence is empty
                 or longer than `max_length`.
         """
-        head = self._head
+        head = self.head
         if not isinstance(head, Classification | QuestionAnswering):
             raise InputError(
                 f"the model's task is {self.task}, but logits needs classification or question answering; use predict"
@@ -234,13 +241,13 @@ class Engine:
             types = [
                 as_row(row, f"token_type_ids[{index}]", ids[index].shape) for index, row in enumerate(token_type_ids)
             ]
-        return list(head.logits(self._reduced(self._sequences(ids, types))))
+        return list(head.logits(self._reduced(self.checked_ids(ids, types))))
 
     def _predict(self, texts: Sequence[Any], names: Sequence[str], truncate: bool) -> list[Any]:
-        tokens = self._head.prepare(self._tokenizer, texts, names, truncate=truncate)
-        return self._head.results(self._reduced(tokens), tokens, texts)
+        tokens = self.head.prepare(self.tokenizer, texts, names, truncate=truncate)
+        return self.head.results(self._reduced(tokens), tokens, texts)
 
-    def _sequences(
+    def checked_ids(
         self, input_ids: Sequence[NDArray[Any]], token_type_ids: Sequence[NDArray[Any]] | None
     ) -> list[Tokens]:
         """Check rows (tokens,) of integers and convert them to the input of the encoder. Raises InputError."""
@@ -261,11 +268,14 @@ class Engine:
 
     def _reduced(self, sequences: Sequence[Tokens]) -> list[NDArray[np.float32]]:
         """The output of the head's `reduce` for each sequence, in order."""
-        reduced = {index: self._head.reduce(hidden, sequences[index]) for index, hidden in self._hidden(sequences)}
+        reduced = {index: self.head.reduce(hidden, sequences[index]) for index, hidden in self.hidden(sequences)}
         return [reduced[index] for index in range(len(sequences))]
 
-    def _hidden(self, sequences: Sequence[Tokens]) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        """Yield (index, hidden states (tokens, hidden)) of every sequence, in the order they are computed."""
+    def hidden(self, sequences: Sequence[Tokens]) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """Yield (index, hidden states (tokens, hidden)) of every sequence, in the order they are computed.
+
+        The sequences come from `tokenizer`, or from `checked_ids`.
+        """
         for chunk in chunks([len(sequence.ids) for sequence in sequences]):
             part = [sequences[index] for index in chunk]
             bounds = np.cumsum([0, *(len(sequence.ids) for sequence in part)]).astype(np.int32)

@@ -61,20 +61,27 @@ class Classification:
         Scores are softmax probabilities; sigmoid probabilities of each class if the model is multi-label or has a
         single class; and the unchanged output of a regression.
         """
-        scores = self.logits(reduced)
+        return [_best(self.labels, row) for row in self.scores(self.logits(reduced))]
+
+    def scores(self, logits: Float) -> NDArray[np.floating]:
+        """What `results` reports, for logits (texts, classes)."""
         if self._problem == "single_label_classification":
-            scores = reference.softmax(scores)
-        elif self._problem == "multi_label_classification":
-            scores = 1 / (1 + np.exp(-scores.astype(np.float64)))
-        return [_best(self.labels, row) for row in scores]
+            return reference.softmax(logits)
+        if self._problem == "multi_label_classification":
+            return 1 / (1 + np.exp(-logits.astype(np.float64)))
+        return logits
 
 
 class TokenClassification:
-    """A class for every token of a text."""
+    """A class for every token of a text.
+
+    Attributes:
+        labels: names of the classes by their id.
+    """
 
     def __init__(self, weights: Weights, architecture: Architecture) -> None:
         self._out = weights.dense(architecture.family.token_classification)
-        self._labels = label_names(architecture, len(self._out.bias))
+        self.labels = label_names(architecture, len(self._out.bias))
 
     def prepare(
         self, tokenizer: TextTokenizer, texts: Sequence[Text], names: Sequence[str], *, truncate: bool
@@ -99,7 +106,7 @@ class TokenClassification:
                 label = int(np.argmax(scores[index]))
                 found.append(
                     {
-                        "label": self._labels[label],
+                        "label": self.labels[label],
                         "score": float(scores[index, label]),
                         "word": text[start:end],
                         "start": start,
@@ -111,13 +118,18 @@ class TokenClassification:
 
 
 class Embedding:
-    """One vector per text: the first token, or the mean or maximum over all tokens."""
+    """One vector per text: the first token, or the mean or maximum over all tokens.
+
+    Attributes:
+        pooling: how the hidden states of the tokens become one vector.
+        dimensions: numbers of a vector that are kept; None: all.
+    """
 
     def __init__(self, pooling: Pooling, *, normalize: bool, dimensions: int | None = None) -> None:
         """Return only the first `dimensions` numbers of each vector, unless that is None."""
-        self._pooling = pooling
+        self.pooling = pooling
         self._normalize = normalize
-        self._dimensions = dimensions
+        self.dimensions = dimensions
 
     @classmethod
     def of(cls, sentence: Sentence) -> "Embedding":
@@ -134,13 +146,16 @@ class Embedding:
         """(hidden,), or (dimensions,): truncated after normalization, without normalizing again, as in
         sentence-transformers.
         """
-        if self._pooling == "cls":
-            vector = hidden[0].copy()
-        else:
-            vector = hidden.mean(axis=0) if self._pooling == "mean" else hidden.max(axis=0)
+        vector = self.pool(hidden)
         if self._normalize:
             vector = vector / max(np.linalg.norm(vector), np.float32(1e-12))
-        return vector[: self._dimensions]
+        return vector[: self.dimensions]
+
+    def pool(self, hidden: Float) -> Float:
+        """One vector (hidden,) of the hidden states (tokens, hidden), neither truncated nor normalized."""
+        if self.pooling == "cls":
+            return hidden[0].copy()
+        return hidden.mean(axis=0) if self.pooling == "mean" else hidden.max(axis=0)
 
     def results(self, reduced: Sequence[Float], tokens: Sequence[Tokens], texts: Sequence[Any]) -> list[Float]:
         """A float32 vector for each text."""

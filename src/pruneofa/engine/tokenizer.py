@@ -28,6 +28,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")  # half of a surrogate pair, which is
 _MIN_CONTEXT = 16  # minimum number of context tokens per window; a question that leaves fewer is too long
 
 Text = str | tuple[str, str]
+Side = Literal["left", "right"]  # the end of a text at which it is cut
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,9 @@ class TextTokenizer:
 
     Attributes:
         mask_id: id of the mask token, None without one.
+        limit: maximum number of tokens of a sequence, including special tokens.
+        prompts: texts to put before an input, by name.
+        folder: where it was read.
     """
 
     def __init__(
@@ -90,8 +94,9 @@ class TextTokenizer:
             own = self._tokenizer.normalizer
             self._tokenizer.normalizer = Sequenced([Lowercase(), *([own] if own else [])])
         self._prompt = sentence.prompt if sentence else ""
-        if self._prompt:
-            check_text(self._prompt, f"{folder}: the prompt")
+        self.prompts = dict(sentence.prompts) if sentence else {}
+        for text in filter(None, (self._prompt, *self.prompts.values())):
+            check_text(text, f"{folder}: the prompt")
         config: dict[str, Any] = {}
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             if (folder / name).is_file():
@@ -103,7 +108,8 @@ class TextTokenizer:
             )
         self._typed = types > 1 and "token_type_ids" in names
         most = sentence.max_seq_length if sentence else None
-        self._limit = limit if most is None else min(limit, most)
+        self.limit = limit if most is None else min(limit, most)
+        self.folder = folder
         self.mask_id = self._mask_id(config.get("mask_token"))
 
     def _mask_id(self, named: Any) -> int | None:
@@ -118,8 +124,42 @@ class TextTokenizer:
         """The text of one token."""
         return self._tokenizer.decode([index], skip_special_tokens=False)
 
+    def id(self, token: str) -> int | None:
+        """The id of one token, None if there is none."""
+        return self._tokenizer.token_to_id(token)
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """The text of token ids; an id outside the vocabulary gives nothing."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def encoding(self, text: str, *, add_special_tokens: bool, prompt: str | None = None) -> tuple[str, Any]:
+        """A text after its prompt, and its `tokenizers.Encoding`; `prompt` None: the folder's own."""
+        whole = (self._prompt if prompt is None else prompt) + text
+        return whole, self._tokenizer.encode(whole, add_special_tokens=add_special_tokens)
+
+    def continues_word(self, tokens: Tokens, text: str) -> NDArray[np.bool_]:
+        """Whether each token of one text continues the word of the token before it, (tokens,) bool.
+
+        A tokenizer that marks such tokens (WordPiece) says so itself; otherwise what follows no space continues.
+        """
+        assert tokens.chars is not None
+        prefix = getattr(self._tokenizer.model, "continuing_subword_prefix", None)
+        if prefix:
+            pieces = (self._tokenizer.id_to_token(int(index)) or "" for index in tokens.ids)
+            return np.array([piece.startswith(prefix) for piece in pieces], bool)
+        starts = tokens.chars[:, 0]
+        # In some vocabularies a token begins with the space before its word.
+        return np.array([i > 0 and not (text[i - 1].isspace() or text[i : i + 1].isspace()) for i in starts], bool)
+
     def sequences(
-        self, texts: Sequence[Text], names: Sequence[str], *, truncate: bool, chars: bool = False
+        self,
+        texts: Sequence[Text],
+        names: Sequence[str],
+        *,
+        truncate: bool,
+        chars: bool = False,
+        side: Side = "right",
+        prompt: str | None = None,
     ) -> list[Tokens]:
         """Tokens of each text or pair, special tokens added.
 
@@ -128,21 +168,23 @@ class TextTokenizer:
             names: the caller's name of each text, for error messages.
             truncate: truncate sequences that are too long, the longer text of a pair first; otherwise an error.
             chars: fill in `segments` and `chars`.
+            side: the end at which a text that is too long is truncated.
+            prompt: text to put before each, instead of the folder's own.
 
         Raises:
             InputError: a text is too long, or the tokenizer is not the model's.
         """
         encode = self._tokenizer.encode_batch if chars else self._tokenizer.encode_batch_fast  # fast: without offsets
         result = []
-        for name, encoding in zip(names, encode([self._prompted(text) for text in texts]), strict=True):
+        for name, encoding in zip(names, encode([self._prompted(text, prompt) for text in texts]), strict=True):
             tokens = self._tokens(encoding, chars=chars)
-            if (got := len(tokens.ids)) > self._limit:
+            if (got := len(tokens.ids)) > self.limit:
                 if not truncate:
                     raise InputError(
-                        f"{name} has {got} tokens, the model takes at most {self._limit}; "
+                        f"{name} has {got} tokens, the model takes at most {self.limit}; "
                         "shorten it, or pass truncate=True"
                     )
-                tokens = _truncated(self._tokens(encoding, chars=chars, segments=True), self._limit)
+                tokens = _truncated(self._tokens(encoding, chars=chars, segments=True), self.limit, side)
             result.append(tokens)
         return result
 
@@ -158,14 +200,28 @@ class TextTokenizer:
         windows: list[Tokens] = []
         for index, encoding in enumerate(self._tokenizer.encode_batch(list(questions))):
             tokens = self._tokens(encoding, chars=True)
-            found = _windows(tokens, min(WINDOW, self._limit), truncate=truncate, where=names[index])
+            found = _windows(tokens, min(WINDOW, self.limit), truncate=truncate, where=names[index])
             windows += [replace(window, text=index) for window in found]
         return windows
 
-    def _prompted(self, text: Text) -> Text:
-        if not self._prompt:
+    def text_windows(self, texts: Sequence[str]) -> list[Tokens]:
+        """Every text in as many windows of the model's length as it needs, each sharing tokens with the next.
+
+        Returns:
+            The windows in order, with `segments` and `chars`, each with the index of its text.
+        """
+        windows: list[Tokens] = []
+        for index, encoding in enumerate(self._tokenizer.encode_batch(list(texts))):
+            tokens = self._tokens(encoding, chars=True)
+            found = _cut(tokens, 0, self.limit) if len(tokens.ids) > self.limit else [tokens]
+            windows += [replace(window, text=index) for window in found]
+        return windows
+
+    def _prompted(self, text: Text, prompt: str | None) -> Text:
+        before = self._prompt if prompt is None else prompt
+        if not before:
             return text
-        return self._prompt + text if isinstance(text, str) else (self._prompt + text[0], text[1])
+        return before + text if isinstance(text, str) else (before + text[0], text[1])
 
     def _tokens(self, encoding: Any, *, chars: bool, segments: bool = False) -> Tokens:
         ids = np.array(encoding.ids, np.int32)
@@ -218,21 +274,28 @@ def chunks(lengths: Sequence[int], limit: int = CHUNK_TOKENS) -> Iterator[list[i
         yield chunk
 
 
-def _truncated(tokens: Tokens, limit: int) -> Tokens:
-    """Cut both texts from the end, the longer one first, until `limit` tokens remain; special tokens stay."""
+def overlap(room: int) -> int:
+    """Tokens that consecutive windows share where each has `room` tokens of a long text."""
+    return min(STRIDE, room // 2)
+
+
+def _truncated(tokens: Tokens, limit: int, side: Side = "right") -> Tokens:
+    """Cut both texts at one side, the longer one first, until `limit` tokens remain; special tokens stay."""
     assert tokens.segments is not None
     lengths = [int(np.count_nonzero(tokens.segments == segment)) for segment in (0, 1)]
     room = limit - (len(tokens.ids) - sum(lengths))
     shorter = min(min(lengths), room // 2)
     keep = [shorter, room - shorter] if lengths[0] <= lengths[1] else [room - shorter, shorter]
     return tokens.keep(
-        _first(tokens.segments, 0, keep[0]) | _first(tokens.segments, 1, keep[1]) | (tokens.segments < 0)
+        _kept(tokens.segments, 0, keep[0], side) | _kept(tokens.segments, 1, keep[1], side) | (tokens.segments < 0)
     )
 
 
-def _first(segments: NDArray[np.int8], segment: Literal[0, 1], count: int) -> NDArray[np.bool_]:
-    """True at the first `count` tokens of a segment."""
+def _kept(segments: NDArray[np.int8], segment: Literal[0, 1], count: int, side: Side) -> NDArray[np.bool_]:
+    """True at the first `count` tokens of a segment; at its last ones if it is cut at its left side."""
     inside = segments == segment
+    if side == "left":
+        return inside & (np.cumsum(inside[::-1])[::-1] <= count)
     return inside & (np.cumsum(inside) <= count)
 
 
@@ -251,13 +314,20 @@ def _windows(tokens: Tokens, length: int, *, truncate: bool, where: str) -> list
                 f"{where}: the question has {question} tokens, wanted at most {max(most, 0)} beside a context in a "
                 f"window of {length}; shorten it, or pass truncate=True"
             )
-        tokens = tokens.keep((tokens.segments != 0) | _first(tokens.segments, 0, most))
+        tokens = tokens.keep((tokens.segments != 0) | _kept(tokens.segments, 0, most, "right"))
         return _windows(tokens, length, truncate=False, where=where)
-    step = room - min(STRIDE, room // 2)  # after a long question windows share half of the room
-    before, after = np.arange(context[0]), np.arange(context[-1] + 1, len(tokens.ids))
+    return _cut(tokens, 1, length)
+
+
+def _cut(tokens: Tokens, segment: int, length: int) -> list[Tokens]:
+    """Windows of at most `length` tokens, each with a part of one segment and with everything else."""
+    inside = np.flatnonzero(tokens.segments == segment)
+    room = length - (len(tokens.ids) - len(inside))
+    step = room - overlap(room)
+    before, after = np.arange(inside[0]), np.arange(inside[-1] + 1, len(tokens.ids))
     windows = []
-    for begin in range(0, len(context), step):
-        windows.append(tokens.keep(np.concatenate([before, context[begin : begin + room], after])))
-        if begin + room >= len(context):
+    for begin in range(0, len(inside), step):
+        windows.append(tokens.keep(np.concatenate([before, inside[begin : begin + room], after])))
+        if begin + room >= len(inside):
             break
     return windows

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,6 +52,7 @@ class Sentence:
         max_seq_length: maximum number of tokens of a text, including special tokens; None: the encoder's maximum.
         do_lower_case: whether texts are converted to lower case first.
         prompt: text that is prepended to every input.
+        prompts: texts to prepend instead, by the name that a caller gives.
     """
 
     pooling: Pooling
@@ -60,6 +61,7 @@ class Sentence:
     max_seq_length: int | None
     do_lower_case: bool
     prompt: str
+    prompts: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_sentence(folder: Path) -> Sentence | None:
@@ -79,6 +81,7 @@ def read_sentence(folder: Path) -> Sentence | None:
         max_seq_length=_max_seq_length(texts, tokenizer, folder),
         do_lower_case=texts.get("do_lower_case") is True,
         prompt=_prompt(prompts, folder / PROMPTS),
+        prompts={name: text for name, text in (prompts.get("prompts") or {}).items() if isinstance(text, str)},
     )
 
 

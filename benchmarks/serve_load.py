@@ -1,0 +1,247 @@
+"""Measure `pruneofa serve`: the time it adds to the engine's own, and what it does under twice the load it can take.
+
+    python benchmarks/serve_load.py MODEL --seconds 60 --record records/DATE-serve/load.json
+
+MODEL is a folder of an embedding model. Part 1, closed loop, one client on one connection: every request is followed by
+`Engine.predict` of the same text in this process, so that both see the same machine. Part 2, saturation: as many
+connections as it takes for the inputs in flight to be twice --max-concurrent-requests, with requests of 1 to 32 texts;
+1 % of them are wrong and 2 % of the clients leave without waiting. Every vector is compared with the engine's.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pruneofa.engine.engine import Engine
+from pruneofa.engine.hardware import processor
+
+WORDS = "the film was a long story about people who live by the river and had never seen the sea before it came to them"
+
+
+def text(source: random.Random, low: int, high: int) -> str:
+    """A text of so many words."""
+    return " ".join(source.choice(WORDS.split()) for _ in range(source.randint(low, high)))
+
+
+class Connection:
+    """One HTTP/1.1 connection, kept open, that reads nothing but what it needs."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+
+    async def send(self, path: str, body: bytes) -> None:
+        """Send a request, on a new connection if there is none."""
+        if self._streams is None:
+            self._streams = await asyncio.open_connection("127.0.0.1", self._port)
+        head = (
+            f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+        )
+        self._streams[1].write(head.encode() + body)
+        await self._streams[1].drain()
+
+    async def receive(self) -> tuple[int, bytes]:
+        """Status and body."""
+        assert self._streams is not None
+        head = await self._streams[0].readuntil(b"\r\n\r\n")
+        length = re.search(rb"content-length: (\d+)", head)
+        assert length is not None
+        body = await self._streams[0].readexactly(int(length[1]))
+        if b"connection: close" in head:
+            self.leave()
+        return int(head[9:12]), body
+
+    def leave(self) -> None:
+        """Close the connection."""
+        if self._streams is not None:
+            self._streams[1].close()
+            self._streams = None
+
+
+def start(model: str, threads: int, limit: int) -> tuple[subprocess.Popen[str], int, float]:
+    """A server, its port, and the seconds until it was ready."""
+    command = [sys.executable, "-m", "pruneofa.cli", "serve", model, "--port", "0", "--threads", str(threads)]
+    begin = time.perf_counter()
+    server = subprocess.Popen(
+        [*command, "--max-concurrent-requests", str(limit), "--no-access-log"], stderr=subprocess.PIPE, text=True
+    )
+    assert server.stderr is not None
+    for line in server.stderr:
+        if found := re.search(r" on http://127.0.0.1:(\d+)", line):
+            return server, int(found[1]), time.perf_counter() - begin
+    raise SystemExit("the server did not start")
+
+
+def resident(process: int) -> float:
+    """Resident memory of a process in MB."""
+    pages = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{process}/status").read_text(encoding="utf-8"))
+    return int(pages[1]) / 1000 if pages else 0.0
+
+
+def percentiles(values: list[float]) -> dict[str, float]:
+    """Milliseconds."""
+    return {f"p{q}": round(1000 * float(np.percentile(values, q)), 3) for q in (50, 90, 99)}
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    """Vectors scaled to length 1."""
+    return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+
+
+def processor_seconds(process: int) -> float:
+    """What a process has used of the CPUs, which the load of others changes less than the clock."""
+    fields = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+async def without_engine(port: int, process: int, seconds: float) -> dict[str, Any]:
+    """A request that computes nothing: /decode of two ids."""
+    connection = Connection(port)
+    served = []
+    used = processor_seconds(process)
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        begin = time.perf_counter()
+        await connection.send("/decode", b'{"ids": [7, 8]}')
+        status, _ = await connection.receive()
+        assert status == 200
+        served.append(time.perf_counter() - begin)
+    connection.leave()
+    used = 1000 * (processor_seconds(process) - used) / len(served)
+    return {"requests": len(served), "server ms": percentiles(served), "server's CPU ms per request": round(used, 3)}
+
+
+async def closed_loop(port: int, engine: Engine, seconds: float) -> dict[str, Any]:
+    """The time that the server adds for one client, by the length of the texts."""
+    source, connection = random.Random(0), Connection(port)
+    result = {}
+    for name, low, high in (("short, 5 to 25 words", 5, 25), ("long, 90 to 180 words", 90, 180)):
+        served: list[float] = []
+        alone: list[float] = []
+        end = time.perf_counter() + seconds / 2
+        while time.perf_counter() < end:
+            words = text(source, low, high)
+            body = json.dumps({"inputs": words}).encode()
+            begin = time.perf_counter()
+            await connection.send("/embed", body)
+            status, answer = await connection.receive()
+            served.append(time.perf_counter() - begin)
+            begin = time.perf_counter()
+            vector = engine.predict(words)
+            alone.append(time.perf_counter() - begin)
+            assert status == 200
+            np.testing.assert_allclose(json.loads(answer)[0], unit(vector), atol=1e-5)
+        served, alone = served[10:], alone[10:]
+        added = [one - other for one, other in zip(served, alone, strict=True)]
+        result[name] = {
+            "requests": len(served),
+            "server ms": percentiles(served),
+            "engine ms": percentiles(alone),
+            "difference of percentiles ms": {
+                key: round(value - percentiles(alone)[key], 3) for key, value in percentiles(served).items()
+            },
+            "added per request ms": percentiles(added),
+        }
+    connection.leave()
+    return result
+
+
+async def saturate(port: int, engine: Engine, seconds: float, limit: int, process: int) -> dict[str, Any]:
+    """Twice as many inputs in flight as are allowed, clients that leave, requests that are wrong."""
+    source = random.Random(1)
+    texts = [text(source, *source.choice(((5, 25), (20, 60), (90, 180)))) for _ in range(400)]
+    expected = unit(engine.predict(texts))
+    counts: Counter[str] = Counter()
+    latencies: list[float] = []
+    memory: list[float] = []
+    end = time.perf_counter() + seconds
+
+    async def client(seed: int) -> None:
+        own, connection = random.Random(seed), Connection(port)
+        while time.perf_counter() < end:
+            chosen = [own.randrange(len(texts)) for _ in range(own.randint(1, 32))]
+            body: dict[str, Any] = {"inputs": [texts[index] for index in chosen]}
+            if wrong := own.random() < 0.01:
+                body = own.choice(({"inputs": []}, {"inputs": 3}, {"inputs": "a", "dimensions": 0}, {}))
+            begin = time.perf_counter()
+            await connection.send("/embed", json.dumps(body).encode())
+            if own.random() < 0.02:
+                await asyncio.sleep(own.random() * 0.05)
+                connection.leave()
+                counts["left"] += 1
+                continue
+            status, answer = await connection.receive()
+            if wrong:
+                counts[f"bad request, {status}"] += 1
+            elif status == 200:
+                latencies.append(time.perf_counter() - begin)
+                right = np.allclose(json.loads(answer), expected[chosen], atol=1e-5)
+                counts["right" if right else "WRONG"] += 1
+                counts["texts"] += len(chosen)
+            else:
+                counts[f"status {status}"] += 1
+                await asyncio.sleep(0.05)
+
+    async def watch() -> None:
+        while time.perf_counter() < end:
+            memory.append(resident(process))
+            await asyncio.sleep(0.5)
+
+    clients = 2 * limit // 16
+    await asyncio.gather(watch(), *(client(seed) for seed in range(clients)))
+    warm = memory[len(memory) // 4 :]
+    return {
+        "clients": clients,
+        "seconds": seconds,
+        "counts": dict(sorted(counts.items())),
+        "texts per second": round(counts["texts"] / seconds, 1),
+        "accepted ms": percentiles(latencies),
+        "memory MB": {"after a quarter": warm[0], "least": min(warm), "most": max(warm), "end": warm[-1]},
+    }
+
+
+def main() -> None:
+    """Measure, print and record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--seconds", type=float, default=60, help="of each part (default 60)")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="of the server's engine and the one beside it (default 1)"
+    )
+    parser.add_argument("--limit", type=int, default=512, help="the server's --max-concurrent-requests (default 512)")
+    parser.add_argument("--record", type=Path, help="write the figures here as JSON")
+    options = parser.parse_args()
+    engine = Engine.from_pretrained(options.model, threads=options.threads)
+    server, port, ready = start(options.model, options.threads, options.limit)
+    try:
+        found: dict[str, Any] = {
+            "cpu": processor(),
+            "load average": os.getloadavg()[0],
+            "threads": options.threads,
+            "start to ready s": round(ready, 2),
+        }
+        found["/decode, one client"] = asyncio.run(without_engine(port, server.pid, options.seconds / 4))
+        found["closed loop, one client"] = asyncio.run(closed_loop(port, engine, options.seconds))
+        found["saturation"] = asyncio.run(saturate(port, engine, options.seconds, options.limit, server.pid))
+    finally:
+        server.terminate()
+        found["exit code after SIGTERM"] = server.wait(60)
+    print(json.dumps(found, indent=2))
+    if options.record:
+        options.record.parent.mkdir(parents=True, exist_ok=True)
+        options.record.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Entities in a text: what its tokens are, grouped as the pipeline of transformers does, over windows of long texts."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from pruneofa.engine.heads import TokenClassification
+from pruneofa.engine.load import Float
+from pruneofa.engine.tokenizer import TextTokenizer, Tokens, overlap
+
+Aggregation = Literal["none", "simple", "first", "average", "max"]
+
+
+def find_entities(
+    head: TokenClassification,
+    tokenizer: TextTokenizer,
+    text: str,
+    windows: Sequence[Tokens],
+    scores: Sequence[Float],
+    *,
+    aggregation: Aggregation = "simple",
+    ignore: Sequence[str] = ("O",),
+) -> list[dict[str, Any]]:
+    """Entities of one text, in order.
+
+    Args:
+        head: names the labels; a B- or I- before a label says whether it begins or continues an entity.
+        tokenizer: says which tokens continue a word.
+        text: the text.
+        windows: its windows, from `TextTokenizer.text_windows`.
+        scores: probabilities (tokens, labels) of each window.
+        aggregation: "none": every token; "simple": neighbouring tokens of one label; "first", "average", "max": the
+            same, after the tokens of each word agreed on the label of the first, on the mean, or on the surest one.
+        ignore: labels to leave out.
+
+    Returns:
+        {"entity_group", "score", "word", "start", "end"} by characters of the text, where "word" is the text between;
+        "entity" in the place of "entity_group" without aggregation.
+    """
+    tokens, probabilities = _joined(windows, scores)
+    assert tokens.chars is not None
+    spans = tokens.chars
+    if aggregation in ("first", "average", "max"):
+        begins = np.flatnonzero(~tokenizer.continues_word(tokens, text) | (np.arange(len(spans)) == 0))
+        parts = np.split(np.arange(len(spans)), begins[1:]) if len(spans) else []
+        spans = np.array([(spans[part[0], 0], spans[part[-1], 1]) for part in parts], np.int32).reshape(-1, 2)
+        rows = [_agreed(probabilities[part], aggregation) for part in parts]
+        probabilities = np.stack(rows) if rows else probabilities[:0]
+    labels = probabilities.argmax(axis=1)
+    best = probabilities.max(axis=1, initial=0)
+    groups: list[list[int]] = []
+    for index, label in enumerate(labels):
+        begins_anew, tag = _tag(head.labels[label])
+        last = None if not groups or aggregation == "none" else _tag(head.labels[labels[groups[-1][-1]]])[1]
+        if last == tag and not begins_anew:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    key = "entity" if aggregation == "none" else "entity_group"
+    found = []
+    for group in groups:
+        name = head.labels[labels[group[0]]]
+        shown = name if aggregation == "none" else name.split("-", 1)[-1]
+        if shown not in ignore:
+            start, end = int(spans[group[0], 0]), int(spans[group[-1], 1])
+            score = float(np.mean(best[group]))
+            found.append({key: shown, "score": score, "word": text[start:end], "start": start, "end": end})
+    return found
+
+
+def _joined(windows: Sequence[Tokens], scores: Sequence[Float]) -> tuple[Tokens, Float]:
+    """The text's own tokens and their scores: where windows overlap, the half that has more context on both sides."""
+    own = [np.flatnonzero(window.segments == 0) for window in windows]
+    shared = overlap(len(own[0])) if len(windows) > 1 else 0
+    for number in range(len(windows)):
+        begin = shared // 2 if number else 0
+        end = len(own[number]) - (shared - shared // 2 if number + 1 < len(windows) else 0)
+        own[number] = own[number][begin:end]
+    parts = [window.keep(kept) for window, kept in zip(windows, own, strict=True)]
+    ids, types, segments, chars = (np.concatenate([getattr(part, name) for part in parts]) for name in _FIELDS)
+    return Tokens(ids, types, segments, chars), np.concatenate(
+        [rows[kept] for rows, kept in zip(scores, own, strict=True)]
+    )
+
+
+_FIELDS = ("ids", "types", "segments", "chars")
+
+
+def _agreed(scores: Float, aggregation: Aggregation) -> Float:
+    """One row (labels,) for the tokens of a word, (tokens, labels)."""
+    match aggregation:
+        case "first":
+            return scores[0]
+        case "average":
+            return scores.mean(axis=0)
+        case _:
+            return scores[int(scores.max(axis=1).argmax())]
+
+
+def _tag(label: str) -> tuple[bool, str]:
+    """Whether a label begins an entity, and the entity's kind; labels without B- or I- continue."""
+    return label.startswith("B-"), label[2:] if label[:2] in ("B-", "I-") else label

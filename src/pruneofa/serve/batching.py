@@ -1,0 +1,270 @@
+"""One queue of token sequences for all requests, and the two threads that fill and empty it.
+
+First in, first out, by slices: a request is tokenized a slice of inputs at a time, and has its next slice tokenized,
+behind what has come since, when its last one is taken. So a long request delays a short one by a slice at most, and
+what waits is bounded by the inputs that are accepted. Either thread tokenizes. When sequences wait and nobody computes,
+it computes, until none is left, while the other thread tokenizes on: a request that comes alone changes threads once.
+Sequences are not padded: a batch costs the sum of its tokens. The event loop only waits.
+"""
+
+import asyncio
+import contextlib
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
+from queue import SimpleQueue
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pruneofa.engine.tokenizer import Side, Tokens
+from pruneofa.serve.model import Item, Model
+from pruneofa.serve.refusal import Refused
+
+SLICE = 32  # inputs of a request that wait to be computed at a time
+
+
+@dataclass(eq=False)
+class Job:
+    """The inputs of one request, on their way through both threads.
+
+    Attributes:
+        model: what computes them.
+        items: the inputs.
+        names: what the request calls each, for error messages.
+        truncate: truncate inputs that are too long.
+        side: the end at which they are truncated.
+        prompt: text before each; None: the model's own.
+        whole: return all hidden states instead of one vector.
+        sequences: the token sequences of the inputs so far, in order.
+        results: the array of each sequence, once it is computed.
+        tokenization: seconds until the inputs were tokenized, waiting included.
+        queue: seconds that each sequence waited, summed.
+        inference: seconds of the batches that each sequence was in, summed.
+    """
+
+    model: Model
+    items: Sequence[Item]
+    names: Sequence[str]
+    truncate: bool = True
+    side: Side = "right"
+    prompt: str | None = None
+    whole: bool = False
+    sequences: list[Tokens] = field(default_factory=list)
+    results: dict[int, NDArray[np.float32]] = field(default_factory=dict)
+    tokenization: float = 0.0
+    queue: float = 0.0
+    inference: float = 0.0
+    _begin: float = field(default_factory=time.perf_counter)
+    _tokenized: int = 0  # inputs
+    _ready: float = 0.0  # when the last slice was tokenized
+    _pending: list[int] = field(default_factory=list)  # sequences that wait to be computed, long ones first
+    _cancelled: bool = False
+    _future: "asyncio.Future[None] | None" = None
+
+    def tokenize_slice(self) -> list[Tokens]:
+        """The sequences of the next inputs."""
+        part = slice(self._tokenized, self._tokenized + SLICE)
+        found = self.model.tokenize(
+            self.items[part], self.names[part], truncate=self.truncate, side=self.side, prompt=self.prompt
+        )
+        # Windows name their input within the slice.
+        return [replace(sequence, text=sequence.text + part.start) for sequence in found] if part.start else found
+
+    def add_slice(self, found: list[Tokens]) -> None:
+        """Let the sequences of the next inputs wait to be computed."""
+        begin = len(self.sequences)
+        self.sequences += found
+        self._ready = time.perf_counter()
+        self.tokenization = self._ready - self._begin
+        # Sequences of similar length together fill the vector lanes.
+        order = sorted(range(begin, len(self.sequences)), key=lambda index: -len(self.sequences[index].ids))
+        self._pending = order + self._pending
+        self._tokenized = min(self._tokenized + SLICE, len(self.items))  # last: `complete` reads it first
+
+    def cancel(self, error: Exception) -> None:
+        """Raise `error` where the job is awaited, and drop what was not computed yet; by the event loop only."""
+        self._cancelled = True
+        if self._future is not None and not self._future.done():
+            self._future.set_exception(error)
+
+    @property
+    def tokenized(self) -> bool:
+        """Whether all inputs are."""
+        return self._tokenized == len(self.items)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all sequences are computed."""
+        return self.tokenized and len(self.results) == len(self.sequences)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all sequences."""
+        return sum(len(sequence.ids) for sequence in self.sequences)
+
+
+class Batcher:
+    """The queue and its threads; `run` is called from one event loop.
+
+    Attributes:
+        in_flight: inputs that were accepted and not yet answered.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_batch_tokens: int,
+        max_concurrent_requests: int,
+        observe: Callable[[int, int], None] = lambda sequences, tokens: None,
+    ) -> None:
+        """Start both threads; `observe` is told the sequences and tokens of every batch."""
+        self._max_tokens, self._max_inputs, self._observe = max_batch_tokens, max_concurrent_requests, observe
+        self.in_flight = 0
+        self._untokenized: SimpleQueue[Job | None] = SimpleQueue()
+        self._waiting: deque[Job] = deque()
+        self._lock = threading.Lock()  # of what waits, and of who computes
+        self._computing = False
+        self._closed = False
+        self._threads = [threading.Thread(target=self._work, name=f"worker-{index}", daemon=True) for index in (0, 1)]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def healthy(self) -> bool:
+        """Whether both threads run."""
+        return all(thread.is_alive() for thread in self._threads)
+
+    @property
+    def waiting(self) -> int:
+        """Sequences that wait to be computed."""
+        with self._lock:
+            return sum(len(job._pending) for job in self._waiting)
+
+    async def run(self, job: Job) -> None:
+        """Compute a job; when this is cancelled, what was not computed yet is dropped.
+
+        Raises:
+            Refused: too many inputs are in flight already, an input cannot be tokenized, or the engine failed.
+        """
+        if self.in_flight + len(job.items) > self._max_inputs:
+            raise Refused("Overloaded", "Model is overloaded")
+        self.in_flight += len(job.items)
+        try:
+            job._future = asyncio.get_running_loop().create_future()
+            self._untokenized.put(job)
+            await job._future
+        finally:
+            job._cancelled = True
+            self.in_flight -= len(job.items)
+
+    def close(self) -> None:
+        """Stop both threads; what still waits is dropped."""
+        self._closed = True
+        for _ in self._threads:
+            self._untokenized.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _work(self) -> None:
+        while (job := self._untokenized.get()) is not None:
+            if job._cancelled or self._closed:
+                continue
+            try:
+                found = job.tokenize_slice()
+            except Exception as error:
+                _fail([job], error)
+                continue
+            with self._lock:
+                job.add_slice(found)
+                self._waiting.append(job)
+                mine = not self._computing
+                self._computing = True
+            if mine:
+                self._compute()
+
+    def _compute(self) -> None:
+        """Compute what waits, until nothing does."""
+        while True:
+            with self._lock:
+                batch = [] if self._closed else next_batch(self._waiting, self._max_tokens)
+                if not batch:
+                    self._computing = False
+                    return
+                emptied = [job for job in dict.fromkeys(job for job, _ in batch) if not job._pending]
+            for job in emptied:
+                if not job.tokenized:
+                    self._untokenized.put(job)
+            begin = time.perf_counter()
+            sequences = [job.sequences[index] for job, index in batch]
+            self._observe(len(batch), sum(len(sequence.ids) for sequence in sequences))
+            try:
+                found = batch[0][0].model.compute(sequences, [job.whole for job, _ in batch])
+            except Exception as error:
+                _fail({job for job, _ in batch}, error)
+                continue
+            seconds = time.perf_counter() - begin
+            for (job, index), array in zip(batch, found, strict=True):
+                job.results[index] = array
+                job.queue += max(0.0, begin - job._ready)
+                job.inference += seconds
+            _resolve({job for job, _ in batch if job.complete}, None)
+
+
+def next_batch(waiting: deque[Job], most: int) -> list[tuple[Job, int]]:
+    """Take the next sequences to compute together, at most `most` tokens, first come, first served.
+
+    All are of the model of the job that waited longest. Jobs that were cancelled, and those whose sequences are all
+    taken, leave the queue.
+
+    Returns:
+        Pairs of a job and the index of its sequence; none if nothing waits.
+    """
+    jobs = [job for job in waiting if job._pending and not job._cancelled]
+    batch: list[tuple[Job, int]] = []
+    tokens = 0
+    for job in jobs:
+        if job.model is not jobs[0].model:
+            continue
+        while job._pending:
+            length = len(job.sequences[job._pending[-1]].ids)
+            if batch and tokens + length > most:
+                break
+            batch.append((job, job._pending.pop()))
+            tokens += length
+        if job._pending:
+            break
+    waiting.clear()
+    waiting.extend(job for job in jobs if job._pending)
+    return batch
+
+
+def _fail(jobs: Collection[Job], error: Exception) -> None:
+    """Answer jobs with an error; one that nobody foresaw is written to stderr and not sent."""
+    if not isinstance(error, Refused):
+        traceback.print_exception(error)
+        error = Refused("Backend", "Backend error: inference failed", cause="inference")
+    for job in jobs:
+        job._cancelled = True
+    _resolve(jobs, error)
+
+
+def _resolve(jobs: Collection[Job], error: Refused | None) -> None:
+    """Wake the requests of jobs; their event loop may be gone."""
+    futures = [job._future for job in jobs if job._future is not None]
+
+    def wake() -> None:
+        for future in futures:
+            if future.done():
+                continue
+            if error is None:
+                future.set_result(None)
+            else:
+                future.set_exception(error)
+
+    if futures:
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits
+            futures[0].get_loop().call_soon_threadsafe(wake)

@@ -1,0 +1,106 @@
+"""Bodies of text-embeddings-inference's requests."""
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+T = TypeVar("T")
+Many = Annotated[list[T], Field(fail_fast=True)]  # one error is told, so a hundred thousand need not be collected
+Ids = Many[Annotated[int, Field(ge=0, lt=2**32)]]
+Direction = Annotated[
+    Literal["left", "right"], BeforeValidator(lambda side: {"Left": "left", "Right": "right"}.get(str(side), side))
+]
+
+
+class Body(BaseModel):
+    """The body of a request: no conversions between types; unknown fields are ignored."""
+
+    model_config = ConfigDict(strict=True, protected_namespaces=())
+
+
+Input = str | Ids
+TextOrPair = Annotated[list[str], Field(min_length=1, max_length=2)]
+
+
+class EmbedAllRequest(Body):
+    """Texts or token ids, one or a list."""
+
+    inputs: Input | Many[Input]
+    truncate: bool | None = None
+    truncation_direction: Direction = "right"
+    prompt_name: str | None = None
+
+
+class EmbedRequest(EmbedAllRequest):
+    """The same, and what becomes of the vectors."""
+
+    normalize: bool = True
+    dimensions: int | None = None
+
+
+class PredictRequest(Body):
+    """A text, a pair of texts, or a batch of lists of one or two."""
+
+    inputs: str | TextOrPair | Many[TextOrPair]
+    truncate: bool | None = None
+    truncation_direction: Direction = "right"
+    raw_scores: bool = False
+
+
+class RerankRequest(Body):
+    """A query and the texts to rank by it."""
+
+    query: str
+    texts: Many[str]
+    truncate: bool | None = None
+    truncation_direction: Direction = "right"
+    raw_scores: bool = False
+    return_text: bool = False
+
+
+class SimilarityInput(Body):
+    """A sentence and those that it is compared with."""
+
+    source_sentence: str
+    sentences: Many[str]
+
+
+class SimilarityParameters(Body):
+    """How the sentences are tokenized."""
+
+    truncate: bool | None = None
+    truncation_direction: Direction = "right"
+    prompt_name: str | None = None
+
+
+class SimilarityRequest(Body):
+    """The sentences, and how they are tokenized."""
+
+    inputs: SimilarityInput
+    parameters: SimilarityParameters | None = None
+
+
+class TokenizeRequest(Body):
+    """Texts, one or a list."""
+
+    inputs: str | Many[str]
+    add_special_tokens: bool = True
+    prompt_name: str | None = None
+
+
+class DecodeRequest(Body):
+    """Token ids, one sequence or a list."""
+
+    ids: Ids | Many[Ids]
+    skip_special_tokens: bool = True
+
+
+class VertexRequest(Body):
+    """Requests of the model's task."""
+
+    instances: Many[dict[str, Any]]
+
+
+def is_single(inputs: Any) -> bool:
+    """Whether it is a text or token ids, and not a list of these."""
+    return isinstance(inputs, str) or (isinstance(inputs, list) and (not inputs or isinstance(inputs[0], int)))

@@ -1,0 +1,240 @@
+"""One HTTP request: which model answers, the queue, the client that may leave, and the headers of the response."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import orjson
+from pydantic import ValidationError
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from pruneofa.engine.tokenizer import Side
+from pruneofa.serve.batching import Batcher, Job
+from pruneofa.serve.bodies import Body
+from pruneofa.serve.metrics import Family, Metrics
+from pruneofa.serve.model import Item, Model
+from pruneofa.serve.refusal import Refused, invalid
+from pruneofa.serve.settings import Settings
+
+BINARY_HEADER = "inference-header-content-length"  # bytes of JSON in a body that goes on with tensors
+_INLINE = 16_384  # numbers in a response that are written by the event loop; more by a thread
+_PATIENCE = 0.02  # seconds until a request is watched for its client leaving
+
+
+class ClientLeft(Exception):  # noqa: N818 - nothing failed
+    """The client closed the connection before it had its answer."""
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What all requests share."""
+
+    models: dict[str, Model]
+    settings: Settings
+    batcher: Batcher
+    metrics: Metrics
+
+
+class Call:
+    """A request and the jobs that it made.
+
+    Attributes:
+        serving: what all requests share.
+        jobs: what was computed for it so far.
+        binary: the bytes behind the JSON of its body, in the Open Inference Protocol.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self.serving: Serving = request.app.state.serving
+        self.jobs: list[Job] = []
+        self.binary = b""
+        self._request = request
+        self._begin = time.perf_counter()
+        self._characters = 0
+
+    def model(self, task: str | None = None, name: str | None = None) -> Model:
+        """The model of that name; without one, that of the path; without both, the first that does the task.
+
+        Raises:
+            Refused: there is no such model, or it does not do the task.
+        """
+        name = name if name is not None else self._request.path_params.get("model")
+        models = self.serving.models
+        if name is not None:
+            if name not in models:
+                raise Refused("NotFound", f"no such model; wanted one of {', '.join(models)}", cause="model")
+            found = models[name]
+        else:
+            found = next((model for model in models.values() if task and model.does(task)), next(iter(models.values())))
+        if task is not None:
+            found.check_task(task)
+        return found
+
+    def check_size(self, inputs: int, field: str = "inputs") -> None:
+        """Raise Refused for no input, or for more than one request may have."""
+        most = self.serving.settings.max_client_batch_size
+        if not inputs:
+            raise Refused("Empty", f"`{field}` cannot be empty", cause="validation")
+        if inputs > most:
+            message = f"batch size {inputs} > maximum allowed batch size {most}"
+            raise Refused("Validation", message, cause="batch_size")
+
+    async def run(
+        self,
+        model: Model,
+        items: Sequence[Item],
+        *,
+        single: bool = False,
+        field: str = "inputs",
+        truncate: bool | None = None,
+        side: Side = "right",
+        prompt_name: str | None = None,
+        whole: bool = False,
+    ) -> Job:
+        """Compute inputs through the queue.
+
+        Args:
+            model: the model.
+            items: the inputs.
+            single: the request has one input, and not a list of one.
+            field: where the inputs are in the request, for error messages.
+            truncate: truncate inputs that are too long; None: as the server is set.
+            side: the end at which they are truncated.
+            prompt_name: the prompt to put before each.
+            whole: return all hidden states.
+
+        Raises:
+            Refused: the inputs are wrong, or too many are in flight.
+            ClientLeft: nobody waits for the result any more.
+        """
+        self.check_size(len(items), field)
+        settings, metrics = self.serving.settings, self.serving.metrics
+        family: Family = "embed" if model.does("embedding") else "predict"
+        method: Literal["single", "batch"] = "single" if single else "batch"
+        metrics.accepted(method, family, len(items))
+        job = Job(
+            model=model,
+            items=items,
+            names=[field] if single else [f"{field}[{index}]" for index in range(len(items))],
+            truncate=settings.auto_truncate if truncate is None else truncate,
+            side=side,
+            prompt=model.prompt(prompt_name),
+            whole=whole,
+        )
+        await self._run_while_connected(job)
+        self.jobs.append(job)
+        self._characters += sum(map(_characters, items))
+        metrics.answered(
+            method,
+            family,
+            [len(sequence.ids) for sequence in job.sequences],
+            len(items),
+            {
+                "duration": time.perf_counter() - self._begin,
+                "tokenization": job.tokenization,
+                "queue": job.queue / len(job.sequences),
+                "inference": job.inference / len(job.sequences),
+            },
+        )
+        self._request.scope.setdefault("state", {})["tokens"] = self.tokens
+        return job
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that were computed."""
+        return sum(job.tokens for job in self.jobs)
+
+    def headers(self) -> dict[str, str]:
+        """Headers with times in milliseconds, of the mean input where they are not of the whole request."""
+        if not self.jobs:
+            return {}
+        sequences = sum(len(job.sequences) for job in self.jobs)
+        total = _milliseconds(time.perf_counter() - self._begin)
+        return {
+            "x-compute-type": "cpu",
+            "x-compute-time": total,
+            "x-compute-characters": str(self._characters),
+            "x-compute-tokens": str(self.tokens),
+            "x-total-time": total,
+            "x-tokenization-time": _milliseconds(sum(job.tokenization for job in self.jobs) / len(self.jobs)),
+            "x-queue-time": _milliseconds(sum(job.queue for job in self.jobs) / sequences),
+            "x-inference-time": _milliseconds(sum(job.inference for job in self.jobs) / sequences),
+        }
+
+    async def respond(self, value: Any, size: int = 0) -> Response:
+        """`value`, which may hold arrays, as a JSON response; `size` is about how many numbers are in it."""
+        body = await asyncio.to_thread(to_json, value) if size > _INLINE else to_json(value)
+        return Response(body, headers=self.headers(), media_type="application/json")
+
+    async def _run_while_connected(self, job: Job) -> None:
+        """Run a job, which is cancelled when the client leaves."""
+        watching: list[asyncio.Future[Any]] = []
+
+        def watch() -> None:
+            leaving = asyncio.ensure_future(self._request.receive())  # the body was read: only a farewell can come
+            leaving.add_done_callback(lambda task: None if task.cancelled() else job.cancel(ClientLeft()))
+            watching.append(leaving)
+
+        # A short request is answered before it is worth a look whether somebody waits for it.
+        timer = asyncio.get_running_loop().call_later(_PATIENCE, watch)
+        try:
+            await self.serving.batcher.run(job)
+        finally:
+            timer.cancel()
+            for leaving in watching:
+                leaving.cancel()
+
+
+@dataclass(frozen=True)
+class Post:
+    """A POST route: its path, the body that it takes, and the function that answers with a value and its size."""
+
+    path: str
+    body: type[Body]
+    answer: Callable[[Call, Any], Awaitable[tuple[Any, int]]]
+
+    def route(self) -> Route:
+        """The route for the application."""
+
+        async def handle(request: Request) -> Response:
+            call = Call(request)
+            content = await request.body()
+            length = request.headers.get(BINARY_HEADER, "")
+            if length.isdecimal() and len(length) < 10:
+                content, call.binary = content[: int(length)], content[int(length) :]
+            try:
+                body = self.body.model_validate_json(content)
+            except ValidationError as error:
+                raise wrong_body(error) from None
+            value, size = await self.answer(call, body)
+            return value if isinstance(value, Response) else await call.respond(value, size)
+
+        return Route(self.path, handle, methods=["POST"], name=self.answer.__name__)
+
+
+def wrong_body(error: ValidationError) -> Refused:
+    """JSON that is broken is 400; JSON of another form 422, as in text-embeddings-inference."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    if first["type"] == "json_invalid":
+        return Refused("Validation", "the request's body is not valid JSON", status=400)
+    place = ".".join(str(part) for part in first["loc"][:3])
+    return invalid(f"{place}: {first['msg']}" if place else first["msg"])
+
+
+def to_json(value: Any) -> bytes:
+    """JSON of a value that may hold numpy arrays; a number that is not finite becomes null."""
+    return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def _characters(item: Item) -> int:
+    if isinstance(item, dict):
+        return sum(map(len, item.values()))
+    return sum(map(len, item)) if isinstance(item, tuple) else len(item)
+
+
+def _milliseconds(seconds: float) -> str:
+    return str(int(seconds * 1000))

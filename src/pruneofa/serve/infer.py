@@ -1,0 +1,196 @@
+"""Open Inference Protocol v2: health, metadata, and inference with tensors in JSON or in binary."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from starlette.requests import Request
+from starlette.responses import Response
+
+from pruneofa import __version__
+from pruneofa.engine.inputs import row_lengths
+from pruneofa.errors import InputError
+from pruneofa.serve import answers
+from pruneofa.serve.bodies import Body, Many
+from pruneofa.serve.call import BINARY_HEADER, Call, Post, to_json
+from pruneofa.serve.model import Item, Model
+from pruneofa.serve.refusal import invalid
+from pruneofa.serve.scoring import as_vectors, scores
+from pruneofa.serve.status import check_health
+from pruneofa.serve.tensors import Tensor, datatype, read, to_bytes
+
+Arrays = dict[str, NDArray[Any]]
+
+# Names and types by task: inputs, and what comes out for each.
+_TEXT, _JSON = {"text": "BYTES"}, {"json": "BYTES"}
+_INPUTS = {"question answering": {"question": "BYTES", "context": "BYTES"}}
+_OUTPUTS = {
+    "embedding": {"embedding": "FP32"},
+    "classification": {"scores": "FP32", "label": "BYTES"},
+    "question answering": {"answer": "BYTES", "start": "INT64", "end": "INT64", "score": "FP32"},
+}
+
+
+class RequestedOutput(Body):
+    """An output by name."""
+
+    name: str
+    parameters: dict[str, Any] | None = None
+
+
+class InferRequest(Body):
+    """Tensors of inputs, and which outputs are wanted."""
+
+    inputs: Many[Tensor]
+    outputs: Many[RequestedOutput] | None = None
+    id: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+async def server(request: Request) -> Response:
+    """The server's name and version."""
+    value = {"name": "pruneofa", "version": __version__, "extensions": ["binary_tensor_data"]}
+    return Response(to_json(value), media_type="application/json")
+
+
+async def health(request: Request) -> Response:
+    """200 while the server computes."""
+    check_health(request.app.state.serving)
+    return Response()
+
+
+async def ready(request: Request) -> Response:
+    """200 if the model is loaded."""
+    Call(request).model()
+    return await health(request)
+
+
+async def metadata(request: Request) -> Response:
+    """What a model takes and gives."""
+    model = Call(request).model()
+    task = model.engine.task
+    inputs = _INPUTS.get(task, _TEXT)
+    value = {
+        "name": model.name,
+        "versions": ["1"],
+        "platform": "pruneofa",
+        "inputs": [{"name": name, "datatype": kind, "shape": [-1]} for name, kind in inputs.items()],
+        "outputs": [
+            {"name": name, "datatype": kind, "shape": [-1, -1] if name in ("embedding", "scores") else [-1]}
+            for name, kind in _OUTPUTS.get(task, _JSON).items()
+        ],
+    }
+    return Response(to_json(value), media_type="application/json")
+
+
+async def infer(call: Call, body: InferRequest) -> tuple[Response, int]:
+    """Tensors of results for tensors of texts or token ids."""
+    model = call.model()
+    inputs = read(body.inputs, call.binary)
+    found = await _compute(call, model, inputs)
+    wanted = body.outputs if body.outputs is not None else [RequestedOutput(name=name) for name in found]
+    missing = next((output.name for output in wanted if output.name not in found), None)
+    if missing is not None:
+        raise invalid(f"outputs are {', '.join(found)}; another one was asked for")
+    as_bytes = bool((body.parameters or {}).get("binary_data_output"))
+    described, tail = [], b""
+    for output in wanted:
+        array = found[output.name]
+        entry: dict[str, Any] = {"name": output.name, "datatype": datatype(array), "shape": list(array.shape)}
+        if (output.parameters or {}).get("binary_data", as_bytes):
+            content = to_bytes(array)
+            entry["parameters"] = {"binary_data_size": len(content)}
+            tail += content
+        else:
+            entry["data"] = array.ravel().tolist()
+        described.append(entry)
+    value = {"model_name": model.name, "model_version": "1", "id": body.id, "outputs": described}
+    head = to_json({key: item for key, item in value.items() if item is not None})
+    headers = call.headers()
+    if tail:
+        headers[BINARY_HEADER] = str(len(head))
+    kind = "application/octet-stream" if tail else "application/json"
+    return Response(head + tail, headers=headers, media_type=kind), 0
+
+
+async def _compute(call: Call, model: Model, inputs: Arrays) -> Arrays:
+    match model.engine.task:
+        case "embedding":
+            job = await call.run(model, _items(inputs))
+            return {"embedding": as_vectors(job, normalize=True, dimensions=None)}
+        case "classification":
+            rows = await scores(call, model, _items(inputs), truncate=None, raw=False)
+            return {"scores": rows, "label": _objects(model.labels[index] for index in rows.argmax(axis=1))}
+        case "question answering":
+            questions, contexts = _texts(inputs, "question"), _texts(inputs, "context")
+            if len(questions) != len(contexts):
+                raise invalid(f"there are {len(questions)} questions and {len(contexts)} contexts")
+            pairs = [
+                answers.Question(question=question, context=context)
+                for question, context in zip(questions, contexts, strict=True)
+            ]
+            found, _ = await answers.answer(call, answers.AnswerRequest(inputs=pairs))
+            return {
+                "answer": _objects(one["answer"] for one in found),
+                "start": np.array([one["start"] for one in found], np.int64),
+                "end": np.array([one["end"] for one in found], np.int64),
+                "score": np.array([one["score"] for one in found], np.float32),
+            }
+        case "token classification":
+            tokens = answers.TokensRequest(inputs=_texts(inputs, "text"))
+            found, _ = await answers.classify_tokens(call, tokens)
+        case _:
+            found, _ = await answers.fill_mask(call, answers.FillMaskRequest(inputs=_texts(inputs, "text")))
+    return {"json": _objects(to_json(one).decode() for one in found)}
+
+
+def _items(inputs: Arrays) -> list[Item]:
+    """Texts, pairs of texts, or token ids."""
+    if "input_ids" in inputs and "text" not in inputs:
+        ids = inputs["input_ids"]
+        if ids.dtype.kind not in "iu" or ids.ndim != 2:
+            raise invalid("input_ids: wanted integers (batch, seq)")
+        try:
+            lengths = row_lengths(inputs.get("attention_mask"), ids.shape)
+        except InputError as error:
+            raise invalid(str(error)) from None
+        return [ids[row, :length].tolist() for row, length in enumerate(lengths)]
+    texts = _texts(inputs, "text")
+    if "text_pair" not in inputs:
+        return list(texts)
+    pairs = _texts(inputs, "text_pair")
+    if len(texts) != len(pairs):
+        raise invalid(f"text has {len(texts)} elements, text_pair {len(pairs)}")
+    return list(zip(texts, pairs, strict=True))
+
+
+def _texts(inputs: Arrays, name: str) -> list[str]:
+    if name not in inputs:
+        raise invalid(f"the input {name} is missing")
+    if inputs[name].dtype != object:
+        raise invalid(f"{name}: wanted datatype BYTES")
+    return list(inputs[name].ravel())
+
+
+def _objects(values: Any) -> NDArray[Any]:
+    listed = list(values)
+    array = np.empty(len(listed), object)
+    array[:] = listed
+    return array
+
+
+_MODEL = "/v2/models/{model}"
+GETS: dict[str, Callable[..., Any]] = {
+    "/v2": server,
+    "/v2/health/live": health,
+    "/v2/health/ready": health,
+    _MODEL: metadata,
+    f"{_MODEL}/ready": ready,
+    f"{_MODEL}/versions/{{version}}": metadata,
+    f"{_MODEL}/versions/{{version}}/ready": ready,
+}
+POSTS = [
+    Post(f"{_MODEL}/infer", InferRequest, infer),
+    Post(f"{_MODEL}/versions/{{version}}/infer", InferRequest, infer),
+]

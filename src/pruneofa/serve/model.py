@@ -1,0 +1,139 @@
+"""A served model: an engine, what it is called, and the two steps of a request that need it: tokenize and compute."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pruneofa.engine.engine import Engine
+from pruneofa.engine.heads import Classification, Embedding, TokenClassification
+from pruneofa.engine.inputs import as_row, check_item
+from pruneofa.engine.tokenizer import Side, Tokens, check_text
+from pruneofa.errors import InputError
+from pruneofa.serve.refusal import Refused, invalid
+
+Item = str | tuple[str, str] | list[int] | dict[str, str]
+
+_NOT = {
+    "embedding": "Model is not an embedding model",
+    "classification": "Model is not a classifier model",
+    "reranking": "model is not a re-ranker model",
+    "token classification": "Model is not a token classification model",
+    "question answering": "Model is not a question answering model",
+    "masked-LM": "Model is not a masked language model",
+}
+
+
+class Model:
+    """An engine under a name.
+
+    Attributes:
+        name: what clients call it.
+        engine: what computes; its `head` belongs to the task.
+    """
+
+    def __init__(self, name: str, engine: Engine) -> None:
+        self.name, self.engine = name, engine
+
+    @property
+    def reranks(self) -> bool:
+        """Whether it scores a pair of texts by one number."""
+        return self.engine.task == "classification" and len(self.engine.labels) == 1
+
+    def does(self, task: str) -> bool:
+        """Whether the model does a task of the engine, or "reranking"."""
+        return self.reranks if task == "reranking" else self.engine.task == task
+
+    def check_task(self, task: str) -> None:
+        """Raise Refused unless the model does the task."""
+        if not self.does(task):
+            raise Refused("Backend", f"Backend error: {_NOT[task]}", cause="model_type")
+
+    def prompt(self, name: str | None) -> str | None:
+        """The text of a prompt by its name; None for None. Raises Refused for an unknown one."""
+        if name is None:
+            return None
+        prompts = self.engine.tokenizer.prompts
+        if name not in prompts:
+            raise invalid(f"prompt_name is not known; the model's prompts are: {', '.join(sorted(prompts)) or 'none'}")
+        return prompts[name]
+
+    def tokenize(
+        self, items: Sequence[Item], names: Sequence[str], *, truncate: bool, side: Side, prompt: str | None
+    ) -> list[Tokens]:
+        """The sequences of some inputs: one of each, or windows with the index of their input.
+
+        Raises:
+            Refused: an input that is empty, too long, or not what the task takes.
+        """
+        for item in items:
+            if item in ("", ("", "")) or (isinstance(item, list) and not item):
+                raise Refused("Empty", "Input validation error: `inputs` cannot be empty")
+        try:
+            if self.engine.task == "token classification":
+                texts = [check_text(item, name) for item, name in zip(items, names, strict=True)]
+                return self.engine.tokenizer.text_windows(texts)
+            if self.engine.task in ("question answering", "masked-LM"):
+                checked = [check_item(item, name, self.engine.task) for item, name in zip(items, names, strict=True)]
+                head: Any = self.engine.head
+                return head.prepare(self.engine.tokenizer, checked, names, truncate=True)
+            return self._sequences(items, names, truncate=truncate, side=side, prompt=prompt)
+        except InputError as error:
+            raise invalid(str(error).replace(str(self.engine.tokenizer.folder), self.name), "tokenization") from None
+
+    def compute(self, sequences: Sequence[Tokens], whole: Sequence[bool]) -> list[NDArray[np.float32]]:
+        """What the task's head needs of each sequence, in order.
+
+        Of an embedding model the pooled vector (hidden,), or all hidden states (tokens, hidden) where `whole` is
+        true; of a classification logits (classes,); otherwise what `reduce` of the head returns.
+        """
+        head = self.engine.head
+        found: list[Any] = [None] * len(sequences)
+        for index, hidden in self.engine.hidden(sequences):
+            if not isinstance(head, Embedding):
+                found[index] = head.reduce(hidden, sequences[index])
+            else:
+                found[index] = hidden.copy() if whole[index] else head.pool(hidden)
+        return list(head.logits(found)) if isinstance(head, Classification) else found
+
+    @property
+    def labels(self) -> list[str]:
+        """Names of the classes of a classification of texts or tokens."""
+        head = self.engine.head
+        return list(head.labels) if isinstance(head, Classification | TokenClassification) else []
+
+    def warm_up(self) -> None:
+        """Compute once, so that the first request finds memory and caches ready."""
+        size = min(32, self.engine.max_length)
+        whole = self.engine.checked_ids([np.zeros(size, np.int32)], None)
+        for _ in self.engine.hidden(whole):
+            pass
+
+    def _sequences(
+        self, items: Sequence[Item], names: Sequence[str], *, truncate: bool, side: Side, prompt: str | None
+    ) -> list[Tokens]:
+        """Texts, pairs and token ids; a prompt turns ids into text again, as in text-embeddings-inference."""
+        tokenizer, limit = self.engine.tokenizer, self.engine.tokenizer.limit
+        ids = {}
+        texts: list[Any] = []
+        for index, item in enumerate(items):
+            if isinstance(item, list) and prompt is None:
+                row = as_row(item, names[index])
+                if truncate:
+                    row = row[:limit] if side == "right" else row[-limit:]
+                ids[index] = self.engine.checked_ids([row], None)[0]
+            else:
+                text = tokenizer.decode(item, skip_special_tokens=True) if isinstance(item, list) else item
+                texts.append(check_item(text, names[index], self.engine.task))
+        own = [name for index, name in enumerate(names) if index not in ids]
+        found = iter(tokenizer.sequences(texts, own, truncate=truncate, side=side, prompt=prompt) if texts else [])
+        return [ids[index] if index in ids else next(found) for index in range(len(items))]
+
+
+def load(name: str, path: str | Path, **settings: Any) -> Model:
+    """Load a model and compute with it once; `settings` go to `Engine.from_pretrained`. Raises InputError."""
+    model = Model(name, Engine.from_pretrained(path, **settings))
+    model.warm_up()
+    return model

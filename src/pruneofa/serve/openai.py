@@ -1,0 +1,52 @@
+"""OpenAI's routes: embeddings and the list of models."""
+
+import base64
+from typing import Any, Literal
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from pruneofa.serve.bodies import Body, Input, Many, is_single
+from pruneofa.serve.call import Call, Post, Serving, to_json
+from pruneofa.serve.scoring import as_vectors, check_dimensions
+
+
+class EmbeddingsRequest(Body):
+    """Texts or token ids, one or a list."""
+
+    input: Input | Many[Input]
+    model: str | None = None
+    user: str | None = None
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = None
+
+
+async def embeddings(call: Call, body: EmbeddingsRequest) -> tuple[Any, int]:
+    """Vectors of texts; the first embedding model answers for a name that is not served."""
+    check_dimensions(body.dimensions)
+    model = call.model("embedding", body.model if body.model in call.serving.models else None)
+    single = is_single(body.input)
+    items: Any = [body.input] if single else body.input
+    job = await call.run(model, items, single=single, field="input")
+    vectors = as_vectors(job, normalize=True, dimensions=body.dimensions)
+    if body.encoding_format == "base64":
+        rows: Any = [base64.b64encode(row.astype("<f4").tobytes()).decode() for row in vectors]
+    else:
+        rows = vectors
+    value = {
+        "object": "list",
+        "data": [{"object": "embedding", "embedding": row, "index": index} for index, row in enumerate(rows)],
+        "model": model.name,
+        "usage": {"prompt_tokens": job.tokens, "total_tokens": job.tokens},
+    }
+    return value, vectors.size
+
+
+async def models(request: Request) -> Response:
+    """The models by name."""
+    serving: Serving = request.app.state.serving
+    listed = [{"id": name, "object": "model", "created": 0, "owned_by": "pruneofa"} for name in serving.models]
+    return Response(to_json({"object": "list", "data": listed}), media_type="application/json")
+
+
+POSTS = [Post("/v1/embeddings", EmbeddingsRequest, embeddings), Post("/embeddings", EmbeddingsRequest, embeddings)]

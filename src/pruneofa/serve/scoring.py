@@ -1,0 +1,78 @@
+"""From what the engine computed to what clients ask for: vectors, scores of classes, relevance of texts."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pruneofa.engine.heads import Classification, Embedding
+from pruneofa.engine.tokenizer import Side
+from pruneofa.serve.batching import Job
+from pruneofa.serve.call import Call
+from pruneofa.serve.model import Item, Model
+from pruneofa.serve.refusal import Refused, invalid
+
+
+def check_dimensions(dimensions: int | None) -> None:
+    """Raise Refused for fewer than one; how many there are is known once the vectors are."""
+    if dimensions is not None and dimensions < 1:
+        raise invalid("`dimensions` should be positive")
+
+
+def as_vectors(job: Job, *, normalize: bool, dimensions: int | None) -> NDArray[np.float32]:
+    """The vectors (texts, dimensions) of a job: truncated, and then of length 1 if `normalize`.
+
+    Raises Refused for more dimensions than there are.
+    """
+    vectors = np.stack([job.results[index] for index in range(len(job.results))])
+    head = job.model.engine.head
+    assert isinstance(head, Embedding)
+    if dimensions is not None and dimensions > vectors.shape[1]:
+        raise invalid("`dimensions` should be smaller than the maximum embedding dimension.")
+    vectors = np.ascontiguousarray(vectors[:, : dimensions or head.dimensions])
+    if normalize:
+        lengths = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
+        vectors = (vectors / np.maximum(lengths, 1e-12)).astype(np.float32)
+    check_finite(vectors)
+    return vectors
+
+
+async def scores(
+    call: Call,
+    model: Model,
+    items: list[Item],
+    *,
+    single: bool = False,
+    field: str = "inputs",
+    truncate: bool | None,
+    side: Side = "right",
+    raw: bool,
+) -> NDArray[np.float32]:
+    """Scores (inputs, classes) of a classification, or its logits if `raw`."""
+    job = await call.run(model, items, single=single, field=field, truncate=truncate, side=side)
+    rows = np.stack([job.results[index] for index in range(len(items))])
+    check_finite(rows)
+    head = model.engine.head
+    assert isinstance(head, Classification)
+    return rows if raw else head.scores(rows).astype(np.float32)
+
+
+async def relevance(
+    call: Call,
+    model: Model,
+    query: str,
+    texts: list[str],
+    *,
+    field: str,
+    truncate: bool | None = None,
+    side: Side = "right",
+    raw: bool = False,
+) -> NDArray[np.float32]:
+    """Scores (texts,) of each text for the query: logits, or 0 to 1 by a sigmoid unless `raw`."""
+    items: list[Item] = [(query, text) for text in texts]
+    logits = (await scores(call, model, items, field=field, truncate=truncate, side=side, raw=True))[:, 0]
+    return logits if raw else (1 / (1 + np.exp(-logits.astype(np.float64)))).astype(np.float32)
+
+
+def check_finite(array: NDArray[np.float32]) -> None:
+    """Raise Refused for a number that is not finite: only a damaged model computes one."""
+    if not np.isfinite(array).all():
+        raise Refused("Backend", "score is NaN", cause="inference")

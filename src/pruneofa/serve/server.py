@@ -1,0 +1,187 @@
+"""The process of a server: its socket, its workers, its signals."""
+
+import ctypes
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from pruneofa.errors import InputError
+from pruneofa.serve.settings import Settings
+
+_PAUSE = 0.2  # seconds before a worker that ended is replaced: a model that cannot be loaded is not tried without rest
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket on an address, not yet listening: clients are refused until a model is ready.
+
+    Raises InputError if the address is in use or not ours.
+    """
+    try:
+        family, kind, protocol, _, _ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        # With the protocol named, asyncio sets TCP_NODELAY; without it every answer may wait 40 ms for an ACK.
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"cannot listen on {host}, port {port}: {reason}; give another --host or --port") from None
+    bound.set_inheritable(True)
+    return bound
+
+
+def serve(
+    models: Sequence[tuple[str, str]],
+    settings: Settings,
+    *,
+    host: str,
+    port: int,
+    workers: int = 1,
+    grace: int = 30,
+    engine: dict[str, Any] | None = None,
+    otlp_endpoint: str | None = None,
+    ready: Callable[[str], None] = lambda url: None,
+) -> int:
+    """Serve until SIGTERM or SIGINT, and then until the requests that were accepted are answered.
+
+    Args:
+        models: the name and the folder or hub id of each.
+        settings: limits.
+        host: address to listen on.
+        port: port to listen on; 0: any that is free.
+        workers: processes, each of which loads the models.
+        grace: seconds for open requests after SIGTERM.
+        engine: arguments of `Engine.from_pretrained`.
+        otlp_endpoint: URL of an OpenTelemetry collector; None: no traces.
+        ready: called with the server's URL once a process can answer.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        InputError: a model cannot be loaded, or the address is taken.
+        ImportError: traces are wanted, and the otel extra is not installed.
+    """
+    bound = bind(host, port)
+    shown = f"[{host}]" if ":" in host else host
+    url = f"http://{shown}:{bound.getsockname()[1]}"
+
+    def work(started: Callable[[], None]) -> None:
+        # Imported by each worker: prometheus_client looks for its shared folder when it is imported.
+        from pruneofa.serve.app import create_app
+        from pruneofa.serve.model import load
+        from pruneofa.serve.tracing import traced
+
+        app: Any = create_app([load(name, path, **(engine or {})) for name, path in models], settings)
+        if otlp_endpoint is not None:
+            app = traced(app, otlp_endpoint)
+        _run(app, bound, grace, started)
+
+    if workers == 1:
+        work(lambda: ready(url))
+        return 0
+    with tempfile.TemporaryDirectory(prefix="pruneofa-metrics-") as folder:
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
+        return _prefork(work, workers, Path(folder), lambda: ready(url))
+
+
+def _run(app: Any, bound: socket.socket, grace: int, started: Callable[[], None]) -> None:
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,  # who calls is who connects
+        timeout_graceful_shutdown=grace,
+        ws="none",
+        timeout_keep_alive=75,  # seconds; clients keep connections in pools, and a short time makes them race
+    )
+    server = uvicorn.Server(config)
+    startup = server.startup
+
+    async def startup_and_say(sockets: list[socket.socket] | None = None) -> None:
+        await startup(sockets=sockets)
+        started()
+
+    server.startup = startup_and_say  # type: ignore[method-assign]  # uvicorn has no hook for it
+    for number in (signal.SIGTERM, signal.SIGINT):  # raised again by uvicorn after it has drained
+        signal.signal(number, lambda *_: None)
+    server.run(sockets=[bound])
+
+
+def _prefork(
+    work: Callable[[Callable[[], None]], None], workers: int, shared: Path, started: Callable[[], None]
+) -> int:
+    """Keep so many processes running `work`; nothing that has threads was loaded before they are forked.
+
+    The others start once the first is ready, so that wrong input is said once, and before anything listens.
+    """
+    stopping = False
+    running: set[int] = set()
+
+    def stop(*_: object) -> None:
+        nonlocal stopping
+        stopping = True
+        for process in running:
+            os.kill(process, signal.SIGTERM)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    reading, writing = os.pipe()
+    running.add(_fork(work, lambda: os.write(writing, b"1")))
+    os.close(writing)
+    ready = os.read(reading, 1) == b"1"
+    if ready and not stopping:
+        started()
+    while True:
+        while ready and not stopping and len(running) < workers:
+            running.add(_fork(work, lambda: None))
+        if not running:
+            return 0
+        process, status = os.wait()
+        running.discard(process)
+        (shared / f"gauge_livesum_{process}.db").unlink(missing_ok=True)  # a dead process has no queue
+        if not stopping:
+            code = os.waitstatus_to_exitcode(status)
+            if not ready:
+                return code if code > 0 else 3
+            sys.stderr.write(f"pruneofa: worker {process} ended with {code}; starting another\n")
+            time.sleep(_PAUSE)
+
+
+def _end_with_parent() -> None:
+    """Get SIGTERM when the parent dies, so that no worker keeps the port; on Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def _fork(work: Callable[[Callable[[], None]], None], started: Callable[[], Any]) -> int:
+    """The id of a new process that does `work` and ends."""
+    process = os.fork()
+    if process:
+        return process
+    code = 3
+    try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        _end_with_parent()
+        work(started)
+        code = 0
+    except InputError as error:
+        sys.stderr.write(f"pruneofa: error: {error}\n")
+        code = 2
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 3
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

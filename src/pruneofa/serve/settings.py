@@ -1,0 +1,29 @@
+"""What a server can be told: limits and who may call."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of one server; where text-embeddings-inference has the same one, by its name and default.
+
+    Attributes:
+        max_batch_tokens: tokens that are computed together; also how long, in tokens, a request waits for the batch
+            before it. Lower than that of servers that pad: without padding larger batches are no faster.
+        max_concurrent_requests: inputs that may be waiting or computed at a time; more are refused with 429.
+        max_client_batch_size: inputs of one request.
+        auto_truncate: truncate inputs that are too long unless the request says otherwise.
+        payload_limit: bytes of a request's body.
+        body_timeout: seconds that a client may take to send its request's body.
+        api_key: what clients must send as a bearer token; None: nothing.
+        access_log: write one line of JSON per request to stderr.
+    """
+
+    max_batch_tokens: int = 2048
+    max_concurrent_requests: int = 512
+    max_client_batch_size: int = 32
+    auto_truncate: bool = True
+    payload_limit: int = 2_000_000
+    body_timeout: float = 30.0
+    api_key: str | None = None
+    access_log: bool = True

@@ -1,0 +1,127 @@
+"""Tensors of the Open Inference Protocol: as lists in JSON, or as bytes behind it."""
+
+import math
+import struct
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pruneofa.serve.bodies import Body
+from pruneofa.serve.refusal import invalid
+
+TYPES = {
+    "INT8": "<i1",
+    "INT16": "<i2",
+    "INT32": "<i4",
+    "INT64": "<i8",
+    "UINT8": "<u1",
+    "UINT16": "<u2",
+    "UINT32": "<u4",
+    "UINT64": "<u8",
+    "FP32": "<f4",
+}
+_MOST = 10_000_000  # elements of a tensor; its shape is only a claim
+
+
+class Tensor(Body):
+    """A tensor; without `data` it is among the bytes behind the JSON, `binary_data_size` of them."""
+
+    name: str
+    shape: list[int]
+    datatype: str
+    data: list[Any] | None = None
+    parameters: dict[str, Any] | None = None
+
+
+def read(tensors: list[Tensor], binary: bytes) -> dict[str, NDArray[Any]]:
+    """Arrays by name, in the shapes that the request gives; texts as objects.
+
+    Raises Refused for tensors that are not what they say.
+    """
+    found: dict[str, NDArray[Any]] = {}
+    at = 0
+    for tensor in tensors:
+        if tensor.name in found:
+            raise invalid(f"the input {tensor.name} is given twice")
+        count = math.prod(tensor.shape)
+        if min(tensor.shape, default=0) < 0 or count > _MOST:
+            raise invalid(f"{tensor.name}: shape is {tensor.shape}, wanted at most {_MOST} elements")
+        size = (tensor.parameters or {}).get("binary_data_size")
+        if size is None:
+            values: Any = _from_json(tensor)
+        else:
+            if type(size) is not int or not 0 <= size <= len(binary) - at:
+                raise invalid(f"{tensor.name}: binary_data_size does not fit the body")
+            values = _from_bytes(tensor, binary[at : at + size])
+            at += size
+        if len(values) != count:
+            raise invalid(f"{tensor.name}: has {len(values)} elements, but the shape {tensor.shape}")
+        found[tensor.name] = values.reshape(tensor.shape)
+    return found
+
+
+def _from_json(tensor: Tensor) -> NDArray[Any]:
+    flat = list(tensor.data or [])
+    while flat and isinstance(flat[0], list):
+        if not all(isinstance(row, list) for row in flat):
+            raise invalid(f"{tensor.name}: lists and values are mixed")
+        flat = [value for row in flat for value in row]
+    if tensor.datatype == "BYTES":
+        if not all(isinstance(value, str) for value in flat):
+            raise invalid(f"{tensor.name}: wanted strings")
+        return _texts(flat)
+    dtype = _dtype(tensor)
+    kinds = (int, float) if dtype.kind == "f" else (int,)
+    if not all(type(value) in kinds for value in flat):
+        raise invalid(f"{tensor.name}: wanted numbers of type {tensor.datatype}")
+    try:
+        return np.array(flat, dtype)
+    except (OverflowError, ValueError):
+        raise invalid(f"{tensor.name}: a number is out of the range of {tensor.datatype}") from None
+
+
+def _from_bytes(tensor: Tensor, content: bytes) -> NDArray[Any]:
+    if tensor.datatype != "BYTES":
+        dtype = _dtype(tensor)
+        if len(content) % dtype.itemsize:
+            raise invalid(f"{tensor.name}: {len(content)} bytes are no {tensor.datatype} numbers")
+        return np.frombuffer(content, dtype)
+    texts = []
+    at = 0
+    while at < len(content):
+        begin = at + 4
+        end = begin + struct.unpack("<I", content[at:begin])[0] if begin <= len(content) else begin
+        if end > len(content):
+            raise invalid(f"{tensor.name}: its last element is cut off")
+        try:
+            texts.append(content[begin:end].decode())
+        except UnicodeDecodeError:
+            raise invalid(f"{tensor.name}: element {len(texts)} is not UTF-8") from None
+        at = end
+    return _texts(texts)
+
+
+def _texts(values: list[str]) -> NDArray[Any]:
+    array = np.empty(len(values), object)
+    array[:] = values
+    return array
+
+
+def _dtype(tensor: Tensor) -> "np.dtype[Any]":
+    if tensor.datatype not in TYPES:
+        raise invalid(f"{tensor.name}: datatype is not one of BYTES, {', '.join(TYPES)}")
+    return np.dtype(TYPES[tensor.datatype])
+
+
+def datatype(array: NDArray[Any]) -> str:
+    """The protocol's name for the type of an array."""
+    return "BYTES" if array.dtype == object else next(name for name, type_ in TYPES.items() if array.dtype == type_)
+
+
+def to_bytes(array: NDArray[Any]) -> bytes:
+    """The elements, row by row: numbers little-endian, texts each behind its length."""
+    if array.dtype != object:
+        return array.astype(array.dtype.newbyteorder("<")).tobytes()
+    encoded = [text.encode() for text in array.ravel()]
+    return b"".join(struct.pack("<I", len(text)) + text for text in encoded)

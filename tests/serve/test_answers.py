@@ -1,0 +1,76 @@
+"""Entities, answers and masked words over HTTP are the engine's."""
+
+import pytest
+
+from pruneofa.engine.entities import find_entities
+
+TEXT = "the king of music and the queen of film"
+
+
+def post(client, path, status=200, **body):
+    response = client.post(path, json=body)
+    assert response.status_code == status, response.text
+    return response.json()
+
+
+def engine_entities(model, text, **options):
+    engine = model.engine
+    windows = engine.tokenizer.text_windows([text])
+    scores = model.compute(windows, [False] * len(windows))
+    return find_entities(engine.head, engine.tokenizer, text, windows, scores, **options)
+
+
+@pytest.mark.parametrize("aggregation", ["none", "simple", "first", "average", "max"])
+def test_entities_of_texts_of_any_length(client, models, aggregation):
+    long = " ".join([TEXT] * 20)
+    options = {"aggregation_strategy": aggregation, "ignore_labels": []}
+    found = post(client, "/classify_tokens", inputs=[TEXT, long], parameters=options)
+    for text, entities in zip([TEXT, long], found, strict=True):
+        expected = engine_entities(models["entities"], text, aggregation=aggregation, ignore=[])
+        assert [one | {"score": pytest.approx(one["score"], abs=1e-6)} for one in entities] == expected
+    assert found[1][-1]["end"] == len(long)
+    assert post(client, "/classify_tokens", inputs=TEXT, parameters=options) == found[0]
+
+
+def test_what_is_no_entity_is_left_out(client):
+    everything = post(client, "/classify_tokens", inputs=TEXT, parameters={"ignore_labels": []})
+    default = post(client, "/classify_tokens", inputs=TEXT)
+    assert default == [one for one in everything if one["entity_group"] != "O"]
+
+
+def test_answers_are_the_engines(client, models):
+    question = {"question": "who", "context": " ".join([TEXT] * 20)}
+    expected = models["answers"].engine.predict(question)
+    found = post(client, "/answer", inputs=question)
+    assert found == expected | {"score": pytest.approx(expected["score"], abs=1e-6)}
+    other = {"question": "what", "context": TEXT}
+    many = post(client, "/answer", inputs=[question] + [other] * 31)
+    assert many[0] == found and many[31] == post(client, "/answer", inputs=other)
+
+
+def test_masked_words_are_the_engines(client, models):
+    expected = models["words"].engine.predict("the [MASK] of music")[0]
+    found = post(client, "/fill_mask", inputs="the [MASK] of music")
+    assert [word["token_str"] for word in found] == list(expected["scores"])
+    assert found[0]["score"] == pytest.approx(expected["score"], abs=1e-6)
+    assert found[0]["sequence"] == f"the {expected['label']} of music"
+    two = post(client, "/fill_mask", inputs="the [MASK] of [MASK]")
+    assert len(two) == 2 and len(two[0]) == len(found)
+    assert "[MASK]" in post(client, "/fill_mask", 422, inputs="the king")["error"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        ("/classify_tokens", {"inputs": ""}, 400),
+        ("/classify_tokens", {"inputs": "a", "parameters": {"aggregation_strategy": "best"}}, 422),
+        ("/answer", {"inputs": {"question": "a"}}, 422),
+        ("/answer", {"inputs": {"question": "", "context": "a"}}, 422),
+        ("/answer", {"inputs": []}, 400),
+        ("/models/vectors/answer", {"inputs": {"question": "a", "context": "b"}}, 424),
+        ("/models/vectors/classify_tokens", {"inputs": "a"}, 424),
+        ("/models/vectors/fill_mask", {"inputs": "a"}, 424),
+    ],
+)
+def test_wrong_requests(client, path, body, status):
+    assert set(post(client, path, status, **body)) == {"error", "error_type"}

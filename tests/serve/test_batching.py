@@ -1,0 +1,188 @@
+"""The queue: whose turn it is, what is refused, what is dropped, and that every input gets its own result."""
+
+import asyncio
+import threading
+import time
+from collections import deque
+
+import numpy as np
+import pytest
+
+from pruneofa.engine.tokenizer import Tokens
+from pruneofa.serve.batching import SLICE, Batcher, Job, next_batch
+from pruneofa.serve.refusal import Refused
+
+
+class FakeModel:
+    """Inputs are lists of one number; a sequence has as many tokens, and its result is their sum."""
+
+    def __init__(self):
+        self.batches = []
+        self.go = threading.Event()
+        self.go.set()
+
+    def tokenize(self, items, names, *, truncate, side, prompt):
+        if any(item == [0] for item in items):
+            raise Refused("Empty", "empty")
+        return [Tokens(np.ones(item[0], np.int32), np.zeros(item[0], np.int32), text=i) for i, item in enumerate(items)]
+
+    def compute(self, sequences, whole):
+        self.go.wait()
+        self.batches.append([len(sequence.ids) for sequence in sequences])
+        if any(len(sequence.ids) == 13 for sequence in sequences):
+            raise RuntimeError("the engine is broken")
+        return [np.float32([sequence.ids.sum()]) for sequence in sequences]
+
+
+def job(lengths, model=None):
+    return Job(model or FakeModel(), [[length] for length in lengths], [f"inputs[{i}]" for i in range(len(lengths))])
+
+
+def waiting(*jobs):
+    for one in jobs:
+        while not one.tokenized:
+            one.add_slice(one.tokenize_slice())
+    return deque(jobs)
+
+
+def taken(batch, *jobs):
+    return [(jobs.index(one), len(one.sequences[index].ids)) for one, index in batch]
+
+
+def test_jobs_are_served_in_order_and_their_short_sequences_first():
+    model = FakeModel()
+    many, one = job([3, 9, 5, 4], model), job([2], model)
+    queue = waiting(many, one)
+    assert taken(next_batch(queue, 12), many, one) == [(0, 3), (0, 4), (0, 5)]
+    assert taken(next_batch(queue, 12), many, one) == [(0, 9), (1, 2)]
+    assert next_batch(queue, 12) == [] and not queue
+
+
+def test_a_sequence_longer_than_a_batch_is_computed_alone():
+    long = job([50, 1])
+    queue = waiting(long)
+    assert taken(next_batch(queue, 10), long) == [(0, 1)]
+    assert taken(next_batch(queue, 10), long) == [(0, 50)]
+
+
+def test_a_batch_has_one_model_and_others_get_their_turn():
+    first, second = job([2, 2]), job([3])
+    third = job([4], first.model)
+    queue = waiting(first, second, third)
+    assert taken(next_batch(queue, 20), first, second, third) == [(0, 2), (0, 2), (2, 4)]
+    assert taken(next_batch(queue, 20), first, second, third) == [(1, 3)]
+
+
+def test_windows_keep_the_number_of_their_input_over_slices():
+    many = job([1] * (SLICE + 3))
+    waiting(many)
+    assert [sequence.text for sequence in many.sequences] == list(range(SLICE + 3))
+
+
+@pytest.fixture
+def batcher():
+    made = Batcher(max_batch_tokens=64, max_concurrent_requests=100)
+    yield made
+    made.close()
+
+
+def results(one):
+    return [int(one.results[index][0]) for index in range(len(one.results))]
+
+
+def test_every_input_gets_its_own_result(batcher):
+    model = FakeModel()
+    jobs = [job([1 + (7 * i + k) % 12 for k in range(1 + i % 5)], model) for i in range(30)]
+
+    async def all_of_them():
+        await asyncio.gather(*map(batcher.run, jobs))
+
+    asyncio.run(all_of_them())
+    for one in jobs:
+        assert results(one) == [item[0] for item in one.items]
+        assert one.tokenization > 0 and one.inference > 0
+    assert batcher.in_flight == 0 and batcher.waiting == 0
+
+
+def test_too_many_inputs_are_refused_at_once(batcher):
+    model = FakeModel()
+    model.go.clear()
+
+    async def overload():
+        first = asyncio.create_task(batcher.run(job([1] * 90, model)))
+        await asyncio.sleep(0.05)
+        begin = time.perf_counter()
+        with pytest.raises(Refused, match="overloaded"):
+            await batcher.run(job([1] * 11, model))
+        assert time.perf_counter() - begin < 0.02
+        fits = asyncio.create_task(batcher.run(job([1] * 10, model)))
+        await asyncio.sleep(0.01)
+        assert batcher.in_flight == 100
+        model.go.set()
+        await asyncio.gather(first, fits)
+
+    asyncio.run(overload())
+    assert batcher.in_flight == 0
+
+
+def test_what_nobody_waits_for_is_not_computed(batcher):
+    model = FakeModel()
+    model.go.clear()
+
+    async def leave():
+        first = asyncio.create_task(batcher.run(job([60], model)))
+        await asyncio.sleep(0.05)  # it is being computed
+        left = [asyncio.create_task(batcher.run(job([5, 6], model))) for _ in range(3)]
+        stays = job([7], model)
+        staying = asyncio.create_task(batcher.run(stays))
+        await asyncio.sleep(0.05)
+        assert batcher.waiting == 7
+        for task in left:
+            task.cancel()
+        await asyncio.sleep(0)
+        assert batcher.in_flight == 2
+        model.go.set()
+        await asyncio.gather(first, staying)
+        assert results(stays) == [7]
+
+    asyncio.run(leave())
+    assert model.batches == [[60], [7]]
+
+
+def test_a_bad_input_fails_its_own_request_only(batcher, capfd):
+    model = FakeModel()
+
+    async def mixed():
+        found = await asyncio.gather(
+            *(batcher.run(job(lengths, model)) for lengths in ([1], [0], [2])), return_exceptions=True
+        )
+        broken = await asyncio.gather(batcher.run(job([13], model)), return_exceptions=True)
+        await batcher.run(job([4], model))
+        return found + broken
+
+    found = asyncio.run(mixed())
+    assert [getattr(error, "kind", None) for error in found] == [None, "Empty", None, "Backend"]
+    assert found[3].message == "Backend error: inference failed"
+    assert "the engine is broken" in capfd.readouterr().err
+    assert batcher.healthy
+
+
+def test_a_long_request_does_not_starve_a_short_one():
+    model = FakeModel()
+    model.go.clear()
+    batcher = Batcher(max_batch_tokens=8, max_concurrent_requests=20_000)
+
+    async def both():
+        long = asyncio.create_task(batcher.run(job([1] * 10_000, model)))
+        await asyncio.sleep(0.05)  # its first batch is being computed
+        short = asyncio.create_task(batcher.run(job([2], model)))
+        while batcher.waiting < SLICE - 8 + 1:
+            await asyncio.sleep(0.01)
+        model.go.set()
+        await short
+        long.cancel()
+
+    asyncio.run(both())
+    batcher.close()
+    served = next(index for index, lengths in enumerate(model.batches) if 2 in lengths)
+    assert served == SLICE // 8  # after what was left of the slice that came before it

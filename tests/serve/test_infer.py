@@ -1,0 +1,135 @@
+"""The Open Inference Protocol: health, metadata, and the same results in JSON and in binary."""
+
+import json
+import struct
+
+import numpy as np
+import pytest
+
+TEXTS = ["the king", "water"]
+
+
+def text(name="text", values=TEXTS):
+    return {"name": name, "datatype": "BYTES", "shape": [len(values)], "data": list(values)}
+
+
+def infer(client, model, *inputs, status=200, **body):
+    response = client.post(f"/v2/models/{model}/infer", json={"inputs": list(inputs), **body})
+    assert response.status_code == status, response.text
+    return response.json()
+
+
+def outputs(answer):
+    return {output["name"]: output for output in answer["outputs"]}
+
+
+def test_health_and_metadata(client):
+    for path in (
+        "/v2",
+        "/v2/health/live",
+        "/v2/health/ready",
+        "/v2/models/topics/ready",
+        "/v2/models/topics/versions/1",
+    ):
+        assert client.get(path).status_code == 200
+    found = client.get("/v2/models/topics").json()
+    assert found["inputs"] == [{"name": "text", "datatype": "BYTES", "shape": [-1]}]
+    assert [output["name"] for output in found["outputs"]] == ["scores", "label"]
+    assert client.get("/v2/models/none").status_code == 404
+    assert set(client.get("/v2/models/none/ready").json()) == {"error"}
+
+
+def test_vectors_of_texts_and_of_token_ids(client):
+    expected = client.post("/embed", json={"inputs": TEXTS}).json()
+    answer = infer(client, "vectors", text(), id="7")
+    assert (answer["model_name"], answer["id"]) == ("vectors", "7")
+    found = outputs(answer)["embedding"]
+    assert (found["datatype"], found["shape"]) == ("FP32", [2, 32])
+    np.testing.assert_allclose(np.reshape(found["data"], found["shape"]), expected, atol=1e-6)
+    ids = {"name": "input_ids", "datatype": "INT64", "shape": [2, 4], "data": [[2, 5, 36, 3], [2, 7, 3, 0]]}
+    mask = {"name": "attention_mask", "datatype": "INT64", "shape": [2, 4], "data": [1, 1, 1, 1, 1, 1, 1, 0]}
+    found = outputs(infer(client, "vectors", ids, mask))["embedding"]
+    expected = client.post("/embed", json={"inputs": [[2, 5, 36, 3], [2, 7, 3]]}).json()
+    np.testing.assert_allclose(np.reshape(found["data"], (2, 32)), expected, atol=1e-6)
+
+
+def test_other_tasks(client):
+    found = outputs(infer(client, "topics", text(), text("text_pair", ["a", "b"])))
+    pairs = client.post("/predict", json={"inputs": [["the king", "a"], ["water", "b"]]}).json()
+    assert found["label"]["data"] == [pair[0]["label"] for pair in pairs]
+    assert np.reshape(found["scores"]["data"], (2, 3)).max(axis=1) == pytest.approx([p[0]["score"] for p in pairs])
+    found = outputs(infer(client, "answers", text("question", ["who"]), text("context", ["the king of music"])))
+    answer = client.post("/answer", json={"inputs": {"question": "who", "context": "the king of music"}}).json()
+    assert {name: output["data"][0] for name, output in found.items()} == {
+        **answer,
+        "score": pytest.approx(answer["score"]),
+    }
+    for model, path, words in (("entities", "/classify_tokens", "the king"), ("words", "/fill_mask", "the [MASK]")):
+        found = outputs(infer(client, model, text(values=[words])))
+        assert json.loads(found["json"]["data"][0]) == client.post(path, json={"inputs": words}).json()
+
+
+def binary(inputs, tail, **body):
+    head = json.dumps({"inputs": inputs, **body}).encode()
+    return {"content": head + tail, "headers": {"Inference-Header-Content-Length": str(len(head))}}
+
+
+def elements(*values):
+    return b"".join(struct.pack("<I", len(value)) + value for value in values)
+
+
+def test_binary_tensors_both_ways(client):
+    tail = elements(*(value.encode() for value in TEXTS))
+    described = {"name": "text", "datatype": "BYTES", "shape": [2, 1], "parameters": {"binary_data_size": len(tail)}}
+    for wanted in ({"parameters": {"binary_data_output": True}}, {"outputs": [
+        {"name": "label", "parameters": {"binary_data": True}}, {"name": "scores", "parameters": {"binary_data": True}}
+    ]}):  # fmt: skip
+        response = client.post("/v2/models/topics/infer", **binary([described], tail, **wanted))
+        length = int(response.headers["inference-header-content-length"])
+        found = outputs(json.loads(response.content[:length]))
+        rest = response.content[length:]
+        parts = {}
+        for name, output in found.items():
+            size = output["parameters"]["binary_data_size"]
+            parts[name], rest = rest[:size], rest[size:]
+        assert rest == b""
+        expected = outputs(infer(client, "topics", text()))
+        np.testing.assert_allclose(np.frombuffer(parts["scores"], "<f4"), expected["scores"]["data"], atol=1e-6)
+        assert parts["label"] == elements(*(label.encode() for label in expected["label"]["data"]))
+
+
+def test_only_the_outputs_that_are_wanted(client):
+    assert list(outputs(infer(client, "topics", text(), outputs=[{"name": "label"}]))) == ["label"]
+    assert "scores, label" in infer(client, "topics", text(), outputs=[{"name": "none"}], status=422)["error"]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ([], "text is missing"),
+        ([text(), text()], "given twice"),
+        ([text() | {"shape": [3]}], "has 2 elements"),
+        ([text() | {"shape": [-1]}], "shape is"),
+        ([text() | {"shape": [10**9]}], "at most"),
+        ([text() | {"data": [1, 2]}], "wanted strings"),
+        ([text() | {"data": ["a", ["b"]]}], "wanted strings"),
+        ([text() | {"data": [["a"], "b"]}], "mixed"),
+        ([text() | {"datatype": "INT64"}], "wanted numbers"),
+        ([text() | {"datatype": "INT64", "data": [1, 2.5]}], "wanted numbers"),
+        ([text() | {"datatype": "INT4", "data": [1, 2]}], "datatype is not one of"),
+        ([text() | {"datatype": "INT64", "data": [1, 2]}], "wanted datatype BYTES"),
+        ([{"name": "input_ids", "datatype": "INT64", "shape": [2], "data": [1, 2]}], "integers (batch, seq)"),
+        ([{"name": "input_ids", "datatype": "UINT8", "shape": [1, 1], "data": [300]}], "out of the range"),
+        ([text(), text("text_pair", ["a"])], "text_pair 1"),
+        ([text() | {"parameters": {"binary_data_size": 5}}], "does not fit"),
+    ],
+)
+def test_tensors_that_are_not_what_they_say(client, inputs, message):
+    assert message in infer(client, "vectors", *inputs, status=422)["error"]
+
+
+@pytest.mark.parametrize("tail", [b"\x05\0\0\0ab", b"\x05\0", b"\x02\0\0\0\xff\xfe", elements(b"a")])
+def test_binary_texts_that_are_broken(client, tail):
+    described = {"name": "text", "datatype": "BYTES", "shape": [2], "parameters": {"binary_data_size": len(tail)}}
+    response = client.post("/v2/models/vectors/infer", **binary([described], tail))
+    assert response.status_code == 422 and set(response.json()) == {"error"}

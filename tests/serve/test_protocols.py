@@ -1,0 +1,113 @@
+"""OpenAI's, Cohere's and Jina's routes, and what the server says of itself."""
+
+import base64
+import re
+
+import numpy as np
+import pytest
+
+
+def test_openai_embeddings(client):
+    found = client.post("/v1/embeddings", json={"input": ["the king", "water"], "model": "anything"}).json()
+    assert found["object"] == "list" and found["model"] == "vectors"
+    assert found["usage"] == {"prompt_tokens": 7, "total_tokens": 7}
+    assert [row["index"] for row in found["data"]] == [0, 1]
+    expected = client.post("/embed", json={"inputs": ["the king", "water"]}).json()
+    assert [row["embedding"] for row in found["data"]] == expected
+    assert client.post("/embeddings", json={"input": "water"}).json()["data"][0]["embedding"] == expected[1]
+
+
+def test_openai_base64_and_dimensions(client):
+    body = {"input": [[2, 5, 3]], "encoding_format": "base64", "dimensions": 6}
+    (row,) = client.post("/v1/embeddings", json=body).json()["data"]
+    vector = np.frombuffer(base64.b64decode(row["embedding"]), "<f4")
+    expected = client.post("/embed", json={"inputs": [[2, 5, 3]], "dimensions": 6}).json()[0]
+    np.testing.assert_allclose(vector, expected, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "kind"),
+    [
+        ({"input": []}, 400, "Empty"),
+        ({"input": "a", "dimensions": 0}, 422, "Validation"),
+        ({"input": "a", "encoding_format": "hex"}, 422, "Validation"),
+        ({"input": "a", "model": "topics"}, 424, "Backend"),
+    ],
+)
+def test_openai_errors_are_flat(client, body, status, kind):
+    response = client.post("/v1/embeddings", json=body)
+    assert response.status_code == status
+    assert set(response.json()) == {"message", "code", "type"}
+    assert (response.json()["code"], response.json()["type"]) == (status, kind)
+
+
+def test_openai_lists_the_models(client, models):
+    found = client.get("/v1/models").json()
+    assert found["object"] == "list" and [model["id"] for model in found["data"]] == list(models)
+
+
+@pytest.mark.parametrize("path", ["/v1/rerank", "/v2/rerank"])
+def test_cohere_and_jina_rerank(client, path):
+    texts = ["the king of music", "a great film", "water"]
+    body = {"query": "who", "documents": [*texts[:2], {"text": texts[2]}], "top_n": 2, "return_documents": True}
+    found = client.post(path, json=body).json()
+    expected = client.post("/rerank", json={"query": "who", "texts": texts}).json()[:2]
+    assert [(row["index"], row["relevance_score"]) for row in found["results"]] == [
+        (rank["index"], rank["score"]) for rank in expected
+    ]
+    assert found["results"][0]["document"] == {"text": texts[found["results"][0]["index"]]}
+    assert client.post(path, json={"query": "who", "documents": []}).json() == {
+        "message": "`documents` cannot be empty"
+    }
+    assert client.post(path, json=body | {"top_n": 0}).status_code == 422
+
+
+def test_info_names_the_model_and_the_engine(client, models):
+    info = client.get("/info").json()
+    assert info["model_id"] == "vectors" and info["model_type"] == {"embedding": {"pooling": "mean"}}
+    assert info["max_client_batch_size"] == 32 and info["max_input_length"] == 64
+    assert info["engine"]["sparsity"] == pytest.approx(0.5, abs=0.05) and info["engine"]["threads"] == 1
+    assert client.get("/models/ranks/info").json()["model_type"] == {
+        "reranker": {"id2label": {"0": "label 0"}, "label2id": {"label 0": 0}}
+    }
+    assert list(client.get("/models/entities/info").json()["model_type"]) == ["token_classification"]
+    assert list(client.get("/models/answers/info").json()["model_type"]) == ["question_answering"]
+
+
+def test_health_and_metrics(client):
+    def value(name):
+        text = client.get("/metrics").text
+        found = re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
+        return float(found[1]) if found else 0.0
+
+    for path in ("/health", "/ping", "/"):
+        assert client.get(path).status_code == 200
+    before = {
+        name: value(name) for name in ('te_request_count{method="batch"}', "te_embed_count", "te_batch_next_tokens_sum")
+    }
+    lengths = value("te_request_input_length_count")
+    empty = value('te_request_failure{err="validation"}')
+    client.post("/embed", json={"inputs": ["the king", "water"]})
+    client.post("/embed", json={"inputs": "a", "dimensions": 0})
+    after = {name: value(name) for name in before}
+    assert [after[name] - before[name] for name in before] == [1, 2, 7]
+    assert value("te_request_input_length_count") == lengths + 2
+    assert value('te_request_failure{err="validation"}') == empty + 1
+    assert value("te_queue_size") == 0
+    text = client.get("/metrics").text
+    for part in ("request", "embed"):
+        for name in ("duration", "tokenization_duration", "queue_duration", "inference_duration"):
+            assert f"# TYPE te_{part}_{name} histogram" in text
+    assert "# TYPE te_request_count counter" in text and "_total" not in text
+
+
+def test_unknown_routes_and_methods_answer_in_json(client):
+    assert client.get("/nothing").json() == {"error": "Not Found", "error_type": "NotFound"}
+    response = client.get("/embed")
+    assert response.status_code == 405 and response.headers["allow"] == "POST"
+
+
+def test_the_schema_names_every_route(client):
+    paths = client.get("/api-doc/openapi.json").json()["paths"]
+    assert {"/embed", "/predict", "/rerank", "/v1/embeddings", "/v2/rerank", "/models/{model}/embed"} <= set(paths)
+    assert "$ref" in paths["/embed"]["post"]["requestBody"]["content"]["application/json"]["schema"]
