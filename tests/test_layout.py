@@ -61,7 +61,7 @@ def file_of(name: str) -> Path | None:
 
 def room(file: Path) -> str:
     """The first folder of a file, or its name where it lies in none; "" is the package's own __init__."""
-    return file.parts[0] if len(file.parts) > 1 else file.stem.replace("__init__", "")
+    return file.parts[0] if len(file.parts) > 1 else {"__init__": "", "__main__": "cli"}.get(file.stem, file.stem)
 
 
 # The package's own __init__ only names what lies elsewhere, lazily; everyone may read the version there.
