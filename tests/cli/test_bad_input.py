@@ -271,7 +271,9 @@ def test_a_pickle_with_code_in_it_is_not_run(root, complaint, verb):
 
 
 def test_results_that_are_none(root, complaint):
-    assert "results.json: no such file" in complaint("table", "model", run=False)
+    assert "model/results.json: no such file; give the folder of a finished run, or its results.json" in complaint(
+        "table", "model", run=False
+    )
     (root / "results.json").write_text('{"recipe": ')
     assert "not valid JSON" in complaint("table", "results.json", run=False)
     (root / "results.json").write_text("{}")

@@ -12,7 +12,7 @@ def describe(verb: argparse.ArgumentParser) -> None:
 
     Rows are models and variants; columns are tasks. A run's folder or its results.json can be given.
     """
-    verb.epilog = "example: pruneofa table runs/minilm-90 runs/bert-base-85"
+    verb.epilog = "example: pruneofa table runs/minilm-90 runs/mine"
     verb.add_argument("results", nargs="+", type=Path, help="results.json files, or the folders of runs")
     verb.add_argument("--json", action="store_true", help="print the results as one JSON list")
 
