@@ -128,7 +128,7 @@ def test_verify(done, call, tmp_path):
     said = program("verify", sparse, tmp_path / "broken")
     assert said.code == 1
     assert f"revived: {layer}: 1 weights" in said.out
-    assert said.out.endswith("FAILED: 1 zero of BASE are not zero in DERIVED, in 1 layer\n")
+    assert said.out.endswith("FAILED: 1 zero of BASE is not zero in DERIVED, in 1 layer\n")
     said = call("verify", sparse, tmp_path / "broken", "--json")
     assert said.code == 1 and json.loads(said.out)["revived"] == [{"layer": layer, "count": 1}]
 

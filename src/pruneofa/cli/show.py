@@ -43,16 +43,19 @@ def explain_choice(choice: str) -> dict[str, str]:
     kind, _, reason = choice.partition(": ")
     if cost := re.fullmatch(r"sparsity ([\d.]+); words of .* cost ([\d.]+) of dense with \w+", reason):
         zeros, times = map(float, cost.groups())
-        return {"computed": kind, "why": f"{zeros:.1%} zeros; estimated time {times:.0%} of that of dense"}
+        return {
+            "computed": kind,
+            "why": f"{100 * zeros:.1f} % zeros; estimated time {100 * times:.0f} % of that of dense",
+        }
     if cost := re.fullmatch(r"sparsity ([\d.]+); skipping zeros would cost ([\d.]+) times as much with \w+", reason):
         zeros, times = map(float, cost.groups())
         return {
             "computed": kind,
-            "why": f"{zeros:.1%} zeros; estimated time of skipping them {times:.0%} of that of dense",
+            "why": f"{100 * zeros:.1f} % zeros; estimated time of skipping them {100 * times:.0f} % of that of dense",
         }
     if limit := re.fullmatch(r"sparsity ([\d.]+) is (above|not above) ([\d.]+), where .*", reason):
         zeros, above, least = limit.groups()
-        why = f"{float(zeros):.1%} zeros, {above} the {float(least):.0%} from which skipping them is faster"
+        why = f"{100 * float(zeros):.1f} % zeros, {above} the {100 * float(least):.0f} % from which skipping them is faster"
         return {"computed": kind, "why": why}
     return {"computed": kind, "why": reason}
 

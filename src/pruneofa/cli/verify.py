@@ -45,9 +45,9 @@ def conclusion(found: dict[str, Any]) -> str:
     reasons = []
     if revived:
         count = sum(layer["count"] for layer in revived)
-        reasons.append(
-            f"{_counted(count, 'zero')} of BASE are not zero in DERIVED, in {_counted(len(revived), 'layer')}"
-        )
+        verb = "is" if count == 1 else "are"
+        layers = _counted(len(revived), "layer")
+        reasons.append(f"{_counted(count, 'zero')} of BASE {verb} not zero in DERIVED, in {layers}")
     if missing:
         reasons.append(f"DERIVED lacks {_counted(len(missing), 'layer')} of BASE")
     return f"FAILED: {'; '.join(reasons)}"

@@ -52,8 +52,10 @@ def check_model_name(name: str, label: str = "") -> None:
 
 def not_on_hub(name: str, error: Exception, label: str = "") -> InputError:
     """The error for a name that is neither a local folder nor, by `error`, a model on the hub."""
-    hub = "and without the hub (--offline) no copy of such a model" if offline() else "and the hub has no such model"
-    return InputError(f"{label}{name}: no such folder in {Path.cwd()}, {hub} ({first_line(error)}); check the path")
+    hub = f"the hub has no such model ({first_line(error)})"
+    if offline():
+        hub = "no such model in the cache of the hub, which is not asked (--offline or HF_HUB_OFFLINE)"
+    return InputError(f"{label}{name}: no such folder in {Path.cwd()}, and {hub}; check the path")
 
 
 def offline() -> bool:
