@@ -40,24 +40,17 @@ def show_model(found: dict[str, Any], layers: bool = True) -> None:
 
 def explain_choice(choice: str) -> dict[str, str]:
     """How the engine computes a layer, and why, in plain words: of a choice of `Engine.choices`."""
-    kind, _, reason = choice.partition(": ")
-    if cost := re.fullmatch(r"sparsity ([\d.]+); words of .* cost ([\d.]+) of dense with \w+", reason):
-        zeros, times = map(float, cost.groups())
-        return {
-            "computed": kind,
-            "why": f"{100 * zeros:.1f} % zeros; estimated time {100 * times:.0f} % of that of dense",
-        }
-    if cost := re.fullmatch(r"sparsity ([\d.]+); skipping zeros would cost ([\d.]+) times as much with \w+", reason):
-        zeros, times = map(float, cost.groups())
-        return {
-            "computed": kind,
-            "why": f"{100 * zeros:.1f} % zeros; estimated time of skipping them {100 * times:.0f} % of that of dense",
-        }
-    if limit := re.fullmatch(r"sparsity ([\d.]+) is (above|not above) ([\d.]+), where .*", reason):
-        zeros, above, least = limit.groups()
-        why = f"{100 * float(zeros):.1f} % zeros, {above} the {100 * float(least):.0f} % from which skipping them is faster"
-        return {"computed": kind, "why": why}
-    return {"computed": kind, "why": reason}
+    kind, _, why = choice.partition(": ")
+    if found := re.fullmatch(r"sparsity ([\d.]+); words of .* cost ([\d.]+) of dense with \w+", why):
+        zeros, times = (100 * float(number) for number in found.groups())
+        why = f"{zeros:.1f} % zeros; estimated time {times:.0f} % of that of dense"
+    elif found := re.fullmatch(r"sparsity ([\d.]+); skipping zeros would cost ([\d.]+) times as much with \w+", why):
+        zeros, times = (100 * float(number) for number in found.groups())
+        why = f"{zeros:.1f} % zeros; estimated time of skipping them {times:.0f} % of that of dense"
+    elif found := re.fullmatch(r"sparsity ([\d.]+) is ((?:not )?above) ([\d.]+), where .*", why):
+        zeros, limit = 100 * float(found[1]), 100 * float(found[3])
+        why = f"{zeros:.1f} % zeros, {found[2]} the {limit:.0f} % from which skipping them is faster"
+    return {"computed": kind, "why": why}
 
 
 def recipe_file(name: str) -> Path:
