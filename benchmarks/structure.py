@@ -30,6 +30,7 @@ def figures(root: Path) -> dict[str, object]:
     """What is counted of one checkout."""
     source = root / "src" / "pruneofa"
     python = sorted(source.rglob("*.py"))
+    modules = python + sorted(source.rglob("*.pyi"))  # compiled modules have a stub only
     lengths = {part: _lengths(root / part) for part in ("src", "native", "tests", "benchmarks", "results")}
     named = {p: n for p in python if (n := _names(p))}
     outside = {p: n for p, n in named.items() if "families" not in p.relative_to(source).parts}
@@ -37,8 +38,8 @@ def figures(root: Path) -> dict[str, object]:
         "files_over_400_lines": {part: sum(n > LIMIT for n in found) for part, found in lengths.items()},
         "median_lines": {part: statistics.median(found) for part, found in lengths.items() if found},
         "lines": {part: sum(found) for part, found in lengths.items()},
-        "import_circles": _circles(source, python, lazy=False),
-        "import_circles_with_lazy": _circles(source, python, lazy=True),
+        "import_circles": _circles(source, modules, lazy=False),
+        "import_circles_with_lazy": _circles(source, modules, lazy=True),
         "files_naming_a_family": len(named),
         "lines_naming_a_family_outside_families": sum(outside.values()),
         "files_naming_a_family_outside_families": len(outside),

@@ -53,8 +53,10 @@ def test_errors_are_relative_and_padding_does_not_count(kind, error):
 
 
 def test_an_unknown_peer_is_named_with_the_nearest():
-    with pytest.raises(InputError, match="peer 'openvno' is unknown, wanted one of .*; did you mean openvino"):
+    with pytest.raises(InputError, match="peer 'openvno' is unknown, wanted .* or none; did you mean openvino"):
         measure.choose(Settings(peers=("openvno",)), None)
+    with pytest.raises(InputError, match="'none' is unknown, wanted "):
+        measure.choose(Settings(peers=("none", "openvino")), None)
     with pytest.raises(InputError, match="peer 'deepspars'"):
         measure.choose(Settings(pythons={"deepspars": sys.executable}), None)
 

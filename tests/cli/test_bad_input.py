@@ -122,7 +122,7 @@ def test_models_that_cannot_be_pruned(root, complaint):
     assert "set corpus.nsp=false" in complaint(*settings("model=distil"))
     for verb in (["inspect", "gpt2"], ["verify", "gpt2", "model"]):
         assert "no weight named encoder.layer.N" in complaint(*verb, run=False)
-    assert "num_hidden_layers is 0" in complaint("inspect", "empty", run=False)
+    assert "num_hidden_layers is 0 in config.json" in complaint("inspect", "empty", run=False)
 
 
 def documents(path, *texts, column="text"):
@@ -272,7 +272,9 @@ def test_a_pickle_with_code_in_it_is_not_run(root, complaint, verb):
 
 
 def test_results_that_are_none(root, complaint):
-    assert "results.json: no such file" in complaint("table", "model", run=False)
+    assert "model/results.json: no such file; give the folder of a finished run, or its results.json" in complaint(
+        "table", "model", run=False
+    )
     (root / "results.json").write_text('{"recipe": ')
     assert "not valid JSON" in complaint("table", "results.json", run=False)
     (root / "results.json").write_text("{}")

@@ -50,7 +50,7 @@ def test_alone_it_prints_a_table_or_a_record(call, folder):
     first, second, *_ = said.out.splitlines()
     assert first.split()[:3] == ["1x8", "median", "ms"] and second.startswith("pruneofa ")
     assert "no peer to compare with" in said.out
-    said = call("bench", folder, "--peers", "--mixed", "3x2-9", "--threads", 1, "--repeats", 1, "--json")
+    said = call("bench", folder, "--peers", "none", "--mixed", "3x2-9", "--threads", 1, "--repeats", 1, "--json")
     assert said.code == 0
     assert json.loads(said.out)["rows"][0]["case"] == "3x2-9"
 

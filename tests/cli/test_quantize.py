@@ -100,11 +100,11 @@ def test_wrong_tasks_and_folders_are_refused(root, command, call, tmp_path):
     line = last(call("quantize", root / "run" / "sparse", *rest, "--ptq"))
     assert "not fine-tuned" in line
     line = last(call(*command[:3], "--task", "squad", "--data", root / "task.csv", "--ptq"))
-    assert "tasks.squad" in line
+    assert "--max-length is 384" in line
     (tmp_path / "others.csv").write_text("sentence,verdict\n" + "the king,meh\nthe queen,great\n" * 20)
     others = ["--data", tmp_path / "others.csv", "--validation", tmp_path / "others.csv"]
     line = last(call(*command[:3], *others, *TEXT, *FAST, "--ptq"))
-    assert "great, meh" in line
+    assert "label 'meh' in training row 1 is unknown; wanted one of bad, good" in line
     line = last(call(*command[:3], "--data", root / "task.csv", "--text", "review", "--label", "verdict", *FAST))
     assert "'review'" in line
     line = last(call(*command[:2], tmp_path / "out", *command[3:], "--ptq", "--observer", "median"))
@@ -112,6 +112,20 @@ def test_wrong_tasks_and_folders_are_refused(root, command, call, tmp_path):
     line = last(call("quantize", tmp_path / "nowhere", *rest, "--ptq"))
     assert "nowhere: no such folder" in line
     assert sorted(path.name for path in tmp_path.iterdir()) == ["others.csv"]
+
+
+@pytest.mark.parametrize("labels", [("0", "1"), ("GOOD", "bad"), ("good", "good")])
+def test_the_classes_are_those_of_the_model(root, command, call, tmp_path, labels):
+    rows = "".join(f"the king,{labels[row % 2]}\n" for row in range(40))
+    (tmp_path / "own.csv").write_text("sentence,verdict\n" + rows)
+    own = ["--data", tmp_path / "own.csv", "--validation", tmp_path / "own.csv"]
+    said = call(*command[:3], *own, *TEXT, *FAST, "--ptq")
+    if labels[0] == labels[1]:
+        assert "all 40 training rows have the label 'good'" in last(said)
+        return
+    assert said.code == 0, said.err
+    wanted = read_json(root / SEED / "transfer" / "config.json")["id2label"]
+    assert read_json(tmp_path / "out" / "config.json")["id2label"] == wanted
 
 
 def test_quantizing_twice_is_refused(command, call, tmp_path):

@@ -1,6 +1,8 @@
 """Tables on stdout."""
 
-from pruneofa.cli.show import table
+import pytest
+
+from pruneofa.cli.show import explain_choice, pairs, print_metrics, table
 
 
 def test_in_a_pipe_a_row_is_one_line(capsys):
@@ -8,3 +10,35 @@ def test_in_a_pipe_a_row_is_one_line(capsys):
     header, row = capsys.readouterr().out.splitlines()
     assert header.split() == ["layer", "hash", "why"]
     assert "f" * 64 in row and "a reason of many words " * 4 in row
+
+
+def test_names_and_values_have_no_header(capsys):
+    pairs({"layers": 4, "packed": None})
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [["layers", "4"], ["packed", "-"]]
+
+
+def test_metrics_are_percent_and_accuracies_say_of_how_many_rows(capsys):
+    metrics = {"out": "model", "accuracy": 50.0, "accuracy_mm": 75.125, "f1": 1 / 3}
+    print_metrics(metrics, False, {"": 1200, "_mm": 8})
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    shown = ["model", "50.00 % of 1,200 rows", "75.12 % of 8 rows", "0.33 %"]
+    assert [[name, value.strip()] for name, value in lines] == [list(pair) for pair in zip(metrics, shown, strict=True)]
+    print_metrics({"accuracy": 50.0}, False)
+    assert capsys.readouterr().out.split() == ["accuracy", "50.00", "%"]
+
+
+@pytest.mark.parametrize(
+    ("choice", "computed", "why"),
+    [
+        ("sparse: sparsity 0.900; words of any 2 inputs cost 0.21 of dense with avx2", "sparse",
+         "90.0 % zeros; estimated time 21 % of that of dense"),
+        ("sparse blocks of 4 outputs: sparsity 0.905; words of any 4 inputs cost 0.15 of dense with avx512vnni",
+         "sparse blocks of 4 outputs", "90.5 % zeros; estimated time 15 % of that of dense"),
+        ("dense: sparsity 0.500; skipping zeros would cost 1.20 times as much with avx2", "dense",
+         "50.0 % zeros; estimated time of skipping them 120 % of that of dense"),
+        ("dense: sparsity 0.100 is not above 0.60, where amx skips enough to pay", "dense",
+         "10.0 % zeros, not above the 60 % from which skipping them is faster"),
+    ],
+)  # fmt: skip
+def test_a_choice_of_the_engine_in_plain_words(choice, computed, why):
+    assert explain_choice(choice) == {"computed": computed, "why": why}

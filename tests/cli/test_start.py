@@ -28,7 +28,7 @@ TEACHES = {
         "--ptq",
         "--teacher",
         "--activations",
-        "--qat_lr",
+        "--qat-lr",
         "zeros locked",
         "quantization.json",
         "default: 1e-5",

@@ -116,7 +116,7 @@ def test_inspect(done, call):
 def test_verify(done, call, tmp_path):
     sparse, transfer = done[0] / "run" / "sparse", done[0] / "run/tasks/mine/seed-0/transfer"
     said = call("verify", sparse, transfer)
-    assert said.code == 0 and said.out.startswith("ok")
+    assert said.code == 0 and said.out.startswith("ok: every zero of BASE is zero in DERIVED, which has ")
     assert json.loads(call("verify", sparse, transfer, "--json").out)["ok"] is True
     shutil.copytree(transfer, tmp_path / "broken")
     file = tmp_path / "broken" / "model.safetensors"
@@ -127,7 +127,8 @@ def test_verify(done, call, tmp_path):
     save_file(weights, file, {"format": "pt"})
     said = program("verify", sparse, tmp_path / "broken")
     assert said.code == 1
-    assert f"revived: {layer}: 1 weights" in said.out and "FAILED" in said.out
+    assert f"revived: {layer}: 1 weights" in said.out
+    assert said.out.endswith("FAILED: 1 zero of BASE is not zero in DERIVED, in 1 layer\n")
     said = call("verify", sparse, tmp_path / "broken", "--json")
     assert said.code == 1 and json.loads(said.out)["revived"] == [{"layer": layer, "count": 1}]
 

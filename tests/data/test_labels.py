@@ -25,6 +25,16 @@ def test_labels_are_sorted_values(tmp_path, tokenizer, values, labels):
     assert task.labels == labels
 
 
+@pytest.mark.parametrize("validation", [None, "d.parquet"])
+def test_a_column_of_row_ids_holds_no_classes(tmp_path, tokenizer, validation):
+    write(tmp_path / "d.parquet", [{"text": f"film {row}", "label": row} for row in range(40)])
+    spec = own(data="d.parquet", validation=validation)
+    with pytest.raises(InputError, match="'label' has 40 classes for 40 rows: looks like an id column; set tasks.mine"):
+        load_task("mine", spec, tokenizer, data_root=tmp_path)
+    write(tmp_path / "d.parquet", [{"text": f"film {row}", "label": row % 20} for row in range(40)])
+    assert len(load_task("mine", spec, tokenizer, data_root=tmp_path).labels) == 20
+
+
 def test_label_unseen_in_training(tmp_path, tokenizer):
     write(tmp_path / "train.csv", ROWS)
     write(tmp_path / "validation.csv", [*ROWS[:2], {"text": "a", "label": "neutral"}])

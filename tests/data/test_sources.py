@@ -156,6 +156,15 @@ def test_a_hub_id_is_read_by_datasets(tmp_path, monkeypatch):
     assert hub.fingerprint("text") == sources.Hub(str(folder), None).fingerprint("text")
 
 
+def test_a_typo_in_a_path_is_no_hub_data_set(tmp_path):
+    (tmp_path / "wiki").mkdir()
+    for typo in ("wiki/trian", "./wikki", "a/b/c"):
+        with pytest.raises(InputError, match="no such file or folder; check corpus.source"):
+            sources.find(typo, None, tmp_path, streaming=False)
+    with pytest.raises(InputError, match="^data_root .*none: no such folder"):
+        sources.find("wiki", None, tmp_path / "none", streaming=False)
+
+
 def test_a_hub_id_that_cannot_be_had_is_explained(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)

@@ -295,6 +295,12 @@ def test_nothing_there(tmp_path, tokenizer, monkeypatch):
         raise ConnectionError("Couldn't reach the Hub")
 
     monkeypatch.setattr("datasets.get_dataset_split_names", unreachable)
+    (tmp_path / "reviews").mkdir()
+    for typo in ("reviews/tarin", "./tarin", "~/tarin", "a/b/c"):
+        with pytest.raises(InputError, match=r": no such file; check tasks.mine.data"):
+            load_task("mine", own(data=typo), tokenizer, data_root=tmp_path)
+    with pytest.raises(InputError, match=r"^data_root .*elsewhere: no such folder"):
+        load_task("mine", own(data="d.csv"), tokenizer, data_root=tmp_path / "elsewhere")
     with pytest.raises(InputError, match=r"'some/where' is neither a file or folder in .* nor a readable hub"):
         load_task("mine", own(data="some/where"), tokenizer, data_root=tmp_path)
 
@@ -322,7 +328,7 @@ def test_max_length_beyond_the_tokenizer(tmp_path, tokenizer):
 
 def test_max_length_beyond_the_model(tmp_path, tokenizer):
     write(tmp_path / "d.jsonl", ROWS)
-    with pytest.raises(InputError, match=r"tasks.mine: max_length is 32 but the model has 24 positions; lower it"):
+    with pytest.raises(InputError, match=r"tasks.mine.max_length is 32 but the model has 24 positions; lower it"):
         load_task("mine", own(data="d.jsonl"), tokenizer, data_root=tmp_path, max_positions=24)
     load_task("mine", own(data="d.jsonl"), tokenizer, data_root=tmp_path, max_positions=32)
 

@@ -29,7 +29,7 @@ QUICK = {
     "evaluate": "--max-length 32",
     "run": "--set tasks.mine.max_length=32 --set precision=fp32",
     "prune": "--teacher.steps 2 --teacher.batch 4 --prune.steps 4 --prune.batch 4 --prune.end 2 --prune.stop 3 "
-    "--prune.interval 1 --corpus.max_length 32 --precision fp32",
+    "--prune.interval 1 --corpus.max-length 32 --precision fp32",
 }
 
 

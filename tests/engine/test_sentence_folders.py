@@ -58,6 +58,16 @@ def _on_the_reference(monkeypatch):
             {"prompts": {"query": "\ud800"}, "default_prompt_name": "query"},
             r"the prompt has a lone surrogate U\+D800 at 0",
         ),
+        (
+            "config_sentence_transformers.json",
+            {"prompts": {"query": "q: ", "document": ""}, "default_prompt_name": "qeury"},
+            "default_prompt_name is 'qeury', wanted one of prompts, which has 'query', 'document'; correct the file",
+        ),
+        (
+            "config_sentence_transformers.json",
+            {"default_prompt_name": ["query"]},
+            r"default_prompt_name is \['query'\], wanted one of prompts, which has nothing",
+        ),
     ],
 )
 def test_sentence_transformers_folders_the_engine_does_not_run(file, content, message, tmp_path):

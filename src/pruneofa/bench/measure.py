@@ -285,7 +285,7 @@ def settings_of(options: Any) -> Settings:
         also=tuple(options.also),
         seq=tuple(options.seq),
         mixed=tuple(options.mixed or [DEFAULT_MIXED]) if options.mixed is not None else (),
-        peers=None if options.peers is None else tuple(options.peers),
+        peers=None if options.peers is None else () if options.peers == ["none"] else tuple(options.peers),
         pythons=pythons,
     )
 
@@ -300,7 +300,7 @@ def choose(settings: Settings, cap: str | None) -> tuple[list[Peer], dict[str, s
     for name in (*(settings.peers or ()), *settings.pythons):
         if name not in known:
             near = difflib.get_close_matches(name, known, 1, 0)[0]
-            raise InputError(f"peer {name!r} is unknown, wanted one of {', '.join(known)}; did you mean {near}?")
+            raise InputError(f"peer {name!r} is unknown, wanted {', '.join(known)} or none; did you mean {near}?")
     chosen, left_out = [], {}
     for name in known if settings.peers is None else dict.fromkeys(settings.peers):
         peer = PEERS[name]

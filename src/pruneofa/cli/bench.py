@@ -58,7 +58,7 @@ def describe(verb: argparse.ArgumentParser) -> None:
         "--peers",
         nargs="*",
         metavar="PEER",
-        help="compare with these peers (default: all installed ones; no value: none)",
+        help="compare with these peers only, or with `none` (default: all installed ones)",
     )
     add(
         "--python",

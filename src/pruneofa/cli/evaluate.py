@@ -3,7 +3,7 @@
 import argparse
 
 from pruneofa.cli.options import EVALUATED, add_fields, read_task
-from pruneofa.cli.show import print_value
+from pruneofa.cli.show import print_metrics
 
 
 def describe(verb: argparse.ArgumentParser) -> None:
@@ -41,7 +41,8 @@ def describe(verb: argparse.ArgumentParser) -> None:
         from pruneofa.train.evaluate import evaluate  # torch, which takes seconds: a wrong option is refused before
 
         engine = {key: getattr(options, key) for key in ("engine", "precision", "threads", "isa")}
-        print_value(evaluate(options.path, name, spec, data_root=options.data_root, whole=True, **engine), options.json)
+        metrics = evaluate(options.path, name, spec, data_root=options.data_root, whole=True, **engine)
+        print_metrics(metrics, options.json)
         return 0
 
     verb.set_defaults(call=call)

@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from pruneofa import __version__
 from pruneofa.cli import (
@@ -26,6 +26,7 @@ from pruneofa.cli import (
     unpack,
     verify,
 )
+from pruneofa.cli.options import with_option_names
 from pruneofa.cli.show import say
 from pruneofa.errors import CheckFailed, InputError
 
@@ -33,7 +34,7 @@ EXAMPLES = """\
 examples:
   pruneofa demo                                        the whole method in minutes, on text of this machine
   pruneofa run minilm-90 --set data_root=DATA          a whole recipe, from plain text to model card
-  pruneofa transfer Intel/bert-base-uncased-sparse-90-unstructured-pruneofa out --task sst2
+  pruneofa transfer runs/minilm-90/sparse out --task sst2
   pruneofa verify runs/minilm-90/sparse runs/minilm-90/tasks/sst2/seed-0/transfer
 
 exit codes: 0 done, 1 a check failed, 2 wrong input, 3 anything else (disk full, a package missing), 130 interrupted
@@ -49,12 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(arguments: Sequence[str]) -> int:
     options = _parser(arguments)
+    if getattr(options, "offline", False):
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read by the libraries of the hub when they are imported
     try:
         code = options.call(options)
         sys.stdout.flush()
         return code
     except InputError as error:
-        return say(f"error: {error}", 3 if _disk_is_full(error) else 2)
+        return say(f"error: {with_option_names(str(error), options)}", 3 if _disk_is_full(error) else 2)
     except CheckFailed as error:
         return say(f"failed: {error}", 1)
     except KeyboardInterrupt as stop:
@@ -89,7 +92,10 @@ def _disk_is_full(error: BaseException | None) -> bool:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, like all other errors."""
+    """A parser whose errors are one line, like all other errors, and that takes no abbreviated options."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
         """Print the error and where to find help; exit with code 2."""
@@ -111,16 +117,21 @@ def _parser(arguments: Sequence[str]) -> argparse.Namespace:
         # Options generated from the recipe's models need pydantic, so only the verb that is called adds its options.
         if name == called:
             describe(verb)
+            if name not in LOCAL:
+                verb.add_argument("--offline", action="store_true", help=OFFLINE)
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
         verb = verbs.choices[called]
-        flags = [flag for action in verb._actions for flag in action.option_strings]
+        shown = [action for action in verb._actions if action.help is not argparse.SUPPRESS]
+        flags = [flag for action in shown for flag in action.option_strings]
         near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, 1)
         hint = f"; did you mean {near[0]}" if near else ""
         verb.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     return options
 
 
+LOCAL = ("table",)  # verbs that never ask the hub
+OFFLINE = "never ask the Hugging Face hub; models and data sets in its cache are still found by their ids"
 VERBS: list[tuple[str, str, Callable[[argparse.ArgumentParser], None]]] = [
     ("run", "run a recipe, from plain text to model card", run.describe),
     ("demo", "run the whole method in minutes, on text of this machine", demo.describe),

@@ -1,6 +1,7 @@
 """Options of the command line that are generated from the models of a recipe."""
 
 import argparse
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
@@ -9,6 +10,7 @@ from pruneofa.errors import InputError
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
+CUSTOM = "custom"  # the name of a task that has only --data
 # The fields of a task's section that evaluation uses.
 EVALUATED = ("data", "validation", "text", "label", "max_length", "stride", "validation_rows", "skip_bad_answers")
 # Options of `quantize` that need --ptq, and those that exclude it.
@@ -36,18 +38,22 @@ def add_fields(
     for name, field in model.model_fields.items():
         if (only and name not in only) or name in without:
             continue
-        default = "" if field.is_required() or field.default is None else f" (default {field.default})"
-        flags = [f"--{prefix}{name}"]
-        if not prefix and "_" in name:
-            flags.append(f"--{name.replace('_', '-')}")
+        text = field.description or name.replace("_", " ")
+        if not (field.is_required() or field.default is None or "(default" in text):
+            text += f" (default {field.default})"
         several = name in ("text", "data", "source", "skip")
-        group.add_argument(
-            *flags,
-            dest=f"{prefix}{name}",
-            **({"nargs": "+"} if several else {"nargs": "?", "const": "true"} if field.annotation is bool else {}),
-            metavar=name.upper(),
-            help=f"{field.description or name.replace('_', ' ')}{default}".replace("%", "%%"),
-        )
+        values = {"nargs": "+"} if several else {"nargs": "?", "const": "true"} if field.annotation is bool else {}
+        choices = get_origin(field.annotation) is Literal
+        metavar = f"{{{','.join(get_args(field.annotation))}}}" if choices else name.upper()
+        key = f"{prefix}{name}"
+        group.add_argument(_flag(key), dest=key, **values, metavar=metavar, help=text.replace("%", "%%"))
+        if "_" in name:  # as the recipe spells it
+            group.add_argument(f"--{key}", dest=key, **values, help=argparse.SUPPRESS)
+
+
+def _flag(key: str) -> str:
+    """The option of a recipe's key."""
+    return f"--{key.replace('_', '-')}"
 
 
 def read_fields(options: argparse.Namespace, model: "type[BaseModel]", prefix: str) -> dict[str, Any]:
@@ -74,12 +80,35 @@ def refuse_unused(options: argparse.Namespace) -> None:
     reason = "--ptq does not train" if options.ptq else "without --ptq training sets the static scales"
     for name in TRAINING if options.ptq else CALIBRATION:
         if getattr(options, name) is not None:
-            raise InputError(f"--{name.replace('_', '-')} was given, but {reason}; omit one of them")
+            raise InputError(f"{_flag(name)} was given, but {reason}; omit one of them")
     for name in ("freeze", *CALIBRATION) if options.activations == "dynamic" else ():
         if getattr(options, name) is not None:
-            raise InputError(f"--{name} was given, but a scale per token needs no calibration; omit one of them")
+            raise InputError(f"{_flag(name)} was given, but a scale per token needs no calibration; omit one of them")
     if options.percentile is not None and options.observer != "percentile":
         raise InputError("--percentile was given, but --observer is minmax; add --observer percentile, or omit it")
+
+
+def with_option_names(message: str, options: argparse.Namespace) -> str:
+    """The message of an InputError with this verb's options in place of the recipe keys from which it makes a section.
+
+    "tasks.custom: no label column 'x'; set tasks.custom.label" becomes "no label column 'x'; set --label". Messages of
+    the verbs that take a recipe are unchanged.
+    """
+    if "set" in options:
+        return message
+    task = getattr(options, "task", None)
+    section = f"tasks.{task or CUSTOM}"
+
+    def option(key: re.Match[str]) -> str:
+        name = key["name"] if key["section"] in (section, "quantize") else f"{key['section']}.{key['name']}"
+        value = "" if key["value"] in (None, "true") else f" {key['value']}"
+        return _flag(name) + value if name in options else key[0]
+
+    sections = "|".join(map(re.escape, (section, "quantize", "corpus", "teacher", "prune", "distill")))
+    message = message.removeprefix("recipe: ")
+    message = re.sub(rf"(?<![\w./-])(?P<section>{sections})\.(?P<name>\w+)(=(?P<value>\w+))?(?!\w)", option, message)
+    message = re.sub(rf"(?<![\w./-]){re.escape(section)}: ", f"--task {task}: " if task else "", message)
+    return re.sub(r"(?<![\w./-])data_root(?![\w./-])", "--data-root", message) if "data_root" in options else message
 
 
 def read_task(options: argparse.Namespace) -> tuple[str, Any]:
@@ -87,7 +116,7 @@ def read_task(options: argparse.Namespace) -> tuple[str, Any]:
     from pruneofa.recipe import KNOWN_TASKS, Task, check_task_name, validate
 
     values = read_fields(options, Task, "")
-    name = options.task or ("custom" if "data" in values else None)
+    name = options.task or (CUSTOM if "data" in values else None)
     if name is None:
         raise InputError(
             "no task: give --task (sst2, mnli, qnli, qqp, squad), or --data FILE --text COLUMN --label COLUMN"
@@ -95,7 +124,7 @@ def read_task(options: argparse.Namespace) -> tuple[str, Any]:
     check_task_name(name)
     if name not in KNOWN_TASKS and not {"data", "text", "label"} <= set(values):
         raise InputError(f"--task {name}: not one of {', '.join(KNOWN_TASKS)}, so it needs --data, --text and --label")
-    return name, validate(Task, values).resolved(name)
+    return name, validate(Task, values, f"tasks.{name}").resolved(name)
 
 
 def add_training(verb: argparse.ArgumentParser) -> None:
@@ -103,11 +132,21 @@ def add_training(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--seed", type=_seed, default=0, metavar="N", help="seed of data order, dropout and new heads (default 0)"
     )
-    precision = "training precision: bf16 (default; autocast over fp32 weights) or fp32"
-    verb.add_argument("--precision", choices=["bf16", "fp32"], default="bf16", help=precision)
+    precision = (
+        "training precision: bf16 (autocast over fp32 weights) or fp32 "
+        "(default: bf16 where this processor computes in bf16, else fp32)"
+    )
+    verb.add_argument("--precision", choices=["bf16", "fp32"], help=precision)
     verb.add_argument("--data-root", help="folder to which relative data paths refer")
     verb.add_argument("--redo", action="store_true", help="replace OUT if its settings changed")
     verb.add_argument("--json", action="store_true", help="print as JSON")
+
+
+def precision_of(options: argparse.Namespace) -> Literal["bf16", "fp32"]:
+    """The precision that was given, else the fast one of this machine, which is found with torch."""
+    from pruneofa.train.device import fast_precision
+
+    return options.precision or fast_precision()
 
 
 def _seed(text: str) -> int:

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from pruneofa.cli.options import add_fields, add_training, read_fields
+from pruneofa.cli.options import add_fields, add_training, precision_of, read_fields
 from pruneofa.cli.show import print_value
 
 
@@ -18,9 +18,7 @@ def describe(verb: argparse.ArgumentParser) -> None:
     from pruneofa import recipe
 
     verb.usage = "pruneofa prune MODEL OUT --corpus.source TEXT [options]"
-    verb.epilog = (
-        "example: pruneofa prune google-bert/bert-base-uncased sparse --corpus.source wiki/ --prune.final 0.85"
-    )
+    verb.epilog = "example: pruneofa prune MODEL sparse --corpus.source wiki/ --prune.final 0.85"
     verb.add_argument("model", help="folder or hub id of a dense encoder")
     verb.add_argument(
         "out", type=Path, help="folder of the sparse model; the prepared teacher is written to OUT-teacher"
@@ -38,7 +36,7 @@ def describe(verb: argparse.ArgumentParser) -> None:
 
     def call(options: argparse.Namespace) -> int:
         values: dict[str, Any] = {"name": options.out.name, "model": options.model, "seed": options.seed}
-        values |= {"precision": options.precision, "data_root": options.data_root}
+        values["data_root"] = options.data_root
         for name, model in sections.items():
             values[name] = read_fields(options, model, f"{name}.")
         if options.no_teacher:
@@ -46,6 +44,7 @@ def describe(verb: argparse.ArgumentParser) -> None:
         settings = recipe.validate(recipe.Recipe, values)
         from pruneofa.run import single  # torch, which takes seconds: a wrong option is refused before
 
+        settings = settings.model_copy(update={"precision": precision_of(options)})
         metrics = single.prune(settings, options.out, redo=options.redo)
         print_value({"out": str(options.out), **metrics}, options.json)
         return 0

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -30,11 +31,26 @@ def show_model(found: dict[str, Any], layers: bool = True) -> None:
     """Print the result of `inspect`: layers, totals and sizes."""
     if layers:
         table([{"layer": name, **values} for name, values in found["layers"].items()])
-    table([{"": k, "value": v} for k, v in found.items() if not isinstance(v, dict)])
+    pairs({k: v for k, v in found.items() if not isinstance(v, dict)})
     table([{"stored as": k, "MB": v / 1e6} for k, v in found["sizes"].items()])
     if "engine" in found:
         where = f"on {found['engine']['isa']}, {found['engine']['activations']} activations"
-        table([{where: k, "choice": v} for k, v in found["engine"]["layers"].items()])
+        table([{where: k, **explain_choice(v)} for k, v in found["engine"]["layers"].items()])
+
+
+def explain_choice(choice: str) -> dict[str, str]:
+    """How the engine computes a layer, and why, in plain words: of a choice of `Engine.choices`."""
+    kind, _, why = choice.partition(": ")
+    if found := re.fullmatch(r"sparsity ([\d.]+); words of .* cost ([\d.]+) of dense with \w+", why):
+        zeros, times = (100 * float(number) for number in found.groups())
+        why = f"{zeros:.1f} % zeros; estimated time {times:.0f} % of that of dense"
+    elif found := re.fullmatch(r"sparsity ([\d.]+); skipping zeros would cost ([\d.]+) times as much with \w+", why):
+        zeros, times = (100 * float(number) for number in found.groups())
+        why = f"{zeros:.1f} % zeros; estimated time of skipping them {times:.0f} % of that of dense"
+    elif found := re.fullmatch(r"sparsity ([\d.]+) is ((?:not )?above) ([\d.]+), where .*", why):
+        zeros, limit = 100 * float(found[1]), 100 * float(found[3])
+        why = f"{zeros:.1f} % zeros, {found[2]} the {limit:.0f} % from which skipping them is faster"
+    return {"computed": kind, "why": why}
 
 
 def recipe_file(name: str) -> Path:
@@ -55,7 +71,23 @@ def print_value(value: Any, as_json: bool, show: Callable[[], Any] | None = None
     elif show is not None:
         show()
     else:
-        table([{"": key, "value": item} for key, item in value.items()])
+        pairs(value)
+
+
+def print_metrics(values: dict[str, Any], as_json: bool, rows: dict[str, int] | None = None) -> None:
+    """Print metrics in percent, after other values that are texts; as a table with the number of `rows` if it is known.
+
+    `rows` is by the suffix of the metrics, as in evaluation.json.
+    """
+    counts = rows or {}
+
+    def line(name: str, value: Any) -> str:
+        if isinstance(value, str):
+            return value
+        count = counts.get("_mm" if name.endswith("_mm") else "")
+        return f"{value:.2f} %" + (f" of {count:,} rows" if name.startswith("accuracy") and count else "")
+
+    print_value(values, as_json, lambda: pairs({name: line(name, value) for name, value in values.items()}))
 
 
 def print_results(results: dict[str, Any], folder: Path, as_json: bool) -> None:
@@ -72,12 +104,17 @@ def print_results(results: dict[str, Any], folder: Path, as_json: bool) -> None:
         print_value(results, as_json, show)
 
 
-def table(rows: list[dict[str, Any]]) -> None:
+def pairs(values: dict[str, Any]) -> None:
+    """Print names and values as a table without a header."""
+    table([{"name": name, "value": value} for name, value in values.items()], header=False)
+
+
+def table(rows: list[dict[str, Any]], *, header: bool = True) -> None:
     """Print rows of the same keys as a table."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False, show_header=header)
     for column in rows[0] if rows else []:
         table.add_column(column, overflow="fold")
     for row in rows:

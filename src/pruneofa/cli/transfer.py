@@ -4,8 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from pruneofa.cli.options import add_fields, add_training, read_task
-from pruneofa.cli.show import print_value, say_pattern
+from pruneofa.cli.options import add_fields, add_training, precision_of, read_task
+from pruneofa.cli.show import print_metrics, say_pattern
 
 
 def describe(verb: argparse.ArgumentParser) -> None:
@@ -30,15 +30,18 @@ def describe(verb: argparse.ArgumentParser) -> None:
     def call(options: argparse.Namespace) -> int:
         name, spec = read_task(options)
         say_pattern(options.sparse)
+        from pruneofa.formats.files import read_json
         from pruneofa.run import single  # torch, which takes seconds: what is wrong without it is said before
+        from pruneofa.run.stage import EVALUATION
 
         if spec.teacher is None:
             sys.stderr.write("no --teacher given: training on the labels only\n")
             spec = spec.model_copy(update={"hard": 1.0, "kd": 0.0, "hidden": 0.0})
-        training = {"seed": options.seed, "precision": options.precision}
+        training = {"seed": options.seed, "precision": precision_of(options)}
         root, redo = options.data_root, options.redo
         metrics = single.transfer(options.sparse, options.out, name, spec, data_root=root, redo=redo, **training)
-        print_value({"out": str(options.out), **metrics}, options.json)
+        rows = read_json(options.out / EVALUATION).get("rows")
+        print_metrics({"out": str(options.out), **metrics}, options.json, rows)
         return 0
 
     verb.set_defaults(call=call)

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from typing import Any
 
 from pruneofa.cli.show import print_value
 
@@ -28,9 +29,29 @@ def describe(verb: argparse.ArgumentParser) -> None:
                 sys.stdout.write(f"missing: {layer}\n")
             if found["missing_pooler"]:
                 sys.stdout.write("the derived model has no pooler (question-answering models have none)\n")
-            sys.stdout.write(f"{'ok' if found['ok'] else 'FAILED'}: {found['extra_zeros']} more zeros than the base\n")
+            sys.stdout.write(f"{conclusion(found)}\n")
 
         print_value(found, options.json, show)
         return 0 if found["ok"] else 1
 
     verb.set_defaults(call=call)
+
+
+def conclusion(found: dict[str, Any]) -> str:
+    """The last line of `verify`: of a result of `pattern.verify`."""
+    if found["ok"]:
+        return f"ok: every zero of BASE is zero in DERIVED, which has {found['extra_zeros']:,} zeros more"
+    revived, missing = found["revived"], found["missing"]
+    reasons = []
+    if revived:
+        count = sum(layer["count"] for layer in revived)
+        verb = "is" if count == 1 else "are"
+        layers = _counted(len(revived), "layer")
+        reasons.append(f"{_counted(count, 'zero')} of BASE {verb} not zero in DERIVED, in {layers}")
+    if missing:
+        reasons.append(f"DERIVED lacks {_counted(len(missing), 'layer')} of BASE")
+    return f"FAILED: {'; '.join(reasons)}"
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,9 +43,23 @@ def label_names(values: Sequence[Any], column: str, where: str, known: Sequence[
 
 def distinct(values: Sequence[Any], column: str, where: str) -> list[str]:
     """The classes that a column holds, sorted: whole numbers by value, anything else as text."""
-    names = set(label_names(values, column, where))
-    whole = all(name.lstrip("-").isdecimal() for name in names)
-    return sorted(names, key=int) if whole else sorted(names)
+    found = label_names(values, column, where)
+    refuse_row_ids(found, column, where)
+    names = set(found)
+    return sorted(names, key=int) if _whole(names) else sorted(names)
+
+
+def refuse_row_ids(names: Sequence[str], column: str, where: str) -> None:
+    """Raises InputError for ten or more whole numbers that all differ: a column of row ids holds no classes."""
+    if 10 <= len(names) == len(set(names)) and _whole(names):
+        raise InputError(
+            f"{where}: label column {column!r} has {len(names)} classes for {len(names)} rows: "
+            f"looks like an id column; set {where}.label to the column of the classes"
+        )
+
+
+def _whole(names: Iterable[str]) -> bool:
+    return all(name.lstrip("-").isdecimal() for name in names)
 
 
 def labels_of_model(labels: Sequence[str], values: Sequence[Any], column: str, where: str) -> list[str] | None:

@@ -15,8 +15,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pruneofa.data.labels import as_text
+from pruneofa.data.labels import as_text, refuse_row_ids
+from pruneofa.data.root import root_folder
 from pruneofa.errors import InputError, first_line
+from pruneofa.formats.hub import announce, could_be_hub_id
 
 SUFFIXES = (".parquet", ".jsonl", ".csv", ".tsv")
 HELD_OUT = 10  # one row in so many is held out where the data has no validation rows
@@ -28,8 +30,6 @@ def load_splits(
     *,
     where: str,
     evaluations: Mapping[str, Sequence[str]],
-    key: Sequence[str],
-    label: str | None = None,
     config: str | None = None,
     validation: str | None = None,
     strict: bool = False,
@@ -43,19 +43,17 @@ def load_splits(
             or a hub id; relative paths are looked up in `data_root`.
         where: beginning of error messages, such as `tasks.sst2`.
         evaluations: split names to look for, first match wins, by the key they are returned under.
-        key: text columns whose content decides whether a row is held out, where a split has to be made.
-        label: column of which no value may be held out completely, where a split has to be made.
         config: configuration of a hub data set.
         validation: file with the evaluation rows, instead of those of `data`.
-        strict: a folder or hub data set without an evaluation split is an error; otherwise a tenth of the
-            training rows is held out.
+        strict: a folder or hub data set without an evaluation split is an error; otherwise the result may have no
+            `""`, and the caller holds out rows (`hold_out`).
         whole: read only evaluation rows: all rows of files, or the evaluation splits of a folder or hub data set, which
             must exist; training rows are not needed.
 
     Raises:
         InputError: the data are missing, lack a split, are not UTF-8, cannot be parsed, or are empty.
     """
-    root = Path(data_root or ".").expanduser()
+    root = root_folder(data_root)
     names = [data] if isinstance(data, str) else list(data)
     paths = [root / Path(name).expanduser() for name in names]
     if validation:  # evaluation splits of data are then not read
@@ -64,7 +62,7 @@ def load_splits(
     wanted = {"train": ("train",), **evaluations}
     if len(paths) == 1 and paths[0].is_dir():
         found = _folder(paths[0], where, wanted, required)
-    elif len(paths) > 1 or paths[0].is_file() or not _could_be_hub_id(names[0]):
+    elif len(paths) > 1 or paths[0].is_file() or not _could_be_hub_id(names[0], root):
         found = {"train": _concatenate([read(path, where) for path in paths], where)}
     else:
         found = _hub(names[0], config, root, where, wanted, required)
@@ -72,15 +70,13 @@ def load_splits(
         found[""] = read(root / Path(validation).expanduser(), where)
     elif "" not in found and whole:  # then data was files
         found[""] = found.pop("train")
-    elif "" not in found:
-        found["train"], found[""] = hold_out(found["train"], key, label, where)
     return found
 
 
 def read(path: Path, where: str) -> pa.Table:
     """Read one file by its suffix; CSV and TSV columns are all strings."""
     if not path.is_file():
-        raise InputError(f"{where}: {path}: no such file; check data, validation and data_root")
+        raise InputError(f"{where}: {path}: no such file; check {where}.data, {where}.validation and data_root")
     if path.suffix not in SUFFIXES:
         raise InputError(f"{where}: {path}: got {path.suffix or 'no suffix'!r}, wanted {', '.join(SUFFIXES)}")
     if path.suffix == ".parquet":
@@ -138,6 +134,7 @@ def hold_out(table: pa.Table, key: Sequence[str], label: str | None, where: str)
     out = np.fromiter((int.from_bytes(digest[:8], "big") % HELD_OUT == 0 for digest in digests), bool)
     if label is not None:
         labels = np.array([as_text(value) for value in column(table, label, "label", where).to_pylist()])
+        refuse_row_ids(labels.tolist(), label, where)
         out &= np.isin(labels, np.unique(labels[~out]))
     if not out.any() or out.all():
         raise InputError(
@@ -179,6 +176,7 @@ def _hub(
     from huggingface_hub.errors import HfHubHTTPError
 
     found = {}
+    announce(name)
     try:
         available = datasets.get_dataset_split_names(name, config)
         for key, names in wanted.items():
@@ -197,8 +195,8 @@ def _hub(
     return found
 
 
-def _could_be_hub_id(name: str) -> bool:
-    return Path(name).suffix not in SUFFIXES and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None
+def _could_be_hub_id(name: str, root: Path) -> bool:
+    return Path(name).suffix not in SUFFIXES and could_be_hub_id(name, root)
 
 
 def _concatenate(tables: list[pa.Table], where: str) -> pa.Table:

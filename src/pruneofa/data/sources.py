@@ -21,15 +21,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from pruneofa.data.root import root_folder
 from pruneofa.errors import InputError
 from pruneofa.formats.files import file_fingerprint
+from pruneofa.formats.hub import announce, could_be_hub_id
 
 KINDS = (".parquet", ".jsonl", ".txt")
 COMPRESSED = (".gz", ".zst")
 WANTED = ".parquet, .jsonl or .txt (the last two also .gz or .zst)"
 PEEK = 1 << 20  # bytes read to tell how a .txt file separates its articles, and per block when hashing
 ROWS = 64  # rows decoded at once
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 Article = tuple[str, int]  # text, and the units of progress (bytes, or rows of a hub data set) since the last one
 
@@ -134,7 +135,8 @@ def find(
 
 
 def _find(name: str, config: str | None, data_root: str | Path | None, streaming: bool) -> Files | Hub:
-    path = Path(data_root or ".") / Path(name).expanduser()
+    root = root_folder(data_root)
+    path = root / Path(name).expanduser()
     if path.is_dir():
         found = sorted(p for p in path.rglob("*") if _kind(p) and p.is_file() and p.name[0] != ".")
         if not found:
@@ -144,8 +146,9 @@ def _find(name: str, config: str | None, data_root: str | Path | None, streaming
         if not _kind(path):
             raise InputError(f"{path}: unsupported kind of file; wanted {WANTED}")
         return Files((path,))
-    if not _HUB_ID.fullmatch(name) or Path(name).suffix in (*KINDS, *COMPRESSED, ".csv", ".tsv", ".json"):
+    if not could_be_hub_id(name, root) or Path(name).suffix in (*KINDS, *COMPRESSED, ".csv", ".tsv", ".json"):
         raise InputError(f"{path}: no such file or folder; check corpus.source (and data_root)")
+    announce(name)
     return Hub(name, config, streaming)
 
 

@@ -45,6 +45,7 @@ class Task:
         evaluations: by the suffix of their metrics, `""` and for MNLI also `"_mm"`.
         train_fingerprint: hex sha256 of everything that training sees of the data; of no rows where train is None.
         evaluation_fingerprint: the same of evaluation.
+        held_out: (rows held out for evaluation, rows in all) of data without evaluation rows, else None.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Task:
     text: tuple[str, ...]
     max_length: int
     pad_token_id: int
+    held_out: tuple[int, int] | None = None
 
     def model_kwargs(self) -> dict[str, Any]:
         """Arguments for `from_pretrained`, which writes them to config.json; none for question answering."""
@@ -115,14 +117,18 @@ def load_task(
         spec.data or ("rajpurkar/squad" if kind == "qa" else _GLUE),
         where=where,
         evaluations=evaluations,
-        key=("context",) if kind == "qa" else text,
-        label=None if kind == "qa" else column,
         config=name if name in recipe.GLUE and spec.data in (None, _GLUE) else None,
         validation=spec.validation,
         strict=name in recipe.KNOWN_TASKS,
         whole=whole and not train,
         data_root=data_root,
     )
+    held_out = None
+    if "" not in splits:
+        key, label = (("context",), None) if kind == "qa" else (text, column)
+        total = splits["train"].num_rows
+        splits["train"], splits[""] = rows.hold_out(splits["train"], key, label, where)
+        held_out = (splits[""].num_rows, total)
     if kind == "classification":
         if not 1 <= len(text) <= 2:
             raise InputError(f"{where}.text names {len(text)} columns, wanted one or two")
@@ -148,7 +154,7 @@ def load_task(
         raise InputError(f"{where}: all {len(trained)} training rows have the label {only!r}, wanted at least two")
     prints = [_fingerprint(kind, names, used, where) for used in ({"train": trained}, features)]
     pad = tokenizer.pad_token_id or 0
-    return Task(name, kind, names, trained, features, *prints, tuple(text), max_length, pad)
+    return Task(name, kind, names, trained, features, *prints, tuple(text), max_length, pad, held_out)
 
 
 def _names(value: str | list[str] | None) -> tuple[str, ...]:
@@ -168,10 +174,10 @@ def _check_length(max_length: int | None, tokenizer: Any, max_positions: int | N
     assert max_length is not None  # resolved() fills it
     if max_length > tokenizer.model_max_length:
         raise InputError(
-            f"{where}: max_length is {max_length} but the tokenizer's limit is {tokenizer.model_max_length}; lower it"
+            f"{where}.max_length is {max_length} but the tokenizer's limit is {tokenizer.model_max_length}; lower it"
         )
     if max_positions is not None and max_length > max_positions:
-        raise InputError(f"{where}: max_length is {max_length} but the model has {max_positions} positions; lower it")
+        raise InputError(f"{where}.max_length is {max_length} but the model has {max_positions} positions; lower it")
     return max_length
 
 

@@ -1,6 +1,9 @@
 """The local folder of a model: the given folder, or a snapshot of a hub model."""
 
+import functools
+import os
 import re
+import sys
 from pathlib import Path
 
 from pruneofa.errors import InputError, first_line
@@ -19,11 +22,49 @@ def local_folder(path: str | Path, files: tuple[str, ...] = FILES) -> Path:
         return folder
     if folder.exists():
         raise InputError(f"{path} is a file; give the model's folder that contains it")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path)) or str(path).startswith("."):
-        raise InputError(f"{path}: no such folder; give a Hugging Face folder or a hub id such as org/name")
+    check_model_name(str(path))
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(str(path), allow_patterns=list(files)))
     except Exception as error:  # hub, HTTP and validation errors have no common type
-        raise InputError(f"{path}: no such folder, and the hub has no such model ({first_line(error)})") from None
+        raise not_on_hub(str(path), error) from None
+
+
+def could_be_hub_id(name: str, root: Path = Path()) -> bool:
+    """Whether a name that does not exist in the folder `root` may be looked up on the hub.
+
+    It may not if it looks like a path: if it begins with `.`, `/` or `~`, has more than one `/`, or its first part is
+    the name of an existing folder. Otherwise a typo in a path could load another model or data set.
+    """
+    first, slash, _ = name.partition("/")
+    return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is not None and not (slash and (root / first).is_dir())
+
+
+def check_model_name(name: str, label: str = "") -> None:
+    """Raises InputError, which begins with `label`, for a name that is neither a folder nor a possible hub id."""
+    if Path(name).expanduser().is_dir():
+        return
+    if not could_be_hub_id(name):
+        raise InputError(f"{label}{name}: no such folder; give a Hugging Face folder or a hub id such as org/name")
+    announce(name)
+
+
+def not_on_hub(name: str, error: Exception, label: str = "") -> InputError:
+    """The error for a name that is neither a local folder nor, by `error`, a model on the hub."""
+    hub = f"the hub has no such model ({first_line(error)})"
+    if offline():
+        hub = "no such model in the cache of the hub, which is not asked (--offline or HF_HUB_OFFLINE)"
+    return InputError(f"{label}{name}: no such folder in {Path.cwd()}, and {hub}; check the path")
+
+
+def offline() -> bool:
+    """Whether the libraries of the hub are told to use their cache only, as `--offline` does."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+
+@functools.cache
+def announce(name: str) -> None:
+    """Say on stderr, once per name, that the hub is asked for it."""
+    if not offline():
+        sys.stderr.write(f"{name}: not on this machine by that name; the Hugging Face hub is asked\n")

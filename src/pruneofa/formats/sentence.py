@@ -175,7 +175,13 @@ def _prompt(prompts: Mapping[str, Any], file: Path) -> str:
         raise InputError(
             f"{file}: prompts is {short(named)}, wanted a JSON object from names to strings; correct the file"
         )
-    prompt = named.get(str(prompts.get("default_prompt_name"))) or ""
+    name = prompts.get("default_prompt_name")
+    if name is not None and (not isinstance(name, str) or name not in named):
+        known = ", ".join(map(repr, named)) or "nothing"
+        raise InputError(
+            f"{file}: default_prompt_name is {short(name)}, wanted one of prompts, which has {known}; correct the file"
+        )
+    prompt = named.get(name) or ""
     if not isinstance(prompt, str):
         raise InputError(f"{file}: the prompt is {short(prompt)}, wanted a string; correct the file")
     return prompt

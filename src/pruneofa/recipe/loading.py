@@ -76,8 +76,11 @@ def parse_override(text: str) -> dict[str, Any]:
     return parsed
 
 
-def validate(model: type[T], values: dict[str, Any]) -> T:
-    """Build `model` from plain values. Raises InputError that lists every problem on one line."""
+def validate(model: type[T], values: dict[str, Any], section: str = "") -> T:
+    """Build `model` from plain values, those of a `section` such as "tasks.sst2" or of a whole recipe.
+
+    Raises InputError that lists every problem on one line.
+    """
     try:
         return model.model_validate(values)
     except pydantic.ValidationError as error:
@@ -86,12 +89,12 @@ def validate(model: type[T], values: dict[str, Any]) -> T:
             # If several types are allowed, pydantic reports one error for each; only the first is shown.
             location = tuple(str(part) for part in problem["loc"] if part not in _ALTERNATIVES)
             if not (problem["loc"][-1:] == ("bool",) and isinstance(problem["input"], dict)):
-                problems.setdefault(location, _explain(model, list(location), problem))
+                problems.setdefault(location, _explain(model, list(location), problem, section))
         raise InputError("recipe: " + "; ".join(problems.values())) from None
 
 
-def _explain(model: type[BaseModel], location: list[str], problem: Any) -> str:
-    where = ".".join(location) or "recipe"
+def _explain(model: type[BaseModel], location: list[str], problem: Any, section: str) -> str:
+    where = ".".join(filter(None, (section, *location)))
     if problem["type"] == "extra_forbidden":
         known = _known_keys(model, location[:-1])
         near = difflib.get_close_matches(location[-1], known, 1, cutoff=0.4)
@@ -101,8 +104,8 @@ def _explain(model: type[BaseModel], location: list[str], problem: Any) -> str:
         return f"{where} is missing"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
-        return f"{where}: {message}" if location else message
-    return f"{where} is {problem['input']!r}: {message[0].lower()}{message[1:]}"
+        return f"{where}: {message}" if where else message
+    return f"{where or 'recipe'} is {problem['input']!r}: {message[0].lower()}{message[1:]}"
 
 
 def _known_keys(model: type[BaseModel], location: list[str]) -> list[str]:

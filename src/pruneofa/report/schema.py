@@ -9,6 +9,7 @@ from typing import Any
 from pruneofa.errors import InputError, short
 from pruneofa.formats.files import read_json
 
+RESULTS = "results.json"
 METRICS = ("exact_match", "f1", "accuracy", "accuracy_mm")
 METRIC_NAMES = {"exact_match": "Exact match", "f1": "F1", "accuracy": "Accuracy", "accuracy_mm": "Accuracy"}
 # In the order of the table's rows. Each may also occur with the suffix `_engine`.
@@ -26,7 +27,10 @@ VARIANTS = {
 def read_results(path: Path | str) -> dict[str, Any]:
     """A validated results.json; `path` may be the run's folder. Raises InputError naming the file and key."""
     path = Path(path)
-    return check_results(read_json(path / "results.json" if path.is_dir() else path), str(path))
+    file = path / RESULTS if path.is_dir() else path
+    if not file.is_file():
+        raise InputError(f"{file}: no such file; give the folder of a finished run, or its {RESULTS}")
+    return check_results(read_json(file), str(path))
 
 
 def check_results(value: Any, source: str = "results") -> dict[str, Any]:

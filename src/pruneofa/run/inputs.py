@@ -1,5 +1,7 @@
 """The inputs of a recipe: models, text and task data, each read once."""
 
+from collections.abc import Sequence
+
 from pruneofa.data import corpus, tasks
 from pruneofa.recipe import Recipe
 from pruneofa.run.pretraining import Text, read_text
@@ -10,8 +12,10 @@ from pruneofa.train.models import load_config, load_tokenizer, model_fingerprint
 class Inputs:
     """The models, the text and the tasks that a recipe names."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, labels: Sequence[str] | None = None) -> None:
+        """`labels` are the classes of the recipe's model, where it is a task model whose classes are kept."""
         self.recipe = recipe
+        self._labels = labels
         self._models: dict[str, Model] = {}
         self._text: Text | None = None
         self._tasks: dict[str, tasks.Task] = {}
@@ -42,7 +46,7 @@ class Inputs:
             tokenizer = load_tokenizer(recipe.model)
             spec, longest = recipe.tasks[name].resolved(name), tasks.longest_input(load_config(recipe.model))
             self._tasks[name] = tasks.load_task(
-                name, spec, tokenizer, data_root=recipe.data_root, max_positions=longest
+                name, spec, tokenizer, data_root=recipe.data_root, labels=self._labels, max_positions=longest
             )
         return self._tasks[name]
 

@@ -1,15 +1,17 @@
 """Single stages of the method, for the commands that take a model instead of a recipe."""
 
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from pruneofa.data import tasks as task_data
 from pruneofa.errors import InputError
 from pruneofa.formats.files import read_json
-from pruneofa.recipe import Quantize, Recipe, Task
+from pruneofa.recipe import KNOWN_TASKS, Quantize, Recipe, Task
 from pruneofa.run.checks import check, check_pattern
 from pruneofa.run.execute import execute_steps
 from pruneofa.run.fine_tuning import task_student
@@ -20,6 +22,8 @@ from pruneofa.run.plan import int8_stages, prune_stage, teacher_stage, transfer_
 from pruneofa.run.run import append_event
 from pruneofa.run.stage import METRICS, RECORD, Stage, StageId, Step
 from pruneofa.train.device import processes
+from pruneofa.train.evaluate import class_names
+from pruneofa.train.models import load_config
 
 
 def prune(recipe: Recipe, out: Path, *, redo: bool = False) -> dict[str, float]:
@@ -65,6 +69,7 @@ def transfer(
     inputs = Inputs(recipe)
     teacher = inputs.model(spec.teacher) if spec.teacher else None
     id = StageId(name, seed, "transfer")
+    _note_held_out(inputs.task(name))
     stage = transfer_stage(recipe, inputs, id, inputs.model(sparse), teacher, _work(out))
     return _execute(recipe, inputs, with_evaluation(replace(stage, folder=out), inputs), out, redo)
 
@@ -96,14 +101,21 @@ def quantize(
         seeds=[seed],
         precision=precision,
     )
-    inputs = Inputs(recipe)
+    inputs = Inputs(recipe, None if name in KNOWN_TASKS else class_names(load_config(model)))
     task_student(model, inputs.task(name))
+    _note_held_out(inputs.task(name))
     sparse = sparse_of_run(Path(model))
     check_pattern(sparse, model)
     teacher = inputs.model(spec.teacher) if spec.teacher else None
     stages = int8_stages(recipe, inputs, name, seed, inputs.model(model), teacher, sparse, _work(out))
     stage = next(stage for stage in stages if stage.id.variant == ("ptq" if settings.ptq else "quantize"))
     return _execute(recipe, inputs, with_evaluation(replace(stage, folder=out), inputs), out, redo)
+
+
+def _note_held_out(task: task_data.Task) -> None:
+    if task.held_out is not None and processes().is_main_process:
+        held_out, rows = task.held_out
+        sys.stderr.write(f"no --validation: {held_out:,} of {rows:,} rows held out\n")
 
 
 def _work(out: Path) -> Path:

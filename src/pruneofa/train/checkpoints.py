@@ -85,4 +85,5 @@ def _read_whole(file: Path) -> None:
         with safe_globals():
             torch.load(file, map_location="cpu", weights_only=True)
     elif file.suffix == ".json":
+        # Not read_json: the Trainer's log may contain NaN, and a file that the system cannot read is not damaged.
         json.loads(file.read_text(encoding="utf-8"))

@@ -1,4 +1,6 @@
-"""The processes that train together, and each one's share of a batch."""
+"""The processes that train together, each one's share of a batch, and the fast precision of the machine."""
+
+from typing import Literal
 
 import torch
 from accelerate import PartialState
@@ -22,3 +24,11 @@ def split_batch(batch: int, micro_batch: int | None) -> tuple[int, int]:
             "choose a batch that is a multiple of both"
         )
     return micro, batch // (micro * world)
+
+
+def fast_precision() -> Literal["bf16", "fp32"]:
+    """bf16 if this machine has bf16 instructions, else fp32: emulated bf16 is several times slower."""
+    if torch.cuda.is_available() and torch.cuda.is_bf16_supported():
+        return "bf16"
+    native = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return "bf16" if any(supported is not None and supported() for supported in native) else "fp32"

@@ -93,7 +93,7 @@ def evaluate(
 
 def task_of(model: Any, path: str | Path, name: str, spec: recipe.Task, **data: Any) -> Task:
     """The evaluation rows of a task for a transformers model, by the tokenizer in its folder; see `load_task`."""
-    return _read_task(path, name, spec, _class_names(model.config), longest_input(model.config), **data)
+    return _read_task(path, name, spec, class_names(model.config), longest_input(model.config), **data)
 
 
 def _read_task(
@@ -246,7 +246,7 @@ def label_order(config: Any, task: Task) -> list[int]:
     Raises:
         InputError: the model has other labels.
     """
-    return _order(_class_names(config), task)
+    return _order(class_names(config), task)
 
 
 def _order(names: list[str], task: Task) -> list[int]:
@@ -264,7 +264,8 @@ def _order(names: list[str], task: Task) -> list[int]:
     return [ids[label] for label in wanted]
 
 
-def _class_names(config: Any) -> list[str]:
+def class_names(config: Any) -> list[str]:
+    """The names of a transformers model's classes, by class id."""
     return [str(config.id2label[index]) for index in range(config.num_labels)]
 
 

@@ -16,6 +16,7 @@ from pruneofa.errors import InputError, first_line
 from pruneofa.families import base_name
 from pruneofa.formats.architecture import check_layers
 from pruneofa.formats.files import file_fingerprint, fingerprint
+from pruneofa.formats.hub import check_model_name, not_on_hub
 from pruneofa.formats.tensors import unsafe_binary
 
 # The loader's progress bars and reports are silenced: they warn about heads that are new intentionally. Real errors
@@ -32,10 +33,12 @@ IDENTITY = (
 
 def load_config(path: str) -> Any:
     """Config of a supported encoder. Raises InputError for anything else."""
-    _explain_missing_folder(path)
+    check_model_name(path, "model ")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
+        if not Path(path).is_dir():
+            raise not_on_hub(path, error, "model ") from None
         raise InputError(f"model {path}: no readable config.json ({first_line(error)})") from None
     if families.find(config.model_type) is None:
         wanted = ", ".join(families.model_types())
@@ -218,16 +221,10 @@ def model_fingerprint(path: str) -> str:
     if folder.is_dir():
         files = sorted(p for p in folder.iterdir() if p.name in IDENTITY or p.suffix in (".safetensors", ".bin"))
         return fingerprint({p.name: file_fingerprint(p) for p in files})
-    _explain_missing_folder(path)
+    check_model_name(path, "model ")
     from huggingface_hub import hf_hub_download
 
     try:  # the folder of a cached file is named after the commit, so this works offline too
         return Path(hf_hub_download(path, "config.json")).parent.name
     except Exception as error:  # hub, HTTP and validation errors have no common type
-        raise InputError(f"model {path}: neither a folder nor a model on the hub ({first_line(error)})") from None
-
-
-def _explain_missing_folder(path: str) -> None:
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
-    if looks_local and not Path(path).is_dir():
-        raise InputError(f"model {path}: no such folder; give a Hugging Face folder or a hub id")
+        raise not_on_hub(path, error, "model ") from None

@@ -1,7 +1,6 @@
 """Training of one stage: the Trainer subclass, progress bar, checkpoints, and `train`, which resumes."""
 
 import itertools
-import json
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +16,7 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pruneofa.errors import InputError
-from pruneofa.formats.files import COMPLETE, sync_tree, write_json
+from pruneofa.formats.files import COMPLETE, read_json, sync_tree, write_json
 from pruneofa.progress import progress
 from pruneofa.train.attention import use_bf16_attention
 from pruneofa.train.checkpoints import (
@@ -136,7 +135,7 @@ class _StageCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step:
-            self.trainer.clock = json.loads(checkpoint_path(args.output_dir, state.global_step, CLOCK_FILE).read_text())
+            self.trainer.clock = read_json(checkpoint_path(args.output_dir, state.global_step, CLOCK_FILE))
         self.since = time.monotonic() - self.trainer.clock["seconds"]
         self.stack = ExitStack()
         if state.is_world_process_zero:

@@ -1,0 +1,41 @@
+"""Names of models: local folders, hub ids, and typos of paths that must not reach the hub."""
+
+import pytest
+
+from pruneofa.errors import InputError
+from pruneofa.formats import hub
+from pruneofa.formats.hub import could_be_hub_id, local_folder
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "./a", "/a", "~/a", "..", "runs/spase", "", "a//b"])
+def test_a_name_that_looks_like_a_path_never_reaches_the_hub(name, tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("the hub was asked"))
+    assert not could_be_hub_id(name)
+    if name not in ("..", ""):  # these are folders
+        with pytest.raises(InputError, match="no such folder; give a Hugging Face folder"):
+            local_folder(name)
+
+
+def test_a_hub_id_is_said_once_and_a_wrong_one_names_what_was_looked_for(tmp_path, monkeypatch, capsys):
+    def nothing(*_, **__):
+        raise OSError("404")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", nothing)
+    hub.announce.cache_clear()
+    for _ in range(2):
+        with pytest.raises(InputError) as error:
+            local_folder("some-org/model")
+    assert str(error.value) == (
+        f"some-org/model: no such folder in {tmp_path}, and the hub has no such model (404); check the path"
+    )
+    assert (
+        capsys.readouterr().err == "some-org/model: not on this machine by that name; the Hugging Face hub is asked\n"
+    )
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(InputError, match="no such model in the cache of the hub, which is not asked"):
+        local_folder("other-org/model")
+    assert capsys.readouterr().err == ""
