@@ -24,7 +24,7 @@ def describe(verb: argparse.ArgumentParser) -> None:
     add("--batch", type=int, default=1, metavar="N", help="sequences of these lengths together (default 1)")
     add("--mixed", nargs="*", metavar="NxA-B",
         help="batches of N sequences of A to B tokens (default 32x8-128), which peers get padded")  # fmt: skip
-    add("--threads", type=int, metavar="N", help="of every runner (default: one per CPU)")
+    add("--threads", type=int, metavar="N", help="of every runner (default: as the engine chooses)")
     add("--isa", metavar="ISA", help="hold ours and the peers to amx, avx512vnni, avx2 or scalar")
     add("--precision", choices=["int8", "fp32"], default="int8", help="of ours (default int8)")
     add("--peers", nargs="*", metavar="PEER", help="compare with these (default: all installed; none: alone)")

@@ -24,7 +24,13 @@ def describe(verb: argparse.ArgumentParser) -> None:
             precision = "int8" if found.get("precision", "int8") == "int8" else "fp32"
             engine = Engine.from_pretrained(folder, precision=precision)
             layers = dict(engine.choices())
-            found["engine"] = {"isa": engine.isa, "activations": engine.activations, "layers": layers}
+            found["engine"] = {
+                "isa": engine.isa,
+                "activations": engine.activations,
+                "threads": engine.threads,
+                "threads_reason": engine.threads_reason,
+                "layers": layers,
+            }
         print_value(found, options.json, lambda: show_model(found))
         return 0
 

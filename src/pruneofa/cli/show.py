@@ -35,6 +35,7 @@ def show_model(found: dict[str, Any], layers: bool = True) -> None:
     if "engine" in found:
         where = f"on {found['engine']['isa']}, {found['engine']['activations']} activations"
         table([{where: k, "choice": v} for k, v in found["engine"]["layers"].items()])
+        table([{"threads": found["engine"]["threads"], "because of": found["engine"]["threads_reason"]}])
 
 
 def recipe_file(name: str) -> Path:

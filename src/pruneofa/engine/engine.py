@@ -13,6 +13,7 @@ from pruneofa.engine.heads import Classification, Embedding, Head, task_head
 from pruneofa.engine.inputs import WANTED, as_matrix, as_row, check_item, check_range, row_lengths
 from pruneofa.engine.load import Precision, Weights, build_encoder
 from pruneofa.engine.question_answering import QuestionAnswering
+from pruneofa.engine.threads import Threads, choose_threads
 from pruneofa.engine.tokenizer import TextTokenizer, Tokens, chunks
 from pruneofa.errors import InputError
 from pruneofa.formats.architecture import check_tensors, read_architecture
@@ -28,8 +29,6 @@ except ImportError as error:  # a source tree that was not built; from_pretraine
     _native, _not_built = None, error
 native: Any = _native
 
-_MOST_THREADS = 1024  # a mistyped number should not make a million threads
-
 
 class Engine:
     """A loaded model, ready for inference; create it with `from_pretrained`.
@@ -39,6 +38,7 @@ class Engine:
     Attributes:
         isa: the kernels in use, one of `available_isas()`.
         threads: number of compute threads.
+        threads_reason: what that number comes from.
         precision: "int8" or "fp32".
         activations: quantization of the inputs of int8 layers: "static" (scales from training) or "dynamic" (one scale
             per token); "float" if the precision is fp32.
@@ -48,7 +48,7 @@ class Engine:
         labels: for classification the names of the classes by class id; otherwise empty.
     """
 
-    def __init__(self, packed: Packed, *, precision: Precision, threads: int, isa: str) -> None:
+    def __init__(self, packed: Packed, *, precision: Precision, threads: Threads, isa: str) -> None:
         """Build the encoder for one ISA from checked arguments; removes the linear layers from `packed`."""
         folder = packed.folder
         architecture = read_architecture(packed.config, folder)
@@ -56,11 +56,12 @@ class Engine:
         check_tensors(architecture, packed.shapes, folder, head=sentence is None)
         words, positions = (packed.embeddings[architecture.tables[name]].values for name in ("word", "position"))
         weights = Weights(packed, native, isa)
-        self.isa, self.threads, self.precision = isa, threads, precision
+        self.isa, self.precision = isa, precision
+        self.threads, self.threads_reason = threads.count, threads.reason
         int8 = "dynamic" if packed.input_scales is None else "static"
         self.activations: str = int8 if precision == "int8" else "float"
         self._architecture = architecture
-        self._encoder = build_encoder(native, weights, architecture, threads=threads, isa=isa)
+        self._encoder = build_encoder(native, weights, architecture, threads=self.threads, isa=isa)
         self._vocabulary = len(words)
         self.max_length = len(positions) - architecture.first_position
         self._tokenizer = TextTokenizer(
@@ -92,7 +93,9 @@ class Engine:
             path_or_id: a model of one of `pruneofa.families`; a folder that is not packed is packed in memory.
             precision: "int8" quantizes weights that are not int8 yet, and activations with the static scales of the
                 folder if it has any, otherwise dynamically per token. "fp32" keeps float32.
-            threads: number of compute threads; default: one per CPU that this process may use.
+            threads: number of compute threads; default: PRUNEOFA_THREADS or OMP_NUM_THREADS if set, else one per
+                physical core of the CPUs that this process may use, as far as its control groups' quota of CPU time
+                goes.
             isa: the kernels to use; default: PRUNEOFA_ISA if set, else the fastest that this CPU supports.
 
         Raises:
@@ -305,15 +308,4 @@ def choose_isa(wanted: str | None) -> str:
     wanted = wanted if wanted is not None else os.environ.get("PRUNEOFA_ISA") or available[-1]
     if wanted not in available:
         raise InputError(f"{source} is {wanted!r}, which this CPU does not run; wanted one of {', '.join(available)}")
-    return wanted
-
-
-def choose_threads(wanted: int | None) -> int:
-    """`wanted` if it is a valid number of threads, otherwise raises InputError; None: one per CPU of this process."""
-    if wanted is None:
-        # not every platform reports the CPUs that a process may use
-        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return min(cpus, _MOST_THREADS)
-    if not isinstance(wanted, int) or isinstance(wanted, bool) or not 1 <= wanted <= _MOST_THREADS:
-        raise InputError(f"threads is {wanted!r}, wanted an integer from 1 to {_MOST_THREADS}, or None for all CPUs")
     return wanted
