@@ -65,11 +65,11 @@ void Encoder::reserve(int panels) {
   const int threads = pool_.threads();
   published_ = Aligned<char>(panels * panel_bytes(widest_));
   ranges_ = Aligned<float>(lanes * 2 * threads);
-  moments_ = Aligned<float>(lanes * 2 * threads);
+  moments_ = Aligned<float>(lanes * 2 * norm_blocks());
   buffers_.clear();
   // The largest number of features of a thread when `total` features are divided in units.
   const auto most = [&](int total, int unit) { return round_up((total + unit - 1) / unit, threads) / threads * unit; };
-  const int state = most(options_.hidden, 32), in_heads = most(options_.heads, head_unit()) * head_size();
+  const int state = most(options_.hidden, kNormBlock), in_heads = most(options_.heads, head_unit()) * head_size();
   const int wide = std::max({state, 3 * in_heads, most(widest_, 32)});
   for (int t = 0; t < threads; ++t) {
     // A kernel may read, but not use, up to 16 features past the last head.
@@ -124,7 +124,7 @@ void Encoder::pass(int thread, const Sequences& sequences, float* out) {
   };
   const int hidden = options_.hidden, size = head_size();
   const Part heads = part(options_.heads, head_unit(), thread);
-  const Slice state = slice(buffers.state, part(hidden, 32, thread), hidden);
+  const Slice state = slice(buffers.state, part(hidden, kNormBlock, thread), hidden);
   Slice query = slice(buffers.wide, {heads.begin * size, heads.end * size}, hidden);
   query.stride *= 3;
   Slice key = query, value = query;
@@ -132,7 +132,7 @@ void Encoder::pass(int thread, const Sequences& sequences, float* out) {
   value.data += 2 * query.count * kLanes;
   kernels_.begin();
   clear_ranges(thread);
-  embed(thread, state, sequences);
+  embed(state, sequences);
   normalize(thread, state, embedding_norm_);
   for (const Layer& layer : layers_) {
     publish(thread, state, *layer.query);
@@ -161,7 +161,7 @@ void Encoder::pass(int thread, const Sequences& sequences, float* out) {
   kernels_.end();
 }
 
-void Encoder::embed(int thread, const Slice& state, const Sequences& sequences) {
+void Encoder::embed(const Slice& state, const Sequences& sequences) {
   const int hidden = options_.hidden;
   const auto row = [&](const Table& table, int id, int begin, int count, float* sum) {
     const std::size_t place = static_cast<std::size_t>(id) * hidden + begin;
@@ -185,9 +185,7 @@ void Encoder::embed(int thread, const Slice& state, const Sequences& sequences) 
       for (int i = 0; i < count; ++i) to[(f + i) * kLanes] = sum[i];
     }
   }
-  for (int p = 0; p < panels_; ++p) {
-    kernels_.moments(state.data + p * state.stride, state.count, per_thread(moments_, thread) + p * 2 * kLanes);
-  }
+  update_moments(state);
 }
 
 void Encoder::attend(int thread, const Slice& query, const Sequences& sequences) {
@@ -211,20 +209,23 @@ void Encoder::attend(int thread, const Slice& query, const Sequences& sequences)
   }
 }
 
-float* Encoder::per_thread(Aligned<float>& all, int thread) {
-  return all.data() + static_cast<std::ptrdiff_t>(thread) * reserved_ * 2 * kLanes;
+float* Encoder::ranges_of(int thread) {
+  return ranges_.data() + static_cast<std::ptrdiff_t>(thread) * reserved_ * 2 * kLanes;
+}
+
+float* Encoder::moments_of(int panel) {
+  return moments_.data() + static_cast<std::ptrdiff_t>(panel) * norm_blocks() * 2 * kLanes;
 }
 
 void Encoder::clear_ranges(int thread) {
   if (!dynamic_) return;
-  float* const ranges = per_thread(ranges_, thread);
-  std::fill(ranges, ranges + panels_ * 2 * kLanes, 0.0f);
+  std::fill(ranges_of(thread), ranges_of(thread) + panels_ * 2 * kLanes, 0.0f);
 }
 
 void Encoder::update_ranges(int thread, const Slice& x) {
   if (!dynamic_) return;
   for (int p = 0; p < panels_; ++p) {
-    kernels_.range(x.data + p * x.stride, x.count, per_thread(ranges_, thread) + p * 2 * kLanes);
+    kernels_.range(x.data + p * x.stride, x.count, ranges_of(thread) + p * 2 * kLanes);
   }
 }
 
@@ -232,7 +233,7 @@ void Encoder::publish(int thread, const Slice& x, const Linear& linear) {
   pool_.barrier();
   ThreadBuffers& buffers = buffers_[thread];
   const std::size_t bytes = panel_bytes(x.features);
-  const std::ptrdiff_t stride = per_thread(ranges_, 1) - ranges_.data();
+  const std::ptrdiff_t stride = ranges_of(1) - ranges_of(0);
   for (int p = 0; p < panels_; ++p) {
     const float* from = x.data + p * x.stride;
     char* to = published_.data() + p * bytes;
@@ -273,24 +274,29 @@ void Encoder::multiply(int thread, const Linear& linear, const Slice& y, Activat
   if (y.count == 0) return;
   Operands o = operands(thread, y);
   o.activation = activation;
-  if (dynamic_ && ranges) o.ranges = per_thread(ranges_, thread);
+  if (dynamic_ && ranges) o.ranges = ranges_of(thread);
   linear.run(o, y.first, y.first + y.count);
 }
 
 void Encoder::add(int thread, const Linear& linear, const Slice& state) {
   Operands o = operands(thread, state);
-  o.moments = per_thread(moments_, thread);
-  std::fill(o.moments, o.moments + panels_ * 2 * kLanes, 0.0f);
+  o.add = true;
   if (state.count > 0) linear.run(o, state.first, state.first + state.count);
+  update_moments(state);
+}
+
+void Encoder::update_moments(const Slice& state) {
+  for (int p = 0; p < panels_; ++p) {
+    kernels_.moments(state.data + p * state.stride, state.count, moments_of(p) + state.first / kNormBlock * 2 * kLanes);
+  }
 }
 
 void Encoder::normalize(int thread, const Slice& state, const Norm& norm) {
   pool_.barrier();
   for (int p = 0; p < panels_; ++p) {
-    kernels_.normalize(state.data + p * state.stride, state.count, options_.hidden, moments_.data() + p * 2 * kLanes,
-                       pool_.threads(), per_thread(moments_, 1) - moments_.data(), norm.gamma.data() + state.first,
-                       norm.beta.data() + state.first, options_.epsilon,
-                       dynamic_ ? per_thread(ranges_, thread) + p * 2 * kLanes : nullptr);
+    kernels_.normalize(state.data + p * state.stride, state.count, options_.hidden, moments_of(p),
+                       norm.gamma.data() + state.first, norm.beta.data() + state.first, options_.epsilon,
+                       dynamic_ ? ranges_of(thread) + p * 2 * kLanes : nullptr);
   }
 }
 

@@ -72,6 +72,7 @@ class Encoder {
   Part part(int total, int unit, int thread) const;
   int head_unit() const;  // smallest number of heads whose features are a multiple of 16
   int head_size() const { return options_.hidden / options_.heads; }
+  int norm_blocks() const { return (options_.hidden + kNormBlock - 1) / kNormBlock; }
   std::size_t panel_bytes(int features) const;  // size of a panel with so many features
 
   void reserve(int panels);
@@ -85,8 +86,8 @@ class Encoder {
     std::ptrdiff_t stride;
     bool half = false;  // see Activation::kGeluHalf
   };
-  // Computes the sum of the embeddings, and the moments of this thread's features.
-  void embed(int thread, const Slice& state, const Sequences& sequences);
+  // Computes the sum of the embeddings of this thread's features, and their moments.
+  void embed(const Slice& state, const Sequences& sequences);
   // Attention of this thread's heads. Key and value follow `query` in memory, with the same width; the result replaces
   // the query.
   void attend(int thread, const Slice& query, const Sequences& sequences);
@@ -100,10 +101,13 @@ class Encoder {
                 bool ranges = false);
   // state += linear(published_), the rows of this thread, and their moments.
   void add(int thread, const Linear& linear, const Slice& state);
-  // LayerNorm, from the moments of all threads. One barrier.
+  // The moments of this thread's features, whose first is a multiple of kNormBlock.
+  void update_moments(const Slice& state);
+  // LayerNorm, from the moments of all features. One barrier.
   void normalize(int thread, const Slice& state, const Norm& norm);
   Operands operands(int thread, const Slice& y);
-  float* per_thread(Aligned<float>& all, int thread);  // the part of ranges_ or moments_ that a thread writes
+  float* ranges_of(int thread);  // the part of ranges_ that a thread writes
+  float* moments_of(int panel);  // the moments of a panel
   void clear_ranges(int thread);
 
   // Every linear layer that does not add to the state writes to `wide`, so that its output stays in the thread's cache.
@@ -129,7 +133,8 @@ class Encoder {
   int panels_ = 0;    // panels of the current pass
   int reserved_ = 0;  // capacity of the buffers in panels
   Aligned<char> published_;  // input of the next linear layer: codes, or floats [panels][features][16]
-  Aligned<float> ranges_, moments_;  // [threads][panels][2][16], written by one thread, read by all
+  Aligned<float> ranges_;   // [threads][panels][2][16], written by one thread, read by all
+  Aligned<float> moments_;  // [panels][blocks of kNormBlock features][2][16], each written by the thread of its features
   std::vector<ThreadBuffers> buffers_;
 };
 
