@@ -1,6 +1,7 @@
 """The engine: runs a sparse encoder and its task head on a CPU with the native kernels. No torch, no transformers."""
 
 import dataclasses
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,10 +12,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from pruneofa.engine.heads import Classification, Embedding, Head, task_head
 from pruneofa.engine.inputs import WANTED, as_matrix, as_row, check_item, check_range, row_lengths
+from pruneofa.engine.lanes import Plan, check_lanes, groups, plan
 from pruneofa.engine.load import Precision, Weights, build_encoder
 from pruneofa.engine.question_answering import QuestionAnswering
-from pruneofa.engine.threads import Threads, choose_threads
-from pruneofa.engine.tokenizer import TextTokenizer, Tokens, chunks
+from pruneofa.engine.threads import Threads, choose_threads, cpu_quota, usable_threads
+from pruneofa.engine.tokenizer import TextTokenizer, Tokens
 from pruneofa.errors import InputError
 from pruneofa.formats.architecture import check_tensors, read_architecture
 from pruneofa.formats.convert import convert, pack_linear, quantize_weight
@@ -33,12 +35,14 @@ native: Any = _native
 class Engine:
     """A loaded model, ready for inference; create it with `from_pretrained`.
 
-    Several engines may run at the same time, and several Python threads may use one engine.
+    Several engines may run at the same time, and several Python threads may use one engine: they share its threads
+    evenly. An engine works in a process that is forked off, and can be pickled: its folder and settings are.
 
     Attributes:
         isa: the kernels in use, one of `available_isas()`.
         threads: number of compute threads.
         threads_reason: what that number comes from.
+        lanes: number of groups of threads that compute parts of a batch; None: chosen for each batch, see `plan`.
         precision: "int8" or "fp32".
         activations: quantization of the inputs of int8 layers: "static" (scales from training) or "dynamic" (one scale
             per token); "float" if the precision is fp32.
@@ -48,7 +52,9 @@ class Engine:
         labels: for classification the names of the classes by class id; otherwise empty.
     """
 
-    def __init__(self, packed: Packed, *, precision: Precision, threads: Threads, isa: str) -> None:
+    def __init__(
+        self, packed: Packed, *, precision: Precision, threads: Threads, lanes: int | None = None, isa: str
+    ) -> None:
         """Build the encoder for one ISA from checked arguments; removes the linear layers from `packed`."""
         folder = packed.folder
         architecture = read_architecture(packed.config, folder)
@@ -57,10 +63,12 @@ class Engine:
         words, positions = (packed.embeddings[architecture.tables[name]].values for name in ("word", "position"))
         weights = Weights(packed, native, isa)
         self.isa, self.precision = isa, precision
-        self.threads, self.threads_reason = threads.count, threads.reason
+        self.threads, self.threads_reason, self.lanes = threads.count, threads.reason, lanes
+        self._quota = cpu_quota()
+        self._settings = {"precision": precision, "threads": threads.wanted, "lanes": lanes, "isa": isa}
         int8 = "dynamic" if packed.input_scales is None else "static"
         self.activations: str = int8 if precision == "int8" else "float"
-        self._architecture = architecture
+        self._architecture, self._folder = architecture, folder.absolute()
         self._encoder = build_encoder(native, weights, architecture, threads=self.threads, isa=isa)
         self._vocabulary = len(words)
         self.max_length = len(positions) - architecture.first_position
@@ -85,6 +93,7 @@ class Engine:
         *,
         precision: Precision = "int8",
         threads: int | None = None,
+        lanes: int | None = None,
         isa: str | None = None,
     ) -> Self:
         """Load a packed folder, any Hugging Face folder of a supported architecture, or a hub id.
@@ -95,7 +104,9 @@ class Engine:
                 folder if it has any, otherwise dynamically per token. "fp32" keeps float32.
             threads: number of compute threads; default: PRUNEOFA_THREADS or OMP_NUM_THREADS if set, else one per
                 physical core of the CPUs that this process may use, as far as its control groups' quota of CPU time
-                goes.
+                goes. No more of them are used than can run at a time.
+            lanes: number of groups of threads, 1 to `threads`, which compute parts of a batch at the same time without
+                waiting for each other; default: chosen for each batch. It does not affect results.
             isa: the kernels to use; default: PRUNEOFA_ISA if set, else the fastest that this CPU supports.
 
         Raises:
@@ -108,7 +119,13 @@ class Engine:
             raise InputError(f"precision is {precision!r}, wanted 'int8' or 'fp32'")
         if not isinstance(path_or_id, (str, os.PathLike)):
             raise InputError(f"path_or_id is {type(path_or_id).__name__}, wanted a folder's path or a hub id")
-        settings: dict[str, Any] = {"precision": precision, "threads": choose_threads(threads), "isa": choose_isa(isa)}
+        chosen = choose_threads(threads)
+        settings: dict[str, Any] = {
+            "precision": precision,
+            "threads": chosen,
+            "lanes": check_lanes(lanes, chosen.count),
+            "isa": choose_isa(isa),
+        }
         folder = local_folder(path_or_id)
         if not (folder / MANIFEST).is_file():
             return cls(convert(folder, precision), **settings)
@@ -121,6 +138,14 @@ class Engine:
         if packed.precision != precision:
             packed = _quantized(packed)
         return cls(packed, **settings)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the folder's path and the settings: the other process loads the model again."""
+        return functools.partial(type(self).from_pretrained, str(self._folder), **self._settings), ()
+
+    def plan(self, lengths: Sequence[int]) -> Plan:
+        """How sequences of so many tokens each are divided among threads that this process may use now."""
+        return plan(lengths, min(self.threads, usable_threads(self._quota)), self.lanes)
 
     @staticmethod
     def available_isas() -> list[str]:
@@ -267,18 +292,27 @@ class Engine:
 
     def _hidden(self, sequences: Sequence[Tokens]) -> Iterator[tuple[int, NDArray[np.float32]]]:
         """Yield (index, hidden states (tokens, hidden)) of every sequence, in the order they are computed."""
-        for chunk in chunks([len(sequence.ids) for sequence in sequences]):
-            part = [sequences[index] for index in chunk]
-            bounds = np.cumsum([0, *(len(sequence.ids) for sequence in part)]).astype(np.int32)
-            arguments = (
-                np.concatenate([sequence.ids for sequence in part]),
-                np.concatenate([self._architecture.positions(sequence.ids) for sequence in part]),
-                np.concatenate([sequence.types for sequence in part]),
-                bounds,
-            )
-            hidden = self._encoder.forward(*arguments)  # serializes the calls of several Python threads
-            for position, index in enumerate(chunk):
-                yield index, hidden[bounds[position] : bounds[position + 1]]
+        lengths = [len(sequence.ids) for sequence in sequences]
+        for group in groups(lengths):
+            made = self.plan([lengths[index] for index in group])
+            parts = [[group[position] for position in part] for part in made.parts]
+            while parts:  # forward returns from time to time, so that Python can handle signals
+                order = [index for part in parts for index in part]
+                bounds = np.cumsum([0, *(lengths[index] for index in order)]).astype(np.int32)
+                part_bounds = np.cumsum([0, *map(len, parts)]).astype(np.int32)
+                hidden = self._encoder.forward(
+                    np.concatenate([sequences[index].ids for index in order]),
+                    np.concatenate([self._architecture.positions(sequences[index].ids) for index in order]),
+                    np.concatenate([sequences[index].types for index in order]),
+                    bounds,
+                    parts=part_bounds,
+                    lanes=made.lanes,
+                    width=made.width,
+                )
+                done = int(np.searchsorted(bounds[part_bounds], len(hidden)))
+                for position in range(part_bounds[done]):
+                    yield order[position], hidden[bounds[position] : bounds[position + 1]]
+                parts = parts[done:]
 
 
 def _quantized(packed: Packed) -> Packed:

@@ -23,10 +23,12 @@ class Threads:
     Attributes:
         count: the number, 1 to MOST_THREADS.
         reason: where it comes from, in words.
+        wanted: what the user passed; None: nothing.
     """
 
     count: int
     reason: str
+    wanted: int | None = None
 
 
 def choose_threads(
@@ -55,7 +57,7 @@ def choose_threads(
             raise InputError(
                 f"threads is {wanted!r}, wanted an integer from 1 to {MOST_THREADS}, or None to count the cores"
             )
-        return Threads(wanted, f"threads={wanted}")
+        return Threads(wanted, f"threads={wanted}", wanted)
     own = environment.get("PRUNEOFA_THREADS", "").strip()
     if own:
         if not re.fullmatch(r"[0-9]{1,9}", own) or not 1 <= int(own) <= MOST_THREADS:

@@ -1,0 +1,54 @@
+// Calls from several threads share a pool; each counts what its threads did between barriers. Built by test_pool.py.
+#include "pool.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <thread>
+#include <vector>
+
+using pruneofa::Barrier;
+using pruneofa::Pool;
+
+namespace {
+
+void expect(bool holds, const char* what) {
+  if (holds) return;
+  std::fprintf(stderr, "%s\n", what);
+  std::abort();
+}
+
+// `wanted` threads in one team, which pass `rounds` barriers.
+void call(Pool& pool, int wanted, int rounds) {
+  Pool::Share share(pool, wanted);
+  const int threads = share.threads();
+  expect(threads >= 1 && threads <= wanted, "a share has more threads than wanted, or none");
+  Barrier barrier;
+  barrier.set_threads(threads);
+  std::vector<int> done(threads * 16);  // written without atomics: the barrier makes it safe
+  share.run(threads, [&](int thread) {
+    for (int round = 0; round < rounds; ++round) {
+      done[thread * 16] = round;
+      barrier.wait();
+      for (int other = 0; other < threads; ++other) expect(done[other * 16] == round, "a thread ran past a barrier");
+      barrier.wait();
+    }
+    pool.needs(1);
+  });
+}
+
+}  // namespace
+
+int main(int, char** arguments) {
+  const int threads = std::atoi(arguments[1]), callers = std::atoi(arguments[2]), calls = std::atoi(arguments[3]);
+  Pool pool(threads);
+  std::vector<std::thread> all;
+  for (int c = 0; c < callers; ++c) {
+    all.emplace_back([&, c] {
+      for (int i = 0; i < calls; ++i) call(pool, 1 + (c + i) % (threads + 1), 5);
+    });
+  }
+  for (std::thread& one : all) one.join();
+  Pool::Share share(pool, threads);
+  expect(share.threads() == threads, "threads were not given back");
+  std::puts("done");
+}
