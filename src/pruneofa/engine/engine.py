@@ -121,7 +121,7 @@ class Engine:
 
     @staticmethod
     def available_isas() -> list[str]:
-        """Kernels that this CPU and operating system can run, fastest last: scalar, avx2, avx512vnni, amx."""
+        """Kernels that this CPU and operating system can run, fastest last: scalar, avx2, avxvnni, avx512vnni, amx."""
         return list(native.available_isas()) if native else []
 
     def choices(self) -> list[tuple[str, str]]:
