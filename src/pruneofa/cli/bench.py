@@ -25,7 +25,7 @@ def describe(verb: argparse.ArgumentParser) -> None:
     add("--mixed", nargs="*", metavar="NxA-B",
         help="batches of N sequences of A to B tokens (default 32x8-128), which peers get padded")  # fmt: skip
     add("--threads", type=int, metavar="N", help="of every runner (default: as the engine chooses)")
-    add("--isa", metavar="ISA", help="hold ours and the peers to amx, avx512vnni, avx2 or scalar")
+    add("--isa", metavar="ISA", help="hold ours and the peers to amx, avx512vnni, avxvnni, avx2 or scalar")
     add("--precision", choices=["int8", "fp32"], default="int8", help="of ours (default int8)")
     add("--peers", nargs="*", metavar="PEER", help="compare with these (default: all installed; none: alone)")
     add("--python", action="append", default=[], metavar="PEER=FILE", help="the interpreter that has PEER")

@@ -24,7 +24,7 @@ def describe(verb: argparse.ArgumentParser) -> None:
     choice = "of the engine (default int8), or fp32 instead of the int8 that torch simulates of a quantized folder"
     group.add_argument("--precision", choices=["int8", "fp32"], help=choice)
     group.add_argument("--threads", type=int, metavar="N", help="of the engine (default: as it chooses)")
-    group.add_argument("--isa", metavar="ISA", help="hold the engine to amx, avx512vnni, avx2 or scalar")
+    group.add_argument("--isa", metavar="ISA", help="hold the engine to amx, avx512vnni, avxvnni, avx2 or scalar")
     verb.add_argument("--json", action="store_true", help="print as JSON")
 
     def call(options: argparse.Namespace) -> int:

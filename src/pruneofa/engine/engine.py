@@ -149,7 +149,7 @@ class Engine:
 
     @staticmethod
     def available_isas() -> list[str]:
-        """Kernels that this CPU and operating system can run, fastest last: scalar, avx2, avx512vnni, amx."""
+        """Kernels that this CPU and operating system can run, fastest last: scalar, avx2, avxvnni, avx512vnni, amx."""
         return list(native.available_isas()) if native else []
 
     def choices(self) -> list[tuple[str, str]]:
@@ -194,8 +194,8 @@ class Engine:
         Args:
             x: a str, or a pair (a, b) of them; of question answering {"question": str, "context": str}; or a
                 list of these. A masked-LM wants its mask token in every text.
-            batch_size: number of texts that are tokenized and kept in memory at a time. It does not affect results,
-                because texts are never padded.
+            batch_size: number of texts that are tokenized and kept in memory at a time. It does not affect results:
+                with one `isa` and `precision` a text gets the same bits in any batch and with any number of threads.
             truncate: truncate texts (and questions) that are too long for the model instead of raising. Contexts
                 of question answering are always cut into overlapping windows.
 
@@ -288,6 +288,12 @@ class Engine:
     def _reduced(self, sequences: Sequence[Tokens]) -> list[NDArray[np.float32]]:
         """The output of the head's `reduce` for each sequence, in order."""
         reduced = {index: self._head.reduce(hidden, sequences[index]) for index, hidden in self._hidden(sequences)}
+        for index, one in reduced.items():
+            if not np.isfinite(one).all():  # finite weights can still be too large
+                raise InputError(
+                    f"sequence {index} of the batch: its result is NaN or infinite, wanted numbers: "
+                    "the model's weights are too large for float32; train it again"
+                )
         return [reduced[index] for index in range(len(sequences))]
 
     def _hidden(self, sequences: Sequence[Tokens]) -> Iterator[tuple[int, NDArray[np.float32]]]:
