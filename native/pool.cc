@@ -107,6 +107,7 @@ Pool::Pool(int threads) : threads_(threads), free_(threads) {
 Pool::~Pool() { stop(); }
 
 void Pool::stop() {
+  stop_ = true;
   for (const auto& worker : workers_) {
     if (worker->thread.joinable()) start(*worker, nullptr, 0);
   }
@@ -115,9 +116,12 @@ void Pool::stop() {
   }
 }
 
-void Pool::start(Worker& worker, std::shared_ptr<Job> job, int index) {
-  worker.job = std::move(job);
-  worker.index = index;
+void Pool::start(Worker& worker, std::shared_ptr<Job> job, int thread) {
+  {
+    const std::lock_guard<std::mutex> lock(worker.mutex);
+    worker.job = std::move(job);
+    worker.thread_of_job = thread;
+  }
   worker.turn.fetch_add(1);
   worker.turn.notify_one();
 }
@@ -156,14 +160,21 @@ Pool::Share::~Share() {
   pool_.freed_.notify_all();
 }
 
-void Pool::Share::run(int threads, const std::function<void(int)>& work) {
+void Pool::Share::run(int threads, bool optional, const std::function<void(int)>& work) {
   if (threads == 1) {
     work(0);
     return;
   }
-  const std::shared_ptr<Job> job(new Job{*this, work, current_cpu(), {threads - 1}});
-  for (int t = 1; t < threads; ++t) pool_.start(*workers_[t - 1], job, t);
+  const int workers = threads - 1;
+  const std::shared_ptr<Job> job(
+      new Job{*this, work, current_cpu(), {workers}, std::vector<std::atomic<bool>>(workers)});
+  for (int t = 1; t < threads; ++t) start(*workers_[t - 1], job, t);
   work(0);
+  if (optional) {
+    for (std::atomic<bool>& begun : job->begun) {
+      if (!begun.exchange(true)) job->running.fetch_sub(1);
+    }
+  }
   for (int left = job->running; left != 0;) left = wait_while(job->running, left);
 }
 
@@ -179,19 +190,26 @@ bool Pool::needs(int threads) {
 }
 
 void Pool::work_loop(Worker& worker) {
-  for (uint32_t seen = 0;; ++seen) {
-    wait_while(worker.turn, seen);
-    const std::shared_ptr<Job> job = std::move(worker.job);
-    if (job == nullptr) return;
+  for (uint32_t seen = 0;;) {
+    seen = wait_while(worker.turn, seen);
+    if (stop_) return;
+    std::shared_ptr<Job> job;
+    int thread;
+    {
+      const std::lock_guard<std::mutex> lock(worker.mutex);
+      job = std::move(worker.job);
+      thread = worker.thread_of_job;
+    }
+    // It may have been dropped before this worker woke, and the next one taken in its place.
+    if (job == nullptr || job->begun[thread - 1].exchange(true)) continue;
     // The scheduler may wake two threads on one CPU and leave them there for some milliseconds, longer than a forward
     // pass. Of the CPUs in use only the caller's is known.
     if (job->cpu >= 0 && current_cpu() == job->cpu) move_away_from(job->cpu);
-    const int index = worker.index;  // another call may change it once this worker is given back
-    job->work(index);
+    job->work(thread);
     if (waiting_ > 0) {
       {
         const std::lock_guard<std::mutex> lock(mutex_);
-        give_back(job->share.workers_[index - 1]);
+        give_back(job->share.workers_[thread - 1]);
       }
       freed_.notify_all();
     }

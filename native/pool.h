@@ -56,7 +56,8 @@ class Pool {
     int threads() const { return static_cast<int>(workers_.size()) + 1; }
     // Calls work(thread) on the first `threads` of them, thread 0 being the caller, and returns when all are done. Once
     // per share; `work` must not throw. A worker that is done while others wait for threads is given back at once.
-    void run(int threads, const std::function<void(int)>& work);
+    // `optional`: a worker that has not begun when the caller is done, because its CPU is busy, does not begin any more.
+    void run(int threads, bool optional, const std::function<void(int)>& work);
 
    private:
     friend class Pool;
@@ -75,20 +76,23 @@ class Pool {
     const std::function<void(int)>& work;
     int cpu;  // of the caller; -1: not known
     std::atomic<int> running;
+    std::vector<std::atomic<bool>> begun;  // by each worker, or dropped
   };
   struct Worker {
     std::thread thread;
-    std::shared_ptr<Job> job;  // null: stop
-    int index = 0;             // within the job
+    std::mutex mutex;          // of the next two
+    std::shared_ptr<Job> job;  // to begin
+    int thread_of_job = 0;
     alignas(64) std::atomic<uint32_t> turn{0};  // counts the jobs
   };
 
   void work_loop(Worker& worker);
   void give_back(Worker*& worker);  // with mutex_ held
-  void start(Worker& worker, std::shared_ptr<Job> job, int index);
+  static void start(Worker& worker, std::shared_ptr<Job> job, int thread);
   void stop();
 
   const int threads_;
+  std::atomic<bool> stop_{false};
   std::vector<std::unique_ptr<Worker>> workers_;
 
   std::mutex mutex_;

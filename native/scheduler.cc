@@ -106,7 +106,7 @@ int Scheduler::forward(const Batch& batch, int teams, int width, float* out) {
     if (next.load(std::memory_order_relaxed) > 0 && Clock::now() > end) return count;
     return std::min(next.fetch_add(1, std::memory_order_relaxed), count);
   };
-  share.run(teams * width, [&](int thread) {
+  share.run(teams * width, width == 1, [&](int thread) {
     Team& team = *borrowed.teams[thread / width];
     const int member = thread % width;
     for (;;) {

@@ -86,5 +86,7 @@ def test_inspect_says_what_the_engine_chose_and_why(call, folder):
     assert found["threads"] == choose_threads(None).count and found["threads_reason"] == choose_threads(None).reason
     text = call("inspect", folder, "--engine").out
     assert found["threads_reason"] in text
+    assert found["lanes"]["1 text of 128 tokens"].startswith("1 x ")
+    assert "32 texts of 64 tokens" in text
     assert "layer.1.intermediate" in text and f"on {found['isa']}" in text
     assert "engine" not in json.loads(call("inspect", folder, "--json").out)

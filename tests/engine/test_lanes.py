@@ -82,7 +82,8 @@ def test_results_are_the_same_whatever_the_lanes(tmp_path, precision, all_cpus):
     wanted = Engine.from_pretrained(folder, precision=precision, threads=1).predict(TEXTS)
     for threads, lanes in ((2, None), (2, 1), (5, 2), (6, 6)):
         found = Engine.from_pretrained(folder, precision=precision, threads=threads, lanes=lanes)
-        assert found.predict(TEXTS) == wanted
+        assert found.predict(TEXTS, batch_size=40) == wanted
+        assert found.predict(TEXTS, batch_size=7) == wanted
 
 
 def test_python_threads_share_the_lanes(tmp_path, all_cpus):

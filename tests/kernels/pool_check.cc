@@ -25,7 +25,7 @@ void call(Pool& pool, int wanted, int rounds) {
   Barrier barrier;
   barrier.set_threads(threads);
   std::vector<int> done(threads * 16);  // written without atomics: the barrier makes it safe
-  share.run(threads, [&](int thread) {
+  share.run(threads, false, [&](int thread) {
     for (int round = 0; round < rounds; ++round) {
       done[thread * 16] = round;
       barrier.wait();
@@ -36,6 +36,16 @@ void call(Pool& pool, int wanted, int rounds) {
   });
 }
 
+// Threads that take numbers until none is left; a worker that comes too late takes none.
+void take(Pool& pool, int wanted, int numbers) {
+  Pool::Share share(pool, wanted);
+  std::atomic<int> next{0}, sum{0};
+  share.run(share.threads(), true, [&](int) {
+    for (int mine; (mine = next++) < numbers;) sum += mine;
+  });
+  expect(sum == numbers * (numbers - 1) / 2, "a number was taken twice or not at all");
+}
+
 }  // namespace
 
 int main(int, char** arguments) {
@@ -44,7 +54,10 @@ int main(int, char** arguments) {
   std::vector<std::thread> all;
   for (int c = 0; c < callers; ++c) {
     all.emplace_back([&, c] {
-      for (int i = 0; i < calls; ++i) call(pool, 1 + (c + i) % (threads + 1), 5);
+      for (int i = 0; i < calls; ++i) {
+        call(pool, 1 + (c + i) % (threads + 1), 5);
+        take(pool, 1 + i % (threads + 1), 3);
+      }
     });
   }
   for (std::thread& one : all) one.join();

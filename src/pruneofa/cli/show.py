@@ -36,6 +36,7 @@ def show_model(found: dict[str, Any], layers: bool = True) -> None:
         where = f"on {found['engine']['isa']}, {found['engine']['activations']} activations"
         table([{where: k, "choice": v} for k, v in found["engine"]["layers"].items()])
         table([{"threads": found["engine"]["threads"], "because of": found["engine"]["threads_reason"]}])
+        table([{"batch": case, "lanes": made} for case, made in found["engine"]["lanes"].items()])
 
 
 def recipe_file(name: str) -> Path:
