@@ -1,7 +1,7 @@
 """Milliseconds of one engine by threads and lanes in one alternating run, and what waiting costs where CPUs are few.
 
     python benchmarks/lanes.py [--model minilm@0.9] [--threads 1 2 16] [--turns 20] [--lanes 1 2] [--before CHECKOUT]
-                               [--out FILE.json]
+                               [--case "1x32" ...] [--out FILE.json]
 
 Cases: one text of 32 and of 128 tokens, and 32 texts of 8 to 128 tokens, which are timed by numbers of lanes, too; then
 one text and the 32 with the process pinned to one CPU. Every setting is an engine in a process of its own; they take
@@ -46,6 +46,15 @@ for line in sys.stdin:
     print(json.dumps(time.perf_counter() - begin), flush=True)
 """
 
+# Sequences, fewest and most tokens of one, and CPUs (0: all).
+CASES = {
+    "1x32": [1, 32, 32, 0],
+    "1x128": [1, 128, 128, 0],
+    "32x8-128": [32, 8, 128, 0],
+    "1x32 on one CPU": [1, 32, 32, 1],
+    "32x8-128 on one CPU": [32, 8, 128, 1],
+}
+
 
 class Runner:
     """A process that times one call for each line it is sent."""
@@ -85,14 +94,15 @@ def main() -> None:
     parser.add_argument("--model", default="minilm@0.9")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2, 16])
     parser.add_argument("--lanes", type=int, nargs="*", default=[1, 2])
+    parser.add_argument("--case", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--turns", type=int, default=20)
     parser.add_argument("--before", type=Path, help="a checkout of an earlier commit, built in place")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     shape, _, sparsity = args.model.partition("@")
     rows: list[dict[str, object]] = []
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         write_random(folder, shape, float(sparsity or 0))
         runners = [Runner(f"{count} threads", None, folder, threads=count) for count in args.threads]
         if args.before:
@@ -106,17 +116,13 @@ def main() -> None:
             if count > 1 and lanes <= count
         ]
         cpus = len(os.sched_getaffinity(0))
-        for case, some in (
-            ([1, 32, 32, 0], runners),
-            ([1, 128, 128, 0], runners),
-            ([32, 8, 128, 0], runners + by_lanes),
-            ([1, 32, 32, 1], runners),
-            ([32, 8, 128, 1], runners),
-        ):
-            batch, low, high, pinned = case
+        for name in args.case:
+            case = CASES[name]
+            batch, pinned = case[0], case[3]
+            some = runners if batch == 1 or pinned else runners + by_lanes
             load = os.getloadavg()[0]
             row: dict[str, object] = {
-                "case": f"{batch}x{low}" + (f"-{high}" if high > low else ""),
+                "case": name,
                 "cpus": pinned or cpus,
                 "turns": args.turns,
                 "load_average": round(load, 2),
