@@ -187,7 +187,9 @@ static inline void attention(const Attention& a) {
       for (int p = first; p <= last; ++p) {
         const float* v = a.value + p * a.stride + d0 * kLanes;
         const float* weights = scores + (p - first) * kLanes * kLanes;
-        for (int s = 0; s < kLanes; ++s) {
+        // Keys of other sequences have the weight 0, which would make an infinite value NaN.
+        const int from = p == first ? a.begin % kLanes : 0, to = p == last ? (a.end - 1) % kLanes + 1 : kLanes;
+        for (int s = from; s < to; ++s) {
           const Floats w = load(weights + s * kLanes);
           PRUNEOFA_UNROLL
           for (int d = 0; d < kBlock; ++d) sum[d] = sum[d] + w * v[d * kLanes + s];
