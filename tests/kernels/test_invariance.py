@@ -86,6 +86,18 @@ def test_a_sequence_that_overflows_leaves_the_others_alone(isa, heads, precision
     assert [bool(np.isfinite(one).all()) for one in wanted] == [True, False, True, False, True]
 
 
+@pytest.mark.parametrize("size", [1e20, 1e38])
+def test_infinite_scores_make_a_nan_and_not_a_wrong_number(isa, size):
+    """The engine refuses what is not finite; a finite answer to weights that overflow would be believed."""
+    parts = model(precision="fp32", depth=1, heads=8)  # heads of 8, in floats on every path
+    layer = parts.layers[0]
+    large = {
+        name: dataclasses.replace(layer[name], bias=np.full_like(layer[name].bias, size)) for name in ("query", "key")
+    }
+    parts = dataclasses.replace(parts, layers=[layer | large])
+    assert np.isnan(parts.build(_native, isa, 2).forward(*batch([5, 17]))).all()
+
+
 def shifted(parts: Model, constant: float) -> Model:
     """The model with a constant added to the bias of every layer's output, which LayerNorm takes away again."""
     layers = [
