@@ -147,7 +147,9 @@ static inline void attention(const Attention& a) {
   const int first = a.begin / kLanes, last = (a.end - 1) / kLanes;
   for (int panel = first; panel <= last; ++panel) {
     const float* q = a.query + panel * a.stride;
-    Floats top = broadcast(-3.0e38f);
+    // A score that is infinite or NaN makes its query's output NaN; the largest is over the others, so that no power leaves
+    // the range of integers.
+    Floats top = broadcast(-3.0e38f), spoiled = broadcast(0.0f);
     for (int p = first; p <= last; ++p) {
       const float* k = a.key + p * a.stride;
       for (int s0 = 0; s0 < kLanes; s0 += kBlock) {
@@ -164,11 +166,14 @@ static inline void attention(const Attention& a) {
           const int token = p * kLanes + s0 + s;
           const Floats score = sum[s] * a.scale;
           store(scores + (token - first * kLanes) * kLanes, score);
-          if (token >= a.begin && token < a.end) top = maximum(top, score);
+          if (token >= a.begin && token < a.end) {
+            top = maximum(score, top);
+            spoiled = spoiled + score * 0.0f;
+          }
         }
       }
     }
-    Floats total = broadcast(0.0f);
+    Floats total = spoiled;
     for (int token = first * kLanes; token < (last + 1) * kLanes; ++token) {
       float* score = scores + (token - first * kLanes) * kLanes;
       const bool in_sequence = token >= a.begin && token < a.end;
@@ -187,7 +192,9 @@ static inline void attention(const Attention& a) {
       for (int p = first; p <= last; ++p) {
         const float* v = a.value + p * a.stride + d0 * kLanes;
         const float* weights = scores + (p - first) * kLanes * kLanes;
-        for (int s = 0; s < kLanes; ++s) {
+        // Keys of other sequences have the weight 0, which would make an infinite value NaN.
+        const int from = p == first ? a.begin % kLanes : 0, to = p == last ? (a.end - 1) % kLanes + 1 : kLanes;
+        for (int s = from; s < to; ++s) {
           const Floats w = load(weights + s * kLanes);
           PRUNEOFA_UNROLL
           for (int d = 0; d < kBlock; ++d) sum[d] = sum[d] + w * v[d * kLanes + s];

@@ -86,16 +86,18 @@ PRUNEOFA_INLINE Head head_in(const Attention& a) {
 }
 
 // Lanes of a panel of keys or values, counted from the sequence's first token; `row` is that of the float activations in
-// the panel where they begin. Lanes past the sequence's end are finite and have no weight.
+// the panel where they begin. Lanes past the sequence's end are 0: they have no weight, but an infinite value of another
+// sequence would be NaN times 0.
 struct KeyLanes {
   std::ptrdiff_t next;  // from a row to that of the panel where the lanes end
   int shift;
+  __mmask16 inside;
   __m512i order;
 
   PRUNEOFA_INLINE lanes::Floats load(const float* row) const {
-    if (shift == 0) return lanes::load(row);
+    if (shift == 0) return reinterpret_cast<lanes::Floats>(_mm512_maskz_load_ps(inside, row));
     return reinterpret_cast<lanes::Floats>(
-        _mm512_permutex2var_ps(_mm512_load_ps(row), order, _mm512_load_ps(row + next)));
+        _mm512_maskz_permutex2var_ps(inside, _mm512_load_ps(row), order, _mm512_load_ps(row + next)));
   }
 };
 
@@ -103,7 +105,9 @@ PRUNEOFA_INLINE KeyLanes key_lanes(const Attention& a, const Head& h, int p) {
   alignas(64) int32_t order[kLanes];
   const int shift = a.begin % kLanes;
   for (int i = 0; i < kLanes; ++i) order[i] = shift + i;
-  return {p + 1 < h.panels ? a.stride : 0, shift, _mm512_load_si512(order)};
+  const int rest = h.length - p * kLanes;
+  const unsigned inside = rest >= kLanes ? 0xffff : rest > 0 ? (1u << rest) - 1 : 0;
+  return {p + 1 < h.panels ? a.stride : 0, shift, static_cast<__mmask16>(inside), _mm512_load_si512(order)};
 }
 
 // Left operands: keys as [16 keys][32 inputs], values as [16 outputs][32 keys].

@@ -66,6 +66,38 @@ def test_scores_too_large_for_one_query_leave_the_others_alone(isa, precision):
     np.testing.assert_array_equal(native.forward(*joined(alone)), wanted)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("heads", [4, 1])
+def test_a_sequence_that_overflows_leaves_the_others_alone(isa, heads, precision):
+    """Infinite values have weight 0 in a neighbour's attention, and 0 times infinity is NaN."""
+    parts = model(precision=precision, heads=heads)
+    table, scale = parts.tables["position"]
+    table = table.copy()
+    table[50:] = (
+        np.where(np.arange(64) % 2, 127, -127) if precision == "int8" else np.where(np.arange(64) % 2, 3e38, -3e38)
+    )
+    scale = None if scale is None else np.where(np.arange(len(scale)) < 50, scale, np.float32(2e36)).astype(np.float32)
+    parts = dataclasses.replace(parts, tables=parts.tables | {"position": (table, scale)})
+    native = parts.build(_native, isa, 2)
+    alone = one_by_one(batch([5, 60, 9, 70, 3]))
+    wanted = [native.forward(*inputs) for inputs in alone]
+    found = native.forward(*joined(alone))
+    np.testing.assert_array_equal(found, np.concatenate(wanted))
+    assert [bool(np.isfinite(one).all()) for one in wanted] == [True, False, True, False, True]
+
+
+@pytest.mark.parametrize("size", [1e20, 1e38])
+def test_infinite_scores_make_a_nan_and_not_a_wrong_number(isa, size):
+    """The engine refuses what is not finite; a finite answer to weights that overflow would be believed."""
+    parts = model(precision="fp32", depth=1, heads=8)  # heads of 8, in floats on every path
+    layer = parts.layers[0]
+    large = {
+        name: dataclasses.replace(layer[name], bias=np.full_like(layer[name].bias, size)) for name in ("query", "key")
+    }
+    parts = dataclasses.replace(parts, layers=[layer | large])
+    assert np.isnan(parts.build(_native, isa, 2).forward(*batch([5, 17]))).all()
+
+
 def shifted(parts: Model, constant: float) -> Model:
     """The model with a constant added to the bias of every layer's output, which LayerNorm takes away again."""
     layers = [

@@ -112,11 +112,11 @@ __attribute__((noinline)) inline __m512i unpack(uint64_t mask, const __m512i& a,
 
 // Elements of a and b together by the lowest bits of an index.
 template <class V, class T, class Index>
-__attribute__((noinline)) inline V permute(const V& a, const __m512i& index, const V& b) {
+__attribute__((noinline)) inline V permute(uint64_t mask, const V& a, const __m512i& index, const V& b) {
   const auto x = from<T>(a), y = from<T>(b);
   const auto at = from<Index>(index);
   constexpr int kCount = 64 / sizeof(T);
-  return each<V, T>(kAll, [&](int i) {
+  return each<V, T>(mask, [&](int i) {
     const int place = static_cast<int>(at[i]) & (2 * kCount - 1);
     return place < kCount ? x[place] : y[place - kCount];
   });
@@ -196,6 +196,10 @@ EMULATED __m512i emulated_loadu_si512(const void* p) {
 EMULATED __m256h emulated_load_ph256(const void* p) { return emulated::load<__m256h>(p); }
 EMULATED void emulated_store_si512(void* p, __m512i v) { emulated::store(p, v); }
 EMULATED void emulated_store_ph(void* p, __m512h v) { emulated::store(p, v); }
+EMULATED __m512 emulated_maskz_load_ps(__mmask16 mask, const void* p) {
+  if (reinterpret_cast<uintptr_t>(p) % 64 != 0) std::abort();
+  return emulated::each<__m512, float>(mask, [&](int i) { return static_cast<const float*>(p)[i]; });
+}
 EMULATED void emulated_mask_store_ps(void* p, __mmask16 mask, __m512 v) {
   if (reinterpret_cast<uintptr_t>(p) % 64 != 0) std::abort();
   for (int i = 0; i < 16; ++i) {
@@ -415,6 +419,7 @@ EMULATED __m256h emulated_cvtxps_ph(__mmask16 mask, __m512 v) {
 
 #define _mm256_load_ph emulated_load_ph256
 #define _mm512_load_ps emulated_load_ps
+#define _mm512_maskz_load_ps emulated_maskz_load_ps
 #define _mm512_load_si512 emulated_load_si512
 #define _mm512_loadu_si512 emulated_loadu_si512
 #define _mm512_store_si512 emulated_store_si512
@@ -440,9 +445,11 @@ EMULATED __m256h emulated_cvtxps_ph(__mmask16 mask, __m512 v) {
 #define _mm512_maskz_min_epu16 emulated_min_epu16
 #define _mm512_maskz_packus_epi32 emulated_packus_epi32
 #define _mm512_maskz_permutexvar_epi16 emulated_permutexvar_epi16
-#define _mm512_permutex2var_epi8 emulated::permute<__m512i, uint8_t, uint8_t>
-#define _mm512_permutex2var_epi32 emulated::permute<__m512i, int32_t, uint32_t>
-#define _mm512_permutex2var_ps emulated::permute<__m512, float, uint32_t>
+#define _mm512_permutex2var_epi8(a, index, b) emulated::permute<__m512i, uint8_t, uint8_t>(emulated::kAll, a, index, b)
+#define _mm512_permutex2var_epi32(a, index, b) \
+  emulated::permute<__m512i, int32_t, uint32_t>(emulated::kAll, a, index, b)
+#define _mm512_permutex2var_ps(a, index, b) emulated::permute<__m512, float, uint32_t>(emulated::kAll, a, index, b)
+#define _mm512_maskz_permutex2var_ps emulated::permute<__m512, float, uint32_t>
 #define _mm512_shuffle_epi8(v, order) emulated::shuffle_bytes(emulated::kAll, v, order)
 #define _mm512_maskz_shuffle_epi8 emulated::shuffle_bytes
 #define _mm512_maskz_slli_epi32 emulated_slli_epi32
