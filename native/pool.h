@@ -56,7 +56,7 @@ class Pool {
     int threads() const { return static_cast<int>(workers_.size()) + 1; }
     // Calls work(thread) on the first `threads` of them, thread 0 being the caller, and returns when all are done. Once
     // per share; `work` must not throw. A worker that is done while others wait for threads is given back at once.
-    // `optional`: a worker that has not begun when the caller is done, because its CPU is busy, does not begin any more.
+    // `optional`: a worker that has not begun when the caller is done, because its CPU is busy, does not begin at all.
     void run(int threads, bool optional, const std::function<void(int)>& work);
 
    private:

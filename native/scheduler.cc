@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <ctime>
 #include <stdexcept>
 #include <utility>
 
@@ -10,6 +11,19 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 constexpr std::chrono::milliseconds kSlice{250};
+
+double seconds(Clock::time_point time) { return std::chrono::duration<double>(time.time_since_epoch()).count(); }
+
+// CPU time of this thread; where the system does not tell it, the time that has passed.
+double busy_seconds() {
+#if defined(CLOCK_THREAD_CPUTIME_ID)
+  timespec time;
+  if (clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time) == 0) {
+    return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
+  }
+#endif
+  return seconds(Clock::now());
+}
 
 Sequences sequences_of(const Batch& batch) {
   Sequences all;
@@ -75,6 +89,10 @@ int Scheduler::forward(const Batch& batch, int teams, int width, float* out) {
   const Parts parts(batch);
 
   Workers& workers = this->workers();
+  if (workers.crowding.at(seconds(Clock::now()))) {
+    teams *= width;
+    width = 1;
+  }
   teams = std::min(teams, count);
   Pool::Share share(workers.pool, teams * width);
   width = std::min(width, share.threads());
@@ -100,7 +118,8 @@ int Scheduler::forward(const Batch& batch, int teams, int width, float* out) {
   for (auto& team : borrowed.teams) encoder_.reserve(*team, width, parts.most);
 
   std::atomic<int> next{0};
-  const Clock::time_point end = Clock::now() + kSlice;
+  const Clock::time_point begin = Clock::now(), end = begin + kSlice;
+  const double busy = busy_seconds();
   const auto take = [&](bool first_team) {
     if (!first_team && workers.pool.needs(width)) return count;
     if (next.load(std::memory_order_relaxed) > 0 && Clock::now() > end) return count;
@@ -117,10 +136,11 @@ int Scheduler::forward(const Batch& batch, int teams, int width, float* out) {
       }
       team.barrier.wait();
       if (team.part == count) return;
-      const std::ptrdiff_t begin = parts.begins[team.part];
-      encoder_.pass(team, member, parts.parts[team.part], out + begin * encoder_.options().hidden);
+      const std::ptrdiff_t first = parts.begins[team.part];
+      encoder_.pass(team, member, parts.parts[team.part], out + first * encoder_.options().hidden);
     }
   });
+  workers.crowding.saw(width, seconds(begin), seconds(Clock::now()), busy_seconds() - busy);
   return std::min(next.load(), count);
 }
 

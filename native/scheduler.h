@@ -7,6 +7,7 @@
 #include <mutex>
 #include <vector>
 
+#include "crowding.h"
 #include "encoder.h"
 #include "pool.h"
 
@@ -28,7 +29,8 @@ class Scheduler {
   Scheduler& operator=(const Scheduler&) = delete;
 
   // Computes the parts in their order, each by a team of up to `width` threads, up to `teams` of them at a time. Teams
-  // take the next part when they are done with one; when other calls wait for threads, they end. out: [tokens][hidden].
+  // take the next part when they are done with one; when other calls wait for threads, they end. While other processes
+  // keep threads from meeting, every team is one thread. out: [tokens][hidden].
   // Returns how many parts are done: at least one, and no new ones are begun after a quarter of a second, so that the
   // caller can look at signals.
   // Threads may call it at the same time; they share the threads evenly.
@@ -44,6 +46,7 @@ class Scheduler {
     explicit Workers(int threads) : pool(threads) {}
     const uint32_t forked = forks();
     Pool pool;
+    Crowding crowding;
     std::mutex mutex;
     std::vector<std::unique_ptr<Team>> idle;
   };

@@ -1,4 +1,6 @@
-// Calls from several threads share a pool; each counts what its threads did between barriers. Built by test_pool.py.
+// Calls from several threads share a pool; what its threads did between barriers, and which work they took, is checked.
+// Built by test_pool.py.
+#include "crowding.h"
 #include "pool.h"
 
 #include <cstdio>
@@ -46,9 +48,26 @@ void take(Pool& pool, int wanted, int numbers) {
   expect(sum == numbers * (numbers - 1) / 2, "a number was taken twice or not at all");
 }
 
+void check_crowding() {
+  pruneofa::Crowding crowding;
+  crowding.saw(2, 0.0, 1.0, 0.9);
+  crowding.saw(1, 0.0, 1.0, 0.01);
+  expect(!crowding.at(1.0), "threads that computed were held for crowded, or a single one");
+  crowding.saw(2, 0.0, 1.0, 0.2);
+  expect(crowding.at(1.2) && !crowding.at(1.3), "wanted a quarter of a second after the first time");
+  crowding.saw(2, 2.0, 3.0, 0.2);
+  expect(crowding.at(3.4) && !crowding.at(3.6), "wanted twice as long after the second");
+  for (int i = 0; i < 20; ++i) crowding.saw(4, 2.0, 3.0, 0.1);
+  expect(crowding.at(6.9) && !crowding.at(7.1), "wanted four seconds at most");
+  crowding.saw(2, 8.0, 9.0, 1.0);
+  crowding.saw(2, 8.0, 9.0, 0.1);
+  expect(crowding.at(9.2) && !crowding.at(9.3), "wanted a quarter of a second again");
+}
+
 }  // namespace
 
 int main(int, char** arguments) {
+  check_crowding();
   const int threads = std::atoi(arguments[1]), callers = std::atoi(arguments[2]), calls = std::atoi(arguments[3]);
   Pool pool(threads);
   std::vector<std::thread> all;
