@@ -15,11 +15,12 @@ READY := $(VENV)/.installed
 DEMO_READY := $(VENV)/.installed-demo
 NATIVE := CMakeLists.txt $(shell find native -type f)
 SANITIZED := $(VENV)/sanitized
+EMULATED := $(VENV)/emulated
 # pip builds the extension in an environment of its own, which -c does not reach in every version of pip.
 export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 
-.PHONY: demo test test-slow sanitize lint readme-table install clean
+.PHONY: demo test test-slow sanitize emulate lint readme-table install clean
 .DELETE_ON_ERROR:
 
 demo: $(DEMO_READY)
@@ -39,14 +40,22 @@ sanitize: $(SANITIZED)/.installed
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 \
 	  $(SANITIZED)/bin/python -m pytest -s tests/kernels --timeout=1200
 
+# The kernels' tests of every path on a CPU with AVX2: the instructions that it lacks are emulated, one element after the
+# other, so that results are those of the path and times say nothing.
+emulate: $(EMULATED)/.installed
+	PRUNEOFA_EMULATE=1 OMP_NUM_THREADS=1 $(EMULATED)/bin/python -m pytest tests/kernels --timeout=1200
+
 # The packages of .venv, and above them pruneofa as users install it, not editable.
-$(SANITIZED)/.installed: $(READY) $(shell find src -name '*.py' 2>/dev/null)
-	rm -rf $(SANITIZED)
-	$(VENV)/bin/python -m venv --without-pip $(SANITIZED)
+$(SANITIZED)/.installed: BUILD := -C cmake.define.PRUNEOFA_SANITIZE=ON -C cmake.build-type=RelWithDebInfo
+$(EMULATED)/.installed: BUILD := -C cmake.define.PRUNEOFA_EMULATE=ON
+$(EMULATED)/.installed: tests/kernels/emulated/immintrin.h
+$(SANITIZED)/.installed $(EMULATED)/.installed: $(READY) $(shell find src -name '*.py' 2>/dev/null)
+	rm -rf $(@D)
+	$(VENV)/bin/python -m venv --without-pip $(@D)
 	$(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
-	  > "$$($(SANITIZED)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth"
-	$(PIP) --python $(SANITIZED)/bin/python install -q --no-deps --ignore-installed \
-	  -C cmake.define.PRUNEOFA_SANITIZE=ON -C cmake.define.PRUNEOFA_WERROR=ON -C cmake.build-type=RelWithDebInfo .
+	  > "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth"
+	$(PIP) --python $(@D)/bin/python install -q --no-deps --ignore-installed \
+	  -C cmake.define.PRUNEOFA_WERROR=ON $(BUILD) .
 	@touch $@
 
 lint: install

@@ -27,21 +27,22 @@ import numpy as np, pruneofa
 from pruneofa import Engine
 folder, precision, threads = sys.argv[1], sys.argv[2], int(sys.argv[3])
 engine = Engine.from_pretrained(folder, precision=precision, threads=threads)
+clock = getattr(time, sys.argv[4])
 print(json.dumps(pruneofa.__file__), flush=True)
 for line in sys.stdin:
     batch, tokens = json.loads(line)
     ids = np.random.default_rng(0).integers(5, 500, (batch, tokens))
-    begin = time.perf_counter()
+    begin = clock()
     states = engine.encode(ids)
-    seconds = time.perf_counter() - begin
+    seconds = clock() - begin
     print(json.dumps([seconds, hashlib.sha256(states).hexdigest()]), flush=True)
 """
 
 
-def start(checkout: Path, folder: Path, precision: str, threads: int) -> subprocess.Popen[str]:
+def start(checkout: Path, folder: Path, precision: str, threads: int, clock: str) -> subprocess.Popen[str]:
     """Start a process that loads the engine of this checkout and times one call per line of its standard input."""
     process = subprocess.Popen(
-        [str(checkout / ".venv/bin/python"), "-c", PROGRAM, str(folder), precision, str(threads)],
+        [str(checkout / ".venv/bin/python"), "-c", PROGRAM, str(folder), precision, str(threads), clock],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -92,6 +93,12 @@ def main() -> None:
     parser.add_argument("--shape", nargs="+", default=["1x32", "1x128", "1x384", "8x64"], help="sequences x tokens")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--turns", type=int, default=40)
+    parser.add_argument(
+        "--clock",
+        choices=["perf_counter", "process_time"],
+        default="perf_counter",
+        help="process_time: CPU time of all threads, for one thread on a machine that others use",
+    )
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     rows = []
@@ -101,14 +108,15 @@ def main() -> None:
             write_random(Path(folder), shape, float(sparsity or 0))
             for precision in args.precision:
                 pair = [
-                    start(checkout, Path(folder), precision, args.threads) for checkout in (args.before, args.after)
+                    start(checkout, Path(folder), precision, args.threads, args.clock)
+                    for checkout in (args.before, args.after)
                 ]
                 for batch, tokens in (map(int, text.split("x")) for text in args.shape):
                     row = {"model": model, "precision": precision} | measure(pair, batch, tokens, args.turns)
                     rows.append(row)
                     print(json.dumps(row), flush=True)
                     if args.out:
-                        record = {"machine": machine(), "threads": args.threads, "rows": rows}
+                        record = {"machine": machine(), "threads": args.threads, "clock": args.clock, "rows": rows}
                         args.out.write_text(json.dumps(record, indent=1) + "\n")
                 for process in pair:
                     process.stdin.close()

@@ -25,8 +25,7 @@ Encoder::Encoder(EncoderOptions options, Table word, Table position, Table type,
       type_(std::move(type)),
       embedding_norm_(std::move(embedding_norm)),
       layers_(std::move(layers)),
-      kernels_(kernels),
-      pool_(options.threads) {
+      kernels_(kernels) {
   const int hidden = options_.hidden;
   expect(hidden > 0 && options_.heads > 0 && hidden % options_.heads == 0, "hidden must be a multiple of heads");
   expect(!layers_.empty(), "an encoder needs at least one layer");
@@ -57,27 +56,33 @@ Encoder::Encoder(EncoderOptions options, Table word, Table position, Table type,
   activation_ = half ? Activation::kGeluHalf : options_.activation;
 }
 
-void Encoder::reserve(int panels) {
-  panels_ = panels;
-  if (panels <= reserved_) return;
-  reserved_ = 0;  // in case an allocation throws
+void Encoder::reserve(Team& team, int threads, int tokens) const {
+  const int panels = round_up(tokens, kLanes) / kLanes;
   const std::size_t lanes = static_cast<std::size_t>(panels) * kLanes;
-  const int threads = pool_.threads();
-  published_ = Aligned<char>(panels * panel_bytes(widest_));
-  ranges_ = Aligned<float>(lanes * 2 * threads);
-  moments_ = Aligned<float>(lanes * 2 * threads);
-  buffers_.clear();
+  const auto grow = [](auto& memory, std::size_t count) {
+    if (memory.size() >= count) return;
+    memory = {};  // freed first
+    memory = std::remove_reference_t<decltype(memory)>(count);
+  };
+  grow(team.published, panels * panel_bytes(widest_));
+  grow(team.ranges, lanes * 2 * threads);
+  grow(team.moments, lanes * 2 * norm_blocks());
   // The largest number of features of a thread when `total` features are divided in units.
   const auto most = [&](int total, int unit) { return round_up((total + unit - 1) / unit, threads) / threads * unit; };
-  const int state = most(options_.hidden, 32), in_heads = most(options_.heads, head_unit()) * head_size();
+  const int state = most(options_.hidden, kNormBlock), in_heads = most(options_.heads, head_unit()) * head_size();
   const int wide = std::max({state, 3 * in_heads, most(widest_, 32)});
+  if (team.buffers.size() < static_cast<std::size_t>(threads)) team.buffers.resize(threads);
   for (int t = 0; t < threads; ++t) {
+    ThreadBuffers& buffers = team.buffers[t];
+    grow(buffers.state, lanes * state);
     // A kernel may read, but not use, up to 16 features past the last head.
-    buffers_.push_back({Aligned<float>(lanes * state), Aligned<float>(lanes * wide + kLanes * kLanes),
-                        Aligned<float>(lanes), Aligned<int32_t>(lanes),
-                        Aligned<char>(scratch_bytes(widest_, panels * kLanes, head_size()))});
+    grow(buffers.wide, lanes * wide + kLanes * kLanes);
+    grow(buffers.scale, lanes);
+    grow(buffers.zero, lanes);
+    grow(buffers.scratch, scratch_bytes(widest_, panels * kLanes, head_size()));
   }
-  reserved_ = panels;
+  team.threads = threads;
+  team.barrier.set_threads(threads);
 }
 
 std::size_t Encoder::panel_bytes(int features) const {
@@ -87,8 +92,8 @@ std::size_t Encoder::panel_bytes(int features) const {
 
 int Encoder::head_unit() const { return kLanes / std::gcd(kLanes, head_size()); }
 
-Encoder::Part Encoder::part(int total, int unit, int thread) const {
-  const int units = (total + unit - 1) / unit, threads = pool_.threads();
+Encoder::Part Encoder::part(int total, int unit, int thread, int threads) {
+  const int units = (total + unit - 1) / unit;
   const auto from = [&](int t) { return std::min(static_cast<int>(int64_t{units} * t / threads) * unit, total); };
   return {from(thread), from(thread + 1)};
 }
@@ -110,48 +115,41 @@ void Encoder::check(const Sequences& s) const {
   if (type_.rows > 0) inside(s.types, s.tokens, type_.rows, "type");
 }
 
-void Encoder::forward(const Sequences& sequences, float* out) {
-  check(sequences);
-  const std::lock_guard<std::mutex> lock(mutex_);
-  reserve(round_up(sequences.tokens, kLanes) / kLanes);
-  pool_.run([&](int thread) { pass(thread, sequences, out); });
-}
-
-void Encoder::pass(int thread, const Sequences& sequences, float* out) {
-  ThreadBuffers& buffers = buffers_[thread];
+void Encoder::pass(Team& team, int thread, const Sequences& sequences, float* out) const {
+  ThreadBuffers& buffers = team.buffers[thread];
   const auto slice = [](Aligned<float>& data, const Part& part, int features) {
     return Slice{data.data(), part.begin, part.count(), features, std::ptrdiff_t{part.count()} * kLanes};
   };
   const int hidden = options_.hidden, size = head_size();
-  const Part heads = part(options_.heads, head_unit(), thread);
-  const Slice state = slice(buffers.state, part(hidden, 32, thread), hidden);
+  const Part heads = part(options_.heads, head_unit(), thread, team.threads);
+  const Slice state = slice(buffers.state, part(hidden, kNormBlock, thread, team.threads), hidden);
   Slice query = slice(buffers.wide, {heads.begin * size, heads.end * size}, hidden);
   query.stride *= 3;
   Slice key = query, value = query;
   key.data += query.count * kLanes;
   value.data += 2 * query.count * kLanes;
   kernels_.begin();
-  clear_ranges(thread);
-  embed(thread, state, sequences);
-  normalize(thread, state, embedding_norm_);
+  clear_ranges(team, thread);
+  embed(team, state, sequences);
+  normalize(team, thread, state, embedding_norm_);
   for (const Layer& layer : layers_) {
-    publish(thread, state, *layer.query);
-    multiply(thread, *layer.query, query);
-    multiply(thread, *layer.key, key);
-    multiply(thread, *layer.value, value);
-    attend(thread, query, sequences);
-    update_ranges(thread, query);
-    publish(thread, query, *layer.attention_output);
-    add(thread, *layer.attention_output, state);
-    normalize(thread, state, layer.attention_norm);
+    publish(team, thread, state, *layer.query);
+    multiply(team, thread, *layer.query, query);
+    multiply(team, thread, *layer.key, key);
+    multiply(team, thread, *layer.value, value);
+    attend(team, thread, query, sequences);
+    update_ranges(team, thread, query);
+    publish(team, thread, query, *layer.attention_output);
+    add(team, thread, *layer.attention_output, state);
+    normalize(team, thread, state, layer.attention_norm);
     const int intermediate = layer.intermediate->outputs();
-    Slice wide = slice(buffers.wide, part(intermediate, 32, thread), intermediate);
+    Slice wide = slice(buffers.wide, part(intermediate, 32, thread, team.threads), intermediate);
     wide.half = activation_ == Activation::kGeluHalf;
-    publish(thread, state, *layer.intermediate);
-    multiply(thread, *layer.intermediate, wide, activation_, true);
-    publish(thread, wide, *layer.output);
-    add(thread, *layer.output, state);
-    normalize(thread, state, layer.output_norm);
+    publish(team, thread, state, *layer.intermediate);
+    multiply(team, thread, *layer.intermediate, wide, activation_, true);
+    publish(team, thread, wide, *layer.output);
+    add(team, thread, *layer.output, state);
+    normalize(team, thread, state, layer.output_norm);
   }
   for (int token = 0; token < sequences.tokens; ++token) {
     const float* from = state.data + token / kLanes * state.stride + token % kLanes;
@@ -161,7 +159,7 @@ void Encoder::pass(int thread, const Sequences& sequences, float* out) {
   kernels_.end();
 }
 
-void Encoder::embed(int thread, const Slice& state, const Sequences& sequences) {
+void Encoder::embed(Team& team, const Slice& state, const Sequences& sequences) const {
   const int hidden = options_.hidden;
   const auto row = [&](const Table& table, int id, int begin, int count, float* sum) {
     const std::size_t place = static_cast<std::size_t>(id) * hidden + begin;
@@ -172,7 +170,7 @@ void Encoder::embed(int thread, const Slice& state, const Sequences& sequences) 
       for (int i = 0; i < count; ++i) sum[i] += static_cast<float>(table.codes[place + i]) * scale;
     }
   };
-  for (int token = 0; token < panels_ * kLanes; ++token) {
+  for (int token = 0; token < team.panels * kLanes; ++token) {
     // Lanes past the last token repeat it, so that they hold finite values; their results are not used.
     const int source = std::min(token, sequences.tokens - 1);
     float* to = state.data + token / kLanes * state.stride + token % kLanes;
@@ -185,12 +183,10 @@ void Encoder::embed(int thread, const Slice& state, const Sequences& sequences) 
       for (int i = 0; i < count; ++i) to[(f + i) * kLanes] = sum[i];
     }
   }
-  for (int p = 0; p < panels_; ++p) {
-    kernels_.moments(state.data + p * state.stride, state.count, per_thread(moments_, thread) + p * 2 * kLanes);
-  }
+  update_moments(team, state);
 }
 
-void Encoder::attend(int thread, const Slice& query, const Sequences& sequences) {
+void Encoder::attend(Team& team, int thread, const Slice& query, const Sequences& sequences) const {
   const int size = head_size();
   for (int f = 0; f < query.count; f += size) {
     for (int s = 0; s < sequences.count; ++s) {
@@ -205,37 +201,40 @@ void Encoder::attend(int thread, const Slice& query, const Sequences& sequences)
       a.end = sequences.offsets[s + 1];
       // With static inputs nothing is rounded here, so that codes equal those simulated in training (decision 0007).
       a.rounding = !int8_ ? Rounding::kTwoBfloat16 : dynamic_ ? Rounding::kBfloat16 : Rounding::kNone;
-      a.scratch = buffers_[thread].scratch.data();
+      a.scratch = team.buffers[thread].scratch.data();
       kernels_.attention(a);
     }
   }
 }
 
-float* Encoder::per_thread(Aligned<float>& all, int thread) {
-  return all.data() + static_cast<std::ptrdiff_t>(thread) * reserved_ * 2 * kLanes;
+float* Encoder::ranges_of(Team& team, int thread) const {
+  return team.ranges.data() + static_cast<std::ptrdiff_t>(thread) * team.panels * 2 * kLanes;
 }
 
-void Encoder::clear_ranges(int thread) {
-  if (!dynamic_) return;
-  float* const ranges = per_thread(ranges_, thread);
-  std::fill(ranges, ranges + panels_ * 2 * kLanes, 0.0f);
+float* Encoder::moments_of(Team& team, int panel) const {
+  return team.moments.data() + static_cast<std::ptrdiff_t>(panel) * norm_blocks() * 2 * kLanes;
 }
 
-void Encoder::update_ranges(int thread, const Slice& x) {
+void Encoder::clear_ranges(Team& team, int thread) const {
   if (!dynamic_) return;
-  for (int p = 0; p < panels_; ++p) {
-    kernels_.range(x.data + p * x.stride, x.count, per_thread(ranges_, thread) + p * 2 * kLanes);
+  std::fill(ranges_of(team, thread), ranges_of(team, thread) + team.panels * 2 * kLanes, 0.0f);
+}
+
+void Encoder::update_ranges(Team& team, int thread, const Slice& x) const {
+  if (!dynamic_) return;
+  for (int p = 0; p < team.panels; ++p) {
+    kernels_.range(x.data + p * x.stride, x.count, ranges_of(team, thread) + p * 2 * kLanes);
   }
 }
 
-void Encoder::publish(int thread, const Slice& x, const Linear& linear) {
-  pool_.barrier();
-  ThreadBuffers& buffers = buffers_[thread];
+void Encoder::publish(Team& team, int thread, const Slice& x, const Linear& linear) const {
+  team.barrier.wait();
+  ThreadBuffers& buffers = team.buffers[thread];
   const std::size_t bytes = panel_bytes(x.features);
-  const std::ptrdiff_t stride = per_thread(ranges_, 1) - ranges_.data();
-  for (int p = 0; p < panels_; ++p) {
+  const std::ptrdiff_t stride = ranges_of(team, 1) - ranges_of(team, 0);
+  for (int p = 0; p < team.panels; ++p) {
     const float* from = x.data + p * x.stride;
-    char* to = published_.data() + p * bytes;
+    char* to = team.published.data() + p * bytes;
     if (!int8_) {
       std::memcpy(to + x.first * kLanes * sizeof(float), from, x.count * kLanes * sizeof(float));
       continue;
@@ -243,7 +242,7 @@ void Encoder::publish(int thread, const Slice& x, const Linear& linear) {
     float* const scale = buffers.scale.data() + p * kLanes;
     int32_t* const zero = buffers.zero.data() + p * kLanes;
     if (dynamic_) {
-      kernels_.scales(ranges_.data() + p * 2 * kLanes, pool_.threads(), stride, scale, zero);
+      kernels_.scales(team.ranges.data() + p * 2 * kLanes, team.threads, stride, scale, zero);
     } else {
       std::fill(scale, scale + kLanes, linear.input().scale);
       std::fill(zero, zero + kLanes, linear.input().zero);
@@ -251,17 +250,17 @@ void Encoder::publish(int thread, const Slice& x, const Linear& linear) {
     const auto encode = x.half ? kernels_.encode_half : kernels_.encode;
     if (x.count > 0) encode(from, x.first, x.first + x.count, x.features, scale, zero, to);
   }
-  pool_.barrier();
-  clear_ranges(thread);
+  team.barrier.wait();
+  clear_ranges(team, thread);
 }
 
-Operands Encoder::operands(int thread, const Slice& y) {
-  ThreadBuffers& buffers = buffers_[thread];
+Operands Encoder::operands(Team& team, int thread, const Slice& y) const {
+  ThreadBuffers& buffers = team.buffers[thread];
   Operands o;
-  o.x = published_.data();
+  o.x = team.published.data();
   o.scale = buffers.scale.data();
   o.zero = buffers.zero.data();
-  o.panels = panels_;
+  o.panels = team.panels;
   o.y = y.data;
   o.y_stride = y.stride;
   o.first = y.first;
@@ -269,28 +268,35 @@ Operands Encoder::operands(int thread, const Slice& y) {
   return o;
 }
 
-void Encoder::multiply(int thread, const Linear& linear, const Slice& y, Activation activation, bool ranges) {
+void Encoder::multiply(Team& team, int thread, const Linear& linear, const Slice& y, Activation activation,
+                       bool ranges) const {
   if (y.count == 0) return;
-  Operands o = operands(thread, y);
+  Operands o = operands(team, thread, y);
   o.activation = activation;
-  if (dynamic_ && ranges) o.ranges = per_thread(ranges_, thread);
+  if (dynamic_ && ranges) o.ranges = ranges_of(team, thread);
   linear.run(o, y.first, y.first + y.count);
 }
 
-void Encoder::add(int thread, const Linear& linear, const Slice& state) {
-  Operands o = operands(thread, state);
-  o.moments = per_thread(moments_, thread);
-  std::fill(o.moments, o.moments + panels_ * 2 * kLanes, 0.0f);
+void Encoder::add(Team& team, int thread, const Linear& linear, const Slice& state) const {
+  Operands o = operands(team, thread, state);
+  o.add = true;
   if (state.count > 0) linear.run(o, state.first, state.first + state.count);
+  update_moments(team, state);
 }
 
-void Encoder::normalize(int thread, const Slice& state, const Norm& norm) {
-  pool_.barrier();
-  for (int p = 0; p < panels_; ++p) {
-    kernels_.normalize(state.data + p * state.stride, state.count, options_.hidden, moments_.data() + p * 2 * kLanes,
-                       pool_.threads(), per_thread(moments_, 1) - moments_.data(), norm.gamma.data() + state.first,
-                       norm.beta.data() + state.first, options_.epsilon,
-                       dynamic_ ? per_thread(ranges_, thread) + p * 2 * kLanes : nullptr);
+void Encoder::update_moments(Team& team, const Slice& state) const {
+  for (int p = 0; p < team.panels; ++p) {
+    kernels_.moments(state.data + p * state.stride, state.count,
+                     moments_of(team, p) + state.first / kNormBlock * 2 * kLanes);
+  }
+}
+
+void Encoder::normalize(Team& team, int thread, const Slice& state, const Norm& norm) const {
+  team.barrier.wait();
+  for (int p = 0; p < team.panels; ++p) {
+    kernels_.normalize(state.data + p * state.stride, state.count, options_.hidden, moments_of(team, p),
+                       norm.gamma.data() + state.first, norm.beta.data() + state.first, options_.epsilon,
+                       dynamic_ ? ranges_of(team, thread) + p * 2 * kLanes : nullptr);
   }
 }
 

@@ -3,7 +3,6 @@
 
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <vector>
 
 #include "kernels.h"
@@ -37,7 +36,6 @@ struct EncoderOptions {
   int heads = 0;
   float epsilon = 0;
   Activation activation = Activation::kGelu;
-  int threads = 1;
 };
 
 // Token ids of concatenated sequences; sequence s has the tokens offsets[s] .. offsets[s + 1] - 1.
@@ -50,15 +48,40 @@ struct Sequences {
   int count = 0;
 };
 
+// What a thread of a team writes and nobody else. Every linear layer that does not add to the state writes to `wide`, so
+// that its output stays in the thread's cache.
+struct ThreadBuffers {
+  Aligned<float> state, wide;  // [panels][features of the thread][16]
+  Aligned<float> scale;        // [panels][16]
+  Aligned<int32_t> zero;
+  Aligned<char> scratch;
+};
+
+// Threads that share a forward pass, and its memory, which only grows.
+struct Team {
+  int threads = 0;
+  int part = 0, panels = 0;  // of the batch, in the current pass
+  Barrier barrier;
+  Aligned<char> published;  // input of the next linear layer: codes, or floats [panels][features][16]
+  Aligned<float> ranges;    // [threads][panels][2][16], written by one thread, read by all
+  Aligned<float> moments;   // [panels][blocks of kNormBlock features][2][16], each written by the thread of its features
+  std::vector<ThreadBuffers> buffers;  // one for each thread
+};
+
+// The weights. Nothing changes after construction, so that any number of teams may use it at the same time.
 class Encoder {
  public:
   // Throws std::invalid_argument when sizes do not match.
   Encoder(EncoderOptions options, Table word, Table position, Table type, Norm embedding_norm,
           std::vector<Layer> layers, const Kernels& kernels);
 
-  // out: [tokens][hidden]. Threads may call it at the same time; calls run one after the other.
   // Throws std::invalid_argument for an id out of range or offsets that do not increase from 0 to `tokens`.
-  void forward(const Sequences& sequences, float* out);
+  void check(const Sequences& sequences) const;
+  // Prepares a team of so many threads for passes of up to so many tokens.
+  void reserve(Team& team, int threads, int tokens) const;
+  // One thread's part of a pass over sequences that have been checked; all threads of the team call it with the same
+  // arguments. out: [tokens][hidden].
+  void pass(Team& team, int thread, const Sequences& sequences, float* out) const;
 
   const EncoderOptions& options() const { return options_; }
   const std::vector<Layer>& layers() const { return layers_; }
@@ -69,14 +92,12 @@ class Encoder {
     int begin, end;
     int count() const { return end - begin; }
   };
-  Part part(int total, int unit, int thread) const;
+  static Part part(int total, int unit, int thread, int threads);
   int head_unit() const;  // smallest number of heads whose features are a multiple of 16
   int head_size() const { return options_.hidden / options_.heads; }
+  int norm_blocks() const { return (options_.hidden + kNormBlock - 1) / kNormBlock; }
   std::size_t panel_bytes(int features) const;  // size of a panel with so many features
 
-  void reserve(int panels);
-  void check(const Sequences& sequences) const;
-  void pass(int thread, const Sequences& sequences, float* out);
   // A thread's features of an activation: `first` .. `first + count - 1` of `features`. Consecutive panels are `stride`
   // floats apart.
   struct Slice {
@@ -85,34 +106,29 @@ class Encoder {
     std::ptrdiff_t stride;
     bool half = false;  // see Activation::kGeluHalf
   };
-  // Computes the sum of the embeddings, and the moments of this thread's features.
-  void embed(int thread, const Slice& state, const Sequences& sequences);
+  // Computes the sum of the embeddings of this thread's features, and their moments.
+  void embed(Team& team, const Slice& state, const Sequences& sequences) const;
   // Attention of this thread's heads. Key and value follow `query` in memory, with the same width; the result replaces
   // the query.
-  void attend(int thread, const Slice& query, const Sequences& sequences);
+  void attend(Team& team, int thread, const Slice& query, const Sequences& sequences) const;
   // Updates the ranges of this thread with x; not needed if the kernel that wrote x has done so.
-  void update_ranges(int thread, const Slice& x);
+  void update_ranges(Team& team, int thread, const Slice& x) const;
   // Writes x to the buffer that all threads read, as codes for `linear` if that is int8. Has two barriers: one before,
   // because codes need the ranges of all threads, and one after.
-  void publish(int thread, const Slice& x, const Linear& linear);
-  // y = linear(published_), the rows of this thread.
-  void multiply(int thread, const Linear& linear, const Slice& y, Activation activation = Activation::kNone,
-                bool ranges = false);
-  // state += linear(published_), the rows of this thread, and their moments.
-  void add(int thread, const Linear& linear, const Slice& state);
-  // LayerNorm, from the moments of all threads. One barrier.
-  void normalize(int thread, const Slice& state, const Norm& norm);
-  Operands operands(int thread, const Slice& y);
-  float* per_thread(Aligned<float>& all, int thread);  // the part of ranges_ or moments_ that a thread writes
-  void clear_ranges(int thread);
-
-  // Every linear layer that does not add to the state writes to `wide`, so that its output stays in the thread's cache.
-  struct ThreadBuffers {
-    Aligned<float> state, wide;  // [panels][features of the thread][16]
-    Aligned<float> scale;        // [panels][16]
-    Aligned<int32_t> zero;
-    Aligned<char> scratch;
-  };
+  void publish(Team& team, int thread, const Slice& x, const Linear& linear) const;
+  // y = linear(published), the rows of this thread.
+  void multiply(Team& team, int thread, const Linear& linear, const Slice& y,
+                Activation activation = Activation::kNone, bool ranges = false) const;
+  // state += linear(published), the rows of this thread, and their moments.
+  void add(Team& team, int thread, const Linear& linear, const Slice& state) const;
+  // The moments of this thread's features, whose first is a multiple of kNormBlock.
+  void update_moments(Team& team, const Slice& state) const;
+  // LayerNorm, from the moments of all features. One barrier.
+  void normalize(Team& team, int thread, const Slice& state, const Norm& norm) const;
+  Operands operands(Team& team, int thread, const Slice& y) const;
+  float* ranges_of(Team& team, int thread) const;  // the part of the ranges that a thread writes
+  float* moments_of(Team& team, int panel) const;  // the moments of a panel
+  void clear_ranges(Team& team, int thread) const;
 
   const EncoderOptions options_;
   const Table word_, position_, type_;
@@ -123,14 +139,6 @@ class Encoder {
   Activation activation_ = Activation::kNone;
   bool int8_ = false;
   bool dynamic_ = false;  // int8 with a scale per token, which needs ranges
-
-  std::mutex mutex_;
-  Pool pool_;
-  int panels_ = 0;    // panels of the current pass
-  int reserved_ = 0;  // capacity of the buffers in panels
-  Aligned<char> published_;  // input of the next linear layer: codes, or floats [panels][features][16]
-  Aligned<float> ranges_, moments_;  // [threads][panels][2][16], written by one thread, read by all
-  std::vector<ThreadBuffers> buffers_;
 };
 
 }  // namespace pruneofa

@@ -39,6 +39,8 @@ struct PackedLayer;  // layout.h
 struct LaidOut;
 
 constexpr int kLanes = 16;
+// LayerNorm's mean and variance are made from those of blocks of so many features, whoever computes a block.
+constexpr int kNormBlock = 32;
 
 // kGeluHalf: GELU in half precision, for activations that are quantized per token next, on a path that has
 // `encode_half`. The result is float16, [features][16] in the first half of each panel, exact to about 5e-4 of the
@@ -86,7 +88,7 @@ struct Operands {
   std::ptrdiff_t y_stride = 0;
   int first = 0;
   Ranges ranges = nullptr;         // if set, updated with what is written to y
-  float* moments = nullptr;        // if set, results are added to y, and the sums of y and y^2 stored, [panels][2][16]
+  bool add = false;                // results are added to y, without activation or ranges
   int32_t* sums = nullptr;         // if set, the raw int32 sums are stored, [panels][outputs][16], and y is not written
   Activation activation = Activation::kNone;
   void* scratch = nullptr;         // scratch memory of this thread, `scratch_bytes` long
@@ -109,7 +111,8 @@ struct Attention {
 };
 
 // The kernels of one path. Rows of a linear layer and features of activations are divided among threads in multiples of
-// 16, so that floats stay in the cache of the core that wrote them; threads exchange only ranges, moments and codes.
+// 16, so that floats stay in the cache of the core that wrote them; threads exchange only ranges, moments and codes. What is
+// computed of a token depends neither on the other tokens nor on the division: the same bits in any batch.
 struct Kernels {
   const char* isa;
   bool (*supported)();  // whether this CPU and operating system can run the path
@@ -137,12 +140,13 @@ struct Kernels {
   // Codes of x, the features begin .. end - 1 of `features`; the thread with the last feature also clears the padding.
   void (*encode)(const float* x, int begin, int end, int features, const float* scale, const int32_t* zero,
                  void* codes);
-  // The sums of x and of x^2 over these features, [2][16].
+  // Of each block of kNormBlock features of x, of which the last may be shorter: the mean, and the sum of the squared
+  // differences from it, [blocks][2][16].
   void (*moments)(const float* x, int count, float* moments);
-  // x = gamma * (x - mean) / deviation + beta. Mean and variance are over all `features`, from `parts` moments that are
-  // `stride` floats apart; gamma and beta are those of the features in x. Updates the range if one is given.
-  void (*normalize)(float* x, int count, int features, const float* moments, int parts, std::ptrdiff_t stride,
-                    const float* gamma, const float* beta, float epsilon, Ranges range);
+  // x = gamma * (x - mean) / deviation + beta. Mean and variance are over all `features`, from the moments of all their
+  // blocks; gamma and beta are those of the features in x. Updates the range if one is given.
+  void (*normalize)(float* x, int count, int features, const float* moments, const float* gamma, const float* beta,
+                    float epsilon, Ranges range);
   void (*attention)(const Attention&);
 
   // `encode` for the output of linear_int8 with kGeluHalf; null: the path does not have kGeluHalf.

@@ -8,20 +8,43 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <chrono>
 #include <cmath>
 #include <memory>
 #include <optional>
 #include <stdexcept>
+#include <thread>
 
 #include "dispatch.h"
 #include "encoder.h"
 #include "linear.h"
+#include "scheduler.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
 
 namespace pruneofa {
 namespace {
+
+// Lets other Python threads run as long as it lives. A daemon thread that comes back after the interpreter has ended may
+// not have the lock: up to Python 3.13 it is ended there by unwinding its stack, which C++ does not let pass through the
+// functions that called this one. It waits instead, as from 3.14 on, until the process ends.
+class WithoutGil {
+ public:
+  WithoutGil() : thread_(PyEval_SaveThread()) {}
+  ~WithoutGil() {
+    try {
+      PyEval_RestoreThread(thread_);
+    } catch (...) {
+      for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
+    }
+  }
+  WithoutGil(const WithoutGil&) = delete;
+  WithoutGil& operator=(const WithoutGil&) = delete;
+
+ private:
+  PyThreadState* const thread_;
+};
 
 template <class T, std::size_t Dimensions>
 using Array = nb::ndarray<const T, nb::numpy, nb::ndim<Dimensions>, nb::c_contig, nb::device::cpu>;
@@ -30,10 +53,16 @@ using Vector = Array<T, 1>;
 template <class T>
 using Matrix = Array<T, 2>;
 
+// Zeroed memory that belongs to a Python object.
+template <class T>
+nb::capsule new_memory(std::size_t count, T** data) {
+  *data = new T[count]();
+  return nb::capsule(*data, [](void* p) noexcept { delete[] static_cast<T*>(p); });
+}
+
 template <class T>
 nb::ndarray<nb::numpy, T, nb::ndim<2>> new_matrix(std::size_t rows, std::size_t columns, T** data) {
-  *data = new T[rows * columns]();
-  nb::capsule owner(*data, [](void* p) noexcept { delete[] static_cast<T*>(p); });
+  const nb::capsule owner = new_memory(rows * columns, data);
   return nb::ndarray<nb::numpy, T, nb::ndim<2>>(*data, {rows, columns}, owner);
 }
 
@@ -85,7 +114,7 @@ std::shared_ptr<Linear> int8_linear(Matrix<uint8_t> bitmask, Vector<int8_t> valu
     layer.input = {input->first, input->second};
   }
   const Kernels& kernels = kernels_for(isa);
-  nb::gil_scoped_release release;
+  const WithoutGil release;
   static const int8_t none = 0;
   if (values.shape(0) == 0) layer.codes = &none;
   return std::make_shared<Linear>(layer, kernels);
@@ -97,7 +126,7 @@ std::shared_ptr<Linear> float_linear(Matrix<uint8_t> bitmask, Vector<float> valu
   PackedLayer layer = packed_layer(bitmask, std::nullopt, bias, k, values.shape(0));
   layer.values = values.data();
   const Kernels& kernels = kernels_for(isa);
-  nb::gil_scoped_release release;
+  const WithoutGil release;
   return std::make_shared<Linear>(layer, kernels);
 }
 
@@ -112,7 +141,7 @@ nb::ndarray<nb::numpy, float, nb::ndim<2>> linear_forward(const Linear& linear, 
   const std::size_t tokens = rows_for(linear, x.shape(0), x.shape(1));
   float* out;
   auto result = new_matrix<float>(tokens, linear.outputs(), &out);
-  nb::gil_scoped_release release;
+  const WithoutGil release;
   linear.forward(x.data(), tokens, out);
   return result;
 }
@@ -122,7 +151,7 @@ nb::ndarray<nb::numpy, int32_t, nb::ndim<2>> linear_accumulate(const Linear& lin
   const std::size_t tokens = rows_for(linear, x.shape(0), x.shape(1));
   int32_t* out;
   auto result = new_matrix<int32_t>(tokens, linear.outputs(), &out);
-  nb::gil_scoped_release release;
+  const WithoutGil release;
   linear.accumulate(x.data(), tokens, out);
   return result;
 }
@@ -194,36 +223,51 @@ Layer layer(const nb::dict& source) {
           norm(nb::object(source["output_norm"]), "output_norm")};
 }
 
-void make_encoder(Encoder* self, int hidden, int heads, float epsilon, const std::string& activation_name, int threads,
-                  const std::string& isa, nb::handle word, nb::handle position, nb::handle token_type,
+void make_encoder(Scheduler* self, int hidden, int heads, float epsilon, const std::string& activation_name,
+                  int threads, const std::string& isa, nb::handle word, nb::handle position, nb::handle token_type,
                   nb::handle embedding_norm, const std::vector<nb::dict>& layers) {
   expect(threads >= 1 && threads <= 4096, "threads: wanted 1 to 4096");
   expect(hidden >= 1, "hidden: wanted at least 1");
   std::vector<Layer> made;
   made.reserve(layers.size());
   for (const nb::dict& one : layers) made.push_back(layer(one));
-  new (self) Encoder({hidden, heads, epsilon, activation(activation_name), threads}, table(word, hidden, "word"),
-                     table(position, hidden, "position"), table(token_type, hidden, "token_type"),
-                     norm(embedding_norm, "embedding_norm"), std::move(made), kernels_for(isa));
+  Encoder encoder({hidden, heads, epsilon, activation(activation_name)}, table(word, hidden, "word"),
+                  table(position, hidden, "position"), table(token_type, hidden, "token_type"),
+                  norm(embedding_norm, "embedding_norm"), std::move(made), kernels_for(isa));
+  new (self) Scheduler(std::move(encoder), threads);
 }
 
-nb::ndarray<nb::numpy, float, nb::ndim<2>> encoder_forward(Encoder& encoder, Vector<int32_t> ids,
+nb::ndarray<nb::numpy, float, nb::ndim<2>> encoder_forward(Scheduler& encoder, Vector<int32_t> ids,
                                                            Vector<int32_t> positions, Vector<int32_t> types,
-                                                           Vector<int32_t> offsets) {
+                                                           Vector<int32_t> offsets,
+                                                           std::optional<Vector<int32_t>> parts, int lanes,
+                                                           std::optional<int> width) {
   expect(positions.shape(0) == ids.shape(0) && types.shape(0) == ids.shape(0),
          "positions and types: wanted one per id");
   expect(offsets.shape(0) >= 2, "offsets: wanted the sequences' beginnings and the end");
   expect(ids.shape(0) < 1u << 24, "too many tokens in one call");
+  const int threads = encoder.threads();
+  expect(lanes >= 1 && lanes <= threads, "lanes: wanted 1 to the number of threads");
+  expect(!width || (*width >= 1 && *width <= threads / lanes), "width: wanted 1 to the number of threads / lanes");
+  const auto copy = [](const Vector<int32_t>& from) {
+    return std::vector<int32_t>(from.data(), from.data() + from.shape(0));
+  };
+  Batch batch = {copy(ids), copy(positions), copy(types), copy(offsets), {}};
+  batch.parts = parts ? copy(*parts) : std::vector<int32_t>{0, static_cast<int32_t>(offsets.shape(0)) - 1};
   float* out;
-  auto result = new_matrix<float>(ids.shape(0), encoder.options().hidden, &out);
-  const Sequences sequences = {ids.data(), positions.data(), types.data(), offsets.data(),
-                               static_cast<int>(ids.shape(0)), static_cast<int>(offsets.shape(0)) - 1};
-  nb::gil_scoped_release release;
-  encoder.forward(sequences, out);
-  return result;
+  const std::size_t hidden = encoder.encoder().options().hidden;
+  const nb::capsule owner = new_memory(ids.shape(0) * hidden, &out);
+  int done;
+  {
+    const WithoutGil release;
+    done = encoder.forward(batch, lanes, width.value_or(threads / lanes), out);
+  }
+  const std::size_t rows = batch.offsets[batch.parts[done]];
+  return nb::ndarray<nb::numpy, float, nb::ndim<2>>(out, {rows, hidden}, owner);
 }
 
-std::vector<std::pair<std::string, std::string>> choices(const Encoder& encoder) {
+std::vector<std::pair<std::string, std::string>> choices(const Scheduler& scheduler) {
+  const Encoder& encoder = scheduler.encoder();
   std::vector<std::pair<std::string, std::string>> all;
   for (std::size_t i = 0; i < encoder.layers().size(); ++i) {
     const Layer& one = encoder.layers()[i];
@@ -241,6 +285,8 @@ std::vector<std::pair<std::string, std::string>> choices(const Encoder& encoder)
 }  // namespace
 
 NB_MODULE(_native, m) {
+  // What a daemon thread still uses when the interpreter ends is left alone.
+  nb::set_leak_warnings(false);
   m.doc() = "Sparse int8 and float kernels and the encoder made of them; reference.py defines what each computes.";
   const auto names = [](const std::vector<const Kernels*>& paths) {
     std::vector<std::string> found;
@@ -259,11 +305,12 @@ NB_MODULE(_native, m) {
       .def_prop_ro("choice", &Linear::choice)
       .def("accumulate", &linear_accumulate, "x"_a.noconvert())
       .def("forward", &linear_forward, "x"_a.noconvert());
-  nb::class_<Encoder>(m, "Encoder")
+  nb::class_<Scheduler>(m, "Encoder")
       .def("__init__", &make_encoder, nb::kw_only(), "hidden"_a, "heads"_a, "epsilon"_a, "activation"_a, "threads"_a,
            "isa"_a, "word"_a, "position"_a, "token_type"_a.none(), "embedding_norm"_a, "layers"_a)
       .def("forward", &encoder_forward, "ids"_a.noconvert(), "positions"_a.noconvert(), "types"_a.noconvert(),
-           "offsets"_a.noconvert())
+           "offsets"_a.noconvert(), "parts"_a.noconvert() = nb::none(), "lanes"_a = 1,
+           "width"_a = nb::none())
       .def("choices", &choices);
 }
 

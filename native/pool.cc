@@ -1,32 +1,48 @@
 #include "pool.h"
 
+#include <algorithm>
+#include <chrono>
+
 #if defined(__linux__)
 #include <sched.h>
+#endif
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
 #endif
 
 namespace pruneofa {
 namespace {
 
-// Phases last microseconds, so threads spin between them; with more threads than free CPUs they yield soon.
-constexpr int kSpins = 2000;
-// Workers spin this long for the next call of run() before they sleep.
-constexpr int kIdleSpins = 20000;
+using Clock = std::chrono::steady_clock;
+
+// Phases last microseconds and waking a thread that sleeps about as long, so threads spin first. A thread that another
+// one keeps off its CPU is waited for in sleep, which leaves it the CPU.
+constexpr std::chrono::microseconds kSpin{50};
 
 inline void cpu_pause() {
 #if defined(__x86_64__) && defined(__GNUC__)
   __builtin_ia32_pause();
+#elif defined(__aarch64__) && defined(__GNUC__)
+  asm volatile("yield");
 #endif
 }
 
-template <class Done>
-void spin_until(Done done) {
-  for (int i = 0; !done(); ++i) {
-    if (i < kSpins) {
+// Returns a value of `atomic` other than `old` as soon as it has one.
+template <class T>
+T wait_while(const std::atomic<T>& atomic, T old) {
+  Clock::time_point end{};
+  for (;;) {
+    for (int i = 0; i < 16; ++i) {
+      const T now = atomic.load(std::memory_order_acquire);
+      if (now != old) return now;
       cpu_pause();
-    } else {
-      std::this_thread::yield();
     }
+    const Clock::time_point now = Clock::now();
+    if (end == Clock::time_point{}) end = now + kSpin;
+    if (now >= end) break;
   }
+  atomic.wait(old, std::memory_order_acquire);
+  return atomic.load(std::memory_order_acquire);
 }
 
 int current_cpu() {
@@ -50,11 +66,38 @@ void move_away_from([[maybe_unused]] int cpu) {
 #endif
 }
 
+std::atomic<uint32_t> fork_count{0};
+
+#if defined(__unix__) || defined(__APPLE__)
+[[maybe_unused]] const int fork_handler =
+    pthread_atfork(nullptr, nullptr, [] { fork_count.fetch_add(1, std::memory_order_relaxed); });
+#endif
+
 }  // namespace
 
-Pool::Pool(int threads) {
+uint32_t forks() { return fork_count.load(std::memory_order_relaxed); }
+
+void Barrier::wait() {
+  if (threads_ == 1) return;
+  const uint32_t phase = phase_.load(std::memory_order_relaxed);
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads_ - 1) {
+    arrived_.store(0, std::memory_order_relaxed);
+    phase_.store(phase + 1);  // in order with what notify_all reads: whether anyone sleeps
+    phase_.notify_all();
+  } else {
+    wait_while(phase_, phase);
+  }
+}
+
+Pool::Pool(int threads) : threads_(threads), free_(threads) {
   try {
-    for (int t = 1; t < threads; ++t) workers_.emplace_back([this, t] { work_loop(t); });
+    idle_.reserve(threads);
+    for (int t = 1; t < threads; ++t) {
+      workers_.push_back(std::make_unique<Worker>());
+      Worker& worker = *workers_.back();
+      worker.thread = std::thread([this, &worker] { work_loop(worker); });
+      idle_.push_back(&worker);
+    }
   } catch (...) {  // the system cannot start more threads
     stop();
     throw;
@@ -64,62 +107,113 @@ Pool::Pool(int threads) {
 Pool::~Pool() { stop(); }
 
 void Pool::stop() {
+  stop_ = true;
+  for (const auto& worker : workers_) {
+    if (worker->thread.joinable()) start(*worker, nullptr, 0);
+  }
+  for (const auto& worker : workers_) {
+    if (worker->thread.joinable()) worker->thread.join();
+  }
+}
+
+void Pool::start(Worker& worker, std::shared_ptr<Job> job, int thread) {
   {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    stop_ = true;
-    generation_.fetch_add(1, std::memory_order_release);
+    const std::lock_guard<std::mutex> lock(worker.mutex);
+    worker.job = std::move(job);
+    worker.thread_of_job = thread;
   }
-  wake_.notify_all();
-  for (std::thread& worker : workers_) worker.join();
+  worker.turn.fetch_add(1);
+  worker.turn.notify_one();
 }
 
-void Pool::run(const std::function<void(int)>& work) {
-  if (!workers_.empty()) {
-    cpu_.store(current_cpu(), std::memory_order_relaxed);
-    running_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      work_ = &work;
-      generation_.fetch_add(1, std::memory_order_release);
-    }
-    wake_.notify_all();
+Pool::Share::Share(Pool& pool, int wanted) : pool_(pool) {
+  wanted = std::clamp(wanted, 1, pool.threads_);
+  workers_.reserve(wanted - 1);
+  std::unique_lock<std::mutex> lock(pool.mutex_);
+  const uint64_t ticket = pool.next_ticket_++;
+  ++pool.callers_;
+  ++pool.waiting_;
+  const auto part = [&] { return std::min(wanted, std::max(1, pool.threads_ / pool.callers_)); };
+  pool.freed_.wait(lock, [&] {
+    if (ticket != pool.serving_) return false;
+    pool.missing_ = part() - pool.free_;
+    return pool.missing_ <= 0;
+  });
+  ++pool.serving_;
+  --pool.waiting_;
+  pool.missing_ = 0;
+  const int taken = part();
+  pool.free_ -= taken;
+  workers_.assign(pool.idle_.end() - (taken - 1), pool.idle_.end());
+  pool.idle_.resize(pool.idle_.size() - workers_.size());
+  lock.unlock();
+  pool.freed_.notify_all();  // the next in the row
+}
+
+Pool::Share::~Share() {
+  {
+    const std::lock_guard<std::mutex> lock(pool_.mutex_);
+    for (Worker*& worker : workers_) pool_.give_back(worker);
+    ++pool_.free_;
+    --pool_.callers_;
   }
+  pool_.freed_.notify_all();
+}
+
+void Pool::Share::run(int threads, bool optional, const std::function<void(int)>& work) {
+  if (threads == 1) {
+    work(0);
+    return;
+  }
+  const int workers = threads - 1;
+  const std::shared_ptr<Job> job(
+      new Job{*this, work, current_cpu(), {workers}, std::vector<std::atomic<bool>>(workers)});
+  for (int t = 1; t < threads; ++t) start(*workers_[t - 1], job, t);
   work(0);
-  spin_until([this] { return running_.load(std::memory_order_acquire) == 0; });
-}
-
-void Pool::barrier() {
-  if (workers_.empty()) return;
-  const uint64_t phase = phase_.load(std::memory_order_relaxed);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) == static_cast<int>(workers_.size())) {
-    arrived_.store(0, std::memory_order_relaxed);
-    phase_.store(phase + 1, std::memory_order_release);
-  } else {
-    spin_until([this, phase] { return phase_.load(std::memory_order_acquire) != phase; });
+  if (optional) {
+    for (std::atomic<bool>& begun : job->begun) {
+      if (!begun.exchange(true)) job->running.fetch_sub(1);
+    }
   }
+  for (int left = job->running; left != 0;) left = wait_while(job->running, left);
 }
 
-void Pool::work_loop(int thread) {
-  uint64_t seen = 0;
-  for (;;) {
-    for (int i = 0; i < kIdleSpins && generation_.load(std::memory_order_acquire) == seen; ++i) cpu_pause();
-    if (generation_.load(std::memory_order_acquire) == seen) {
-      std::unique_lock<std::mutex> lock(mutex_);
-      wake_.wait(lock, [&] { return generation_.load(std::memory_order_acquire) != seen; });
-    }
-    ++seen;
-    const std::function<void(int)>* work;
+void Pool::give_back(Worker*& worker) {
+  if (worker == nullptr) return;
+  idle_.push_back(worker);
+  ++free_;
+  worker = nullptr;
+}
+
+bool Pool::needs(int threads) {
+  return missing_.load(std::memory_order_relaxed) > 0 && missing_.fetch_sub(threads, std::memory_order_relaxed) > 0;
+}
+
+void Pool::work_loop(Worker& worker) {
+  for (uint32_t seen = 0;;) {
+    seen = wait_while(worker.turn, seen);
+    if (stop_) return;
+    std::shared_ptr<Job> job;
+    int thread;
     {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      if (stop_) return;
-      work = work_;
+      const std::lock_guard<std::mutex> lock(worker.mutex);
+      job = std::move(worker.job);
+      thread = worker.thread_of_job;
     }
+    // It may have been dropped before this worker woke, and the next one taken in its place.
+    if (job == nullptr || job->begun[thread - 1].exchange(true)) continue;
     // The scheduler may wake two threads on one CPU and leave them there for some milliseconds, longer than a forward
     // pass. Of the CPUs in use only the caller's is known.
-    const int cpu = cpu_.load(std::memory_order_relaxed);
-    if (cpu >= 0 && current_cpu() == cpu) move_away_from(cpu);
-    (*work)(thread);
-    running_.fetch_sub(1, std::memory_order_acq_rel);
+    if (job->cpu >= 0 && current_cpu() == job->cpu) move_away_from(job->cpu);
+    job->work(thread);
+    if (waiting_ > 0) {
+      {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        give_back(job->share.workers_[thread - 1]);
+      }
+      freed_.notify_all();
+    }
+    if (job->running.fetch_sub(1) == 1) job->running.notify_one();
   }
 }
 

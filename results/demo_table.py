@@ -1,6 +1,6 @@
 """Print the table that `pruneofa demo` ends with, for README.md.
 
-    python results/demo_table.py results/demo/results.json
+python results/demo_table.py results/demo/results.json
 """
 
 import sys

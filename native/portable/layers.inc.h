@@ -68,26 +68,53 @@ static inline void encode_words(const float* x, int begin, int end, int features
   encode_rows<Group>([&](int f) { return load(x + f * kLanes); }, begin, end, features, scale, zero, codes);
 }
 
-static inline void add_moments(float* moments, const Floats& v) {
-  store(moments, load(moments) + v);
-  store(moments + kLanes, load(moments + kLanes) + v * v);
-}
-
-static inline void moments(const float* x, int count, float* moments) {
-  store(moments, broadcast(0.0f));
-  store(moments + kLanes, broadcast(0.0f));
-  for (int f = 0; f < count; ++f) add_moments(moments, load(x + f * kLanes));
-}
-
-static inline void normalize(float* x, int count, int features, const float* moments, int parts, std::ptrdiff_t stride,
-                             const float* gamma, const float* beta, float epsilon, Ranges range) {
-  Floats sum = broadcast(0.0f), squares = broadcast(0.0f);
-  for (int i = 0; i < parts; ++i) {
-    sum = sum + load(moments + i * stride);
-    squares = squares + load(moments + i * stride + kLanes);
+// The sum of term(0) .. term(count - 1), in four chains because an addition takes four cycles.
+template <class Term>
+static inline Floats sum_of(int count, const Term& term) {
+  Floats sum[4] = {broadcast(0.0f), broadcast(0.0f), broadcast(0.0f), broadcast(0.0f)};
+  int i = 0;
+  for (; i + 4 <= count; i += 4) {
+    PRUNEOFA_UNROLL
+    for (int chain = 0; chain < 4; ++chain) sum[chain] = sum[chain] + term(i + chain);
   }
-  const Floats mean = sum / static_cast<float>(features);
-  const Floats variance = maximum(squares / static_cast<float>(features) - mean * mean, broadcast(0.0f));
+  for (; i < count; ++i) sum[0] = sum[0] + term(i);
+  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+
+static inline int features_of_block(int block, int features) {
+  const int rest = features - block * kNormBlock;
+  return rest < kNormBlock ? rest : kNormBlock;
+}
+
+// Means are sums of differences from a value that is near: the sum of the values themselves would lose as many digits
+// as they have in common.
+static inline void moments(const float* x, int count, float* moments) {
+  for (int b = 0; b * kNormBlock < count; ++b, x += kNormBlock * kLanes, moments += 2 * kLanes) {
+    const int size = features_of_block(b, count);
+    const Floats near = load(x);
+    const Floats sum = sum_of(size, [&](int f) { return load(x + f * kLanes) - near; });
+    const Floats mean = near + sum / static_cast<float>(size);
+    store(moments, mean);
+    store(moments + kLanes, sum_of(size, [&](int f) {
+      const Floats difference = load(x + f * kLanes) - mean;
+      return difference * difference;
+    }));
+  }
+}
+
+static inline void normalize(float* x, int count, int features, const float* moments, const float* gamma,
+                             const float* beta, float epsilon, Ranges range) {
+  const int blocks = (features + kNormBlock - 1) / kNormBlock;
+  const auto block_mean = [&](int b) { return load(moments + b * 2 * kLanes); };
+  const auto size = [&](int b) { return static_cast<float>(features_of_block(b, features)); };
+  const Floats near = block_mean(0);
+  const Floats sum = sum_of(blocks, [&](int b) { return (block_mean(b) - near) * size(b); });
+  const Floats mean = near + sum / static_cast<float>(features);
+  const Floats squares = sum_of(blocks, [&](int b) {
+    const Floats difference = block_mean(b) - mean;
+    return difference * difference * size(b) + load(moments + b * 2 * kLanes + kLanes);
+  });
+  const Floats variance = squares / static_cast<float>(features);
   alignas(64) float inverses[kLanes];
   store(inverses, variance + epsilon);
   for (int i = 0; i < kLanes; ++i) inverses[i] = 1.0f / sqrtf(inverses[i]);
@@ -120,7 +147,9 @@ static inline void attention(const Attention& a) {
   const int first = a.begin / kLanes, last = (a.end - 1) / kLanes;
   for (int panel = first; panel <= last; ++panel) {
     const float* q = a.query + panel * a.stride;
-    Floats top = broadcast(-3.0e38f);
+    // A score that is infinite or NaN makes its query's output NaN; the largest is over the others, so that no power leaves
+    // the range of integers.
+    Floats top = broadcast(-3.0e38f), spoiled = broadcast(0.0f);
     for (int p = first; p <= last; ++p) {
       const float* k = a.key + p * a.stride;
       for (int s0 = 0; s0 < kLanes; s0 += kBlock) {
@@ -137,11 +166,14 @@ static inline void attention(const Attention& a) {
           const int token = p * kLanes + s0 + s;
           const Floats score = sum[s] * a.scale;
           store(scores + (token - first * kLanes) * kLanes, score);
-          if (token >= a.begin && token < a.end) top = maximum(top, score);
+          if (token >= a.begin && token < a.end) {
+            top = maximum(score, top);
+            spoiled = spoiled + score * 0.0f;
+          }
         }
       }
     }
-    Floats total = broadcast(0.0f);
+    Floats total = spoiled;
     for (int token = first * kLanes; token < (last + 1) * kLanes; ++token) {
       float* score = scores + (token - first * kLanes) * kLanes;
       const bool in_sequence = token >= a.begin && token < a.end;
@@ -160,7 +192,9 @@ static inline void attention(const Attention& a) {
       for (int p = first; p <= last; ++p) {
         const float* v = a.value + p * a.stride + d0 * kLanes;
         const float* weights = scores + (p - first) * kLanes * kLanes;
-        for (int s = 0; s < kLanes; ++s) {
+        // Keys of other sequences have the weight 0, which would make an infinite value NaN.
+        const int from = p == first ? a.begin % kLanes : 0, to = p == last ? (a.end - 1) % kLanes + 1 : kLanes;
+        for (int s = from; s < to; ++s) {
           const Floats w = load(weights + s * kLanes);
           PRUNEOFA_UNROLL
           for (int d = 0; d < kBlock; ++d) sum[d] = sum[d] + w * v[d * kLanes + s];

@@ -23,11 +23,7 @@ inline lanes::Floats dequantize(const TokenScales& t, float row_sum, float scale
 
 inline void write(const Operands& o, int panel, int n, const lanes::Floats& y) {
   float* const place = o.y + panel * o.y_stride + (n - o.first) * kLanes;
-  if (o.moments != nullptr) {
-    const lanes::Floats sum = lanes::load(place) + y;
-    lanes::store(place, sum);
-    return lanes::add_moments(o.moments + panel * 2 * kLanes, sum);
-  }
+  if (o.add) return lanes::store(place, lanes::load(place) + y);
   lanes::store(place, y);
   if (o.ranges != nullptr) lanes::update_range(o.ranges + panel * 2 * kLanes, y);
 }

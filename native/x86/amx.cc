@@ -133,7 +133,7 @@ void multiply_block(const Weights& w, const Operands& o, Multiply& m, const Bloc
     f = row_epilogue<kind>(w, o, before, finished, m.sums);
     Fresh && c < expanded ? multiply_chunk<kind, Rows, Fresh, false>(m, c, f)
                           : multiply_chunk<kind, Rows, false, false>(m, c, f);
-    store_statistics<kind>(f);
+    store_ranges<kind>(f);
     ++c;
     for (int g = 1; g < gap; ++g, ++c) without_rows(c);
   }
@@ -236,7 +236,7 @@ void multiply(const Weights& w, const Operands& o, int begin, int end) {
 }
 
 void linear_int8(const Weights& w, const Operands& o, int begin, int end) {
-  if (o.moments != nullptr) return multiply<Epilogue::kAdded>(w, o, begin, end);
+  if (o.add) return multiply<Epilogue::kAdded>(w, o, begin, end);
   if (o.activation == Activation::kNone && o.ranges == nullptr) return multiply<Epilogue::kFloats>(w, o, begin, end);
   if (o.activation == Activation::kGeluHalf) return multiply<Epilogue::kGeluHalf>(w, o, begin, end);
   if (o.activation == Activation::kGelu) return multiply<Epilogue::kGelu>(w, o, begin, end);

@@ -23,7 +23,7 @@
 // Scores of a loaded query panel with the keys of a pair of panels; in tile 6.
 template <int Parts>
 PRUNEOFA_INLINE void score(const Head& h, int panel, int pair, float* scores) {
-  if (Parts == 1 && pair * 2 + 1 < h.panels) {  // side by side, because a product waits for the one before it
+  if (Parts == 1 && pair * 2 + 1 < h.keys) {  // side by side, because a product waits for the one before it
     _tile_zero(6);
     _tile_zero(7);
     for (int d = 0; d < h.depth; ++d) {
@@ -35,7 +35,7 @@ PRUNEOFA_INLINE void score(const Head& h, int panel, int pair, float* scores) {
     _tile_stored(7, scores + 256, 64);
     return;
   }
-  for (int half = 0; half < 2 && pair * 2 + half < h.panels; ++half) {
+  for (int half = 0; half < 2 && pair * 2 + half < h.keys; ++half) {
     _tile_zero(6);
     for (int d = 0; d < h.depth; ++d) {
       PRUNEOFA_RIGHT(h.query, (panel % kSlots * h.depth + d) * 256);
@@ -72,11 +72,19 @@ PRUNEOFA_INLINE void clear_sums() {
   _tile_zero(3);
 }
 
-// Writes the outputs of a query panel from tiles 0 to 3; further outputs are mixed here. `slot` is that of pair 0.
+// The queries of a panel that belong to the sequence.
+PRUNEOFA_INLINE __mmask16 queries_of(const Attention& a, const Head& h, int panel) {
+  const int from = a.begin - (h.first + panel) * kLanes, to = a.end - (h.first + panel) * kLanes;
+  const unsigned before = from > 0 ? (1u << from) - 1 : 0, through = to < kLanes ? (1u << to) - 1 : 0xffff;
+  return static_cast<__mmask16>(through & ~before);
+}
+
+// Writes the outputs of some queries of a panel from tiles 0 to 3; further outputs are mixed here. `slot` is that of
+// pair 0.
 template <int Parts>
-PRUNEOFA_INLINE void write_outputs(const Attention& a, const Head& h, int panel, const lanes::Floats& total, int slot) {
+PRUNEOFA_INLINE void write_outputs(const Attention& a, const Head& h, int panel, __mmask16 queries,
+                                   const lanes::Floats& total, int slot) {
   const lanes::Floats inverse = 1.0f / total;
-  const lanes::Ints in_sequence = lanes::sequence_mask(a, h.first + panel);
   float* out = a.query + (h.first + panel) * a.stride;
   for (int o = 0; o < h.outputs; o += 4) {
     if (o > 0) {
@@ -90,7 +98,7 @@ PRUNEOFA_INLINE void write_outputs(const Attention& a, const Head& h, int panel,
     _tile_stored(3, sums + 768, 64);
     for (int r = 0; r < 64 && o * 16 + r < a.size; ++r) {
       float* place = out + (o * 16 + r) * kLanes;
-      lanes::store(place, lanes::select(in_sequence, lanes::load(sums + r * 16) * inverse, lanes::load(place)));
+      _mm512_mask_store_ps(place, queries, reinterpret_cast<__m512>(lanes::load(sums + r * 16) * inverse));
     }
   }
 }
@@ -107,10 +115,10 @@ struct Step {
 };
 
 // Softmax subtracts the largest score only to keep powers in the range of a float. The largest of the first pair does
-// that too, unless a later weight is 2^64 times as large. `total` shows that case, and the panel is computed again
+// that too, unless a later weight is 2^64 times as large. `total` shows that case, and those queries are computed again
 // here.
 template <int Parts>
-__attribute__((noinline)) void recompute_panel(const Attention& a, Head h, int panel, float base) {
+__attribute__((noinline)) void recompute(const Attention& a, Head h, int panel, __mmask16 queries, float base) {
   for (int i = 0; i < 2; ++i) h.weight[i] += h.weight_slots * 256;
   h.weight_slots = h.pairs;
   alignas(64) float scores[512] = {};
@@ -119,7 +127,7 @@ __attribute__((noinline)) void recompute_panel(const Attention& a, Head h, int p
   for (int pair = 0; pair < h.pairs; ++pair) {
     score<Parts>(h, panel, pair, scores);
     compiler_barrier();
-    top = lanes::maximum(top, largest_of_pair(a, h, pair, scores) * base);
+    top = lanes::maximum(top, largest_of_pair(h, pair, scores) * base);
   }
   const lanes::Floats least = (top - 200.0f) * (1.0f / base);
   clear_sums();
@@ -128,10 +136,10 @@ __attribute__((noinline)) void recompute_panel(const Attention& a, Head h, int p
     compiler_barrier();
     // Weights of 2^-200 are 0; much smaller ones would leave the range of fixed-point numbers.
     for (int i = 0; i < 512; i += kLanes) lanes::store(scores + i, lanes::maximum(lanes::load(scores + i), least));
-    total = total + softmax_weights<Parts>(a, h, pair, scores, base, top, pair);
+    total = total + softmax_weights<Parts>(h, pair, scores, base, top, pair);
     add_values<Parts>(h, 0, pair, pair);
   }
-  write_outputs<Parts>(a, h, panel, total, 0);
+  write_outputs<Parts>(a, h, panel, queries, total, 0);
 }
 
 // A software pipeline, so that the tile unit and the vector units work at the same time: while the softmax weights of
@@ -157,10 +165,10 @@ void tile_attention(const Attention& a) {
     if (now.count < steps) {
       const float* scores = h.scores + now.count % kSlots * 512;
       if (now.pair == 0) {
-        top = largest_of_pair(a, h, 0, scores) * base;
+        top = largest_of_pair(h, 0, scores) * base;
         total = lanes::broadcast(0.0f);
       }
-      total = total + softmax_weights<Parts>(a, h, now.pair, scores, base, top, now.count % h.weight_slots);
+      total = total + softmax_weights<Parts>(h, now.pair, scores, base, top, now.count % h.weight_slots);
       if (now.pair == h.pairs - 1) lanes::store(totals[now.panel % kSlots], total);
     }
     now.next(h);
@@ -170,9 +178,11 @@ void tile_attention(const Attention& a) {
       if (behind.pair == h.pairs - 1) {
         const lanes::Floats sum = lanes::load(totals[behind.panel % kSlots]);
         const __m512 most = _mm512_set1_ps(0x1p64f);
-        const bool fits = _mm512_cmp_ps_mask(reinterpret_cast<__m512>(sum), most, _CMP_LE_OQ) == 0xffff;
+        const __mmask16 fits = _mm512_cmp_ps_mask(reinterpret_cast<__m512>(sum), most, _CMP_LE_OQ);
+        const __mmask16 queries = queries_of(a, h, behind.panel), again = queries & ~fits;
         const int slot = (behind.count - behind.pair) % h.weight_slots;
-        fits ? write_outputs<Parts>(a, h, behind.panel, sum, slot) : recompute_panel<Parts>(a, h, behind.panel, base);
+        write_outputs<Parts>(a, h, behind.panel, queries & fits, sum, slot);
+        if (again != 0) recompute<Parts>(a, h, behind.panel, again, base);
       }
       behind.next(h);
     }

@@ -15,7 +15,7 @@ void copy_raw_sums(const Weights& w, const Operands& o, const Block& block, cons
   }
 }
 
-// Variants of the epilogue. kFloats: no activation, no range; kAdded: added to y, with moments; kOther: any activation,
+// Variants of the epilogue. kFloats: no activation, no range; kAdded: added to y; kOther: any activation,
 // chosen at run time for each row.
 enum class Epilogue { kFloats, kAdded, kGelu, kGeluHalf, kOther };
 
@@ -27,27 +27,26 @@ struct RowEpilogue {
   const float *row_sum, *scale, *bias;  // of the next output
   const int32_t* sums;
   float* y;
-  float* statistics;  // ranges or moments of the panel; null: not requested
+  float* ranges;      // of the panel; null: not asked for
   TokenScales tokens;
   Activation activation;
-  lanes::Floats first, second;  // running statistics: minimum and maximum, or with kAdded sums of values and of squares
+  lanes::Floats low, high;  // of the rows so far
 };
 
 template <Epilogue kind>
 PRUNEOFA_INLINE RowEpilogue row_epilogue(const Weights& w, const Operands& o, const Block& block, int row,
                                          const int32_t* sums) {
   const int panel = block.panel + row / 32, n = block.n + row % 32;
-  float* const statistics = kind == Epilogue::kAdded ? o.moments : o.ranges;
   return {w.row_sum + n,
           w.scale + n,
           w.bias + n,
           sums + row * kLanes,
           o.y + panel * o.y_stride + (n - o.first) * kRowFloats<kind>,
-          statistics == nullptr ? nullptr : statistics + panel * 2 * kLanes,
+          o.ranges == nullptr ? nullptr : o.ranges + panel * 2 * kLanes,
           token_scales(o, panel),
           o.activation,
-          kind == Epilogue::kAdded ? lanes::load(o.moments + panel * 2 * kLanes) : lanes::broadcast(0.0f),
-          kind == Epilogue::kAdded ? lanes::load(o.moments + panel * 2 * kLanes + kLanes) : lanes::broadcast(0.0f)};
+          lanes::broadcast(0.0f),
+          lanes::broadcast(0.0f)};
 }
 
 PRUNEOFA_INLINE lanes::Floats dequantized(const RowEpilogue& f, int i) {
@@ -59,8 +58,8 @@ PRUNEOFA_INLINE void apply_to_halves(RowEpilogue& f, int i, bool alone) {
   const __m512h v = gelu_half(join(dequantized(f, i), alone ? lanes::broadcast(0.0f) : dequantized(f, i + 1)));
   float* const y = f.y + i * kRowFloats<Epilogue::kGeluHalf>;
   alone ? _mm512_mask_storeu_epi16(y, 0xffff, _mm512_castph_si512(v)) : _mm512_store_ph(y, v);
-  f.first = reinterpret_cast<lanes::Floats>(minimum(as_halves(f.first), v));
-  f.second = reinterpret_cast<lanes::Floats>(maximum(as_halves(f.second), v));
+  f.low = reinterpret_cast<lanes::Floats>(minimum(as_halves(f.low), v));
+  f.high = reinterpret_cast<lanes::Floats>(maximum(as_halves(f.high), v));
 }
 
 template <Epilogue kind, int Rows>
@@ -74,15 +73,11 @@ PRUNEOFA_INLINE void apply_to_rows(RowEpilogue& f) {
     lanes::Floats v = dequantized(f, i);
     if (kind == Epilogue::kGelu) v = lanes::gelu(v);
     if (kind == Epilogue::kOther) v = lanes::activate(v, f.activation);
-    if (kind == Epilogue::kAdded) {
-      v = v + lanes::load(f.y + i * kLanes);
-      f.first = f.first + v;
-      f.second = f.second + v * v;
-    }
+    if (kind == Epilogue::kAdded) v = v + lanes::load(f.y + i * kLanes);
     lanes::store(f.y + i * kLanes, v);
     if (kind == Epilogue::kAdded || kind == Epilogue::kFloats) continue;
-    f.first = lanes::minimum(f.first, v);
-    f.second = lanes::maximum(f.second, v);
+    f.low = lanes::minimum(f.low, v);
+    f.high = lanes::maximum(f.high, v);
   }
   f.row_sum += Rows;
   f.scale += Rows;
@@ -92,17 +87,14 @@ PRUNEOFA_INLINE void apply_to_rows(RowEpilogue& f) {
 }
 
 template <Epilogue kind>
-PRUNEOFA_INLINE void store_statistics(const RowEpilogue& f) {
-  if (f.statistics == nullptr) return;
-  if (kind == Epilogue::kAdded) {
-    lanes::store(f.statistics, f.first);
-    lanes::store(f.statistics + kLanes, f.second);
-  } else if (kind == Epilogue::kGeluHalf) {
-    update_range(f.statistics, as_halves(f.first));
-    update_range(f.statistics, as_halves(f.second));
+PRUNEOFA_INLINE void store_ranges(const RowEpilogue& f) {
+  if (kind == Epilogue::kAdded || kind == Epilogue::kFloats || f.ranges == nullptr) return;
+  if (kind == Epilogue::kGeluHalf) {
+    update_range(f.ranges, as_halves(f.low));
+    update_range(f.ranges, as_halves(f.high));
   } else {
-    lanes::update_range(f.statistics, f.first);
-    lanes::update_range(f.statistics, f.second);
+    lanes::update_range(f.ranges, f.low);
+    lanes::update_range(f.ranges, f.high);
   }
 }
 
@@ -112,6 +104,6 @@ void apply_to_rest(const Weights& w, const Operands& o, const Block& block, int 
   for (; row < block.panels * 32; row = row / 32 * 32 + 32) {
     RowEpilogue f = row_epilogue<kind>(w, o, block, row, sums);
     for (int r = row % 32; r < block.rows; ++r) apply_to_rows<kind, 1>(f);
-    store_statistics<kind>(f);
+    store_ranges<kind>(f);
   }
 }

@@ -29,11 +29,10 @@ alignas(64) constexpr uint8_t kFraction[128] = {
 // looked up. Rounding the exponent changes a weight by at most 0.27 %, as rounding to bfloat16 does by 0.39 %. `top` is
 // not always the largest: weights that are too large come out as the largest number or more.
 template <int Parts, bool All>
-PRUNEOFA_INLINE lanes::Floats softmax_weights(const Attention& a, const Head& h, int pair, const float* scores,
-                                              float base, const lanes::Floats& top, int slot) {
+PRUNEOFA_INLINE lanes::Floats softmax_weights(const Head& h, int pair, const float* scores, float base,
+                                              const lanes::Floats& top, int slot) {
   lanes::Floats totals[2] = {lanes::broadcast(0.0f), lanes::broadcast(0.0f)};
-  const int begin = (h.first + pair * 2) * kLanes;
-  const auto in_sequence = [&](int s) { return All || (begin + s >= a.begin && begin + s < a.end); };
+  const auto in_sequence = [&](int s) { return All || pair * 32 + s < h.length; };
   int32_t* const weight[2] = {h.weight[0] + slot * 256, h.weight[1] + slot * 256};
   if (Parts == 1) {
     constexpr float kOne = 127 * 128;  // the bits of 1 as bfloat16
@@ -89,16 +88,14 @@ PRUNEOFA_INLINE lanes::Floats largest(const float* scores, int rows) {
 }
 
 template <int Parts>
-PRUNEOFA_INLINE lanes::Floats softmax_weights(const Attention& a, const Head& h, int pair, const float* scores,
-                                              float base, const lanes::Floats& top, int slot) {
-  const int begin = (h.first + pair * 2) * kLanes;
-  return begin >= a.begin && begin + 32 <= a.end ? softmax_weights<Parts, true>(a, h, pair, scores, base, top, slot)
-                                                 : softmax_weights<Parts, false>(a, h, pair, scores, base, top, slot);
+PRUNEOFA_INLINE lanes::Floats softmax_weights(const Head& h, int pair, const float* scores, float base,
+                                              const lanes::Floats& top, int slot) {
+  return pair * 32 + 32 <= h.length ? softmax_weights<Parts, true>(h, pair, scores, base, top, slot)
+                                    : softmax_weights<Parts, false>(h, pair, scores, base, top, slot);
 }
 
 // The largest score of each query with the keys of a pair.
-PRUNEOFA_INLINE lanes::Floats largest_of_pair(const Attention& a, const Head& h, int pair, const float* scores) {
-  const int begin = (h.first + pair * 2) * kLanes, from = begin < a.begin ? a.begin - begin : 0;
-  const int to = begin + 32 > a.end ? a.end - begin : 32;
-  return largest(scores + from * kLanes, to - from);
+PRUNEOFA_INLINE lanes::Floats largest_of_pair(const Head& h, int pair, const float* scores) {
+  const int rest = h.length - pair * 32;
+  return largest(scores, rest < 32 ? rest : 32);
 }

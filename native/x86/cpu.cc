@@ -12,7 +12,7 @@ namespace pruneofa {
 namespace {
 
 struct Cpu {
-  bool avx2 = false, avx512vnni = false, amx = false;
+  bool avx2 = false, avxvnni = false, avx512vnni = false, amx = false;
 };
 
 // Register state that the operating system saves: without it an instruction faults although cpuid lists it.
@@ -39,12 +39,18 @@ Cpu detect() {
   if (!os_saves || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return cpu;
   const uint64_t state = saved_state();
   const bool ymm = (state & 0x6) == 0x6, zmm = (state & 0xe6) == 0xe6, tiles = (state & 0x60000) == 0x60000;
+  const uint32_t subleaves = a;  // of leaf 7, beside this one
   cpu.avx2 = ymm && fma && (b >> 5 & 1);
+#if defined(PRUNEOFA_EMULATE)
+  cpu.avxvnni = cpu.avx512vnni = cpu.amx = cpu.avx2;
+  return cpu;
+#endif
   const bool f = b >> 16 & 1, dq = b >> 17 & 1, bw = b >> 30 & 1, vl = b >> 31 & 1, vnni = c >> 11 & 1;
   cpu.avx512vnni = cpu.avx2 && zmm && f && dq && bw && vl && vnni;
   const bool vbmi = c >> 1 & 1, vbmi2 = c >> 6 & 1, bf16 = d >> 22 & 1, fp16 = d >> 23 & 1, tile = d >> 24 & 1,
              int8 = d >> 25 & 1;
   cpu.amx = cpu.avx512vnni && tiles && popcnt && vbmi && vbmi2 && bf16 && fp16 && tile && int8 && may_use_tiles();
+  if (subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) cpu.avxvnni = cpu.avx2 && (a >> 4 & 1);
   return cpu;
 }
 
@@ -56,6 +62,7 @@ const Cpu& this_cpu() {
 }  // namespace
 
 bool cpu_has_avx2() { return this_cpu().avx2; }
+bool cpu_has_avxvnni() { return this_cpu().avxvnni; }
 bool cpu_has_avx512vnni() { return this_cpu().avx512vnni; }
 bool cpu_has_amx() { return this_cpu().amx; }
 

@@ -4,7 +4,12 @@
 #pragma once
 
 #define PRUNEOFA_PRAGMA(text) _Pragma(#text)
-#if defined(__clang__)
+#if defined(PRUNEOFA_EMULATE)  // see tests/kernels/emulated
+#define PRUNEOFA_TARGET_BEGIN(instructions) \
+  PRUNEOFA_PRAGMA(GCC push_options)         \
+  PRUNEOFA_PRAGMA(GCC target("avx2,fma,f16c,popcnt"))
+#define PRUNEOFA_TARGET_END PRUNEOFA_PRAGMA(GCC pop_options)
+#elif defined(__clang__)
 #define PRUNEOFA_TARGET_BEGIN(instructions) \
   PRUNEOFA_PRAGMA(clang attribute push(__attribute__((target(instructions))), apply_to = function))
 #define PRUNEOFA_TARGET_END PRUNEOFA_PRAGMA(clang attribute pop)

@@ -14,7 +14,7 @@ Floats = NDArray[np.float32]
 Table = tuple[NDArray[np.int8], Floats] | tuple[Floats, None]  # rows of an embedding: int8 and a scale each, or float32
 
 def built_isas() -> list[str]:
-    """Paths of this build, slowest first; a subset of "scalar", "avx2", "avx512vnni" and "amx"."""
+    """Paths of this build, slowest first; a subset of "scalar", "avx2", "avxvnni", "avx512vnni" and "amx"."""
 
 def available_isas() -> list[str]:
     """The built paths that this CPU and operating system can run, slowest first."""
@@ -86,7 +86,8 @@ class Linear:
 class Encoder:
     """Embeddings and transformer layers: attention and feed-forward blocks, LayerNorm after each.
 
-    It has one set of buffers and `threads` - 1 threads of its own. Python threads may share it and take turns.
+    It has `threads` - 1 threads of its own, and buffers for every group of them. Python threads may call it at the same
+    time and share its threads evenly. A process that is forked off starts its own at the first call.
     """
 
     def __init__(
@@ -132,19 +133,29 @@ class Encoder:
         positions: NDArray[np.int32],
         types: NDArray[np.int32],
         offsets: NDArray[np.int32],
+        parts: NDArray[np.int32] | None = None,
+        lanes: int = 1,
+        width: int | None = None,
     ) -> Floats:
         """Hidden states (t, hidden) of the last layer for concatenated sequences, without padding.
 
-        Results are bit-identical for the same path and number of threads.
+        Results are bit-identical for the same path, whatever else is in the batch and however it is divided. The ids
+        and the other arguments are copied first: changing them meanwhile changes nothing.
 
         Args:
             ids: (t,) int32, rows of `word`.
             positions: (t,) int32, rows of `position`.
             types: (t,) int32, rows of `token_type`.
             offsets: (s + 1,) int32, start of each of the s sequences, and t.
+            parts: (p + 1,) int32: the sequences parts[i] to parts[i + 1] - 1 are computed together; None: all are.
+                After a quarter of a second no further part is begun: the result then ends with the last one that was,
+                and the caller calls again for the others.
+            lanes: the most groups of threads that compute parts at the same time.
+            width: the most threads of a lane; None: threads / lanes.
 
         Raises:
-            ValueError: an id, position or type outside of its table; offsets that do not rise from 0 to t.
+            ValueError: an id, position or type outside of its table; offsets that do not rise from 0 to t, or parts
+                from 0 to s; lanes or width that the threads are too few for.
             TypeError: an array of another type.
         """
 

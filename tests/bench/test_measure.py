@@ -75,6 +75,7 @@ def test_what_is_not_installed_is_listed_or_refused(monkeypatch):
     [
         (None, set()),
         ("avx512vnni", {"onnxruntime", "onnxruntime-int8"}),
+        ("avxvnni", {"onnxruntime", "onnxruntime-int8", "openvino", "openvino-int8", "deepsparse"}),
         ("avx2", {"onnxruntime", "onnxruntime-int8", "openvino", "openvino-int8"}),
         ("scalar", set(PEERS) - {PRUNEOFA}),
     ],

@@ -7,6 +7,7 @@ import pytest
 
 from pruneofa.bench.workers import Worker
 from pruneofa.engine import engine
+from pruneofa.engine.threads import choose_threads
 from tests.tiny import write_folder
 
 pytestmark = pytest.mark.skipif(engine.native is None, reason="the native kernels were not built")
@@ -82,6 +83,10 @@ def test_inspect_says_what_the_engine_chose_and_why(call, folder):
     found = json.loads(said.out)["engine"]
     assert found["isa"] == engine.Engine.available_isas()[-1]
     assert len(found["layers"]) == 12 and all("sparsity" in why for why in found["layers"].values())
+    assert found["threads"] == choose_threads(None).count and found["threads_reason"] == choose_threads(None).reason
     text = call("inspect", folder, "--engine").out
+    assert found["threads_reason"] in text
+    assert found["lanes"]["1 text of 128 tokens"].startswith("1 x ")
+    assert "32 texts of 64 tokens" in text
     assert "layer.1.intermediate" in text and f"on {found['isa']}" in text
     assert "engine" not in json.loads(call("inspect", folder, "--json").out)

@@ -195,7 +195,7 @@ def test_wrong_batch_sizes(loaded, batch_size):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"threads": 0}, "threads is 0, wanted an integer from 1 to 1024, or None"),
+        ({"threads": 0}, "threads is 0, wanted an integer from 1 to 1024, or None to count"),
         ({"threads": -1}, "threads is -1"),
         ({"threads": 2.0}, "threads is 2.0"),
         ({"threads": True}, "threads is True"),

@@ -1,4 +1,4 @@
-"""Sequences, windows and chunks, with tokenizers of both kinds: WordPiece and byte-level."""
+"""Sequences, and windows, with tokenizers of both kinds: WordPiece and byte-level."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from tokenizers.processors import RobertaProcessing
 
-from pruneofa.engine.tokenizer import TextTokenizer, chunks
+from pruneofa.engine.tokenizer import TextTokenizer
 from pruneofa.errors import InputError
 from tests.tiny import write_tokenizer
 
@@ -96,12 +96,3 @@ def test_token_types_only_where_the_model_has_them(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"model_input_names": ["input_ids", "attention_mask"]}))
     tokenizer = TextTokenizer(tmp_path, vocabulary=1000, types=2, limit=64)
     assert not tokenizer.sequences(pair, ["x"], truncate=False)[0].types.any()
-
-
-def test_chunks_are_sorted_by_length_and_hold_so_many_tokens():
-    assert list(chunks([300, 5, 200, 600, 100], 512)) == [[1, 4, 2], [0], [3]]
-    assert list(chunks([512, 512])) == [[0], [1]]
-    lengths = np.random.default_rng(0).integers(1, 129, 100).tolist()
-    made = list(chunks(lengths))
-    assert sorted(index for chunk in made for index in chunk) == list(range(100))
-    assert all(sum(lengths[index] for index in chunk) <= 512 for chunk in made)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-TABLE = ("scalar", "avx2", "avx512vnni", "amx")  # every row of the dispatch table, worst first
+TABLE = ("scalar", "avx2", "avxvnni", "avx512vnni", "amx")  # every row of the dispatch table, worst first
 # Scales and zero points of what layers of `model` read: norms, attention's mixtures of values, GELU's outputs. As fine
 # as those of a token, so that a code counts as little; the largest numbers are clipped.
 _NORMED = (0.025, 121)

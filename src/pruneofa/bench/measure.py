@@ -79,11 +79,12 @@ class Bench:
 
     def __init__(self, settings: Settings) -> None:
         """Raises InputError as `run` does."""
-        from pruneofa.engine.engine import Engine, choose_isa, choose_threads
+        from pruneofa.engine.engine import Engine, choose_isa
+        from pruneofa.engine.threads import choose_threads
 
         available = Engine.available_isas()
         self.settings = settings
-        self.threads = choose_threads(settings.threads)
+        self.threads = choose_threads(settings.threads).count
         self.isa = choose_isa(settings.isa) if available else ""
         self.cap = self.isa if available and self.isa != available[-1] else None
         self.peers, self.left_out = choose(settings, self.cap)

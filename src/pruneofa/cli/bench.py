@@ -47,11 +47,11 @@ def describe(verb: argparse.ArgumentParser) -> None:
     add("--batch", type=int, default=1, metavar="N", help="sequences per batch (default 1)")
     add("--mixed", nargs="*", metavar="NxA-B",
         help="batches of N sequences of A to B tokens (no value: 32x8-128); padded for peers")  # fmt: skip
-    add("--threads", type=int, metavar="N", help="threads of every runner (default: one per CPU)")
+    add("--threads", type=int, metavar="N", help="threads of every runner (default: as many as the engine chooses)")
     add(
         "--isa",
         metavar="ISA",
-        help="limit engine and peers to this instruction set: amx, avx512vnni, avx2 or scalar",
+        help="limit engine and peers to this instruction set: amx, avx512vnni, avxvnni, avx2 or scalar",
     )
     add("--precision", choices=["int8", "fp32"], default="int8", help="precision of the engine (default int8)")
     add(

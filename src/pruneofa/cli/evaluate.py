@@ -28,11 +28,11 @@ def describe(verb: argparse.ArgumentParser) -> None:
         "of the engine: int8 (default) or fp32; for torch: fp32 switches off the int8 simulation of a quantized folder"
     )
     group.add_argument("--precision", choices=["int8", "fp32"], help=choice)
-    group.add_argument("--threads", type=int, metavar="N", help="threads of the engine (default: one per CPU)")
+    group.add_argument("--threads", type=int, metavar="N", help="threads of the engine (default: it chooses)")
     group.add_argument(
         "--isa",
         metavar="ISA",
-        help="instruction set of the engine: amx, avx512vnni, avx2 or scalar (default: the fastest)",
+        help="instruction set of the engine: amx, avx512vnni, avxvnni, avx2 or scalar (default: the fastest)",
     )
     verb.add_argument("--json", action="store_true", help="print as JSON")
 

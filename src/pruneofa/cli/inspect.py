@@ -3,6 +3,10 @@
 import argparse
 
 from pruneofa.cli.show import print_value, show_model
+from pruneofa.engine.lanes import Plan
+
+# Batches whose division among threads is shown.
+CASES = {"1 text of 32 tokens": [32], "1 text of 128 tokens": [128], "32 texts of 64 tokens": [64] * 32}
 
 
 def describe(verb: argparse.ArgumentParser) -> None:
@@ -29,8 +33,19 @@ def describe(verb: argparse.ArgumentParser) -> None:
 
             precision = "int8" if found.get("precision", "int8") == "int8" else "fp32"
             engine = Engine.from_pretrained(folder, precision=precision)
+
+            def lanes(made: Plan) -> str:
+                return f"{made.lanes} x {made.width} {'thread' if made.width == 1 else 'threads'}"
+
             layers = dict(engine.choices())
-            found["engine"] = {"isa": engine.isa, "activations": engine.activations, "layers": layers}
+            found["engine"] = {
+                "isa": engine.isa,
+                "activations": engine.activations,
+                "threads": engine.threads,
+                "threads_reason": engine.threads_reason,
+                "lanes": {case: lanes(engine.plan(lengths)) for case, lengths in CASES.items()},
+                "layers": layers,
+            }
         print_value(found, options.json, lambda: show_model(found))
         return 0
 

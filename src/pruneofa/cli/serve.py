@@ -120,6 +120,6 @@ def _key(file: Path | None) -> str | None:
 def _threads(options: argparse.Namespace) -> int | None:
     if options.threads is not None or options.workers == 1:
         return options.threads
-    from pruneofa.engine.engine import choose_threads
+    from pruneofa.engine.threads import choose_threads
 
-    return max(1, choose_threads(None) // options.workers)
+    return max(1, choose_threads(None).count // options.workers)

@@ -36,6 +36,8 @@ def show_model(found: dict[str, Any], layers: bool = True) -> None:
     if "engine" in found:
         where = f"on {found['engine']['isa']}, {found['engine']['activations']} activations"
         table([{where: k, **explain_choice(v)} for k, v in found["engine"]["layers"].items()])
+        table([{"threads": found["engine"]["threads"], "because of": found["engine"]["threads_reason"]}])
+        table([{"batch": case, "lanes": made} for case, made in found["engine"]["lanes"].items()])
 
 
 def explain_choice(choice: str) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """The engine: runs a sparse encoder and its task head on a CPU with the native kernels. No torch, no transformers."""
 
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -12,9 +13,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from pruneofa.engine.heads import Classification, Embedding, Head, task_head
 from pruneofa.engine.inputs import WANTED, as_matrix, as_row, check_item, check_range, row_lengths
+from pruneofa.engine.lanes import Plan, check_lanes, groups, plan
 from pruneofa.engine.load import Precision, Weights, build_encoder
 from pruneofa.engine.question_answering import QuestionAnswering
-from pruneofa.engine.tokenizer import TextTokenizer, Tokens, chunks
+from pruneofa.engine.threads import Threads, choose_threads, cpu_quota, usable_threads
+from pruneofa.engine.tokenizer import TextTokenizer, Tokens
 from pruneofa.errors import InputError
 from pruneofa.families import POOLER
 from pruneofa.formats.architecture import check_tensors, read_architecture
@@ -30,17 +33,18 @@ except ImportError as error:  # a source tree that was not built; from_pretraine
     _native, _not_built = None, error
 native: Any = _native
 
-_MAX_THREADS = 1024  # a mistyped number must not start a million threads
-
 
 class Engine:
     """A loaded model, ready for inference; create it with `from_pretrained`.
 
-    Several engines may run at the same time, and several Python threads may use one engine.
+    Several engines may run at the same time, and several Python threads may use one engine: they share its threads
+    evenly. An engine works in a process that is forked off, and can be pickled: its folder and settings are.
 
     Attributes:
         isa: the kernels in use, one of `available_isas()`.
         threads: number of compute threads.
+        threads_reason: what that number comes from.
+        lanes: number of groups of threads that compute parts of a batch; None: chosen for each batch, see `plan`.
         precision: "int8" or "fp32".
         activations: quantization of the inputs of int8 layers: "static" (scales from training) or "dynamic" (one scale
             per token); "float" if the precision is fp32.
@@ -53,7 +57,9 @@ class Engine:
         head: the computation after the encoder.
     """
 
-    def __init__(self, packed: Packed, *, precision: Precision, threads: int, isa: str) -> None:
+    def __init__(
+        self, packed: Packed, *, precision: Precision, threads: Threads, lanes: int | None = None, isa: str
+    ) -> None:
         """Build the encoder for one ISA from checked arguments; removes the linear layers from `packed`."""
         folder = packed.folder
         architecture = read_architecture(packed.config, folder)
@@ -63,11 +69,14 @@ class Engine:
         encoder = [linear for name, linear in packed.linears.items() if name != f"{POOLER}.weight"]
         self.sparsity = 1 - sum(linear.values.size for linear in encoder) / sum(math.prod(x.shape) for x in encoder)
         weights = Weights(packed, native, isa)
-        self.isa, self.threads, self.precision = isa, threads, precision
+        self.isa, self.precision = isa, precision
+        self.threads, self.threads_reason, self.lanes = threads.count, threads.reason, lanes
+        self._quota = cpu_quota()
+        self._settings = {"precision": precision, "threads": threads.wanted, "lanes": lanes, "isa": isa}
         int8 = "dynamic" if packed.input_scales is None else "static"
         self.activations: str = int8 if precision == "int8" else "float"
-        self._architecture = architecture
-        self._encoder = build_encoder(native, weights, architecture, threads=threads, isa=isa)
+        self._architecture, self._folder = architecture, folder.absolute()
+        self._encoder = build_encoder(native, weights, architecture, threads=self.threads, isa=isa)
         self._vocabulary = len(words)
         self.max_length = len(positions) - architecture.first_position
         self.tokenizer = TextTokenizer(
@@ -91,6 +100,7 @@ class Engine:
         *,
         precision: Precision = "int8",
         threads: int | None = None,
+        lanes: int | None = None,
         isa: str | None = None,
     ) -> Self:
         """Load a packed folder, any Hugging Face folder of a supported architecture, or a hub id.
@@ -99,7 +109,11 @@ class Engine:
             path_or_id: a model of one of `pruneofa.families`; a folder that is not packed is packed in memory.
             precision: "int8" quantizes weights that are not int8 yet, and activations with the static scales of the
                 folder if it has any, otherwise dynamically per token. "fp32" keeps float32.
-            threads: number of compute threads; default: one per CPU that this process may use.
+            threads: number of compute threads; default: PRUNEOFA_THREADS or OMP_NUM_THREADS if set, else one per
+                physical core of the CPUs that this process may use, as far as its control groups' quota of CPU time
+                goes. No more of them are used than can run at a time.
+            lanes: number of groups of threads, 1 to `threads`, which compute parts of a batch at the same time without
+                waiting for each other; default: chosen for each batch. It does not affect results.
             isa: the kernels to use; default: PRUNEOFA_ISA if set, else the fastest that this CPU supports.
 
         Raises:
@@ -112,7 +126,13 @@ class Engine:
             raise InputError(f"precision is {precision!r}, wanted 'int8' or 'fp32'")
         if not isinstance(path_or_id, (str, os.PathLike)):
             raise InputError(f"path_or_id is {type(path_or_id).__name__}, wanted a folder's path or a hub id")
-        settings: dict[str, Any] = {"precision": precision, "threads": choose_threads(threads), "isa": choose_isa(isa)}
+        chosen = choose_threads(threads)
+        settings: dict[str, Any] = {
+            "precision": precision,
+            "threads": chosen,
+            "lanes": check_lanes(lanes, chosen.count),
+            "isa": choose_isa(isa),
+        }
         folder = local_folder(path_or_id)
         if not (folder / MANIFEST).is_file():
             return cls(convert(folder, precision), **settings)
@@ -126,9 +146,17 @@ class Engine:
             packed = _quantized(packed)
         return cls(packed, **settings)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the folder's path and the settings: the other process loads the model again."""
+        return functools.partial(type(self).from_pretrained, str(self._folder), **self._settings), ()
+
+    def plan(self, lengths: Sequence[int]) -> Plan:
+        """How sequences of so many tokens each are divided among threads that this process may use now."""
+        return plan(lengths, min(self.threads, usable_threads(self._quota)), self.lanes)
+
     @staticmethod
     def available_isas() -> list[str]:
-        """Kernels that this CPU and operating system can run, fastest last: scalar, avx2, avx512vnni, amx."""
+        """Kernels that this CPU and operating system can run, fastest last: scalar, avx2, avxvnni, avx512vnni, amx."""
         return list(native.available_isas()) if native else []
 
     def choices(self) -> list[tuple[str, str]]:
@@ -173,8 +201,8 @@ class Engine:
         Args:
             x: a str, or a pair (a, b) of them; for question answering {"question": str, "context": str}; or a
                 list of these. A masked-LM needs its mask token in every text.
-            batch_size: number of texts that are tokenized and kept in memory at a time. It does not affect results,
-                because texts are never padded.
+            batch_size: number of texts that are tokenized and kept in memory at a time. It does not affect results:
+                with one `isa` and `precision` a text gets the same bits in any batch and with any number of threads.
             truncate: truncate texts (and questions) that are too long for the model instead of raising. Contexts
                 of question answering are always cut into overlapping windows.
 
@@ -269,6 +297,12 @@ class Engine:
     def _reduced(self, sequences: Sequence[Tokens]) -> list[NDArray[np.float32]]:
         """The output of the head's `reduce` for each sequence, in order."""
         reduced = {index: self.head.reduce(hidden, sequences[index]) for index, hidden in self.hidden(sequences)}
+        for index, one in reduced.items():
+            if not np.isfinite(one).all():  # finite weights can still be too large
+                raise InputError(
+                    f"sequence {index} of the batch: its result is NaN or infinite, wanted numbers: "
+                    "the model's weights are too large for float32; train it again"
+                )
         return [reduced[index] for index in range(len(sequences))]
 
     def hidden(self, sequences: Sequence[Tokens]) -> Iterator[tuple[int, NDArray[np.float32]]]:
@@ -276,18 +310,27 @@ class Engine:
 
         The sequences come from `tokenizer`, or from `checked_ids`.
         """
-        for chunk in chunks([len(sequence.ids) for sequence in sequences]):
-            part = [sequences[index] for index in chunk]
-            bounds = np.cumsum([0, *(len(sequence.ids) for sequence in part)]).astype(np.int32)
-            arguments = (
-                np.concatenate([sequence.ids for sequence in part]),
-                np.concatenate([self._architecture.positions(sequence.ids) for sequence in part]),
-                np.concatenate([sequence.types for sequence in part]),
-                bounds,
-            )
-            hidden = self._encoder.forward(*arguments)  # serializes the calls of several Python threads
-            for position, index in enumerate(chunk):
-                yield index, hidden[bounds[position] : bounds[position + 1]]
+        lengths = [len(sequence.ids) for sequence in sequences]
+        for group in groups(lengths):
+            made = self.plan([lengths[index] for index in group])
+            parts = [[group[position] for position in part] for part in made.parts]
+            while parts:  # forward returns from time to time, so that Python can handle signals
+                order = [index for part in parts for index in part]
+                bounds = np.cumsum([0, *(lengths[index] for index in order)]).astype(np.int32)
+                part_bounds = np.cumsum([0, *map(len, parts)]).astype(np.int32)
+                hidden = self._encoder.forward(
+                    np.concatenate([sequences[index].ids for index in order]),
+                    np.concatenate([self._architecture.positions(sequences[index].ids) for index in order]),
+                    np.concatenate([sequences[index].types for index in order]),
+                    bounds,
+                    parts=part_bounds,
+                    lanes=made.lanes,
+                    width=made.width,
+                )
+                done = int(np.searchsorted(bounds[part_bounds], len(hidden)))
+                for position in range(part_bounds[done]):
+                    yield order[position], hidden[bounds[position] : bounds[position + 1]]
+                parts = parts[done:]
 
 
 def _quantized(packed: Packed) -> Packed:
@@ -317,15 +360,4 @@ def choose_isa(wanted: str | None) -> str:
     wanted = wanted if wanted is not None else os.environ.get("PRUNEOFA_ISA") or available[-1]
     if wanted not in available:
         raise InputError(f"{source} is {wanted!r}, which this CPU does not run; wanted one of {', '.join(available)}")
-    return wanted
-
-
-def choose_threads(wanted: int | None) -> int:
-    """`wanted` if it is a valid number of threads, otherwise raises InputError; None: one per CPU of this process."""
-    if wanted is None:
-        # not every platform reports the CPUs that a process may use
-        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return min(cpus, _MAX_THREADS)
-    if not isinstance(wanted, int) or isinstance(wanted, bool) or not 1 <= wanted <= _MAX_THREADS:
-        raise InputError(f"threads is {wanted!r}, wanted an integer from 1 to {_MAX_THREADS}, or None for all CPUs")
     return wanted

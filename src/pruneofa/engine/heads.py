@@ -30,11 +30,10 @@ class Classification:
 
     def __init__(self, weights: Weights, architecture: Architecture) -> None:
         head = architecture.family.classification
-        # The pooler is a sparse layer, so the kernels compute it.
-        self._dense = weights.linear(POOLER).forward if head.dense == POOLER else weights.dense(head.dense)
+        self._dense = weights.linear(POOLER) if head.dense == POOLER else weights.dense(head.dense)
         self._activation = np.tanh if head.activation == "tanh" else reference.relu
         self._out = weights.dense(head.output)
-        self.labels = label_names(architecture, len(self._out.bias))
+        self.labels = label_names(architecture, self._out.shape[0])
         # If the config does not say, the rule of transformers' pipeline applies.
         self._problem = architecture.problem_type or (
             "multi_label_classification" if len(self.labels) == 1 else "single_label_classification"
@@ -53,7 +52,7 @@ class Classification:
     def logits(self, reduced: Sequence[Float]) -> Float:
         """(texts, classes), before any softmax."""
         rows = np.stack(reduced)
-        return self._out(self._activation(self._dense(rows)))
+        return self._out.forward(self._activation(self._dense.forward(rows)))
 
     def results(self, reduced: Sequence[Float], tokens: Sequence[Tokens], texts: Sequence[Any]) -> list[dict[str, Any]]:
         """{"label", "score", "scores": {label: score}} of each text, scores in the order of the classes.
@@ -81,7 +80,7 @@ class TokenClassification:
 
     def __init__(self, weights: Weights, architecture: Architecture) -> None:
         self._out = weights.dense(architecture.family.token_classification)
-        self.labels = label_names(architecture, len(self._out.bias))
+        self.labels = label_names(architecture, self._out.shape[0])
 
     def prepare(
         self, tokenizer: TextTokenizer, texts: Sequence[Text], names: Sequence[str], *, truncate: bool
@@ -91,7 +90,7 @@ class TokenClassification:
 
     def reduce(self, hidden: Float, tokens: Tokens) -> Float:
         """Probabilities (tokens, labels)."""
-        return reference.softmax(self._out(hidden))
+        return reference.softmax(self._out.forward(hidden))
 
     def results(
         self, reduced: Sequence[Float], tokens: Sequence[Tokens], texts: Sequence[str]

@@ -1,6 +1,5 @@
 """From the packed weights of a model to the encoder of the native extension."""
 
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -8,22 +7,11 @@ from numpy.typing import NDArray
 
 from pruneofa.errors import InputError
 from pruneofa.formats.architecture import Architecture
-from pruneofa.formats.packed import Packed, PackedEmbedding
+from pruneofa.formats.convert import pack_linear
+from pruneofa.formats.packed import Packed, PackedEmbedding, PackedLinear
 
 Precision = Literal["int8", "fp32"]
 Float = NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Dense:
-    """A float32 linear layer of a head: weight (outputs, inputs) and bias (outputs,)."""
-
-    weight: Float
-    bias: Float
-
-    def __call__(self, x: Float) -> Float:
-        """(rows, inputs) to (rows, outputs)."""
-        return x @ self.weight.T + self.bias
 
 
 class Weights:
@@ -49,9 +37,11 @@ class Weights:
         """Gamma and beta of a LayerNorm, (hidden,) each."""
         return self.plain(f"{module}.weight"), self.plain(f"{module}.bias")
 
-    def dense(self, module: str) -> Dense:
-        """A linear layer that NumPy computes, in float32."""
-        return Dense(self.plain(f"{module}.weight"), self.plain(f"{module}.bias"))
+    def dense(self, module: str) -> Any:
+        """`native.Linear` in float32 of a layer of a head: unlike a product of NumPy, whose sums depend on the number
+        of rows, it gives a row the same result in any batch. Raises InputError as `linear`.
+        """
+        return self._linear(module, pack_linear(self.plain(f"{module}.weight"), "fp32"))
 
     def table(self, name: str) -> PackedEmbedding:
         """An embedding table."""
@@ -63,8 +53,10 @@ class Weights:
         Raises:
             InputError: it is too large for the kernels.
         """
-        name = f"{module}.weight"
-        weight, bias = self._packed.linears.pop(name), self.plain(f"{module}.bias")
+        return self._linear(module, self._packed.linears.pop(f"{module}.weight"))
+
+    def _linear(self, module: str, weight: PackedLinear) -> Any:
+        name, bias = f"{module}.weight", self.plain(f"{module}.bias")
         static = self._static.get(name)
         arguments = (weight.bitmask, weight.values, weight.scale, bias, weight.shape[1], self._isa)
         try:

@@ -12,7 +12,7 @@ from pruneofa.errors import InputError
 from pruneofa.formats.architecture import Architecture, masked_lm_bias
 
 TOP_TOKENS = 5  # results per masked position, as in transformers' fill-mask pipeline
-_VOCABULARY_BLOCK = 4096  # rows of the word embeddings that are converted to float32 at a time
+_VOCABULARY_BLOCK = 256  # rows of the word embeddings in float32 at a time: they stay in the second-level cache
 
 
 class MaskedLM:
@@ -60,14 +60,15 @@ class MaskedLM:
         return [[self._best_tokens(next(probabilities)) for _ in masks] for masks in reduced]
 
     def _logits(self, x: Float) -> Float:
-        x = reference.layer_norm(self._activation(self._dense(x)), *self._norm, self._epsilon)
-        if self._decoder is not None:
-            return x @ self._decoder.T + self._bias
-        blocks = []
+        x = reference.layer_norm(self._activation(self._dense.forward(x)), *self._norm, self._epsilon)
+        logits = np.empty((len(x), len(self._bias)), np.float32)
         for begin in range(0, len(self._bias), _VOCABULARY_BLOCK):
-            ids = np.arange(begin, min(begin + _VOCABULARY_BLOCK, len(self._bias)), dtype=np.int32)
-            blocks.append(x @ self._tied.rows(ids).T)
-        return np.concatenate(blocks, axis=1) + self._bias
+            part = slice(begin, begin + _VOCABULARY_BLOCK)
+            rows = self._tied.rows(part) if self._decoder is None else self._decoder[part]
+            # Mask by mask: the sums of a product of all masks would depend on how many there are.
+            for mask, vector in enumerate(x):
+                logits[mask, part] = rows @ vector
+        return logits + self._bias
 
     def _best_tokens(self, scores: Float) -> dict[str, Any]:
         best: dict[str, float] = {}

@@ -25,7 +25,7 @@ class QuestionAnswering:
 
     def reduce(self, hidden: Float, tokens: Tokens) -> Float:
         """Start and end logits, (tokens, 2)."""
-        return self._out(hidden)
+        return self._out.forward(hidden)
 
     def logits(self, reduced: Sequence[Float]) -> list[Float]:
         """The start and end logits of each sequence, (tokens, 2), as `reduce` returned them."""

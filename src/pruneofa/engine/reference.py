@@ -242,12 +242,18 @@ class Encoder:
         positions: NDArray[np.int32],
         types: NDArray[np.int32],
         offsets: NDArray[np.int32],
+        parts: NDArray[np.int32] | None = None,
+        lanes: int = 1,
+        width: int | None = None,
     ) -> Float:
         """Hidden states (t, hidden) of the last layer, for (t,) ids and `offsets` (s + 1,) of s sequences.
+
+        `parts`, `lanes` and `width`, which divide the work, have no effect here.
 
         Raises ValueError for an id, position or type outside its table, and for offsets that do not increase
         from 0 to t.
         """
+        del parts, lanes, width
         if offsets[0] != 0 or offsets[-1] != len(ids) or (np.diff(offsets) < 1).any():
             raise ValueError(f"offsets from {offsets[0]} to {offsets[-1]}; wanted to rise from 0 to {len(ids)}")
         x = embedding_rows(self._word, ids) + embedding_rows(self._position, positions)

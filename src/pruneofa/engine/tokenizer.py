@@ -1,11 +1,11 @@
-"""Text to token sequences: checks, the tokenizer of a folder, truncation, windows over long contexts, chunks.
+"""Text to token sequences: checks, the tokenizer of a folder, truncation, windows over long contexts.
 
 Objects are immutable after loading, so that any number of threads may tokenize at once. Truncation and padding, which
 the tokenizers library keeps as state, are therefore switched off there; truncation is implemented here.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,9 +20,6 @@ from pruneofa.formats.files import read_json
 from pruneofa.formats.sentence import Sentence
 from pruneofa.formats.settings import read_tokenizer
 
-# With more tokens the activations do not fit in the caches. With fewer the weights are read too often. Measured with 12
-# layers of hidden size 768.
-CHUNK_TOKENS = 384
 WINDOW, STRIDE = 384, 128  # tokens, for question answering, as in the official SQuAD script
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half of a surrogate pair, which is not valid text
 _MIN_CONTEXT = 16  # minimum number of context tokens per window; a question that leaves fewer is too long
@@ -255,23 +252,6 @@ def check_text(value: Any, where: str) -> str:
             "decode the bytes again, without errors='surrogateescape'"
         ) from None
     return str(value)
-
-
-def chunks(lengths: Sequence[int], limit: int = CHUNK_TOKENS) -> Iterator[list[int]]:
-    """Yield the indices of sequences to compute together, short ones first, at most `limit` tokens in total.
-
-    A longer sequence has its own chunk.
-    """
-    chunk: list[int] = []
-    total = 0
-    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if chunk and total + lengths[index] > limit:
-            yield chunk
-            chunk, total = [], 0
-        chunk.append(index)
-        total += lengths[index]
-    if chunk:
-        yield chunk
 
 
 def overlap(room: int) -> int:

@@ -1,0 +1,66 @@
+"""A text gets the same bits in any batch, order and number of threads, from every head."""
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pruneofa import Engine
+from pruneofa.errors import InputError
+from tests.tiny import WORDS, half_pruned, tiny_bert, tiny_distilbert, tiny_roberta, write_model
+
+HEADS = {
+    "bert": (tiny_bert, "BertForSequenceClassification"),
+    "roberta": (tiny_roberta, "RobertaForSequenceClassification"),
+    "tokens": (tiny_distilbert, "DistilBertForTokenClassification"),
+    "masks": (tiny_bert, "BertForMaskedLM"),
+    "embedding": (tiny_bert, "BertModel"),
+}
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory):
+    """(engine of one thread, engine of three) of a head, loaded when first asked for."""
+    loaded = {}
+
+    def load(head):
+        if head not in loaded:
+            family, name = HEADS[head]
+            folder = write_model(tmp_path_factory.mktemp(head), half_pruned(family(getattr(transformers, name))))
+            loaded[head] = [Engine.from_pretrained(folder, threads=threads) for threads in (1, 3)]
+        return loaded[head]
+
+    return load
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    head=st.sampled_from(list(HEADS)),
+    texts=st.lists(st.lists(st.sampled_from(WORDS.split()), min_size=1, max_size=24), min_size=2, max_size=9),
+    batch_size=st.integers(1, 9),
+    data=st.data(),
+)
+def test_any_batch_order_and_threads_give_the_same_bits(engines, head, texts, batch_size, data):
+    one, several = engines(head)
+    lines = [" ".join([*words, "[MASK]"] if head == "masks" else words) for words in texts]
+    order = data.draw(st.permutations(range(len(lines))))
+    wanted = [one.predict(line) for line in lines]
+    found = several.predict([lines[index] for index in order], batch_size=batch_size)
+    for index, result in zip(order, found, strict=True):
+        if head == "embedding":
+            np.testing.assert_array_equal(result, wanted[index])
+        else:
+            assert result == wanted[index]
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp32"])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_weights_too_large_for_float32_are_an_error_and_never_a_nan(tmp_path, precision, layer):
+    model = tiny_bert(transformers.BertForSequenceClassification)
+    with torch.no_grad():
+        model.bert.encoder.layer[layer].output.LayerNorm.weight.mul_(3e38)
+    engine = Engine.from_pretrained(write_model(tmp_path, model), precision=precision)
+    with pytest.raises(InputError, match="NaN or infinite, wanted numbers: the model's weights are too large"):
+        engine.predict("the great film")
