@@ -17,6 +17,7 @@ from pruneofa.cli import (
     export,
     inspect,
     pack,
+    predict,
     prune,
     quantize,
     run,
@@ -133,5 +134,6 @@ VERBS: list[tuple[str, str, Callable[[argparse.ArgumentParser], None]]] = [
     ("unpack", "convert a packed folder to a Hugging Face folder", unpack.describe),
     ("export", "export for ONNX Runtime, OpenVINO or compressed-tensors", export.describe),
     ("bench", "compare speed, memory and size with other runtimes", bench.describe),
+    ("predict", "predict tables of texts: the same rows with results", predict.describe),
     ("table", "join results.json files into one table", table.describe),
 ]
