@@ -1,6 +1,7 @@
 """Files of texts: every format, every task, rows neither lost nor repeated, and what is refused."""
 
 import csv
+import itertools
 import json
 import multiprocessing
 import os
@@ -117,7 +118,7 @@ def test_answers_entities_and_masks(models, tmp_path, target):
         assert spans == sorted(spans)
         assert [entity["word"] for entity in row["entities"]] == [row["text"][start:end] for start, end in spans]
         labels = [entity["label"] for entity in row["entities"]]
-        assert all(one != two for one, two in zip(labels, labels[1:], strict=False))
+        assert all(one != two for one, two in itertools.pairwise(labels))
     file = write(tmp_path / "masked.csv", [{"text": "a [MASK] film and [MASK] story"}])
     predict(models["masks"], [file], tmp_path / f"masks{target}")
     (row,) = read(tmp_path / f"masks{target}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pruneofa.engine.engine import Engine
-from pruneofa.engine.inputs import check_item
+from pruneofa.engine.inputs import WANTED, check_item
 from pruneofa.errors import InputError
 
 if TYPE_CHECKING:
@@ -155,7 +155,8 @@ class Predictor:
 
     def _bad(self, error: InputError, row: str) -> None:
         if not self._skip_bad:
-            message = re.sub(r"^x(\[0\])?", "", str(error)).replace("pass truncate=True", "pass --truncate")
+            message = re.sub(r"^x(\[0\])?", "", str(error)).replace(WANTED, "wanted text")
+            message = message.replace("pass truncate=True", "pass --truncate")
             raise InputError(f"{row}{message}; or write nulls for such rows with --skip-bad") from None
 
     def __call__(self, batch: Any) -> Any:
