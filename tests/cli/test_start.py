@@ -41,6 +41,14 @@ TEACHES = {
     "verify": ["base", "derived", "exit 1"],
     "export": ["--to", "--precision", "--task", "compressed-tensors", "a zero is lost", "exit 1", "example: "],
     "bench": ["--random", "--mixed", "--isa", "--break-even", "--at-least", "outputs verified first", "example: "],
+    "predict": [
+        "--out",
+        "--processes",
+        "--skip-bad",
+        "columns of results:",
+        "the same command continues",
+        "examples: ",
+    ],
     "table": ["results.json", "--json"],
 }
 
