@@ -51,7 +51,7 @@ def engine_rate(model: Path, texts: list[str], threads: int) -> tuple[float, flo
 
 
 def predict_rate(model: Path, file: Path, threads: int) -> tuple[float, float, list[int]]:
-    """Rows per second, and per second of processor time, from the first part to the output, and resident memory in MB at every tenth of a second."""
+    """Rows per second, and per second of processor time, from the first part to the output; resident memory in MB."""
     out = file.with_name("out.csv")
     command = [sys.executable, "-m", "pruneofa", "predict", str(model), str(file), "--out", str(out), "--redo"]
     process = subprocess.Popen([*command, "--rows", str(PART), "--threads", str(threads)], stdout=subprocess.DEVNULL)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from pruneofa.errors import InputError, first_line
-from pruneofa.serve.predictor import COLUMNS, Predictor
 
 try:
     import pyarrow as pa
@@ -15,18 +14,20 @@ except ImportError:
     raise ImportError("parquet needs pyarrow: pip install 'pruneofa[predict]'") from None
 
 
-def result_array(predictor: Predictor, name: str, values: Sequence[Any]) -> pa.Array:
-    """The values of one of `predictor.added`, with the type that its task gives it whatever the values are."""
-    column = COLUMNS[predictor.engine.task][predictor.added.index(name)]
+def result_array(column: str, values: Sequence[Any], labels: Sequence[str], dimension: int) -> pa.Array:
+    """The values of a column of results, with the type of that column whatever the values are.
+
+    `labels` are those of a classifier, `dimension` that of its vectors for an embedding.
+    """
     if column == "masks":  # Arrow writes a map as pairs
         values = [
             row and [{**mask, "scores": list(mask["scores"].items())} for mask in row] if row is not None else None
             for row in values
         ]
-    return pa.array(values, _type(predictor, column))
+    return pa.array(values, _type(column, labels, dimension))
 
 
-def _type(predictor: Predictor, column: str) -> pa.DataType:
+def _type(column: str, labels: Sequence[str], dimension: int) -> pa.DataType:
     score = pa.float64()
     match column:
         case "label" | "answer":
@@ -34,14 +35,14 @@ def _type(predictor: Predictor, column: str) -> pa.DataType:
         case "start" | "end":
             return pa.int64()
         case "scores":
-            return pa.struct({label: score for label in predictor.engine.labels})
+            return pa.struct({label: score for label in labels})
         case "entities":
             text, place = pa.string(), pa.int64()
             return pa.list_(pa.struct({"label": text, "score": score, "word": text, "start": place, "end": place}))
         case "masks":
             return pa.list_(pa.struct({"label": pa.string(), "score": score, "scores": pa.map_(pa.string(), score)}))
         case "embedding":
-            return pa.list_(pa.float32(), predictor.dimension)
+            return pa.list_(pa.float32(), dimension)
         case _:
             return score
 
@@ -70,7 +71,7 @@ def batches(path: Path, rows: int) -> Iterator[pa.RecordBatch]:
             raise InputError(f"{path}: not readable as parquet ({first_line(error)})") from None
 
 
-def write_part(path: Path, given: Any, predictor: Predictor, added: dict[str, list[Any]]) -> None:
+def write_part(path: Path, given: Any, results: dict[str, pa.Array]) -> None:
     """Write rows, a record batch or a list of dicts, with the columns of results beside them.
 
     Raises InputError if a column of dicts mixes types.
@@ -83,8 +84,8 @@ def write_part(path: Path, given: Any, predictor: Predictor, added: dict[str, li
             table = pa.table({name: [row.get(name) for row in given] for name in names})
         except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
             raise InputError(f"a column mixes types, which parquet cannot hold ({first_line(error)})") from None
-    for name, values in added.items():
-        table = table.append_column(name, result_array(predictor, name, values))
+    for name, values in results.items():
+        table = table.append_column(name, values)
     pq.write_table(table.replace_schema_metadata(), path)  # metadata of other tools would not know the new columns
 
 

@@ -14,6 +14,7 @@ from pruneofa.errors import InputError
 
 if TYPE_CHECKING:
     import pandas as pd
+    import pyarrow as pa
 
 TEXTS = 512  # texts per call of the engine, which sorts them by length and holds their tokens in memory
 COLUMNS = {
@@ -159,6 +160,20 @@ class Predictor:
             message = message.replace("pass truncate=True", "pass --truncate")
             raise InputError(f"{row}{message}; or write nulls for such rows with --skip-bad") from None
 
+    def _columns(self, results: Sequence[dict[str, Any] | None]) -> dict[str, list[Any]]:
+        return {name: [None if row is None else row[name] for row in results] for name in self.added}
+
+    def arrow_columns(self, results: Sequence[dict[str, Any] | None]) -> "dict[str, pa.Array]":
+        """Results as Arrow arrays by the names in `added`. Raises ImportError if pyarrow is missing."""
+        from pruneofa.serve.arrow import result_array
+
+        task = self.engine.task
+        dimension = self.dimension if task == "embedding" else 0
+        return {
+            name: result_array(column, values, self.engine.labels, dimension)
+            for column, (name, values) in zip(COLUMNS[task], self._columns(results).items(), strict=True)
+        }
+
     def __call__(self, batch: Any) -> Any:
         """The batch with the columns of results: a dict of arrays, a pandas DataFrame or a pyarrow Table, as given.
 
@@ -167,13 +182,11 @@ class Predictor:
         names = list(getattr(batch, "column_names", batch))  # those of a Table; else its keys
         read = [_listed(batch[name]) for name in self.columns(names)]
         results = self.results(read, [f"row {number} of the batch" for number in range(1, len(read[0]) + 1)])
-        added = {name: [None if row is None else row[name] for row in results] for name in self.added}
         if hasattr(batch, "column_names"):
-            from pruneofa.serve.arrow import result_array
-
-            for name, values in added.items():
-                batch = batch.append_column(name, result_array(self, name, values))
+            for name, values in self.arrow_columns(results).items():
+                batch = batch.append_column(name, values)
             return batch
+        added = self._columns(results)
         if isinstance(batch, Mapping):
             return {**batch, **{name: _array(values) for name, values in added.items()}}
         return batch.assign(**added)

@@ -101,8 +101,8 @@ class Rows:
         if part.suffix == ".parquet":
             from pruneofa.serve import arrow
 
-            added = {name: [row[name] for row in filled] for name in predictor.added}
-            arrow.write_part(part, self._rows if self._batch is None else self._batch, predictor, added)
+            given = self._rows if self._batch is None else self._batch
+            arrow.write_part(part, given, predictor.arrow_columns(results))
             return
         given = self._rows if self._batch is None else self._batch.to_pylist()
         with open(part, "w", encoding="utf-8", newline="") as file:
