@@ -99,7 +99,12 @@ def test_vectors_are_lists_of_fixed_size(models, tmp_path):
     table = pq.read_table(tmp_path / "out.parquet")
     assert table.schema.field("my_embedding").type == pa.list_(pa.float32(), 32)
     expected = Engine.from_pretrained(models["vectors"], threads=1).predict([row["text"] for row in given])
-    np.testing.assert_allclose(np.stack(table.column("my_embedding").to_numpy()), expected, rtol=1e-4, atol=1e-5)
+    vectors = np.stack(table.column("my_embedding").to_numpy())
+    np.testing.assert_allclose(vectors, expected, rtol=1e-4, atol=1e-5)
+    predict(models["vectors"], [tmp_path / "in.jsonl"], tmp_path / "out.jsonl")
+    text = [row["embedding"] for row in read(tmp_path / "out.jsonl")]
+    np.testing.assert_array_equal(np.array(text, np.float32), vectors)  # every bit
+    assert [list(row) for row in read(tmp_path / "out.jsonl")] == [["id", "text", "embedding"]] * ROWS
 
 
 @pytest.mark.parametrize("target", [".parquet", ".jsonl"])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pruneofa.errors import InputError, first_line
 
@@ -107,7 +108,7 @@ class Rows:
         given = self._rows if self._batch is None else self._batch.to_pylist()
         with open(part, "w", encoding="utf-8", newline="") as file:
             if part.suffix == ".jsonl":
-                file.writelines(f"{_json(row | result)}\n" for row, result in zip(given, filled, strict=True))
+                file.writelines(f"{_object(row | result)}\n" for row, result in zip(given, filled, strict=True))
             else:
                 csv.writer(file, delimiter=_DELIMITERS[part.suffix], lineterminator="\n").writerow(
                     [*header, *predictor.added]
@@ -203,23 +204,35 @@ def _fields(path: Path) -> Iterator[list[str]]:
         raise InputError(f"{path}: not UTF-8 ({error.reason}); convert it") from None
 
 
-def _plain(value: Any) -> Any:
-    """What JSON has no type for: vectors as lists, dates and decimals as text."""
-    return value.tolist() if isinstance(value, np.ndarray | np.generic) else str(value)
+def _vector(values: NDArray[np.float32]) -> str:
+    """A float32 vector as JSON: 9 digits restore every bit, in half the time and space of the 17 of a float."""
+    return f"[{('%.9g, ' * len(values))[:-2]}]" % tuple(values.tolist())
+
+
+def _object(row: dict[str, Any]) -> str:
+    """A row as JSON, vectors last."""
+    text = _json({name: value for name, value in row.items() if not isinstance(value, np.ndarray)})
+    for name, value in row.items():
+        if isinstance(value, np.ndarray):
+            text = f"{text[:-1]}{', ' if len(text) > 2 else ''}{_json(name)}: {_vector(value)}}}"
+    return text
 
 
 def _json(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=_plain)
+    # What JSON has no type for, such as dates and decimals, is written as text.
+    text = json.dumps(value, ensure_ascii=False, default=str)
     try:
         text.encode()
     except UnicodeEncodeError:  # half of a surrogate pair, which only an escape can write
-        return json.dumps(value, default=_plain)
+        return json.dumps(value, default=str)
     return text
 
 
 def _cell(value: Any) -> Any:
     """A value as CSV has it: lists, objects and vectors as JSON, nothing for None."""
-    text = _json(value) if isinstance(value, dict | list | np.ndarray) else value
+    if isinstance(value, np.ndarray):
+        return _vector(value)
+    text = _json(value) if isinstance(value, dict | list) else value
     if isinstance(text, str):
         text.encode()
     return text
