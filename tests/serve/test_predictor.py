@@ -104,17 +104,15 @@ def mortal_frames(frames, marker, **settings):
 def test_ray_data_with_two_actors_of_which_one_is_killed(model, tmp_path):
     ray = pytest.importorskip("ray")
     pytest.importorskip("ray.data")
-    ray.init(num_cpus=2, include_dashboard=False, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}})
+    ray.init(num_cpus=4, include_dashboard=False, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}})
     try:
         marker = tmp_path / "killed"
         dataset = ray.data.from_items([{"id": i, "text": TEXTS[i % 4]} for i in range(400)]).repartition(8)
         done = dataset.map_batches(
             Mortal,
             fn_constructor_kwargs={"marker": str(marker), "model": model, "threads": 1},
-            concurrency=2,
+            compute=ray.data.ActorPoolStrategy(size=2),
             batch_size=20,
-            max_restarts=2,
-            max_task_retries=2,
         )
         rows = done.take_all()
     finally:

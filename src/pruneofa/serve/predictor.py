@@ -35,7 +35,8 @@ _SPARK = {
 class Predictor:
     """A model, the columns that it reads, and the names of those that it adds. Loaded once, called for every batch.
 
-    `dataset.map_batches(Predictor, fn_constructor_kwargs={"model": "packed"}, concurrency=2)` runs it under Ray Data.
+    Under Ray Data: `dataset.map_batches(Predictor, fn_constructor_kwargs={"model": "packed"},
+    compute=ActorPoolStrategy(size=2))`.
 
     Attributes:
         engine: the model.
