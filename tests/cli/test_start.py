@@ -49,6 +49,14 @@ TEACHES = {
         "PRUNEOFA_API_KEY",
         "example: ",
     ],
+    "predict": [
+        "--out",
+        "--processes",
+        "--skip-bad",
+        "columns of results:",
+        "the same command continues",
+        "examples: ",
+    ],
     "table": ["results.json", "--json"],
 }
 

@@ -15,7 +15,10 @@ from tests.tiny import tiny_bert, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
-RUN = ["README.md", *(f"docs/{name}.md" for name in ("fine-tune", "prune", "quantize", "run", "export", "install"))]
+RUN = [
+    "README.md",
+    *(f"docs/{name}.md" for name in ("fine-tune", "prune", "quantize", "run", "predict", "export", "install")),
+]
 # What a page takes from the hub, here.
 LOCAL = {
     "Intel/bert-base-uncased-sparse-90-unstructured-pruneofa": "sparse-model",

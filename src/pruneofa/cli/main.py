@@ -17,6 +17,7 @@ from pruneofa.cli import (
     export,
     inspect,
     pack,
+    predict,
     prune,
     quantize,
     run,
@@ -146,5 +147,6 @@ VERBS: list[tuple[str, str, Callable[[argparse.ArgumentParser], None]]] = [
     ("export", "export for ONNX Runtime, OpenVINO or compressed-tensors", export.describe),
     ("bench", "compare speed, memory and size with other runtimes", bench.describe),
     ("serve", "answer over HTTP, as text-embeddings-inference does", serve.describe),
+    ("predict", "predict tables of texts: the same rows with results", predict.describe),
     ("table", "join results.json files into one table", table.describe),
 ]

@@ -1,0 +1,186 @@
+"""Chunks of rows, computed in this process or in several; each becomes a part, a file that is written atomically."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pruneofa.errors import InputError
+from pruneofa.serve.predictor import Predictor
+from pruneofa.serve.tables import Rows
+
+
+class Chunk(NamedTuple):
+    """Rows of one file, as `tables.chunks` reads them.
+
+    Attributes:
+        path: the file, whose columns are `columns`.
+        file: its number.
+        start: number of the first row, from 0.
+        rows: the rows.
+        header: the columns of the output, without results.
+        suffix: the format of the part.
+    """
+
+    path: Path
+    file: int
+    start: int
+    rows: Any
+    columns: Sequence[str]
+    header: Sequence[str]
+    suffix: str
+
+
+class Part(NamedTuple):
+    """A part that is complete, and what its name says: the number of its file, its first row, and counts of rows."""
+
+    path: Path
+    file: int
+    start: int
+    rows: int
+    skipped: int
+
+    @classmethod
+    def at(cls, path: Path) -> "Part":
+        """The part that `write` has written to `path`."""
+        return cls(path, *map(int, path.stem.split("-")))
+
+
+def find_parts(work: Path) -> list[Part]:
+    """The parts in a folder, in the order of their rows."""
+    return [Part.at(path) for path in sorted(work.glob("[0-9]*-*-*-*"))]
+
+
+class Job(NamedTuple):
+    """What a process needs: the arguments of `Predictor`, the columns of every file, and the folder of parts."""
+
+    settings: Mapping[str, Any]
+    tables: Mapping[Path, Sequence[str]]
+    work: Path
+
+
+def load(job: Job) -> Predictor:
+    """The model. Raises InputError if a file lacks a column, before the first is read."""
+    predictor = Predictor(**job.settings)
+    for path, columns in job.tables.items():
+        predictor.columns(columns, str(path))
+    return predictor
+
+
+def write(predictor: Predictor, chunk: Chunk, work: Path) -> Part:
+    """Predict a chunk and write its part; returns the part. Raises InputError for a row that is wrong."""
+    rows = Rows(chunk.rows, chunk.path, chunk.start, chunk.columns)
+    columns = predictor.columns(chunk.columns, str(chunk.path))
+    results = predictor.results([rows.column(name) for name in columns], rows.names)
+    temporary = work / f".{os.getpid()}{chunk.suffix}"
+    rows.write(temporary, chunk.header, predictor, results)
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    skipped = sum(result is None for result in results)
+    part = work / f"{chunk.file:06}-{chunk.start:012}-{len(results)}-{skipped}{chunk.suffix}"
+    os.replace(temporary, part)
+    return Part.at(part)
+
+
+def compute(job: Job, chunks: Iterable[Chunk], processes: int) -> Iterator[Part]:
+    """Yield the part of every chunk as soon as it is written.
+
+    A process that is killed is replaced, and its chunk computed again.
+
+    Raises:
+        InputError: a row is wrong, or the same chunk ended two processes.
+    """
+    if processes == 1:
+        predictor = load(job)
+        yield from (write(predictor, chunk, job.work) for chunk in chunks)
+        return
+    source = iter(chunks)
+    workers: list[_Worker] = []
+    try:
+        for chunk in source:
+            workers.append(_Worker(job, chunk))
+            if len(workers) == processes:
+                break
+        while workers:
+            ready = wait([worker.connection for worker in workers])
+            for worker in [worker for worker in workers if worker.connection in ready]:
+                part = worker.receive()
+                if part is None:
+                    continue
+                yield part
+                chunk = next(source, None)
+                if chunk is None:
+                    workers.remove(worker)
+                    worker.end()
+                else:
+                    worker.give(chunk)
+    finally:
+        for worker in workers:
+            worker.end()
+
+
+class _Worker:
+    """A process with a model of its own, which has one chunk at a time."""
+
+    def __init__(self, job: Job, chunk: Chunk) -> None:
+        self._job = job
+        self._start()
+        self.give(chunk)
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")  # a fork would copy threads of native code that hold locks
+        self.connection, theirs = context.Pipe()
+        self._process = context.Process(target=_work, args=(theirs, self._job), daemon=True)
+        self._process.start()
+        theirs.close()  # now the process alone holds its end: if either of us ends, the other reads the end of the pipe
+
+    def give(self, chunk: Chunk) -> None:
+        self._chunk, self._ended = chunk, 0
+        self._send()
+
+    def _send(self) -> None:
+        with contextlib.suppress(ConnectionError):  # it has ended; `receive` finds why
+            self.connection.send(self._chunk)
+
+    def receive(self) -> Part | None:
+        """The part that was written; None if the process ended and another has its chunk now."""
+        try:
+            answer = self.connection.recv()
+        except (EOFError, ConnectionError):
+            self.end()
+            self._ended += 1
+            chunk = self._chunk
+            if self._ended == 2:
+                raise InputError(
+                    f"{chunk.path}: two processes were killed at row {chunk.start + 1} and those after it (signal "
+                    f"{-(self._process.exitcode or 0)}); if memory was short, give fewer --processes or --rows"
+                ) from None
+            self._start()
+            self._send()
+            return None
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    def end(self) -> None:
+        self._process.terminate()
+        self._process.join()
+        self.connection.close()
+
+
+def _work(connection: Connection, job: Job) -> None:
+    """The life of a process: load, then a part for every chunk, until the pipe ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first process, which then ends the others
+    os.environ.setdefault("RAYON_NUM_THREADS", str(job.settings["threads"]))  # of the tokenizer
+    try:
+        predictor = load(job)
+        while True:
+            connection.send(write(predictor, connection.recv(), job.work))
+    except (EOFError, ConnectionError):
+        return
+    except Exception as error:
+        connection.send(error)

@@ -1,0 +1,238 @@
+"""Files of rows, read by chunks and written by parts that are joined: CSV and TSV, JSON lines, parquet."""
+
+import csv
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pruneofa.errors import InputError, first_line
+
+if TYPE_CHECKING:
+    from pruneofa.serve.predictor import Predictor
+
+SUFFIXES = (".parquet", ".jsonl", ".csv", ".tsv")
+_LONGEST_FIELD = 2**31 - 1  # bytes; the default of the csv module is 128 KiB
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+
+
+def check_file(path: Path) -> None:
+    """Raises InputError unless `path` is a file with one of SUFFIXES, and ImportError if pyarrow is missing for it."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    if path.suffix not in SUFFIXES:
+        raise InputError(f"{path}: got {path.suffix or 'no suffix'!r}, wanted {', '.join(SUFFIXES)}")
+    if path.suffix == ".parquet":
+        import pruneofa.serve.arrow  # noqa: F401 - says what to install
+
+
+def describe(path: Path) -> tuple[list[str], int]:
+    """Names of the columns, of the first row in JSON lines, and the number of rows.
+
+    Reads CSV once from beginning to end, so a line with too few fields is known at once.
+    """
+    if path.suffix == ".parquet":
+        from pruneofa.serve import arrow
+
+        return arrow.describe(path)
+    if path.suffix == ".jsonl":
+        first, count = None, 0
+        for line in _lines(path):
+            first = line if first is None else first
+            count += 1
+        return ([] if first is None else list(parse(first, f"{path}: row 1"))), count
+    rows = _fields(path)
+    return next(rows), sum(1 for _ in rows)
+
+
+def chunks(path: Path, size: int) -> Iterator[tuple[int, Any]]:
+    """(number of the first row from 0, chunk) of at most `size` rows each; one of no rows if there are none.
+
+    The same file is always cut at the same rows. A chunk, which `Rows` understands, is a record batch of parquet;
+    otherwise a list of lines of JSON, or of lists of fields.
+    """
+    start = 0
+    if path.suffix == ".parquet":
+        from pruneofa.serve import arrow
+
+        for batch in arrow.batches(path, size):
+            yield start, batch
+            start += len(batch)
+        return
+    rows: Iterator[Any] = _lines(path) if path.suffix == ".jsonl" else islice(_fields(path), 1, None)
+    while (chunk := list(islice(rows, size))) or not start:
+        yield start, chunk
+        start += max(len(chunk), 1)
+
+
+class Rows:
+    """A chunk of a file, understood: its columns, and its rows with results written as a part."""
+
+    def __init__(self, chunk: Any, path: Path, start: int, columns: Sequence[str]) -> None:
+        """`columns` are those of `describe`. Raises InputError for a line that is not a JSON object."""
+        self.names = [f"{path}: row {start + number}" for number in range(1, len(chunk) + 1)]
+        self._batch = None
+        if path.suffix == ".parquet":
+            self._batch = chunk
+        elif path.suffix == ".jsonl":
+            self._rows = [parse(line, name) for line, name in zip(chunk, self.names, strict=True)]
+        else:
+            self._rows = [dict(zip(columns, fields, strict=True)) for fields in chunk]
+
+    def column(self, name: str) -> list[Any]:
+        """The values of a column; None where a JSON object lacks it."""
+        if self._batch is not None:
+            return self._batch.column(name).to_pylist()
+        return [row.get(name) for row in self._rows]
+
+    def write(
+        self, part: Path, header: Sequence[str], predictor: "Predictor", results: Sequence[dict[str, Any] | None]
+    ) -> None:
+        """Write the rows with their results to a file; its suffix is the format, `header` the order of CSV's columns.
+
+        Raises InputError for rows that the format cannot hold.
+        """
+        empty = dict.fromkeys(predictor.added)
+        filled = [empty if result is None else result for result in results]
+        if part.suffix == ".parquet":
+            from pruneofa.serve import arrow
+
+            given = self._rows if self._batch is None else self._batch
+            arrow.write_part(part, given, predictor.arrow_columns(results))
+            return
+        given = self._rows if self._batch is None else self._batch.to_pylist()
+        with open(part, "w", encoding="utf-8", newline="") as file:
+            if part.suffix == ".jsonl":
+                file.writelines(f"{_object(row | result)}\n" for row, result in zip(given, filled, strict=True))
+            else:
+                csv.writer(file, delimiter=_DELIMITERS[part.suffix], lineterminator="\n").writerow(
+                    [*header, *predictor.added]
+                )
+                self._write_fields(file, part.suffix, header, given, filled)
+
+    def _write_fields(self, file: Any, suffix: str, header: Sequence[str], given: Any, results: Any) -> None:
+        writer = csv.writer(file, delimiter=_DELIMITERS[suffix], lineterminator="\n")
+
+        for name, row, result in zip(self.names, given, results, strict=True):
+            if row.keys() != set(header):
+                raise InputError(
+                    f"{name} has the columns {', '.join(map(repr, row))}, row 1 {', '.join(map(repr, header))}; "
+                    f"{suffix} needs the same in every row: choose a .jsonl --out"
+                )
+            try:
+                fields = [*(row[column] for column in header), *result.values()]
+                writer.writerow([_cell(value) for value in fields])
+            except UnicodeEncodeError:
+                raise InputError(
+                    f"{name} has half of a surrogate pair, which {suffix} cannot hold; choose a .jsonl --out"
+                ) from None
+
+
+def join(parts: Sequence[Path], file: Any) -> None:
+    """Write the rows of parts of one format, in order, to an open binary file. Raises InputError as `write` does."""
+    suffix = parts[0].suffix
+    if suffix == ".parquet":
+        from pruneofa.serve import arrow
+
+        arrow.join(parts, file)
+        return
+    for number, part in enumerate(parts):
+        with open(part, "rb") as rows:
+            if number and suffix in _DELIMITERS:
+                _skip_header(rows)
+            shutil.copyfileobj(rows, file, 1 << 20)
+
+
+def _skip_header(rows: BinaryIO) -> None:
+    """Read one line, or more where a quoted name contains a line break: until quotes are even."""
+    quotes = 0
+    for line in iter(rows.readline, b""):
+        quotes += line.count(b'"')
+        if quotes % 2 == 0:
+            return
+
+
+def parse(line: str, name: str) -> dict[str, Any]:
+    """One line of JSON. Raises InputError, beginning with `name`, unless it is an object."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{name} is not JSON ({first_line(error)}); write one object per line") from None
+    if not isinstance(row, dict):
+        raise InputError(f"{name} is a JSON {type(row).__name__}, wanted an object; write one object per line")
+    return row
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """Lines that are not blank."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="\n") as file:
+            yield from (line for line in file if not line.isspace())
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 ({error.reason} at byte {error.start} of a block); convert it") from None
+
+
+def _fields(path: Path) -> Iterator[list[str]]:
+    """The header, then the fields of each row. Raises InputError for a row that has not as many as the header."""
+    csv.field_size_limit(_LONGEST_FIELD)
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, delimiter=_DELIMITERS[path.suffix], strict=True)
+            header = next(reader, None)
+            if not header:
+                raise InputError(f"{path}: no header; its first line has to name the columns")
+            if len(set(header)) < len(header):
+                raise InputError(f"{path}: the header {', '.join(map(repr, header))} has a name twice; rename one")
+            yield header
+            for fields in reader:
+                if not fields:  # a blank line
+                    continue
+                if len(fields) != len(header):
+                    raise InputError(
+                        f"{path}: line {reader.line_num} has {len(fields)} fields, the header {len(header)}; "
+                        "quote texts that contain the delimiter"
+                    )
+                yield fields
+    except csv.Error as error:
+        raise InputError(f"{path}: line {reader.line_num}: {error}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 ({error.reason}); convert it") from None
+
+
+def _vector(values: NDArray[np.float32]) -> str:
+    """A float32 vector as JSON: 9 digits restore every bit, in half the time and space of the 17 of a float."""
+    return f"[{('%.9g, ' * len(values))[:-2]}]" % tuple(values.tolist())
+
+
+def _object(row: dict[str, Any]) -> str:
+    """A row as JSON, vectors last."""
+    text = _json({name: value for name, value in row.items() if not isinstance(value, np.ndarray)})
+    for name, value in row.items():
+        if isinstance(value, np.ndarray):
+            text = f"{text[:-1]}{', ' if len(text) > 2 else ''}{_json(name)}: {_vector(value)}}}"
+    return text
+
+
+def _json(value: Any) -> str:
+    # What JSON has no type for, such as dates and decimals, is written as text.
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which only an escape can write
+        return json.dumps(value, default=str)
+    return text
+
+
+def _cell(value: Any) -> Any:
+    """A value as CSV has it: lists, objects and vectors as JSON, nothing for None."""
+    if isinstance(value, np.ndarray):
+        return _vector(value)
+    text = _json(value) if isinstance(value, dict | list) else value
+    if isinstance(text, str):
+        text.encode()
+    return text

@@ -1,0 +1,285 @@
+"""Files of texts: every format, every task, rows neither lost nor repeated, and what is refused."""
+
+import csv
+import itertools
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pruneofa import Engine
+from pruneofa.errors import InputError
+from pruneofa.serve import chunks, tables
+from pruneofa.serve.batch import predict_files
+from tests.tiny import WORDS, write_folder
+
+HEADS = {
+    "classifier": "ForSequenceClassification",
+    "answers": "ForQuestionAnswering",
+    "tokens": "ForTokenClassification",
+    "masks": "ForMaskedLM",
+    "vectors": "Model",
+}
+ROWS = 60
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return {name: write_folder(root / name, head) for name, head in HEADS.items()}
+
+
+def rows(count=ROWS):
+    """Rows whose texts have commas, quotes and line breaks, and lengths of 1 to 12 words."""
+    random = np.random.default_rng(0)
+    words = [word for word in WORDS.split() if not word.startswith("#")]
+    return [
+        {"id": str(i), "text": " ".join(random.choice(words, random.integers(1, 12))) + ', "x"\ny é'}
+        for i in range(count)
+    ]
+
+
+def write(path, given):
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(given), path, row_group_size=25)
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in given), encoding="utf-8")
+    else:
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, given[0], delimiter="\t" if path.suffix == ".tsv" else ",")
+            writer.writeheader()
+            writer.writerows(given)
+    return path
+
+
+def read(path):
+    """Rows of a file as Python objects; the results of CSV are understood."""
+    if path.suffix == ".parquet":
+        return pq.read_table(path).to_pylist()
+    if path.suffix == ".jsonl":
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with open(path, newline="", encoding="utf-8") as file:
+        found = list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
+    for row in found:
+        row |= {"score": float(row["score"]), "scores": json.loads(row["scores"])}
+    return found
+
+
+def predict(model, files, out, **settings):
+    return predict_files(model, files, out, threads=1, **{"rows": 16} | settings)
+
+
+@pytest.mark.parametrize("source", tables.SUFFIXES)
+@pytest.mark.parametrize("target", tables.SUFFIXES)
+def test_the_same_rows_come_out_with_results(models, tmp_path, source, target):
+    given, out = rows(), tmp_path / f"out{target}"
+    summary = predict(models["classifier"], [write(tmp_path / f"in{source}", given)], out)
+    assert (summary["rows"], summary["skipped"], summary["resumed"]) == (ROWS, 0, 0)
+    expected = Engine.from_pretrained(models["classifier"], threads=1).predict([row["text"] for row in given])
+    found = read(out)
+    assert [{key: row[key] for key in ("id", "text", "label")} for row in found] == [
+        row | {"label": result["label"]} for row, result in zip(given, expected, strict=True)
+    ]
+    np.testing.assert_allclose([row["score"] for row in found], [row["score"] for row in expected], rtol=1e-5)
+    assert [list(row["scores"]) for row in found] == [list(row["scores"]) for row in expected]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([f"in{source}", out.name])
+
+
+def test_vectors_are_lists_of_fixed_size(models, tmp_path):
+    given = rows()
+    predict(models["vectors"], [write(tmp_path / "in.jsonl", given)], tmp_path / "out.parquet", prefix="my_")
+    table = pq.read_table(tmp_path / "out.parquet")
+    assert table.schema.field("my_embedding").type == pa.list_(pa.float32(), 32)
+    expected = Engine.from_pretrained(models["vectors"], threads=1).predict([row["text"] for row in given])
+    vectors = np.stack(table.column("my_embedding").to_numpy())
+    np.testing.assert_allclose(vectors, expected, rtol=1e-4, atol=1e-5)
+    predict(models["vectors"], [tmp_path / "in.jsonl"], tmp_path / "out.jsonl")
+    text = [row["embedding"] for row in read(tmp_path / "out.jsonl")]
+    np.testing.assert_array_equal(np.array(text, np.float32), vectors)  # every bit
+    assert [list(row) for row in read(tmp_path / "out.jsonl")] == [["id", "text", "embedding"]] * ROWS
+
+
+@pytest.mark.parametrize("target", [".parquet", ".jsonl"])
+def test_answers_entities_and_masks(models, tmp_path, target):
+    questions = [{"q": "what is it?", "p": row["text"]} for row in rows(5)]
+    out = tmp_path / f"answers{target}"
+    predict(models["answers"], [write(tmp_path / "q.csv", questions)], out, question="q", context="p")
+    for row, found in zip(questions, read(out), strict=True):
+        assert found["answer"] == row["p"][found["start"] : found["end"]]
+    file = write(tmp_path / "in.csv", rows(5))
+    predict(models["tokens"], [file], tmp_path / f"tokens{target}")
+    found = read(tmp_path / f"tokens{target}")
+    assert all(row["entities"] for row in found)
+    for row in found:
+        spans = [(entity["start"], entity["end"]) for entity in row["entities"]]
+        assert spans == sorted(spans)
+        assert [entity["word"] for entity in row["entities"]] == [row["text"][start:end] for start, end in spans]
+        labels = [entity["label"] for entity in row["entities"]]
+        assert all(one != two for one, two in itertools.pairwise(labels))
+    file = write(tmp_path / "masked.csv", [{"text": "a [MASK] film and [MASK] story"}])
+    predict(models["masks"], [file], tmp_path / f"masks{target}")
+    (row,) = read(tmp_path / f"masks{target}")
+    assert [mask["label"] in dict(mask["scores"]) for mask in row["masks"]] == [True, True]
+
+
+def test_a_folder_holds_a_file_per_file_and_an_empty_file_stays(models, tmp_path):
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "none.parquet")
+    (tmp_path / "head.csv").write_text("text\n")
+    files = [write(tmp_path / "a.csv", rows(20)), tmp_path / "none.parquet", tmp_path / "head.csv"]
+    predict(models["classifier"], files, tmp_path / "out")
+    assert [len(read(tmp_path / "out" / file.name)) for file in files] == [20, 0, 0]
+    assert pq.read_schema(tmp_path / "out" / "none.parquet").names == ["text", "label", "score", "scores"]
+    predict(models["classifier"], [files[0], write(tmp_path / "b.csv", rows(3))], tmp_path / "both.csv")
+    assert [row["id"] for row in read(tmp_path / "both.csv")] == [str(i) for i in [*range(20), *range(3)]]
+
+
+def test_several_processes_keep_the_order_and_replace_one_that_is_killed(models, tmp_path, monkeypatch):
+    file = write(tmp_path / "in.jsonl", rows())
+    predict(models["classifier"], [file], tmp_path / "one.jsonl")
+    killed = []
+    give = chunks._Worker.give
+
+    def give_and_kill(worker, chunk):
+        give(worker, chunk)
+        if chunk.start == 32 and not killed:
+            killed.append(worker._process.pid)
+            os.kill(worker._process.pid, signal.SIGKILL)
+
+    monkeypatch.setattr(chunks._Worker, "give", give_and_kill)
+    summary = predict(models["classifier"], [file], tmp_path / "two.jsonl", processes=2)
+    assert killed and summary["rows"] == ROWS
+    assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
+    assert multiprocessing.active_children() == []
+
+
+def start(models, file, out, *more):
+    command = [sys.executable, "-m", "pruneofa", "predict", models["classifier"], file, "--out", out]
+    command += ["--rows", "8", "--threads", "2", *more]
+    return subprocess.Popen([str(word) for word in command], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def parts(out):
+    return [part for folder in out.parent.glob(f".{out.name}.*.parts") for part in chunks.find_parts(folder)]
+
+
+def wait_for(process, out, count):
+    while len(parts(out)) < count:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_it_continues_and_no_row_is_lost_or_repeated(models, tmp_path, processes):
+    file, out = write(tmp_path / "in.csv", rows(1200)), tmp_path / "out.csv"
+    for count in (3, 20):
+        process = start(models, file, out, "--processes", processes)
+        wait_for(process, out, count)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert not out.exists() and len(parts(out)) < 150
+    kept = len(parts(out))
+    process = start(models, file, out, "--processes", processes, "--json")
+    said, errors = process.communicate(timeout=250)
+    assert process.returncode == 0, errors
+    summary = json.loads(said)
+    assert summary["rows"] == 1200 and summary["resumed"] >= 8 * kept
+    predict(models["classifier"], [file], tmp_path / "straight.csv", rows=8)
+    assert out.read_bytes() == (tmp_path / "straight.csv").read_bytes()
+    assert parts(out) == []
+
+
+def test_ctrl_c_says_what_is_kept(models, tmp_path):
+    file, out = write(tmp_path / "in.csv", rows(1200)), tmp_path / "out.csv"
+    process = start(models, file, out)
+    wait_for(process, out, 3)
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    kept = 8 * len(parts(out))
+    assert errors.splitlines()[-1] == (
+        f"pruneofa: interrupted; {kept} of 1200 rows are kept; the same command continues there"
+    )
+
+
+def test_killed_before_the_parts_are_removed_it_ends_as_it_should(models, tmp_path, monkeypatch):
+    file, out = write(tmp_path / "in.csv", rows()), tmp_path / "out.csv"
+    with monkeypatch.context() as patch:
+        patch.setattr("pruneofa.serve.batch.shutil.rmtree", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            predict(models["classifier"], [file], out)
+    before = out.read_bytes()
+    assert predict(models["classifier"], [file], out)["resumed"] == ROWS
+    assert out.read_bytes() == before and parts(out) == []
+
+
+def test_other_settings_do_not_continue(models, tmp_path, monkeypatch):
+    file, out = write(tmp_path / "in.csv", [*rows(), {"id": "", "text": ""}]), tmp_path / "out.csv"
+    with pytest.raises(InputError, match=r"in.csv: row 61 is an empty string.*--skip-bad"):
+        predict(models["classifier"], [file], out)
+    assert len(parts(out)) == 3
+    with pytest.raises(InputError, match=r"unfinished with other settings \(prefix\).*--redo"):
+        predict(models["classifier"], [file], out, prefix="p_")
+    summary = predict(models["classifier"], [file], out, skip_bad=True)
+    assert (summary["resumed"], summary["skipped"]) == (48, 1)
+    with open(out, newline="") as found:
+        assert list(csv.reader(found))[-1] == ["", "", "", "", ""]
+    with pytest.raises(InputError, match="exists; replace it with --redo"):
+        predict(models["classifier"], [file], out, skip_bad=True)
+    assert predict(models["classifier"], [file], out, skip_bad=True, redo=True)["resumed"] == 0
+
+
+def test_two_at_once_are_refused(models, tmp_path):
+    file, out = write(tmp_path / "in.csv", rows(1200)), tmp_path / "out.csv"
+    process = start(models, file, out)
+    wait_for(process, out, 1)
+    with pytest.raises(InputError, match="another pruneofa is at work here"):
+        predict(models["classifier"], [file], out)
+    process.kill()
+    process.communicate()
+
+
+BAD = [
+    ("in.csv", 'text\na\n"b', "line 3: unexpected end of data"),
+    ("in.csv", "id,text\n1,a\n2\n", "line 3 has 1 fields, the header 2"),
+    ("in.csv", "", "no header"),
+    ("in.csv", "a,a\n1,2\n", "has a name twice"),
+    ("in.csv", "a,b\n1,2\n", "which column of 'a', 'b' has the texts"),
+    ("in.csv", "text,score\na,1\n", "has a column 'score' already; .*--prefix predicted_"),
+    ("in.jsonl", '{"text": "a"}\nnonsense\n', "row 2 is not JSON"),
+    ("in.jsonl", '{"text": "a"}\n[1]\n', "row 2 is a JSON list, wanted an object"),
+    ("in.jsonl", '{"text": "a"}\n{"text": 3}\n', "row 2 is int, wanted a str"),
+    ("in.jsonl", '{"text": "a"}\n{"text": "\\ud800"}\n', "row 2 has a lone surrogate"),
+    ("in.jsonl", '{"text": "a"}\n{"text": "' + "film " * 100 + '"}\n', "row 2 has 102 tokens, .*--truncate"),
+    ("in.jsonl", '{"text": "a", "id": 1}\n{"text": "b"}\n', "row 2 has the columns 'text', row 1 'text', 'id'"),
+    ("in.parquet", "nonsense", "not readable as parquet"),
+    ("in.xlsx", "", "got '.xlsx', wanted .parquet, .jsonl, .csv, .tsv"),
+    ("in.csv", b"text\n\xff\xfe\n", "not UTF-8"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), BAD)
+def test_a_wrong_file_is_refused_and_leaves_nothing(models, tmp_path, name, content, message):
+    file = tmp_path / name
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError, match=message):
+        predict(models["classifier"], [file], tmp_path / "out.csv")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_row_that_is_too_long_costs_only_itself(models, tmp_path):
+    given = rows(40)
+    given[7]["text"] = "film " * 100
+    file = write(tmp_path / "in.parquet", given)
+    summary = predict(models["vectors"], [file], tmp_path / "out.parquet", skip_bad=True)
+    found = read(tmp_path / "out.parquet")
+    assert summary["skipped"] == 1
+    assert [row["id"] for row in found if row["embedding"] is None] == ["7"]
+    assert predict(models["vectors"], [file], tmp_path / "cut.parquet", truncate=True)["skipped"] == 0

@@ -1,0 +1,148 @@
+"""The predictor of batches, and the same under Ray Data and Spark where they are installed."""
+
+import functools
+import os
+import signal
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+
+from pruneofa.errors import InputError
+from pruneofa.serve.predictor import Predictor, entities, predict_frames, spark_columns
+from tests.tiny import write_folder
+
+TEXTS = ["a good film", "a terrible story", "the king of the city", "water"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(write_folder(tmp_path_factory.mktemp("model") / "classifier"))
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    return Predictor(model, threads=1).engine.predict(TEXTS)
+
+
+def test_a_batch_comes_back_as_it_was_given(model, expected):
+    predictor = Predictor(model, threads=1)
+    labels = [row["label"] for row in expected]
+    frame = predictor(pd.DataFrame({"text": TEXTS, "n": range(4)}))
+    assert list(frame) == ["text", "n", "label", "score", "scores"] and list(frame["label"]) == labels
+    table = predictor(pa.table({"text": TEXTS}))
+    assert isinstance(table, pa.Table) and table.column("label").to_pylist() == labels
+    arrays = predictor({"text": np.array(TEXTS)})
+    assert list(arrays["label"]) == labels and arrays["score"].dtype == np.float64
+
+
+def test_a_row_without_text_is_named_or_skipped(model):
+    frame = pd.DataFrame({"text": ["a film", None]})
+    with pytest.raises(InputError, match="row 2 of the batch is float, wanted text; .*--skip-bad"):
+        Predictor(model, threads=1)(frame)
+    assert list(Predictor(model, threads=1, skip_bad=True)(frame)["label"].isna()) == [False, True]
+
+
+def test_entities_are_groups_of_tokens():
+    text = "Ada Lovelace met Bo in Paris"
+    words = [("Ada", "B-PER"), ("Lovelace", "I-PER"), ("met", "O"), ("Bo", "B-PER"), ("in", "O"), ("Paris", "I-LOC")]
+    tokens, at = [], 0
+    for word, label in words:
+        start = text.index(word, at)
+        at = start + len(word)
+        tokens.append({"label": label, "score": 0.5 + 0.1 * len(tokens), "word": word, "start": start, "end": at})
+    assert [(found["label"], found["word"], round(found["score"], 3)) for found in entities(text, tokens)] == [
+        ("PER", "Ada Lovelace", 0.55),
+        ("PER", "Bo", 0.8),
+        ("LOC", "Paris", 1.0),
+    ]
+    assert [found["word"] for found in entities("ab", [
+        {"label": "B-X", "score": 1.0, "word": "a", "start": 0, "end": 1},
+        {"label": "B-X", "score": 1.0, "word": "b", "start": 1, "end": 2},
+    ])] == ["a", "b"]  # fmt: skip
+
+
+def test_frames_of_a_partition(model, expected):
+    frames = [pd.DataFrame({"text": TEXTS[:1]}), pd.DataFrame({"text": TEXTS[1:]})]
+    found = pd.concat(predict_frames(frames, model=model, threads=1))
+    assert list(found["label"]) == [row["label"] for row in expected]
+    assert spark_columns(model, prefix="p_") == "`p_label` string, `p_score` double, `p_scores` map<string, double>"
+
+
+def die_once(marker):
+    """End this process, as the out-of-memory killer does, unless `marker` exists: the first to come makes it."""
+    try:
+        os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Mortal(Predictor):
+    """A predictor whose process is killed in the middle, once."""
+
+    def __init__(self, marker, **settings):
+        super().__init__(**settings)
+        self._marker, self._batches = marker, 0
+
+    def __call__(self, batch):
+        self._batches += 1
+        if self._batches == 2:
+            die_once(self._marker)
+        return super().__call__(batch)
+
+
+def mortal_frames(frames, marker, **settings):
+    for number, frame in enumerate(predict_frames(frames, **settings)):
+        if number == 1:
+            die_once(marker)
+        yield frame
+
+
+@pytest.mark.slow
+def test_ray_data_with_two_actors_of_which_one_is_killed(model, tmp_path):
+    ray = pytest.importorskip("ray")
+    pytest.importorskip("ray.data")
+    ray.init(num_cpus=4, include_dashboard=False, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}})
+    try:
+        marker = tmp_path / "killed"
+        dataset = ray.data.from_items([{"id": i, "text": TEXTS[i % 4]} for i in range(400)]).repartition(8)
+        done = dataset.map_batches(
+            Mortal,
+            fn_constructor_kwargs={"marker": str(marker), "model": model, "threads": 1},
+            compute=ray.data.ActorPoolStrategy(size=2),
+            batch_size=20,
+        )
+        rows = done.take_all()
+    finally:
+        ray.shutdown()
+    assert marker.exists()
+    expected = {
+        text: result["label"] for text, result in zip(TEXTS, Predictor(model).engine.predict(TEXTS), strict=True)
+    }
+    assert sorted(row["id"] for row in rows) == list(range(400))
+    assert all(row["label"] == expected[row["text"]] for row in rows)
+
+
+@pytest.mark.slow
+def test_spark_with_two_workers_of_which_one_is_killed(model, expected, tmp_path):
+    sql = pytest.importorskip("pyspark.sql")
+    spark = (
+        sql.SparkSession.builder.master("local[2,3]")  # two threads; a task may fail twice
+        .config("spark.sql.execution.arrow.maxRecordsPerBatch", 20)
+        .config("spark.ui.enabled", "false")
+        .getOrCreate()
+    )
+    try:
+        marker = tmp_path / "killed"
+        frame = spark.createDataFrame([(i, TEXTS[i % 4]) for i in range(400)], "id bigint, text string").repartition(4)
+        predict = functools.partial(mortal_frames, marker=str(marker), model=model, threads=1)
+        rows = frame.mapInPandas(predict, f"id bigint, text string, {spark_columns(model)}").collect()
+    finally:
+        spark.stop()
+    assert marker.exists()
+    labels = {text: result["label"] for text, result in zip(TEXTS, expected, strict=True)}
+    assert sorted(row["id"] for row in rows) == list(range(400))
+    assert all(row["label"] == labels[row["text"]] for row in rows)
+    assert all(set(row["scores"]) == {"label 0", "label 1", "label 2"} for row in rows)
