@@ -47,8 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: Sequence[str]) -> int:
-    options = _parser(arguments)
     try:
+        options = _parser(arguments)
         code = options.call(options)
         sys.stdout.flush()
         return code
