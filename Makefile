@@ -19,7 +19,7 @@ SANITIZED := $(VENV)/sanitized
 export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 
-.PHONY: demo test test-slow sanitize lint readme-table install clean
+.PHONY: demo test test-slow sanitize lint docs readme-table install clean
 .DELETE_ON_ERROR:
 
 demo: $(DEMO_READY)
@@ -52,6 +52,14 @@ $(SANITIZED)/.installed: $(READY) $(shell find src -name '*.py' 2>/dev/null)
 lint: install
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+# The documentation as a site, in build/site. Pages are copied to where their links to each other hold; zensical.toml names
+# the copy. --strict: a link or a name of the API that leads nowhere is an error.
+docs: install
+	rm -rf build/pages build/site
+	mkdir -p build/pages
+	tar cf - *.md LICENSE docs recipes results benchmarks | tar xf - -C build/pages
+	$(VENV)/bin/python -m zensical build --strict
 
 # The picture and the tables of README.md and docs/results.md, from the committed runs and records.
 readme-table: install
