@@ -1,5 +1,5 @@
 # A server of packed models, or any other verb that needs no torch. Build and run it as docs/deploy.md says.
-# PYTHON_IMAGE: an image with Python 3.11 or newer that can install Debian's packages; both stages use it.
+# PYTHON_IMAGE: an image of Debian or Ubuntu with Python 3.11 or newer, its headers and venv; both stages use it.
 ARG PYTHON_IMAGE=python:3.13-slim-bookworm
 
 FROM ${PYTHON_IMAGE} AS build
@@ -7,9 +7,9 @@ RUN apt-get update && apt-get install -y --no-install-recommends g++
 COPY . /source
 # pip stays in the build stage. Bytecode is compiled here: the user of the image may not write it, and without it every
 # start would compile all modules again.
-RUN python3 -m venv /build && python3 -m venv --without-pip /opt/pruneofa \
-    && PIP_BUILD_CONSTRAINT=/source/constraints.txt /build/bin/pip --python /opt/pruneofa install \
-       --no-cache-dir -c /source/constraints.txt '/source[serve]'
+RUN export PIP_CONSTRAINT=/source/constraints.txt PIP_BUILD_CONSTRAINT=/source/constraints.txt \
+    && python3 -m venv /build && python3 -m venv --without-pip /opt/pruneofa \
+    && /build/bin/pip --python /opt/pruneofa install --no-cache-dir '/source[serve]'
 
 FROM ${PYTHON_IMAGE}
 COPY --from=build /opt/pruneofa /opt/pruneofa
