@@ -20,7 +20,7 @@ EMULATED := $(VENV)/emulated
 export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 
-.PHONY: demo test test-slow sanitize emulate lint readme-table install clean
+.PHONY: demo test test-slow sanitize emulate lint docs readme-table install clean
 .DELETE_ON_ERROR:
 
 demo: $(DEMO_READY)
@@ -61,6 +61,14 @@ $(SANITIZED)/.installed $(EMULATED)/.installed: $(READY) $(shell find src -name 
 lint: install
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+# The documentation as a site, in build/site. Pages are copied to where their links to each other hold; zensical.toml names
+# the copy. --strict: a link or a name of the API that leads nowhere is an error.
+docs: install
+	rm -rf build/pages build/site
+	mkdir -p build/pages
+	tar cf - *.md LICENSE docs recipes results benchmarks | tar xf - -C build/pages
+	$(VENV)/bin/python -m zensical build --strict
 
 # The picture and the tables of README.md and docs/results.md, from the committed runs and records.
 readme-table: install

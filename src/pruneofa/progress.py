@@ -41,21 +41,17 @@ def progress(description: str, total: int, *, completed: int = 0) -> Iterator[Ca
 
 @contextlib.contextmanager
 def _bar(description: str, total: int, completed: int) -> Iterator[Callable[..., None]]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from tqdm import tqdm
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(description, total=total, completed=completed, note="")
+    form = "{desc} {bar} {n_fmt}/{total_fmt}, {remaining} left{postfix}"
+    with tqdm(
+        total=total, initial=completed, desc=description, bar_format=form, file=sys.stderr, dynamic_ncols=True
+    ) as bar:
 
         def advance(count: int = 1, note: str = "") -> None:
-            bar.update(task, advance=count, **({"note": note} if note else {}))
+            if note:
+                bar.set_postfix_str(note, refresh=False)
+            bar.update(count)
 
         yield advance
 

@@ -42,3 +42,12 @@ def test_metrics_are_percent_and_accuracies_say_of_how_many_rows(capsys):
 )  # fmt: skip
 def test_a_choice_of_the_engine_in_plain_words(choice, computed, why):
     assert explain_choice(choice) == {"computed": computed, "why": why}
+
+
+def test_on_a_narrow_terminal_the_longest_cells_go_on_below(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "40")
+    table([{"layer": "short", "hash": "f" * 64, "why": "a reason of many words"}])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 40 and lines[0].split() == ["layer", "hash", "why"]
+    assert "".join(lines).count("f") - "of".count("f") == 64

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -128,7 +129,7 @@ def test_start_takes_less_than_a_third_of_a_second():
 
 
 def test_start_imports_nothing_heavy():
-    heavy = ("torch", "transformers", "numpy", "pydantic", "yaml", "safetensors", "huggingface_hub", "rich")
+    heavy = ("torch", "transformers", "numpy", "pydantic", "yaml", "safetensors", "huggingface_hub", "tqdm")
     program = "import sys, pruneofa, pruneofa.cli.main; print(*[m for m in sys.argv[1:] if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", program, *heavy], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == ""
@@ -146,6 +147,23 @@ def test_without_torch_a_folder_can_be_inspected_and_training_names_the_extra(tm
     said = without_torch("run", "demo", "--out", tmp_path / "out")
     assert (said.returncode, said.stdout) == (3, "")
     assert said.stderr == "pruneofa: error: training needs torch and transformers: pip install 'pruneofa[train]'\n"
+
+
+def test_without_the_train_extra_the_verbs_that_train_name_it_and_the_others_work(tmp_path):
+    """pydantic and PyYAML, which validate recipes, are not in the base install, nor is torch."""
+    program = (
+        "import sys; sys.modules.update(dict.fromkeys(['torch', 'transformers', 'pydantic', 'yaml', 'jinja2'])); "
+        "from pruneofa.cli.main import main; sys.exit(main())"
+    )
+    for verb in ("run", "prune", "transfer", "quantize", "evaluate"):
+        given = ["demo", "--dry-run"] if verb == "run" else ["--help"]
+        said = subprocess.run([sys.executable, "-c", program, verb, *given], capture_output=True, text=True)
+        assert (said.returncode, said.stdout) == (3, "")
+        assert said.stderr == "pruneofa: error: recipes need pydantic: pip install 'pruneofa[train]'\n"
+    golden = str(Path(__file__).parents[1] / "golden/v1-int8")
+    for given in (["inspect", golden, "--engine"], ["unpack", golden, str(tmp_path / "out")], ["bench", "--help"]):
+        said = subprocess.run([sys.executable, "-c", program, *given], capture_output=True, text=True)
+        assert said.returncode == 0, said.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The pages by question: every command is one that the parser takes, and what can run on a tiny model is run."""
 
+import argparse
 import re
 import shlex
 import shutil
@@ -14,7 +15,11 @@ from tests.small import write_task, write_text
 from tests.tiny import tiny_bert, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+PAGES = [
+    str(path.relative_to(ROOT))
+    for pattern in ("*.md", "docs/*.md", "docs/decisions/*.md")
+    for path in sorted(ROOT.glob(pattern))
+]
 RUN = [
     "README.md",
     *(f"docs/{name}.md" for name in ("fine-tune", "prune", "quantize", "run", "predict", "export", "install")),
@@ -45,8 +50,15 @@ def _blocks(page: str) -> list[tuple[str, str]]:
 
 
 def _commands(text: str) -> list[list[str]]:
-    lines = text.replace("\\\n", " ").splitlines()
-    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("pruneofa ")]
+    """The arguments of each pruneofa in a block, whatever starts it: an environment, a path to it, torchrun -m."""
+    found = []
+    for line in text.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        called = [at for at, word in enumerate(words) if re.fullmatch(r"(\S*/)?pruneofa", word)]
+        before = words[: called[0]] if called else []
+        if called and (not before or before[-1] == "-m" or all("=" in word for word in before)):
+            found.append(words[called[0] + 1 :])
+    return found
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -58,9 +70,31 @@ def test_every_command_is_one_that_the_parser_takes(page: str, capsys: pytest.Ca
             assert end.code == 0, f"{page}: pruneofa {shlex.join(command)}: {capsys.readouterr().err}"
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_every_verb_and_option_that_a_sentence_names_exists(page: str) -> None:
+    """`pruneofa VERB ... --option` between backquotes is part of a command: the rest may be left out."""
+    text = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    verbs = {name: describe for name, _, describe in cli.VERBS}
+    for command in re.findall(r"`(?:\w+=\S+ )*pruneofa ([^`]+)`", text):
+        verb, *words = command.split()
+        if verb in ("--help", "--version", "VERB"):
+            continue
+        assert verb in verbs, f"{page}: pruneofa {command}"
+        verbs[verb](parser := argparse.ArgumentParser())
+        options = {flag for action in parser._actions for flag in action.option_strings}
+        assert {word for word in words if word.startswith("--")} <= options, f"{page}: pruneofa {command}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_python_block_compiles(page: str) -> None:
+    for language, text in _blocks(page):
+        if language == "python":
+            compile(text, page, "exec")
+
+
 def test_no_command_stands_in_a_block_that_is_not_tested() -> None:
     """The README's list of verbs, which has a test of its own, is the only plain block with commands."""
-    plain = [(page, text) for page in PAGES for language, text in _blocks(page) if language != "sh"]
+    plain = [(page, text) for page in PAGES for language, text in _blocks(page) if language in ("", "bash", "console")]
     assert [page for page, text in plain if _commands(text)] == ["README.md"]
 
 

@@ -82,6 +82,12 @@ def test_the_readme_lists_exactly_the_recipes() -> None:
     assert named == {path.stem for path in (ROOT / "recipes").glob("*.yaml")}
 
 
+def test_the_list_of_decisions_has_every_page() -> None:
+    folder = ROOT / "docs/decisions"
+    listed = re.findall(r"^- \[\d{4}\]\((.*)\): \S", (folder / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert listed == sorted(path.name for path in folder.glob("0*.md"))
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_lead_somewhere(document: str) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")

@@ -205,7 +205,7 @@ _TORCH = ("torch", "transformers")
 _EXPORT = (*_TORCH, "onnx", "onnxscript")
 _TORCH_PACKAGES, _ONNX_PACKAGES = "torch transformers", "torch transformers onnx onnxruntime onnxscript"
 # What a program that uses the engine has imported; imports are not part of loading, and not of the engine's memory.
-_BASE = ("numpy", "safetensors", "tokenizers", "huggingface_hub", "pydantic", "yaml", "rich",
+_BASE = ("numpy", "safetensors", "tokenizers", "huggingface_hub",
          "pruneofa.formats.zstd", "pruneofa.engine.engine")  # fmt: skip
 
 _ALL = (

@@ -50,10 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: Sequence[str]) -> int:
-    options = _parser(arguments)
-    if getattr(options, "offline", False):
-        os.environ["HF_HUB_OFFLINE"] = "1"  # read by the libraries of the hub when they are imported
+    options = argparse.Namespace()
     try:
+        options = _parser(arguments)
+        if getattr(options, "offline", False):
+            os.environ["HF_HUB_OFFLINE"] = "1"  # read by the libraries of the hub when they are imported
         code = options.call(options)
         sys.stdout.flush()
         return code

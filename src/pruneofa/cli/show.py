@@ -1,13 +1,18 @@
 """Output of the verbs: messages, values, tables, models and results; and the location of shipped recipes."""
 
+import itertools
 import json
 import os
 import re
+import shutil
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+GAP = "  "  # between two columns of a table
 
 
 def say(message: str, code: int) -> int:
@@ -112,17 +117,26 @@ def pairs(values: dict[str, Any]) -> None:
 
 
 def table(rows: list[dict[str, Any]], *, header: bool = True) -> None:
-    """Print rows of the same keys as a table."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, show_header=header)
-    for column in rows[0] if rows else []:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*(_cell(value) for value in row.values()))
+    """Print rows of the same keys as a table; where a terminal is too narrow, the longest cells go on below."""
+    if not rows:
+        return
+    lines = [[_cell(value) for value in row.values()] for row in rows]
+    if header:
+        lines.insert(0, list(rows[0]))
+    widths = [max(1, *map(len, column)) for column in zip(*lines, strict=True)]
     # In a file or pipe no cell is folded: a hash on two lines is found by no search.
-    Console(width=None if sys.stdout.isatty() else 10_000).print(table)
+    if sys.stdout.isatty():
+        room = max(shutil.get_terminal_size().columns - len(GAP) * (len(widths) - 1), 8 * len(widths))
+        while sum(widths) > room:
+            widths[widths.index(max(widths))] -= 1
+    for line in lines:
+        folded = [
+            [cell] if len(cell) <= width else textwrap.wrap(cell, width)
+            for cell, width in zip(line, widths, strict=True)
+        ]
+        for parts in itertools.zip_longest(*folded, fillvalue=""):
+            padded = (part.ljust(width) for part, width in zip(parts, widths, strict=True))
+            sys.stdout.write(GAP.join(padded).rstrip() + "\n")
 
 
 def _cell(value: Any) -> str:

@@ -1,4 +1,9 @@
-"""The recipe: all settings of a run, validated before any work starts."""
+"""The recipe: all settings of a run, validated before any work starts. It needs `pip install pruneofa[train]`."""
+
+import importlib.util
+
+if importlib.util.find_spec("pydantic") is None:
+    raise ImportError("recipes need pydantic: pip install 'pruneofa[train]'")
 
 from pruneofa.recipe.loading import dump, load, merge, parse_override, validate
 from pruneofa.recipe.model import (
