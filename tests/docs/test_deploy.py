@@ -6,7 +6,6 @@ import shlex
 import tomllib
 from pathlib import Path
 
-import pytest
 import yaml
 
 from pruneofa.cli import main as cli
