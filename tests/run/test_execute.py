@@ -54,7 +54,7 @@ def test_interrupted_in_its_evaluation_the_training_is_kept(transfer, tmp_path, 
     events = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert {event["stage"] for event in events} == {f"{SEED}/transfer"}
     assert [event["event"] for event in events if event["event"] in ("done", "evaluated")] == ["done", "evaluated"]
-    assert not (tmp_path / ".out.work").exists()
+    assert not (tmp_path / ".out.pruneofa-work").exists()
 
 
 def test_a_model_that_diverged_is_said_when_its_metrics_are_written(transfer, tmp_path, monkeypatch):
@@ -118,7 +118,7 @@ def test_begun_work_with_other_settings_is_refused_until_redo(transfer, tmp_path
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(fine_tuning, "train", interrupt)
         transfer()
-    work = tmp_path / ".out.work" / ".work" / SEED / "transfer"
+    work = tmp_path / ".out.pruneofa-work" / ".work" / SEED / "transfer"
     (work / "checkpoint-3").mkdir()
     with pytest.raises(InputError, match=rf"{SEED}/transfer \(unfinished\); --redo"):
         transfer(lr=1e-3)
@@ -127,7 +127,7 @@ def test_begun_work_with_other_settings_is_refused_until_redo(transfer, tmp_path
     assert (work / "checkpoint-3").exists() and not (tmp_path / "out").exists()
     transfer(lr=1e-3, redo=True)
     assert read_json(tmp_path / "out" / "stage.json")["settings"]["lr"] == 1e-3
-    assert not (tmp_path / ".out.work").exists()
+    assert not (tmp_path / ".out.pruneofa-work").exists()
 
 
 def test_a_long_evaluation_is_announced_before_it_starts(transfer, monkeypatch, capsys):

@@ -1,0 +1,67 @@
+"""Locks between processes: one at a time writes an output folder, a run's folder or a cache.
+
+A lock is a file beside what it protects, locked by flock: the kernel releases it when its process ends, however that
+happens. The file is removed by its owner, so whoever locked it checks that it is still the file at that path.
+"""
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+from pruneofa.errors import InputError
+
+
+@contextlib.contextmanager
+def exclusive(target: Path, *, name: object = None, out: str = "OUT", wait: bool = False) -> Iterator[None]:
+    """Hold the lock of `target`, which need not exist; its parent folder is created.
+
+    Args:
+        target: two paths of the same file must be equal, so links should be resolved before.
+        name: what the message calls it, by default `target`.
+        out: the command-line argument that gave it.
+        wait: wait for another process instead of raising.
+
+    Raises InputError if another process holds the lock.
+    """
+    path = target.with_name(f".{target.name}.pruneofa-lock")
+    with _locked(path, wait) as held:
+        if not held:
+            raise InputError(
+                f"{name or target}: another pruneofa is at work here; wait for it, or choose another {out}"
+            )
+        yield
+
+
+@contextlib.contextmanager
+def _locked(path: Path, wait: bool) -> Iterator[bool]:
+    """Create and lock a file, and remove it at the end; False if another process holds the lock."""
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            file = open(path, "w")  # noqa: SIM115 - closed below, once it is known to be there
+        except FileNotFoundError:  # the previous owner has just removed the folder
+            continue
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                yield False
+                return
+            if not _is_at(file, path):  # removed between opening and locking: the lock has no effect
+                continue
+            try:
+                yield True
+            finally:
+                with contextlib.suppress(OSError):  # the lock is released in any case
+                    path.unlink(missing_ok=True)
+            return
+
+
+def _is_at(file: TextIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
