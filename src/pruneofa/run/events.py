@@ -33,7 +33,7 @@ def read_events(log: Path) -> list[dict[str, Any]]:
     for line in log.read_bytes().split(b"\n"):
         try:
             event = json.loads(line)
-        except ValueError:  # an empty line, or one that was not written to its end
+        except (ValueError, RecursionError):  # an empty line, or one that was not written to its end
             continue
         if isinstance(event, dict):
             found.append(event)
