@@ -228,6 +228,8 @@ def test_an_output_that_cannot_be_replaced_is_refused(tmp_path, monkeypatch):
             files.output_folder(out)
     with pytest.raises(InputError, match=r"File name too long"), files.new_output("x" * 300):
         pass
+    with pytest.raises(InputError, match=r"/proc: no file can be made in it"), files.new_output("/proc/x"):
+        pass
     assert files.output_folder("out[v2]") == tmp_path / "here" / "out[v2]"
 
 

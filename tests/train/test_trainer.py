@@ -353,7 +353,6 @@ def flip_a_bit(file):
         "pruner.safetensors",
         "clock.json",
         "trainer_state.json",
-        "training_args.bin",
         "config.json",
     ],
 )
