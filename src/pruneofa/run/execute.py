@@ -3,11 +3,11 @@
 import time
 from collections.abc import Iterable
 
-from pruneofa.errors import InputError
 from pruneofa.formats import scales
 from pruneofa.formats.files import naming_full_disk, new_folder, remove_folder, write_json, write_text
 from pruneofa.formats.hub import local_folder
 from pruneofa.run.checks import check_pattern
+from pruneofa.run.folder import refuse_foreign
 from pruneofa.run.results import versions
 from pruneofa.run.stage import (
     EVALUATION,
@@ -45,9 +45,7 @@ def make(stage: Stage, emit: Emit) -> None:
     """Make the model of a stage; work in its working folder with the same fingerprint is resumed."""
     state = processes()
     if state.is_main_process:
-        for folder, record in ((stage.folder, RECORD), (stage.work, MARK)):
-            if not (folder / record).exists() and folder.is_dir() and any(folder.iterdir()):
-                raise InputError(f"{folder}: contains files, but no stage made it; move it away, or choose another OUT")
+        refuse_foreign(stage.work, MARK)
         if stage.begun not in (None, stage.fingerprint):
             remove_folder(stage.work)
         stage.work.mkdir(parents=True, exist_ok=True)

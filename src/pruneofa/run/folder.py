@@ -8,7 +8,7 @@ from pruneofa.errors import InputError
 from pruneofa.formats import locks
 from pruneofa.formats.files import recover, recover_all, remove_folder
 from pruneofa.recipe import Recipe, load
-from pruneofa.run.stage import FORMAT, MARK, WORK, Stage, Step
+from pruneofa.run.stage import FORMAT, MARK, RECORD, WORK, Stage, Step
 from pruneofa.train.device import processes
 
 RUN = "run"  # the lock of a run's folder is in it, because the folder may be a volume that several machines share
@@ -29,15 +29,23 @@ def check_folder(recipe: Recipe, folder: Path) -> None:
         raise InputError(f"{folder}: not empty and not a run's folder; choose another --out")
 
 
+def refuse_foreign(folder: Path, record: str) -> None:
+    """Raises InputError when `folder` contains files, but not the file `record` that pruneofa writes into its own."""
+    if folder.is_dir() and not (folder / record).exists() and any(folder.iterdir()):
+        raise InputError(f"{folder}: contains files, but no stage made it; move it away, or choose another output")
+
+
 def refuse_changes(steps: Iterable[Step], where: Path, redo: bool, out: str = "--out") -> None:
     """Raises InputError listing stages, finished or begun, whose settings or inputs changed, unless `redo`.
 
-    Of a finished stage it says what changed.
+    Of a finished stage it says what changed. A stage's folder that no stage made is always refused.
 
     Stages with a record of an earlier format are refused too, because it is unknown whether their settings changed.
     `where` is the folder that the message names, `out` the command-line argument for it.
     """
     stages = [step for step in steps if isinstance(step, Stage)]
+    for stage in stages:
+        refuse_foreign(stage.folder, RECORD)
     earlier = [(stage, version) for stage in stages if (version := stage.earlier) is not None]
     if earlier and not redo:
         names = ", ".join(str(stage.id) for stage, _ in earlier)
