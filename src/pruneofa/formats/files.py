@@ -56,9 +56,11 @@ def naming_full_disk(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not disk_is_full(error) or isinstance(error, InputError) or getattr(error, "filename", None):
+        if not disk_is_full(error) or isinstance(error, InputError):
             raise
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(in_place(path))) from error
+        # Of a copy, the second name is the one that was written.
+        name = getattr(error, "filename2", None) or getattr(error, "filename", None) or path
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(in_place(Path(name)))) from error
 
 
 def write_text(path: Path, text: str) -> None:
