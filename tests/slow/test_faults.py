@@ -189,13 +189,14 @@ class Faults:
         self.below, self.left, self.code = str(below), n, code
 
     def hit(self, path):
-        if isinstance(path, int):
+        named = [str(path)] if not isinstance(path, int) else []
+        if not named:
             path = os.readlink(f"/proc/self/fd/{path}")
         if not os.path.abspath(path).startswith(self.below):
             return
         self.left -= 1
         if self.left == 0:
-            raise OSError(self.code, os.strerror(self.code), *([] if self.code == errno.EIO else [str(path)]))
+            raise OSError(self.code, os.strerror(self.code), *named)
 
     def install(self):
         makes = os.mkdir

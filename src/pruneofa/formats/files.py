@@ -51,16 +51,18 @@ def sync_tree(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def naming_full_disk(path: Path) -> Iterator[None]:
-    """Raise errors of a full disk as OSError with the name of what was being written: write(2) knows no names."""
+def naming_disk(path: Path) -> Iterator[None]:
+    """Raise errors of a full or failing disk as OSError with the name of what was written: write(2) knows no names."""
     try:
         yield
     except Exception as error:
-        if not disk_is_full(error) or isinstance(error, InputError):
+        code = errno.ENOSPC if disk_is_full(error) else getattr(error, "errno", None)
+        if code not in (errno.ENOSPC, errno.EIO) or isinstance(error, InputError):
             raise
         # Of a copy, the second name is the one that was written.
         name = getattr(error, "filename2", None) or getattr(error, "filename", None) or path
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(in_place(Path(name)))) from error
+        reason = os.strerror(errno.ENOSPC) if code == errno.ENOSPC else error.strerror
+        raise OSError(code, reason, str(in_place(Path(name)))) from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -68,7 +70,7 @@ def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = marked(path, "tmp")
     try:
-        with naming_full_disk(path), open(temporary, "w", encoding="utf-8") as file:
+        with naming_disk(path), open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -175,7 +177,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     temporary = marked(target, "tmp")
     temporary.mkdir()
     try:
-        with naming_full_disk(target):
+        with naming_disk(target):
             yield temporary
             sync_tree(temporary)
             _put_in_place(temporary, target)

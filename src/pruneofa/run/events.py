@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pruneofa.formats.files import naming_full_disk
+from pruneofa.formats.files import naming_disk
 
 LOG = "log.jsonl"
 
@@ -13,7 +13,7 @@ LOG = "log.jsonl"
 def append_event(log: Path, event: dict[str, Any]) -> None:
     """Append an event to a log; a last line that a kill or a full disk left unfinished is removed first."""
     line = json.dumps({"time": round(time.time(), 1), **event}) + "\n"
-    with naming_full_disk(log), open(log, "ab+", buffering=0) as file:
+    with naming_disk(log), open(log, "ab+", buffering=0) as file:
         end = _end_of_lines(file)
         file.truncate(end)
         data = line.encode()

@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterable
 
 from pruneofa.formats import scales
-from pruneofa.formats.files import naming_full_disk, new_folder, remove_folder, write_json, write_text
+from pruneofa.formats.files import naming_disk, new_folder, remove_folder, write_json, write_text
 from pruneofa.formats.hub import local_folder
 from pruneofa.run.checks import check_pattern
 from pruneofa.run.folder import refuse_foreign
@@ -55,7 +55,7 @@ def make(stage: Stage, emit: Emit) -> None:
     if isinstance(start, Model):
         check_pattern(stage.pattern, start.path)
     inputs = {name: value.read() if isinstance(value, Data) else value for name, value in stage.inputs.items()}
-    with naming_full_disk(stage.work):
+    with naming_disk(stage.work):
         outcome = stage.make(stage.settings, Job(str(stage.id), stage.work, emit), **inputs)
     if state.is_main_process:
         with new_folder(stage.folder) as folder:
