@@ -1,6 +1,8 @@
 """The two exceptions that a user's input can cause, and helpers for their messages. The CLI maps them to exit codes."""
 
+import errno
 import importlib.util
+import os
 from typing import Any
 
 
@@ -21,6 +23,36 @@ def short(value: Any) -> str:
     """A value as text for a message: one line of ASCII, at most 60 characters."""
     text = ascii(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+# Errors of a path that the user may not write to.
+UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EBUSY}
+
+
+def disk_is_full(error: BaseException | None) -> bool:
+    """Whether this error or one of its causes says that the disk is full: libraries wrap the system's errors."""
+    messages = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
+    while error is not None:
+        text = str(error)
+        # torch's zip writer only reports that bytes are missing.
+        torch = "inline_container.cc" in text and ("unexpected pos" in text or "write failed" in text)
+        if torch or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(m in text for m in messages):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def storage_failure(error: BaseException) -> str | None:
+    """One line for an error of the disk or of permissions, which is no fault of the program; None for another."""
+    name = getattr(error, "filename", None)
+    if disk_is_full(error):
+        where = name or " ".join(str(error).split())
+        return f"disk full: {where}; free space, the same command resumes"
+    if isinstance(error, OSError) and name and error.errno == errno.EIO:
+        return f"{name}: the disk reports an error ({error.strerror}); check the disk, the same command resumes"
+    if isinstance(error, OSError) and name and error.errno in UNWRITABLE:
+        return f"{name}: {error.strerror}; check its permissions, or choose another path"
+    return None
 
 
 def need_train_extra() -> None:

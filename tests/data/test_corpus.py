@@ -145,7 +145,7 @@ def test_an_error_of_the_reader_stops_the_processes(tmp_path, monkeypatch):
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in articles(30)) + "{broken\n")
     with pytest.raises(InputError, match="line 31 is not JSON"):
         build(path, tmp_path, processes=2)
-    assert not [p for p in (tmp_path / "cache" / "corpus").iterdir() if p.suffix != ".lock"]
+    assert list((tmp_path / "cache" / "corpus").iterdir()) == []
 
 
 def test_the_cache_is_found_by_content_under_any_name(tmp_path):
@@ -208,6 +208,43 @@ def test_two_processes_that_want_the_same_cache_build_it_once(tmp_path):
         assert sorted(future.result() for future in futures) == [False, True, True]
 
 
+def flip(file):
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        flip,
+        lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+        lambda file: file.write_bytes(bytes(file.stat().st_size)),
+        lambda file: file.unlink(),
+    ],
+    ids=["a bit", "cut", "zeros", "gone"],
+)
+@pytest.mark.parametrize(
+    "name", ["tokens.bin", "sentences.bin", "documents.bin", "chunks/train/spans.bin", "meta.json"]
+)
+def test_a_damaged_cache_is_named_and_made_again(tmp_path, capsys, name, damage):
+    path = write(tmp_path / "a.txt", articles(20))
+    first = build(path, tmp_path)
+    wanted = [first.train(8, seed=0)[index]["input_ids"].tolist() for index in range(8)]
+    assert build(path, tmp_path).stats["cached"]
+    file = first.store.folder / name
+    if name.startswith("chunks"):
+        [file] = first.store.folder.glob("chunks-*/train/spans.bin")
+    before = file.read_bytes()
+    damage(file)
+    capsys.readouterr()
+    again = build(path, tmp_path)
+    said = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(said) == 1 and f"damaged ({file.name}: " in said[0].replace("train/", "") and "made again" in said[0]
+    assert [again.train(8, seed=0)[index]["input_ids"].tolist() for index in range(8)] == wanted
+    assert name == "meta.json" or file.read_bytes() == before
+
+
 def _cached(path, tmp_path):
     return build(path, tmp_path).stats["cached"]
 
@@ -250,7 +287,7 @@ def test_a_tiny_corpus_still_has_both_splits(count, nsp, least):
 def test_a_corpus_that_gives_no_examples_leaves_nothing_behind(tmp_path, texts, settings, message):
     with pytest.raises(InputError, match=message):
         build(write(tmp_path / "a.txt", texts), tmp_path, **settings)
-    assert not [p for p in (tmp_path / "cache" / "corpus").iterdir() if p.suffix != ".lock"]
+    assert list((tmp_path / "cache" / "corpus").iterdir()) == []
 
 
 def test_a_wrong_source_writes_nothing_at_all(tmp_path):
@@ -274,9 +311,9 @@ def test_a_full_disk_is_reported_and_leaves_nothing(tmp_path, monkeypatch):
 
     path = write(tmp_path / "a.txt", articles(30))
     monkeypatch.setattr(corpus, "_write", full)
-    with pytest.raises(InputError, match=r"the disk is full .* set PRUNEOFA_CACHE"):
+    with pytest.raises(InputError, match="the disk is full; free space, or set PRUNEOFA_CACHE"):
         build(path, tmp_path)
-    assert not [p for p in (tmp_path / "cache" / "corpus").iterdir() if p.suffix != ".lock"]
+    assert list((tmp_path / "cache" / "corpus").iterdir()) == []
 
 
 @pytest.mark.skipif("PRUNEOFA_DATA" not in os.environ, reason="needs real data in PRUNEOFA_DATA")

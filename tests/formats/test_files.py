@@ -154,6 +154,108 @@ def test_after_a_kill_in_the_block_the_old_folder_stands_and_the_next_try_succee
     assert names(tmp_path) == ["sparse"]
 
 
+NOT_OURS = ["{}.old", ".{}.tmp", ".{}.pruneofa-tmp", ".{}.00.pruneofa-old", ".other.0123456789abcdef.pruneofa-tmp"]
+
+
+def test_folders_of_the_user_beside_it_are_kept(tmp_path):
+    target = tmp_path / "thesis"
+    theirs = [tmp_path / name.format("thesis") for name in NOT_OURS]
+    for folder in theirs:
+        folder.mkdir()
+        (folder / "chapter").write_text("mine")
+    make(target, "one")
+    make(target, "two")
+    assert content(target) == "two"
+    assert {(folder / "chapter").read_text() for folder in theirs} == {"mine"}
+    assert names(tmp_path) == sorted(["thesis", *(folder.name for folder in theirs)])
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_a_kill_between_the_renames_loses_nothing(tmp_path, call):
+    target = tmp_path / "sparse"
+    make(target, "one")
+    program = (
+        "import os, sys; from pathlib import Path; from pruneofa.formats import files\n"
+        "calls, replace = [], os.replace\n"
+        "def killed(*paths):\n"
+        "    calls.append(replace(*paths))\n"
+        "    len(calls) == int(sys.argv[2]) and os.kill(os.getpid(), 9)\n"
+        "os.replace = killed\n"
+        "with files.new_folder(Path(sys.argv[1])) as folder:\n"
+        "    (folder / 'sub').mkdir(); (folder / 'sub' / 'weights').write_bytes(b'two')"
+    )
+    killed = subprocess.run([sys.executable, "-c", program, str(target), str(call)])
+    assert killed.returncode == -signal.SIGKILL
+    assert target.exists() == (call == 2)
+    files.recover(target)
+    assert content(target) == ("one" if call == 1 else "two")
+    assert names(tmp_path) == ["sparse"]
+
+
+def test_permissions_follow_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        make(tmp_path / "sparse", "one")
+        files.write_text(tmp_path / "sparse" / "file", "text")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "sparse").stat().st_mode & 0o777 == 0o750
+    assert (tmp_path / "sparse" / "file").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_link_is_followed(tmp_path):
+    (tmp_path / "disk" / "real").mkdir(parents=True)
+    (tmp_path / "out").symlink_to("disk/real")
+    with files.new_output(tmp_path / "out") as folder:
+        assert folder.parent == tmp_path / "disk"
+        (folder / "weights").write_text("one")
+    assert (tmp_path / "out").is_symlink() and (tmp_path / "disk" / "real" / "weights").read_text() == "one"
+    assert names(tmp_path) == ["disk", "out"] and names(tmp_path / "disk") == ["real"]
+
+
+def test_an_output_that_cannot_be_replaced_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "loop").symlink_to("loop")
+    monkeypatch.chdir(tmp_path / "here")
+    for out in (".", "..", tmp_path, ""):
+        with pytest.raises(InputError, match=r"is the working folder or above it.*choose a folder in it"):
+            files.output_folder(out)
+    for out in ("/", "/proc"):
+        with pytest.raises(InputError, match=r"is a mount point"):
+            files.output_folder(out)
+    for out in (tmp_path / "loop", "a\0b"):
+        with pytest.raises(InputError, match=r"not a usable path"):
+            files.output_folder(out)
+    with pytest.raises(InputError, match=r"File name too long"), files.new_output("x" * 300):
+        pass
+    with pytest.raises(InputError, match=r"/proc: no file can be made in it"), files.new_output("/proc/x"):
+        pass
+    assert files.output_folder("out[v2]") == tmp_path / "here" / "out[v2]"
+
+
+@pytest.mark.parametrize("fault", [errno.EROFS, errno.EACCES])
+def test_an_output_that_cannot_be_written_is_said_in_one_line(tmp_path, monkeypatch, fault):
+    def refused(path, *_):
+        raise OSError(fault, os.strerror(fault), str(path))
+
+    monkeypatch.setattr(os, "replace", refused)
+    with pytest.raises(InputError, match=rf"{os.strerror(fault)}; choose a folder"), files.new_output(tmp_path / "o"):
+        pass
+    assert names(tmp_path) == []
+
+
+def test_what_is_removed_is_whole_or_gone(tmp_path, monkeypatch):
+    make(tmp_path / "checkpoint-3", "one")
+    monkeypatch.setattr("shutil.rmtree", lambda *_, **__: pytest.fail("killed"))
+    with pytest.raises(pytest.fail.Exception):
+        files.remove_folder(tmp_path / "checkpoint-3")
+    monkeypatch.undo()
+    assert not (tmp_path / "checkpoint-3").exists()
+    files.recover_all(tmp_path)
+    assert names(tmp_path) == []
+    files.remove_folder(tmp_path / "checkpoint-3")  # what is not there is gone
+
+
 def test_json_that_cannot_be_read_is_named(tmp_path):
     with pytest.raises(InputError, match=r"none\.json: no such file"):
         files.read_json(tmp_path / "none.json")

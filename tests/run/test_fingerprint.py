@@ -8,8 +8,9 @@ import pytest
 from pruneofa import recipe
 from pruneofa.errors import InputError
 from pruneofa.formats.files import write_json
+from pruneofa.formats.locks import exclusive
 from pruneofa.run import single, stage
-from pruneofa.run.folder import exclusive, refuse_changes
+from pruneofa.run.folder import refuse_changes
 from pruneofa.run.inputs import Inputs
 from pruneofa.run.plan import plan
 from tests.small import small_recipe, write_task
@@ -196,11 +197,11 @@ def test_the_record_of_an_earlier_format_is_refused(settings, tmp_path, record):
 
 def test_a_single_stage_is_made_by_one_process_and_records_its_defaults(settings, tmp_path):
     inputs = Inputs(settings)
-    teacher = plan(settings, inputs, tmp_path / ".out.work")[0]
+    teacher = plan(settings, inputs, tmp_path / ".out.pruneofa-work")[0]
     recorded = stage.fingerprinted(teacher.settings)["teacher"]
     assert recorded["weight_decay"] == 0.01 and "save_steps" not in recorded
     refused = pytest.raises(InputError, match=r"out: another pruneofa is at work here.*another OUT")
-    with exclusive(tmp_path / ".out.work"), refused:
+    with exclusive(tmp_path / "out"), refused:
         single._execute(settings, inputs, [replace(teacher, folder=tmp_path / "out")], tmp_path / "out", False)
     assert not (tmp_path / "out").exists()
 

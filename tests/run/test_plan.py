@@ -12,7 +12,7 @@ from pruneofa.formats.files import read_json
 from pruneofa.run import single
 from pruneofa.run.checks import check
 from pruneofa.run.estimate import estimate
-from pruneofa.run.folder import exclusive, refuse_changes
+from pruneofa.run.folder import RUN, exclusive, refuse_changes
 from pruneofa.run.inputs import Inputs
 from pruneofa.run.plan import plan
 from pruneofa.run.results import verify_run
@@ -137,7 +137,7 @@ def test_changed_settings_need_redo_and_touch_only_what_depends_on_them(done, tm
     run(changed, copy, redo=True)
     assert (copy / "tasks/mine/seed-0/teacher/stage.json").stat().st_mtime_ns == teacher
     assert read_json(copy / "tasks/mine/seed-0/transfer/stage.json")["fingerprint"] != transfer["fingerprint"]
-    assert not list(copy.rglob("*.old"))
+    assert not list(copy.rglob("*pruneofa-*"))
 
 
 def test_dropout_of_a_task_is_the_sparse_models_only(tmp_path):
@@ -178,8 +178,10 @@ def test_what_only_costs_memory_may_change_and_the_tokenizer_may_not(tmp_path):
 
 def test_a_second_process_is_kept_out(tmp_path):
     refused = pytest.raises(InputError, match="another pruneofa is at work here")
-    with exclusive(tmp_path / "run"), refused, exclusive(tmp_path / "run"):
+    targets, name = [tmp_path / "run" / RUN], tmp_path / "run"
+    with exclusive(targets, name=name), refused, exclusive(targets, name=name):
         pass
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_a_teacher_without_a_trained_head_is_refused_before_anything_is_written(tmp_path):

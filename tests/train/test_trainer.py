@@ -3,7 +3,9 @@ import itertools
 import math
 import os
 import signal
+import time
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -330,9 +332,29 @@ def spoil_start(file):
     file.write_bytes(b"\xff" * 64 + file.read_bytes()[64:])
 
 
-@pytest.mark.parametrize("damage", [cut, spoil_start])
+def empty(file):
+    file.write_bytes(b"")
+
+
+def flip_a_bit(file):
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [cut, spoil_start, empty, flip_a_bit])
 @pytest.mark.parametrize(
-    "name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors", "pruner.safetensors", "clock.json"]
+    "name",
+    [
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "model.safetensors",
+        "pruner.safetensors",
+        "clock.json",
+        "trainer_state.json",
+        "config.json",
+    ],
 )
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(text, tmp_path, capsys, name, damage):
     options = {"steps": 6, "save_steps": 3}
@@ -344,6 +366,44 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(text, tmp_path
     said = warned(capsys)
     assert len(said) == 1 and f"checkpoint-6: damaged ({name}: " in said[0] and "trying checkpoint-3" in said[0]
     assert events[0]["step"] == 3
+
+
+def test_a_marker_that_is_cut_is_no_proof(text, tmp_path, capsys):
+    fit(objective(), text, tmp_path, steps=6, save_steps=3)
+    empty(tmp_path / "checkpoint-6" / "complete")
+    events = []
+    fit(objective(), text, tmp_path, steps=6, save_steps=3, events=events)
+    assert "checkpoint-6: damaged (complete: missing or not readable)" in warned(capsys)[0]
+    assert events[0]["step"] == 3
+
+
+class Hours(TrainerCallback):
+    """Checkpoints seem to be from the future: the clock was set back after them."""
+
+    def on_save(self, args, state, control, **kwargs):
+        for folder in Path(args.output_dir).glob("checkpoint-*"):
+            later = time.time() + 3600 * (1000 - int(folder.name.rpartition("-")[2]))
+            os.utime(folder, (later, later))
+
+
+def test_a_clock_that_goes_backwards_does_not_cost_the_newest_checkpoint(text, tmp_path):
+    fit(objective(), text, tmp_path, steps=15, save_steps=3, callbacks=[Hours()])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-12", "checkpoint-15"]
+    assert last_checkpoint(tmp_path).name == "checkpoint-15"
+    assert (tmp_path / "checkpoint-15" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("fault", [cut, lambda file: file.unlink()])
+def test_a_checkpoint_that_cannot_be_read_back_is_not_complete(text, tmp_path, fault):
+    class Spoiled(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            if state.global_step == 9:
+                fault(tmp_path / "checkpoint-9" / "optimizer.pt")
+
+    with pytest.raises(OSError, match=r"cannot be read back: optimizer\.pt: .*checkpoint-9"):
+        fit(objective(), text, tmp_path, steps=12, save_steps=3, callbacks=[Spoiled()])
+    assert last_checkpoint(tmp_path).name == "checkpoint-6"  # and the one before it was kept until then
+    assert (tmp_path / "checkpoint-3" / "complete").exists()
 
 
 def test_with_no_checkpoint_left_training_starts_from_the_beginning(text, tmp_path, capsys):

@@ -3,6 +3,7 @@
 Like `peers.py`, this file is the program of a process that answers JSON requests, but it needs pruneofa.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from pruneofa.bench.peers import PEERS, Job, answer_requests, read_inputs, torch_inputs, torch_model
 from pruneofa.formats.architecture import read_architecture
-from pruneofa.formats.files import new_folder
+from pruneofa.formats.cache import cached_folder
 from pruneofa.formats.manifest import read_config
 
 _CALIBRATION = 16  # sequences for post-training quantization, beside the inputs: every batch runs many times in fp32
@@ -25,16 +26,14 @@ def prepare(peer: str, job: Job) -> dict[str, Any]:
 
 
 def make(artifact: str, job: Job) -> None:
-    """Make one folder of the job's artifacts, and those it is made from, unless it exists already.
+    """Make one folder of the job's artifacts, and those it is made from, unless it is there, undamaged.
 
     Raises the errors of the exporters, and RuntimeError when onnxruntime left linear layers unquantized.
     """
-    target = Path(job["artifacts"]) / artifact
-    if artifact and not target.exists():
-        if artifact in _SOURCE:
-            make(_SOURCE[artifact], job)
-        with new_folder(target) as folder:
-            _MAKERS[artifact](job, folder)
+    if artifact in _SOURCE:
+        make(_SOURCE[artifact], job)
+    if artifact:
+        cached_folder(Path(job["artifacts"]) / artifact, partial(_MAKERS[artifact], job))
 
 
 def _onnx(job: Job, folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 import argparse
 import difflib
-import errno
 import os
 import sys
 import warnings
@@ -29,7 +28,7 @@ from pruneofa.cli import (
 )
 from pruneofa.cli.options import with_option_names
 from pruneofa.cli.show import say
-from pruneofa.errors import CheckFailed, InputError
+from pruneofa.errors import UNWRITABLE, CheckFailed, InputError, disk_is_full, storage_failure
 
 EXAMPLES = """\
 examples:
@@ -59,7 +58,7 @@ def _main(arguments: Sequence[str]) -> int:
         sys.stdout.flush()
         return code
     except InputError as error:
-        return say(f"error: {with_option_names(str(error), options)}", 3 if _disk_is_full(error) else 2)
+        return say(f"error: {with_option_names(str(error), options)}", 3 if disk_is_full(error) else 2)
     except CheckFailed as error:
         return say(f"failed: {error}", 1)
     except KeyboardInterrupt as stop:
@@ -71,26 +70,12 @@ def _main(arguments: Sequence[str]) -> int:
     except Exception as error:
         if isinstance(error, ImportError) and error.name is None:  # raised by pruneofa because an extra is missing
             return say(f"error: {error}", 3)
-        if _disk_is_full(error):
-            reason = " ".join(str(error).split())
-            return say(f"error: disk full: {reason}; free space, the same command resumes from the last checkpoint", 3)
+        if failure := storage_failure(error):
+            return say(f"error: {failure}", 2 if getattr(error, "errno", None) in UNWRITABLE else 3)
         import traceback
 
         traceback.print_exc()
         return 3
-
-
-def _disk_is_full(error: BaseException | None) -> bool:
-    """Whether this error or one of its causes says that the disk is full: libraries wrap the system's errors."""
-    messages = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
-    while error is not None:
-        text = str(error)
-        # torch's zip writer only reports that bytes are missing.
-        torch = "inline_container.cc" in text and ("unexpected pos" in text or "write failed" in text)
-        if torch or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(m in text for m in messages):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 class _Parser(argparse.ArgumentParser):

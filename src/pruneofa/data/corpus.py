@@ -7,11 +7,10 @@ building nor reading needs memory that grows with the corpus:
   documents.bin  int64: where each article starts in sentences.bin, and the total
   hashes.bin     uint64: a hash of each article's text, which decides its split
   chunks-*/      the sentences of each example, for one length, seed and validation share
+checksums.json in both tells when a file was damaged; the cache is then made again.
 """
 
 import contextlib
-import errno
-import fcntl
 import functools
 import itertools
 import os
@@ -37,8 +36,9 @@ from pruneofa.data.examples import (
 )
 from pruneofa.data.streaming import StreamingDataset
 from pruneofa.data.tokenization import RULES, Encoded, Encoder, encode_batches, id_dtype
-from pruneofa.errors import InputError
-from pruneofa.formats.files import cache_root, fingerprint, new_folder, read_json, write_json
+from pruneofa.errors import InputError, disk_is_full
+from pruneofa.formats.cache import cached_folder
+from pruneofa.formats.files import cache_root, fingerprint, read_json, write_json
 from pruneofa.progress import progress
 from pruneofa.recipe import Corpus
 
@@ -118,11 +118,17 @@ def build_corpus(
         return BuiltCorpus(whole, stats, spec, form, readers, backend.to_str(), None)
     root = Path(cache_dir or cache_root()) / "corpus"
     folder = root / identity[:32]
-    with _locked(folder):
-        cached = _complete(folder)
-        if not cached:
-            _build(readers, spec, backend.to_str(), folder, processes)
-        chunks = _chunk_table(folder, spec, seed)
+    settings = [spec.max_length, spec.nsp, spec.short_seq_prob, spec.validation, seed]
+    chunks = folder / f"chunks-{fingerprint(settings)[:16]}"
+    try:
+        cached = cached_folder(folder, functools.partial(_build, readers, spec, backend.to_str(), processes))
+        cached_folder(chunks, functools.partial(_chunk_table, folder, spec, seed))
+    except OSError as error:
+        if not disk_is_full(error):
+            raise
+        raise InputError(
+            f"{root}: the disk is full; free space, or set PRUNEOFA_CACHE to a folder on another disk"
+        ) from error
     built = read_json(folder / "meta.json")
     stats |= {name: built[name] for name in ("articles", "tokens", "tokens_per_second")} | read_json(
         chunks / "meta.json"
@@ -164,30 +170,8 @@ def _too_few(spec: Corpus, count: int) -> InputError:
     )
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Let one process at a time build `folder`, because all ranks of a distributed run request it at once."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_name(f".{folder.name}.lock"), "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # released by the kernel when a process dies
-        yield
-
-
-def _complete(folder: Path) -> bool:
-    if not (folder / "meta.json").exists():
-        return False
-    meta = read_json(folder / "meta.json")
-    wanted = {
-        "tokens.bin": meta["tokens"] * np.dtype(meta["dtype"]).itemsize,
-        "sentences.bin": (meta["sentences"] + 1) * 8,
-        "documents.bin": (meta["articles"] + 1) * 8,
-        "hashes.bin": meta["articles"] * 8,
-    }
-    return all((folder / name).exists() and (folder / name).stat().st_size == size for name, size in wanted.items())
-
-
-def _build(readers: list[Reader], spec: Corpus, tokenizer_json: str, folder: Path, processes: int | None) -> None:
-    """Write the cache folder, or nothing at all."""
+def _build(readers: list[Reader], spec: Corpus, tokenizer_json: str, processes: int | None, folder: Path) -> None:
+    """Fill the cache folder of a corpus, without the chunks."""
     start = time.monotonic()
     local = all(isinstance(reader, sources.Files) for reader in readers)
     total = sum(reader.size for reader in readers)
@@ -196,28 +180,20 @@ def _build(readers: list[Reader], spec: Corpus, tokenizer_json: str, folder: Pat
     counts = {"articles": 0, "sentences": 0, "tokens": 0}
     unit = MIB if local and total >= MIB else 1
     title = f"tokenizing ({'MiB' if unit == MIB else 'bytes' if local else 'articles'})"
-    try:
-        with new_folder(folder) as temporary, progress(title, max(total // unit, 1)) as advance:
+    with progress(title, max(total // unit, 1)) as advance:
 
-            def moved(units: int) -> None:
-                advance(units, f"{counts['tokens'] / (time.monotonic() - start):,.0f} tokens/s")
+        def moved(units: int) -> None:
+            advance(units, f"{counts['tokens'] / (time.monotonic() - start):,.0f} tokens/s")
 
-            batches = _batches(readers, spec.column, unit, moved)
-            _write(encode_batches(batches, tokenizer_json, processes), temporary, counts)
-            if not counts["tokens"]:
-                raise InputError(f"corpus {spec.source}: no usable text in it; check the files and corpus.column")
-            if counts["articles"] < 2:
-                raise _too_few(spec, counts["articles"])
-            speed = round(counts["tokens"] / (time.monotonic() - start))
-            dtype = id_dtype(tokenizers.Tokenizer.from_str(tokenizer_json)).str
-            write_json(temporary / "meta.json", {**counts, "dtype": dtype, "tokens_per_second": speed})
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise InputError(
-            f"{folder.parent}: the disk is full after {counts['tokens']:,} tokens; free space, or set PRUNEOFA_CACHE "
-            "to a folder on another disk"
-        ) from None
+        batches = _batches(readers, spec.column, unit, moved)
+        _write(encode_batches(batches, tokenizer_json, processes), folder, counts)
+        if not counts["tokens"]:
+            raise InputError(f"corpus {spec.source}: no usable text in it; check the files and corpus.column")
+        if counts["articles"] < 2:
+            raise _too_few(spec, counts["articles"])
+        speed = round(counts["tokens"] / (time.monotonic() - start))
+        dtype = id_dtype(tokenizers.Tokenizer.from_str(tokenizer_json)).str
+        write_json(folder / "meta.json", {**counts, "dtype": dtype, "tokens_per_second": speed})
 
 
 def _cores() -> int:
@@ -272,20 +248,14 @@ def split_articles(hashes: np.ndarray, share: float, nsp: bool) -> dict[str, np.
     return {"train": np.flatnonzero(~held_out), "validation": np.flatnonzero(held_out)}
 
 
-def _chunk_table(folder: Path, spec: Corpus, seed: int) -> Path:
-    settings = [spec.max_length, spec.nsp, spec.short_seq_prob, spec.validation, seed]
-    target = folder / f"chunks-{fingerprint(settings)[:16]}"
-    if (target / "meta.json").exists():
-        return target
-    hashes = mapped(folder / "hashes.bin", np.dtype("<u8"))
+def _chunk_table(corpus: Path, spec: Corpus, seed: int, folder: Path) -> None:
+    hashes = mapped(corpus / "hashes.bin", np.dtype("<u8"))
     meta: dict[str, int] = {}
-    with new_folder(target) as temporary:
-        for split, articles in split_articles(hashes, spec.validation, spec.nsp).items():
-            examples, tokens = _cut(folder, articles, chunk_targets(spec, seed), temporary / split)
-            articles.astype("<i8").tofile(temporary / split / "articles.bin")
-            meta |= {f"{split}_articles": len(articles), f"{split}_examples": examples, f"{split}_tokens": tokens}
-        write_json(temporary / "meta.json", meta)
-    return target
+    for split, articles in split_articles(hashes, spec.validation, spec.nsp).items():
+        examples, tokens = _cut(corpus, articles, chunk_targets(spec, seed), folder / split)
+        articles.astype("<i8").tofile(folder / split / "articles.bin")
+        meta |= {f"{split}_articles": len(articles), f"{split}_examples": examples, f"{split}_tokens": tokens}
+    write_json(folder / "meta.json", meta)
 
 
 def _cut(folder: Path, articles: np.ndarray, targets: Iterator[int], out: Path) -> tuple[int, int]:

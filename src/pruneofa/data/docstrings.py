@@ -64,7 +64,7 @@ def build_demo_data(folder: Path, *, seed: int = 0, topics: dict[str, list[Path]
     The same environment and seed give the same bytes.
 
     Args:
-        folder: replaced if it exists.
+        folder: replaced if this function made it.
         seed: seed of the split and of the sampling.
         topics: label -> source files; default: the installed modules of `TOPICS`.
 
@@ -72,8 +72,10 @@ def build_demo_data(folder: Path, *, seed: int = 0, topics: dict[str, list[Path]
         The counts: modules, documents, words, and rows of either split per topic.
 
     Raises:
-        InputError: a topic has too few passages to be learned.
+        InputError: a topic has too few passages to be learned, or `folder` holds other files.
     """
+    if folder.exists() and not (folder / "counts.json").is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder}: contains files that are not the demo's data; choose another --out")
     sources = topics or installed_sources()
     with _no_garbage_collection():
         modules = list(_read(sources, seed))

@@ -1,44 +1,83 @@
-"""Atomic writes (temporary name, fsync, rename), strict JSON, and fingerprints."""
+"""Atomic writes (temporary name, fsync, rename), strict JSON, and fingerprints.
+
+Names of temporary and replaced files and folders are `.NAME.HEX.pruneofa-tmp` and `-old`, HEX being drawn by the call
+that made them. Only these are deleted, by that call, or by a later one under the lock of NAME (decision 0015).
+"""
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
 import os
+import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pruneofa.errors import CheckFailed, InputError, first_line
+from pruneofa.errors import UNWRITABLE, CheckFailed, InputError, disk_is_full, first_line
+from pruneofa.formats.locks import exclusive
 
-COMPLETE = "complete"
 MAX_JSON = 4 << 20  # bytes; a manifest of 24 layers needs 0.1 MB
 _AGAIN = "it may be incomplete: copy it again, or delete it"
+
+
+_MARKED = re.compile(r"\.(.+)\.[0-9a-f]{16}\.pruneofa-(tmp|old)", re.DOTALL)
+
+
+def marked(path: Path, kind: str) -> Path:
+    """A name beside `path` that no one else has, for a temporary ("tmp") or replaced ("old") file or folder."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.pruneofa-{kind}")
+
+
+def sync(path: Path) -> None:
+    """Flush a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        error.filename = str(path)
+        raise
+    finally:
+        os.close(descriptor)
 
 
 def sync_tree(folder: Path) -> None:
     """Flush every file below `folder`, and the folders themselves, to the disk."""
     for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync(path)
+
+
+@contextlib.contextmanager
+def naming_disk(path: Path) -> Iterator[None]:
+    """Raise errors of a full or failing disk as OSError with the name of what was written: write(2) knows no names."""
+    try:
+        yield
+    except Exception as error:
+        code = errno.ENOSPC if disk_is_full(error) else getattr(error, "errno", None)
+        if code not in (errno.ENOSPC, errno.EIO) or isinstance(error, InputError):
+            raise
+        # Of a copy, the second name is the one that was written.
+        name = getattr(error, "filename2", None) or getattr(error, "filename", None) or path
+        reason = os.strerror(errno.ENOSPC) if code == errno.ENOSPC else error.strerror
+        raise OSError(code, reason, str(in_place(Path(name)))) from error
 
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` as UTF-8 to `path` atomically: after a crash the file has the old or the new content."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = marked(path, "tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
+        with naming_disk(path), open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    sync(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -49,15 +88,15 @@ def write_json(path: Path, value: Any) -> None:
     """
     for key, number in _not_finite(value):
         raise CheckFailed(
-            f"{_in_place(path)}: {key} is {number}, wanted a finite number; the file was not written; "
+            f"{in_place(path)}: {key} is {number}, wanted a finite number; the file was not written; "
             "if training produced the number, training diverged: lower its learning rate"
         )
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def _in_place(path: Path) -> Path:
+def in_place(path: Path) -> Path:
     """The path with its final name, after `new_folder` has renamed the temporary folder."""
-    return Path(*(part[1:-4] if part.startswith(".") and part.endswith(".tmp") else part for part in path.parts))
+    return Path(*(found[1] if (found := _MARKED.fullmatch(part)) else part for part in path.parts))
 
 
 def _not_finite(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
@@ -129,40 +168,107 @@ def _refuse_constant(text: str) -> None:
 def new_folder(target: Path) -> Iterator[Path]:
     """Yield an empty temporary folder beside `target` that becomes `target` only if the block succeeds.
 
-    An existing folder at `target` is kept as `target.old` until the new one is in place.
+    An existing folder is kept until the new one is in place. If `target` is a link, the folder it points to is
+    replaced. The caller holds the lock of `target`: what killed calls left is removed, or put back, first.
     """
+    target = target.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    recover(target)
+    temporary = marked(target, "tmp")
     temporary.mkdir()
     try:
-        yield temporary
-        sync_tree(temporary)
-        old = target.with_name(f"{target.name}.old")
-        if target.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            os.replace(target, old)
-        try:
-            os.replace(temporary, target)
-        except OSError:
-            if old.exists():
-                os.replace(old, target)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
+        with naming_disk(target):
+            yield temporary
+            sync_tree(temporary)
+            _put_in_place(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _put_in_place(temporary: Path, target: Path) -> None:
+    old = None
+    try:
+        if target.is_dir() and any(target.iterdir()):  # the rename replaces an empty folder by itself
+            old = marked(target, "old")
+            os.replace(target, old)
+        os.replace(temporary, target)
+    except BaseException:
+        if old is not None and old.exists():
+            os.replace(old, target)
+        raise
+    sync(target.parent)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(target: Path) -> None:
+    """Remove what killed calls left beside `target`; a replaced folder is put back if no other took its place.
+
+    The caller holds the lock of `target`.
+    """
+    if not target.parent.is_dir():
+        return
+    for path in sorted(target.parent.iterdir()):
+        found = _MARKED.fullmatch(path.name)
+        if found is None or found[1] != target.name:
+            continue
+        if found[2] == "old" and not target.exists():
+            os.replace(path, target)
+        elif path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def recover_all(folder: Path) -> None:
+    """`recover` everything below `folder`, whose lock the caller holds."""
+    for path in sorted(folder.rglob(".*.pruneofa-*")):
+        if found := _MARKED.fullmatch(path.name):
+            recover(path.with_name(found[1]))
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder that this program made. After a kill it is whole, or gone from its name."""
+    doomed = marked(folder, "tmp")
+    with contextlib.suppress(FileNotFoundError):
+        os.replace(folder, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def output_folder(out: str | Path) -> Path:
+    """The absolute path of a folder that will be written as a whole, links resolved.
+
+    Raises InputError if it cannot be replaced: the working folder, one above it, or a mount point.
+    """
+    try:
+        target = Path(out).expanduser().resolve()
+        mounted = os.path.ismount(target)
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name that is too long, a null byte
+        raise InputError(f"{out}: not a usable path ({first_line(error)}); choose another folder") from None
+    if mounted:
+        raise InputError(f"{out}: is a mount point, which cannot be replaced; choose a folder in it")
+    if Path.cwd().is_relative_to(target):
+        raise InputError(f"{out}: is the working folder or above it, and cannot be replaced; choose a folder in it")
+    return target
+
+
 @contextlib.contextmanager
 def new_output(out: str | Path) -> Iterator[Path]:
-    """A temporary folder that becomes `out` when the block succeeds. Raises InputError if `out` is not empty."""
-    target = Path(out).expanduser().absolute()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{out}: exists and is not an empty folder; choose another folder, or remove it first")
+    """A temporary folder that becomes `out` when the block succeeds.
+
+    Raises InputError if `out` is not empty, cannot be written, or another process is at work on it.
+    """
+    target = output_folder(out)
     try:
-        with new_folder(target) as temporary:
-            yield temporary
-    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        with exclusive(target, name=out):
+            recover(target)
+            if target.exists() and (not target.is_dir() or any(target.iterdir())):
+                raise InputError(f"{out}: exists and is not an empty folder; choose another folder, or remove it first")
+            with new_folder(target) as temporary:
+                yield temporary
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
         raise InputError(f"{error.filename or out}: {error.strerror}; choose a folder that you may write to") from None
 
 

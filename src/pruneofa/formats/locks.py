@@ -13,6 +13,8 @@ from typing import TextIO
 
 from pruneofa.errors import InputError
 
+_TRIES = 100
+
 
 @contextlib.contextmanager
 def exclusive(target: Path, *, name: object = None, out: str = "OUT", wait: bool = False) -> Iterator[None]:
@@ -38,12 +40,15 @@ def exclusive(target: Path, *, name: object = None, out: str = "OUT", wait: bool
 @contextlib.contextmanager
 def _locked(path: Path, wait: bool) -> Iterator[bool]:
     """Create and lock a file, and remove it at the end; False if another process holds the lock."""
+    missing = 0
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             file = open(path, "w")  # noqa: SIM115 - closed below, once it is known to be there
-        except FileNotFoundError:  # the previous owner has just removed the folder
-            continue
+        except FileNotFoundError:  # another process has just removed the folder; or, as in /proc, no file can be made
+            if (missing := missing + 1) < _TRIES:
+                continue
+            raise InputError(f"{path.parent}: no file can be made in it; choose another folder") from None
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from pruneofa.errors import InputError, first_line
-from pruneofa.formats.files import cache_root, file_fingerprint, fingerprint, new_folder, read_json
+from pruneofa.formats.cache import cached_folder
+from pruneofa.formats.files import cache_root, file_fingerprint, fingerprint, read_json
 from pruneofa.formats.hub import FILES, local_folder
 
 _DTYPES = {
@@ -79,14 +80,16 @@ def weights_folder(path: str | Path) -> Path:
     beside = sorted(file for kind in ("*.json", "*.txt", "*.model") for file in folder.glob(kind))
     key = fingerprint({file.name: file_fingerprint(file) for file in [*binaries, *beside]})
     copy = cache_root() / "models" / key[:32]
-    if not copy.exists():
+
+    def convert(target: Path) -> None:
         weights = _read_binaries(folder, binaries)
         from safetensors.torch import save_file
 
-        with new_folder(copy) as target:
-            save_file(weights, target / "model.safetensors", {"format": "pt"})
-            for file in beside:
-                shutil.copyfile(file, target / file.name)
+        save_file(weights, target / "model.safetensors", {"format": "pt"})
+        for file in beside:
+            shutil.copyfile(file, target / file.name)
+
+    cached_folder(copy, convert)
     return copy
 
 

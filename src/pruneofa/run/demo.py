@@ -9,7 +9,7 @@ from typing import Any
 
 from pruneofa.data.docstrings import TOPICS, build_demo_data
 from pruneofa.errors import InputError
-from pruneofa.formats import files
+from pruneofa.formats import files, locks
 from pruneofa.recipe import load
 
 
@@ -41,7 +41,8 @@ def run_demo(out: Path, recipe_file: Path, overrides: Sequence[str] = (), *, red
         settings.append(f"precision={fast_precision()}")
     recipe = load([recipe_file], [*settings, *overrides])
     check_folder(recipe, out)
-    counts = build_demo_data(data, seed=recipe.seed)
+    with locks.exclusive(data, name=out, out="--out"):
+        counts = build_demo_data(data, seed=recipe.seed)
     sys.stderr.write(
         f"demo data: {counts['words']:,} words of {counts['documents']:,} modules for pruning; "
         f"{counts['train']:,} + {counts['validation']:,} passages on {len(counts['topics'])} topics\n"

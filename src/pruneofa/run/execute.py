@@ -1,13 +1,13 @@
 """Execute steps: train in a working folder that survives a kill, move the model into place atomically, evaluate it."""
 
-import shutil
 import time
 from collections.abc import Iterable
 
 from pruneofa.formats import scales
-from pruneofa.formats.files import new_folder, write_json, write_text
+from pruneofa.formats.files import naming_disk, new_folder, remove_folder, write_json, write_text
 from pruneofa.formats.hub import local_folder
 from pruneofa.run.checks import check_pattern
+from pruneofa.run.folder import refuse_foreign
 from pruneofa.run.results import versions
 from pruneofa.run.stage import (
     EVALUATION,
@@ -45,8 +45,9 @@ def make(stage: Stage, emit: Emit) -> None:
     """Make the model of a stage; work in its working folder with the same fingerprint is resumed."""
     state = processes()
     if state.is_main_process:
-        if stage.begun != stage.fingerprint:
-            shutil.rmtree(stage.work, ignore_errors=True)
+        refuse_foreign(stage.work, MARK)
+        if stage.begun not in (None, stage.fingerprint):
+            remove_folder(stage.work)
         stage.work.mkdir(parents=True, exist_ok=True)
         write_text(stage.work / MARK, stage.fingerprint)
     state.wait_for_everyone()
@@ -54,7 +55,8 @@ def make(stage: Stage, emit: Emit) -> None:
     if isinstance(start, Model):
         check_pattern(stage.pattern, start.path)
     inputs = {name: value.read() if isinstance(value, Data) else value for name, value in stage.inputs.items()}
-    outcome = stage.make(stage.settings, Job(str(stage.id), stage.work, emit), **inputs)
+    with naming_disk(stage.work):
+        outcome = stage.make(stage.settings, Job(str(stage.id), stage.work, emit), **inputs)
     if state.is_main_process:
         with new_folder(stage.folder) as folder:
             outcome.save(folder)
@@ -77,7 +79,7 @@ def make(stage: Stage, emit: Emit) -> None:
             write_json(folder / RECORD, record)
         metrics = {"metrics": outcome.metrics} if outcome.metrics is not None else {}
         emit({"event": "done", "stage": str(stage.id), "seconds": record["seconds"], **metrics})
-        shutil.rmtree(stage.work, ignore_errors=True)
+        remove_folder(stage.work)
     state.wait_for_everyone()
 
 

@@ -1,18 +1,17 @@
 """Checks and locks of a run's folder: its recipe, other processes, and stages that may be replaced."""
 
 import contextlib
-import fcntl
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TextIO
 
 from pruneofa.errors import InputError
+from pruneofa.formats import locks
+from pruneofa.formats.files import recover, recover_all, remove_folder
 from pruneofa.recipe import Recipe, load
-from pruneofa.run.stage import FORMAT, MARK, WORK, Stage, Step
+from pruneofa.run.stage import FORMAT, MARK, RECORD, WORK, Stage, Step
 from pruneofa.train.device import processes
 
-LOCK = ".lock"
+RUN = "run"  # the lock of a run's folder is in it, because the folder may be a volume that several machines share
 
 
 def check_folder(recipe: Recipe, folder: Path) -> None:
@@ -24,19 +23,29 @@ def check_folder(recipe: Recipe, folder: Path) -> None:
             raise InputError(
                 f"{folder}: contains the run {name!r}, this recipe is {recipe.name!r}; choose another --out"
             )
-    elif folder.exists() and any(p.name not in (WORK, LOCK, "data") for p in folder.iterdir()):
+    elif folder.exists() and any(
+        p.name not in (WORK, "data") and not p.name.startswith(f".{RUN}.pruneofa-") for p in folder.iterdir()
+    ):
         raise InputError(f"{folder}: not empty and not a run's folder; choose another --out")
+
+
+def refuse_foreign(folder: Path, record: str) -> None:
+    """Raises InputError when `folder` contains files, but not the file `record` that pruneofa writes into its own."""
+    if folder.is_dir() and not (folder / record).exists() and any(folder.iterdir()):
+        raise InputError(f"{folder}: contains files, but no stage made it; move it away, or choose another output")
 
 
 def refuse_changes(steps: Iterable[Step], where: Path, redo: bool, out: str = "--out") -> None:
     """Raises InputError listing stages, finished or begun, whose settings or inputs changed, unless `redo`.
 
-    Of a finished stage it says what changed.
+    Of a finished stage it says what changed. A stage's folder that no stage made is always refused.
 
     Stages with a record of an earlier format are refused too, because it is unknown whether their settings changed.
     `where` is the folder that the message names, `out` the command-line argument for it.
     """
     stages = [step for step in steps if isinstance(step, Stage)]
+    for stage in stages:
+        refuse_foreign(stage.folder, RECORD)
     earlier = [(stage, version) for stage in stages if (version := stage.earlier) is not None]
     if earlier and not redo:
         names = ", ".join(str(stage.id) for stage, _ in earlier)
@@ -71,45 +80,25 @@ def refuse_other_work(stages: Iterable[Stage], work: Path, redo: bool) -> None:
 
 
 @contextlib.contextmanager
-def exclusive(folder: Path, *, name: Path | None = None, out: str = "--out") -> Iterator[None]:
-    """Hold an exclusive lock on the folder of a run, or of one stage's work.
+def exclusive(targets: Sequence[Path], *, name: Path, out: str = "--out") -> Iterator[None]:
+    """Hold the locks of folders for all the processes that train together, and undo what killed calls left there.
 
-    Raises InputError when another process holds it; the message calls the folder `name` and its argument `out`.
+    Raises InputError when another pruneofa holds one; the message calls the folder `name` and its argument `out`.
     """
-    if not processes().is_main_process:
-        yield
-        return
-    with _lock_file(folder) as file:
-        if file is None:
-            raise InputError(
-                f"{name or folder}: another pruneofa is at work here; wait for it, or choose another {out}"
-            )
+    with contextlib.ExitStack() as stack:
+        if processes().is_main_process:
+            for target in sorted(targets):  # in one order, so that two processes cannot wait for each other
+                stack.enter_context(locks.exclusive(target, name=name, out=out))
+                recover(target)
+        processes().wait_for_everyone()
         yield
 
 
-@contextlib.contextmanager
-def _lock_file(folder: Path) -> Iterator[TextIO | None]:
-    """Create the folder's lock file and lock it; None if another process holds the lock."""
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            file = open(folder / LOCK, "w")  # noqa: SIM115 - closed below, once it is known to be there
-        except FileNotFoundError:  # the previous owner has just removed the folder
-            continue
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield None
-                return
-            if not _is_at(file, folder / LOCK):  # removed between opening and locking: the lock has no effect
-                continue
-            yield file
-            return
-
-
-def _is_at(file: TextIO, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
+def clear_work(work: Path) -> None:
+    """Remove the working folders of stages below `work`, and the folders that are empty then; nothing else."""
+    for mark in sorted(work.rglob(MARK)):
+        remove_folder(mark.parent)
+    recover_all(work)
+    for folder in sorted((path for path in [*work.rglob("*"), work] if path.is_dir()), reverse=True):
+        with contextlib.suppress(OSError):  # not empty
+            folder.rmdir()

@@ -3,7 +3,6 @@
 Each stage is a function from its settings and a model to a trained model.
 """
 
-import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,7 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pruneofa.data import corpus as corpora
 from pruneofa.data.examples import IGNORED
-from pruneofa.formats.files import new_folder, read_json, write_json
+from pruneofa.formats.cache import cached_folder, damage
+from pruneofa.formats.files import read_json, remove_folder, write_json
 from pruneofa.recipe import Corpus, Distill, Prune, Teacher
 from pruneofa.run.stage import Job, Model, Outcome, unused
 from pruneofa.train.callbacks import LockCallback, PruningCallback
@@ -118,7 +118,8 @@ def _prune_one_shot(
     student: PreTrainedModel, teacher: Model, settings: PruneSettings, text: Text, folder: Path
 ) -> None:
     """Prune the student layer by layer and save it in `folder`, or load it from there if an earlier attempt did so."""
-    if processes().is_main_process and not folder.exists():
+
+    def make(target: Path) -> None:
         device = processes().device
         dense = load_for_pretraining(teacher.path, nsp=text.spec.nsp).to(device)
         student.to(device)
@@ -126,8 +127,10 @@ def _prune_one_shot(
         given = [_unmasked(batch, device) for batch in batches(data, text.collate, CALIBRATION_BATCH)]
         prune = settings.prune
         prune_layerwise(student, dense, given, final=prune.final, pattern=prune.pattern, skip=prune.skip)
-        with new_folder(folder) as temporary:
-            student.save_pretrained(temporary)
+        student.save_pretrained(target)
+
+    if processes().is_main_process:
+        cached_folder(folder, make)
     processes().wait_for_everyone()
     pruned = load_for_pretraining(str(folder), nsp=text.spec.nsp)
     student.load_state_dict(pruned.state_dict())
@@ -164,7 +167,7 @@ def trial_folder(work: Path, lr: float) -> Path:
 def _trial(settings: ControlSettings, lr: float, job: Job, teacher: Model, text: Text) -> dict[str, Any]:
     """The control with one learning rate: {"metrics", "lr", "seconds", "tokens"}; its model is in `trial_folder`."""
     folder, main = trial_folder(job.work, lr), processes().is_main_process
-    if not (folder / "done.json").exists():
+    if not (folder / "done.json").exists() or damage(folder / "model") is not None:
         if main:
             which = f"{settings.rates.index(lr) + 1} of {len(settings.rates)}"
             sys.stderr.write(f"{job.name}: learning rate {lr:g}, {which}\n")
@@ -179,10 +182,11 @@ def _trial(settings: ControlSettings, lr: float, job: Job, teacher: Model, text:
         clock = _train(objective, prune, text, _linear_rate(prune), settings, trial, [LockCallback()])
         metrics = validate(objective, text, settings)
         if main:
-            objective.student.save_pretrained(folder / "model")
+            remove_folder(folder / "model")
+            cached_folder(folder / "model", objective.student.save_pretrained)
             write_json(folder / "done.json", {"metrics": metrics, "lr": lr, **clock})
             for checkpoint in folder.glob("checkpoint-*"):
-                shutil.rmtree(checkpoint)
+                remove_folder(checkpoint)
         processes().wait_for_everyone()
     return read_json(folder / "done.json")
 

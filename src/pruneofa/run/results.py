@@ -1,6 +1,5 @@
 """The reports of a run: results.json, table, model card, report.html, and versions and hardware."""
 
-import json
 import os
 import platform
 import statistics
@@ -18,6 +17,7 @@ from pruneofa.formats.files import read_json, write_json, write_text
 from pruneofa.recipe import Recipe
 from pruneofa.run.engine_metrics import FILE as ENGINE_FILE
 from pruneofa.run.engine_metrics import engine_columns
+from pruneofa.run.events import LOG, read_events
 from pruneofa.run.lineage import SPARSE, lost_pattern, stage_of
 from pruneofa.run.stage import METRICS, RECORD, Stage, StageId, Step
 
@@ -71,8 +71,7 @@ def write_reports(recipe: Recipe, folder: Path, results: dict[str, Any]) -> None
     from pruneofa.report.table import write_table
 
     inspection = pattern.inspect(sparse_folder(recipe, folder))
-    log = folder / "log.jsonl"
-    events = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
+    events = read_events(folder / LOG)
     write_text(folder / "table.md", write_table([results]) + cost_tables(results))
     shown = publishable(recipe)
     if recipe.prune:

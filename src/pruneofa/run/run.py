@@ -1,19 +1,17 @@
 """Run a recipe in its folder: plan, check, execute missing steps, then write results, table, card and report."""
 
-import json
-import shutil
 import sys
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pruneofa.formats.files import write_json, write_text
+from pruneofa.formats.files import recover_all, write_json, write_text
 from pruneofa.recipe import Recipe, dump
 from pruneofa.run.checks import check, check_engine
 from pruneofa.run.engine_metrics import measure_by_engine
+from pruneofa.run.events import LOG, append_event
 from pruneofa.run.execute import execute_steps
-from pruneofa.run.folder import check_folder, exclusive, refuse_changes
+from pruneofa.run.folder import RUN, check_folder, clear_work, exclusive, refuse_changes
 from pruneofa.run.inputs import Inputs
 from pruneofa.run.plan import plan
 from pruneofa.run.results import collect, environment, write_reports
@@ -43,15 +41,18 @@ def run(recipe: Recipe, folder: Path, *, redo: bool = False) -> dict[str, Any]:
     processes().wait_for_everyone()  # all ranks must check the folder before one of them writes to it
     main = processes().is_main_process
     results = {}
-    with exclusive(folder):
+    with exclusive([folder / RUN], name=folder):
+        if main:
+            recover_all(folder)
+        processes().wait_for_everyone()
         refuse_changes(steps, folder, redo)  # again: another process may have finished meanwhile
         if main:
             write_text(folder / "recipe.yaml", dump(recipe))
             if any(step.status != "done" for step in steps):
                 write_json(folder / "run.json", environment())
-        execute_steps(steps, partial(append_event, folder / "log.jsonl"))
+        execute_steps(steps, partial(append_event, folder / LOG))
         if main:
-            shutil.rmtree(folder / WORK, ignore_errors=True)
+            clear_work(folder / WORK)
             results = collect(recipe, folder, steps)
             write_reports(recipe, folder, results)
         processes().wait_for_everyone()
@@ -60,9 +61,3 @@ def run(recipe: Recipe, folder: Path, *, redo: bool = False) -> dict[str, Any]:
             results = collect(recipe, folder, steps)
             write_reports(recipe, folder, results)
     return results
-
-
-def append_event(log: Path, event: dict[str, Any]) -> None:
-    """Append an event to a log.jsonl."""
-    with open(log, "a", encoding="utf-8") as file:
-        file.write(json.dumps({"time": round(time.time(), 1), **event}) + "\n")

@@ -1,6 +1,6 @@
 """Single stages of the method, for the commands that take a model instead of a recipe."""
 
-import shutil
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,16 +10,16 @@ from typing import Literal
 
 from pruneofa.data import tasks as task_data
 from pruneofa.errors import InputError
-from pruneofa.formats.files import read_json
+from pruneofa.formats.files import output_folder, read_json, recover_all
 from pruneofa.recipe import KNOWN_TASKS, Quantize, Recipe, Task
 from pruneofa.run.checks import check, check_pattern
+from pruneofa.run.events import LOG, append_event
 from pruneofa.run.execute import execute_steps
 from pruneofa.run.fine_tuning import task_student
-from pruneofa.run.folder import exclusive, refuse_changes, refuse_other_work
+from pruneofa.run.folder import clear_work, exclusive, refuse_changes, refuse_other_work
 from pruneofa.run.inputs import Inputs
 from pruneofa.run.lineage import sparse_of_run
 from pruneofa.run.plan import int8_stages, prune_stage, teacher_stage, transfer_stage, with_evaluation
-from pruneofa.run.run import append_event
 from pruneofa.run.stage import METRICS, RECORD, Stage, StageId, Step
 from pruneofa.train.device import processes
 from pruneofa.train.evaluate import class_names
@@ -31,6 +31,7 @@ def prune(recipe: Recipe, out: Path, *, redo: bool = False) -> dict[str, float]:
 
     Returns the sparse model's validation losses. Raises as `run` does.
     """
+    out = output_folder(out)
     inputs, work = Inputs(recipe), _work(out)
     steps: list[Step] = []
     model = inputs.model(recipe.model)
@@ -66,7 +67,7 @@ def transfer(
         seeds=[seed],
         precision=precision,
     )
-    inputs = Inputs(recipe)
+    inputs, out = Inputs(recipe), output_folder(out)
     teacher = inputs.model(spec.teacher) if spec.teacher else None
     id = StageId(name, seed, "transfer")
     _note_held_out(inputs.task(name))
@@ -102,6 +103,7 @@ def quantize(
         precision=precision,
     )
     inputs = Inputs(recipe, None if name in KNOWN_TASKS else class_names(load_config(model)))
+    out = output_folder(out)
     task_student(model, inputs.task(name))
     _note_held_out(inputs.task(name))
     sparse = sparse_of_run(Path(model))
@@ -120,7 +122,7 @@ def _note_held_out(task: task_data.Task) -> None:
 
 def _work(out: Path) -> Path:
     """Parent of the working folders of the stages that lead to `out`, removed when `out` is complete."""
-    return out.with_name(f".{out.name}.work")
+    return out.with_name(f".{out.name}.pruneofa-work")
 
 
 def _execute(recipe: Recipe, inputs: Inputs, steps: Sequence[Step], out: Path, redo: bool) -> dict[str, float]:
@@ -133,16 +135,18 @@ def _execute(recipe: Recipe, inputs: Inputs, steps: Sequence[Step], out: Path, r
     if fresh:  # nothing may be written before this check
         refuse_changes(steps, out, redo, "OUT")
         check(recipe, inputs, steps)
-    with exclusive(work, name=out, out="OUT"):
+    with exclusive([stage.folder for stage in stages], name=out, out="OUT"):
         # Checked again, because another process may have finished meanwhile. Begun work can be its own, so only now.
         refuse_changes(steps, out, redo, "OUT")
         refuse_other_work(stages, work, redo)
         if not fresh:
             check(recipe, inputs, steps)
-        execute_steps(steps, partial(append_event, work / "log.jsonl"))
         if processes().is_main_process:
-            log = work / "log.jsonl"
-            if log.exists():
-                shutil.move(log, out / log.name)
-            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir(exist_ok=True)
+            recover_all(work)
+        execute_steps(steps, partial(append_event, work / LOG))
+        if processes().is_main_process:
+            if (work / LOG).exists():
+                os.replace(work / LOG, out / LOG)
+            clear_work(work)
     return read_json(out / METRICS)

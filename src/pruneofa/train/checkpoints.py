@@ -1,9 +1,11 @@
-"""A training run's checkpoints: which of them are complete, and which can be read."""
+"""A training run's checkpoints: which of them are complete, which can be read, and which are kept.
+
+The file `complete` marks a checkpoint that was read back after it was written; it holds the checksums of its files.
+"""
 
 import errno
 import json
 import pickle
-import shutil
 import sys
 from pathlib import Path
 
@@ -13,9 +15,12 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer_pt_utils import safe_globals
 
 from pruneofa.errors import InputError, first_line
-from pruneofa.formats.files import COMPLETE
+from pruneofa.formats.cache import damage, write_checksums
+from pruneofa.formats.files import remove_folder, sync_tree
 
+COMPLETE = "complete"
 CLOCK_FILE = "clock.json"
+KEPT = 2  # complete checkpoints: the newest, and the one before it, in case the newest is damaged
 
 
 def read_state(file: Path) -> dict[str, torch.Tensor]:
@@ -31,37 +36,56 @@ def checkpoint_path(output_dir: str | None, step: int, file: str = "") -> Path:
     return Path(str(output_dir)) / f"checkpoint-{step}" / file
 
 
+def complete(folder: Path) -> list[Path]:
+    """The checkpoints that were written to their end, oldest first: by step, since clocks can jump."""
+    found = [path for path in folder.glob("checkpoint-*") if (path / COMPLETE).exists()]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that was written to its end."""
-    complete = [path for path in folder.glob("checkpoint-*") if (path / COMPLETE).exists()]
-    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    return next(reversed(complete(folder)), None)
+
+
+def mark_complete(checkpoint: Path) -> None:
+    """Flush a checkpoint to the disk, read it back, and mark it as complete; then delete all but KEPT of them.
+
+    Raises OSError if it cannot be read back; the older ones are kept then.
+    """
+    sync_tree(checkpoint)
+    if found := _damage(checkpoint):
+        raise OSError(errno.EIO, f"cannot be read back: {found}", str(checkpoint))
+    write_checksums(checkpoint, COMPLETE)
+    for old in complete(checkpoint.parent)[:-KEPT]:
+        if old != checkpoint:
+            remove_folder(old)
 
 
 def remove_incomplete(folder: Path) -> None:
     """Delete checkpoints that were not written to their end."""
     for path in folder.glob("checkpoint-*"):
         if not (path / COMPLETE).exists():
-            shutil.rmtree(path)
+            remove_folder(path)
 
 
 def remove_damaged(folder: Path) -> None:
-    """Delete complete checkpoints that cannot be read, newest first, up to one that can; each is named on stderr."""
+    """Delete complete checkpoints that changed since, newest first, up to one that did not; each is named on stderr."""
     while checkpoint := last_checkpoint(folder):
-        damage = _damage(checkpoint)
-        if damage is None:
+        found = damage(checkpoint, COMPLETE)
+        if found is None:
             return
-        shutil.rmtree(checkpoint)
+        remove_folder(checkpoint)
         older = last_checkpoint(folder)
         next_step = f"trying {older.name}" if older else "training starts from the beginning"
-        sys.stderr.write(f"pruneofa: warning: {checkpoint}: damaged ({damage}); it is deleted, {next_step}\n")
+        sys.stderr.write(f"pruneofa: warning: {checkpoint}: damaged ({found}); it is deleted, {next_step}\n")
 
 
 def _damage(checkpoint: Path) -> str | None:
-    """Why training cannot resume from this checkpoint, as "file: reason"; None if every file could be read."""
+    """Why training could not resume from this checkpoint, as "file: reason"; None if every file could be read."""
     for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json", CLOCK_FILE):
         if not (checkpoint / name).is_file():
             return f"{name}: missing"
-    for file in sorted(checkpoint.iterdir()):
+    for file in sorted(path for path in checkpoint.iterdir() if path.is_file()):
         try:
             _read_whole(file)
         except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:

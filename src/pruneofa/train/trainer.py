@@ -16,13 +16,14 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pruneofa.errors import InputError
-from pruneofa.formats.files import COMPLETE, read_json, sync_tree, write_json
+from pruneofa.formats.files import read_json, write_json
 from pruneofa.progress import progress
 from pruneofa.train.attention import use_bf16_attention
 from pruneofa.train.checkpoints import (
     CLOCK_FILE,
     checkpoint_path,
     last_checkpoint,
+    mark_complete,
     remove_damaged,
     remove_incomplete,
 )
@@ -185,10 +186,7 @@ class _StageCallback(TrainerCallback):
         if state.is_world_process_zero:
             self.trainer.clock["seconds"] = time.monotonic() - self.since
             write_json(checkpoint_path(args.output_dir, state.global_step, CLOCK_FILE), self.trainer.clock)
-            folder = checkpoint_path(args.output_dir, state.global_step)
-            sync_tree(folder)
-            (folder / COMPLETE).touch()
-            sync_tree(folder)
+            mark_complete(checkpoint_path(args.output_dir, state.global_step))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.trainer.clock["seconds"] = time.monotonic() - self.since
@@ -249,7 +247,7 @@ def train(
         logging_steps=max(1, min(50, steps // 100)),
         logging_nan_inf_filter=False,
         save_steps=save_steps or max(1, steps // 20),
-        save_total_limit=2,
+        save_total_limit=None,  # the Trainer would delete the oldest by time, before the new one is complete
         train_sampling_strategy="sequential",
         average_tokens_across_devices=False,
         remove_unused_columns=False,
