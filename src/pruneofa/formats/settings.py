@@ -68,7 +68,8 @@ def without_tokenizer(folder: Path) -> str:
     if all((folder / name).is_file() for name in slow):
         return (
             f'{what}; write it with: python -c "import sys; from transformers import AutoTokenizer; '
-            f'AutoTokenizer.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[1])" {shlex.quote(str(folder))}'
+            'AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=False).save_pretrained(sys.argv[1])" '
+            f"{shlex.quote(str(folder))}"
         )
     return (
         f"{what}, nor {' and '.join(slow)} to make it from; copy tokenizer.json and tokenizer_config.json into it from "

@@ -36,6 +36,11 @@ def load_config(path: str) -> Any:
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):  # the loader's advice is to run the code
+            wanted = ", ".join(families.model_types())
+            raise InputError(
+                f"model {path}: needs Python code of its own, which is never run; wanted a model of type {wanted}"
+            ) from None
         raise InputError(f"model {path}: no readable config.json ({first_line(error)})") from None
     if families.find(config.model_type) is None:
         wanted = ", ".join(families.model_types())
@@ -132,11 +137,13 @@ def read_model(
     """
     # from_pretrained reads a .bin with weights_only=True; safetensors files are safe anyway. Mismatched weights are
     # allowed here and reported below by name, because the loader's own error does not name the weight.
-    options |= {"ignore_mismatched_sizes": True, "trust_remote_code": False}
+    options |= {"ignore_mismatched_sizes": True}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model, info = architecture.from_pretrained(path, output_loading_info=True, dtype=torch.float32, **options)
+            model, info = architecture.from_pretrained(
+                path, output_loading_info=True, dtype=torch.float32, trust_remote_code=False, **options
+            )
     except pickle.UnpicklingError:
         raise InputError(unsafe_binary(path)) from None
     except Exception as error:  # the loader's errors have no common type: OSError, SafetensorError, RuntimeError...
