@@ -5,6 +5,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
+from pruneofa.errors import printable
+
 SECONDS_BETWEEN_LINES = 15
 
 
@@ -14,6 +16,7 @@ def progress(description: str, total: int, *, completed: int = 0) -> Iterator[Ca
 
     The bar goes to stderr, so that stdout contains only output that a program may parse.
     """
+    description = printable(description)
     if sys.stderr.isatty():
         with _bar(description, total, completed) as advance:
             yield advance
@@ -30,7 +33,7 @@ def progress(description: str, total: int, *, completed: int = 0) -> Iterator[Ca
         if now - last >= SECONDS_BETWEEN_LINES:
             last = now
             left = (now - start) / max(done - completed, 1) * (total - done)
-            sys.stderr.write(f"{description}: {done}/{total}, {clock(left)} left  {note}\n")
+            sys.stderr.write(f"{description}: {done}/{total}, {clock(left)} left  {printable(note)}\n")
             sys.stderr.flush()
 
     yield advance
@@ -45,17 +48,17 @@ def _bar(description: str, total: int, completed: int) -> Iterator[Callable[...,
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(description, total=total, completed=completed, note="")
 
         def advance(count: int = 1, note: str = "") -> None:
-            bar.update(task, advance=count, **({"note": note} if note else {}))
+            bar.update(task, advance=count, **({"note": printable(note)} if note else {}))
 
         yield advance
 

@@ -26,7 +26,7 @@ from pruneofa.cli import (
     verify,
 )
 from pruneofa.cli.show import say
-from pruneofa.errors import CheckFailed, InputError
+from pruneofa.errors import CheckFailed, InputError, first_line, is_panic, printable
 
 EXAMPLES = """\
 examples:
@@ -62,7 +62,11 @@ def _main(arguments: Sequence[str]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception as error:
+    except BaseException as error:
+        if is_panic(error):
+            return say(f"error: a library failed on this input: {first_line(error)}", 3)
+        if not isinstance(error, Exception):
+            raise
         if isinstance(error, ImportError) and error.name is None:  # raised by pruneofa because an extra is missing
             return say(f"error: {error}", 3)
         if _disk_is_full(error):
@@ -70,7 +74,8 @@ def _main(arguments: Sequence[str]) -> int:
             return say(f"error: disk full: {reason}; free space, the same command resumes from the last checkpoint", 3)
         import traceback
 
-        traceback.print_exc()
+        lines = "".join(traceback.format_exception(error)).splitlines()
+        sys.stderr.write("".join(f"{printable(line)}\n" for line in lines))
         return 3
 
 
@@ -92,7 +97,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the error and where to find help; exit with code 2."""
-        self.exit(2, f"pruneofa: error: {' '.join(message.split())}; see {self.prog} --help\n")
+        self.exit(2, f"pruneofa: error: {printable(' '.join(message.split()))}; see {self.prog} --help\n")
 
 
 def _parser(arguments: Sequence[str]) -> argparse.Namespace:

@@ -8,10 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pruneofa.errors import printable
+
 
 def say(message: str, code: int) -> int:
-    """Write a line to stderr, after the program's name; return `code`."""
-    sys.stderr.write(f"pruneofa: {message}\n")
+    """Write a line to stderr, after the program's name, with everything not printable escaped; return `code`."""
+    sys.stderr.write(f"pruneofa: {printable(message)}\n")
     return code
 
 
@@ -20,7 +22,9 @@ def say_pattern(path: str) -> None:
     from pruneofa.formats import pattern
 
     sparsity = pattern.inspect(path)["encoder"]
-    sys.stderr.write(f"locking the pattern of {path}: {100 * sparsity:.2f} % of its encoder's weights are zero\n")
+    sys.stderr.write(
+        f"locking the pattern of {printable(path)}: {100 * sparsity:.2f} % of its encoder's weights are zero\n"
+    )
     if sparsity == 0:
         say(f"warning: {path} has no zeros to keep: the result will be dense; give a sparse model", 0)
         warnings.filterwarnings("ignore", r"\w+ has no zeros to keep", UserWarning)
@@ -64,7 +68,7 @@ def print_results(results: dict[str, Any], folder: Path, as_json: bool) -> None:
     def show() -> None:
         from pruneofa.report.table import write_table
 
-        sys.stdout.write(write_table([results], drop_empty=True))
+        sys.stdout.write(printable_lines(write_table([results], drop_empty=True)))
         files = ["results.json", "table.md", "report.html", "sparse/README.md"]
         sys.stdout.write("\n" + "".join(f"{folder / file}\n" for file in files if (folder / file).exists()))
 
@@ -72,16 +76,22 @@ def print_results(results: dict[str, Any], folder: Path, as_json: bool) -> None:
         print_value(results, as_json, show)
 
 
+def printable_lines(text: str) -> str:
+    """Lines of text, each `printable`."""
+    return "".join(f"{printable(line)}\n" for line in text.split("\n")).removesuffix("\n")
+
+
 def table(rows: list[dict[str, Any]]) -> None:
     """Print rows of the same keys as a table."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, pad_edge=False)
     for column in rows[0] if rows else []:
-        table.add_column(column, overflow="fold")
+        table.add_column(Text(printable(column)), overflow="fold")  # Text: a str could contain markup
     for row in rows:
-        table.add_row(*(_cell(value) for value in row.values()))
+        table.add_row(*(Text(printable(_cell(value))) for value in row.values()))
     # In a file or pipe no cell is folded: a hash on two lines is found by no search.
     Console(width=None if sys.stdout.isatty() else 10_000).print(table)
 

@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from pruneofa.cli.show import print_value
+from pruneofa.errors import printable
 
 
 def describe(verb: argparse.ArgumentParser) -> None:
@@ -23,9 +24,9 @@ def describe(verb: argparse.ArgumentParser) -> None:
 
         def show() -> None:
             for layer in found["revived"]:
-                sys.stdout.write(f"revived: {layer['layer']}: {layer['count']} weights\n")
+                sys.stdout.write(f"revived: {printable(layer['layer'])}: {layer['count']} weights\n")
             for layer in found["missing"]:
-                sys.stdout.write(f"missing: {layer}\n")
+                sys.stdout.write(f"missing: {printable(layer)}\n")
             if found["missing_pooler"]:
                 sys.stdout.write("the derived model has no pooler (question-answering models have none)\n")
             sys.stdout.write(f"{'ok' if found['ok'] else 'FAILED'}: {found['extra_zeros']} more zeros than the base\n")

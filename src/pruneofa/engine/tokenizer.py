@@ -19,11 +19,14 @@ from pruneofa.errors import InputError, short
 from pruneofa.formats.files import read_json
 from pruneofa.formats.sentence import Sentence
 from pruneofa.formats.settings import read_tokenizer
+from pruneofa.formats.tokenizer_file import explained
 
 # With more tokens the activations do not fit in the caches. With fewer the weights are read too often. Measured with 12
 # layers of hidden size 768.
 CHUNK_TOKENS = 384
 WINDOW, STRIDE = 384, 128  # tokens, for question answering, as in the official SQuAD script
+CHARACTERS = 128  # per token of the longest sequence: what is beyond is not tokenized; a longer word is unknown anyway
+MAX_CONTEXT = 1 << 20  # characters of a context of question answering, which is read in windows
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half of a surrogate pair, which is not valid text
 _MIN_CONTEXT = 16  # minimum number of context tokens per window; a question that leaves fewer is too long
 
@@ -82,6 +85,7 @@ class TextTokenizer:
         Raises:
             InputError: tokenizer.json is missing, not usable, or has an id without a word embedding.
         """
+        self._file, self._vocabulary, self._types = folder / "tokenizer.json", vocabulary, types
         self._tokenizer = read_tokenizer(folder, vocabulary)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -130,12 +134,20 @@ class TextTokenizer:
             chars: fill in `segments` and `chars`.
 
         Raises:
-            InputError: a text is too long, or the tokenizer is not the model's.
+            InputError: a text is too long or has no tokens, or the tokenizer is not the model's.
         """
+        most = CHARACTERS * self._limit
+        prompted = [
+            self._prompted(_cut(text, (most, most), name, truncate)) for text, name in zip(texts, names, strict=True)
+        ]
         encode = self._tokenizer.encode_batch if chars else self._tokenizer.encode_batch_fast  # fast: without offsets
+        with explained(self._file):
+            encodings = encode(prompted)
         result = []
-        for name, encoding in zip(names, encode([self._prompted(text) for text in texts]), strict=True):
+        for name, encoding in zip(names, encodings, strict=True):
             tokens = self._tokens(encoding, chars=chars)
+            if not len(tokens.ids):
+                raise InputError(f"{name} has no tokens, such as blank text; wanted at least one; omit it")
             if (got := len(tokens.ids)) > self._limit:
                 if not truncate:
                     raise InputError(
@@ -143,6 +155,11 @@ class TextTokenizer:
                         "shorten it, or pass truncate=True"
                     )
                 tokens = _truncated(self._tokens(encoding, chars=chars, segments=True), self._limit)
+                if len(tokens.ids) > self._limit:
+                    raise InputError(
+                        f"{self._file}: adds {len(tokens.ids)} special tokens to a text, the model takes at most "
+                        f"{self._limit} tokens; copy the tokenizer files of the model it was made from"
+                    )
             result.append(tokens)
         return result
 
@@ -153,10 +170,15 @@ class TextTokenizer:
             The windows in order, each with the index of its question.
 
         Raises:
-            InputError: a question leaves no room for its context (`truncate` cuts it), or a context has no tokens.
+            InputError: a question leaves no room for its context or a context is longer than MAX_CONTEXT (`truncate`
+                cuts both), or a context has no tokens.
         """
+        most = CHARACTERS * self._limit, MAX_CONTEXT
+        cut = [_cut(pair, most, name, truncate) for pair, name in zip(questions, names, strict=True)]
+        with explained(self._file):
+            encodings = self._tokenizer.encode_batch(cut)
         windows: list[Tokens] = []
-        for index, encoding in enumerate(self._tokenizer.encode_batch(list(questions))):
+        for index, encoding in enumerate(encodings):
             tokens = self._tokens(encoding, chars=True)
             found = _windows(tokens, min(WINDOW, self._limit), truncate=truncate, where=names[index])
             windows += [replace(window, text=index) for window in found]
@@ -168,6 +190,12 @@ class TextTokenizer:
         return self._prompt + text if isinstance(text, str) else (self._prompt + text[0], text[1])
 
     def _tokens(self, encoding: Any, *, chars: bool, segments: bool = False) -> Tokens:
+        largest, kind = max(encoding.ids, default=0), max(encoding.type_ids, default=0)
+        if largest >= self._vocabulary or (self._typed and kind >= self._types):
+            raise InputError(
+                f"{self._file}: gives token {largest} of type {kind}, the model has {self._vocabulary} tokens of "
+                f"{self._types} types; copy the tokenizer files of the model it was made from"
+            )
         ids = np.array(encoding.ids, np.int32)
         types = np.array(encoding.type_ids, np.int32) if self._typed else np.zeros(len(ids), np.int32)
         owner = [-1 if segment is None else segment for segment in encoding.sequence_ids] if chars or segments else None
@@ -199,6 +227,18 @@ def check_text(value: Any, where: str) -> str:
             "decode the bytes again, without errors='surrogateescape'"
         ) from None
     return str(value)
+
+
+def _cut(text: Text, most: tuple[int, int], name: str, truncate: bool) -> Any:
+    """`text`, its parts cut to `most` characters each if `truncate`. Raises InputError for a longer one otherwise."""
+    parts = (text,) if isinstance(text, str) else text
+    for part, limit in zip(parts, most, strict=False):
+        if len(part) > limit and not truncate:
+            raise InputError(
+                f"{name} has {len(part)} characters, wanted at most {limit}, more than the model can use; "
+                "shorten it, or pass truncate=True"
+            )
+    return text[: most[0]] if isinstance(text, str) else (text[0][: most[0]], text[1][: most[1]])
 
 
 def chunks(lengths: Sequence[int], limit: int = CHUNK_TOKENS) -> Iterator[list[int]]:
