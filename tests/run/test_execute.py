@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from pruneofa import recipe
 from pruneofa.errors import CheckFailed, InputError
@@ -138,3 +139,19 @@ def test_a_long_evaluation_is_announced_before_it_starts(transfer, monkeypatch, 
     monkeypatch.setattr(evaluate, "_forward", lambda *_: started.append(capsys.readouterr().err) or iter(()))
     transfer(validation_rows=30)
     assert f"evaluate {SEED}/transfer: 30 inputs, about 38:00 (minutes:seconds)\n" in started[0]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_model_with_weights_that_are_not_finite_does_not_count(bad, transfer, tmp_path, monkeypatch):
+    trained = fine_tuning.train
+
+    def diverge(model, *arguments, **options):
+        result = trained(model, *arguments, **options)
+        with torch.no_grad():
+            next(getattr(model, "student", model).parameters())[3, 4] = bad
+        return result
+
+    monkeypatch.setattr(fine_tuning, "train", diverge)
+    with pytest.raises(CheckFailed, match=r"transfer: training diverged: model.safetensors: .*weight has 1 NaN or inf"):
+        transfer()
+    assert not (tmp_path / "out" / "stage.json").exists()

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from pruneofa.engine.heads import Classification, Embedding, Head, task_head
 from pruneofa.engine.inputs import WANTED, as_matrix, as_row, check_item, check_range, row_lengths
-from pruneofa.engine.load import Precision, Weights, build_encoder
+from pruneofa.engine.load import Precision, Weights, build_encoder, finite
 from pruneofa.engine.question_answering import QuestionAnswering
 from pruneofa.engine.tokenizer import TextTokenizer, Tokens, chunks
 from pruneofa.errors import InputError
@@ -275,7 +275,7 @@ class Engine:
                 np.concatenate([sequence.types for sequence in part]),
                 bounds,
             )
-            hidden = self._encoder.forward(*arguments)  # serializes the calls of several Python threads
+            hidden = finite(self._encoder.forward(*arguments))  # serializes the calls of several Python threads
             for position, index in enumerate(chunk):
                 yield index, hidden[bounds[position] : bounds[position + 1]]
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pruneofa.engine import reference
-from pruneofa.engine.load import Float, Weights
+from pruneofa.engine.load import Float, Weights, finite
 from pruneofa.engine.masked_lm import MaskedLM
 from pruneofa.engine.question_answering import QuestionAnswering
 from pruneofa.engine.tokenizer import Text, TextTokenizer, Tokens
@@ -140,7 +140,7 @@ class Embedding:
             vector = hidden.mean(axis=0) if self._pooling == "mean" else hidden.max(axis=0)
         if self._normalize:
             vector = vector / max(np.linalg.norm(vector), np.float32(1e-12))
-        return vector[: self._dimensions]
+        return finite(vector[: self._dimensions])
 
     def results(self, reduced: Sequence[Float], tokens: Sequence[Tokens], texts: Sequence[Any]) -> list[Float]:
         """A float32 vector for each text."""

@@ -22,8 +22,18 @@ class Dense:
     bias: Float
 
     def __call__(self, x: Float) -> Float:
-        """(rows, inputs) to (rows, outputs)."""
-        return x @ self.weight.T + self.bias
+        """(rows, inputs) to (rows, outputs). Raises InputError as `finite` does."""
+        return finite(x @ self.weight.T + self.bias)
+
+
+def finite(values: Float) -> Float:
+    """The values. Raises InputError if one is NaN or infinite: every weight is finite, but products can overflow."""
+    if not np.isfinite(values).all():
+        raise InputError(
+            "the model computes NaN or infinity for this input, wanted finite numbers: its weights are too large for "
+            "float32; train it again with a lower lr"
+        )
+    return values
 
 
 class Weights:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from pruneofa.engine import reference
-from pruneofa.engine.load import Float, Weights
+from pruneofa.engine.load import Float, Weights, finite
 from pruneofa.engine.tokenizer import Text, TextTokenizer, Tokens
 from pruneofa.errors import InputError
 from pruneofa.formats.architecture import Architecture, masked_lm_bias
@@ -62,12 +62,12 @@ class MaskedLM:
     def _logits(self, x: Float) -> Float:
         x = reference.layer_norm(self._activation(self._dense(x)), *self._norm, self._epsilon)
         if self._decoder is not None:
-            return x @ self._decoder.T + self._bias
+            return finite(x @ self._decoder.T + self._bias)
         blocks = []
         for begin in range(0, len(self._bias), _VOCABULARY_BLOCK):
             ids = np.arange(begin, min(begin + _VOCABULARY_BLOCK, len(self._bias)), dtype=np.int32)
             blocks.append(x @ self._tied.rows(ids).T)
-        return np.concatenate(blocks, axis=1) + self._bias
+        return finite(np.concatenate(blocks, axis=1) + self._bias)
 
     def _best_tokens(self, scores: Float) -> dict[str, Any]:
         best: dict[str, float] = {}
