@@ -293,6 +293,7 @@ def test_every_number_is_finite(value):
     assert checked > 20
 
 
+BOMB = "b0: &b0 [x, x]\n" + "".join(f"b{i}: &b{i} [*b{i - 1}, *b{i - 1}]\n" for i in range(1, 40))
 TWICE = """
 name: a
 prune: {steps: 5, lr: 1, lr: 2}
@@ -308,8 +309,7 @@ prune: {steps: 5, lr: 1, lr: 2}
         ("seed: -" + "9" * 5000, "a number of 5001 digits"),
         ("seed: " + "[" * 5000 + "]" * 5000, "nested too deeply"),
         ("seed: " + "{a: " * 5000 + "}" * 5000, "nested too deeply"),
-        ("a: &a [x, x]\n" + "".join(f"b{i}: &b{i} [*{'a' if not i else f'b{i - 1}'}, *{'a' if not i else f'b{i - 1}'}]\n"
-                                    for i in range(40)), "more than 100000 values"),
+        (BOMB, "more than 100000 values"),
         ("a: &a [*a]", "nested too deeply"),
         ("a: &a " + "[" * 40 + "x" + "]" * 40 + "\nb: " + "[" * 40 + "*a" + "]" * 40, "nested too deeply"),
         ("[a, b]: c", "not valid YAML"),

@@ -224,7 +224,7 @@ def layer_chart(inspection: dict[str, Any]) -> Any | None:
 
     rows = [
         {
-            "kind": name.split(f".{block}.", 1)[1].removesuffix(".weight").replace(".", " "),
+            "kind": (name.partition(f".{block}.")[2] or name).removesuffix(".weight").replace(".", " "),
             "block": block, "layer": name,
             "sparsity": layer["sparsity"], "nonzeros": layer["nonzeros"], "shape": " x ".join(map(str, layer["shape"])),
         }
