@@ -111,7 +111,7 @@ RECIPE = """\
 name: r
 model: &m some/model
 corpus: {source: [t.txt], validation: 0.05, nsp: true}
-prune: {steps: 100, lr: 1e-4, final: 0.9, pattern: "2:4", skip: [a.b]}
+prune: {steps: 100, lr: 1e-4, final: 0.5, pattern: "2:4", skip: [a.b]}
 tasks:
   sst2: {epochs: 3, lr: 1.0e-4}
   own: {data: x.csv, text: [a, b], label: c, teacher: *m}
@@ -143,14 +143,13 @@ def _log(folder: Path) -> None:
 
 
 def _read_log(folder: Path) -> object:
-    from pruneofa.report.charts import log_rows, loss_chart, parts_chart, schedule_chart
+    from pruneofa.report.charts import log_rows
 
     events = []
     for line in (folder / "log.jsonl").read_bytes().split(b"\n"):
         with contextlib.suppress(ValueError, RecursionError):
             events.append(json.loads(line))
-    rows = log_rows(event for event in events if isinstance(event, dict))
-    return [chart(rows) for chart in (schedule_chart, loss_chart, parts_chart)]
+    return log_rows(event for event in events if isinstance(event, dict))
 
 
 TARGETS = {
@@ -180,6 +179,10 @@ TARGETS = {
 def mutate(intact: bytes, random: Random) -> bytes:
     """A field of a JSON document replaced, or bytes changed, cut, repeated or spliced in."""
     kind = random.randrange(8)
+    if b"\n{" in intact and kind < 4:  # a document per line
+        lines = intact.splitlines(keepends=True)
+        chosen = random.randrange(len(lines))
+        return b"".join([*lines[:chosen], mutate(lines[chosen], random) + b"\n", *lines[chosen + 1 :]])
     start = intact.find(b"{") if intact[8:9] == b"{" else 0  # the header of a safetensors file
     length = int.from_bytes(intact[:8], "little") if start == 8 else len(intact)
     if kind < 4:

@@ -118,7 +118,7 @@ def test_a_header_that_claims_gigabytes_is_not_read(folder):
 
 
 STRANGE = [None, 3, [], {}, {"a": 3}, {"a": {"b": "c"}}, {"a": ["x"]}, {"a": "x/../y"}, {"a": ".."},
-           {"a": "../../etc/passwd"}, {"a": "\0"}, {"a": "\x1b[2J"}]  # fmt: skip
+           {"a": "../../etc/passwd"}, {"a": "\0"}, {"a": "\x1b[2J"}, {"a": "\u00e9" * 200}]  # fmt: skip
 
 
 @pytest.mark.parametrize("weight_map", STRANGE)

@@ -16,4 +16,4 @@ SEED = int(os.environ.get("PRUNEOFA_FUZZ_SEED", "1"))
 def test_files_are_read_or_refused_in_one_line(target, tmp_path):
     endings, found = fuzz(target, SECONDS, SEED, tmp_path)
     assert found == {}, found
-    assert endings["refused"] > 0
+    assert endings["refused"] > 0 or target == "log"  # whose damaged lines are skipped

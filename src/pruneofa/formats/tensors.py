@@ -58,7 +58,8 @@ def weight_files(folder: Path) -> list[Path]:
             raise InputError(f"{index}: weight_map is {short(shards)}; wanted file names by tensor; download it again")
         names = sorted(set(shards.values()))
         for name in names:
-            if os.path.basename(name) != name or "\0" in name or not (folder / name).is_file():
+            plain = os.path.basename(name) == name and name.isprintable() and len(name.encode()) <= 255
+            if not plain or not (folder / name).is_file():
                 raise InputError(f"{index}: names {short(name)}, which is not in {folder}; download the missing shard")
         return [folder / name for name in names]
     if binaries := _binaries(folder):

@@ -17,6 +17,12 @@ class Loader(yaml.SafeLoader):
     A key that is given twice is an error, which PyYAML would resolve to the last one.
     """
 
+    def fetch_flow_collection_start(self, token: type[yaml.Token]) -> None:
+        """Begin a `[` or `{`. The time that PyYAML takes grows with the square of the depth."""
+        if self.flow_level > MAX_DEPTH:
+            raise yaml.YAMLError("nested too deeply")
+        super().fetch_flow_collection_start(token)
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """The mapping of a node."""
         keys: set[Any] = set()
