@@ -74,7 +74,7 @@ def child(files: list[Path], tokenizer: str, processes: int | None) -> None:
 
     with tempfile.TemporaryDirectory() as cache:
         spec = Corpus(source=[str(path) for path in files], max_length=128)
-        loaded = AutoTokenizer.from_pretrained(tokenizer)
+        loaded = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
         started = anonymous(os.getpid())
         before = processor_seconds()
         built = build_corpus(spec, loaded, cache_dir=cache, processes=processes)

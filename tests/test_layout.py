@@ -16,7 +16,7 @@ ROOMS = (
     *("report", "train", "data", "engine"),
     *("formats", "recipe"),
     "families",
-    *("errors", "progress"),
+    *("progress", "errors"),
 )
 # Rooms that an installation without torch runs; "" is the package's own __init__.
 RUNTIME = {"cli", "serve", "bench", "engine", "formats", "recipe", "families", "errors", "progress", ""}

@@ -14,14 +14,32 @@ class CheckFailed(RuntimeError):  # noqa: N818 - it is the result of a check, no
     """A check was performed and failed (exit code 1)."""
 
 
+def printable(text: str) -> str:
+    """`text` with everything but printable characters escaped: control characters, escape sequences, line ends.
+
+    What is written to a terminal passes through here, because names in a file can hold any character.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 def first_line(error: BaseException) -> str:
-    """The first line of another library's message, at most 200 characters; its type if it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    """The first line of another library's message, printable, at most 200 characters; its type if it has none."""
+    return printable((str(error).strip().splitlines() or [type(error).__name__])[0][:200])
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether a library in Rust failed at an assertion of its own: such an error is not an Exception."""
+    return type(error).__name__ == "PanicException"
 
 
 def short(value: Any) -> str:
     """A value as text for a message: one line of ASCII, at most 60 characters."""
-    text = ascii(value)
+    try:
+        text = ascii(value)
+    except ValueError:  # an integer of thousands of digits
+        text = f"a number of {value.bit_length()} bits" if isinstance(value, int) else type(value).__name__
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

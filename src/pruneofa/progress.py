@@ -5,6 +5,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
+from pruneofa.errors import printable
+
 SECONDS_BETWEEN_LINES = 15
 
 
@@ -14,6 +16,7 @@ def progress(description: str, total: int, *, completed: int = 0) -> Iterator[Ca
 
     The bar goes to stderr, so that stdout contains only output that a program may parse.
     """
+    description = printable(description)
     if sys.stderr.isatty():
         with _bar(description, total, completed) as advance:
             yield advance
@@ -30,7 +33,7 @@ def progress(description: str, total: int, *, completed: int = 0) -> Iterator[Ca
         if now - last >= SECONDS_BETWEEN_LINES:
             last = now
             left = (now - start) / max(done - completed, 1) * (total - done)
-            sys.stderr.write(f"{description}: {done}/{total}, {clock(left)} left  {note}\n")
+            sys.stderr.write(f"{description}: {done}/{total}, {clock(left)} left  {printable(note)}\n")
             sys.stderr.flush()
 
     yield advance
@@ -44,13 +47,12 @@ def _bar(description: str, total: int, completed: int) -> Iterator[Callable[...,
     from tqdm import tqdm
 
     form = "{desc} {bar} {n_fmt}/{total_fmt}, {remaining} left{postfix}"
-    with tqdm(
-        total=total, initial=completed, desc=description, bar_format=form, file=sys.stderr, dynamic_ncols=True
-    ) as bar:
+    shown = printable(description)
+    with tqdm(total=total, initial=completed, desc=shown, bar_format=form, file=sys.stderr, dynamic_ncols=True) as bar:
 
         def advance(count: int = 1, note: str = "") -> None:
             if note:
-                bar.set_postfix_str(note, refresh=False)
+                bar.set_postfix_str(printable(note), refresh=False)
             bar.update(count)
 
         yield advance

@@ -279,3 +279,72 @@ def test_what_is_dumped_loads_as_the_same_recipe(tmp_path_factory, options, patt
     file = tmp_path_factory.getbasetemp() / "dumped.yaml"
     file.write_text(recipe.dump(first), encoding="utf-8")
     assert recipe.load([file]) == first
+
+
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan", "1e999"])
+def test_every_number_is_finite(value):
+    checked = 0
+    for model in (recipe.Prune, recipe.Teacher, recipe.Corpus, recipe.Distill, recipe.Task, recipe.Quantize):
+        for name, field in model.model_fields.items():
+            if "float" in str(field.annotation):
+                with pytest.raises(InputError, match=f"{name} is "):
+                    recipe.validate(model, recipe.parse_override(f"{name}={value}"))
+                checked += 1
+    assert checked > 20
+
+
+BOMB = "b0: &b0 [x, x]\n" + "".join(f"b{i}: &b{i} [*b{i - 1}, *b{i - 1}]\n" for i in range(1, 40))
+TWICE = """
+name: a
+prune: {steps: 5, lr: 1, lr: 2}
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: a\nname: b\n", "'name' is given twice; keep one of them, in line 2, column 1"),
+        (TWICE, "'lr' is given twice"),
+        ("seed: " + "9" * 5000, "a number of 5000 digits"),
+        ("seed: -" + "9" * 5000, "a number of 5001 digits"),
+        ("seed: " + "[" * 5000 + "]" * 5000, "nested too deeply"),
+        ("seed: " + "{a: " * 5000 + "}" * 5000, "nested too deeply"),
+        (BOMB, "more than 100000 values"),
+        ("a: &a [*a]", "nested too deeply"),
+        ("a: &a " + "[" * 40 + "x" + "]" * 40 + "\nb: " + "[" * 40 + "*a" + "]" * 40, "nested too deeply"),
+        ("[a, b]: c", "not valid YAML"),
+        ("? {a: b}\n: c", "not valid YAML"),
+        ("a: !!python/object/apply:os.system [true]", "not valid YAML"),
+        ("a: !!binary x", "not valid YAML"),
+        ("a: !!timestamp 2020-99-99", "not valid YAML"),
+        ("a: \x00", "not valid YAML"),
+    ],
+)  # fmt: skip
+@pytest.mark.timeout(60)
+def test_hostile_recipes_end_in_one_line(text, message, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(InputError) as caught:
+        recipe.load([file])
+    said = str(caught.value)
+    assert message in said and "recipe.yaml" in said
+    assert "\n" not in said and len(said) < 700
+
+
+def test_large_and_endless_recipes_are_not_read(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    with open(file, "wb") as stream:
+        stream.truncate(200 << 20)
+    for path in (file, "/dev/zero"):
+        with pytest.raises(InputError, match="larger than 1048576 bytes"):
+            recipe.load([path])
+
+
+def test_overrides_are_not_nested_endlessly():
+    for override in (".".join("a" * 5000) + "=1", "seed=" + "9" * 5000, "seed=" + "[" * 5000, "a={b: 1, b: 2}"):
+        assert len(refused(override)) < 700
+
+
+def test_anchors_and_merges_are_read(tmp_path):
+    read = recipe.parse_override("a={x: &x {b: 1}, y: {<<: *x, c: 2}}")
+    assert read == {"a": {"x": {"b": 1}, "y": {"b": 1, "c": 2}}}

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from pruneofa import recipe
 from pruneofa.errors import CheckFailed, InputError
@@ -163,3 +164,19 @@ def test_a_stage_of_a_run_does_not_replace_a_folder_that_no_stage_made(tmp_path)
     with pytest.raises(InputError, match=r"sparse: contains files, but no stage made it"):
         run(settings, tmp_path / "run")
     assert notes.read_text() == "mine"
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_model_with_weights_that_are_not_finite_does_not_count(bad, transfer, tmp_path, monkeypatch):
+    trained = fine_tuning.train
+
+    def diverge(model, *arguments, **options):
+        result = trained(model, *arguments, **options)
+        with torch.no_grad():
+            next(getattr(model, "student", model).parameters())[3, 4] = bad
+        return result
+
+    monkeypatch.setattr(fine_tuning, "train", diverge)
+    with pytest.raises(CheckFailed, match=r"transfer: training diverged: model.safetensors: .*weight has 1 NaN or inf"):
+        transfer()
+    assert not (tmp_path / "out" / "stage.json").exists()

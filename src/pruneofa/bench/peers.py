@@ -110,7 +110,7 @@ def torch_model(job: Job) -> Any:
 
     torch.set_num_threads(job["threads"])
     torch.set_grad_enabled(False)
-    model = AutoModel.from_pretrained(job["folder"], dtype=torch.float32)
+    model = AutoModel.from_pretrained(job["folder"], dtype=torch.float32, trust_remote_code=False)
     if hasattr(model, "pooler"):
         model.pooler = None  # as add_pooling_layer=False does, which not every class takes
     return LastHiddenState(model).eval()

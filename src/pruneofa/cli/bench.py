@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from pruneofa import families
+from pruneofa.cli.show import printable_lines
+from pruneofa.errors import printable
 
 
 def describe(verb: argparse.ArgumentParser) -> None:
@@ -127,5 +129,5 @@ def _show(record: dict[str, Any], as_json: bool) -> None:
         sys.stdout.write(json.dumps(record, indent=2) + "\n")
         return
     found = [tables.case_rows(row) for row in record["rows"]] + [tables.break_even_rows(record["break_even"])]
-    sys.stdout.write("".join(map(tables.aligned, found)))
-    sys.stdout.write("".join(f"{line}\n" for line in tables.remarks(record)))
+    sys.stdout.write(printable_lines("".join(map(tables.aligned, found))))
+    sys.stdout.write("".join(f"{printable(line)}\n" for line in tables.remarks(record)))

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 from pruneofa.cli.options import EVALUATED, add_fields, read_task
+from pruneofa.cli.show import printable_lines
+from pruneofa.errors import printable
 
 
 def describe(verb: argparse.ArgumentParser) -> None:
@@ -43,9 +45,11 @@ def describe(verb: argparse.ArgumentParser) -> None:
             report = module.export(options.folder, options.out, name=name, spec=spec, **given)
         except KeyboardInterrupt:
             raise KeyboardInterrupt("nothing was written") from None
-        sys.stdout.write(json.dumps(report, indent=2) + "\n" if options.json else module.summary(report))
+        sys.stdout.write(
+            json.dumps(report, indent=2) + "\n" if options.json else printable_lines(module.summary(report))
+        )
         for failure in report["failures"]:
-            sys.stderr.write(f"pruneofa: failed: {failure}\n")
+            sys.stderr.write(f"pruneofa: failed: {printable(failure)}\n")
         return 1 if report["failures"] else 0
 
     verb.set_defaults(call=call)

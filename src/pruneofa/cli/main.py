@@ -28,7 +28,16 @@ from pruneofa.cli import (
 )
 from pruneofa.cli.options import with_option_names
 from pruneofa.cli.show import say
-from pruneofa.errors import UNWRITABLE, CheckFailed, InputError, disk_is_full, storage_failure
+from pruneofa.errors import (
+    UNWRITABLE,
+    CheckFailed,
+    InputError,
+    disk_is_full,
+    first_line,
+    is_panic,
+    printable,
+    storage_failure,
+)
 
 EXAMPLES = """\
 examples:
@@ -67,14 +76,19 @@ def _main(arguments: Sequence[str]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception as error:
+    except BaseException as error:
+        if is_panic(error):
+            return say(f"error: a library failed on this input: {first_line(error)}", 3)
+        if not isinstance(error, Exception):
+            raise
         if isinstance(error, ImportError) and error.name is None:  # raised by pruneofa because an extra is missing
             return say(f"error: {error}", 3)
         if failure := storage_failure(error):
             return say(f"error: {failure}", 2 if getattr(error, "errno", None) in UNWRITABLE else 3)
         import traceback
 
-        traceback.print_exc()
+        lines = "".join(traceback.format_exception(error)).splitlines()
+        sys.stderr.write("".join(f"{printable(line)}\n" for line in lines))
         return 3
 
 
@@ -86,7 +100,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the error and where to find help; exit with code 2."""
-        self.exit(2, f"pruneofa: error: {' '.join(message.split())}; see {self.prog} --help\n")
+        self.exit(2, f"pruneofa: error: {printable(' '.join(message.split()))}; see {self.prog} --help\n")
 
 
 def _parser(arguments: Sequence[str]) -> argparse.Namespace:

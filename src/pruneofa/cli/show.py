@@ -12,12 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pruneofa.errors import printable
+
 GAP = "  "  # between two columns of a table
 
 
 def say(message: str, code: int) -> int:
-    """Write a line to stderr, after the program's name; return `code`."""
-    sys.stderr.write(f"pruneofa: {message}\n")
+    """Write a line to stderr, after the program's name, with everything not printable escaped; return `code`."""
+    sys.stderr.write(f"pruneofa: {printable(message)}\n")
     return code
 
 
@@ -26,7 +28,9 @@ def say_pattern(path: str) -> None:
     from pruneofa.formats import pattern
 
     sparsity = pattern.inspect(path)["encoder"]
-    sys.stderr.write(f"locking the pattern of {path}: {100 * sparsity:.2f} % of its encoder's weights are zero\n")
+    sys.stderr.write(
+        f"locking the pattern of {printable(path)}: {100 * sparsity:.2f} % of its encoder's weights are zero\n"
+    )
     if sparsity == 0:
         say(f"warning: {path} has no zeros to keep: the result will be dense; give a sparse model", 0)
         warnings.filterwarnings("ignore", r"\w+ has no zeros to keep", UserWarning)
@@ -103,12 +107,17 @@ def print_results(results: dict[str, Any], folder: Path, as_json: bool) -> None:
     def show() -> None:
         from pruneofa.report.table import write_table
 
-        sys.stdout.write(write_table([results], drop_empty=True))
+        sys.stdout.write(printable_lines(write_table([results], drop_empty=True)))
         files = ["results.json", "table.md", "report.html", "sparse/README.md"]
         sys.stdout.write("\n" + "".join(f"{folder / file}\n" for file in files if (folder / file).exists()))
 
     if results:  # empty in all processes of torchrun except the first
         print_value(results, as_json, show)
+
+
+def printable_lines(text: str) -> str:
+    """Lines of text, each `printable`."""
+    return "".join(f"{printable(line)}\n" for line in text.split("\n")).removesuffix("\n")
 
 
 def pairs(values: dict[str, Any]) -> None:
@@ -120,9 +129,9 @@ def table(rows: list[dict[str, Any]], *, header: bool = True) -> None:
     """Print rows of the same keys as a table; where a terminal is too narrow, the longest cells go on below."""
     if not rows:
         return
-    lines = [[_cell(value) for value in row.values()] for row in rows]
+    lines = [[printable(_cell(value)) for value in row.values()] for row in rows]
     if header:
-        lines.insert(0, list(rows[0]))
+        lines.insert(0, [printable(name) for name in rows[0]])
     widths = [max(1, *map(len, column)) for column in zip(*lines, strict=True)]
     # In a file or pipe no cell is folded: a hash on two lines is found by no search.
     if sys.stdout.isatty():

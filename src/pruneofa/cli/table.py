@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from pruneofa.cli.show import print_value
+from pruneofa.cli.show import print_value, printable_lines
 
 
 def describe(verb: argparse.ArgumentParser) -> None:
@@ -21,7 +21,7 @@ def describe(verb: argparse.ArgumentParser) -> None:
         from pruneofa.report.table import write_table
 
         results = [read_results(path) for path in options.results]
-        print_value(results, options.json, lambda: sys.stdout.write(write_table(results)))
+        print_value(results, options.json, lambda: sys.stdout.write(printable_lines(write_table(results))))
         return 0
 
     verb.set_defaults(call=call)

@@ -5,6 +5,7 @@ import sys
 from typing import Any
 
 from pruneofa.cli.show import print_value
+from pruneofa.errors import printable
 
 
 def describe(verb: argparse.ArgumentParser) -> None:
@@ -24,9 +25,9 @@ def describe(verb: argparse.ArgumentParser) -> None:
 
         def show() -> None:
             for layer in found["revived"]:
-                sys.stdout.write(f"revived: {layer['layer']}: {layer['count']} weights\n")
+                sys.stdout.write(f"revived: {printable(layer['layer'])}: {layer['count']} weights\n")
             for layer in found["missing"]:
-                sys.stdout.write(f"missing: {layer}\n")
+                sys.stdout.write(f"missing: {printable(layer)}\n")
             if found["missing_pooler"]:
                 sys.stdout.write("the derived model has no pooler (question-answering models have none)\n")
             sys.stdout.write(f"{conclusion(found)}\n")

@@ -181,7 +181,8 @@ class Engine:
             (batch, seq, hidden) float32, 0 at padded positions.
 
         Raises:
-            InputError: an array of the wrong shape, type or range, an empty batch, or a row that is too long.
+            InputError: an array of the wrong shape, type or range, an empty batch, a row that is too long, or a result
+                that is NaN or infinite.
         """
         ids = as_matrix(input_ids, "input_ids")
         lengths = row_lengths(attention_mask, ids.shape)
@@ -192,6 +193,7 @@ class Engine:
         )
         result = np.zeros((*ids.shape, self._architecture.hidden), np.float32)
         for row, hidden in self.hidden(sequences):
+            _check_finite(hidden, row)
             result[row, : len(hidden)] = hidden
         return result
 
@@ -298,11 +300,7 @@ class Engine:
         """The output of the head's `reduce` for each sequence, in order."""
         reduced = {index: self.head.reduce(hidden, sequences[index]) for index, hidden in self.hidden(sequences)}
         for index, one in reduced.items():
-            if not np.isfinite(one).all():  # finite weights can still be too large
-                raise InputError(
-                    f"sequence {index} of the batch: its result is NaN or infinite, wanted numbers: "
-                    "the model's weights are too large for float32; train it again"
-                )
+            _check_finite(one, index)
         return [reduced[index] for index in range(len(sequences))]
 
     def hidden(self, sequences: Sequence[Tokens]) -> Iterator[tuple[int, NDArray[np.float32]]]:
@@ -361,3 +359,12 @@ def choose_isa(wanted: str | None) -> str:
     if wanted not in available:
         raise InputError(f"{source} is {wanted!r}, which this CPU does not run; wanted one of {', '.join(available)}")
     return wanted
+
+
+def _check_finite(result: NDArray[np.float32], index: int) -> None:
+    """Raises InputError for NaN and infinity: every weight is finite, but sums of products can still overflow."""
+    if not np.isfinite(result).all():
+        raise InputError(
+            f"sequence {index} of the batch: its result is NaN or infinite, wanted numbers: "
+            "the model's weights are too large for float32; train it again"
+        )

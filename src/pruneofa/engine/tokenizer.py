@@ -19,8 +19,11 @@ from pruneofa.errors import InputError, short
 from pruneofa.formats.files import read_json
 from pruneofa.formats.sentence import Sentence
 from pruneofa.formats.settings import read_tokenizer
+from pruneofa.formats.tokenizer_file import explained
 
 WINDOW, STRIDE = 384, 128  # tokens, for question answering, as in the official SQuAD script
+CHARACTERS = 128  # per token of the longest sequence: what is beyond is not tokenized; a longer word is unknown anyway
+MAX_CONTEXT = 1 << 20  # characters of a context of question answering, which is read in windows
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half of a surrogate pair, which is not valid text
 _MIN_CONTEXT = 16  # minimum number of context tokens per window; a question that leaves fewer is too long
 
@@ -83,6 +86,7 @@ class TextTokenizer:
         Raises:
             InputError: tokenizer.json is missing, not usable, or has an id without a word embedding.
         """
+        self._file, self._vocabulary, self._types = folder / "tokenizer.json", vocabulary, types
         self._tokenizer = read_tokenizer(folder, vocabulary)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -169,12 +173,21 @@ class TextTokenizer:
             prompt: text to put before each, instead of the folder's own.
 
         Raises:
-            InputError: a text is too long, or the tokenizer is not the model's.
+            InputError: a text is too long or has no tokens, or the tokenizer is not the model's.
         """
+        most = CHARACTERS * self.limit
+        prompted = [
+            self._prompted(_bounded(text, (most, most), name, truncate, side), prompt)
+            for text, name in zip(texts, names, strict=True)
+        ]
         encode = self._tokenizer.encode_batch if chars else self._tokenizer.encode_batch_fast  # fast: without offsets
+        with explained(self._file):
+            encodings = encode(prompted)
         result = []
-        for name, encoding in zip(names, encode([self._prompted(text, prompt) for text in texts]), strict=True):
+        for name, encoding in zip(names, encodings, strict=True):
             tokens = self._tokens(encoding, chars=chars)
+            if not len(tokens.ids):
+                raise InputError(f"{name} has no tokens, such as blank text; wanted at least one; omit it")
             if (got := len(tokens.ids)) > self.limit:
                 if not truncate:
                     raise InputError(
@@ -182,6 +195,11 @@ class TextTokenizer:
                         "shorten it, or pass truncate=True"
                     )
                 tokens = _truncated(self._tokens(encoding, chars=chars, segments=True), self.limit, side)
+                if len(tokens.ids) > self.limit:
+                    raise InputError(
+                        f"{self._file}: adds {len(tokens.ids)} special tokens to a text, the model takes at most "
+                        f"{self.limit} tokens; copy the tokenizer files of the model it was made from"
+                    )
             result.append(tokens)
         return result
 
@@ -192,10 +210,15 @@ class TextTokenizer:
             The windows in order, each with the index of its question.
 
         Raises:
-            InputError: a question leaves no room for its context (`truncate` cuts it), or a context has no tokens.
+            InputError: a question leaves no room for its context or a context is longer than MAX_CONTEXT (`truncate`
+                cuts both), or a context has no tokens.
         """
+        most = CHARACTERS * self.limit, MAX_CONTEXT
+        cut = [_bounded(pair, most, name, truncate) for pair, name in zip(questions, names, strict=True)]
+        with explained(self._file):
+            encodings = self._tokenizer.encode_batch(cut)
         windows: list[Tokens] = []
-        for index, encoding in enumerate(self._tokenizer.encode_batch(list(questions))):
+        for index, encoding in enumerate(encodings):
             tokens = self._tokens(encoding, chars=True)
             found = _windows(tokens, min(WINDOW, self.limit), truncate=truncate, where=names[index])
             windows += [replace(window, text=index) for window in found]
@@ -208,7 +231,9 @@ class TextTokenizer:
             The windows in order, with `segments` and `chars`, each with the index of its text.
         """
         windows: list[Tokens] = []
-        for index, encoding in enumerate(self._tokenizer.encode_batch(list(texts))):
+        with explained(self._file):
+            encodings = self._tokenizer.encode_batch(list(texts))
+        for index, encoding in enumerate(encodings):
             tokens = self._tokens(encoding, chars=True)
             found = _cut(tokens, 0, self.limit) if len(tokens.ids) > self.limit else [tokens]
             windows += [replace(window, text=index) for window in found]
@@ -221,12 +246,18 @@ class TextTokenizer:
         return before + text if isinstance(text, str) else (before + text[0], text[1])
 
     def _tokens(self, encoding: Any, *, chars: bool, segments: bool = False) -> Tokens:
-        ids = np.array(encoding.ids, np.int32)
-        types = np.array(encoding.type_ids, np.int32) if self._typed else np.zeros(len(ids), np.int32)
+        ids = np.array(encoding.ids, np.int64)
+        types = np.array(encoding.type_ids if self._typed else [0] * len(ids), np.int64)
+        largest, kind = ids.max(initial=0), types.max(initial=0)
+        if largest >= self._vocabulary or kind >= max(self._types, 1):
+            raise InputError(
+                f"{self._file}: gives token {largest} of type {kind}, the model has {self._vocabulary} tokens of "
+                f"{self._types} types; copy the tokenizer files of the model it was made from"
+            )
         owner = [-1 if segment is None else segment for segment in encoding.sequence_ids] if chars or segments else None
         return Tokens(
-            ids,
-            types,
+            ids.astype(np.int32),
+            types.astype(np.int32),
             None if owner is None else np.array(owner, np.int8),
             np.array(encoding.offsets, np.int32).reshape(-1, 2) if chars else None,
         )
@@ -257,6 +288,19 @@ def check_text(value: Any, where: str) -> str:
 def overlap(room: int) -> int:
     """Tokens that consecutive windows share where each has `room` tokens of a long text."""
     return min(STRIDE, room // 2)
+
+
+def _bounded(text: Text, most: tuple[int, int], name: str, truncate: bool, side: Side = "right") -> Any:
+    """`text`, its parts cut at one side to `most` characters each if `truncate`. Raises InputError otherwise."""
+    parts = (text,) if isinstance(text, str) else text
+    for part, limit in zip(parts, most, strict=False):
+        if len(part) > limit and not truncate:
+            raise InputError(
+                f"{name} has {len(part)} characters, wanted at most {limit}, more than the model can use; "
+                "shorten it, or pass truncate=True"
+            )
+    cut = [part[:limit] if side == "right" else part[-limit:] for part, limit in zip(parts, most, strict=False)]
+    return cut[0] if isinstance(text, str) else tuple(cut)
 
 
 def _truncated(tokens: Tokens, limit: int, side: Side = "right") -> Tokens:

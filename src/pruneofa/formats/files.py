@@ -13,9 +13,10 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from pruneofa.errors import UNWRITABLE, CheckFailed, InputError, disk_is_full, first_line
 from pruneofa.formats.locks import exclusive
@@ -111,17 +112,17 @@ def _not_finite(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
             yield from _not_finite(item, f"{key}[{index}]")
 
 
-def read_json(path: Path, advice: str = _AGAIN) -> dict[str, Any]:
-    """The object of a JSON file of at most MAX_JSON bytes; see `parse_json`.
+def read_json(path: Path, advice: str = _AGAIN, limit: int = MAX_JSON) -> dict[str, Any]:
+    """The object of a JSON file of at most `limit` bytes; see `parse_json`.
 
     Raises InputError, with the file's name and `advice` on what to do, if it cannot be read or is not such an object.
     """
-    return parse_json(_read(path, advice), str(path), advice)
+    return parse_json(read_bytes(path, limit, advice), str(path), advice)
 
 
-def read_json_list(path: Path, advice: str = _AGAIN) -> list[Any]:
+def read_json_list(path: Path, advice: str = _AGAIN, limit: int = MAX_JSON) -> list[Any]:
     """`read_json` of a file that holds an array."""
-    return _parse(_read(path, advice), str(path), advice, list)
+    return _parse(read_bytes(path, limit, advice), str(path), advice, list)
 
 
 def parse_json(raw: bytes, where: str, advice: str = _AGAIN) -> dict[str, Any]:
@@ -129,16 +130,27 @@ def parse_json(raw: bytes, where: str, advice: str = _AGAIN) -> dict[str, Any]:
     return _parse(raw, where, advice, dict)
 
 
-def _read(path: Path, advice: str) -> bytes:
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file for reading. Raises OSError for anything else; a FIFO or a device is not waited for."""
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
+    file = open(path, "rb", opener=lambda name, _: os.open(name, flags))  # noqa: SIM115 - for the caller to close
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        return file
+    file.close()
+    raise OSError(errno.EINVAL, "not a regular file", str(path))
+
+
+def read_bytes(path: Path, limit: int, advice: str = _AGAIN) -> bytes:
+    """The content of a regular file of at most `limit` bytes. Raises InputError, before reading, for any other."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
-            raw = file.read(min(size, MAX_JSON + 1))  # read(n) allocates n bytes even for a small file
+            raw = b"" if size > limit else file.read(size)
     except OSError as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
         raise InputError(f"{path}: {reason}; {advice}") from None
-    if len(raw) > MAX_JSON:
-        raise InputError(f"{path}: larger than {MAX_JSON} bytes; {advice}")
+    if size > limit:
+        raise InputError(f"{path}: larger than {limit} bytes ({size}); {advice}")
     return raw
 
 
@@ -284,6 +296,6 @@ def fingerprint(value: Any) -> str:
 
 
 def file_fingerprint(path: Path) -> str:
-    """Hex sha256 of a file's bytes."""
-    with open(path, "rb") as file:
+    """Hex sha256 of the bytes of a regular file."""
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

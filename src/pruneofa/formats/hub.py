@@ -12,6 +12,17 @@ from pruneofa.errors import InputError, first_line
 FILES = ("*.json", "*.safetensors", "*.zst", "*.txt", "*.model")
 
 
+def check_inside(file: Path, folder: Path) -> None:
+    """Raises InputError if `file` is a link out of its folder: a copy would hold a file that is not the model's.
+
+    In the hub's cache the files of a snapshot are links to the blobs of the same model.
+    """
+    real, inside = file.resolve(), folder.resolve()
+    cached = inside.parent.name == "snapshots" and real.is_relative_to(inside.parents[1] / "blobs")
+    if not (real.is_relative_to(inside) or cached):
+        raise InputError(f"{file}: a link to {real}, outside the folder; wanted the file itself; copy it into {folder}")
+
+
 def local_folder(path: str | Path, files: tuple[str, ...] = FILES) -> Path:
     """The folder at `path`, or a snapshot of the hub model of that id, which holds only `files` (glob patterns).
 

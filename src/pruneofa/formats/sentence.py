@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pruneofa.errors import InputError, short
-from pruneofa.formats.files import read_json, read_json_list
+from pruneofa.formats.files import MAX_JSON, read_json, read_json_list
 
 Pooling = Literal["cls", "mean", "max"]
 Activation = Literal["Identity", "Sigmoid"]
@@ -16,6 +16,7 @@ Activation = Literal["Identity", "Sigmoid"]
 MODULES, PROMPTS, TEXTS = "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"
 FILES = (MODULES, PROMPTS, TEXTS)
 KINDS = ("Transformer", "Pooling", "Normalize")
+MAX_SETTINGS = 1 << 16  # bytes of one of these files
 _ELSEWHERE = "run this model with sentence-transformers"
 _OLD_POOLING = {
     "pooling_mode_cls_token": "cls",
@@ -73,7 +74,8 @@ def read_sentence(folder: Path) -> Sentence | None:
     modules = {module.kind: module.path for module in read_modules(folder)}
     if "Pooling" not in modules:
         return None
-    texts, prompts, tokenizer = (_optional(folder / name) for name in (TEXTS, PROMPTS, "tokenizer_config.json"))
+    texts, prompts = (_optional(folder / name, MAX_SETTINGS) for name in (TEXTS, PROMPTS))
+    tokenizer = _optional(folder / "tokenizer_config.json")
     return Sentence(
         pooling=_pooling(folder / modules["Pooling"] / "config.json"),
         normalize="Normalize" in modules,
@@ -91,7 +93,7 @@ def read_modules(folder: Path) -> list[Module]:
     Raises InputError for a module whose kind is not one of KINDS, or whose folder is not beside modules.json.
     """
     file = folder / MODULES
-    return [_module(entry, file) for entry in read_json_list(file)] if file.is_file() else []
+    return [_module(entry, file) for entry in read_json_list(file, limit=MAX_SETTINGS)] if file.is_file() else []
 
 
 def cross_encoder_activation(config: Mapping[str, Any], where: object) -> Activation | None:
@@ -113,8 +115,8 @@ def cross_encoder_activation(config: Mapping[str, Any], where: object) -> Activa
     return _ACTIVATIONS[name]
 
 
-def _optional(file: Path) -> dict[str, Any]:
-    return read_json(file) if file.is_file() else {}
+def _optional(file: Path, limit: int = MAX_JSON) -> dict[str, Any]:
+    return read_json(file, limit=limit) if file.is_file() else {}
 
 
 def _module(entry: Any, file: Path) -> Module:
@@ -133,7 +135,7 @@ def _module(entry: Any, file: Path) -> Module:
 
 
 def _pooling(file: Path) -> Pooling:
-    settings = read_json(file)
+    settings = read_json(file, limit=MAX_SETTINGS)
     if settings.get("include_prompt") is False:
         raise InputError(f"{file}: include_prompt is false, wanted true; {_ELSEWHERE}")
     mode = settings.get("pooling_mode", [new for old, new in _OLD_POOLING.items() if settings.get(old)] or "mean")

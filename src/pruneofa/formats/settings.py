@@ -7,9 +7,11 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from pruneofa import families
-from pruneofa.errors import InputError, first_line
+from pruneofa.errors import InputError
 from pruneofa.formats import sentence
 from pruneofa.formats.files import read_json
+from pruneofa.formats.hub import check_inside
+from pruneofa.formats.tokenizer_file import load_tokenizer
 
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
               "vocab.txt", "vocab.json", "merges.txt")  # fmt: skip
@@ -18,16 +20,16 @@ _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.jso
 def copy_settings(source: Path, target: Path) -> None:
     """Copy the files of configuration and tokenizer, and the settings of sentence-transformers.
 
-    Raises InputError for an unknown sentence-transformers module.
+    Raises InputError for an unknown sentence-transformers module, and for a link that leads out of the folder.
     """
-    for name in ("config.json", *_TOKENIZER, *sentence.FILES):
+    folders = [module.path for module in sentence.read_modules(source) if module.path]
+    for name in folders:
+        if (source / name).is_dir():
+            (target / name).mkdir(exist_ok=True)
+    for name in ("config.json", *_TOKENIZER, *sentence.FILES, *(f"{name}/config.json" for name in folders)):
         if (source / name).is_file():
+            check_inside(source / name, source)
             shutil.copyfile(source / name, target / name)
-    for module in sentence.read_modules(source):
-        if module.path and (source / module.path).is_dir():
-            (target / module.path).mkdir(exist_ok=True)
-            if (source / module.path / "config.json").is_file():
-                shutil.copyfile(source / module.path / "config.json", target / module.path / "config.json")
 
 
 def read_tokenizer(folder: Path, rows: int) -> Tokenizer:
@@ -38,10 +40,7 @@ def read_tokenizer(folder: Path, rows: int) -> Tokenizer:
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise InputError(without_tokenizer(folder))
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises nothing narrower
-        raise InputError(f"{file}: not a usable tokenizer ({first_line(error)}); copy it again") from None
+    tokenizer = load_tokenizer(file)
     vocabulary = tokenizer.get_vocab()
     largest = max(vocabulary.values(), default=0)
     if largest >= rows:
@@ -68,7 +67,8 @@ def without_tokenizer(folder: Path) -> str:
     if all((folder / name).is_file() for name in slow):
         return (
             f'{what}; write it with: python -c "import sys; from transformers import AutoTokenizer; '
-            f'AutoTokenizer.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[1])" {shlex.quote(str(folder))}'
+            'AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=False).save_pretrained(sys.argv[1])" '
+            f"{shlex.quote(str(folder))}"
         )
     return (
         f"{what}, nor {' and '.join(slow)} to make it from; copy tokenizer.json and tokenizer_config.json into it from "

@@ -45,6 +45,12 @@ def source_prefix(folder: Path, found: Source) -> str:
     raise InputError(f"{folder}: {families.without_encoder()}")
 
 
+def check_finite(folder: Path) -> None:
+    """Read every tensor of a folder back. Raises InputError, naming the tensor, for NaN and infinity."""
+    for original, stored in source_tensors(folder).values():
+        read_float(original, stored)
+
+
 def read_float(original: str, stored: StoredTensor) -> np.ndarray:
     """A tensor as float32, which holds every float16 and bfloat16 exactly. Raises InputError for NaN and infinity."""
     weight = read_tensor(original, stored).astype(np.float32, copy=False)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from pruneofa.errors import InputError, first_line
-from pruneofa.formats.files import MAX_JSON, parse_json
+from pruneofa.formats.files import MAX_JSON, open_regular, parse_json
 from pruneofa.formats.layout import Slot, layout
 from pruneofa.formats.manifest import AGAIN, MANIFEST, MAX_WINDOW, METADATA, Manifest, is_count
 
@@ -68,13 +68,13 @@ def _opened(file: Path, manifest: Manifest) -> Iterator[Any]:
     sizes = manifest.sizes
     wanted = sizes.compressed if manifest.compression else sizes.file
     try:
-        with open(file, "rb") as raw:
+        with open_regular(file) as raw:
             if (size := os.fstat(raw.fileno()).st_size) != wanted:
                 raise InputError(f"{file}: {size} bytes; wanted {wanted}, as {MANIFEST} states; {AGAIN}")
             if not manifest.compression:
                 yield raw
                 return
-            from pruneofa.formats.zstd import DecompressionParameter, ZstdError, ZstdFile, get_frame_info, window_size
+            from pruneofa.formats.zstd import Frame, ZstdError, get_frame_info, window_size
 
             try:
                 head = raw.read(64)
@@ -85,9 +85,7 @@ def _opened(file: Path, manifest: Manifest) -> Iterator[Any]:
                         f"{file}: decompresses to {stated}; wanted {sizes.file} and at most {MAX_WINDOW}; {AGAIN}"
                     )
                 raw.seek(0)
-                limit = {DecompressionParameter.window_log_max: MAX_WINDOW.bit_length() - 1}
-                with ZstdFile(raw, options=limit) as reader:
-                    yield reader
+                yield Frame(raw, MAX_WINDOW)
             except (ZstdError, EOFError) as error:
                 raise InputError(f"{file}: not a complete zstd file ({first_line(error)}); {AGAIN}") from None
     except OSError as error:

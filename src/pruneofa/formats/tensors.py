@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from pruneofa.errors import InputError, first_line
+from pruneofa.errors import InputError, first_line, short
 from pruneofa.formats.cache import cached_folder
-from pruneofa.formats.files import cache_root, file_fingerprint, fingerprint, read_json
-from pruneofa.formats.hub import FILES, local_folder
+from pruneofa.formats.files import MAX_JSON, cache_root, file_fingerprint, fingerprint, open_regular, read_json
+from pruneofa.formats.hub import FILES, check_inside, local_folder
 
 _DTYPES = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "BOOL": "?",
@@ -46,13 +46,14 @@ def weight_files(folder: Path) -> list[Path]:
     if single.is_file():
         return [single]
     if index.is_file():
-        try:
-            names = sorted(set(read_json(index, "download it again")["weight_map"].values()))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{index}: not a valid index of shards ({error}); download it again") from None
+        shards = read_json(index, "download it again").get("weight_map")
+        if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
+            raise InputError(f"{index}: weight_map is {short(shards)}; wanted file names by tensor; download it again")
+        names = sorted(set(shards.values()))
         for name in names:
-            if os.path.basename(name) != name or not (folder / name).is_file():
-                raise InputError(f"{index}: names {name}, which is not in {folder}; download the missing shard")
+            plain = os.path.basename(name) == name and name.isprintable() and len(name.encode()) <= 255
+            if not plain or not (folder / name).is_file():
+                raise InputError(f"{index}: names {short(name)}, which is not in {folder}; download the missing shard")
         return [folder / name for name in names]
     if binaries := _binaries(folder):
         raise InputError(_only_binaries(folder, binaries))
@@ -78,6 +79,8 @@ def weights_folder(path: str | Path) -> Path:
     if not (binaries := _binaries(folder)):
         return folder
     beside = sorted(file for kind in ("*.json", "*.txt", "*.model") for file in folder.glob(kind))
+    for file in [*binaries, *beside]:
+        check_inside(file, folder)
     key = fingerprint({file.name: file_fingerprint(file) for file in [*binaries, *beside]})
     copy = cache_root() / "models" / key[:32]
 
@@ -154,13 +157,20 @@ def tensors_of(file: Path) -> list[tuple[str, StoredTensor]]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        with open_regular(file) as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if length > MAX_JSON:
+                raise InputError(
+                    f"{file}: its header has {length} bytes; wanted at most {MAX_JSON}; copy or download it again"
+                )
+            header = json.loads(stream.read(min(length, os.fstat(stream.fileno()).st_size)))
         with safe_open(file, framework="numpy"):
             pass
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{file}: not a complete safetensors file ({error}); copy or download it again") from None
-    with open(file, "rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
+    except InputError:
+        raise
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        reason = first_line(error)
+        raise InputError(f"{file}: not a complete safetensors file ({reason}); copy or download it again") from None
     header.pop("__metadata__", None)
     return [
         (name, StoredTensor(file, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]))

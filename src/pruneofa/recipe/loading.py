@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 
 import pydantic
 from pydantic import BaseModel
-from yaml import YAMLError
+from yaml import MarkedYAMLError, YAMLError
 
-from pruneofa.errors import InputError
+from pruneofa.errors import InputError, printable
 from pruneofa.recipe.model import (
     Card,
     Control,
@@ -22,9 +22,10 @@ from pruneofa.recipe.model import (
     Task,
     Teacher,
 )
-from pruneofa.recipe.yaml12 import parse, to_yaml
+from pruneofa.recipe.yaml12 import MAX_DEPTH, parse, to_yaml
 
 _ALTERNATIVES = ("Control", "bool", "str", "list[str]")  # as pydantic names them in the location of an error
+MAX_BYTES = 1 << 20  # of a recipe
 T = TypeVar("T", bound=BaseModel)
 
 
@@ -36,13 +37,13 @@ def load(paths: Iterable[str | Path], overrides: Iterable[str] = ()) -> Recipe:
     merged: dict[str, Any] = {}
     for path in paths:
         try:
-            loaded = parse(Path(path).read_text(encoding="utf-8"))
+            loaded = parse(_read(Path(path)))
         except FileNotFoundError:
             raise InputError(f"{path}: no such recipe file; wanted one such as recipes/demo.yaml") from None
         except IsADirectoryError:
             raise InputError(f"{path}: a folder; wanted a recipe file such as recipes/demo.yaml") from None
         except (UnicodeDecodeError, YAMLError) as error:
-            raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+            raise InputError(f"{path}: not valid YAML: {_short(' '.join(str(error).split()))}") from None
         if not isinstance(loaded, dict):
             raise InputError(
                 f"{path}: got {type(loaded).__name__}, wanted a mapping of keys such as in recipes/demo.yaml"
@@ -51,6 +52,15 @@ def load(paths: Iterable[str | Path], overrides: Iterable[str] = ()) -> Recipe:
     for override in overrides:
         merged = merge(merged, parse_override(override))
     return validate(Recipe, merged)
+
+
+def _read(path: Path) -> str:
+    """The text of a recipe, which may be a pipe. Raises InputError beyond MAX_BYTES."""
+    with open(path, "rb") as file:
+        raw = file.read(MAX_BYTES + 1)
+    if len(raw) > MAX_BYTES:
+        raise InputError(f"{path}: larger than {MAX_BYTES} bytes; wanted a recipe file such as recipes/demo.yaml")
+    return raw.decode("utf-8")
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -65,15 +75,21 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def parse_override(text: str) -> dict[str, Any]:
     """`a.b=value` as a nested mapping; the value is YAML, so numbers and lists keep their types."""
     key, equals, value = text.partition("=")
-    if not equals or not all(key.split(".")):
-        raise InputError(f"--set {text}: wanted key=value, such as prune.final=0.85")
+    if not equals or not all(key.split(".")) or key.count(".") > MAX_DEPTH:
+        raise InputError(f"--set {_short(text)}: wanted key=value, such as prune.final=0.85")
     try:
         parsed: Any = parse(value)
-    except YAMLError:
-        raise InputError(f"--set {text}: {value!r} is not valid YAML; put quotes around it") from None
+    except YAMLError as error:
+        reason = "" if isinstance(error, MarkedYAMLError) else f" ({error})"
+        what = f"--set {_short(text)}: {_short(repr(value))}"
+        raise InputError(f"{what} is not valid YAML{reason}; put quotes around it") from None
     for part in reversed(key.split(".")):
         parsed = {part: parsed}
     return parsed
+
+
+def _short(text: str) -> str:
+    return printable(text if len(text) <= 200 else f"{text[:197]}...")
 
 
 def validate(model: type[T], values: dict[str, Any], section: str = "") -> T:
@@ -99,13 +115,13 @@ def _explain(model: type[BaseModel], location: list[str], problem: Any, section:
         known = _known_keys(model, location[:-1])
         near = difflib.get_close_matches(location[-1], known, 1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-        return f"unknown key {where!r}; {hint}"
+        return f"unknown key {_short(repr(where))}; {hint}"
     if problem["type"] == "missing":
         return f"{where} is missing"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return f"{where}: {message}" if where else message
-    return f"{where or 'recipe'} is {problem['input']!r}: {message[0].lower()}{message[1:]}"
+    return f"{where or 'recipe'} is {_short(repr(problem['input']))}: {message[0].lower()}{message[1:]}"
 
 
 def _known_keys(model: type[BaseModel], location: list[str]) -> list[str]:

@@ -24,9 +24,12 @@ RATE_WARNING = 1.2  # multiple of lr above which to warn; the published schedule
 
 
 class Section(BaseModel):
-    """A section of the recipe. Unknown keys and values of another type are errors, except an integer for a float."""
+    """A section of the recipe.
 
-    model_config = ConfigDict(extra="forbid", validate_default=True, strict=True)
+    Unknown keys, NaN, infinity and values of another type are errors, except an integer for a float.
+    """
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, strict=True, allow_inf_nan=False)
 
     def fingerprinted(self, include: set[str] | None = None, exclude: set[str] | None = None) -> dict[str, Any]:
         """The values that affect a stage's results, with defaults: all fields except those marked RESOURCES_ONLY.

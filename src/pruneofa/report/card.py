@@ -61,7 +61,6 @@ def write_card(
     )
     body = render(
         "card.md.j2",
-        autoescape=False,
         results=results,
         recipe=portable(recipe),
         recipe_yaml=recipe_yaml(recipe),
@@ -71,6 +70,7 @@ def write_card(
         fill_mask=fill_mask,
         license=stated.license,
         authors=stated.authors or "Not stated by whoever ran the recipe",
+        linked=bool(data.base_model and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", data.base_model)),
         base_model=data.base_model,
         version=stated.version,
         date=date or datetime.datetime.now(datetime.UTC).date().isoformat(),

@@ -37,16 +37,17 @@ def log_rows(events: Iterable[dict[str, Any]]) -> Logs:
     """
     curves: dict[Curve, dict[int, dict[str, float]]] = {}
     for event in events:
-        if event.get("event") != "log" or not isinstance(event.get("step"), int):
+        if event.get("event") != "log" or not isinstance(event.get("step"), int) or not _finite(event["step"]):
             continue
         numbers = {k: v for k, v in event.items() if _finite(v) and k in ("lr", "sparsity", *LOSSES)}
-        curve = (str(event.get("stage")), event.get("peak_lr"))
+        peak = event.get("peak_lr")
+        curve = (str(event.get("stage")), peak if _finite(peak) else None)
         curves.setdefault(curve, {})[event["step"]] = {"step": event["step"], **numbers}
     return {curve: _thin([steps[step] for step in sorted(steps)]) for curve, steps in curves.items()}
 
 
 def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
 
 
 def _thin(rows: list[dict[str, float]]) -> list[dict[str, float]]:
@@ -224,7 +225,7 @@ def layer_chart(inspection: dict[str, Any]) -> Any | None:
 
     rows = [
         {
-            "kind": name.split(f".{block}.", 1)[1].removesuffix(".weight").replace(".", " "),
+            "kind": (name.partition(f".{block}.")[2] or name).removesuffix(".weight").replace(".", " "),
             "block": block, "layer": name,
             "sparsity": layer["sparsity"], "nonzeros": layer["nonzeros"], "shape": " x ".join(map(str, layer["shape"])),
         }

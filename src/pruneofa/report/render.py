@@ -5,26 +5,36 @@ from pathlib import Path
 from typing import Any
 
 from pruneofa.recipe import to_yaml
-from pruneofa.report.table import cell, megabytes
+from pruneofa.report.table import cell, code, code_block, megabytes
 
 # A path that begins with /, ~ or ~name, a drive, a share, . or .., or has .. in the middle. A regular expression that
 # begins with a backslash, as in prune.skip, does not match.
 _LOCAL_PATH = re.compile(r"^((file:)?/|~\w*([/\\]|$)|[A-Za-z]:[/\\]|\\\\|\.\.?([/\\]|$))|[/\\]\.\.([/\\]|$)")
 
 
-def render(template: str, *, autoescape: bool, **values: Any) -> str:
-    """Fill a template of this package; a missing name is an error, not an empty string."""
+def render(template: str, **values: Any) -> str:
+    """Fill a template of this package, values escaped for HTML, which Markdown may contain.
+
+    A missing name is an error, not an empty string.
+    """
     import jinja2
+    from markupsafe import Markup
 
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("pruneofa.report"),
-        autoescape=autoescape,
+        autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"cell": cell, "megabytes": megabytes}
+    environment.filters |= {
+        "cell": lambda value: Markup(cell(value)),
+        "code": lambda value: Markup(code(value)),
+        "code_block": lambda value, language: Markup(code_block(value, language)),
+        "megabytes": megabytes,
+        "word": lambda value: re.sub(r"[^\w.-]", "_", str(value)),
+    }
     return environment.get_template(template).render(**values)
 
 

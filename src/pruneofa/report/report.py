@@ -49,7 +49,6 @@ def write_report(
     header, rows = table_rows([results], drop_empty=True)
     page = render(
         "report.html.j2",
-        autoescape=True,
         title=recipe["name"],
         recipe=recipe,
         recipe_yaml=recipe_yaml(recipe),
@@ -73,8 +72,8 @@ def write_report(
 
 
 def _script(chart: Any) -> str:
-    # "</" would end the script element even inside a string.
-    return json.dumps(chart.to_dict(), allow_nan=False).replace("</", "<\\/")
+    # Inside a string too, "</" would end the script element, and "<!--<script" would hide its end.
+    return json.dumps(chart.to_dict(), allow_nan=False).replace("<", "\\u003c")
 
 
 def _tiles(results: dict[str, Any], inspection: dict[str, Any]) -> list[tuple[str, str]]:

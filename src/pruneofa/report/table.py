@@ -1,5 +1,7 @@
 """The published table as Markdown, from the results of runs."""
 
+import html
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -148,5 +150,24 @@ def megabytes(size: float) -> str:
 
 
 def cell(value: Any) -> str:
-    """`value` as text that is escaped for a Markdown table."""
-    return " ".join(str(value).split()).replace("|", "\\|")
+    """`value` as the text of a cell of a Markdown table, in which nothing is markup, HTML or a link."""
+    text = html.escape(" ".join(str(value).split()), quote=False)
+    return re.sub(r"([\\|`\[\]])", r"\\\1", text)
+
+
+def code(value: Any) -> str:
+    """`value` as a code span of Markdown, also within a table."""
+    text = " ".join(str(value).split()).replace("|", "\\|") or "-"
+    ticks = "`" * (1 + _longest_ticks(text))
+    pad = " " if "`" in text else ""
+    return f"{ticks}{pad}{text}{pad}{ticks}"
+
+
+def code_block(text: str, language: str) -> str:
+    """`text` as a block of code of Markdown, which nothing in it can end."""
+    ticks = "`" * max(3, 1 + _longest_ticks(text))
+    return f"{ticks}{language}\n{text}\n{ticks}"
+
+
+def _longest_ticks(text: str) -> int:
+    return max((len(run) for run in re.findall("`+", text)), default=0)

@@ -2,10 +2,13 @@
 
 import time
 from collections.abc import Iterable
+from pathlib import Path
 
+from pruneofa.errors import CheckFailed, InputError
 from pruneofa.formats import scales
 from pruneofa.formats.files import naming_disk, new_folder, remove_folder, write_json, write_text
 from pruneofa.formats.hub import local_folder
+from pruneofa.formats.source import check_finite
 from pruneofa.run.checks import check_pattern
 from pruneofa.run.folder import refuse_foreign
 from pruneofa.run.results import versions
@@ -60,6 +63,8 @@ def make(stage: Stage, emit: Emit) -> None:
     if state.is_main_process:
         with new_folder(stage.folder) as folder:
             outcome.save(folder)
+            if outcome.model is not None:
+                _check_saved(stage, folder)
             check_pattern(stage.pattern, str(folder))
             if outcome.metrics is not None:
                 write_json(folder / METRICS, outcome.metrics)
@@ -81,6 +86,15 @@ def make(stage: Stage, emit: Emit) -> None:
         emit({"event": "done", "stage": str(stage.id), "seconds": record["seconds"], **metrics})
         remove_folder(stage.work)
     state.wait_for_everyone()
+
+
+def _check_saved(stage: Stage, folder: Path) -> None:
+    """Read the saved weights back. Raises CheckFailed if one is NaN or infinite: then the stage does not count."""
+    try:
+        check_finite(folder)
+    except InputError as error:
+        reason = str(error).removeprefix(f"{folder}/")
+        raise CheckFailed(f"{stage.id}: training diverged: {reason}, with a lower lr or precision: fp32") from None
 
 
 def evaluate(step: Evaluation, emit: Emit) -> None:

@@ -12,12 +12,13 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from transformers.utils import cached_file
 
 from pruneofa import families
-from pruneofa.errors import InputError, first_line
+from pruneofa.errors import InputError, first_line, is_panic
 from pruneofa.families import base_name
 from pruneofa.formats.architecture import check_layers
 from pruneofa.formats.files import file_fingerprint, fingerprint
 from pruneofa.formats.hub import check_model_name, not_on_hub
 from pruneofa.formats.tensors import unsafe_binary
+from pruneofa.formats.tokenizer_file import read_limited
 
 # The loader's progress bars and reports are silenced: they warn about heads that are new intentionally. Real errors
 # are checked below.
@@ -37,6 +38,11 @@ def load_config(path: str) -> Any:
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):  # the loader's advice is to run the code
+            wanted = ", ".join(families.model_types())
+            raise InputError(
+                f"model {path}: needs Python code of its own, which is never run; wanted a model of type {wanted}"
+            ) from None
         if not Path(path).is_dir():
             raise not_on_hub(path, error, "model ") from None
         raise InputError(f"model {path}: no readable config.json ({first_line(error)})") from None
@@ -53,22 +59,27 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     or when it has ids without a word embedding in the model.
     """
     config = load_config(str(path))
+    if (file := _file(path, "tokenizer.json")) is not None:
+        read_limited(file)  # the loader has no limits
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # the loader's errors have no common type
+        used = [*tokenizer("a", "b")["input_ids"], *tokenizer("a")["input_ids"]]
+    except BaseException as error:  # the loader's errors have no common type
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
         raise InputError(
             f"model {path}: no readable tokenizer ({first_line(error)}); save the tokenizer in the same folder"
         ) from None
-    if not _has_file(path, "tokenizer.json"):
+    if file is None:
         # Only the files of its own class are checked: with those of another class it creates a vocabulary itself.
         names = {name for name in tokenizer.vocab_files_names.values() if name != "tokenizer.json"} or {"vocab.txt"}
-        if missing := sorted(name for name in names if not _has_file(path, name)):
+        if missing := sorted(name for name in names if _file(path, name) is None):
             raise InputError(
                 f"model {path}: no tokenizer in it: got neither tokenizer.json nor {' and '.join(missing)}, wanted "
                 "tokenizer.json (or vocab.txt, or vocab.json and merges.txt, or a sentencepiece model); copy the "
                 "tokenizer files of the original model, or call tokenizer.save_pretrained on this folder"
             )
-    largest = max(tokenizer.get_vocab().values(), default=0)
+    largest = max([*tokenizer.get_vocab().values(), *used], default=0)
     if largest >= config.vocab_size:
         raise InputError(
             f"model {path}: its tokenizer has {len(tokenizer)} tokens with ids up to {largest}, but config.json gives "
@@ -79,16 +90,16 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _has_file(path: str | Path, name: str) -> bool:
-    """Whether a folder, or a hub model, has this file."""
+def _file(path: str | Path, name: str) -> Path | None:
+    """A file of a folder, or of a hub model; None if it has none of this name."""
     if Path(path).is_dir():
-        return (Path(path) / name).is_file()
-    # The loader has just requested this file of a hub model, so it is in the cache.
+        return Path(path) / name if (Path(path) / name).is_file() else None
     missing: dict[str, Any] = {
         "_raise_exceptions_for_missing_entries": False,
         "_raise_exceptions_for_connection_errors": False,
     }
-    return cached_file(str(path), name, **missing) is not None
+    found = cached_file(str(path), name, **missing)
+    return None if found is None else Path(found)
 
 
 def load_for_pretraining(path: str, *, nsp: bool, trained_head: bool = False) -> PreTrainedModel:
@@ -135,11 +146,13 @@ def read_model(
     """
     # from_pretrained reads a .bin with weights_only=True; safetensors files are safe anyway. Mismatched weights are
     # allowed here and reported below by name, because the loader's own error does not name the weight.
-    options |= {"ignore_mismatched_sizes": True, "trust_remote_code": False}
+    options |= {"ignore_mismatched_sizes": True}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model, info = architecture.from_pretrained(path, output_loading_info=True, dtype=torch.float32, **options)
+            model, info = architecture.from_pretrained(
+                path, output_loading_info=True, dtype=torch.float32, trust_remote_code=False, **options
+            )
     except pickle.UnpicklingError:
         raise InputError(unsafe_binary(path)) from None
     except Exception as error:  # the loader's errors have no common type: OSError, SafetensorError, RuntimeError...
