@@ -280,7 +280,7 @@ def test_limits_of_tokenizers_allow_those_of_real_models():
 
 def test_a_text_that_is_too_long_is_refused_before_it_is_tokenized(folder, monkeypatch):
     engine = Engine.from_pretrained(folder)
-    monkeypatch.setattr(engine._tokenizer, "_tokenizer", None)  # any use would fail
+    monkeypatch.setattr(engine.tokenizer, "_tokenizer", None)  # any use would fail
     assert "x has 20000000 characters, wanted at most" in refused(lambda: engine.predict("film " * 4_000_000))
     message = refused(lambda: engine.predict(["film", ("a", "film " * 4_000_000)]))
     assert "x[1] has 20000000 characters" in message

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pruneofa.engine.heads import Classification, Embedding, Head, task_head
-from pruneofa.engine.inputs import WANTED, as_matrix, as_row, check_item, check_range, row_lengths
+from pruneofa.engine.inputs import WANTED, as_matrix, as_row, check_item, check_range, finite, row_lengths
 from pruneofa.engine.lanes import Plan, check_lanes, groups, plan
 from pruneofa.engine.load import Precision, Weights, build_encoder
 from pruneofa.engine.question_answering import QuestionAnswering
@@ -193,8 +193,7 @@ class Engine:
         )
         result = np.zeros((*ids.shape, self._architecture.hidden), np.float32)
         for row, hidden in self.hidden(sequences):
-            _check_finite(hidden, row)
-            result[row, : len(hidden)] = hidden
+            result[row, : len(hidden)] = finite(hidden, f"row {row} of the batch")
         return result
 
     def predict(self, x: Any, *, batch_size: int = 32, truncate: bool = False) -> Any:
@@ -300,7 +299,7 @@ class Engine:
         """The output of the head's `reduce` for each sequence, in order."""
         reduced = {index: self.head.reduce(hidden, sequences[index]) for index, hidden in self.hidden(sequences)}
         for index, one in reduced.items():
-            _check_finite(one, index)
+            finite(one, f"sequence {index} of the batch")
         return [reduced[index] for index in range(len(sequences))]
 
     def hidden(self, sequences: Sequence[Tokens]) -> Iterator[tuple[int, NDArray[np.float32]]]:
@@ -359,12 +358,3 @@ def choose_isa(wanted: str | None) -> str:
     if wanted not in available:
         raise InputError(f"{source} is {wanted!r}, which this CPU does not run; wanted one of {', '.join(available)}")
     return wanted
-
-
-def _check_finite(result: NDArray[np.float32], index: int) -> None:
-    """Raises InputError for NaN and infinity: every weight is finite, but sums of products can still overflow."""
-    if not np.isfinite(result).all():
-        raise InputError(
-            f"sequence {index} of the batch: its result is NaN or infinite, wanted numbers: "
-            "the model's weights are too large for float32; train it again"
-        )

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pruneofa.engine import reference
+from pruneofa.engine.inputs import finite
 from pruneofa.engine.load import Float, Weights
 from pruneofa.engine.masked_lm import MaskedLM
 from pruneofa.engine.question_answering import QuestionAnswering
@@ -52,7 +53,7 @@ class Classification:
     def logits(self, reduced: Sequence[Float]) -> Float:
         """(texts, classes), before any softmax."""
         rows = np.stack(reduced)
-        return self._out.forward(self._activation(self._dense.forward(rows)))
+        return finite(self._out.forward(self._activation(self._dense.forward(rows))))
 
     def results(self, reduced: Sequence[Float], tokens: Sequence[Tokens], texts: Sequence[Any]) -> list[dict[str, Any]]:
         """{"label", "score", "scores": {label: score}} of each text, scores in the order of the classes.

@@ -103,3 +103,13 @@ def check_range(rows: Sequence[NDArray[Any]], size: int, name: str, what: str) -
                 f"{name}[{index}, {column}] is {row[column]}, wanted 0 to {size - 1}: {what} {size}; "
                 "use the model's own tokenizer"
             )
+
+
+def finite(values: NDArray[np.float32], where: str = "the batch") -> NDArray[np.float32]:
+    """The values. Raises InputError for NaN and infinity: every weight is finite, but sums of products can overflow."""
+    if not np.isfinite(values).all():
+        raise InputError(
+            f"{where}: its result is NaN or infinite, wanted numbers: the model's weights are too large for float32; "
+            "train it again"
+        )
+    return values

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from pruneofa.engine import reference
+from pruneofa.engine.inputs import finite
 from pruneofa.engine.load import Float, Weights
 from pruneofa.engine.tokenizer import Text, TextTokenizer, Tokens
 from pruneofa.errors import InputError
@@ -68,7 +69,7 @@ class MaskedLM:
             # Mask by mask: the sums of a product of all masks would depend on how many there are.
             for mask, vector in enumerate(x):
                 logits[mask, part] = rows @ vector
-        return logits + self._bias
+        return finite(logits + self._bias)
 
     def _best_tokens(self, scores: Float) -> dict[str, Any]:
         best: dict[str, float] = {}
