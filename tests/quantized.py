@@ -17,7 +17,7 @@ DYNAMIC = QuantizationArgs("token", False, dynamic=True)
 
 
 def fake_quantized(weight: np.ndarray, strategy: str) -> tuple[np.ndarray, np.ndarray]:
-    """A weight (rows, columns) on the grid, and its scale (rows,), by the formulas of design.md."""
+    """A weight (rows, columns) on the grid, and its scale (rows,), by the formulas of FORMAT.md."""
     largest = np.abs(weight).max(axis=1)
     if strategy == "tensor":
         scale = np.full(len(weight), largest.max() / np.float32(127.5) or 1, np.float32)
