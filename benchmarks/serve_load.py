@@ -71,7 +71,7 @@ class Connection:
 
 def start(model: str, threads: int, limit: int) -> tuple[subprocess.Popen[str], int, float]:
     """A server, its port, and the seconds until it was ready."""
-    command = [sys.executable, "-m", "pruneofa.cli", "serve", model, "--port", "0", "--threads", str(threads)]
+    command = [sys.executable, "-m", "pruneofa", "serve", model, "--port", "0", "--threads", str(threads)]
     begin = time.perf_counter()
     server = subprocess.Popen(
         [*command, "--max-concurrent-requests", str(limit), "--no-access-log"], stderr=subprocess.PIPE, text=True

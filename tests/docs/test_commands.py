@@ -53,6 +53,8 @@ def _commands(text: str) -> list[list[str]]:
     """The arguments of each pruneofa in a block, whatever starts it: an environment, a path to it, torchrun -m."""
     found = []
     for line in text.replace("\\\n", " ").splitlines():
+        if "pruneofa" not in line:  # other lines of a block may be prose, with apostrophes
+            continue
         words = shlex.split(line, comments=True)
         called = [at for at, word in enumerate(words) if re.fullmatch(r"(\S*/)?pruneofa", word)]
         before = words[: called[0]] if called else []

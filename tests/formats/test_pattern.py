@@ -95,7 +95,7 @@ def test_sharded_folders_read_the_same(tmp_path, base):
     whole, shards = pattern.inspect(base), pattern.inspect(tmp_path / "shards")
     assert shards == whole
     next((tmp_path / "shards").glob("model-*.safetensors")).unlink()
-    with pytest.raises(InputError, match=r"names model-.*safetensors, which is not in .*missing shard"):
+    with pytest.raises(InputError, match=r"names 'model-.*safetensors', which is not in .*missing shard"):
         pattern.inspect(tmp_path / "shards")
 
 
@@ -256,7 +256,7 @@ def test_half_written_files_are_named(base):
     whole = file.read_bytes()
     for broken in (whole[:-100], whole[:50], b"", b"\xff" * 64):
         file.write_bytes(broken)
-        with pytest.raises(InputError, match=r"model\.safetensors: not a complete safetensors file"):
+        with pytest.raises(InputError, match=r"model\.safetensors: (not a complete|its header has \d+ bytes)"):
             pattern.inspect(base)
 
 

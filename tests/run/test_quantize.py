@@ -201,7 +201,7 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(done, copy, monkeypatch):
         assert (copy / SEED / "quantize" / file).read_bytes() == (folder / SEED / "quantize" / file).read_bytes()
 
 
-def test_a_checkpoint_without_observers_is_refused(done, copy, monkeypatch):
+def test_without_the_observers_of_a_checkpoint_the_one_before_it_is_resumed(done, copy, monkeypatch, capsys):
     settings = done[0]
     shutil.rmtree(copy / SEED / "quantize")
     train = fine_tuning.train
@@ -218,8 +218,11 @@ def test_a_checkpoint_without_observers_is_refused(done, copy, monkeypatch):
     with pytest.raises(MemoryError):
         run(with_int8(settings), copy)
     (copy / ".work" / SEED / "quantize/checkpoint-8/observers.safetensors").unlink()
-    with pytest.raises(InputError, match=r"observers\.safetensors: missing, but resuming quantization needs it"):
-        run(with_int8(settings), copy)
+    kill["at"] = None
+    run(with_int8(settings), copy)
+    assert "checkpoint-8" in capsys.readouterr().err
+    events = [json.loads(line) for line in (copy / "log.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in events if e["event"] == "start" and e["stage"].endswith("/quantize")][-1] == 4
 
 
 def test_observers_freeze_at_their_share_of_the_steps(done, tmp_path, monkeypatch):
@@ -324,4 +327,4 @@ def test_other_ranks_are_gone_and_results_are_there_before_the_engine_measures(d
         (copy / file).unlink()
     with pytest.raises(InputError, match="the engine says no"):
         run(with_int8(done[0]), copy)
-    assert happened == ["barrier", "barrier", "measure"]
+    assert happened[-1] == "measure" and {*happened[:-1]} == {"barrier"}

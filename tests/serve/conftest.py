@@ -68,7 +68,7 @@ class Server:
     """
 
     def __init__(self, *arguments: object, **environment: str) -> None:
-        command = [sys.executable, "-m", "pruneofa.cli", "serve", *map(str, arguments), "--port", "0", "--threads", "1"]
+        command = [sys.executable, "-m", "pruneofa", "serve", *map(str, arguments), "--port", "0", "--threads", "1"]
         command.append("--no-access-log")  # nobody reads it
         self.process = subprocess.Popen(
             command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment

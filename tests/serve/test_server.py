@@ -37,7 +37,7 @@ def metric(server, name):
 
 
 def refused(*arguments):
-    command = [sys.executable, "-m", "pruneofa.cli", "serve", *map(str, arguments)]
+    command = [sys.executable, "-m", "pruneofa", "serve", *map(str, arguments)]
     said = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert said.returncode == 2 and said.stdout == "" and len(said.stderr.splitlines()) == 1, said.stderr
     return said.stderr

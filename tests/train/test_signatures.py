@@ -25,7 +25,7 @@ SIGNATURES = [
     (lock.PatternLock.verify, ["self"], {}),
     (distill.kd_loss, ["student_logits", "teacher_logits", "temperature"], {"rows": None, "classes": None}),
     (pruneofa.train.LockCallback, [], {}),
-    (Engine.from_pretrained, ["path_or_id"], {"precision": "int8", "threads": None, "isa": None}),
+    (Engine.from_pretrained, ["path_or_id"], {"precision": "int8", "threads": None, "isa": None, "lanes": None}),
     (Engine.encode, ["self", "input_ids", ("attention_mask", None), ("token_type_ids", None)], {}),
     (Engine.predict, ["self", "x"], {"batch_size": 32}),
 ]

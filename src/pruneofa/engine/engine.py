@@ -100,8 +100,8 @@ class Engine:
         *,
         precision: Precision = "int8",
         threads: int | None = None,
-        lanes: int | None = None,
         isa: str | None = None,
+        lanes: int | None = None,
     ) -> Self:
         """Load a packed folder, any Hugging Face folder of a supported architecture, or a hub id.
 

@@ -5,7 +5,7 @@ the tokenizers library keeps as state, are therefore switched off there; truncat
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from pruneofa.formats.tokenizer_file import explained
 
 WINDOW, STRIDE = 384, 128  # tokens, for question answering, as in the official SQuAD script
 CHARACTERS = 128  # per token of the longest sequence: what is beyond is not tokenized; a longer word is unknown anyway
+_SLICE = 1024  # texts per call of the tokenizer
 MAX_CONTEXT = 1 << 20  # characters of a context of question answering, which is read in windows
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half of a surrogate pair, which is not valid text
 _MIN_CONTEXT = 16  # minimum number of context tokens per window; a question that leaves fewer is too long
@@ -181,8 +182,7 @@ class TextTokenizer:
             for text, name in zip(texts, names, strict=True)
         ]
         encode = self._tokenizer.encode_batch if chars else self._tokenizer.encode_batch_fast  # fast: without offsets
-        with explained(self._file):
-            encodings = encode(prompted)
+        encodings = self._encoded(encode, prompted)
         result = []
         for name, encoding in zip(names, encodings, strict=True):
             tokens = self._tokens(encoding, chars=chars)
@@ -215,8 +215,7 @@ class TextTokenizer:
         """
         most = CHARACTERS * self.limit, MAX_CONTEXT
         cut = [_bounded(pair, most, name, truncate) for pair, name in zip(questions, names, strict=True)]
-        with explained(self._file):
-            encodings = self._tokenizer.encode_batch(cut)
+        encodings = self._encoded(self._tokenizer.encode_batch, cut)
         windows: list[Tokens] = []
         for index, encoding in enumerate(encodings):
             tokens = self._tokens(encoding, chars=True)
@@ -231,13 +230,20 @@ class TextTokenizer:
             The windows in order, with `segments` and `chars`, each with the index of its text.
         """
         windows: list[Tokens] = []
-        with explained(self._file):
-            encodings = self._tokenizer.encode_batch(list(texts))
+        encodings = self._encoded(self._tokenizer.encode_batch, texts)
         for index, encoding in enumerate(encodings):
             tokens = self._tokens(encoding, chars=True)
             found = _cut(tokens, 0, self.limit) if len(tokens.ids) > self.limit else [tokens]
             windows += [replace(window, text=index) for window in found]
         return windows
+
+    def _encoded(self, encode: Callable[[list[Any]], list[Any]], texts: Sequence[Any]) -> list[Any]:
+        """Encodings of many texts, some at a time: only between two calls can Python handle signals."""
+        encodings: list[Any] = []
+        with explained(self._file):
+            for begin in range(0, len(texts), _SLICE):
+                encodings += encode(list(texts[begin : begin + _SLICE]))
+        return encodings
 
     def _prompted(self, text: Text, prompt: str | None) -> Text:
         before = self._prompt if prompt is None else prompt

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from pruneofa import __version__
-from pruneofa.engine.engine import choose_threads
+from pruneofa.engine.threads import choose_threads
 from pruneofa.errors import CheckFailed, InputError
-from pruneofa.formats.files import COMPLETE, file_fingerprint, fingerprint, new_folder, read_json, write_json
+from pruneofa.formats.files import file_fingerprint, fingerprint, marked, new_folder, read_json, write_json
 from pruneofa.formats.hub import FILES, local_folder
 from pruneofa.formats.locks import exclusive
 from pruneofa.progress import progress
@@ -22,6 +22,7 @@ from pruneofa.serve.chunks import Chunk, Job, compute, find_parts
 
 ROWS = 4096  # per part: what a kill loses, and what a process holds in memory
 _RECORD = "prediction.json"
+_JOINED = "joined"  # in the folder of parts, once OUT is about to be put in place
 _MORE_ROWS = ("truncate", "skip_bad")  # parts made without them hold only rows for which they change nothing
 
 
@@ -60,7 +61,10 @@ def predict_files(
             raise InputError(f"{name} is {value}, wanted at least 1")
     target, paths = Path(out).expanduser().absolute(), [Path(file).expanduser() for file in files]
     _check_paths(target, paths)
-    settings |= {"model": str(local_folder(model).absolute()), "threads": max(1, choose_threads(threads) // processes)}
+    settings |= {
+        "model": str(local_folder(model).absolute()),
+        "threads": max(1, choose_threads(threads).count // processes),
+    }
     record = _record(target, paths, settings, rows)
     try:
         with exclusive(target, name=out, out="--out"):
@@ -125,7 +129,7 @@ def _work_folder(target: Path, record: dict[str, Any], redo: bool) -> Path:
             f"{target}: unfinished with other settings ({', '.join(next(iter(others.values())))}); "
             "give the same again, or start anew with --redo"
         )
-    if target.exists() and not redo and not (work / COMPLETE).exists() and not _is_empty(target):
+    if target.exists() and not redo and not (work / _JOINED).exists() and not _is_empty(target):
         raise InputError(f"{target}: exists; replace it with --redo, or choose another --out")
     for other in others:
         shutil.rmtree(other)
@@ -223,16 +227,16 @@ def _join(target: Path, paths: Sequence[Path], work: Path, counts: Sequence[int]
             for path, files in zip(paths, by_file, strict=True):
                 with open(folder / path.name, "wb") as file:
                     tables.join(files, file)
-            (work / COMPLETE).touch()
+            (work / _JOINED).touch()
     else:
-        temporary = target.with_name(f".{target.name}.tmp")
+        temporary = marked(target, "tmp")
         with contextlib.ExitStack() as stack:
             stack.callback(temporary.unlink, missing_ok=True)
             with open(temporary, "wb") as file:
                 tables.join([part.path for part in found], file)
                 file.flush()
                 os.fsync(file.fileno())
-            (work / COMPLETE).touch()  # killed from here on, the same command joins again, although OUT exists
+            (work / _JOINED).touch()  # killed from here on, the same command joins again, although OUT exists
             os.replace(temporary, target)
     shutil.rmtree(work)
     return sum(part.skipped for part in found)
