@@ -255,7 +255,7 @@ BAD = [
     ("in.csv", "text,score\na,1\n", "has a column 'score' already; .*--prefix predicted_"),
     ("in.jsonl", '{"text": "a"}\nnonsense\n', "row 2 is not JSON"),
     ("in.jsonl", '{"text": "a"}\n[1]\n', "row 2 is a JSON list, wanted an object"),
-    ("in.jsonl", '{"text": "a"}\n{"text": 3}\n', "row 2 is int, wanted a str"),
+    ("in.jsonl", '{"text": "a"}\n{"text": 3}\n', "row 2 is int, wanted text"),
     ("in.jsonl", '{"text": "a"}\n{"text": "\\ud800"}\n', "row 2 has a lone surrogate"),
     ("in.jsonl", '{"text": "a"}\n{"text": "' + "film " * 100 + '"}\n', "row 2 has 102 tokens, .*--truncate"),
     ("in.jsonl", '{"text": "a", "id": 1}\n{"text": "b"}\n', "row 2 has the columns 'text', row 1 'text', 'id'"),

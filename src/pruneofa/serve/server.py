@@ -157,14 +157,17 @@ def _prefork(
             time.sleep(_PAUSE)
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(parent: int) -> None:
     """Get SIGTERM when the parent dies, so that no worker keeps the port; on Linux only."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # it died before this was asked for
+        raise SystemExit(0)
 
 
 def _fork(work: Callable[[Callable[[], None]], None], started: Callable[[], Any]) -> int:
     """The id of a new process that does `work` and ends."""
+    parent = os.getpid()
     process = os.fork()
     if process:
         return process
@@ -172,7 +175,7 @@ def _fork(work: Callable[[Callable[[], None]], None], started: Callable[[], Any]
     try:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        _end_with_parent()
+        _end_with_parent(parent)
         work(started)
         code = 0
     except InputError as error:
