@@ -24,7 +24,7 @@ def progress(description: str, total: int, *, completed: int = 0) -> Iterator[Ca
     start = last = time.monotonic()
     done = completed
     if completed:
-        sys.stderr.write(f"{description}: resumes at {completed}/{total}\n")
+        notice(f"{description}: resumes at {completed}/{total}")
 
     def advance(count: int = 1, note: str = "") -> None:
         nonlocal done, last
@@ -39,7 +39,7 @@ def progress(description: str, total: int, *, completed: int = 0) -> Iterator[Ca
     yield advance
     seconds = time.monotonic() - start
     if seconds > 2:
-        sys.stderr.write(f"{description}: done in {clock(seconds)}\n")
+        notice(f"{description}: done in {clock(seconds)}")
 
 
 @contextlib.contextmanager
@@ -63,3 +63,8 @@ def clock(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def notice(message: str) -> None:
+    """Write one line to stderr, with everything that is not printable escaped."""
+    sys.stderr.write(f"{printable(message)}\n")

@@ -1,11 +1,11 @@
 """The verb `transfer`."""
 
 import argparse
-import sys
 from pathlib import Path
 
 from pruneofa.cli.options import add_fields, add_training, precision_of, read_task
 from pruneofa.cli.show import print_metrics, say_pattern
+from pruneofa.progress import notice
 
 
 def describe(verb: argparse.ArgumentParser) -> None:
@@ -35,7 +35,7 @@ def describe(verb: argparse.ArgumentParser) -> None:
         from pruneofa.run.stage import EVALUATION
 
         if spec.teacher is None:
-            sys.stderr.write("no --teacher given: training on the labels only\n")
+            notice("no --teacher given: training on the labels only")
             spec = spec.model_copy(update={"hard": 1.0, "kd": 0.0, "hidden": 0.0})
         training = {"seed": options.seed, "precision": precision_of(options)}
         root, redo = options.data_root, options.redo

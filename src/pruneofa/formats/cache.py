@@ -2,13 +2,13 @@
 
 import functools
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from pruneofa.errors import InputError
 from pruneofa.formats.files import file_fingerprint, new_folder, read_json, write_text
 from pruneofa.formats.locks import exclusive
+from pruneofa.progress import notice
 
 CHECKSUMS = "checksums.json"
 
@@ -58,7 +58,7 @@ def cached_folder(target: Path, make: Callable[[Path], None]) -> bool:
         if found is None:
             return True
         if target.is_dir():
-            sys.stderr.write(f"pruneofa: warning: {target}: damaged ({found}); it is made again\n")
+            notice(f"pruneofa: warning: {target}: damaged ({found}); it is made again")
         with new_folder(target) as folder:
             make(folder)
             write_checksums(folder)

@@ -3,10 +3,10 @@
 import functools
 import os
 import re
-import sys
 from pathlib import Path
 
 from pruneofa.errors import InputError, first_line
+from pruneofa.progress import notice
 
 # The files of a model folder that may be needed, with weights that are not pickles.
 FILES = ("*.json", "*.safetensors", "*.zst", "*.txt", "*.model")
@@ -78,4 +78,4 @@ def offline() -> bool:
 def announce(name: str) -> None:
     """Say on stderr, once per name, that the hub is asked for it."""
     if not offline():
-        sys.stderr.write(f"{name}: not on this machine by that name; the Hugging Face hub is asked\n")
+        notice(f"{name}: not on this machine by that name; the Hugging Face hub is asked")

@@ -10,6 +10,7 @@ from typing import Any
 from pruneofa.data.docstrings import TOPICS, build_demo_data
 from pruneofa.errors import InputError
 from pruneofa.formats import files, locks
+from pruneofa.progress import notice
 from pruneofa.recipe import load
 
 
@@ -56,7 +57,7 @@ def run_demo(out: Path, recipe_file: Path, overrides: Sequence[str] = (), *, red
     files.write_json(out / "results.json", results)
     results_of.write_reports(recipe, out, results)
     checked = results_of.verify_run(recipe, out)
-    sys.stderr.write(f"verify: ok, {checked} task models keep every zero of the sparse model\n")
+    notice(f"verify: ok, {checked} task models keep every zero of the sparse model")
     return results
 
 

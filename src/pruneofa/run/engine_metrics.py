@@ -1,6 +1,5 @@
 """Metrics, sizes and latency of a run's task models with the engine, stored as engine.json beside each model."""
 
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from pruneofa import __version__
 from pruneofa.engine.engine import choose_isa
 from pruneofa.engine.load import Precision
 from pruneofa.formats.files import read_json, write_json
+from pruneofa.progress import notice
 from pruneofa.run.stage import Evaluation
 from pruneofa.train.evaluate import evaluate_by_engine
 
@@ -60,7 +60,7 @@ def _add_latency(folders: dict[str, Path]) -> None:
     try:
         found = latency(runners, tokens=tokens, vocabulary=vocabulary)
     except WorkerError as error:  # a missing latency must not make a long run fail
-        sys.stderr.write(f"latency was not measured: {error}\n")
+        notice(f"latency was not measured: {error}")
         return
     for variant, folder in folders.items():
         write_json(folder / FILE, records[variant] | {"latency": found})

@@ -3,7 +3,6 @@
 Each stage is a function from its settings and a model to a trained model.
 """
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +17,7 @@ from pruneofa.data import corpus as corpora
 from pruneofa.data.examples import IGNORED
 from pruneofa.formats.cache import cached_folder, damage
 from pruneofa.formats.files import read_json, remove_folder, write_json
+from pruneofa.progress import notice
 from pruneofa.recipe import Corpus, Distill, Prune, Teacher
 from pruneofa.run.stage import Job, Model, Outcome, unused
 from pruneofa.train.callbacks import LockCallback, PruningCallback
@@ -170,7 +170,7 @@ def _trial(settings: ControlSettings, lr: float, job: Job, teacher: Model, text:
     if not (folder / "done.json").exists() or damage(folder / "model") is not None:
         if main:
             which = f"{settings.rates.index(lr) + 1} of {len(settings.rates)}"
-            sys.stderr.write(f"{job.name}: learning rate {lr:g}, {which}\n")
+            notice(f"{job.name}: learning rate {lr:g}, {which}")
         transformers.set_seed(settings.seed)
         objective = student_objective(teacher.path, settings.prune, settings.distill, nsp=text.spec.nsp)
         once = GradualPruner(objective.student, **{**schedule(settings.prune), "begin": 0, "end": 1, "stop": 1})

@@ -1,7 +1,6 @@
 """Single stages of the method, for the commands that take a model instead of a recipe."""
 
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -11,6 +10,7 @@ from typing import Literal
 from pruneofa.data import tasks as task_data
 from pruneofa.errors import InputError
 from pruneofa.formats.files import output_folder, read_json, recover_all
+from pruneofa.progress import notice
 from pruneofa.recipe import KNOWN_TASKS, Quantize, Recipe, Task
 from pruneofa.run.checks import check, check_pattern
 from pruneofa.run.events import LOG, append_event
@@ -117,7 +117,7 @@ def quantize(
 def _note_held_out(task: task_data.Task) -> None:
     if task.held_out is not None and processes().is_main_process:
         held_out, rows = task.held_out
-        sys.stderr.write(f"no --validation: {held_out:,} of {rows:,} rows held out\n")
+        notice(f"no --validation: {held_out:,} of {rows:,} rows held out")
 
 
 def _work(out: Path) -> Path:

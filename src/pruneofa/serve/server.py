@@ -15,6 +15,7 @@ from typing import Any
 import uvicorn
 
 from pruneofa.errors import InputError
+from pruneofa.progress import notice
 from pruneofa.serve.settings import Settings
 
 _PAUSE = 0.2  # seconds before a worker that ended is replaced: a model that cannot be loaded is not tried without rest
@@ -153,7 +154,7 @@ def _prefork(
             code = os.waitstatus_to_exitcode(status)
             if not ready:
                 return code if code > 0 else 3
-            sys.stderr.write(f"pruneofa: worker {process} ended with {code}; starting another\n")
+            notice(f"pruneofa: worker {process} ended with {code}; starting another")
             time.sleep(_PAUSE)
 
 
@@ -179,7 +180,7 @@ def _fork(work: Callable[[Callable[[], None]], None], started: Callable[[], Any]
         work(started)
         code = 0
     except InputError as error:
-        sys.stderr.write(f"pruneofa: error: {error}\n")
+        notice(f"pruneofa: error: {error}")
         code = 2
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 3

@@ -6,7 +6,6 @@ The file `complete` marks a checkpoint that was read back after it was written; 
 import errno
 import json
 import pickle
-import sys
 from pathlib import Path
 
 import safetensors.torch
@@ -17,6 +16,7 @@ from transformers.trainer_pt_utils import safe_globals
 from pruneofa.errors import InputError, first_line
 from pruneofa.formats.cache import damage, write_checksums
 from pruneofa.formats.files import remove_folder, sync_tree
+from pruneofa.progress import notice
 
 COMPLETE = "complete"
 CLOCK_FILE = "clock.json"
@@ -77,7 +77,7 @@ def remove_damaged(folder: Path) -> None:
         remove_folder(checkpoint)
         older = last_checkpoint(folder)
         next_step = f"trying {older.name}" if older else "training starts from the beginning"
-        sys.stderr.write(f"pruneofa: warning: {checkpoint}: damaged ({found}); it is deleted, {next_step}\n")
+        notice(f"pruneofa: warning: {checkpoint}: damaged ({found}); it is deleted, {next_step}")
 
 
 def _damage(checkpoint: Path) -> str | None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import inspect
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,7 @@ from pruneofa.formats import scales
 from pruneofa.formats.manifest import Manifest, is_packed
 from pruneofa.formats.pack import pack
 from pruneofa.formats.tensors import weights_folder
-from pruneofa.progress import clock, progress
+from pruneofa.progress import clock, notice, progress
 from pruneofa.train.models import check_encoder, load_tokenizer, read_model
 from pruneofa.train.quantize import FakeQuantizer
 
@@ -86,7 +85,7 @@ def evaluate(
     model = load_task_model(path, kind)
     if precision != "fp32" and (quantization := scales.read(folder)):
         FakeQuantizer.of(model, quantization)
-        sys.stderr.write(f"{path} is quantized: torch simulates the int8 arithmetic of the engine\n")
+        notice(f"{path} is quantized: torch simulates the int8 arithmetic of the engine")
     task = task_of(model, path, name, spec, **data)
     return evaluate_model(model, task, batch_size=batch_size, precision=precision or "fp32")
 
@@ -110,7 +109,7 @@ def _read_task(
     labels = None if name in recipe.KNOWN_TASKS else classes
     task = load_task(name, spec, tokenizer, train=False, labels=labels, max_positions=max_positions, **data)
     counts = " and ".join(f"{split.rows.num_rows:,} rows" for split in task.evaluations.values())
-    sys.stderr.write(f"evaluate {name}: {counts}{how}\n")
+    notice(f"evaluate {name}: {counts}{how}")
     return task
 
 
@@ -161,7 +160,7 @@ def evaluate_model(
     seconds = evaluation_seconds(model, task, precision=precision)
     if seconds > ANNOUNCED:
         count = sum(map(len, task.evaluations.values()))
-        sys.stderr.write(f"{name}: {count:,} inputs, about {clock(seconds)} (minutes:seconds)\n")
+        notice(f"{name}: {count:,} inputs, about {clock(seconds)} (minutes:seconds)")
     with _evaluating(model):
         return _metrics(task, columns, lambda data: _forward(model, task, data, batch_size, precision, name))
 
@@ -206,7 +205,7 @@ def evaluate_by_engine(folder: Path, task: Task, precision: EnginePrecision) -> 
         with tempfile.TemporaryDirectory(prefix="pruneofa-") as temporary:
             how["sizes"] = _sizes(pack(folder, Path(temporary) / "packed", precision=precision, compress=True))
             engine = Engine.from_pretrained(Path(temporary) / "packed", precision=precision)
-    sys.stderr.write(f"evaluate {folder.name} on {task.name} by the engine in {precision} on {engine.isa}\n")
+    notice(f"evaluate {folder.name} on {task.name} by the engine in {precision} on {engine.isa}")
     return {"metrics": evaluate_engine(engine, task), "isa": engine.isa, "longest": engine.max_length, **how}
 
 
