@@ -1,6 +1,10 @@
 import os
+import signal
 
 import pytest
+
+# A shell ignores SIGINT in background jobs, and children inherit that: tests of Ctrl-C would wait for ever.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
