@@ -6,8 +6,8 @@
 Cases: one text of 32 and of 128 tokens, and 32 texts of 8 to 128 tokens, which are timed by numbers of lanes, too; then
 one text and the 32 with the process pinned to one CPU. Every setting is an engine in a process of its own; they take
 turns, one call each, in random order, so that what else runs on the machine meets all. `--before` adds the engine of
-another checkout, which has to be built in place. Times of a busy machine are only good for ratios within a row; the
-load is recorded.
+another checkout, which has been installed (`make install`). Times of a busy machine are only good for ratios within a
+row; the load is recorded.
 """
 
 import argparse
@@ -20,18 +20,19 @@ import sys
 import tempfile
 from pathlib import Path
 
+from checkout import check_loaded, interpreter
 from machine import machine
 
 from pruneofa.bench.random_folder import write_random
 
 PROGRAM = """
 import json, os, sys, time
-import numpy as np
+import numpy as np, pruneofa
 from pruneofa import Engine
 folder, settings = sys.argv[1], json.loads(sys.argv[2])
 engine = Engine.from_pretrained(folder, **settings)
 allowed = os.sched_getaffinity(0)
-print("ready", flush=True)
+print(json.dumps(pruneofa.__file__), flush=True)
 for line in sys.stdin:
     batch, low, high, cpus = json.loads(line)
     draw = np.random.default_rng(0)
@@ -60,13 +61,15 @@ class Runner:
     """A process that times one call for each line it is sent."""
 
     def __init__(self, label: str, checkout: Path | None, folder: Path, **settings: int) -> None:
-        """Loads the engine, of another checkout if one is given (its `src`)."""
+        """Load the engine, of another checkout if one is given."""
         self.label = label
-        source = {} if checkout is None else {"PYTHONPATH": str(checkout / "src")}
-        command = [sys.executable, "-c", PROGRAM, str(folder), json.dumps(settings)]
+        python = sys.executable if checkout is None else interpreter(checkout)
+        command = [python, "-c", PROGRAM, str(folder), json.dumps(settings)]
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=os.environ | source)
-        assert self.process.stdout.readline() == "ready\n"
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+        file = json.loads(self.process.stdout.readline())
+        if checkout is not None:
+            check_loaded(file, checkout)
 
     def call(self, case: list[int]) -> float:
         """Seconds of one call."""
@@ -96,7 +99,7 @@ def main() -> None:
     parser.add_argument("--lanes", type=int, nargs="*", default=[1, 2])
     parser.add_argument("--case", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--turns", type=int, default=20)
-    parser.add_argument("--before", type=Path, help="a checkout of an earlier commit, built in place")
+    parser.add_argument("--before", type=Path, help="a checkout of an earlier commit, installed")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     shape, _, sparsity = args.model.partition("@")

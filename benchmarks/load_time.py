@@ -11,10 +11,10 @@ import argparse
 import json
 import statistics
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
+from checkout import check_loaded, interpreter
 from machine import machine
 
 from pruneofa.bench.random_folder import write_random
@@ -35,11 +35,10 @@ print(json.dumps([time.perf_counter() - begin, time.process_time() - processor, 
 
 def load(checkout: Path, folder: Path, precision: str) -> tuple[float, float]:
     """Wall-clock and CPU seconds of one load, in its own process."""
-    command = [str(checkout / ".venv/bin/python"), "-c", PROGRAM, str(folder), precision]
+    command = [interpreter(checkout), "-c", PROGRAM, str(folder), precision]
     found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     wall, processor, file = json.loads(found.splitlines()[-1])
-    if not Path(file).is_relative_to(checkout.resolve()):
-        sys.exit(f"{checkout}: {file} was loaded instead")
+    check_loaded(file, checkout)
     return wall, processor
 
 

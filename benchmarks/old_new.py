@@ -17,6 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from checkout import check_loaded, interpreter
 from machine import machine
 
 from pruneofa.bench.random_folder import write_random
@@ -42,14 +43,12 @@ for line in sys.stdin:
 def start(checkout: Path, folder: Path, precision: str, threads: int, clock: str) -> subprocess.Popen[str]:
     """Start a process that loads the engine of this checkout and times one call per line of its standard input."""
     process = subprocess.Popen(
-        [str(checkout / ".venv/bin/python"), "-c", PROGRAM, str(folder), precision, str(threads), clock],
+        [interpreter(checkout), "-c", PROGRAM, str(folder), precision, str(threads), clock],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
-    file = json.loads(process.stdout.readline())
-    if not Path(file).is_relative_to(checkout.resolve()):
-        sys.exit(f"{checkout}: {file} was loaded instead")
+    check_loaded(json.loads(process.stdout.readline()), checkout)
     return process
 
 

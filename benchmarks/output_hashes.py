@@ -3,10 +3,10 @@
     python benchmarks/output_hashes.py > before.json
     python benchmarks/output_hashes.py --check before.json
 
-A change that only moves or renames leaves every hash as it is. For another checkout, built in place, put its `src` in
-PYTHONPATH. Hashes of one path may differ between processors where their compilers or libraries do, so before and after
-belong on one machine. With --check, exit code 1 if a path that both have gives another hash; paths that only one of
-them has are named.
+A change that only moves or renames leaves every hash as it is. For another checkout run this with the interpreter of
+its own .venv. Hashes of one path may differ between processors where their compilers or libraries do, so before and
+after belong on one machine. With --check, exit code 1 if a path that both have gives another hash; paths that only one
+of them has are named.
 """
 
 import argparse
