@@ -52,6 +52,19 @@ def test_a_score_is_never_nan(head, precision, kernels, tmp_path):
         Engine.from_pretrained(folder, precision=precision).predict(text)
 
 
+@pytest.mark.parametrize("head", [head for head in HEADS if head != "ForMaskedLM"])  # its scores are computed later
+def test_a_served_score_is_never_nan(head, tmp_path):
+    from pruneofa.serve.model import Model
+
+    folder = write_folder(tmp_path, head)
+    name, item = HEADS[head]
+    change(folder, name, lambda tensor: tensor.__setitem__(..., 3e38))
+    model = Model("m", Engine.from_pretrained(folder, precision="fp32"))
+    sequences = model.tokenize([item], ["inputs"], truncate=True, side="right", prompt=None)
+    with np.errstate(all="ignore"), pytest.raises(InputError, match="its result is NaN or infinite, wanted numbers"):
+        model.compute(sequences, [False] * len(sequences))
+
+
 def flat(found) -> list[float]:
     if isinstance(found, np.ndarray):
         return found.reshape(-1).tolist()

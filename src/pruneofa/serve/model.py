@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from pruneofa.engine.engine import Engine
 from pruneofa.engine.heads import Classification, Embedding, TokenClassification
-from pruneofa.engine.inputs import as_row, check_item
+from pruneofa.engine.inputs import as_row, check_item, finite
 from pruneofa.engine.tokenizer import Side, Tokens, check_text
 from pruneofa.errors import InputError
 from pruneofa.serve.refusal import Refused, invalid
@@ -87,15 +87,17 @@ class Model:
         """What the task's head needs of each sequence, in order.
 
         Of an embedding model the pooled vector (hidden,), or all hidden states (tokens, hidden) where `whole` is
-        true; of a classification logits (classes,); otherwise what `reduce` of the head returns.
+        true; of a classification logits (classes,); otherwise what `reduce` of the head returns. Raises InputError
+        for NaN and infinity, as `Engine.predict` does.
         """
         head = self.engine.head
         found: list[Any] = [None] * len(sequences)
         for index, hidden in self.engine.hidden(sequences):
             if not isinstance(head, Embedding):
-                found[index] = head.reduce(hidden, sequences[index])
+                reduced = head.reduce(hidden, sequences[index])
             else:
-                found[index] = hidden.copy() if whole[index] else head.pool(hidden)
+                reduced = hidden.copy() if whole[index] else head.pool(hidden)
+            found[index] = finite(reduced)
         return list(head.logits(found)) if isinstance(head, Classification) else found
 
     @property
