@@ -66,19 +66,25 @@ def naming_disk(path: Path) -> Iterator[None]:
         raise OSError(code, reason, str(in_place(Path(name)))) from error
 
 
+@contextlib.contextmanager
+def new_file(target: Path) -> Iterator[Path]:
+    """Yield a temporary name beside `target`; the file written there becomes `target` only if the block succeeds."""
+    temporary = marked(target, "tmp")
+    try:
+        with naming_disk(target):
+            yield temporary
+            sync(temporary)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync(target.parent)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` as UTF-8 to `path` atomically: after a crash the file has the old or the new content."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = marked(path, "tmp")
-    try:
-        with naming_disk(path), open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync(path.parent)
+    with new_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
 
 
 def write_json(path: Path, value: Any) -> None:

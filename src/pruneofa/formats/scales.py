@@ -15,7 +15,7 @@ import numpy as np
 
 from pruneofa.errors import InputError, short
 from pruneofa.families import canonical_name
-from pruneofa.formats.files import marked, read_json, write_json
+from pruneofa.formats.files import new_file, read_json, write_json
 from pruneofa.formats.manifest import check_inputs, kind_of
 from pruneofa.formats.packed import MAX_SCALE
 from pruneofa.formats.tensors import read_tensor, tensors_of, weight_files
@@ -221,9 +221,8 @@ def write(folder: Path, quantization: Quantization) -> None:
         arrays[f"{layer}.input_scale"] = np.float32([scale])
         arrays[f"{layer}.input_zero_point"] = np.uint8([quantization.input_zero_point[name]])
     arrays = {name: np.ascontiguousarray(arrays[name]) for name in sorted(arrays)}
-    temporary = marked(folder / SCALES, "tmp")
-    save_file(arrays, temporary)
-    temporary.replace(folder / SCALES)
+    with new_file(folder / SCALES) as temporary:
+        save_file(arrays, temporary)
     settings: dict[str, Any] = {"format": FORMAT, "version": VERSION}
     settings |= {field: getattr(quantization, field) for field in _HASHES}
     for field in ("weights", "input_activations", "embeddings"):

@@ -1,6 +1,5 @@
 """Files of texts: the same rows with results, in parts that survive the process, joined at the end."""
 
-import contextlib
 import glob
 import os
 import shutil
@@ -13,7 +12,7 @@ from typing import Any
 from pruneofa import __version__
 from pruneofa.engine.threads import choose_threads
 from pruneofa.errors import CheckFailed, InputError
-from pruneofa.formats.files import file_fingerprint, fingerprint, marked, new_folder, read_json, write_json
+from pruneofa.formats.files import file_fingerprint, fingerprint, new_file, new_folder, read_json, write_json
 from pruneofa.formats.hub import FILES, local_folder
 from pruneofa.formats.locks import exclusive
 from pruneofa.progress import progress
@@ -229,14 +228,9 @@ def _join(target: Path, paths: Sequence[Path], work: Path, counts: Sequence[int]
                     tables.join(files, file)
             (work / _JOINED).touch()
     else:
-        temporary = marked(target, "tmp")
-        with contextlib.ExitStack() as stack:
-            stack.callback(temporary.unlink, missing_ok=True)
+        with new_file(target) as temporary:
             with open(temporary, "wb") as file:
                 tables.join([part.path for part in found], file)
-                file.flush()
-                os.fsync(file.fileno())
             (work / _JOINED).touch()  # killed from here on, the same command joins again, although OUT exists
-            os.replace(temporary, target)
     shutil.rmtree(work)
     return sum(part.skipped for part in found)
