@@ -47,25 +47,48 @@ def find_entities(
         spans = np.array([(spans[part[0], 0], spans[part[-1], 1]) for part in parts], np.int32).reshape(-1, 2)
         rows = [_agreed(probabilities[part], aggregation) for part in parts]
         probabilities = np.stack(rows) if rows else probabilities[:0]
-    labels = probabilities.argmax(axis=1)
-    best = probabilities.max(axis=1, initial=0)
+    labels = [head.labels[label] for label in probabilities.argmax(axis=1)]
+    found = group_tokens(text, labels, probabilities.max(axis=1, initial=0), spans, separate=aggregation == "none")
+    key = "entity" if aggregation == "none" else "entity_group"
+    return [{key: entity.pop("label"), **entity} for entity in found if entity["label"] not in ignore]
+
+
+def group_tokens(
+    text: str, labels: Sequence[str], scores: Sequence[float], spans: Sequence[Sequence[int]], *, separate: bool = False
+) -> list[dict[str, Any]]:
+    """Neighbouring tokens of one kind as one entity, unless a B- begins another; `separate`: every token as it is.
+
+    Args:
+        text: the text.
+        labels: the label of each token.
+        scores: its score; an entity has the mean.
+        spans: its begin and end by characters of the text.
+        separate: do not group, and leave labels whole.
+
+    Returns:
+        {"label", "score", "word", "start", "end"} of each entity, O included, in order.
+    """
     groups: list[list[int]] = []
     for index, label in enumerate(labels):
-        begins_anew, tag = _tag(head.labels[label])
-        last = None if not groups or aggregation == "none" else _tag(head.labels[labels[groups[-1][-1]]])[1]
+        begins_anew, tag = _tag(label)
+        last = None if not groups or separate else _tag(labels[groups[-1][-1]])[1]
         if last == tag and not begins_anew:
             groups[-1].append(index)
         else:
             groups.append([index])
-    key = "entity" if aggregation == "none" else "entity_group"
     found = []
     for group in groups:
-        name = head.labels[labels[group[0]]]
-        shown = name if aggregation == "none" else name.split("-", 1)[-1]
-        if shown not in ignore:
-            start, end = int(spans[group[0], 0]), int(spans[group[-1], 1])
-            score = float(np.mean(best[group]))
-            found.append({key: shown, "score": score, "word": text[start:end], "start": start, "end": end})
+        label = labels[group[0]]
+        start, end = int(spans[group[0]][0]), int(spans[group[-1]][1])
+        found.append(
+            {
+                "label": label if separate else label.split("-", 1)[-1],
+                "score": float(np.mean([scores[index] for index in group])),
+                "word": text[start:end],
+                "start": start,
+                "end": end,
+            }
+        )
     return found
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pruneofa.engine.engine import Engine
+from pruneofa.engine.entities import group_tokens
 from pruneofa.engine.inputs import WANTED, check_item
 from pruneofa.errors import InputError
 
@@ -229,24 +230,9 @@ def entities(text: str, tokens: Sequence[Mapping[str, Any]]) -> list[dict[str, A
 
     Neighbours of one label are an entity, unless a B- begins another; its score is their mean. O is left out.
     """
-    groups: list[tuple[str, list[Mapping[str, Any]]]] = []
-    for token in tokens:
-        begins, label = token["label"].startswith("B-"), re.sub(r"^[BI]-", "", token["label"])
-        if groups and groups[-1][0] == label and not begins:
-            groups[-1][1].append(token)
-        else:
-            groups.append((label, [token]))
-    return [
-        {
-            "label": label,
-            "score": float(np.mean([token["score"] for token in group])),
-            "word": text[group[0]["start"] : group[-1]["end"]],
-            "start": group[0]["start"],
-            "end": group[-1]["end"],
-        }
-        for label, group in groups
-        if label != "O"
-    ]
+    labels, scores = ([token[key] for token in tokens] for key in ("label", "score"))
+    found = group_tokens(text, labels, scores, [(token["start"], token["end"]) for token in tokens])
+    return [entity for entity in found if entity["label"] != "O"]
 
 
 def _listed(values: Any) -> list[Any]:
