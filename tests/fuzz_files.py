@@ -7,7 +7,6 @@ memory that the file's size justifies. Everything else is Broken, with the numbe
 """
 
 import argparse
-import contextlib
 import json
 import os
 import shutil
@@ -144,12 +143,9 @@ def _log(folder: Path) -> None:
 
 def _read_log(folder: Path) -> object:
     from pruneofa.report.charts import log_rows
+    from pruneofa.run.events import read_events
 
-    events = []
-    for line in (folder / "log.jsonl").read_bytes().split(b"\n"):
-        with contextlib.suppress(ValueError, RecursionError):
-            events.append(json.loads(line))
-    return log_rows(event for event in events if isinstance(event, dict))
+    return log_rows(read_events(folder / "log.jsonl"))
 
 
 TARGETS = {

@@ -27,7 +27,7 @@ from pruneofa.cli import (
     verify,
 )
 from pruneofa.cli.options import with_option_names
-from pruneofa.cli.show import say
+from pruneofa.cli.show import printable_lines, say
 from pruneofa.errors import (
     UNWRITABLE,
     CheckFailed,
@@ -87,8 +87,7 @@ def _main(arguments: Sequence[str]) -> int:
             return say(f"error: {failure}", 2 if getattr(error, "errno", None) in UNWRITABLE else 3)
         import traceback
 
-        lines = "".join(traceback.format_exception(error)).splitlines()
-        sys.stderr.write("".join(f"{printable(line)}\n" for line in lines))
+        sys.stderr.write(printable_lines("".join(traceback.format_exception(error))))
         return 3
 
 

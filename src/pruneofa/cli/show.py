@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from pruneofa.errors import printable
+from pruneofa.progress import notice
 
 GAP = "  "  # between two columns of a table
 
 
 def say(message: str, code: int) -> int:
     """Write a line to stderr, after the program's name, with everything not printable escaped; return `code`."""
-    sys.stderr.write(f"pruneofa: {printable(message)}\n")
+    notice(f"pruneofa: {message}")
     return code
 
 
@@ -28,9 +29,7 @@ def say_pattern(path: str) -> None:
     from pruneofa.formats import pattern
 
     sparsity = pattern.inspect(path)["encoder"]
-    sys.stderr.write(
-        f"locking the pattern of {printable(path)}: {100 * sparsity:.2f} % of its encoder's weights are zero\n"
-    )
+    notice(f"locking the pattern of {path}: {100 * sparsity:.2f} % of its encoder's weights are zero")
     if sparsity == 0:
         say(f"warning: {path} has no zeros to keep: the result will be dense; give a sparse model", 0)
         warnings.filterwarnings("ignore", r"\w+ has no zeros to keep", UserWarning)

@@ -253,7 +253,7 @@ class TextTokenizer:
 
     def _tokens(self, encoding: Any, *, chars: bool, segments: bool = False) -> Tokens:
         ids = np.array(encoding.ids, np.int64)
-        types = np.array(encoding.type_ids if self._typed else [0] * len(ids), np.int64)
+        types = np.array(encoding.type_ids, np.int64) if self._typed else np.zeros(len(ids), np.int64)
         largest, kind = ids.max(initial=0), types.max(initial=0)
         if largest >= self._vocabulary or kind >= max(self._types, 1):
             raise InputError(

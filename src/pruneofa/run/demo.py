@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,9 +43,9 @@ def run_demo(out: Path, recipe_file: Path, overrides: Sequence[str] = (), *, red
     check_folder(recipe, out)
     with locks.exclusive(data, name=out, out="--out"):
         counts = build_demo_data(data, seed=recipe.seed)
-    sys.stderr.write(
+    notice(
         f"demo data: {counts['words']:,} words of {counts['documents']:,} modules for pruning; "
-        f"{counts['train']:,} + {counts['validation']:,} passages on {len(counts['topics'])} topics\n"
+        f"{counts['train']:,} + {counts['validation']:,} passages on {len(counts['topics'])} topics"
     )
     results = run(recipe, out, redo=redo)
     inputs = Inputs(recipe)

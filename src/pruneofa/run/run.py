@@ -1,11 +1,11 @@
 """Run a recipe in its folder: plan, check, execute missing steps, then write results, table, card and report."""
 
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pruneofa.formats.files import recover_all, write_json, write_text
+from pruneofa.progress import notice
 from pruneofa.recipe import Recipe, dump
 from pruneofa.run.checks import check, check_engine
 from pruneofa.run.engine_metrics import measure_by_engine
@@ -34,9 +34,9 @@ def run(recipe: Recipe, folder: Path, *, redo: bool = False) -> dict[str, Any]:
         check_engine(recipe)
     without_teacher = [name for name, task in recipe.tasks.items() if task.teacher is None]
     if recipe.model_is_sparse and recipe.dense_model is None and without_teacher and processes().is_main_process:
-        sys.stderr.write(
+        notice(
             f"no teacher for {', '.join(without_teacher)}: training on the labels only; "
-            "set tasks.X.teacher, or dense_model to train one\n"
+            "set tasks.X.teacher, or dense_model to train one"
         )
     processes().wait_for_everyone()  # all ranks must check the folder before one of them writes to it
     main = processes().is_main_process
