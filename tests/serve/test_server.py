@@ -175,6 +175,14 @@ def test_workers_share_a_port_and_a_dead_one_comes_back(start, folders):
     assert server.process.wait(30) == 0
 
 
+@pytest.mark.parametrize("after", [0, 0.1, 0.3])
+def test_sigterm_ends_a_worker_that_is_only_starting(start, folders, after):
+    server = start(folders["vectors"], "--workers", 2)  # the second starts when the first is ready
+    time.sleep(after)
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(20) == 0
+
+
 def test_a_packed_folder_may_go_while_it_is_served(start, folders, tmp_path):
     from pruneofa.formats.pack import pack
 

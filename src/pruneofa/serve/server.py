@@ -18,6 +18,7 @@ from pruneofa.errors import InputError
 from pruneofa.progress import notice
 from pruneofa.serve.settings import Settings
 
+_ENDING = (signal.SIGTERM, signal.SIGINT)
 _PAUSE = 0.2  # seconds before a worker that ended is replaced: a model that cannot be loaded is not tried without rest
 
 
@@ -113,8 +114,13 @@ def _run(app: Any, bound: socket.socket, grace: int, started: Callable[[], None]
         started()
 
     server.startup = startup_and_say  # type: ignore[method-assign]  # uvicorn has no hook for it
-    for number in (signal.SIGTERM, signal.SIGINT):  # raised again by uvicorn after it has drained
-        signal.signal(number, lambda *_: None)
+
+    def stop(*_: object) -> None:
+        server.should_exit = True
+
+    # Until uvicorn has handlers of its own; it raises a signal that it got again, after it has drained.
+    for number in _ENDING:
+        signal.signal(number, stop)
     server.run(sockets=[bound])
 
 
@@ -134,17 +140,17 @@ def _prefork(
         for process in running:
             os.kill(process, signal.SIGTERM)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in _ENDING:
         signal.signal(number, stop)
     reading, writing = os.pipe()
-    running.add(_fork(work, lambda: os.write(writing, b"1")))
+    _fork(work, lambda: os.write(writing, b"1"), running)
     os.close(writing)
     ready = os.read(reading, 1) == b"1"
     if ready and not stopping:
         started()
     while True:
         while ready and not stopping and len(running) < workers:
-            running.add(_fork(work, lambda: None))
+            _fork(work, lambda: None, running)
         if not running:
             return 0
         process, status = os.wait()
@@ -166,16 +172,24 @@ def _end_with_parent(parent: int) -> None:
         raise SystemExit(0)
 
 
-def _fork(work: Callable[[Callable[[], None]], None], started: Callable[[], Any]) -> int:
-    """The id of a new process that does `work` and ends."""
+def _fork(work: Callable[[Callable[[], None]], None], started: Callable[[], Any], running: set[int]) -> None:
+    """Start a process that does `work` and ends, and add its id to those that `_prefork` ends.
+
+    No signal is handled in between: the parent would not pass it on to the new process, which would have taken it for
+    its own parent's.
+    """
     parent = os.getpid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
     process = os.fork()
     if process:
-        return process
+        running.add(process)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
+        return
     code = 3
     try:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        for number in _ENDING:
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
         _end_with_parent(parent)
         work(started)
         code = 0
