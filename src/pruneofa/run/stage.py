@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pruneofa.formats import scales
 from pruneofa.formats.files import fingerprint, read_json
-from pruneofa.recipe import Section
+from pruneofa.recipe import RESOURCES_ONLY, Section
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,7 +22,7 @@ FORMAT = 3  # part of every stage's fingerprint: increase it when results change
 EVALUATION_FORMAT = 1  # the same for evaluations
 # {"Class.field": value} for settings added by a later version: the value that corresponds to earlier behaviour. A field
 # with that value is not part of the fingerprint, so that stages made by earlier versions stay done.
-ABSENT: dict[str, Any] = {}
+ABSENT: dict[str, Any] = {"FineTuneSettings.freeze_embeddings": False}
 
 RECORD, METRICS, EVALUATION = "stage.json", "metrics.json", "evaluation.json"
 MARK = "fingerprint"  # file in a stage's working folder: the fingerprint that the work was begun with
@@ -108,11 +108,13 @@ def fingerprinted(settings: Any) -> dict[str, Any]:
 
     Args:
         settings: a dataclass of plain values, sections of the recipe and other such dataclasses. Fields that sections
-            mark as RESOURCES_ONLY, `unused` fields, and fields with their value in ABSENT are omitted.
+            or metadata mark as RESOURCES_ONLY, `unused` fields, and fields with their value in ABSENT are omitted.
     """
     values: dict[str, Any] = {}
     for each in dataclasses.fields(settings):
         value = getattr(settings, each.name)
+        if each.metadata == RESOURCES_ONLY:
+            continue
         if isinstance(value, Section):
             value = _without_absent(value, value.fingerprinted(exclude=each.metadata.get("unused")))
         elif dataclasses.is_dataclass(value):
