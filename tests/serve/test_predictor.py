@@ -3,6 +3,7 @@
 import functools
 import os
 import signal
+import sys
 
 import numpy as np
 import pandas as pd
@@ -126,8 +127,9 @@ def test_ray_data_with_two_actors_of_which_one_is_killed(model, tmp_path):
 
 
 @pytest.mark.slow
-def test_spark_with_two_workers_of_which_one_is_killed(model, expected, tmp_path):
+def test_spark_with_two_workers_of_which_one_is_killed(model, expected, tmp_path, monkeypatch):
     sql = pytest.importorskip("pyspark.sql")
+    monkeypatch.setenv("PYSPARK_PYTHON", sys.executable)  # else the first python3 of PATH
     spark = (
         sql.SparkSession.builder.master("local[2,3]")  # two threads; a task may fail twice
         .config("spark.sql.execution.arrow.maxRecordsPerBatch", 20)
