@@ -86,11 +86,11 @@ struct Layer {
   PackedLayer packed;
 };
 
-// The path, made to choose a layout for int8 and floats.
+// The path, made to choose a layout, where it has it.
 Kernels choosing(Kernels kernels, Layout layout) {
   kernels.sparse_above = kernels.sparse_above_float = layout == Layout::kDenseWords ? 1.0f : 0.0f;
-  kernels.gathered = layout == Layout::kGatheredWords ? 1e-6f : 0.0f;
-  kernels.gathered_by_4 = layout == Layout::kGatheredBy4 ? 1e-6f : 0.0f;
+  if (kernels.gathered > 0) kernels.gathered = layout == Layout::kGatheredWords ? 1e-6f : 0.0f;
+  if (kernels.gathered_by_4 > 0) kernels.gathered_by_4 = layout == Layout::kGatheredBy4 ? 1e-6f : 0.0f;
   return kernels;
 }
 constexpr Layout kLayouts[] = {Layout::kDenseWords, Layout::kSparseWords, Layout::kGatheredWords, Layout::kGatheredBy4};
