@@ -26,8 +26,9 @@ struct Int8 {
   static Word word(uint32_t w) { return vreinterpretq_s8_u32(vdupq_n_u32(w)); }
   static Word words(const uint32_t* w) { return vreinterpretq_s8_u32(vld1q_u32(w)); }
   static void add(Sum& sum, const char* x, Word word) {
+    const uint8x16x4_t codes = vld1q_u8_x4(reinterpret_cast<const uint8_t*>(x));
     PRUNEOFA_UNROLL
-    for (int q = 0; q < 4; ++q) sum.quarter[q] = PRUNEOFA_DOT(sum.quarter[q], load(x + 16 * q), word);
+    for (int q = 0; q < 4; ++q) sum.quarter[q] = PRUNEOFA_DOT(sum.quarter[q], codes.val[q], word);
   }
   template <int Lane>
   static void add(int32x4_t& sum, Vector codes, Word words) {
@@ -53,8 +54,9 @@ struct Float {
   static Word word(uint32_t w) { return vreinterpretq_f32_u32(vdupq_n_u32(w)); }
   static Word words(const uint32_t* w) { return vreinterpretq_f32_u32(vld1q_u32(w)); }
   static void add(Sum& sum, const char* x, Word word) {
+    const float32x4x4_t floats = vld1q_f32_x4(reinterpret_cast<const float*>(x));
     PRUNEOFA_UNROLL
-    for (int q = 0; q < 4; ++q) sum.quarter[q] = vfmaq_f32(sum.quarter[q], load(x + 16 * q), word);
+    for (int q = 0; q < 4; ++q) sum.quarter[q] = vfmaq_f32(sum.quarter[q], floats.val[q], word);
   }
   template <int Lane>
   static void add(float32x4_t& sum, Vector x, Word words) {
@@ -138,7 +140,11 @@ struct Gather {
       const Int8::Word word = Shared == 1 ? Int8::word(*words) : Int8::words(words);
       const char* row[4];
       PRUNEOFA_UNROLL
-      for (int k = 0; k < 4; ++k) row[k] = rows + std::size_t{index[k]} * 32;
+      for (int k = 0; k < 4; ++k) {
+        row[k] = rows + std::size_t{index[k]} * 32;
+        // Hides where it comes from: the compiler would compute the address of each load, instead of loading pairs.
+        if (Panels > 1) __asm__("" : "+r"(row[k]));
+      }
       PRUNEOFA_UNROLL
       for (int i = 0; i < Panels; ++i) {
         Int8::Vector codes[4];
