@@ -7,8 +7,9 @@
 //   float activations   float [panels][features][16]          each thread stores those of its own features
 //   codes, int8 paths   uint8 [panels][inputs / 4][16][4]      four consecutive inputs of a token are one 32-bit word
 //   codes, avx2         int16 [panels][inputs / 2][16][2]      the same with two inputs, because AVX2 multiplies pairs
+//   codes, neon         int8  [panels][inputs / 4][16][4]      the code minus 128, because SDOT multiplies int8 by int8
 //
-// `inputs` is rounded up to 64 for codes; the padding is zero. All buffers are aligned to 64 bytes.
+// `inputs` is rounded up to 64 for codes; the padding is the code 0. All buffers are aligned to 64 bytes.
 //
 // A linear layer is y[n] = sum_k w[n][k] * x[k] for every token. int8: x is quantized, per token or by the layer's
 // static scale, x = scale * (code - zero), codes in 0..255, weights in -128..127, so |sum| <= 255 * 128 * inputs fits
@@ -119,6 +120,7 @@ struct Kernels {
   // Chooses the layout of a layer and fills `out`, whose `sparsity`, sizes, scales and bias are set.
   void (*lay_out)(const PackedLayer& layer, const Kernels& kernels, LaidOut& out);
   int group_int8;            // inputs in a word of int8 weights and of codes: 4, or 2 on AVX2
+  int code_offset = 0;       // subtracted from codes where they are stored: 128 makes them int8
   int block_int8 = 0;        // outputs per block of dense int8 words, divides 16; unused where int8 weights are tiles
   int block_float;           // the same for float words
   float sparse_above;        // int8: sparsity above which the sparse layout is faster (docs/kernels.md)

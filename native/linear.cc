@@ -108,7 +108,7 @@ void Linear::forward(const float* x, std::size_t tokens, float* out) const {
 
 void Linear::accumulate(const uint8_t* x, std::size_t tokens, int32_t* out) const {
   Buffers buffers(*this, tokens);
-  rows_to_codes(x, tokens, inputs(), kernels_.group_int8, buffers.codes.data());
+  rows_to_codes(x, tokens, inputs(), kernels_.group_int8, kernels_.code_offset, buffers.codes.data());
   buffers.operands.sums = buffers.sums.data();
   buffers.run(*this);
   panels_to_rows(buffers.sums.data(), tokens, outputs(), out);

@@ -24,7 +24,8 @@ void panels_to_rows(const T* panels, std::size_t tokens, int features, T* rows) 
 }
 
 // codes: words of `group` codes of consecutive inputs, [panels][inputs / group][16][group]; the padding stays as it is.
-inline void rows_to_codes(const uint8_t* rows, std::size_t tokens, int inputs, int group, char* codes) {
+// `offset` is subtracted from each.
+inline void rows_to_codes(const uint8_t* rows, std::size_t tokens, int inputs, int group, int offset, char* codes) {
   const std::size_t bytes = codes_bytes(inputs, group);
   for (std::size_t t = 0; t < tokens; ++t) {
     char* panel = codes + t / kLanes * bytes;
@@ -34,7 +35,7 @@ inline void rows_to_codes(const uint8_t* rows, std::size_t tokens, int inputs, i
       if (group == 2) {
         reinterpret_cast<int16_t*>(panel)[place] = code;
       } else {
-        reinterpret_cast<uint8_t*>(panel)[place] = code;
+        reinterpret_cast<uint8_t*>(panel)[place] = static_cast<uint8_t>(code - offset);
       }
     }
   }

@@ -88,6 +88,10 @@ static inline Pair<H> operator|(const Pair<H>& a, const Pair<H>& b) {
   return {a.low | b.low, a.high | b.high};
 }
 template <class H>
+static inline Pair<H> operator^(const Pair<H>& a, int32_t b) {
+  return {a.low ^ b, a.high ^ b};
+}
+template <class H>
 static inline Pair<H> operator<<(const Pair<H>& a, int count) {
   return {a.low << count, a.high << count};
 }

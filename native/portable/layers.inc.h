@@ -35,6 +35,9 @@ static inline void scales(const float* ranges, int count, std::ptrdiff_t stride,
 // Words of `Group` codes of consecutive features; the bits of a code are 32 / Group. The product with 1 / scale
 // replaces the quotient x / scale: a division costs more than everything else here. The code differs by one only if
 // x / scale is within rounding of half an integer.
+#if !defined(PRUNEOFA_CODE_OFFSET)  // Kernels::code_offset
+#define PRUNEOFA_CODE_OFFSET 0
+#endif
 template <int Group, class Row>
 static inline void encode_rows(const Row& row, int begin, int end, int features, const float* scale,
                                const int32_t* zero, void* codes) {
@@ -47,18 +50,22 @@ static inline void encode_rows(const Row& row, int begin, int end, int features,
     const Ints rounded = as_ints(row(f - begin) * inverse + kRound);
     return maximum(minimum(rounded, most), least) + offset;
   };
+  // 128 less of a byte is another highest bit.
+  const auto store_word = [](int32_t* place, const Ints& word) {
+    store(place, PRUNEOFA_CODE_OFFSET == 0 ? word : word ^ static_cast<int32_t>(0x80808080));
+  };
   int f = begin;
   for (; f + Group <= end; f += Group, out += kLanes) {
     Ints word = code(f);
     PRUNEOFA_UNROLL
     for (int k = 1; k < Group; ++k) word = word | code(f + k) << (k * (32 / Group));
-    store(out, word);
+    store_word(out, word);
   }
   const int padded = end == features ? round_up(features, 64) : end;
   for (; f < padded; f += Group, out += kLanes) {
     Ints word = {};
     for (int k = 0; k < Group && f + k < end; ++k) word = word | code(f + k) << (k * (32 / Group));
-    store(out, word);
+    store_word(out, word);
   }
 }
 

@@ -28,7 +28,8 @@ inline void write(const Operands& o, int panel, int n, const lanes::Floats& y) {
   if (o.ranges != nullptr) lanes::update_range(o.ranges + panel * 2 * kLanes, y);
 }
 
-inline void epilogue(const Weights& w, const Operands& o, int panel, int n, const lanes::Ints& sum) {
+inline void epilogue(const Weights& w, const Operands& o, int panel, int n, lanes::Ints sum) {
+  if (PRUNEOFA_CODE_OFFSET != 0) sum = sum + lanes::broadcast(PRUNEOFA_CODE_OFFSET * static_cast<int32_t>(w.row_sum[n]));
   if (o.sums != nullptr) {
     lanes::store(o.sums + (static_cast<std::ptrdiff_t>(panel) * w.outputs + n) * kLanes, sum);
     return;

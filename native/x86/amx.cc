@@ -7,9 +7,9 @@
 #include <immintrin.h>
 
 #include "kernels.h"
+#include "target.h"
 #include "x86/amx_layout.h"
 #include "x86/cpu.h"
-#include "x86/target.h"
 
 PRUNEOFA_TARGET_BEGIN(
     "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512vbmi2,avx512bf16,avx512fp16,avx2,fma,popcnt,"

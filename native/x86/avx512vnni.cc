@@ -3,8 +3,8 @@
 #include <immintrin.h>
 
 #include "kernels.h"
+#include "target.h"
 #include "x86/cpu.h"
-#include "x86/target.h"
 
 PRUNEOFA_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma")
 

@@ -1,6 +1,7 @@
 """Layers, encoders and combinations of sizes for the kernels' tests, the same for the reference and the kernels."""
 
 import itertools
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -8,7 +9,10 @@ from typing import Any
 
 import numpy as np
 
-TABLE = ("scalar", "avx2", "avxvnni", "avx512vnni", "amx")  # every row of the dispatch table, worst first
+X86 = ("scalar", "avx2", "avxvnni", "avx512vnni", "amx")
+ARM = ("scalar", "neon", "neon_i8mm")  # on other machines: test_arm.py
+# Every row of the dispatch table, worst first.
+TABLE = ARM if platform.machine() in ("aarch64", "arm64") else X86
 # Scales and zero points of what layers of `model` read: norms, attention's mixtures of values, GELU's outputs. As fine
 # as those of a token, so that a code counts as little; the largest numbers are clipped.
 _NORMED = (0.025, 121)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pruneofa import families
+from pruneofa.cli.options import ISAS
 from pruneofa.cli.show import printable_lines
 from pruneofa.errors import printable
 
@@ -53,7 +54,7 @@ def describe(verb: argparse.ArgumentParser) -> None:
     add(
         "--isa",
         metavar="ISA",
-        help="limit engine and peers to this instruction set: amx, avx512vnni, avxvnni, avx2 or scalar",
+        help=f"limit engine and peers to this instruction set: {ISAS}",
     )
     add("--precision", choices=["int8", "fp32"], default="int8", help="precision of the engine (default int8)")
     add(

@@ -2,7 +2,7 @@
 
 import argparse
 
-from pruneofa.cli.options import EVALUATED, add_fields, read_task
+from pruneofa.cli.options import EVALUATED, ISAS, add_fields, read_task
 from pruneofa.cli.show import print_metrics
 
 
@@ -32,7 +32,7 @@ def describe(verb: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--isa",
         metavar="ISA",
-        help="instruction set of the engine: amx, avx512vnni, avxvnni, avx2 or scalar (default: the fastest)",
+        help=f"instruction set of the engine: {ISAS} (default: the fastest)",
     )
     verb.add_argument("--json", action="store_true", help="print as JSON")
 

@@ -2,6 +2,7 @@
 
 import argparse
 
+from pruneofa.cli.options import ISAS
 from pruneofa.cli.show import print_value
 
 
@@ -52,7 +53,7 @@ examples:
     engine("--processes", type=int, default=1, metavar="N", help="processes that load the model each (default 1)")
     engine("--threads", type=int, metavar="N", help="threads of all processes together (default: one per CPU)")
     engine("--precision", choices=["int8", "fp32"], default="int8", help="int8 (default) or fp32")
-    engine("--isa", metavar="ISA", help="instruction set: amx, avx512vnni, avx2 or scalar (default: the fastest)")
+    engine("--isa", metavar="ISA", help=f"instruction set: {ISAS} (default: the fastest)")
     add("--json", action="store_true", help="print the summary as JSON")
 
     def call(options: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
+from pruneofa.cli.options import ISAS
 from pruneofa.cli.show import say
 from pruneofa.errors import InputError
 
@@ -24,7 +25,7 @@ def describe(verb: argparse.ArgumentParser) -> None:
         help="processes that each load the models (default 1: all threads in one)")  # fmt: skip
     add("--threads", type=int, metavar="N", help="compute threads of each worker (default: the CPUs over the workers)")
     add("--precision", choices=["int8", "fp32"], default="int8", help="of the engine (default int8)")
-    add("--isa", metavar="ISA", help="amx, avx512vnni, avx2 or scalar (default: the fastest here)")
+    add("--isa", metavar="ISA", help=f"{ISAS} (default: the fastest here)")
     add("--max-batch-tokens", type=int, default=2048, metavar="N", help="tokens computed together (default 2048)")
     add("--max-concurrent-requests", type=int, default=512, metavar="N",
         help="inputs in flight; more are refused with 429 (default 512)")  # fmt: skip

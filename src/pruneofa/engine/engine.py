@@ -156,7 +156,10 @@ class Engine:
 
     @staticmethod
     def available_isas() -> list[str]:
-        """Kernels that this CPU and operating system can run, fastest last: scalar, avx2, avxvnni, avx512vnni, amx."""
+        """Kernels that this CPU and operating system can run, fastest last.
+
+        x86-64: scalar, avx2, avxvnni, avx512vnni, amx. ARM: scalar, neon, neon_i8mm.
+        """
         return list(native.available_isas()) if native else []
 
     def choices(self) -> list[tuple[str, str]]:
