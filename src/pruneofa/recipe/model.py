@@ -45,7 +45,7 @@ class Section(BaseModel):
 class Corpus(Section):
     """Plain text for teacher preparation and pruning."""
 
-    source: Names = Field(description="hub data set id, or local file(s)/folder(s): parquet, jsonl, txt (.gz, .zst)")
+    source: Names = Field(description="hub data set id, or local file(s)/folder(s): parquet, jsonl, txt, csv, tsv")
     config: str | None = Field(None, description="hub configuration, such as 20231101.en")
     column: str = Field("text", description="column that holds the text")
     max_length: Annotated[int, Field(ge=8)] = Field(128, description="tokens per example, special tokens included")
