@@ -22,7 +22,13 @@ FORMAT = 3  # part of every stage's fingerprint: increase it when results change
 EVALUATION_FORMAT = 1  # the same for evaluations
 # {"Class.field": value} for settings added by a later version: the value that corresponds to earlier behaviour. A field
 # with that value is not part of the fingerprint, so that stages made by earlier versions stay done.
-ABSENT: dict[str, Any] = {}
+ABSENT: dict[str, Any] = {
+    "Distill.hidden_norm": False,
+    "Prune.one_shot": None,
+    "Prune.gradients": 1024,
+    "Prune.block": 50,
+    "Prune.dampening": 0.01,
+}
 
 RECORD, METRICS, EVALUATION = "stage.json", "metrics.json", "evaluation.json"
 MARK = "fingerprint"  # file in a stage's working folder: the fingerprint that the work was begun with
