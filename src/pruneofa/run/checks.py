@@ -14,7 +14,7 @@ from pruneofa.run.lineage import lost_pattern
 from pruneofa.run.plan import losses
 from pruneofa.run.pretraining import learning_rate, schedule
 from pruneofa.run.stage import Stage, Step
-from pruneofa.train.curvature import check_memory
+from pruneofa.train import curvature, layerwise
 from pruneofa.train.device import processes, split_batch
 from pruneofa.train.models import load_config, load_for_pretraining, load_tokenizer
 from pruneofa.train.prune import GradualPruner
@@ -69,7 +69,9 @@ def check_pretraining(model: str, teacher: Teacher | None, prune: Prune | None, 
     if prune is not None:
         pruner = GradualPruner(loaded, **schedule(prune))
         if prune.score == "obs":
-            check_memory(pruner.weights, prune.block, prune.pattern)
+            curvature.check_memory(pruner.weights, prune.block, prune.pattern)
+        elif prune.score == "hessian":
+            layerwise.check_memory(pruner.weights, prune.calibration * text.max_length)
         pruner.release()
         if prune.steps:
             learning_rate(prune)(0)

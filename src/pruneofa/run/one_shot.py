@@ -82,6 +82,18 @@ def one_shot_schedule(settings: Prune) -> dict[str, Any]:
     return {name: getattr(settings, name) for name in names} | times | {"score": score}
 
 
+def score_tokens(settings: Prune, max_length: int) -> int:
+    """Positions of full-length examples that are read for scores alone, beside those of training."""
+    each = settings.gradients * EXAMPLES * max_length
+    if settings.at_once:
+        return {"magnitude": 0, "hessian": settings.calibration * max_length}.get(settings.score, each)
+    if settings.score != "obs":
+        return 0
+    assert settings.end is not None and settings.interval is not None
+    full, rest = divmod(settings.end - settings.begin, settings.interval)
+    return each * (full + 1 + (rest > 0))
+
+
 def _unmasked(batch: Batch, device: torch.device) -> Batch:
     """A batch of masked-LM training with the original tokens restored, without labels, on `device`."""
     ids, labels = batch["input_ids"], batch["labels"]

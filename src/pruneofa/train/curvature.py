@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pruneofa.errors import CheckFailed, InputError
 from pruneofa.progress import progress
-from pruneofa.train.device import free_memory, processes
+from pruneofa.train.device import processes, refuse_more_than_free
 from pruneofa.train.objective import INPUTS, UNLABELLED, PretrainingObjective, vocabulary_head
 from pruneofa.train.scores import CHUNK, block_size, to_blocks
 
@@ -69,7 +69,7 @@ def fisher_diagonal(
     for gradients in _gradients(objective, weights, batches, total=total, seed=seed, precision=precision):
         for name, gradient in gradients.items():
             found[name].addcmul_(gradient, gradient)
-    return _scaled(found, found)
+    return _scaled(found, found, weights)
 
 
 def fisher_blocks(
@@ -118,7 +118,7 @@ def fisher_blocks(
     if shared and state.num_processes > 1:
         for blocks in found.values():
             torch.distributed.all_reduce(blocks)
-    return _scaled(found, {name: blocks.diagonal(dim1=1, dim2=2) for name, blocks in found.items()})
+    return _scaled(found, {name: blocks.diagonal(dim1=1, dim2=2) for name, blocks in found.items()}, weights)
 
 
 def memory_needed(weights: int, block: int, pattern: str) -> int:
@@ -132,13 +132,11 @@ def memory_needed(weights: int, block: int, pattern: str) -> int:
 def check_memory(weights: Mapping[str, Tensor], block: int, pattern: str) -> None:
     """Raises InputError when the memory that is free cannot hold the blocks of these weights."""
     count = sum(weight.numel() for weight in weights.values())
-    needed, (free, where) = memory_needed(count, block, pattern), free_memory()
-    if needed > free:
-        raise InputError(
-            f"prune.score obs: needs {needed / 1e9:.1f} GB beside the model for {count / 1e6:.1f} million weights in "
-            f"blocks of {block_size(block, pattern)}, but {where} has {free / 1e9:.1f} GB free; lower prune.block, set "
-            "prune.score to fisher or hessian, or use a machine with more memory"
-        )
+    refuse_more_than_free(
+        memory_needed(count, block, pattern),
+        f"prune.score obs: {count / 1e6:.1f} million weights in blocks of {block_size(block, pattern)}",
+        "lower prune.block, or set prune.score to fisher or hessian",
+    )
 
 
 def sampled_loss(objective: PretrainingObjective, batch: dict[str, Tensor], generator: torch.Generator) -> Tensor:
@@ -192,6 +190,8 @@ def _gradients(
 ) -> Iterator[dict[str, Tensor]]:
     """The gradient of each batch's `sampled_loss`, float32 by name, dropout off; weights without one are left out."""
     trained = {name: weight for name, weight in weights.items() if weight.requires_grad}
+    if not trained:
+        return
     training, device = objective.student.training, next(iter(weights.values())).device
     generator = torch.Generator(device).manual_seed(seed)
     objective.student.eval()
@@ -216,7 +216,8 @@ def _add(blocks: dict[str, Tensor], held: dict[str, Tensor], count: int) -> None
         gradients.zero_()
 
 
-def _scaled(found: dict[str, Tensor], diagonals: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _scaled(found: dict[str, Tensor], diagonals: Mapping[str, Tensor], weights: Weights) -> dict[str, Tensor]:
+    """Divide by the mean of the diagonal over all weights."""
     total = 0.0
     for name, diagonal in diagonals.items():
         layer = float(diagonal.sum(dtype=torch.float64))
@@ -225,5 +226,5 @@ def _scaled(found: dict[str, Tensor], diagonals: Mapping[str, Tensor]) -> dict[s
         total += layer
     if total == 0:
         raise CheckFailed("prune.score: the gradients of all weights are 0; give more text, or set score: magnitude")
-    mean = total / sum(diagonal.numel() for diagonal in diagonals.values())
+    mean = total / sum(weight.numel() for weight in weights.values())
     return {name: values.div_(mean) for name, values in found.items()}

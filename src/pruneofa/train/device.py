@@ -51,6 +51,16 @@ def free_memory(root: Path = Path("/")) -> tuple[int, str]:
     return (max(min(found), 0) if found else 2**63), "this machine"
 
 
+def refuse_more_than_free(needed: int, what: str, do: str) -> None:
+    """Raises InputError when `what` needs more bytes than are free; `do` is what helps."""
+    free, where = free_memory()
+    if needed > free:
+        raise InputError(
+            f"{what} need {needed / 1e9:.1f} GB beside the model, but {where} has {free / 1e9:.1f} GB free; {do}, or "
+            "use a machine with more"
+        )
+
+
 def _text(file: Path) -> str:
     try:
         return file.read_text()

@@ -11,7 +11,7 @@ the residual. ADMM selects the mask and conjugate gradients solve for the remain
 2024, arXiv 2406.07831). Only forward passes are needed: minutes on a CPU for a small encoder.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from pruneofa import families
 from pruneofa.errors import CheckFailed
 from pruneofa.families.family import Layer
 from pruneofa.progress import progress
+from pruneofa.train.device import refuse_more_than_free
 from pruneofa.train.masks import canonical_name, check_shape, magnitude_mask, prunable
 
 DAMPING = 0.01  # added to the diagonal of the moments, relative to its mean
@@ -32,6 +33,31 @@ SAME_PENALTY = 5  # ADMM iterations that use the same penalty and hence the same
 FITS = 20  # conjugate-gradient iterations
 
 Select = Callable[[Tensor], Tensor]
+
+
+def memory_needed(tokens: int, hidden: int, inner: int) -> int:
+    """Bytes that `prune_layerwise` takes beside the models.
+
+    Args:
+        tokens: of text, in all batches.
+        hidden: width of the hidden states.
+        inner: width of the intermediate layer, whose moments are the largest.
+    """
+    # Per token: the embeddings, the states of student and teacher before the layer and of the teacher after it; the
+    # outputs in the teacher's layer that are the goals; input and goal of the linears that are fitted. Then matrices of
+    # the moments: as summed, damped, scaled, the identity, and an inverse with its copy.
+    states, goals, fitted = 4 * hidden, 5 * hidden + inner, hidden + inner
+    return 4 * (tokens * (states + goals + fitted) + 6 * inner * inner)
+
+
+def check_memory(weights: Mapping[str, Tensor], tokens: int) -> None:
+    """Raises InputError when the memory that is free cannot hold what `prune_layerwise` needs for these weights."""
+    sizes = [size for weight in weights.values() for size in weight.shape]
+    refuse_more_than_free(
+        memory_needed(tokens, min(sizes), max(sizes)),
+        f"prune.score hessian: {tokens:,} tokens of calibration",
+        "lower prune.calibration",
+    )
 
 
 @torch.no_grad()
@@ -46,7 +72,7 @@ def prune_layerwise(
 ) -> None:
     """Prune `student` in place, layer by layer; its weights and biases are fitted to the outputs of `teacher`.
 
-    The inputs and outputs of a layer are held for all batches: about 40 bytes per token and hidden unit.
+    The inputs and outputs of a layer are held for all batches: see `memory_needed`.
 
     Args:
         student: starts as a copy of `teacher`; both are put into evaluation mode.
@@ -236,24 +262,29 @@ def _prune_layer(
         ([names.intermediate], None),
         ([names.output], names.output_norm),
     ]
-    watched = [names.query, names.key, names.value, names.attention_norm, names.intermediate, names.output_norm]
-    of_teacher = [call.run(dense, hidden, watched) for call, hidden in zip(calls, teacher_hidden, strict=True)]
+    norms = (names.attention_norm, names.output_norm)
+    watched = [names.query, names.key, names.value, names.intermediate, *norms]
+    goals: list[dict[str, Tensor]] = []  # per batch: outputs of the teacher's linears, inputs of its norms
+    outputs = []
+    for call, hidden in zip(calls, teacher_hidden, strict=True):
+        seen = call.run(dense, hidden, watched)
+        goals.append({name: given if name in norms else made for name, (given, made) in seen.modules.items()})
+        outputs.append(seen.output)
     for linears, norm in groups:
         linears = [name for name in linears if name in wanted]
         rows: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in linears}
-        for call, hidden, teacher in zip(calls, student_hidden, of_teacher, strict=True):
+        for call, hidden, goal in zip(calls, student_hidden, goals, strict=True):
             if not linears:
                 break
             watch = [*linears, norm] if norm else linears
-            seen = call.run(layer, hidden, watch, last=watch[-1]).modules
+            modules = call.run(layer, hidden, watch, last=watch[-1]).modules
             for name in linears:
-                given, made = seen[name]
-                goal = teacher.modules[norm][0] - (seen[norm][0] - made) if norm else teacher.modules[name][1]
-                rows[name].append((given, goal))
+                given, made = modules[name]
+                rows[name].append((given, goal[norm] - (modules[norm][0] - made) if norm else goal[name]))
         for name in linears:
             _fit_linear(layer.get_submodule(name), rows[name], select, name)
     student_hidden = [call.run(layer, hidden, ()).output for call, hidden in zip(calls, student_hidden, strict=True)]
-    return student_hidden, [seen.output for seen in of_teacher]
+    return student_hidden, outputs
 
 
 def _fit_linear(linear: nn.Module, rows: list[tuple[Tensor, Tensor]], select: Select, name: str) -> None:
@@ -263,10 +294,13 @@ def _fit_linear(linear: nn.Module, rows: list[tuple[Tensor, Tensor]], select: Se
     inputs = sum(x.float().sum(0) for x, _ in rows) / count
     outputs = sum(y.float().sum(0) for _, y in rows) / count
     # The means are taken off first: a difference of large products would lose the variance of nearly constant inputs.
-    centred = [(x.float() - inputs, y.float() - outputs) for x, y in rows]
-    moments = sum(x.T @ x for x, _ in centred) / count
-    products = sum(x.T @ y for x, y in centred) / count
-    weight = sparse_fit(linear.weight, moments, products, select)
+    moments = torch.zeros(len(inputs), len(inputs), device=inputs.device)
+    products = torch.zeros(len(inputs), len(outputs), device=inputs.device)
+    for x, y in rows:
+        x, y = x.float() - inputs, y.float() - outputs
+        moments += x.T @ x
+        products += x.T @ y
+    weight = sparse_fit(linear.weight, moments / count, products / count, select)
     if not weight.isfinite().all():
         raise CheckFailed(f"{name}: its sparse fit is not finite; give more text (prune.calibration)")
     linear.weight.copy_(weight)
