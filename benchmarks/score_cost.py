@@ -1,4 +1,4 @@
-"""Memory, tokens and arithmetic of each pruning score, from formulas, for three encoders: python benchmarks/score_cost.py
+"""Memory, tokens and arithmetic of each pruning score, from formulas: python benchmarks/score_cost.py
 
 Claim: the memory that a score needs is known before it starts. `memory_needed` of train/curvature.py and
 train/layerwise.py are the formulas by which pruneofa refuses what does not fit. The minutes follow from the arithmetic
