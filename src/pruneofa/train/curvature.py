@@ -33,6 +33,7 @@ def second_moments(optimizer: Any, weights: Weights) -> dict[str, Tensor]:
     Raises:
         InputError: the optimizer keeps none for a weight that is trained.
     """
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
     decay = {id(p): group.get("betas", (0, 0))[1] for group in optimizer.param_groups for p in group["params"]}
     found: dict[str, Tensor] = {}
     for name, weight in weights.items():
