@@ -17,6 +17,7 @@ from pruneofa.formats.pattern import BLOCKS, ratio_of
 SCORES = ("magnitude", "fisher", "obs")
 CHUNK = 2048  # blocks of F whose inverses exist at once: 41 MB for each float64 copy of blocks of 50
 LEAST = torch.finfo(torch.float32).tiny  # score of a weight whose removal costs nothing: above that of a removed one
+_NOT_FINITE = "score obs: the squared gradients are not finite; lower lr, or use precision: fp32"
 RETRIES = 20  # times that the damping of a block that is not positive definite is raised tenfold
 
 
@@ -140,7 +141,7 @@ def _damping(blocks: Tensor, left: Tensor, dampening: float) -> float:
     diagonal = blocks.diagonal(dim1=1, dim2=2)
     mean = float(torch.where(left, diagonal, 0.0).sum(dtype=torch.float64) / max(int(left.count_nonzero()), 1))
     if not 0 <= mean < float("inf"):
-        raise CheckFailed(f"score obs: the mean squared gradient is {mean}; use precision: fp32")
+        raise CheckFailed(_NOT_FINITE)
     return dampening * (mean or 1.0)
 
 
@@ -161,4 +162,4 @@ def _factor(matrix: Tensor, damping: float) -> Tensor:
         bad = failed > 0
         matrix[bad] += damping * torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
         damping *= 10
-    raise CheckFailed("score obs: the squared gradients are not finite; use precision: fp32")
+    raise CheckFailed(_NOT_FINITE)
