@@ -1,12 +1,14 @@
 """Pruning all weights of a student at once, before it trains or instead of training."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from pruneofa.data.examples import IGNORED
+from pruneofa.progress import progress
 from pruneofa.recipe import Prune
 from pruneofa.train.curvature import EXAMPLES, fisher_blocks, fisher_diagonal
 from pruneofa.train.device import processes
@@ -31,9 +33,11 @@ def prune_at_once(
     *,
     seed: int,
     precision: str,
+    kept: Path,
 ) -> int:
     """Prune the student of `objective` in place to `settings.final`, on this process's device.
 
+    `kept` is the folder of what is not computed again after an interruption (score hessian: the layers so far).
     Returns the number of tokens that were read for it. Raises as `prune_layerwise` and `fisher_blocks`.
     """
     device = processes().device
@@ -55,6 +59,7 @@ def prune_at_once(
             final=settings.final,
             pattern=settings.pattern,
             skip=settings.skip,
+            kept=kept,
         )
         return tokens
     pruner = GradualPruner(student, **one_shot_schedule(settings))
@@ -67,8 +72,10 @@ def prune_at_once(
         else:
             options |= {"block": settings.block, "pattern": settings.pattern}
             curvature = fisher_blocks(objective, pruner.weights, batches, **options)
-    for t in range(1, pruner.end + 1):
-        pruner.step(t, curvature)
+    with progress("pruning in rounds", pruner.end) as advance:
+        for t in range(1, pruner.end + 1):
+            pruner.step(t, curvature)
+            advance()
     pruner.release()
     return tokens
 

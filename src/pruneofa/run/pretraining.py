@@ -137,7 +137,8 @@ def _prune_at_once(
         start = time.monotonic()
         examples = partial(_examples, text, settings.seed)
         options: dict[str, Any] = {"seed": settings.seed, "precision": settings.precision}
-        tokens = prune_at_once(objective, load_dense, settings.prune, examples, **options)
+        kept = folder.with_name("layers")
+        tokens = prune_at_once(objective, load_dense, settings.prune, examples, **options, kept=kept)
         objective.student.save_pretrained(target)
         write_json(target / CLOCK, {"seconds": time.monotonic() - start, "tokens": tokens})
 

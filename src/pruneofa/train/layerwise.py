@@ -13,15 +13,19 @@ the residual. ADMM selects the mask and conjugate gradients solve for the remain
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pruneofa import families
 from pruneofa.errors import CheckFailed
 from pruneofa.families.family import Layer
+from pruneofa.formats.cache import cached_folder
 from pruneofa.progress import progress
 from pruneofa.train.device import refuse_more_than_free
 from pruneofa.train.masks import canonical_name, check_shape, magnitude_mask, prunable
@@ -31,6 +35,7 @@ ROUNDS = 30  # ADMM iterations
 FIRST_PENALTY, LAST_PENALTY = 0.03, 30.0  # ADMM penalty, rising geometrically; the inputs are scaled to variance 1
 SAME_PENALTY = 5  # ADMM iterations that use the same penalty and hence the same matrix inverse
 FITS = 20  # conjugate-gradient iterations
+LAYER = "layer.safetensors"
 
 Select = Callable[[Tensor], Tensor]
 
@@ -69,6 +74,7 @@ def prune_layerwise(
     final: float,
     pattern: str = "unstructured",
     skip: Iterable[str] = (),
+    kept: Path | None = None,
 ) -> None:
     """Prune `student` in place, layer by layer; its weights and biases are fitted to the outputs of `teacher`.
 
@@ -82,6 +88,8 @@ def prune_layerwise(
         final: sparsity of every pruned weight, 0 to 1.
         pattern: as in `masks.magnitude_mask`.
         skip: regular expressions matching the names of weights that stay dense.
+        kept: folder where every layer is kept as soon as it is pruned; those that are there already, from the same
+            models, batches and settings, are read and not pruned again.
 
     Raises:
         InputError: the model has no encoder, or the shape of a weight does not divide into the pattern's blocks.
@@ -95,6 +103,8 @@ def prune_layerwise(
     def select(scores: Tensor) -> Tensor:
         return magnitude_mask(scores, final, pattern)
 
+    if kept is not None:
+        kept.mkdir(parents=True, exist_ok=True)
     student.eval()
     teacher.eval()
     family = families.of(student.config.model_type)
@@ -108,9 +118,15 @@ def prune_layerwise(
         for index, (layer, dense) in enumerate(pairs):
             names = {name for name in wanted if name.startswith(f"{family.layers}.{index}.")}
             modules = {name.removeprefix(f"{family.layers}.{index}.").removesuffix(".weight") for name in names}
-            student_hidden, teacher_hidden = _prune_layer(
-                layer, dense, calls, student_hidden, teacher_hidden, family.layer, modules, select
+            prune = partial(
+                _prune_layer, layer, dense, calls, student_hidden, teacher_hidden, family.layer, modules, select
             )
+            if kept is None:
+                prune(None)
+            elif cached_folder(kept / f"layer-{index}", prune):
+                layer.load_state_dict(load_file(kept / f"layer-{index}" / LAYER))
+            student_hidden = [call.run(layer, x, ()).output for call, x in zip(calls, student_hidden, strict=True)]
+            teacher_hidden = [call.run(dense, x, ()).output for call, x in zip(calls, teacher_hidden, strict=True)]
             advance()
     if f"{families.POOLER}.weight" in wanted:
         firsts = [(s[:, 0], t[:, 0]) for s, t in zip(student_hidden, teacher_hidden, strict=True)]
@@ -249,12 +265,9 @@ def _prune_layer(
     names: Layer,
     wanted: set[str],
     select: Select,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Prune the linears of one layer in the order of the forward pass.
-
-    Returns:
-        The outputs of the pruned and of the dense layer, one tensor (rows, tokens, hidden) per batch.
-    """
+    target: Path | None,
+) -> None:
+    """Prune the linears of one layer in the order of the forward pass, and save the layer in the folder `target`."""
     # The linears of a group read the same input. The LayerNorm after a linear reads its output plus the residual.
     groups: list[tuple[list[str], str | None]] = [
         ([names.query, names.key, names.value], None),
@@ -265,11 +278,9 @@ def _prune_layer(
     norms = (names.attention_norm, names.output_norm)
     watched = [names.query, names.key, names.value, names.intermediate, *norms]
     goals: list[dict[str, Tensor]] = []  # per batch: outputs of the teacher's linears, inputs of its norms
-    outputs = []
     for call, hidden in zip(calls, teacher_hidden, strict=True):
-        seen = call.run(dense, hidden, watched)
-        goals.append({name: given if name in norms else made for name, (given, made) in seen.modules.items()})
-        outputs.append(seen.output)
+        seen = call.run(dense, hidden, watched, last=names.output_norm).modules
+        goals.append({name: given if name in norms else made for name, (given, made) in seen.items()})
     for linears, norm in groups:
         linears = [name for name in linears if name in wanted]
         rows: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in linears}
@@ -283,8 +294,8 @@ def _prune_layer(
                 rows[name].append((given, goal[norm] - (modules[norm][0] - made) if norm else goal[name]))
         for name in linears:
             _fit_linear(layer.get_submodule(name), rows[name], select, name)
-    student_hidden = [call.run(layer, hidden, ()).output for call, hidden in zip(calls, student_hidden, strict=True)]
-    return student_hidden, outputs
+    if target is not None:
+        save_file(layer.state_dict(), target / LAYER)
 
 
 def _fit_linear(linear: nn.Module, rows: list[tuple[Tensor, Tensor]], select: Select, name: str) -> None:
