@@ -26,8 +26,9 @@ export PIP_BUILD_CONSTRAINT := constraints.txt
 demo: $(DEMO_READY)
 	$(VENV)/bin/pruneofa demo
 
+# A file of tests stays in one process: what its tests share is made once.
 test: install
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 
 test-slow: install
 	$(VENV)/bin/python -m pytest -m slow --timeout=1800

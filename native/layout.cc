@@ -193,21 +193,20 @@ std::string describe(const LaidOut& laid_out, const Kernels& kernels) {
   const Layout layout = laid_out.layout;
   const bool int8 = laid_out.weights.scale != nullptr;
   const bool tiles = layout == Layout::kDenseTiles || layout == Layout::kSparseTiles;
+  const double zeros = 100 * laid_out.sparsity;
   char text[160];
   if (!int8 || tiles) {
-    const double limit = int8 ? kernels.sparse_above : kernels.sparse_above_float;
-    std::snprintf(text, sizeof text, "%s: sparsity %.3f is %s %.2f, where %s skips enough to pay",
-                  laid_out.weights.sparse ? "sparse" : "dense", laid_out.sparsity,
-                  laid_out.weights.sparse ? "above" : "not above", limit, kernels.isa);
+    const double limit = 100 * (int8 ? kernels.sparse_above : kernels.sparse_above_float);
+    std::snprintf(text, sizeof text, "%s: %.1f %% zeros, %s the %.0f %% from which skipping them is faster",
+                  laid_out.weights.sparse ? "sparse" : "dense", zeros, laid_out.weights.sparse ? "above" : "not above",
+                  limit);
   } else if (layout == Layout::kDenseWords) {
-    std::snprintf(text, sizeof text, "dense: sparsity %.3f; skipping zeros would cost %.2f times as much with %s",
-                  laid_out.sparsity, laid_out.cost, kernels.isa);
+    std::snprintf(text, sizeof text, "dense: %.1f %% zeros; estimated time of skipping them %.0f %% of that of dense",
+                  zeros, 100 * laid_out.cost);
   } else {
-    const bool gathered = layout != Layout::kSparseWords;
-    std::snprintf(text, sizeof text, "%s: sparsity %.3f; words of %s%d %sinputs cost %.2f of dense with %s",
-                  layout == Layout::kGatheredBy4 ? "sparse blocks of 4 outputs" : "sparse", laid_out.sparsity,
-                  gathered ? "any " : "", kernels.group_int8, gathered ? "" : "consecutive ", laid_out.cost,
-                  kernels.isa);
+    std::snprintf(text, sizeof text, "%s, %d %s inputs: %.1f %% zeros; estimated time %.0f %% of that of dense",
+                  layout == Layout::kGatheredBy4 ? "sparse blocks of 4 outputs" : "sparse", kernels.group_int8,
+                  layout == Layout::kSparseWords ? "consecutive" : "gathered", zeros, 100 * laid_out.cost);
   }
   return text;
 }

@@ -52,10 +52,12 @@ def test_long_runs_need_no_run_before_them(monkeypatch):
 
 
 @needs_kernels
-def test_torch_and_a_second_model_are_verified_timed_and_described(folder, tmp_path):
+@pytest.mark.parametrize(  # every process of torch takes seconds to start
+    "peers", [("torch-int8",), pytest.param(("torch-fp32", "torch-bf16", "torch-int8"), marks=pytest.mark.slow)]
+)
+def test_torch_and_a_second_model_are_verified_timed_and_described(folder, tmp_path, peers):
     pytest.importorskip("torch", reason="outputs are verified against torch, which is not installed")
     dies = {} if PEERS["deepsparse"].missing(elsewhere=True) else {"deepsparse": "/bin/false"}
-    peers = ("torch-fp32", "torch-bf16", "torch-int8")
     also = (str(write_folder(tmp_path / "other", "Model")),)
     settings = Settings(
         path=str(folder), also=also, mixed=("3x4-9",), threads=1, repeats=2, peers=(*peers, *dies), pythons=dies
@@ -66,7 +68,8 @@ def test_torch_and_a_second_model_are_verified_timed_and_described(folder, tmp_p
     assert (row["case"], row["fastest"] in (PRUNEOFA, *peers)) == ("3x4-9", True)
     assert [one["name"] for one in row["runners"]] == [PRUNEOFA, f"{PRUNEOFA} 2: other", *peers]
     ours, other, torch, *_ = row["runners"]
-    assert 0 < ours["error"] < 0.15 and other["error"] == ours["error"] and torch["error"] == 0
+    assert 0 < ours["error"] < 0.15 and other["error"] == ours["error"]
+    assert torch["error"] == 0 if peers[0] == "torch-fp32" else 0 < torch["error"] < 0.15
     for one in row["runners"]:
         assert one["verified"] and len(one["seconds"]) == 2 and 0 < one["p10_ms"] <= one["median_ms"] <= one["p90_ms"]
         assert one["peak"] >= one["baseline"] > 1e6 and one["first_answer"] >= one["load"] > 0 and one["disk"] > 1e3

@@ -1,8 +1,6 @@
 """Tables on stdout."""
 
-import pytest
-
-from pruneofa.cli.show import explain_choice, pairs, print_metrics, table
+from pruneofa.cli.show import pairs, print_metrics, table
 
 
 def test_in_a_pipe_a_row_is_one_line(capsys):
@@ -25,23 +23,6 @@ def test_metrics_are_percent_and_accuracies_say_of_how_many_rows(capsys):
     assert [[name, value.strip()] for name, value in lines] == [list(pair) for pair in zip(metrics, shown, strict=True)]
     print_metrics({"accuracy": 50.0}, False)
     assert capsys.readouterr().out.split() == ["accuracy", "50.00", "%"]
-
-
-@pytest.mark.parametrize(
-    ("choice", "computed", "why"),
-    [
-        ("sparse: sparsity 0.900; words of any 2 inputs cost 0.21 of dense with avx2", "sparse",
-         "90.0 % zeros; estimated time 21 % of that of dense"),
-        ("sparse blocks of 4 outputs: sparsity 0.905; words of any 4 inputs cost 0.15 of dense with avx512vnni",
-         "sparse blocks of 4 outputs", "90.5 % zeros; estimated time 15 % of that of dense"),
-        ("dense: sparsity 0.500; skipping zeros would cost 1.20 times as much with avx2", "dense",
-         "50.0 % zeros; estimated time of skipping them 120 % of that of dense"),
-        ("dense: sparsity 0.100 is not above 0.60, where amx skips enough to pay", "dense",
-         "10.0 % zeros, not above the 60 % from which skipping them is faster"),
-    ],
-)  # fmt: skip
-def test_a_choice_of_the_engine_in_plain_words(choice, computed, why):
-    assert explain_choice(choice) == {"computed": computed, "why": why}
 
 
 def test_on_a_narrow_terminal_the_longest_cells_go_on_below(capsys, monkeypatch):

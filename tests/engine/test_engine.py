@@ -290,9 +290,7 @@ def test_the_environment_forces_a_path(tmp_path, monkeypatch):
     folder = write_folder(tmp_path)
     for isa in Engine.available_isas():
         monkeypatch.setenv("PRUNEOFA_ISA", isa)
-        engine = Engine.from_pretrained(folder)
-        assert engine.isa == isa
-        assert all(isa in choice for _, choice in engine.choices())
+        assert Engine.from_pretrained(folder).isa == isa
 
 
 @pytest.mark.parametrize("name", ["neon", "AMX", "amx ", "sse2"])

@@ -42,43 +42,86 @@ def good(report, limit=1e-5):
     return report
 
 
-def initializers(folder):
+def initializers(file):
     import onnx
 
-    return {t.name.removeprefix("model."): onnx.numpy_helper.to_array(t)
-            for t in onnx.load(folder / "model.onnx").graph.initializer}  # fmt: skip
+    graph = onnx.load(file).graph
+    return {t.name.removeprefix("model."): onnx.numpy_helper.to_array(t) for t in graph.initializer}
 
 
-# An export takes seconds: of the heads that are alike in all families, one family each.
-@needs_onnx
-@pytest.mark.parametrize(
-    ("family", "head"),
-    [*((family, head) for family in FAMILIES for head in (CLASSIFIER, "ForMaskedLM")), ("DistilBert", HEADS[1]),
-     ("Roberta", HEADS[2]), ("Bert", "Model")],
-)  # fmt: skip
-def test_onnx_runtime_computes_the_simulation_in_int8(tmp_path, family, head):
-    folder = save(tmp_path / "model", family, head)
-    report = good(export(folder, tmp_path / "out", to="onnx"))
-    pooled = family == "Bert" and head == CLASSIFIER
-    assert (report["precision"], report["activations"]) == ("int8", "static")
-    assert report["executed"] == {"MatMulIntegerToFloat": 6 + pooled}
-    source = read_source(folder)
-    stored = {quantization.canonical_name(name): array for name, array in initializers(tmp_path / "out").items()}
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """By whether its scales are static: a classifier in int8, the report of its export and the model.onnx.
+
+    An export takes seconds, so each is written once. It must give the model back as it was.
+    """
+    made = {}
+
+    def once(static):
+        if static not in made:
+            root = tmp_path_factory.mktemp("written")
+            folder = save(root / "model", static=static)
+            source = read_source(folder)
+            (root / "onnx").mkdir()
+            before = {name: type(module) for name, module in source.model.named_modules()}
+            export_onnx.write(source, root / "onnx")
+            assert {name: type(module) for name, module in source.model.named_modules()} == before
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(export_onnx, "write", lambda _, to: shutil.copy(root / "onnx" / "model.onnx", to))
+                made[static] = folder, export(folder, root / "out", to="onnx"), root / "onnx" / "model.onnx"
+        return made[static]
+
+    return once
+
+
+def _stored_codes(folder, file):
+    """The weights of the graph by name, after a comparison of all quantized ones with the folder's codes."""
+    source, stored = read_source(folder), {quantization.canonical_name(n): a for n, a in initializers(file).items()}
     for name in source.linears:
         codes, scale = source.codes(name)
         np.testing.assert_array_equal(stored[name].T, codes)
         np.testing.assert_array_equal(stored[f"{name}_scale"], scale)
+    return stored
+
+
+@needs_onnx
+def test_onnx_runtime_computes_the_simulation_in_int8(written):
+    folder, report, file = written(True)
+    assert (good(report)["precision"], report["activations"]) == ("int8", "static")
+    assert report["executed"] == {"MatMulIntegerToFloat": 7}
+    _stored_codes(folder, file)
+    out = folder.with_name("out")
+    assert json.loads((out / "export.json").read_text()) == report
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["model", "onnx", "out"]
+
+
+# Every family with some head, and every head with some family; the others are slow tests.
+@needs_onnx
+@pytest.mark.parametrize(
+    ("family", "head"),
+    [("Bert", "ForMaskedLM"), ("Bert", "Model"), ("DistilBert", HEADS[1]), ("Roberta", HEADS[2]),
+     *(pytest.param(family, head, marks=pytest.mark.slow) for family, head in (
+         ("DistilBert", CLASSIFIER), ("Roberta", CLASSIFIER), ("DistilBert", "ForMaskedLM"), ("Roberta", "ForMaskedLM")
+     ))],
+)  # fmt: skip
+def test_onnx_of_every_head(tmp_path, family, head):
+    folder = save(tmp_path / "model", family, head)
+    report = good(export(folder, tmp_path / "out", to="onnx"))
+    assert report["executed"] == {"MatMulIntegerToFloat": 6}
+    stored = _stored_codes(folder, tmp_path / "out" / "model.onnx")
     if (family, head) == ("Bert", "ForMaskedLM"):  # tables are codes unless a head shares them
         tables = {n.split(".")[1]: a.dtype for n, a in stored.items() if n.endswith("_embeddings.weight")}
         assert tables == {"position_embeddings": np.int8, "token_type_embeddings": np.int8}
         assert stored["cls.predictions.decoder.weight"].dtype == np.float32  # the words, under the decoder's name
-    assert json.loads((tmp_path / "out" / "export.json").read_text()) == report
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out"]
 
 
 @needs_onnx
-@pytest.mark.parametrize(("family", "head"), [("DistilBert", "ForQuestionAnswering"), ("Roberta", "ForMaskedLM"),
-                                              ("Bert", "ForPreTraining")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("family", "head"),
+    [("Bert", "ForPreTraining"),
+     pytest.param("DistilBert", "ForQuestionAnswering", marks=pytest.mark.slow),
+     pytest.param("Roberta", "ForMaskedLM", marks=pytest.mark.slow)],
+)  # fmt: skip
 def test_onnx_in_float(tmp_path, family, head):
     folder = save(tmp_path / "model", family, head, int8=False)
     report = good(export(folder, tmp_path / "out", to="onnx"))
@@ -93,38 +136,27 @@ def test_onnx_in_float(tmp_path, family, head):
 def test_float_of_a_quantized_folder(tmp_path):
     report = good(export(save(tmp_path / "model"), tmp_path / "out", to="onnx", precision="fp32"))
     assert report["precision"] == "fp32"
-    assert initializers(tmp_path / "out")["bert.embeddings.word_embeddings.weight"].dtype == np.float32
+    assert initializers(tmp_path / "out" / "model.onnx")["bert.embeddings.word_embeddings.weight"].dtype == np.float32
 
 
 @needs_onnx
-@pytest.mark.parametrize("strategy", ["channel", "tensor"])
-def test_dynamic_activations_keep_a_scale_per_token(tmp_path, strategy):
-    folder = save(tmp_path / "model", static=False, strategy=strategy)
+def test_dynamic_activations_keep_a_scale_per_token(written):
+    _, report, _ = written(False)
+    assert (good(report)["activations"], report["executed"]) == ("dynamic", {"MatMulInteger": 7})
+
+
+@pytest.mark.slow
+@needs_onnx
+def test_dynamic_activations_with_one_scale_per_weight(tmp_path):
+    folder = save(tmp_path / "model", static=False, strategy="tensor")
     report = good(export(folder, tmp_path / "out", to="onnx"))
     assert (report["activations"], report["executed"]) == ("dynamic", {"MatMulInteger": 7})
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory):
-    """A classifier in int8, by whether its scales are static, and the model.onnx of it: each is written once."""
-    made = {}
-
-    def once(static):
-        if static not in made:
-            root = tmp_path_factory.mktemp("written")
-            (root / "onnx").mkdir()
-            folder = save(root / "model", static=static)
-            export_onnx.write(read_source(folder), root / "onnx")
-            made[static] = folder, root / "onnx" / "model.onnx"
-        return made[static]
-
-    return once
 
 
 @needs_onnx
 @pytest.mark.parametrize("static", [True, False])
 def test_the_setting_for_cpus_whose_products_overflow(tmp_path, monkeypatch, written, static):
-    folder, file = written(static)
+    folder, _, file = written(static)
     monkeypatch.setattr(export_onnx, "_overflows", lambda: True)
     monkeypatch.setattr(export_onnx, "write", lambda source, target: shutil.copy(file, target))
     report = good(export(folder, tmp_path / "out", to="onnx"))
@@ -243,7 +275,7 @@ def test_answers_to_questions(tmp_path):
 def test_a_lost_zero_leaves_nothing(tmp_path, monkeypatch, written):
     import onnx
 
-    folder, file = written(True)
+    folder, _, file = written(True)
 
     def damaged(source, target):
         model = onnx.load(file)
@@ -292,12 +324,3 @@ def test_interrupted(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         export(folder, tmp_path / "out", to="onnx")
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
-
-
-@needs_onnx
-def test_the_model_is_given_back_as_it_was(tmp_path):
-    source = read_source(save(tmp_path / "model"))
-    before = {name: type(module) for name, module in source.model.named_modules()}
-    shutil.copytree(tmp_path / "model", tmp_path / "out")
-    export_onnx.write(source, tmp_path / "out")
-    assert {name: type(module) for name, module in source.model.named_modules()} == before

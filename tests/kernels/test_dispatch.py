@@ -89,9 +89,9 @@ def test_each_path_says_which_layouts_it_takes(isa):
             0.9,
             {
                 "scalar": "4 consecutive inputs",
-                "avx2": "any 2 inputs",
-                "avxvnni": "any 4 inputs",
-                "avx512vnni": "any 4 inputs",
+                "avx2": "2 gathered inputs",
+                "avxvnni": "4 gathered inputs",
+                "avx512vnni": "4 gathered inputs",
             },
         ),
         ("random", 0.1, dict.fromkeys(TABLE, "dense")),

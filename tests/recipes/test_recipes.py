@@ -35,9 +35,9 @@ FEW_STEPS = [
     "corpus.config=null",
     "corpus.max_length=32",
     "corpus.validation=0.2",
-    *("teacher.steps=2", "teacher.batch=2", "teacher.micro_batch=2", "teacher.save_steps=2"),
+    *("teacher.steps=2", "teacher.batch=2", "teacher.micro_batch=2"),
     *("prune.steps=4", "prune.end=2", "prune.stop=3", "prune.interval=1"),
-    *("prune.batch=2", "prune.micro_batch=2", "prune.save_steps=2"),
+    *("prune.batch=2", "prune.micro_batch=2"),
 ]
 GIB = 2**30
 
@@ -166,6 +166,15 @@ def _write_tasks(root: Path) -> None:
             pq.write_table(pa.table(columns), root / task / f"{split}.parquet")
 
 
+def _with_tasks(name: str, tasks: tuple[str, ...], folder: Path) -> Path:
+    """A published recipe with some of its tasks, in `folder`."""
+    whole = recipe.load([RECIPES / f"{name}.yaml"])
+    kept = {task: spec for task, spec in whole.tasks.items() if task in tasks}
+    file = folder / f"{name}.yaml"
+    file.write_text(recipe.dump(whole.model_copy(update={"tasks": kept})))
+    return file
+
+
 def _overrides(file: Path, root: Path) -> list[str]:
     """Point a published recipe at `root`, and make it a few steps long."""
     write_text(root / "text.jsonl", documents=20)
@@ -206,6 +215,8 @@ def _check(file: Path, run: Path) -> None:
 def test_it_runs_from_text_to_table_at_tiny_size(name: str, tmp_path: Path) -> None:
     write_model(tmp_path / "model", tiny_distilbert() if "distil" in name else tiny_bert())
     file = RECIPES / f"{name}.yaml"
+    if name == "distilbert-90":  # one task of either kind: the others differ in their data only
+        file = _with_tasks(name, ("sst2", "squad"), tmp_path)
     assert cli.main(_command(file, tmp_path)) == 0
     _check(file, tmp_path / "run")
 
@@ -234,10 +245,7 @@ def test_it_runs_at_full_size(name: str, scratch: Path) -> None:
     """
     transformers.set_seed(0)
     write_model(scratch / "model", _full_size(name))
-    whole = recipe.load([RECIPES / f"{name}.yaml"])
-    tasks = {task: spec for task, spec in whole.tasks.items() if task in ("sst2", "squad")}
-    file = scratch / f"{name}.yaml"
-    file.write_text(recipe.dump(whole.model_copy(update={"tasks": tasks})))
+    file = _with_tasks(name, ("sst2", "squad"), scratch)
     run = subprocess.run(
         [sys.executable, "-c", PEAK, *_command(file, scratch)], capture_output=True, text=True, check=False
     )

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from pruneofa import recipe
 from pruneofa.errors import CheckFailed, InputError
@@ -83,6 +84,13 @@ def test_other_rows_are_evaluated_on_a_finished_folder_without_redo(transfer, tm
     assert weights(out) == before
     with pytest.raises(InputError, match=rf"{SEED}/transfer \(lr was \S+, is 0.001\); --redo"):
         transfer(lr=1e-3)
+
+
+def test_frozen_embeddings_keep_their_values_and_all_else_is_trained(transfer, tmp_path):
+    transfer(freeze_embeddings=True, lr=1e-2)
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "out"))
+    same = {name for name in before if name in after and torch.equal(before[name], after[name])}
+    assert same == {"bert.embeddings.word_embeddings.weight"}
 
 
 def test_an_evaluation_that_was_killed_while_it_was_written_is_made_again(transfer, tmp_path, monkeypatch):

@@ -160,6 +160,19 @@ def test_resuming_gives_the_same_bits(text, tmp_path, micro_batch, score):
     assert first["tokens"] == second["tokens"]
 
 
+@pytest.mark.parametrize(
+    ("every", "at_the_end", "kept"),
+    [(300, 60, []), (300, 0, ["checkpoint-12"]), (0, 60, ["checkpoint-10", "checkpoint-11"])],
+)
+def test_checkpoints_are_by_time(text, tmp_path, monkeypatch, every, at_the_end, kept):
+    from pruneofa.train import trainer
+
+    monkeypatch.setattr(trainer, "SAVE_SECONDS", every)
+    monkeypatch.setattr(trainer, "LAST_SAVE_SECONDS", at_the_end)
+    fit(objective(), text, tmp_path, steps=12, callbacks=[PruningCallback(**SCHEDULE)])
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == kept
+
+
 def test_a_half_written_checkpoint_is_not_used(text, tmp_path):
     fit(objective(), text, tmp_path, save_steps=4, callbacks=[PruningCallback(**SCHEDULE)])
     assert last_checkpoint(tmp_path).name == "checkpoint-12"

@@ -3,7 +3,6 @@
 import itertools
 import json
 import os
-import re
 import shutil
 import sys
 import textwrap
@@ -43,24 +42,10 @@ def show_model(found: dict[str, Any], layers: bool = True) -> None:
     table([{"stored as": k, "MB": v / 1e6} for k, v in found["sizes"].items()])
     if "engine" in found:
         where = f"on {found['engine']['isa']}, {found['engine']['activations']} activations"
-        table([{where: k, **explain_choice(v)} for k, v in found["engine"]["layers"].items()])
+        choices = {layer: choice.split(": ", 1) for layer, choice in found["engine"]["layers"].items()}
+        table([{where: layer, "computed": kind, "why": why} for layer, (kind, why) in choices.items()])
         table([{"threads": found["engine"]["threads"], "because of": found["engine"]["threads_reason"]}])
         table([{"batch": case, "lanes": made} for case, made in found["engine"]["lanes"].items()])
-
-
-def explain_choice(choice: str) -> dict[str, str]:
-    """How the engine computes a layer, and why, in plain words: of a choice of `Engine.choices`."""
-    kind, _, why = choice.partition(": ")
-    if found := re.fullmatch(r"sparsity ([\d.]+); words of .* cost ([\d.]+) of dense with \w+", why):
-        zeros, times = (100 * float(number) for number in found.groups())
-        why = f"{zeros:.1f} % zeros; estimated time {times:.0f} % of that of dense"
-    elif found := re.fullmatch(r"sparsity ([\d.]+); skipping zeros would cost ([\d.]+) times as much with \w+", why):
-        zeros, times = (100 * float(number) for number in found.groups())
-        why = f"{zeros:.1f} % zeros; estimated time of skipping them {times:.0f} % of that of dense"
-    elif found := re.fullmatch(r"sparsity ([\d.]+) is ((?:not )?above) ([\d.]+), where .*", why):
-        zeros, limit = 100 * float(found[1]), 100 * float(found[3])
-        why = f"{zeros:.1f} % zeros, {found[2]} the {limit:.0f} % from which skipping them is faster"
-    return {"computed": kind, "why": why}
 
 
 def recipe_file(name: str) -> Path:

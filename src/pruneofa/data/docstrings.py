@@ -41,10 +41,10 @@ NOT_DOCUMENTATION = {"test", "tests", "_vendor", "vendor", "vendored", "external
 
 TOPIC_CHARACTERS = 250_000  # prose read per topic: the demo prunes on less than 50,000 tokens
 VALIDATION_SHARE = 0.3
-TRAIN_ROWS, VALIDATION_ROWS = 32, 30  # per topic, at most: as many as a person labels in an hour
+TRAIN_ROWS, VALIDATION_ROWS = 16, 30  # per topic, at most: as many as a person labels in half an hour
 WORDS = range(10, 41)
 SHINGLE = 8  # no run of this many words of a validation passage occurs in the training text
-MIN_ROWS = 16  # a topic with fewer training passages cannot be learned
+MIN_ROWS = 8  # a topic with fewer training passages cannot be learned
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,13 @@ class Corpus(Section):
     streaming: bool = Field(False, description="read while training instead of tokenizing once to a cache")
 
 
+_SAVE_STEPS = Field(
+    None,
+    description="steps between checkpoints (default: by time, one every 5 minutes)",
+    json_schema_extra=RESOURCES_ONLY,
+)
+
+
 class _Optimization(Section):
     """Settings that teacher preparation and pruning share."""
 
@@ -74,11 +81,7 @@ class _Optimization(Section):
     checkpoint_activations: bool = Field(
         False, description="recompute activations in the backward pass", json_schema_extra=RESOURCES_ONLY
     )
-    save_steps: Positive | None = Field(
-        None,
-        description="steps between checkpoints (default: a twentieth of steps)",
-        json_schema_extra=RESOURCES_ONLY,
-    )
+    save_steps: Positive | None = _SAVE_STEPS
 
 
 class Teacher(_Optimization):
@@ -225,6 +228,9 @@ class Task(Section):
     hidden: Weight = Field(0.0, description="weight of the MSE between hidden states, all layers")
     temperature: Rate = Field(2.0, description="temperature of the logit distillation")
     dropout: Fraction | None = Field(None, description="dropout rate in transfer (default: that of the model's config)")
+    freeze_embeddings: bool = Field(
+        False, description="do not train the word embeddings: faster, and more accurate with few labelled rows"
+    )
     teacher: str | None = Field(
         None,
         description="dense teacher of the task (default: run fine-tunes one, the single verbs use the labels only)",
@@ -238,6 +244,7 @@ class Task(Section):
     qat_rows: Positive | None = Field(
         None, description="random rows per epoch of quantization-aware training (default: all)"
     )
+    save_steps: Positive | None = _SAVE_STEPS
     train_rows: Positive | None = Field(None, description="train on the first rows only, for trials")
     validation_rows: Positive | None = Field(None, description="evaluate on the first rows only, for trials")
     skip_bad_answers: bool = Field(False, description="drop SQuAD answers whose offsets do not match")

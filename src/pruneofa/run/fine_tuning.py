@@ -4,7 +4,7 @@ Each stage is a function from its settings and models to a task model.
 """
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from pruneofa.data import tasks as task_data
 from pruneofa.errors import InputError
 from pruneofa.formats import scales
 from pruneofa.formats.hub import local_folder
+from pruneofa.recipe import RESOURCES_ONLY
 from pruneofa.run.stage import Job, Model, Outcome
 from pruneofa.train.callbacks import LockCallback, QuantizeCallback
 from pruneofa.train.evaluate import label_order, load_task_model
@@ -48,7 +49,9 @@ class FineTuneSettings:
         stride: overlap of windows in tokens; None but for question answering.
         losses: weights of the losses; None without a teacher, where only the task's own loss is used.
         dropout: replaces the dropout rates of the model; None keeps them.
+        freeze_embeddings: whether the word embeddings keep their values.
         locked: whether the sparsity pattern is locked.
+        save_steps: steps between checkpoints; None: by time.
     """
 
     epochs: int
@@ -61,9 +64,11 @@ class FineTuneSettings:
     max_grad_norm: float
     losses: Losses | None
     dropout: float | None
+    freeze_embeddings: bool
     locked: bool
     seed: int
     precision: str
+    save_steps: int | None = field(default=None, metadata=RESOURCES_ONLY)
 
 
 @dataclass(frozen=True)
@@ -117,8 +122,7 @@ def fine_tune(
     """
     transformers.set_seed(settings.seed)
     objective = transfer_objective(model.path, teacher and teacher.path, settings.losses, task)
-    if settings.dropout is not None:
-        set_dropout(objective.student, settings.dropout)
+    _prepare(objective.student, settings)
     assert task.train is not None
     data = task.train.train_dataset(settings.batch, settings.seed, settings.epochs)
     callbacks = [LockCallback()] if settings.locked else []
@@ -137,8 +141,7 @@ def quantize_aware(
     transformers.set_seed(training.seed)
     student = task_student(model.path, task)
     objective = transfer_objective(student, teacher and teacher.path, training.losses, task)
-    if training.dropout is not None:
-        set_dropout(student, training.dropout)
+    _prepare(student, training)
     quantizer = FakeQuantizer(student, **numerics(settings))
     data, steps = qat_dataset(settings, task)
     freeze = 1.0 if settings.freeze is None else settings.freeze
@@ -166,6 +169,14 @@ def calibrate(settings: CalibrationSettings, job: Job, *, model: Model, task: ta
         )
         quantizer.calibrate(inputs, settings.percentile)
     return _quantized(student, quantizer, model, seconds=time.monotonic() - start)
+
+
+def _prepare(student: PreTrainedModel, settings: FineTuneSettings) -> None:
+    """Set what is not trained, and the dropout rates."""
+    if settings.dropout is not None:
+        set_dropout(student, settings.dropout)
+    if settings.freeze_embeddings:
+        student.get_input_embeddings().requires_grad_(False)
 
 
 def _quantized(student: PreTrainedModel, quantizer: FakeQuantizer, model: Model, **clock: Any) -> Outcome:
@@ -253,6 +264,7 @@ def _train(
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         precision=settings.precision,
+        save_steps=settings.save_steps,
         seed=settings.seed,
         callbacks=callbacks,
     )

@@ -181,9 +181,11 @@ def _fine_tuning(
         max_grad_norm=spec.max_grad_norm,
         losses=losses(spec) if has_teacher else None,
         dropout=spec.dropout,
+        freeze_embeddings=spec.freeze_embeddings,
         locked=locked,
         seed=id.seed,
         precision=precision,
+        save_steps=spec.save_steps,
     )
 
 

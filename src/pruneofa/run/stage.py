@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pruneofa.formats import scales
 from pruneofa.formats.files import fingerprint, read_json
-from pruneofa.recipe import Section
+from pruneofa.recipe import RESOURCES_ONLY, Section
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -24,10 +24,11 @@ EVALUATION_FORMAT = 1  # the same for evaluations
 # with that value is not part of the fingerprint, so that stages made by earlier versions stay done.
 ABSENT: dict[str, Any] = {
     "Distill.hidden_norm": False,
-    "Prune.one_shot": None,
-    "Prune.gradients": 1024,
+    "FineTuneSettings.freeze_embeddings": False,
     "Prune.block": 50,
     "Prune.dampening": 0.01,
+    "Prune.gradients": 1024,
+    "Prune.one_shot": None,
 }
 
 RECORD, METRICS, EVALUATION = "stage.json", "metrics.json", "evaluation.json"
@@ -114,11 +115,13 @@ def fingerprinted(settings: Any) -> dict[str, Any]:
 
     Args:
         settings: a dataclass of plain values, sections of the recipe and other such dataclasses. Fields that sections
-            mark as RESOURCES_ONLY, `unused` fields, and fields with their value in ABSENT are omitted.
+            or metadata mark as RESOURCES_ONLY, `unused` fields, and fields with their value in ABSENT are omitted.
     """
     values: dict[str, Any] = {}
     for each in dataclasses.fields(settings):
         value = getattr(settings, each.name)
+        if each.metadata == RESOURCES_ONLY:
+            continue
         if isinstance(value, Section):
             value = _without_absent(value, value.fingerprinted(exclude=each.metadata.get("unused")))
         elif dataclasses.is_dataclass(value):

@@ -14,6 +14,7 @@ import torch.distributed
 from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from pruneofa.errors import InputError
 from pruneofa.formats.files import read_json, write_json
@@ -28,6 +29,9 @@ from pruneofa.train.checkpoints import (
     remove_incomplete,
 )
 from pruneofa.train.device import processes, split_batch
+
+SAVE_SECONDS = 300.0  # between checkpoints: what a power cut can cost
+LAST_SAVE_SECONDS = 60.0  # a shorter end of the training is done again rather than saved
 
 
 class StageTrainer(Trainer):
@@ -138,6 +142,7 @@ class _StageCallback(TrainerCallback):
         if state.global_step:
             self.trainer.clock = read_json(checkpoint_path(args.output_dir, state.global_step, CLOCK_FILE))
         self.since = time.monotonic() - self.trainer.clock["seconds"]
+        self.saved = time.monotonic()
         self.stack = ExitStack()
         if state.is_world_process_zero:
             self.advance = self.stack.enter_context(progress(self.stage, state.max_steps, completed=state.global_step))
@@ -151,10 +156,14 @@ class _StageCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
             self.advance()
-        if args.world_size > 1:  # ranks that stop at different steps would deadlock
-            flag = torch.tensor(float(self.interrupted), device=args.device)
-            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-            self.interrupted = bool(flag)
+        last = state.global_step >= state.max_steps
+        due = time.monotonic() - self.saved >= (LAST_SAVE_SECONDS if last else SAVE_SECONDS)
+        if args.world_size > 1:  # ranks that save or stop at different steps would deadlock
+            flags = torch.tensor([float(self.interrupted), float(due)], device=args.device)
+            torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+            self.interrupted, due = map(bool, flags)
+        if due and args.save_strategy == SaveStrategy.NO:
+            control.should_save = True
         if self.interrupted:
             control.should_save = True
             control.should_training_stop = True
@@ -187,6 +196,7 @@ class _StageCallback(TrainerCallback):
             self.trainer.clock["seconds"] = time.monotonic() - self.since
             write_json(checkpoint_path(args.output_dir, state.global_step, CLOCK_FILE), self.trainer.clock)
             mark_complete(checkpoint_path(args.output_dir, state.global_step))
+        self.saved = time.monotonic()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.trainer.clock["seconds"] = time.monotonic() - self.since
@@ -224,6 +234,7 @@ def train(
 ) -> dict[str, Any]:
     """Train `objective.student` in place, resuming from the newest complete checkpoint in `work`.
 
+    A checkpoint is written every `save_steps` steps, or without them every SAVE_SECONDS and at the end.
     A checkpoint that cannot be read is reported on stderr and deleted, and the one before it is used.
     Returns {"seconds", "tokens"} over all attempts. `rate(t)` multiplies `lr` in optimizer step t + 1.
     Raises InputError when `batch` cannot be divided among micro-batches and processes, and KeyboardInterrupt
@@ -246,7 +257,8 @@ def train(
         seed=seed,
         logging_steps=max(1, min(50, steps // 100)),
         logging_nan_inf_filter=False,
-        save_steps=save_steps or max(1, steps // 20),
+        save_strategy=SaveStrategy.STEPS if save_steps else SaveStrategy.NO,  # no: by time, see _StageCallback
+        save_steps=save_steps or steps,
         save_total_limit=None,  # the Trainer would delete the oldest by time, before the new one is complete
         train_sampling_strategy="sequential",
         average_tokens_across_devices=False,
