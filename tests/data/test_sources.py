@@ -58,6 +58,14 @@ def test_jsonl_and_parquet_take_any_column_and_skip_nulls(tmp_path):
         assert read(tmp_path / name, "body") == ["one", "", "two"]
 
 
+def test_the_rows_of_a_task_are_text_too(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b'body,label\r\n"one, and\r\n ""two""",1\r\n three ,0\r\n')
+    (tmp_path / "a.tsv").write_text('label\tbody\n1\tan "inch\n0\ttwo\n')
+    assert read(tmp_path / "a.csv", "body") == ['one, and\r\n "two"', "three"]
+    assert read(tmp_path / "a.tsv", "body") == ['an "inch', "two"]
+    assert len(set(sources.Files((tmp_path / "a.csv", tmp_path / "a.tsv")).fingerprint("body"))) == 2
+
+
 def test_a_folder_is_read_in_the_order_of_names_and_progress_adds_up_to_its_size(tmp_path):
     for name in ("b/2.txt", "a/1.txt", "c.jsonl", "notes.md", ".hidden.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -101,7 +109,10 @@ def test_the_fingerprint_is_of_the_text_not_of_its_name_or_compression(tmp_path)
         ("a.txt.gz", gzip.compress(b"hello" * 99, mtime=0)[:-9], r"damaged or not gz data"),
         ("a.txt.zst", b"not zstandard", r"damaged or not zst data"),
         ("a.parquet", b"not parquet", r"a\.parquet: not a readable parquet file"),
-        ("a.csv", b"a,b", r"a\.csv: unsupported kind of file; wanted \.parquet, \.jsonl or \.txt"),
+        ("a.docx", b"a,b", r"a\.docx: unsupported kind of file; wanted \.parquet, \.jsonl, \.txt, \.csv or \.tsv"),
+        ("a.csv", b"label,txt\n1,a\n", r"a\.csv: no column 'text', it has label, txt; did you mean 'txt'\?"),
+        ("a.csv", b"label,text\n1,a\n2,b,c\n", r"a\.csv: line 3 has not as many fields as the header \(2\)"),
+        ("a.csv", b'label,text\n1,"a', r"a\.csv: line 1: unexpected end of data; write the file again"),
     ],
 )  # fmt: skip
 def test_a_bad_file_is_named_with_what_is_wrong(tmp_path, name, content, message):
@@ -135,8 +146,8 @@ def test_a_path_that_cannot_be_a_hub_id_is_missing(tmp_path, name):
 
 
 def test_a_folder_without_text_files(tmp_path):
-    (tmp_path / "a.csv").write_text("x")
-    with pytest.raises(InputError, match=r"this folder has no \.parquet, \.jsonl or \.txt"):
+    (tmp_path / "a.docx").write_text("x")
+    with pytest.raises(InputError, match=r"this folder has no \.parquet, \.jsonl, \.txt, \.csv or \.tsv"):
         sources.find(str(tmp_path), None, None, streaming=False)
 
 

@@ -95,6 +95,20 @@ def test_the_published_numbers(name: str) -> None:
             assert getattr(spec.resolved(task), key) == getattr(defaults, key), (task, key)
 
 
+@pytest.mark.parametrize(("name", "final"), [("bert-base-90-obert", 0.9), ("bert-base-97-obert", 0.97)])
+def test_the_numbers_of_obert(name: str, final: float) -> None:
+    loaded = recipe.load([RECIPES / f"{name}.yaml"])
+    prune = loaded.prune
+    assert prune is not None
+    assert (prune.score, prune.gradients, prune.block, prune.scope) == ("obs", 1024, 50, "global")
+    assert (prune.initial, prune.final, prune.rewind, prune.lr) == (0.7, final, "cyclic", 5e-4)
+    assert prune.steps == 12 * prune.interval and prune.end == prune.stop == 9 * prune.interval
+    assert loaded.distill == recipe.Distill(hard=0, kd=1, temperature=5.5, hidden=0, positions="all")
+    for name, spec in loaded.tasks.items():
+        task = spec.resolved(name)
+        assert (task.epochs, task.lr, task.hard, task.kd, task.temperature) == (8, 1.5e-4, 0, 1, 5.5)
+
+
 def test_the_demo_prunes_with_few_tokens_and_goes_all_the_way_to_int8() -> None:
     demo = recipe.load([RECIPES / "demo.yaml"])
     assert demo.prune is not None and demo.prune.score == "hessian" and demo.prune.final == 0.8

@@ -1,5 +1,6 @@
 """Losses: the published fixtures, no NaN from dropped classes, and the fused head against the naive one."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -109,6 +110,26 @@ def test_hidden_loss_is_the_mean_squared_error_of_the_selected_positions():
     torch.testing.assert_close(loss, expected)
     loss.backward()
     assert all(s.grad[~rows].abs().sum() == 0 and s.grad.isfinite().all() for s in student)
+
+
+def test_relative_hidden_loss_is_divided_by_the_size_of_the_teachers_state():
+    generator = torch.Generator().manual_seed(0)
+    student = [torch.randn(2, 3, 4, generator=generator).requires_grad_() for _ in range(2)]
+    teacher = [torch.randn(2, 3, 4, generator=generator) for _ in range(2)]
+    rows = torch.tensor([[True, True, False], [True, False, False]])
+    pairs = [(s.detach()[rows].numpy(), t[rows].numpy()) for s, t in zip(student, teacher, strict=True)]
+    expected = np.mean([(((s - t) ** 2).sum(1) / (t**2).sum(1)).mean() for s, t in pairs])
+    for state in teacher:
+        state[~rows] = float("nan")
+    loss = hidden_loss(student, teacher, rows, relative=True) / rows.sum()
+    np.testing.assert_allclose(loss.item(), expected, rtol=1e-5)
+    loss.backward()
+    assert all(s.grad[~rows].abs().sum() == 0 and s.grad.isfinite().all() for s in student)
+    # Layers count alike whatever their size, and micro-batches add up.
+    larger = [[scale * state for scale, state in zip((1, 100), states, strict=True)] for states in (student, teacher)]
+    torch.testing.assert_close(hidden_loss(*larger, rows, relative=True) / rows.sum(), loss)
+    halves = [hidden_loss(*([x[i] for x in xs] for xs in (student, teacher)), rows[i], relative=True) for i in (0, 1)]
+    torch.testing.assert_close(sum(halves) / rows.sum(), loss)
 
 
 def test_hidden_loss_wants_equal_depth_and_width():

@@ -9,6 +9,7 @@ import torch
 from transformers import BertForMaskedLM, DistilBertForMaskedLM, RobertaForMaskedLM
 
 from pruneofa.errors import InputError
+from pruneofa.train import layerwise
 from pruneofa.train.layerwise import DAMPING, _fit_linear, prune_layerwise, sparse_fit
 from pruneofa.train.masks import magnitude_mask, prunable
 from tests.tiny import tiny_bert, tiny_distilbert, tiny_roberta
@@ -93,6 +94,32 @@ def test_a_model_loses_less_than_by_magnitude(make, kind) -> None:
             return float(((wanted - got)[batches[3]["attention_mask"].bool()] ** 2).mean())
 
         assert error(student) < 0.8 * error(plain)
+
+
+def test_layers_that_were_pruned_before_an_interruption_are_read(tmp_path, monkeypatch) -> None:
+    teacher = tiny_bert(BertForMaskedLM).eval()
+    ids = torch.randint(10, teacher.config.vocab_size, (32, 12), generator=torch.Generator().manual_seed(1))
+    batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(16)]
+    straight, broken, resumed = (deepcopy(teacher) for _ in range(3))
+    prune_layerwise(straight, teacher, batches, final=0.5)
+    fitted: list[str] = []
+
+    def fit(linear, rows, select, name) -> None:
+        if len(fitted) == 8 and not resuming:  # within the second of two layers
+            raise KeyboardInterrupt
+        fitted.append(name)
+        _fit_linear(linear, rows, select, name)
+
+    monkeypatch.setattr(layerwise, "_fit_linear", fit)
+    resuming = False
+    with pytest.raises(KeyboardInterrupt):
+        prune_layerwise(broken, teacher, batches, final=0.5, kept=tmp_path / "layers")
+    resuming = True
+    fitted.clear()
+    prune_layerwise(resumed, teacher, batches, final=0.5, kept=tmp_path / "layers")
+    assert len(fitted) == 6  # those of the second layer
+    for (name, wanted), got in zip(straight.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(wanted, got), name
 
 
 def test_a_pattern_that_does_not_divide_is_refused_before_anything_is_pruned() -> None:

@@ -11,6 +11,7 @@ from pruneofa.errors import CheckFailed, InputError
 from pruneofa.train.masks import magnitude_mask, prunable
 from pruneofa.train.prune import GradualPruner
 from pruneofa.train.schedule import cubic_sparsity
+from pruneofa.train.scores import fisher_scores, to_blocks
 from tests.tiny import tiny_bert, tiny_distilbert, tiny_roberta
 
 SCHEDULE = {"final": 0.9, "begin": 2, "end": 10, "stop": 16, "interval": 3}
@@ -52,19 +53,37 @@ def test_selections_happen_on_the_grid_at_end_and_never_after_stop():
     assert [t for t in range(30) if pruner.step(t)] == [2, 5, 8, 10, 11, 14]
 
 
+def curvature(pruner, seed):
+    """Random curvature of the weights that are left, for the pruner's score."""
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for name, weight in pruner.weights.items():
+        gradients = torch.randn(20, *weight.shape, generator=generator) * pruner.masks[name]
+        if pruner.score == "obs":
+            parts = torch.stack([to_blocks(gradient, 8, pruner.pattern) for gradient in gradients], 1)
+            found[name] = parts.transpose(1, 2) @ parts
+        else:
+            found[name] = gradients.square().mean(0)
+    return found
+
+
+@pytest.mark.parametrize("score", ["magnitude", "fisher", "obs"])
 @pytest.mark.parametrize("scope", ["uniform", "global"])
 @pytest.mark.parametrize(("pattern", "final"), [("unstructured", 0.9), ("4x1", 0.8), ("1x4", 0.8), ("2:4", 0.5)])
-def test_counts_follow_the_schedule_in_every_pattern_and_scope(scope, pattern, final):
+def test_counts_follow_the_schedule_in_every_pattern_scope_and_score(scope, pattern, final, score):
     model = bare()
-    pruner = GradualPruner(model, **(SCHEDULE | {"final": final}), pattern=pattern, scope=scope)
+    pruner = GradualPruner(model, **(SCHEDULE | {"final": final}), pattern=pattern, scope=scope, score=score)
     sizes = {name: weight.numel() for name, weight in prunable(model).items()}
     unit = {"unstructured": 1, "4x1": 4, "1x4": 4, "2:4": 2}[pattern]
     share = 1 / final if pattern == "2:4" else 1.0
     per_unit = 4 if pattern != "unstructured" else 1
     for t in range(20):
         jitter(prunable(model), 0.01)
-        if not pruner.step(t):
+        before = pruner.masks
+        if not pruner.step(t, curvature(pruner, t) if pruner.due(t) and score != "magnitude" else None):
             continue
+        if score == "obs":  # what is pruned stays pruned
+            assert not any((mask & ~before[name]).any() for name, mask in pruner.masks.items())
         target = cubic_sparsity(t, begin=2, end=10, final=final) * share
         counts = {name: int((~mask).sum()) for name, mask in pruner.masks.items()}
         if scope == "global":
@@ -92,6 +111,47 @@ def test_the_kept_are_the_largest_of_trained_and_frozen_values():
     assert torch.equal(pruner.masks[QUERY], magnitude_mask(full, 0.5))
     assert torch.equal(weight, full.masked_fill(~magnitude_mask(full, 0.5), 0.0))
     assert not torch.equal(weight, dense)
+
+
+def test_fisher_keeps_the_curvature_that_a_weight_had_when_it_was_pruned():
+    pruner = GradualPruner(bare(), final=0.5, begin=0, end=1, stop=10, interval=1, initial=0.5, score="fisher")
+    weight = pruner.weights[QUERY]
+    first, second = curvature(pruner, 0), curvature(pruner, 1)
+    dense = weight.detach().clone()
+    pruner.step(0, first)
+    assert torch.equal(pruner.masks[QUERY], magnitude_mask(fisher_scores(dense, first[QUERY]), 0.5))
+    state = pruner.state_dict()
+    kept = pruner.masks[QUERY]
+    assert torch.equal(state[f"{QUERY}.diagonal"], first[QUERY][~kept])
+    pruner.step(1, second)
+    diagonal = torch.where(kept, second[QUERY], first[QUERY])
+    assert torch.equal(pruner.masks[QUERY], magnitude_mask(fisher_scores(dense, diagonal), 0.5))
+
+    resumed = GradualPruner(bare(), final=0.5, begin=0, end=1, stop=10, interval=1, score="fisher")
+    with pytest.raises(InputError, match=rf"1 diagonal values of .* for {QUERY}, wanted 512"):
+        resumed.load_state_dict(state | {f"{QUERY}.diagonal": torch.zeros(1)})
+    resumed.load_state_dict(state)
+    with torch.no_grad():
+        for name, value in resumed.weights.items():
+            value.masked_fill_(~resumed.masks[name], 0.0)
+    resumed.step(1, second)
+    assert all(torch.equal(mask, pruner.masks[name]) for name, mask in resumed.masks.items())
+
+
+def test_obs_updates_the_weights_that_stay_and_ends_with_the_ramp():
+    pruner = GradualPruner(bare(), final=0.5, begin=0, end=2, stop=10, interval=1, score="obs", dampening=1e-3)
+    weight = pruner.weights[QUERY]
+    dense = weight.detach().clone()
+    pruner.step(1, curvature(pruner, 1))
+    kept = pruner.masks[QUERY]
+    assert not torch.equal(weight[kept], dense[kept]) and not weight[~kept].any()
+    assert [t for t in range(12) if pruner.due(t)] == [0, 1, 2]
+    with pytest.raises(InputError, match=r"score obs: step\(2\) selects masks and needs the curvature"):
+        pruner.step(2)
+    broken = curvature(pruner, 2)
+    broken[QUERY][0, 0, 0] = float("nan")
+    with pytest.raises(CheckFailed, match="score obs: the squared gradients are not finite"):
+        pruner.step(2, broken)
 
 
 def test_a_pruned_weight_is_positive_zero_has_no_gradient_and_does_not_decay():
@@ -241,6 +301,8 @@ def test_release_lets_go_of_the_model():
         ({"pattern": "4x4"}, "pattern is '4x4'; wanted"),
         ({"scope": "layer"}, "scope is 'layer'; wanted uniform or global"),
         ({"skip": ["."]}, "skip: . leave no layer to prune"),
+        ({"score": "hessian"}, "score is 'hessian'; wanted magnitude, fisher or obs"),
+        ({"score": "obs", "dampening": 0.0}, "dampening is 0.0 but must be above 0"),
     ],
 )
 def test_bad_settings_are_refused_before_training(change, message):

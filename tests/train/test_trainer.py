@@ -20,11 +20,12 @@ from pruneofa.recipe import Corpus
 from pruneofa.train import LockCallback, PruningCallback
 from pruneofa.train.attention import use_bf16_attention
 from pruneofa.train.checkpoints import last_checkpoint
+from pruneofa.train.curvature import fisher_blocks
 from pruneofa.train.device import split_batch
 from pruneofa.train.masks import prunable
 from pruneofa.train.objective import PretrainingObjective
 from pruneofa.train.schedule import linear_lr
-from pruneofa.train.trainer import train
+from pruneofa.train.trainer import batches, train
 from tests.small import write_text
 from tests.tiny import tiny_bert, tiny_tokenizer
 
@@ -129,20 +130,30 @@ class StopAt(TrainerCallback):
             raise MemoryError("killed")
 
 
-@pytest.mark.parametrize("micro_batch", [None, 4])
-def test_resuming_gives_the_same_bits(text, tmp_path, micro_batch):
+def pruning(objective, text, score):
+    def blocks(weights, t):
+        given = batches(text.train(8, seed=t), partial(collate, pad_token_id=0), 2)
+        return fisher_blocks(objective, weights, given, total=4, seed=t, block=50, pattern="unstructured", shared=True)
+
+    return PruningCallback(**SCHEDULE, score=score, blocks=blocks if score == "obs" else None)
+
+
+@pytest.mark.parametrize(
+    ("micro_batch", "score"), [(None, "magnitude"), (4, "magnitude"), (None, "fisher"), (None, "obs")]
+)
+def test_resuming_gives_the_same_bits(text, tmp_path, micro_batch, score):
     options = {"save_steps": 3, "micro_batch": micro_batch}
     torch.manual_seed(0)
     straight = objective(dropout=0.1)
-    first = fit(straight, text, tmp_path / "straight", callbacks=[PruningCallback(**SCHEDULE)], **options)
+    first = fit(straight, text, tmp_path / "straight", callbacks=[pruning(straight, text, score)], **options)
 
     torch.manual_seed(0)
     with pytest.raises(MemoryError):
         broken = objective(dropout=0.1)
-        fit(broken, text, tmp_path / "broken", callbacks=[PruningCallback(**SCHEDULE), StopAt(8)], **options)
-    assert last_checkpoint(tmp_path / "broken").name == "checkpoint-6"
+        fit(broken, text, tmp_path / "broken", callbacks=[pruning(broken, text, score), StopAt(5)], **options)
+    assert last_checkpoint(tmp_path / "broken").name == "checkpoint-3"
     resumed = objective(dropout=0.1)
-    second = fit(resumed, text, tmp_path / "broken", callbacks=[PruningCallback(**SCHEDULE)], **options)
+    second = fit(resumed, text, tmp_path / "broken", callbacks=[pruning(resumed, text, score)], **options)
 
     for (name, a), b in zip(straight.student.named_parameters(), resumed.student.parameters(), strict=True):
         assert torch.equal(a, b), name
@@ -242,6 +253,17 @@ def test_pruning_in_a_stock_trainer_and_its_resume(tmp_path):
     for (name, a), b in zip(prunable(straight).items(), prunable(again).values(), strict=True):
         assert torch.equal(a == 0, b == 0), name
         assert (a == 0).float().mean() == pytest.approx(0.9, abs=2e-3)
+
+
+def test_the_second_moments_of_a_stock_trainer_choose_the_weights(tmp_path):
+    model = classifier()
+    stock(model, tmp_path, PruningCallback(**SCHEDULE, score="fisher")).train()
+    for name, weight in prunable(model).items():
+        assert (weight == 0).float().mean() == pytest.approx(0.9, abs=2e-3), name
+    with pytest.raises(InputError, match="score fisher: SGD keeps no second moment of .*; choose such an optimizer"):
+        stock(classifier(), tmp_path / "sgd", PruningCallback(**SCHEDULE, score="fisher"), optim="sgd").train()
+    with pytest.raises(InputError, match="score obs: needs a function that computes the blocks"):
+        stock(classifier(), tmp_path / "obs", PruningCallback(**SCHEDULE, score="obs")).train()
 
 
 def test_resuming_without_the_pruners_state_is_refused(tmp_path):

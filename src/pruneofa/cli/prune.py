@@ -6,6 +6,7 @@ from typing import Any
 
 from pruneofa.cli.options import add_fields, add_training, precision_of, read_fields
 from pruneofa.cli.show import print_value
+from pruneofa.errors import InputError
 
 
 def describe(verb: argparse.ArgumentParser) -> None:
@@ -13,17 +14,24 @@ def describe(verb: argparse.ArgumentParser) -> None:
 
     There are two stages. Teacher preparation trains MODEL on the corpus. Student pruning prunes a copy of it while it
     learns from the teacher. The defaults are the published ones: 90 % sparsity, 100,000 steps of batch 256 in each
-    stage, which takes days on a GPU. The same command resumes an interrupted run.
+    stage, which takes days on a GPU. With --one-shot nothing is trained: layer by layer, the weights that are left are
+    fitted to the outputs of MODEL on some hundred texts, such as those of your task. That takes minutes on a CPU, and
+    transfer follows. The same command resumes an interrupted run.
     """
     from pruneofa import recipe
 
     verb.usage = "pruneofa prune MODEL OUT --corpus.source TEXT [options]"
-    verb.epilog = "example: pruneofa prune MODEL sparse --corpus.source wiki/ --prune.final 0.85"
+    verb.epilog = (
+        "examples: pruneofa prune MODEL sparse --corpus.source wiki/ --prune.final 0.85; "
+        "pruneofa prune MODEL sparse --one-shot --corpus.source reviews.csv --corpus.column review"
+    )
     verb.add_argument("model", help="folder or hub id of a dense encoder")
     verb.add_argument(
         "out", type=Path, help="folder of the sparse model; the prepared teacher is written to OUT-teacher"
     )
     verb.add_argument("--no-teacher", action="store_true", help="skip teacher preparation and distil from MODEL itself")
+    one_shot = "prune once, without teacher preparation and training; --prune.score is hessian if it is not given"
+    verb.add_argument("--one-shot", action="store_true", help=one_shot)
     sections = {
         "corpus": recipe.Corpus,
         "teacher": recipe.Teacher,
@@ -31,7 +39,7 @@ def describe(verb: argparse.ArgumentParser) -> None:
         "distill": recipe.Distill,
     }
     for name, model in sections.items():
-        add_fields(verb, model, f"{name}.")
+        add_fields(verb, model, f"{name}.", without=("one_shot",))
     add_training(verb)
 
     def call(options: argparse.Namespace) -> int:
@@ -39,7 +47,9 @@ def describe(verb: argparse.ArgumentParser) -> None:
         values["data_root"] = options.data_root
         for name, model in sections.items():
             values[name] = read_fields(options, model, f"{name}.")
-        if options.no_teacher:
+        if options.one_shot:
+            values |= _one_shot(values)
+        if options.no_teacher or options.one_shot:
             values["teacher"] = None
         settings = recipe.validate(recipe.Recipe, values)
         from pruneofa.run import single  # torch, which takes seconds: a wrong option is refused before
@@ -50,3 +60,16 @@ def describe(verb: argparse.ArgumentParser) -> None:
         return 0
 
     verb.set_defaults(call=call)
+
+
+def _one_shot(values: dict[str, Any]) -> dict[str, Any]:
+    """The sections of a recipe that prunes without training; options that were given stay."""
+    if given := values["teacher"]:
+        option = f"--teacher.{next(iter(given)).replace('_', '-')}"
+        raise InputError(f"{option} was given, but --one-shot prepares no teacher; omit one of them")
+    return {
+        "corpus": {"nsp": False, **values["corpus"]},
+        "prune": {"one_shot": True, "score": "hessian", "steps": 0, **values["prune"]},
+        # What is measured at the end, and what scores from gradients refer to: the hidden states, as no head is needed.
+        "distill": values["distill"] or {"hard": 0.0, "kd": 0.0, "hidden": 1.0},
+    }

@@ -3,6 +3,8 @@
 File formats:
   .parquet          one article per row, in a column
   .jsonl            one article per line, in a key (also .jsonl.gz, .jsonl.zst)
+  .csv, .tsv        one article per row, in a column of the header, such as the rows of a task; quotes in a TSV are
+                    part of the text (also .gz, .zst)
   .txt              articles separated by blank lines; a file whose first MiB has no blank line between
                     two lines of text has one article per line (also .txt.gz, .txt.zst)
 A folder is read recursively, its files in the order of their names. Anything else is a hub data set.
@@ -10,6 +12,7 @@ A folder is read recursively, its files in the order of their names. Anything el
 
 import codecs
 import contextlib
+import csv
 import difflib
 import gzip
 import hashlib
@@ -26,11 +29,12 @@ from pruneofa.errors import InputError
 from pruneofa.formats.files import file_fingerprint
 from pruneofa.formats.hub import announce, could_be_hub_id
 
-KINDS = (".parquet", ".jsonl", ".txt")
+KINDS = (".parquet", ".jsonl", ".txt", ".csv", ".tsv")
 COMPRESSED = (".gz", ".zst")
-WANTED = ".parquet, .jsonl or .txt (the last two also .gz or .zst)"
+WANTED = ".parquet, .jsonl, .txt, .csv or .tsv (all but the first also .gz or .zst)"
 PEEK = 1 << 20  # bytes read to tell how a .txt file separates its articles, and per block when hashing
 ROWS = 64  # rows decoded at once
+_LONGEST_FIELD = 2**31 - 1  # bytes; the default of the csv module is 128 KiB
 
 Article = tuple[str, int]  # text, and the units of progress (bytes, or rows of a hub data set) since the last one
 
@@ -146,7 +150,7 @@ def _find(name: str, config: str | None, data_root: str | Path | None, streaming
         if not _kind(path):
             raise InputError(f"{path}: unsupported kind of file; wanted {WANTED}")
         return Files((path,))
-    if not could_be_hub_id(name, root) or Path(name).suffix in (*KINDS, *COMPRESSED, ".csv", ".tsv", ".json"):
+    if not could_be_hub_id(name, root) or Path(name).suffix in (*KINDS, *COMPRESSED, ".json"):
         raise InputError(f"{path}: no such file or folder; check corpus.source (and data_root)")
     announce(name)
     return Hub(name, config, streaming)
@@ -164,7 +168,10 @@ def _read(path: Path, column: str) -> Iterator[Article]:
         return
     with open(path, "rb") as raw, _decompressed(path, raw) as file:
         lines = _lines(path, file)
-        texts = _documents(lines, _blank_separated(path)) if _kind(path) == ".txt" else _values(path, lines, column)
+        if _kind(path) == ".txt":
+            texts = _documents(lines, _blank_separated(path))
+        else:
+            texts = (_values if _kind(path) == ".jsonl" else _fields)(path, lines, column)
         position = 0
         for text in texts:
             consumed = raw.tell() - position
@@ -282,6 +289,28 @@ def _values(path: Path, lines: Iterable[str], column: str) -> Iterator[str]:
         yield _text(f"{path} line {number}", column, row[column])
 
 
+def _fields(path: Path, lines: Iterable[str], column: str) -> Iterator[str]:
+    tabs = _kind(path) == ".tsv"
+    csv.field_size_limit(_LONGEST_FIELD)
+    reader = csv.DictReader(
+        lines,
+        delimiter="\t" if tabs else ",",
+        quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL,
+        strict=True,
+    )
+    try:
+        _need_column(path, column, reader.fieldnames or ())
+        for row in reader:
+            if None in row or None in row.values():
+                raise InputError(
+                    f"{path}: line {reader.line_num} has not as many fields as the header "
+                    f"({len(reader.fieldnames or ())}); quote texts that contain the delimiter"
+                )
+            yield _text(path, column, row[column])
+    except csv.Error as error:
+        raise InputError(f"{path}: line {reader.line_num}: {error}; write the file again") from None
+
+
 def _check(path: Path, column: str) -> str:
     if _kind(path) == ".parquet":
         with _parquet(path, column):
@@ -301,6 +330,6 @@ def _check(path: Path, column: str) -> str:
             offset += len(block)
     if not offset:
         raise InputError(f"{path}: this file is empty; remove it from the source or write it again")
-    if _kind(path) == ".jsonl":
+    if _kind(path) != ".txt":
         next(iter(_read(path, column)), None)  # the column must be there before the long work starts
     return digest.hexdigest()

@@ -45,7 +45,7 @@ class Section(BaseModel):
 class Corpus(Section):
     """Plain text for teacher preparation and pruning."""
 
-    source: Names = Field(description="hub data set id, or local file(s)/folder(s): parquet, jsonl, txt (.gz, .zst)")
+    source: Names = Field(description="hub data set id, or local file(s)/folder(s): parquet, jsonl, txt, csv, tsv")
     config: str | None = Field(None, description="hub configuration, such as 20231101.en")
     column: str = Field("text", description="column that holds the text")
     max_length: Annotated[int, Field(ge=8)] = Field(128, description="tokens per example, special tokens included")
@@ -89,16 +89,27 @@ class Teacher(_Optimization):
 
 
 class Prune(_Optimization):
-    """Student pruning: gradual magnitude pruning with distillation and learning-rate rewinding.
+    """Student pruning: gradual pruning with distillation and learning-rate rewinding.
 
-    With score hessian all weights are pruned before the first step, and the steps train the remaining weights with the
-    pattern locked. begin, end, stop, interval, initial and rewind are then not used.
+    With one_shot all weights are pruned before the first step, and the steps, if there are any, train the remaining
+    weights with the pattern locked. begin, end, stop, interval, initial and rewind are then not used.
     """
 
-    score: Literal["magnitude", "hessian"] = Field(
-        "magnitude", description="magnitude: gradually, smallest weights first; hessian: once, layer by layer"
+    steps: Annotated[int, Field(ge=0)] = Field(100_000, description="optimizer steps; 0, with one_shot: no training")
+    score: Literal["magnitude", "fisher", "obs", "hessian"] = Field(
+        "magnitude",
+        description="magnitude: smallest weights first; fisher: times their curvature; obs: second order in blocks, "
+        "updates the other weights; hessian: layer by layer, without gradients, one-shot only",
     )
+    one_shot: bool | None = Field(None, description="prune at once, before the steps (default: with score hessian)")
     calibration: Positive = Field(512, description="calibration examples for score hessian")
+    gradients: Positive = Field(
+        1024, description="gradients, each of 4 examples, for score obs, and for score fisher in one shot"
+    )
+    block: Annotated[int, Field(ge=2, le=1024)] = Field(
+        50, description="weights per block of the second-order matrix of score obs; memory grows with it"
+    )
+    dampening: Rate = Field(0.01, description="added to the diagonal of that matrix, relative to its mean in a layer")
     begin: Annotated[int, Field(ge=0)] = Field(0, description="first step at which weights are pruned")
     end: Positive | None = Field(
         None, description="step at which the final sparsity is reached (default: half of steps)"
@@ -122,29 +133,13 @@ class Prune(_Optimization):
     def _schedule(self) -> "Prune":
         self.end = self.end or max(1, self.steps // 2)
         self.stop = self.stop or max(self.end, self.steps * 4 // 5)
-        self.interval = self.interval or max(1, self.steps // 100)
-        if not self.begin < self.end:
-            raise ValueError(f"begin is {self.begin} but must be below end ({self.end})")
-        if not self.end <= self.stop <= self.steps:
-            raise ValueError(f"stop is {self.stop} but must be between end ({self.end}) and steps ({self.steps})")
-        if self.initial > self.final:
-            raise ValueError(f"initial is {self.initial} but must not exceed final ({self.final})")
-        gradual = self.score == "magnitude"
-        if (
-            gradual
-            and self.rewind == "sawtooth"
-            and self.end - self.begin >= self.steps - int(self.steps * self.warmup)
-        ):
-            raise ValueError(
-                f"end - begin is {self.end - self.begin} of {self.steps} steps, which leaves none for the "
-                "learning rate to decay; lower end or raise steps"
-            )
-        if gradual and self.rewind == "sawtooth" and (peak := self._peak_rate()) > RATE_WARNING:
-            warnings.warn(
-                f"prune: rewinding raises the learning rate to {peak:.2f} times lr, {peak * self.lr:.3g}; "
-                "lower lr, warmup or end to avoid that",
-                stacklevel=2,
-            )
+        # A selection by score obs costs as much as hundreds of steps.
+        self.interval = self.interval or max(1, self.steps // (10 if self.score == "obs" else 100))
+        if self.score == "hessian" and self.one_shot is False:
+            raise ValueError("score hessian prunes at once; set one_shot to true or null, or choose another score")
+        if self.steps == 0 and not self.at_once:
+            raise ValueError("steps is 0 but pruning is gradual; raise steps, or set one_shot: true")
+        self._check_schedule()
         if self.score == "hessian" and self.scope == "global":
             raise ValueError("score hessian prunes layer by layer; set scope to uniform")
         if ":" in self.pattern:
@@ -155,6 +150,35 @@ class Prune(_Optimization):
                     "set prune.final to that"
                 )
         return self
+
+    @property
+    def at_once(self) -> bool:
+        """Whether all weights are pruned before the first step."""
+        return self.score == "hessian" if self.one_shot is None else self.one_shot
+
+    def _check_schedule(self) -> None:
+        assert self.end is not None and self.stop is not None
+        if self.at_once:
+            return
+        if not self.begin < self.end:
+            raise ValueError(f"begin is {self.begin} but must be below end ({self.end})")
+        if not self.end <= self.stop <= self.steps:
+            raise ValueError(f"stop is {self.stop} but must be between end ({self.end}) and steps ({self.steps})")
+        if self.initial > self.final:
+            raise ValueError(f"initial is {self.initial} but must not exceed final ({self.final})")
+        if self.rewind != "sawtooth":
+            return
+        if self.end - self.begin >= self.steps - int(self.steps * self.warmup):
+            raise ValueError(
+                f"end - begin is {self.end - self.begin} of {self.steps} steps, which leaves none for the "
+                "learning rate to decay; lower end or raise steps"
+            )
+        if (peak := self._peak_rate()) > RATE_WARNING:
+            warnings.warn(
+                f"prune: rewinding raises the learning rate to {peak:.2f} times lr, {peak * self.lr:.3g}; "
+                "lower lr, warmup or end to avoid that",
+                stacklevel=3,
+            )
 
     def _peak_rate(self) -> float:
         """The highest multiple that schedule.rewound_lr reaches; its last rewinding ends at `end`."""
@@ -170,6 +194,7 @@ class Distill(Section):
     kd: Weight = Field(0.5, description="weight of the distillation of logits")
     temperature: Rate = Field(2.0, description="temperature of the logit distillation")
     hidden: Weight = Field(0.0, description="weight of the MSE between hidden states, all layers")
+    hidden_norm: bool = Field(False, description="divide that of each layer by the size of the teacher's states")
     positions: Literal["all", "masked"] = Field(
         "all", description="all or masked: positions whose MLM logits are distilled"
     )
@@ -328,8 +353,10 @@ class Recipe(Section):
             raise ValueError("the recipe has no prune section; add one, or set model_is_sparse: true")
         if self.control is True:
             self.control = Control()
-        if self.control and not self.prune:
-            raise ValueError("control needs a prune section to compare with; add one, or set control: false")
+        if self.control and not (self.prune and self.prune.steps):
+            raise ValueError(
+                "control needs a prune section that trains to compare with; add one, or set control: false"
+            )
         if self.control and self.prune and self.control.lr is None:
             # With a learning rate far below the prune stage's, the control would be worse for that reason only.
             self.control = self.control.model_copy(update={"lr": [self.prune.lr, 2 * self.prune.lr]})

@@ -14,6 +14,7 @@ from pruneofa.run.lineage import lost_pattern
 from pruneofa.run.plan import losses
 from pruneofa.run.pretraining import learning_rate, schedule
 from pruneofa.run.stage import Stage, Step
+from pruneofa.train import curvature, layerwise
 from pruneofa.train.device import processes, split_batch
 from pruneofa.train.models import load_config, load_for_pretraining, load_tokenizer
 from pruneofa.train.prune import GradualPruner
@@ -66,8 +67,14 @@ def check_pretraining(model: str, teacher: Teacher | None, prune: Prune | None, 
         if settings is not None:
             split_batch(settings.batch, settings.micro_batch)
     if prune is not None:
-        GradualPruner(loaded, **schedule(prune)).release()
-        learning_rate(prune)(0)
+        pruner = GradualPruner(loaded, **schedule(prune))
+        if prune.score == "obs":
+            curvature.check_memory(pruner.weights, prune.block, prune.pattern)
+        elif prune.score == "hessian":
+            layerwise.check_memory(pruner.weights, prune.calibration * text.max_length)
+        pruner.release()
+        if prune.steps:
+            learning_rate(prune)(0)
 
 
 def check_task(model: str, spec: Task, task: task_data.Task) -> None:

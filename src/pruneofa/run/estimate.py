@@ -22,6 +22,7 @@ from pruneofa.run.fine_tuning import (
 )
 from pruneofa.run.folder import check_folder
 from pruneofa.run.inputs import Inputs
+from pruneofa.run.one_shot import score_tokens
 from pruneofa.run.plan import plan
 from pruneofa.run.pretraining import (
     ControlSettings,
@@ -75,9 +76,9 @@ def _stage_row(recipe: Recipe, inputs: Inputs, stage: Stage, timed: dict[Any, fl
         done = 0 if other_settings else _steps_done(stage)
         status = "changed" if other_settings else "resume" if done else "run"
     row = {"stage": str(stage.id), "status": status, "steps": steps, "tokens": tokens, "minutes": 0.0}
-    if status != "done" and steps:
+    if status != "done" and tokens:
         if kind not in timed:
-            timed[kind] = _seconds_per_token(recipe, inputs, stage, tokens / steps)
+            timed[kind] = _seconds_per_token(recipe, inputs, stage, tokens / max(steps, 1))
         left = 1 - done / steps if status == "resume" else 1
         row["minutes"] = round(timed[kind] * tokens / 60 * left, 1)
     return row
@@ -113,7 +114,9 @@ def _size(inputs: Inputs, stage: Stage) -> tuple[Any, int, int]:
         case TeacherSettings(teacher=teacher, corpus=corpus):
             return "teacher", teacher.steps, teacher.steps * teacher.batch * corpus.max_length
         case PruneSettings(prune=prune, corpus=corpus):
-            return "prune", prune.steps, prune.steps * prune.batch * corpus.max_length
+            # A token that scores are computed from is counted as one that is trained on.
+            tokens = prune.steps * prune.batch * corpus.max_length + score_tokens(prune, corpus.max_length)
+            return "prune", prune.steps, tokens
         case ControlSettings(prune=prune, corpus=corpus, rates=rates):
             steps = prune.steps * len(rates)
             return "prune", steps, steps * prune.batch * corpus.max_length

@@ -3,7 +3,8 @@
 Each stage is a function from its settings and a model to a trained model.
 """
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,15 +15,15 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pruneofa.data import corpus as corpora
-from pruneofa.data.examples import IGNORED
 from pruneofa.formats.cache import cached_folder, damage
 from pruneofa.formats.files import read_json, remove_folder, write_json
 from pruneofa.progress import notice
 from pruneofa.recipe import Corpus, Distill, Prune, Teacher
+from pruneofa.run.one_shot import one_shot_schedule, prune_at_once
 from pruneofa.run.stage import Job, Model, Outcome, unused
-from pruneofa.train.callbacks import LockCallback, PruningCallback
+from pruneofa.train.callbacks import Blocks, LockCallback, PruningCallback
+from pruneofa.train.curvature import EXAMPLES, fisher_blocks
 from pruneofa.train.device import processes
-from pruneofa.train.layerwise import prune_layerwise
 from pruneofa.train.models import load_for_pretraining, load_tokenizer, set_dropout
 from pruneofa.train.objective import PretrainingObjective
 from pruneofa.train.prune import GradualPruner
@@ -30,8 +31,11 @@ from pruneofa.train.schedule import cyclic_lr, linear_lr, rewound_lr
 from pruneofa.train.trainer import batches, train
 
 VALIDATION_EXAMPLES = 512
-CALIBRATION_BATCH = 32
-UNUSED_BY_CONTROL = ("lr", "begin", "end", "stop", "interval", "initial", "rewind", "score", "calibration")
+CLOCK = "clock.json"  # beside a model pruned in one shot: the seconds and tokens that it took
+UNUSED_BY_CONTROL = (
+    "lr", "begin", "end", "stop", "interval", "initial", "rewind", "score", "one_shot", "calibration", "gradients",
+    "block", "dampening",
+)  # fmt: skip
 SOURCE = unused("source")  # the location of the text has no influence; its contents are an input
 
 
@@ -100,48 +104,77 @@ def prepare_teacher(settings: TeacherSettings, job: Job, *, model: Model, text: 
 def prune_student(settings: PruneSettings, job: Job, *, teacher: Model, text: Text) -> Outcome:
     """Student pruning, distilled from the prepared teacher it starts from.
 
-    With score magnitude it is pruned gradually during training. With score hessian it is pruned in one shot before
-    training, and trains with its pattern locked.
+    It is pruned gradually during training; or, with one_shot, before training, which then keeps the pattern locked, or
+    is left out.
     """
     transformers.set_seed(settings.seed)
     objective = student_objective(teacher.path, settings.prune, settings.distill, nsp=text.spec.nsp)
-    if settings.prune.score == "hessian":
-        _prune_one_shot(objective.student, teacher, settings, text, job.work / "pruned")
+    clock = {"seconds": 0.0, "tokens": 0}
+    if settings.prune.at_once:
+        clock = _prune_at_once(objective, teacher, settings, text, job.work / "pruned")
         pruning: Any = LockCallback()
     else:
-        pruning = PruningCallback(**schedule(settings.prune))
-    clock = _train(objective, settings.prune, text, learning_rate(settings.prune), settings, job, [pruning])
+        pruning = PruningCallback(**schedule(settings.prune), blocks=_blocks(objective, settings, text))
+    if settings.prune.steps:
+        rate = learning_rate(settings.prune)
+        trained = _train(objective, settings.prune, text, rate, settings, job, [pruning])
+        clock = {name: clock[name] + trained[name] for name in clock}
     return Outcome(objective.student, text.tokenizer, validate(objective, text, settings), **clock)
 
 
-def _prune_one_shot(
-    student: PreTrainedModel, teacher: Model, settings: PruneSettings, text: Text, folder: Path
-) -> None:
-    """Prune the student layer by layer and save it in `folder`, or load it from there if an earlier attempt did so."""
+def _prune_at_once(
+    objective: PretrainingObjective, teacher: Model, settings: PruneSettings, text: Text, folder: Path
+) -> dict[str, Any]:
+    """Prune the student and save it in `folder`, or load it from there if an earlier attempt did so.
+
+    Returns what it took, {"seconds", "tokens"}.
+    """
+
+    def load_dense() -> PreTrainedModel:
+        return load_for_pretraining(teacher.path, nsp=text.spec.nsp)
 
     def make(target: Path) -> None:
-        device = processes().device
-        dense = load_for_pretraining(teacher.path, nsp=text.spec.nsp).to(device)
-        student.to(device)
-        data = text.built.train(settings.prune.calibration, seed=settings.seed)
-        given = [_unmasked(batch, device) for batch in batches(data, text.collate, CALIBRATION_BATCH)]
-        prune = settings.prune
-        prune_layerwise(student, dense, given, final=prune.final, pattern=prune.pattern, skip=prune.skip)
-        student.save_pretrained(target)
+        start = time.monotonic()
+        examples = partial(_examples, text, settings.seed)
+        options: dict[str, Any] = {"seed": settings.seed, "precision": settings.precision}
+        kept = folder.with_name("layers")
+        tokens = prune_at_once(objective, load_dense, settings.prune, examples, **options, kept=kept)
+        objective.student.save_pretrained(target)
+        write_json(target / CLOCK, {"seconds": time.monotonic() - start, "tokens": tokens})
 
     if processes().is_main_process:
         cached_folder(folder, make)
     processes().wait_for_everyone()
+    objective.to(processes().device)
     pruned = load_for_pretraining(str(folder), nsp=text.spec.nsp)
-    student.load_state_dict(pruned.state_dict())
+    objective.student.load_state_dict(pruned.state_dict())
+    return read_json(folder / CLOCK)
 
 
-def _unmasked(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    """A batch of masked-LM training with the original tokens restored, without labels, on `device`."""
-    ids, labels = batch["input_ids"], batch["labels"]
-    whole = {name: batch[name] for name in ("attention_mask", "token_type_ids") if name in batch}
-    whole["input_ids"] = torch.where(labels != IGNORED, labels, ids)
-    return {name: value.to(device) for name, value in whole.items()}
+def _examples(text: Text, seed: int, count: int, size: int) -> Iterator[dict[str, torch.Tensor]]:
+    """`count` training examples of the corpus in batches of `size`."""
+    return batches(text.built.train(count, seed=seed), text.collate, size)
+
+
+def _blocks(objective: PretrainingObjective, settings: PruneSettings, text: Text) -> Blocks:
+    """For score obs: the curvature of the student as it is, from other examples at each selection."""
+    prune = settings.prune
+
+    def computed(weights: Mapping[str, torch.nn.Parameter], t: int) -> dict[str, torch.Tensor]:
+        given = _examples(text, settings.seed + t, prune.gradients * EXAMPLES, EXAMPLES)
+        return fisher_blocks(
+            objective,
+            weights,
+            given,
+            total=prune.gradients,
+            seed=settings.seed + t,
+            block=prune.block,
+            pattern=prune.pattern,
+            precision=settings.precision,
+            shared=True,
+        )
+
+    return computed
 
 
 def train_control(settings: ControlSettings, job: Job, *, teacher: Model, text: Text) -> Outcome:
@@ -173,7 +206,8 @@ def _trial(settings: ControlSettings, lr: float, job: Job, teacher: Model, text:
             notice(f"{job.name}: learning rate {lr:g}, {which}")
         transformers.set_seed(settings.seed)
         objective = student_objective(teacher.path, settings.prune, settings.distill, nsp=text.spec.nsp)
-        once = GradualPruner(objective.student, **{**schedule(settings.prune), "begin": 0, "end": 1, "stop": 1})
+        by_magnitude = settings.prune.model_copy(update={"score": "magnitude"})
+        once = GradualPruner(objective.student, **one_shot_schedule(by_magnitude))
         once.step(1)
         once.release()
         prune = settings.prune.model_copy(update={"lr": lr})
@@ -193,13 +227,15 @@ def _trial(settings: ControlSettings, lr: float, job: Job, teacher: Model, text:
 
 def schedule(settings: Prune) -> dict[str, Any]:
     """The arguments of `GradualPruner` that a prune section holds."""
-    names = ("final", "begin", "end", "stop", "interval", "initial", "pattern", "scope", "skip")
+    if settings.at_once:
+        return one_shot_schedule(settings)
+    names = ("final", "begin", "end", "stop", "interval", "initial", "pattern", "scope", "skip", "score", "dampening")
     return {name: getattr(settings, name) for name in names}
 
 
 def learning_rate(settings: Prune) -> Callable[[int], float]:
     """The multiple of the peak learning rate as a function of the step (docs/method.md, "Student pruning")."""
-    if settings.rewind == "none" or settings.score == "hessian":
+    if settings.rewind == "none" or settings.at_once:
         return _linear_rate(settings)
     warmup = int(settings.steps * settings.warmup)
     rewound = rewound_lr if settings.rewind == "sawtooth" else cyclic_lr

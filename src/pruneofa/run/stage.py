@@ -22,7 +22,14 @@ FORMAT = 3  # part of every stage's fingerprint: increase it when results change
 EVALUATION_FORMAT = 1  # the same for evaluations
 # {"Class.field": value} for settings added by a later version: the value that corresponds to earlier behaviour. A field
 # with that value is not part of the fingerprint, so that stages made by earlier versions stay done.
-ABSENT: dict[str, Any] = {"FineTuneSettings.freeze_embeddings": False}
+ABSENT: dict[str, Any] = {
+    "Distill.hidden_norm": False,
+    "FineTuneSettings.freeze_embeddings": False,
+    "Prune.block": 50,
+    "Prune.dampening": 0.01,
+    "Prune.gradients": 1024,
+    "Prune.one_shot": None,
+}
 
 RECORD, METRICS, EVALUATION = "stage.json", "metrics.json", "evaluation.json"
 MARK = "fingerprint"  # file in a stage's working folder: the fingerprint that the work was begun with

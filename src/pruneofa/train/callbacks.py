@@ -1,15 +1,17 @@
 """Callbacks that prune, lock and quantize in any `transformers.Trainer`."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pruneofa.errors import InputError
 from pruneofa.train.checkpoints import checkpoint_path, read_state
+from pruneofa.train.curvature import second_moments
 from pruneofa.train.lock import PatternLock
 from pruneofa.train.masks import prunable
 from pruneofa.train.prune import GradualPruner
@@ -17,6 +19,8 @@ from pruneofa.train.quantize import FakeQuantizer
 
 PRUNER_FILE = "pruner.safetensors"
 OBSERVER_FILE = "observers.safetensors"
+
+Blocks = Callable[[Mapping[str, nn.Parameter], int], Mapping[str, Tensor]]
 
 
 def _encoder(model: nn.Module) -> nn.Module:
@@ -40,14 +44,16 @@ def _verify_end(mask_state: PatternLock | GradualPruner, model: nn.Module, saved
 
 
 class PruningCallback(TrainerCallback):
-    """Gradual magnitude pruning in any `transformers.Trainer`: masks follow `cubic_sparsity`.
+    """Gradual pruning in any `transformers.Trainer`: masks follow `cubic_sparsity`.
 
     The pruner's state is written into every checkpoint and restored when training resumes from one in the same
-    `output_dir`. Takes the arguments of `GradualPruner`.
+    `output_dir`. Takes the arguments of `GradualPruner`. Score fisher reads the second moments of the Trainer's Adam.
     """
 
-    def __init__(self, **schedule: Any) -> None:
+    def __init__(self, *, blocks: Blocks | None = None, **schedule: Any) -> None:
+        """`blocks`, needed for score obs: called with the weights by name and t where new masks are selected."""
         self.schedule = schedule
+        self.blocks = blocks
         self.pruner: GradualPruner | None = None
         self._saved: int | None = None
 
@@ -59,6 +65,8 @@ class PruningCallback(TrainerCallback):
             self.pruner.release()
         self._saved = None
         self.pruner = GradualPruner(_encoder(kwargs["model"]), **self.schedule)
+        if self.pruner.score == "obs" and self.blocks is None:
+            raise InputError("score obs: needs a function that computes the blocks of the curvature; pass blocks=")
         if state.global_step == 0:
             return
         file = checkpoint_path(args.output_dir, state.global_step, PRUNER_FILE)
@@ -66,10 +74,15 @@ class PruningCallback(TrainerCallback):
             raise InputError(f"{file}: missing, but resuming pruning needs it; start again or restore the file")
         self.pruner.load_state_dict(read_state(file))
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Re-select or re-apply the masks after the optimizer step."""
         assert self.pruner is not None
-        self.pruner.step(state.global_step - 1)
+        t, curvature = state.global_step - 1, None
+        if self.pruner.due(t) and self.pruner.score == "fisher":
+            curvature = second_moments(kwargs["optimizer"], self.pruner.weights)
+        elif self.pruner.due(t) and self.blocks is not None:
+            curvature = self.blocks(self.pruner.weights, t)
+        self.pruner.step(t, curvature)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add the sparsity of the encoder to the logs."""

@@ -1,5 +1,6 @@
-"""The processes that train together, each one's share of a batch, and the fast precision of the machine."""
+"""The processes that train together, each one's share of a batch, the fast precision and the free memory."""
 
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -32,3 +33,36 @@ def fast_precision() -> Literal["bf16", "fp32"]:
         return "bf16"
     native = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return "bf16" if any(supported is not None and supported() for supported in native) else "fp32"
+
+
+def free_memory(root: Path = Path("/")) -> tuple[int, str]:
+    """(bytes that are free where models are trained, its name): this GPU's, or what this process may still use."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info(processes().device)[0], "this GPU"
+    lines = _text(root / "proc/meminfo").splitlines()
+    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        allowed, taken = (_text(root / "sys/fs/cgroup" / name).strip() for name in (limit, used))
+        if allowed.isdigit() and taken.isdigit():
+            found.append(int(allowed) - int(taken))
+    return (max(min(found), 0) if found else 2**63), "this machine"
+
+
+def refuse_more_than_free(needed: int, what: str, do: str) -> None:
+    """Raises InputError when `what` needs more bytes than are free; `do` is what helps."""
+    free, where = free_memory()
+    if needed > free:
+        raise InputError(
+            f"{what} need {needed / 1e9:.1f} GB beside the model, but {where} has {free / 1e9:.1f} GB free; {do}, or "
+            "use a machine with more"
+        )
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text()
+    except OSError:
+        return ""

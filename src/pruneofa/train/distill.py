@@ -100,7 +100,9 @@ def kd_loss(
     return terms.sum() / max(terms.numel(), 1)
 
 
-def hidden_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], rows: Tensor | None = None) -> Tensor:
+def hidden_loss(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], rows: Tensor | None = None, *, relative: bool = False
+) -> Tensor:
     """Squared error between hidden states, mean over layers and width, *sum* over the selected positions.
 
     Divided by the number of selected positions it is the mean squared error; the caller divides, so that
@@ -110,6 +112,8 @@ def hidden_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], rows: Tens
         student: one (..., width) tensor per layer, usually the embedding output and every layer's output.
         teacher: the same shapes; no gradient flows into it.
         rows: bool (...), True at the positions that count. The values elsewhere may be anything, even NaN.
+        relative: divide the squared error of a position by the mean square of the teacher's state there, so that
+            layers count alike whatever the size of their states.
 
     Raises:
         ValueError: the numbers of layers or the shapes differ.
@@ -125,6 +129,9 @@ def hidden_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], rows: Tens
         difference = state.to(kind) - target.detach().to(kind)
         if rows is not None:
             difference = difference.masked_fill(~rows.unsqueeze(-1), 0)
+        if relative:
+            size = target.detach().to(kind).square().mean(-1, keepdim=True).clamp_min(1e-12).sqrt()
+            difference = difference / (size if rows is None else size.masked_fill(~rows.unsqueeze(-1), 1))
         errors.append(difference.square().sum() / state.shape[-1])
     return torch.stack(errors).mean()
 

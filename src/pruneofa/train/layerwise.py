@@ -11,18 +11,23 @@ the residual. ADMM selects the mask and conjugate gradients solve for the remain
 2024, arXiv 2406.07831). Only forward passes are needed: minutes on a CPU for a small encoder.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pruneofa import families
 from pruneofa.errors import CheckFailed
 from pruneofa.families.family import Layer
+from pruneofa.formats.cache import cached_folder
 from pruneofa.progress import progress
+from pruneofa.train.device import refuse_more_than_free
 from pruneofa.train.masks import canonical_name, check_shape, magnitude_mask, prunable
 
 DAMPING = 0.01  # added to the diagonal of the moments, relative to its mean
@@ -30,8 +35,34 @@ ROUNDS = 30  # ADMM iterations
 FIRST_PENALTY, LAST_PENALTY = 0.03, 30.0  # ADMM penalty, rising geometrically; the inputs are scaled to variance 1
 SAME_PENALTY = 5  # ADMM iterations that use the same penalty and hence the same matrix inverse
 FITS = 20  # conjugate-gradient iterations
+LAYER = "layer.safetensors"
 
 Select = Callable[[Tensor], Tensor]
+
+
+def memory_needed(tokens: int, hidden: int, inner: int) -> int:
+    """Bytes that `prune_layerwise` takes beside the models.
+
+    Args:
+        tokens: of text, in all batches.
+        hidden: width of the hidden states.
+        inner: width of the intermediate layer, whose moments are the largest.
+    """
+    # Per token: the embeddings, the states of student and teacher before the layer and of the teacher after it; the
+    # outputs in the teacher's layer that are the goals; input and goal of the linears that are fitted. Then matrices of
+    # the moments: as summed, damped, scaled, the identity, and an inverse with its copy.
+    states, goals, fitted = 4 * hidden, 5 * hidden + inner, hidden + inner
+    return 4 * (tokens * (states + goals + fitted) + 6 * inner * inner)
+
+
+def check_memory(weights: Mapping[str, Tensor], tokens: int) -> None:
+    """Raises InputError when the memory that is free cannot hold what `prune_layerwise` needs for these weights."""
+    sizes = [size for weight in weights.values() for size in weight.shape]
+    refuse_more_than_free(
+        memory_needed(tokens, min(sizes), max(sizes)),
+        f"prune.score hessian: {tokens:,} tokens of calibration",
+        "lower prune.calibration",
+    )
 
 
 @torch.no_grad()
@@ -43,10 +74,11 @@ def prune_layerwise(
     final: float,
     pattern: str = "unstructured",
     skip: Iterable[str] = (),
+    kept: Path | None = None,
 ) -> None:
     """Prune `student` in place, layer by layer; its weights and biases are fitted to the outputs of `teacher`.
 
-    The inputs and outputs of a layer are held for all batches: about 40 bytes per token and hidden unit.
+    The inputs and outputs of a layer are held for all batches: see `memory_needed`.
 
     Args:
         student: starts as a copy of `teacher`; both are put into evaluation mode.
@@ -56,6 +88,8 @@ def prune_layerwise(
         final: sparsity of every pruned weight, 0 to 1.
         pattern: as in `masks.magnitude_mask`.
         skip: regular expressions matching the names of weights that stay dense.
+        kept: folder where every layer is kept as soon as it is pruned; those that are there already, from the same
+            models, batches and settings, are read and not pruned again.
 
     Raises:
         InputError: the model has no encoder, or the shape of a weight does not divide into the pattern's blocks.
@@ -69,6 +103,8 @@ def prune_layerwise(
     def select(scores: Tensor) -> Tensor:
         return magnitude_mask(scores, final, pattern)
 
+    if kept is not None:
+        kept.mkdir(parents=True, exist_ok=True)
     student.eval()
     teacher.eval()
     family = families.of(student.config.model_type)
@@ -82,9 +118,15 @@ def prune_layerwise(
         for index, (layer, dense) in enumerate(pairs):
             names = {name for name in wanted if name.startswith(f"{family.layers}.{index}.")}
             modules = {name.removeprefix(f"{family.layers}.{index}.").removesuffix(".weight") for name in names}
-            student_hidden, teacher_hidden = _prune_layer(
-                layer, dense, calls, student_hidden, teacher_hidden, family.layer, modules, select
+            prune = partial(
+                _prune_layer, layer, dense, calls, student_hidden, teacher_hidden, family.layer, modules, select
             )
+            if kept is None:
+                prune(None)
+            elif cached_folder(kept / f"layer-{index}", prune):
+                layer.load_state_dict(load_file(kept / f"layer-{index}" / LAYER))
+            student_hidden = [call.run(layer, x, ()).output for call, x in zip(calls, student_hidden, strict=True)]
+            teacher_hidden = [call.run(dense, x, ()).output for call, x in zip(calls, teacher_hidden, strict=True)]
             advance()
     if f"{families.POOLER}.weight" in wanted:
         firsts = [(s[:, 0], t[:, 0]) for s, t in zip(student_hidden, teacher_hidden, strict=True)]
@@ -223,12 +265,9 @@ def _prune_layer(
     names: Layer,
     wanted: set[str],
     select: Select,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Prune the linears of one layer in the order of the forward pass.
-
-    Returns:
-        The outputs of the pruned and of the dense layer, one tensor (rows, tokens, hidden) per batch.
-    """
+    target: Path | None,
+) -> None:
+    """Prune the linears of one layer in the order of the forward pass, and save the layer in the folder `target`."""
     # The linears of a group read the same input. The LayerNorm after a linear reads its output plus the residual.
     groups: list[tuple[list[str], str | None]] = [
         ([names.query, names.key, names.value], None),
@@ -236,24 +275,27 @@ def _prune_layer(
         ([names.intermediate], None),
         ([names.output], names.output_norm),
     ]
-    watched = [names.query, names.key, names.value, names.attention_norm, names.intermediate, names.output_norm]
-    of_teacher = [call.run(dense, hidden, watched) for call, hidden in zip(calls, teacher_hidden, strict=True)]
+    norms = (names.attention_norm, names.output_norm)
+    watched = [names.query, names.key, names.value, names.intermediate, *norms]
+    goals: list[dict[str, Tensor]] = []  # per batch: outputs of the teacher's linears, inputs of its norms
+    for call, hidden in zip(calls, teacher_hidden, strict=True):
+        seen = call.run(dense, hidden, watched, last=names.output_norm).modules
+        goals.append({name: given if name in norms else made for name, (given, made) in seen.items()})
     for linears, norm in groups:
         linears = [name for name in linears if name in wanted]
         rows: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in linears}
-        for call, hidden, teacher in zip(calls, student_hidden, of_teacher, strict=True):
+        for call, hidden, goal in zip(calls, student_hidden, goals, strict=True):
             if not linears:
                 break
             watch = [*linears, norm] if norm else linears
-            seen = call.run(layer, hidden, watch, last=watch[-1]).modules
+            modules = call.run(layer, hidden, watch, last=watch[-1]).modules
             for name in linears:
-                given, made = seen[name]
-                goal = teacher.modules[norm][0] - (seen[norm][0] - made) if norm else teacher.modules[name][1]
-                rows[name].append((given, goal))
+                given, made = modules[name]
+                rows[name].append((given, goal[norm] - (modules[norm][0] - made) if norm else goal[name]))
         for name in linears:
             _fit_linear(layer.get_submodule(name), rows[name], select, name)
-    student_hidden = [call.run(layer, hidden, ()).output for call, hidden in zip(calls, student_hidden, strict=True)]
-    return student_hidden, [seen.output for seen in of_teacher]
+    if target is not None:
+        save_file(layer.state_dict(), target / LAYER)
 
 
 def _fit_linear(linear: nn.Module, rows: list[tuple[Tensor, Tensor]], select: Select, name: str) -> None:
@@ -263,10 +305,13 @@ def _fit_linear(linear: nn.Module, rows: list[tuple[Tensor, Tensor]], select: Se
     inputs = sum(x.float().sum(0) for x, _ in rows) / count
     outputs = sum(y.float().sum(0) for _, y in rows) / count
     # The means are taken off first: a difference of large products would lose the variance of nearly constant inputs.
-    centred = [(x.float() - inputs, y.float() - outputs) for x, y in rows]
-    moments = sum(x.T @ x for x, _ in centred) / count
-    products = sum(x.T @ y for x, y in centred) / count
-    weight = sparse_fit(linear.weight, moments, products, select)
+    moments = torch.zeros(len(inputs), len(inputs), device=inputs.device)
+    products = torch.zeros(len(inputs), len(outputs), device=inputs.device)
+    for x, y in rows:
+        x, y = x.float() - inputs, y.float() - outputs
+        moments += x.T @ x
+        products += x.T @ y
+    weight = sparse_fit(linear.weight, moments / count, products / count, select)
     if not weight.isfinite().all():
         raise CheckFailed(f"{name}: its sparse fit is not finite; give more text (prune.calibration)")
     linear.weight.copy_(weight)

@@ -68,6 +68,7 @@ class PretrainingObjective(_Objective):
         temperature: float,
         positions: Literal["all", "masked"],
         nsp: bool,
+        hidden_norm: bool = False,
     ) -> None:
         """Check that the models fit together, and freeze parameters that no loss depends on.
 
@@ -77,6 +78,7 @@ class PretrainingObjective(_Objective):
             hard: weight of the MLM and NSP losses.
             kd: weight of the distillation of their logits.
             hidden: weight of the mean squared error of hidden states.
+            hidden_norm: divide it, for each position and layer, by the mean square of the teacher's state.
             temperature: T of the distillation.
             positions: distil the MLM logits at all non-padding positions, or at the masked ones only.
             nsp: whether there is a next-sentence loss.
@@ -87,7 +89,7 @@ class PretrainingObjective(_Objective):
         """
         super().__init__(student, teacher if kd or hidden else None)
         self.hard, self.kd, self.hidden, self.temperature = hard, kd, hidden, temperature
-        self.positions, self.nsp = positions, nsp
+        self.positions, self.nsp, self.hidden_norm = positions, nsp, hidden_norm
         _check_pair(student, teacher, logits=kd > 0, hidden=hidden > 0)
         for model in (student, self.teacher):
             if model is not None and (hard or kd):
@@ -198,9 +200,10 @@ class PretrainingObjective(_Objective):
 
     def _states(self, mask: Tensor, states: Any, targets: Any, tokens: Tensor, items: Tensor) -> Tensor:
         layers = len(states.hidden_states)
-        mse = hidden_loss(states.hidden_states, targets.hidden_states, mask) / tokens
+        relative = self.hidden_norm
+        mse = hidden_loss(states.hidden_states, targets.hidden_states, mask, relative=relative) / tokens
         if _pooled(states) is not None and _pooled(targets) is not None:
-            mse = mse + hidden_loss([_pooled(states)], [_pooled(targets)]) / (items * layers)
+            mse = mse + hidden_loss([_pooled(states)], [_pooled(targets)], relative=relative) / (items * layers)
         return mse
 
     def _freeze_unused(self) -> None:

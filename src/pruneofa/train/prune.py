@@ -1,14 +1,15 @@
-"""Gradual magnitude pruning for any training loop: holds the state; masks.py and schedule.py are pure functions."""
+"""Gradual pruning for any training loop: holds the state; masks.py, scores.py and schedule.py are pure functions."""
 
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from pruneofa.errors import InputError
+from pruneofa.errors import CheckFailed, InputError
 from pruneofa.train import masks
 from pruneofa.train.lock import PatternLock, pack, sparsity_of, unpack, warn_of_adapters
 from pruneofa.train.schedule import cubic_sparsity
+from pruneofa.train.scores import SCORES, fisher_scores, obs_scores, obs_update
 
 SCOPES = ("uniform", "global")
 
@@ -23,6 +24,15 @@ class GradualPruner:
     The dense value that a pruned weight had is kept outside the model. It is restored when masks are selected
     again, so that a weight can return. This takes a second copy of the prunable weights and one byte per weight for
     the masks.
+
+    `score` says which weights are pruned first; all but magnitude need `step(t, curvature)` where t is due:
+
+    - magnitude: the smallest.
+    - fisher: the smallest w^2 F_ii. `curvature` is {name: mean squared gradient (out, in)}, such as
+      `curvature.second_moments(optimizer, pruner.weights)`. That of a pruned weight is kept with its dense value: a
+      third copy of the weights.
+    - obs: the smallest w^2 / (F^-1)_ii; the others are updated for it. `curvature` is {name: blocks of F}, such as
+      `curvature.fisher_blocks` makes. A pruned weight does not return, so `end` is the last selection.
     """
 
     def __init__(
@@ -38,19 +48,24 @@ class GradualPruner:
         pattern: str = "unstructured",
         scope: str = "uniform",
         skip: Iterable[str] = (),
+        score: str = "magnitude",
+        dampening: float = 0.01,
     ) -> None:
         """Check the arguments and find the weights; nothing is pruned before `step(begin)`.
 
         `begin`, `end` and `stop` are the steps of the first selection, of reaching `final`, and of the last
         selection; `interval` steps lie between selections. `skip` lists regular expressions of layers to leave dense.
-        Raises InputError for a bad schedule, sparsity, pattern or scope, and for a layer whose shape does
+        `dampening`, for score obs, is added to the diagonal of F, relative to its mean in a layer.
+        Raises InputError for a bad schedule, sparsity, pattern, scope or score, and for a layer whose shape does
         not divide into the pattern's blocks.
         """
         _check_schedule(begin, end, stop, interval)
         _check_sparsity(initial, final, pattern, scope)
+        _check_score(score, dampening)
         self.begin, self.end, self.stop, self.interval = begin, end, stop, interval
         self.initial, self.final = initial, final
         self.pattern, self.scope = pattern, scope
+        self.score, self.dampening = score, dampening
         skip = tuple(skip)
         weights = masks.prunable(model, skip)
         if not weights:
@@ -65,6 +80,8 @@ class GradualPruner:
         )
         self._lock = PatternLock(weights, {n: torch.zeros_like(w, dtype=torch.bool) for n, w in weights.items()})
         self._dense = {n: torch.empty_like(w, requires_grad=False) for n, w in weights.items()}
+        fisher = weights if score == "fisher" else {}
+        self._diagonal = {n: torch.zeros_like(w, requires_grad=False) for n, w in fisher.items()}
 
     @property
     def weights(self) -> dict[str, nn.Parameter]:
@@ -79,22 +96,31 @@ class GradualPruner:
     def due(self, t: int) -> bool:
         """Whether `step(t)` selects new masks."""
         on_grid = (t - self.begin) % self.interval == 0
-        return self.begin <= t <= self.stop and (on_grid or t == self.end)
+        return self.begin <= t <= (self.end if self.score == "obs" else self.stop) and (on_grid or t == self.end)
 
     @torch.no_grad()
-    def step(self, t: int) -> bool:
-        """Set pruned weights to zero; if t is due, select new masks first. Returns whether t was due."""
+    def step(self, t: int, curvature: Mapping[str, Tensor] | None = None) -> bool:
+        """Set pruned weights to zero; if t is due, select new masks first. Returns whether t was due.
+
+        `curvature`: see the class; not needed where t is not due. Raises InputError if it is missing there.
+        """
         if not self.due(t):
             self._lock.apply()
             return False
+        if self.score != "magnitude" and curvature is None:
+            raise InputError(f"score {self.score}: step({t}) selects masks and needs the curvature; pass it")
         for name, weight in self.weights.items():
             # After this the saved tensor is complete: trained values where kept, saved values where pruned.
             dense, pruned = self._dense_on(name, weight.device), self._lock.mask_on(name, weight.device)
             torch.where(pruned, dense, weight, out=dense)
         target = cubic_sparsity(t, begin=self.begin, end=self.end, final=self.final, initial=self.initial)
-        for name, kept in self._select(target):
-            self._lock.pruned[name] = kept.logical_not_()
-            self.weights[name].copy_(self._dense[name])
+        for name, kept in self._select(self._scores(curvature or {}), target):
+            pruned = kept.logical_not_()
+            if self.score == "obs":
+                self._remove(name, pruned, curvature or {})
+            else:
+                self.weights[name].copy_(self._dense[name])
+            self._lock.pruned[name] = pruned
         self._lock.apply()
         return True
 
@@ -117,13 +143,17 @@ class GradualPruner:
         """The state as a flat dict of CPU tensors by canonical layer name, ready for safetensors.
 
         `*.pruned` are the packed bits of the mask, uint8; `*.dense` are the values of the pruned weights in
-        order of position, in the weight's dtype. The schedule is not part of it: it belongs to the recipe.
+        order of position, in the weight's dtype; `*.diagonal` their mean squared gradients, with score fisher.
+        The schedule is not part of it: it belongs to the recipe.
         """
         state: dict[str, Tensor] = {}
         for name, pruned in self._lock.pruned.items():
             dense = self._dense_on(name, pruned.device)
             state[f"{masks.canonical_name(name)}.pruned"] = pack(pruned)
             state[f"{masks.canonical_name(name)}.dense"] = dense[pruned].cpu()
+            if name in self._diagonal:
+                diagonal = self._on(self._diagonal, name, pruned.device)
+                state[f"{masks.canonical_name(name)}.diagonal"] = diagonal[pruned].cpu()
         return state
 
     @torch.no_grad()
@@ -134,32 +164,66 @@ class GradualPruner:
         """
         pruned = {name: unpack(state, name, weight) for name, weight in self.weights.items()}
         for name, mask in pruned.items():
-            dense, count = state.get(f"{masks.canonical_name(name)}.dense"), int(mask.count_nonzero())
-            if dense is None or dense.numel() != count or dense.dtype != self.weights[name].dtype:
-                got = "nothing" if dense is None else f"{dense.numel()} dense values of {dense.dtype}"
-                raise InputError(
-                    f"pruning state: {got} for {name}, wanted {count} of {self.weights[name].dtype}; "
-                    "it belongs to another model or is damaged"
-                )
+            count = int(mask.count_nonzero())
+            for kind in ("dense", "diagonal") if name in self._diagonal else ("dense",):
+                stored = state.get(f"{masks.canonical_name(name)}.{kind}")
+                if stored is None or stored.numel() != count or stored.dtype != self.weights[name].dtype:
+                    got = "nothing" if stored is None else f"{stored.numel()} {kind} values of {stored.dtype}"
+                    raise InputError(
+                        f"pruning state: {got} for {name}, wanted {count} of {self.weights[name].dtype}; "
+                        "it belongs to another model or is damaged"
+                    )
         self._lock.pruned.update(pruned)
         for name, mask in pruned.items():
-            self._dense_on(name, mask.device)[mask] = state[f"{masks.canonical_name(name)}.dense"].to(mask.device)
+            for kind, kept in (("dense", self._dense), ("diagonal", self._diagonal)):
+                if name in kept:
+                    stored = state[f"{masks.canonical_name(name)}.{kind}"]
+                    self._on(kept, name, mask.device)[mask] = stored.to(mask.device)
 
     def release(self) -> None:
         """Remove the gradient hooks; call this when pruning is finished and the model is used further."""
         self._lock.release()
 
-    def _select(self, sparsity: float) -> Iterator[tuple[str, Tensor]]:
+    def _scores(self, curvature: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What masks are selected by, by name; self._dense is complete."""
+        if self.score == "magnitude":
+            return self._dense
+        found: dict[str, Tensor] = {}
+        for name, weight in self.weights.items():
+            pruned = self._lock.mask_on(name, weight.device)
+            if self.score == "fisher":
+                diagonal = self._on(self._diagonal, name, weight.device)
+                torch.where(pruned, diagonal, curvature[name].to(diagonal), out=diagonal)
+                found[name] = fisher_scores(self._dense[name], diagonal)
+            else:
+                found[name] = obs_scores(weight, pruned, curvature[name], self.dampening, self.pattern)
+            if not bool(found[name].isfinite().all()):
+                raise CheckFailed(f"score {self.score}: that of {name} is not finite; lower lr, or train in fp32")
+        return found
+
+    def _remove(self, name: str, pruned: Tensor, curvature: Mapping[str, Tensor]) -> None:
+        """Prune one weight to `pruned` and update its other values for that (score obs)."""
+        weight, before = self.weights[name], self._lock.mask_on(name, pruned.device)
+        weight.copy_(
+            obs_update(weight, before, pruned & ~before, curvature[name], self.dampening, self.pattern).to(weight)
+        )
+
+    def _select(self, scores: Mapping[str, Tensor], sparsity: float) -> Iterator[tuple[str, Tensor]]:
         if self.scope == "global":
-            yield from masks.global_masks(self._dense, sparsity, self.pattern)
+            yield from masks.global_masks(scores, sparsity, self.pattern)
         else:
-            for name, dense in self._dense.items():
-                yield name, masks.magnitude_mask(dense, sparsity, self.pattern)
+            for name, values in scores.items():
+                yield name, masks.magnitude_mask(values, sparsity, self.pattern)
 
     def _dense_on(self, name: str, device: torch.device) -> Tensor:
-        if self._dense[name].device != device:
-            self._dense[name] = self._dense[name].to(device)
-        return self._dense[name]
+        return self._on(self._dense, name, device)
+
+    @staticmethod
+    def _on(values: dict[str, Tensor], name: str, device: torch.device) -> Tensor:
+        """One of `values`, moved to `device` if the model was moved."""
+        if values[name].device != device:
+            values[name] = values[name].to(device)
+        return values[name]
 
 
 def _check_schedule(begin: int, end: int, stop: int, interval: int) -> None:
@@ -184,3 +248,10 @@ def _check_sparsity(initial: float, final: float, pattern: str, scope: str) -> N
     only = masks.final_of(pattern)
     if only is not None and abs(final - only) > 1e-9:
         raise InputError(f"final is {final} but pattern {pattern} gives {only:g}; set final to that")
+
+
+def _check_score(score: str, dampening: float) -> None:
+    if score not in SCORES:
+        raise InputError(f"score is {score!r}; wanted {', '.join(SCORES[:-1])} or {SCORES[-1]}")
+    if not 0 < dampening < float("inf"):
+        raise InputError(f"dampening is {dampening} but must be above 0")

@@ -1,0 +1,109 @@
+"""Pruning all weights of a student at once, before it trains or instead of training."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from pruneofa.data.examples import IGNORED
+from pruneofa.progress import progress
+from pruneofa.recipe import Prune
+from pruneofa.train.curvature import EXAMPLES, fisher_blocks, fisher_diagonal
+from pruneofa.train.device import processes
+from pruneofa.train.layerwise import prune_layerwise
+from pruneofa.train.objective import PretrainingObjective
+from pruneofa.train.prune import GradualPruner
+
+BATCH = 32  # examples per forward pass of score hessian
+# Score obs takes the weights away in so many rounds, with new scores of those that are left: two weights that stand for
+# each other must not go together.
+ROUNDS = 8
+
+Batch = dict[str, torch.Tensor]
+Examples = Callable[[int, int], Iterator[Batch]]  # (examples in all, examples per batch) -> batches of the corpus
+
+
+def prune_at_once(
+    objective: PretrainingObjective,
+    load_dense: Callable[[], PreTrainedModel],
+    settings: Prune,
+    examples: Examples,
+    *,
+    seed: int,
+    precision: str,
+    kept: Path,
+) -> int:
+    """Prune the student of `objective` in place to `settings.final`, on this process's device.
+
+    `kept` is the folder of what is not computed again after an interruption (score hessian: the layers so far).
+    Returns the number of tokens that were read for it. Raises as `prune_layerwise` and `fisher_blocks`.
+    """
+    device = processes().device
+    student = objective.to(device).student
+    tokens = 0
+
+    def counted(count: int, size: int) -> Iterator[Batch]:
+        nonlocal tokens
+        for batch in examples(count, size):
+            tokens += int(batch["attention_mask"].sum())
+            yield batch
+
+    if settings.score == "hessian":
+        given = [_unmasked(batch, device) for batch in counted(settings.calibration, BATCH)]
+        prune_layerwise(
+            student,
+            load_dense().to(device),
+            given,
+            final=settings.final,
+            pattern=settings.pattern,
+            skip=settings.skip,
+            kept=kept,
+        )
+        return tokens
+    pruner = GradualPruner(student, **one_shot_schedule(settings))
+    curvature = None
+    if settings.score != "magnitude":
+        options: dict[str, Any] = {"total": settings.gradients, "seed": seed, "precision": precision}
+        batches = counted(settings.gradients * EXAMPLES, EXAMPLES)
+        if settings.score == "fisher":
+            curvature = fisher_diagonal(objective, pruner.weights, batches, **options)
+        else:
+            options |= {"block": settings.block, "pattern": settings.pattern}
+            curvature = fisher_blocks(objective, pruner.weights, batches, **options)
+    with progress("pruning in rounds", pruner.end) as advance:
+        for t in range(1, pruner.end + 1):
+            pruner.step(t, curvature)
+            advance()
+    pruner.release()
+    return tokens
+
+
+def one_shot_schedule(settings: Prune) -> dict[str, Any]:
+    """The arguments of a `GradualPruner` that is at `final` after its steps 1 to `end`."""
+    names = ("final", "pattern", "scope", "skip", "dampening")
+    rounds = ROUNDS if settings.score == "obs" else 1
+    score = "magnitude" if settings.score == "hessian" else settings.score  # its masks are another function's
+    times = {"begin": 0, "end": rounds, "stop": rounds, "interval": 1}
+    return {name: getattr(settings, name) for name in names} | times | {"score": score}
+
+
+def score_tokens(settings: Prune, max_length: int) -> int:
+    """Positions of full-length examples that are read for scores alone, beside those of training."""
+    each = settings.gradients * EXAMPLES * max_length
+    if settings.at_once:
+        return {"magnitude": 0, "hessian": settings.calibration * max_length}.get(settings.score, each)
+    if settings.score != "obs":
+        return 0
+    assert settings.end is not None and settings.interval is not None
+    full, rest = divmod(settings.end - settings.begin, settings.interval)
+    return each * (full + 1 + (rest > 0))
+
+
+def _unmasked(batch: Batch, device: torch.device) -> Batch:
+    """A batch of masked-LM training with the original tokens restored, without labels, on `device`."""
+    ids, labels = batch["input_ids"], batch["labels"]
+    whole = {name: batch[name] for name in ("attention_mask", "token_type_ids") if name in batch}
+    whole["input_ids"] = torch.where(labels != IGNORED, labels, ids)
+    return {name: value.to(device) for name, value in whole.items()}

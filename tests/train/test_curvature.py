@@ -1,0 +1,159 @@
+"""The curvature of a student's outputs: against finite differences, NumPy sums and Adam's own state."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pruneofa.errors import CheckFailed, InputError
+from pruneofa.train import curvature, device, layerwise
+from pruneofa.train.curvature import fisher_blocks, fisher_diagonal, sampled_loss, second_moments
+from pruneofa.train.device import free_memory
+from pruneofa.train.masks import prunable
+from pruneofa.train.objective import PretrainingObjective
+from pruneofa.train.scores import CHUNK, to_blocks
+from tests.tiny import tiny_bert
+
+DENSE = "bert.encoder.layer.0.output.dense.weight"
+OPTIONS = {"total": 6, "seed": 3}
+
+
+def objective(hard=0.0, hidden=1.0, **settings):
+    student, teacher = tiny_bert(), tiny_bert()
+    losses = {"hard": hard, "kd": 0.0, "hidden": hidden, "temperature": 2.0, "positions": "all", "nsp": False}
+    return PretrainingObjective(student.eval(), teacher, **losses | settings)
+
+
+def batches(count=6):
+    made = []
+    for number in range(count):
+        ids = torch.randint(5, 150, (3, 8), generator=torch.Generator().manual_seed(number))
+        mask = torch.ones_like(ids)
+        mask[1, 5:] = 0
+        labels = torch.where(torch.arange(8) % 3 == 0, ids, -100)
+        made.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
+    return made
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_the_mean_square_of_the_sampled_gradients_is_the_curvature_of_the_hidden_states(relative):
+    made = objective(hidden_norm=relative).double()
+    batch, weight = batches(1)[0], prunable(made.student)[DENSE]
+    generator = torch.Generator().manual_seed(0)
+    squares = torch.zeros_like(weight)
+    for _ in range(600):
+        squares += torch.autograd.grad(sampled_loss(made, batch, generator), weight)[0] ** 2 / 600
+
+    @torch.no_grad()
+    def outputs():
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        states = made.student.base_model(**inputs, output_hidden_states=True)
+        kept = [state[batch["attention_mask"].bool()] for state in states.hidden_states[1:]] + [states.pooler_output]
+        scales = [state.square().mean(-1, keepdim=True).sqrt() if relative else 1 for state in kept]
+        return [state / (len(state) * state.shape[1]) ** 0.5 for state in kept], scales
+
+    scales, exact, sampled = outputs()[1], [], []
+    for row, column in [(0, 0), (3, 7), (10, 20), (31, 63)] + [(i, i + 9) for i in range(12, 30)]:
+        with torch.no_grad():
+            weight[row, column] += 1e-4
+            more = outputs()[0]
+            weight[row, column] -= 2e-4
+            less = outputs()[0]
+            weight[row, column] += 1e-4
+        change = zip(more, less, scales, strict=True)
+        exact.append(sum(float((((a - b) / 2e-4 / scale) ** 2).sum()) for a, b, scale in change))
+        sampled.append(float(squares[row, column]))
+    np.testing.assert_allclose(sampled, exact, rtol=0.4)
+    assert np.mean(np.array(sampled) / exact) == pytest.approx(1, abs=0.1)
+
+
+def test_the_words_are_drawn_from_the_students_predictions():
+    made = objective(hard=1.0, hidden=0.0)
+    generator = torch.Generator().manual_seed(0)
+    losses = torch.stack([sampled_loss(made, batches(1)[0], generator).detach() for _ in range(3)])
+    assert len(set(losses.tolist())) == 3 and (losses > 0).all()
+
+
+def test_blocks_are_the_mean_outer_products_of_the_gradients():
+    made = objective()
+    weights = prunable(made.student)
+    gradients = list(curvature._gradients(made, weights, batches(), **OPTIONS, precision="fp32"))
+    found = fisher_blocks(made, weights, batches(), **OPTIONS, block=6, pattern="4x1")
+    diagonal = fisher_diagonal(made, weights, batches(), **OPTIONS)
+    squares = {n: np.mean([g[n].double().numpy() ** 2 for g in gradients], axis=0) for n in weights}
+    mean = sum(square.sum() for square in squares.values()) / sum(w.numel() for w in weights.values())
+    for name in weights:
+        parts = np.stack([to_blocks(g[name], 8, "4x1").double().numpy() for g in gradients])
+        wanted = np.einsum("kbi,kbj->bij", parts, parts) / len(gradients) / mean
+        np.testing.assert_allclose(found[name], wanted, rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(diagonal[name], squares[name] / mean, rtol=1e-3, atol=1e-7)
+    assert made.student.training is False
+
+
+def test_a_weight_without_a_gradient_has_no_curvature_and_none_at_all_is_an_error():
+    made = objective()
+    made.student.bert.pooler.dense.weight.requires_grad_(False)
+    found = fisher_diagonal(made, prunable(made.student), batches(), **OPTIONS)
+    assert not found["bert.pooler.dense.weight"].any() and found[DENSE].any()
+    made.student.requires_grad_(False)
+    with pytest.raises(CheckFailed, match="the gradients of all weights are 0"):
+        fisher_diagonal(made, prunable(made.student), batches(), **OPTIONS)
+
+
+def test_second_moments_are_adams_without_its_bias():
+    model = tiny_bert()
+    weights = prunable(model)
+    weights[DENSE].requires_grad_(False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], betas=(0.9, 0.9))
+    name = next(iter(weights))
+    with pytest.raises(InputError, match=f"AdamW keeps no second moment of {name}, wanted Adam or AdamW after a step"):
+        second_moments(optimizer, weights)
+    rng = np.random.default_rng(0)
+    wanted = 0.0
+    for _ in range(3):
+        for weight in weights.values():
+            if weight.requires_grad:
+                weight.grad = torch.from_numpy(rng.normal(size=weight.shape)).float()
+        wanted = 0.9 * wanted + 0.1 * weights[name].grad.double().numpy() ** 2
+        optimizer.step()
+    found = second_moments(optimizer, weights)
+    np.testing.assert_allclose(found[name], wanted / (1 - 0.9**3), rtol=1e-5)
+    others = [float(moment.mean()) for other, moment in found.items() if other != DENSE]
+    assert found[DENSE].unique().tolist() == pytest.approx([np.mean(others)])
+    with pytest.raises(InputError, match="SGD keeps no second moment"):
+        second_moments(torch.optim.SGD(model.parameters(), lr=1), weights)
+
+
+def test_more_memory_than_there_is_is_refused_before_it_is_taken(monkeypatch):
+    made = objective()
+    weights = prunable(made.student)
+    monkeypatch.setattr(device, "free_memory", lambda: (100_000_000, "this GPU"))
+    count = sum(weight.numel() for weight in weights.values())
+    needed = curvature.memory_needed(count, 50, "1x4")
+    assert needed == 4 * count * (52 + curvature.HELD + 3) + 32 * CHUNK * 52**2
+    wanted = rf"0\.0 million weights in blocks of 52 need {needed / 1e9:.1f} GB .* this GPU has 0\.1 GB free; lower"
+    with pytest.raises(InputError, match=wanted):
+        fisher_blocks(made, weights, [], **OPTIONS, block=50, pattern="1x4")
+    with pytest.raises(InputError, match=r"hessian: 99,999 tokens of calibration need 0\.2 GB .*prune\.calibration"):
+        layerwise.check_memory(weights, 99_999)
+    layerwise.check_memory(weights, 9_999)
+
+
+@pytest.mark.parametrize(
+    ("files", "free"),
+    [
+        ({}, 2**63),
+        ({"proc/meminfo": "MemTotal: 9 kB\nMemAvailable: 8 kB\n"}, 8192),
+        ({"proc/meminfo": "MemAvailable: 8 kB\n", "memory.max": "max\n", "memory.current": "5"}, 8192),
+        ({"proc/meminfo": "MemAvailable: 8 kB\n", "memory.max": "5000\n", "memory.current": "2000\n"}, 3000),
+        ({"memory/memory.limit_in_bytes": "7", "memory/memory.usage_in_bytes": "9"}, 0),
+    ],
+)
+def test_free_memory_is_that_of_the_machine_or_of_the_group(tmp_path: Path, monkeypatch, files, free):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name, content in files.items():
+        file = tmp_path / ("" if name.startswith("proc") else "sys/fs/cgroup") / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content)
+    assert free_memory(tmp_path) == (free, "this machine")
