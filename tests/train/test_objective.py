@@ -55,7 +55,7 @@ def test_counts():
     masked, tokens = (batch["labels"] != -100).sum().item(), batch["attention_mask"].sum().item()
     assert objective.counts(batch).tolist() == [masked, tokens, 8, tokens]
     assert objective.counts(batch).dtype == torch.float64
-    objective.positions = "masked"
+    objective = PretrainingObjective(_model(), _model(), **LOSSES | {"positions": "masked"}, nsp=True)
     assert objective.counts(batch).tolist() == [masked, masked, 8, tokens]
 
 

@@ -17,7 +17,7 @@ from pruneofa.data.corpus import build_corpus
 from pruneofa.data.examples import collate
 from pruneofa.errors import CheckFailed, InputError
 from pruneofa.recipe import Corpus
-from pruneofa.train import LockCallback, PruningCallback
+from pruneofa.train import LockCallback, PruningCallback, checkpoints
 from pruneofa.train.attention import use_bf16_attention
 from pruneofa.train.checkpoints import last_checkpoint
 from pruneofa.train.device import split_batch
@@ -394,14 +394,17 @@ def test_a_clock_that_goes_backwards_does_not_cost_the_newest_checkpoint(text, t
 
 
 @pytest.mark.parametrize("fault", [cut, lambda file: file.unlink()])
-def test_a_checkpoint_that_cannot_be_read_back_is_not_complete(text, tmp_path, fault):
-    class Spoiled(TrainerCallback):
-        def on_save(self, args, state, control, **kwargs):
-            if state.global_step == 9:
-                fault(tmp_path / "checkpoint-9" / "optimizer.pt")
+def test_a_checkpoint_that_cannot_be_read_back_is_not_complete(text, tmp_path, fault, monkeypatch):
+    flush = checkpoints.sync_tree
 
+    def spoil(checkpoint):
+        flush(checkpoint)
+        if checkpoint.name == "checkpoint-9":
+            fault(checkpoint / "optimizer.pt")
+
+    monkeypatch.setattr(checkpoints, "sync_tree", spoil)
     with pytest.raises(OSError, match=r"cannot be read back: optimizer\.pt: .*checkpoint-9"):
-        fit(objective(), text, tmp_path, steps=12, save_steps=3, callbacks=[Spoiled()])
+        fit(objective(), text, tmp_path, steps=12, save_steps=3)
     assert last_checkpoint(tmp_path).name == "checkpoint-6"  # and the one before it was kept until then
     assert (tmp_path / "checkpoint-3" / "complete").exists()
 

@@ -7,6 +7,7 @@ change only rounding. (DDP averages gradients: the trainer multiplies the loss b
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -88,6 +89,8 @@ class PretrainingObjective(_Objective):
         super().__init__(student, teacher if kd or hidden else None)
         self.hard, self.kd, self.hidden, self.temperature = hard, kd, hidden, temperature
         self.positions, self.nsp = positions, nsp
+        # Not a method: data loaders in other processes call it, and must not be given the models with it.
+        self.counts: Callable[[Batch], Tensor] = partial(pretraining_counts, positions=positions)
         _check_pair(student, teacher, logits=kd > 0, hidden=hidden > 0)
         for model in (student, self.teacher):
             if model is not None and (hard or kd):
@@ -98,15 +101,6 @@ class PretrainingObjective(_Objective):
                         "set corpus.nsp: false, or load a model for pre-training"
                     )
         self._freeze_unused()
-
-    def counts(self, batch: Batch) -> Tensor:
-        """Float64 (4): masked positions, positions with distilled logits, items, non-padding positions."""
-        mask = _mask(batch)
-        labelled = (batch["labels"] != UNLABELLED) & mask if "labels" in batch else torch.zeros_like(mask)
-        masked, tokens = labelled.sum(), mask.sum()
-        distilled = masked if self.positions == "masked" else tokens
-        items = masked.new_tensor(mask.shape[0])
-        return torch.stack([masked, distilled, items, tokens]).double()
 
     def forward(self, batch: Batch, counts: Tensor) -> dict[str, Tensor]:
         """Losses of a micro-batch as its share of an optimizer step.
@@ -253,6 +247,7 @@ class TransferObjective(_Objective):
         """
         super().__init__(student, teacher if kd or hidden else None)
         self.kind, self.hard, self.kd, self.temperature, self.hidden = kind, hard, kd, temperature, hidden
+        self.counts: Callable[[Batch], Tensor] = transfer_counts
         if (kd or hidden) and teacher is None:
             raise InputError("kd or hidden is above 0 but there is no teacher; give one, or set both to 0 and hard: 1")
         _check_pair(student, teacher, logits=False, hidden=hidden > 0)
@@ -260,12 +255,6 @@ class TransferObjective(_Objective):
             wanted, got = student.config.num_labels, self.teacher.config.num_labels
             if got != wanted:
                 raise InputError(f"the teacher has {got} classes but the task has {wanted}; use a teacher of this task")
-
-    def counts(self, batch: Batch) -> Tensor:
-        """Float64 (2): items, non-padding positions."""
-        mask = _mask(batch)
-        tokens = mask.sum()
-        return torch.stack([tokens.new_tensor(mask.shape[0]), tokens]).double()
 
     def forward(self, batch: Batch, counts: Tensor) -> dict[str, Tensor]:
         """Losses of a micro-batch as its share of an optimizer step.
@@ -311,6 +300,23 @@ class TransferObjective(_Objective):
 
     def _names(self) -> tuple[str, ...]:
         return ("start_logits", "end_logits") if self.kind == "qa" else ("logits",)
+
+
+def pretraining_counts(batch: Batch, positions: Literal["all", "masked"]) -> Tensor:
+    """Float64 (4): masked positions, positions with distilled logits, items, non-padding positions."""
+    mask = _mask(batch)
+    labelled = (batch["labels"] != UNLABELLED) & mask if "labels" in batch else torch.zeros_like(mask)
+    masked, tokens = labelled.sum(), mask.sum()
+    distilled = masked if positions == "masked" else tokens
+    items = masked.new_tensor(mask.shape[0])
+    return torch.stack([masked, distilled, items, tokens]).double()
+
+
+def transfer_counts(batch: Batch) -> Tensor:
+    """Float64 (2): items, non-padding positions."""
+    mask = _mask(batch)
+    tokens = mask.sum()
+    return torch.stack([tokens.new_tensor(mask.shape[0]), tokens]).double()
 
 
 def vocabulary_head(model: PreTrainedModel) -> tuple[Callable[[Tensor], Tensor], nn.Linear]:
