@@ -45,6 +45,7 @@ CHANGES = {
         "dropout": (0.0, AFTER_TEACHER),
         "checkpoint_activations": (True, SAME),
         "save_steps": (1, SAME),
+        "save_minutes": (1.0, SAME),
     },
     "prune": {
         "score": ("hessian", AFTER_PRUNE),
@@ -59,6 +60,7 @@ CHANGES = {
         "dropout": (0.0, STUDENTS),
         "checkpoint_activations": (True, SAME),
         "save_steps": (1, SAME),
+        "save_minutes": (1.0, SAME),
         "begin": (1, AFTER_PRUNE),
         "end": (4, AFTER_PRUNE),
         "stop": (9, AFTER_PRUNE),
@@ -114,6 +116,7 @@ CHANGES = {
         "qat_rows": (8, QUANTIZE),
         "train_rows": (40, TASK),
         "validation_rows": (20, EVALUATED),
+        "save_minutes": (1.0, SAME),
         "skip_bad_answers": (True, SAME),  # of question answering
     },
 }  # fmt: skip

@@ -31,11 +31,14 @@ from tests.tiny import tiny_bert, tiny_tokenizer
 SCHEDULE = {"final": 0.9, "begin": 0, "end": 6, "stop": 9, "interval": 2}
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
+def small_text(folder):
     spec = Corpus(source=str(write_text(folder / "text.jsonl")), max_length=32, validation=0.2)
     return build_corpus(spec, tiny_tokenizer(), cache_dir=folder / "cache")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return small_text(tmp_path_factory.mktemp("text"))
 
 
 def objective(seed=0, dropout=0.0):

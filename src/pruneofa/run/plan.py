@@ -184,6 +184,7 @@ def _fine_tuning(
         locked=locked,
         seed=id.seed,
         precision=precision,
+        save_minutes=spec.save_minutes,
     )
 
 

@@ -103,15 +103,21 @@ def unused(*names: str) -> Mapping[str, Any]:
     return {"unused": set(names)}
 
 
+# Metadata for a settings field that affects time or memory but not results, as RESOURCES_ONLY does in the recipe.
+RESOURCES: Mapping[str, Any] = {"resources": True}
+
+
 def fingerprinted(settings: Any) -> dict[str, Any]:
     """The settings that determine the result of a stage, including defaults, as plain values.
 
     Args:
         settings: a dataclass of plain values, sections of the recipe and other such dataclasses. Fields that sections
-            mark as RESOURCES_ONLY, `unused` fields, and fields with their value in ABSENT are omitted.
+            mark as RESOURCES_ONLY, RESOURCES and `unused` fields, and fields with their value in ABSENT are omitted.
     """
     values: dict[str, Any] = {}
     for each in dataclasses.fields(settings):
+        if each.metadata == RESOURCES:
+            continue
         value = getattr(settings, each.name)
         if isinstance(value, Section):
             value = _without_absent(value, value.fingerprinted(exclude=each.metadata.get("unused")))

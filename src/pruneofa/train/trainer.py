@@ -19,6 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from pruneofa.errors import InputError
 from pruneofa.formats.files import read_json, write_json
 from pruneofa.progress import notice, progress
+from pruneofa.recipe.model import SAVE_MINUTES
 from pruneofa.train.checkpoints import (
     CLOCK_FILE,
     MODEL,
@@ -32,7 +33,6 @@ from pruneofa.train.checkpoints import (
 from pruneofa.train.device import prepare_models, processes, split_batch, trainer_options
 from pruneofa.train.micro_batches import Batch, StepCollate, split
 
-SAVE_MINUTES = 5.0  # between checkpoints
 AGREEMENT_STEPS = 10  # several processes agree on stops and checkpoints every so many steps: asking makes a GPU wait
 
 
