@@ -7,7 +7,7 @@ import pytest
 from pruneofa import recipe
 from pruneofa.data import rows
 from pruneofa.data.baseline import baseline
-from pruneofa.data.features import collate
+from pruneofa.data.features import collate, evaluation_batches
 from pruneofa.data.tasks import load_task, longest_input
 from pruneofa.errors import InputError
 from tests.data.task_files import ROWS, own, sst2, write
@@ -234,6 +234,19 @@ def test_collate_pads_to_the_longest_and_no_further():
     assert batch["token_type_ids"][0].tolist() == [0, 0, 1] + [0] * 6
     assert batch["attention_mask"].sum(1).tolist() == [3, 9]
     assert batch["labels"].tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("size", [1, 4, 64])
+def test_evaluation_batches_hold_every_feature_once_and_at_most_a_tenth_of_padding(size):
+    lengths = np.random.default_rng(0).integers(3, 384, 700)
+    batches = list(evaluation_batches(lengths, size))
+    assert sorted(np.concatenate(batches)) == list(range(700))
+    for batch in batches:
+        longest = lengths[batch].max()
+        assert longest * len(batch) <= 1.1 * lengths[batch].sum()
+        assert len(batch) == 1 or longest * len(batch) <= 128 * size
+    longest = [lengths[batch].max() for batch in batches]
+    assert longest == sorted(longest, reverse=True)
 
 
 def test_baseline(tmp_path, tokenizer):

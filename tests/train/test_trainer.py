@@ -98,6 +98,50 @@ def test_accumulation_changes_neither_losses_nor_weights(text, tmp_path):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
+def test_out_of_memory_halves_the_micro_batch_and_keeps_the_batch(text, tmp_path, monkeypatch, capsys):
+    enough, little = objective(), objective()
+    whole, parts = [], []
+    fit(enough, text, tmp_path / "enough", events=whole)
+    forward, rows = little.forward, []
+
+    def limited(batch, counts):
+        rows.append(len(batch["input_ids"]))
+        losses = forward(batch, counts)
+        if rows[-1] > 2:
+            losses["loss"].register_hook(_out_of_memory)  # in the backward pass, where most memory is in use
+        return losses
+
+    monkeypatch.setattr(little, "forward", limited)
+    fit(little, text, tmp_path / "little", events=parts)
+    assert rows[:6] == [8, 4, 2, 2, 2, 2] and set(rows[6:]) == {2}
+    said = [line for line in capsys.readouterr().err.splitlines() if "out of memory" in line]
+    assert said == [
+        "test: out of memory with 8 examples per forward pass; continuing with 4, "
+        "the batch per optimizer step stays the same",
+        "test: out of memory with 4 examples per forward pass; continuing with 2, "
+        "the batch per optimizer step stays the same",
+    ]
+    for a, b in zip(losses(whole), losses(parts), strict=True):
+        assert math.isclose(a, b, rel_tol=1e-4)
+    for a, b in zip(enough.student.parameters(), little.student.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def _out_of_memory(_):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_out_of_memory_with_one_example_is_an_error(text, tmp_path, monkeypatch):
+    model = objective()
+    monkeypatch.setattr(model, "forward", _out_of_memory_at_once)
+    with pytest.raises(InputError, match="test: out of memory with one example per forward pass; lower max_length"):
+        fit(model, text, tmp_path)
+
+
+def _out_of_memory_at_once(batch, counts):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
 def test_parts_of_the_loss_and_the_sparsity_are_logged(text, tmp_path):
     events = []
     fit(objective(), text, tmp_path, events=events, callbacks=[PruningCallback(**SCHEDULE)])

@@ -277,10 +277,10 @@ class TransferObjective(_Objective):
         loss = outputs[self._names()[0]].new_zeros((), dtype=torch.float32)
         if self.hard:
             keys = ("start_positions", "end_positions") if self.kind == "qa" else ("labels",)
-            terms = [
-                F.cross_entropy(outputs[name].float(), batch[key], reduction="sum")
-                for name, key in zip(self._names(), keys, strict=True)
-            ]
+            logits = [outputs[name].float() for name in self._names()]
+            if classes is not None:  # transformers' own loss counts padding as possible answers
+                logits = [each.masked_fill(~classes, torch.finfo(each.dtype).min) for each in logits]
+            terms = [F.cross_entropy(each, batch[key], reduction="sum") for each, key in zip(logits, keys, strict=True)]
             parts["hard"] = torch.stack(terms).mean() / items
             loss = loss + self.hard * parts["hard"]
         if self.teacher is not None:
