@@ -38,7 +38,7 @@ def random_batches(lengths: np.ndarray, size: int) -> list[np.ndarray]:
 
 def line(name: str, tokens: float, columns: list[float]) -> str:
     """One row of the table."""
-    return f"{name:<12}{tokens:>14.1f}" + "".join(f"{column:>10.3f}" for column in columns)
+    return f"{name:<12}{tokens:>14.1f}" + "".join(f"{column:>12.3f}" for column in columns)
 
 
 def main() -> None:
@@ -52,7 +52,7 @@ def main() -> None:
     options = parser.parse_args()
     tokenizer = load_tokenizer(options.model)
     heads = [f"{kind} {size}" for size in options.batch for kind in ("random", "train")]
-    print(f"{'task':<12}{'tokens/example':>14}" + "".join(f"{head:>10}" for head in [*heads, "evaluate"]))
+    print(f"{'task':<12}{'tokens/example':>14}" + "".join(f"{head:>12}" for head in [*heads, "evaluate"]))
     for name in recipe.KNOWN_TASKS:
         spec = recipe.Task(data=str(options.data / name), skip_bad_answers=True, train_rows=options.rows)
         task = load_task(name, spec, tokenizer)

@@ -15,7 +15,7 @@ from pruneofa.data import squad
 BUCKET = 50  # batches within which examples are sorted by length
 FULL_LENGTH = 128  # tokens of the rows that the size of an evaluation batch refers to
 MAX_BATCH_FACTOR = 8  # largest evaluation batch of short rows, as a multiple of its size
-MAX_PADDING = 1.1  # tokens with padding for each token of an evaluation batch
+MAX_PADDING = 1.05  # tokens with padding for each token of an evaluation batch
 Item = dict[str, Any]
 
 
@@ -110,7 +110,7 @@ class TrainDataset(torch.utils.data.Dataset[Item]):
 def evaluation_batches(lengths: NDArray[np.int64], size: int) -> Iterator[NDArray[np.int64]]:
     """Divide features into batches of similar length, longest first, so that running out of memory shows early.
 
-    A batch has at most `size` times 128 tokens (or one feature), and at most 1.1 times its tokens with padding.
+    A batch has at most `size` times 128 tokens (or one feature), and at most 1.05 times its tokens with padding.
 
     Args:
         lengths: tokens of each feature, (features,) int64, at least 1.

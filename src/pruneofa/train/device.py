@@ -18,6 +18,11 @@ MOST_ROWS = 2048  # the same on a GPU, where more are no faster either
 BYTES_PER_ROW = 16 << 20  # of GPU memory in such a forward pass: 128 KiB per token, twice what BERT-Large needs
 
 
+def default_device() -> torch.device:
+    """The GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def processes() -> PartialState:
     """The processes that train together: one, or those that torchrun started."""
     # Without `cpu`, accelerate treats the ranks on a machine without a GPU as independent processes.

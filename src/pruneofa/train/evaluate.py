@@ -24,7 +24,7 @@ from pruneofa.formats.manifest import Manifest, is_packed
 from pruneofa.formats.pack import pack
 from pruneofa.formats.tensors import weights_folder
 from pruneofa.progress import clock, notice, progress
-from pruneofa.train.device import evaluation_rows
+from pruneofa.train.device import default_device, evaluation_rows
 from pruneofa.train.models import check_encoder, load_tokenizer, read_model
 from pruneofa.train.quantize import FakeQuantizer
 
@@ -130,7 +130,7 @@ def load_task_model(path: str | Path, kind: Literal["classification", "qa"]) -> 
             f"{path}: not fine-tuned for {purpose}: {len(missing)} weights "
             f"such as {missing[-1]} are missing; make a task model with `pruneofa transfer`"
         )
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return model.to(default_device()).eval()
 
 
 def evaluate_model(
