@@ -2,10 +2,14 @@
 
 import pytest
 import torch
+import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pruneofa.train.attention import GPU_NAME, NAME, mask_without_reading
 from pruneofa.train.device import MOST_ROWS, ROWS, evaluation_rows, fast_precision, prepare_models, trainer_options
-from tests.tiny import tiny_bert
+from pruneofa.train.lock import PatternLock
+from pruneofa.train.objective import TransferObjective
+from tests.tiny import half_pruned, tiny_bert
 
 
 @pytest.mark.parametrize("supported", [True, False])
@@ -70,3 +74,39 @@ def test_attention_of_a_gpu_gives_what_pytorch_gives_and_reads_no_mask(monkeypat
     sizes["mask_function"] = lambda batch, head, query, key: torch.ones((), dtype=torch.bool)
     assert mask_without_reading(attention_mask=full, **sizes) is not None
     assert mask_without_reading(attention_mask=None, **sizes) is None
+
+
+class Reads(TorchDispatchMode):
+    """Counts the values that are read back from tensors; on a GPU each of them makes the CPU wait."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_transfer_step_reads_nothing_back(monkeypatch):
+    student, teacher = (tiny_bert(transformers.BertForSequenceClassification, seed=seed) for seed in (0, 1))
+    objective = TransferObjective(
+        half_pruned(student), teacher, kind="classification", hard=0.5, kd=0.5, hidden=1.0, temperature=2.0
+    ).train()
+    lock = PatternLock.capture(student)
+    ids = torch.randint(5, 100, (3, 9), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(9) < torch.tensor([[9], [4], [7]])).long()
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([0, 1, 0])}
+    counts = objective.counts(batch)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+
+    def step():
+        with Reads() as reads:
+            objective(batch, counts)["loss"].backward()
+            torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+            optimizer.step()
+            lock.apply()
+        return reads.count
+
+    assert step() > 0  # transformers' own attention reads both masks
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    prepare_models(student, teacher, "fp32")
+    assert step() == 0

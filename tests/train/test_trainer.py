@@ -196,6 +196,16 @@ def test_resuming_gives_the_same_bits(text, tmp_path, micro_batch):
     assert first["tokens"] == second["tokens"]
 
 
+def test_a_streamed_corpus_resumes_with_the_examples_that_follow(tmp_path):
+    spec = Corpus(source=str(write_text(tmp_path / "text.jsonl")), max_length=32, validation=0.2, streaming=True)
+    text = build_corpus(spec, tiny_tokenizer())
+    events, again = [], []
+    fit(objective(), text, tmp_path / "work", steps=6, micro_batch=4, save_steps=3, events=events)
+    (tmp_path / "work" / "checkpoint-6" / "complete").unlink()
+    fit(objective(), text, tmp_path / "work", steps=6, micro_batch=4, save_steps=3, events=again)
+    assert losses(again) == losses(events)[3:]
+
+
 def test_a_half_written_checkpoint_is_not_used(text, tmp_path):
     fit(objective(), text, tmp_path, save_steps=4, callbacks=[PruningCallback(**SCHEDULE)])
     assert last_checkpoint(tmp_path).name == "checkpoint-12"
