@@ -7,7 +7,7 @@ import pytest
 from pruneofa import recipe
 from pruneofa.data import rows
 from pruneofa.data.baseline import baseline
-from pruneofa.data.features import collate
+from pruneofa.data.features import collate, evaluation_batches
 from pruneofa.data.tasks import load_task, longest_input
 from pruneofa.errors import InputError
 from tests.data.task_files import ROWS, own, sst2, write
@@ -221,20 +221,32 @@ def test_a_batch_larger_than_the_data_repeats_it(tmp_path, tokenizer):
     assert set(dataset.order(0)) == set(range(5))
 
 
-def test_collate_pads_to_a_multiple_of_eight():
+def test_collate_pads_to_the_longest_and_no_further():
     items = [
         {"input_ids": np.array([2, 7, 3]), "token_type_ids": np.array([0, 0, 1]), "labels": 1},
         {"input_ids": np.arange(9), "token_type_ids": np.ones(9, np.uint8), "labels": 0},
     ]
     batch = collate(items, 5)
     assert {key: tuple(value.shape) for key, value in batch.items()} == {
-        "input_ids": (2, 16), "token_type_ids": (2, 16), "attention_mask": (2, 16), "labels": (2,),
+        "input_ids": (2, 9), "token_type_ids": (2, 9), "attention_mask": (2, 9), "labels": (2,),
     }  # fmt: skip
-    assert batch["input_ids"][0].tolist() == [2, 7, 3] + [5] * 13
-    assert batch["token_type_ids"][0].tolist() == [0, 0, 1] + [0] * 13
+    assert batch["input_ids"][0].tolist() == [2, 7, 3] + [5] * 6
+    assert batch["token_type_ids"][0].tolist() == [0, 0, 1] + [0] * 6
     assert batch["attention_mask"].sum(1).tolist() == [3, 9]
     assert batch["labels"].tolist() == [1, 0]
-    assert collate(items, 5, max_length=10)["input_ids"].shape == (2, 10)
+
+
+@pytest.mark.parametrize("size", [1, 4, 64])
+def test_evaluation_batches_hold_every_feature_once_and_little_padding(size):
+    lengths = np.random.default_rng(0).integers(3, 384, 700)
+    batches = list(evaluation_batches(lengths, size))
+    assert sorted(np.concatenate(batches)) == list(range(700))
+    for batch in batches:
+        longest = lengths[batch].max()
+        assert longest * len(batch) <= 1.05 * lengths[batch].sum()
+        assert len(batch) == 1 or longest * len(batch) <= 128 * size
+    longest = [lengths[batch].max() for batch in batches]
+    assert longest == sorted(longest, reverse=True)
 
 
 def test_baseline(tmp_path, tokenizer):

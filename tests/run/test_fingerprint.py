@@ -45,6 +45,7 @@ CHANGES = {
         "dropout": (0.0, AFTER_TEACHER),
         "checkpoint_activations": (True, SAME),
         "save_steps": (1, SAME),
+        "save_minutes": (1.0, SAME),
     },
     "prune": {
         "score": ("hessian", AFTER_PRUNE),
@@ -63,6 +64,7 @@ CHANGES = {
         "dropout": (0.0, STUDENTS),
         "checkpoint_activations": (True, SAME),
         "save_steps": (1, SAME),
+        "save_minutes": (1.0, SAME),
         "begin": (1, AFTER_PRUNE),
         "end": (4, AFTER_PRUNE),
         "stop": (9, AFTER_PRUNE),
@@ -118,9 +120,9 @@ CHANGES = {
         "qat_epochs": (9, QUANTIZE),
         "qat_lr": (3e-3, QUANTIZE),
         "qat_rows": (8, QUANTIZE),
-        "save_steps": (1, SAME),
         "train_rows": (40, TASK),
         "validation_rows": (20, EVALUATED),
+        "save_minutes": (1.0, SAME),
         "skip_bad_answers": (True, SAME),  # of question answering
     },
 }  # fmt: skip

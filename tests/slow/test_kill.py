@@ -22,6 +22,7 @@ SETTINGS = [
     f"tasks.mine.epochs={TRANSFER_EPOCHS}",
     "tasks.mine.dense_epochs=2",
     "tasks.mine.qat_epochs=15",
+    "tasks.mine.save_minutes=0.001",
     "quantize={}",
 ]
 

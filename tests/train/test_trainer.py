@@ -17,7 +17,7 @@ from pruneofa.data.corpus import build_corpus
 from pruneofa.data.examples import collate
 from pruneofa.errors import CheckFailed, InputError
 from pruneofa.recipe import Corpus
-from pruneofa.train import LockCallback, PruningCallback
+from pruneofa.train import LockCallback, PruningCallback, checkpoints
 from pruneofa.train.attention import use_bf16_attention
 from pruneofa.train.checkpoints import last_checkpoint
 from pruneofa.train.curvature import fisher_blocks
@@ -32,11 +32,14 @@ from tests.tiny import tiny_bert, tiny_tokenizer
 SCHEDULE = {"final": 0.9, "begin": 0, "end": 6, "stop": 9, "interval": 2}
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
+def small_text(folder):
     spec = Corpus(source=str(write_text(folder / "text.jsonl")), max_length=32, validation=0.2)
     return build_corpus(spec, tiny_tokenizer(), cache_dir=folder / "cache")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return small_text(tmp_path_factory.mktemp("text"))
 
 
 def objective(seed=0, dropout=0.0):
@@ -94,6 +97,50 @@ def test_accumulation_changes_neither_losses_nor_weights(text, tmp_path):
         assert math.isclose(a, b, rel_tol=1e-4)
     for a, b in zip(one.student.parameters(), four.student.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_out_of_memory_halves_the_micro_batch_and_keeps_the_batch(text, tmp_path, monkeypatch, capsys):
+    enough, little = objective(), objective()
+    whole, parts = [], []
+    fit(enough, text, tmp_path / "enough", events=whole)
+    forward, rows = little.forward, []
+
+    def limited(batch, counts):
+        rows.append(len(batch["input_ids"]))
+        losses = forward(batch, counts)
+        if rows[-1] > 2:
+            losses["loss"].register_hook(_out_of_memory)  # in the backward pass, where most memory is in use
+        return losses
+
+    monkeypatch.setattr(little, "forward", limited)
+    fit(little, text, tmp_path / "little", events=parts)
+    assert rows[:6] == [8, 4, 2, 2, 2, 2] and set(rows[6:]) == {2}
+    said = [line for line in capsys.readouterr().err.splitlines() if "out of memory" in line]
+    assert said == [
+        "test: out of memory with 8 examples per forward pass; continuing with 4, "
+        "the batch per optimizer step stays the same",
+        "test: out of memory with 4 examples per forward pass; continuing with 2, "
+        "the batch per optimizer step stays the same",
+    ]
+    for a, b in zip(losses(whole), losses(parts), strict=True):
+        assert math.isclose(a, b, rel_tol=1e-4)
+    for a, b in zip(enough.student.parameters(), little.student.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def _out_of_memory(_):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_out_of_memory_with_one_example_is_an_error(text, tmp_path, monkeypatch):
+    model = objective()
+    monkeypatch.setattr(model, "forward", _out_of_memory_at_once)
+    with pytest.raises(InputError, match="test: out of memory with one example per forward pass; lower max_length"):
+        fit(model, text, tmp_path)
+
+
+def _out_of_memory_at_once(batch, counts):
+    raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 def test_parts_of_the_loss_and_the_sparsity_are_logged(text, tmp_path):
@@ -160,17 +207,14 @@ def test_resuming_gives_the_same_bits(text, tmp_path, micro_batch, score):
     assert first["tokens"] == second["tokens"]
 
 
-@pytest.mark.parametrize(
-    ("every", "at_the_end", "kept"),
-    [(300, 60, []), (300, 0, ["checkpoint-12"]), (0, 60, ["checkpoint-10", "checkpoint-11"])],
-)
-def test_checkpoints_are_by_time(text, tmp_path, monkeypatch, every, at_the_end, kept):
-    from pruneofa.train import trainer
-
-    monkeypatch.setattr(trainer, "SAVE_SECONDS", every)
-    monkeypatch.setattr(trainer, "LAST_SAVE_SECONDS", at_the_end)
-    fit(objective(), text, tmp_path, steps=12, callbacks=[PruningCallback(**SCHEDULE)])
-    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == kept
+def test_a_streamed_corpus_resumes_with_the_examples_that_follow(tmp_path):
+    spec = Corpus(source=str(write_text(tmp_path / "text.jsonl")), max_length=32, validation=0.2, streaming=True)
+    text = build_corpus(spec, tiny_tokenizer())
+    events, again = [], []
+    fit(objective(), text, tmp_path / "work", steps=6, micro_batch=4, save_steps=3, events=events)
+    (tmp_path / "work" / "checkpoint-6" / "complete").unlink()
+    fit(objective(), text, tmp_path / "work", steps=6, micro_batch=4, save_steps=3, events=again)
+    assert losses(again) == losses(events)[3:]
 
 
 def test_a_half_written_checkpoint_is_not_used(text, tmp_path):
@@ -429,14 +473,17 @@ def test_a_clock_that_goes_backwards_does_not_cost_the_newest_checkpoint(text, t
 
 
 @pytest.mark.parametrize("fault", [cut, lambda file: file.unlink()])
-def test_a_checkpoint_that_cannot_be_read_back_is_not_complete(text, tmp_path, fault):
-    class Spoiled(TrainerCallback):
-        def on_save(self, args, state, control, **kwargs):
-            if state.global_step == 9:
-                fault(tmp_path / "checkpoint-9" / "optimizer.pt")
+def test_a_checkpoint_that_cannot_be_read_back_is_not_complete(text, tmp_path, fault, monkeypatch):
+    flush = checkpoints.sync_tree
 
+    def spoil(checkpoint):
+        flush(checkpoint)
+        if checkpoint.name == "checkpoint-9":
+            fault(checkpoint / "optimizer.pt")
+
+    monkeypatch.setattr(checkpoints, "sync_tree", spoil)
     with pytest.raises(OSError, match=r"cannot be read back: optimizer\.pt: .*checkpoint-9"):
-        fit(objective(), text, tmp_path, steps=12, save_steps=3, callbacks=[Spoiled()])
+        fit(objective(), text, tmp_path, steps=12, save_steps=3)
     assert last_checkpoint(tmp_path).name == "checkpoint-6"  # and the one before it was kept until then
     assert (tmp_path / "checkpoint-3" / "complete").exists()
 

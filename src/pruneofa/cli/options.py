@@ -18,7 +18,7 @@ EVALUATED = ("data", "validation", "text", "label", "max_length", "stride", "val
 CALIBRATION = ("calibration", "observer", "percentile")
 TRAINING = (
     "teacher", "qat_epochs", "qat_lr", "qat_rows", "warmup", "weight_decay", "max_grad_norm", "hard", "kd",
-    "hidden", "temperature", "dropout", "freeze_embeddings", "save_steps", "freeze",
+    "hidden", "temperature", "dropout", "freeze_embeddings", "save_minutes", "freeze",
 )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """Token features of a split, their order in training, and batches of them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 from pruneofa.data import squad
 
 BUCKET = 50  # batches within which examples are sorted by length
+FULL_LENGTH = 128  # tokens of the rows that the size of an evaluation batch refers to
+MAX_BATCH_FACTOR = 8  # largest evaluation batch of short rows, as a multiple of its size
+MAX_PADDING = 1.05  # tokens with padding for each token of an evaluation batch
 Item = dict[str, Any]
 
 
@@ -104,19 +107,36 @@ class TrainDataset(torch.utils.data.Dataset[Item]):
         return random.permutation(order.reshape(-1, self.batch)).reshape(-1)
 
 
-def collate(
-    items: Sequence[Item], pad_token_id: int, *, multiple: int = 8, max_length: int | None = None
-) -> dict[str, torch.Tensor]:
-    """Stack items, padded on the right to the longest, rounded up to `multiple` but not beyond `max_length`.
+def evaluation_batches(lengths: NDArray[np.int64], size: int) -> Iterator[NDArray[np.int64]]:
+    """Divide features into batches of similar length, longest first, so that running out of memory shows early.
+
+    A batch has at most `size` times 128 tokens (or one feature), and at most 1.05 times its tokens with padding.
+
+    Args:
+        lengths: tokens of each feature, (features,) int64, at least 1.
+        size: features of 128 tokens in a batch.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    begin = 0
+    while begin < len(order):
+        longest = int(lengths[order[begin]])
+        most = min(max(size * FULL_LENGTH // longest, 1), MAX_BATCH_FACTOR * size)
+        tokens = np.cumsum(lengths[order[begin : begin + most]])
+        # The share of padding grows with every shorter feature, so those that fit are a prefix.
+        fitting = int((longest * np.arange(1, len(tokens) + 1) <= MAX_PADDING * tokens).sum())
+        yield order[begin : begin + fitting]
+        begin += fitting
+
+
+def collate(items: Sequence[Item], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """Stack items, padded on the right to the longest of them and no further (docs/decisions/0019).
 
     Returns:
         input_ids, token_type_ids if the items have it, and attention_mask: (batch, tokens) int64; labels, or
         start_positions and end_positions: (batch,) int64.
     """
-    longest = max(len(item["input_ids"]) for item in items)
-    width = -(-longest // multiple) * multiple
-    if max_length is not None:
-        width = max(longest, min(width, max_length))
+    lengths = np.array([len(item["input_ids"]) for item in items])
+    width = int(lengths.max())
     batch: dict[str, torch.Tensor] = {}
     for key in items[0]:
         if key in ("input_ids", "token_type_ids"):
@@ -126,6 +146,5 @@ def collate(
             batch[key] = torch.from_numpy(padded)
         else:
             batch[key] = torch.tensor([item[key] for item in items], dtype=torch.int64)
-    lengths = np.array([len(item["input_ids"]) for item in items])
     batch["attention_mask"] = torch.from_numpy((np.arange(width) < lengths[:, None]).astype(np.int64))
     return batch

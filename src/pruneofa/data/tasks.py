@@ -56,7 +56,6 @@ class Task:
     train_fingerprint: str
     evaluation_fingerprint: str
     text: tuple[str, ...]
-    max_length: int
     pad_token_id: int
     held_out: tuple[int, int] | None = None
 
@@ -71,8 +70,8 @@ class Task:
         }
 
     def collate(self, items: Sequence[Item]) -> dict[str, torch.Tensor]:
-        """`collate` with this task's padding token and maximum length."""
-        return collate(items, self.pad_token_id, max_length=self.max_length)
+        """`collate` with this task's padding token."""
+        return collate(items, self.pad_token_id)
 
 
 def load_task(
@@ -154,7 +153,7 @@ def load_task(
         raise InputError(f"{where}: all {len(trained)} training rows have the label {only!r}, wanted at least two")
     prints = [_fingerprint(kind, names, used, where) for used in ({"train": trained}, features)]
     pad = tokenizer.pad_token_id or 0
-    return Task(name, kind, names, trained, features, *prints, tuple(text), max_length, pad, held_out)
+    return Task(name, kind, names, trained, features, *prints, tuple(text), pad, held_out)
 
 
 def _names(value: str | list[str] | None) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]  # the seeds that NumPy's generator
 Names = str | list[str]
 RESOURCES_ONLY: dict[str, Any] = {"in_fingerprint": False}  # marks a field that affects time or memory but not results
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"  # names of runs and tasks, which become parts of paths
+SAVE_MINUTES = 5.0  # training that a kill can cost; copying the state for a checkpoint stops training for a moment
 RATE_WARNING = 1.2  # multiple of lr above which to warn; the published schedule reaches 1.02
 
 
@@ -58,13 +59,6 @@ class Corpus(Section):
     streaming: bool = Field(False, description="read while training instead of tokenizing once to a cache")
 
 
-_SAVE_STEPS = Field(
-    None,
-    description="steps between checkpoints (default: by time, one every 5 minutes)",
-    json_schema_extra=RESOURCES_ONLY,
-)
-
-
 class _Optimization(Section):
     """Settings that teacher preparation and pruning share."""
 
@@ -81,7 +75,15 @@ class _Optimization(Section):
     checkpoint_activations: bool = Field(
         False, description="recompute activations in the backward pass", json_schema_extra=RESOURCES_ONLY
     )
-    save_steps: Positive | None = _SAVE_STEPS
+    save_steps: Positive | None = Field(
+        None,
+        description="steps between checkpoints (default: by time, see save_minutes)",
+        json_schema_extra=RESOURCES_ONLY,
+    )
+    save_minutes: Rate = Field(
+        SAVE_MINUTES, description="minutes between checkpoints; one is written at the end too",
+        json_schema_extra=RESOURCES_ONLY,
+    )  # fmt: skip
 
 
 class Teacher(_Optimization):
@@ -244,9 +246,12 @@ class Task(Section):
     qat_rows: Positive | None = Field(
         None, description="random rows per epoch of quantization-aware training (default: all)"
     )
-    save_steps: Positive | None = _SAVE_STEPS
     train_rows: Positive | None = Field(None, description="train on the first rows only, for trials")
     validation_rows: Positive | None = Field(None, description="evaluate on the first rows only, for trials")
+    save_minutes: Rate = Field(
+        SAVE_MINUTES, description="minutes between checkpoints; one is written at the end too",
+        json_schema_extra=RESOURCES_ONLY,
+    )  # fmt: skip
     skip_bad_answers: bool = Field(False, description="drop SQuAD answers whose offsets do not match")
 
     @model_validator(mode="after")

@@ -34,7 +34,7 @@ from pruneofa.run.pretraining import (
 )
 from pruneofa.run.stage import Evaluation, Stage
 from pruneofa.train.checkpoints import last_checkpoint
-from pruneofa.train.device import split_batch
+from pruneofa.train.device import default_device, split_batch
 from pruneofa.train.evaluate import evaluation_seconds
 from pruneofa.train.models import load_for_pretraining, load_for_task
 from pruneofa.train.objective import INPUTS
@@ -153,7 +153,7 @@ def _seconds_per_token(recipe: Recipe, inputs: Inputs, stage: Stage, tokens_per_
 def _seconds_to_evaluate(recipe: Recipe, inputs: Inputs, name: str, int8: dict[str, Any] | None) -> float:
     task = inputs.task(name)
     model = load_for_task(recipe.model, task.kind, **task.model_kwargs())
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(default_device())
     if int8 is not None:
         data = next(iter(task.evaluations.values()))
         batch = task.collate([data[index] for index in range(min(8, len(data)))])
@@ -201,10 +201,11 @@ def _random_batch(objective: nn.Module, rows: int, length: int) -> dict[str, tor
 
 def _time(objective: nn.Module, batch: dict[str, torch.Tensor], precision: str) -> float:
     """Median seconds of a full optimizer step; the first step, which allocates, is not counted."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     objective.to(device).train()
     batch = {name: value.to(device) for name, value in batch.items()}
-    optimizer = torch.optim.AdamW((p for p in objective.parameters() if p.requires_grad), lr=0.0)
+    trained = (parameter for parameter in objective.parameters() if parameter.requires_grad)
+    optimizer = torch.optim.AdamW(trained, lr=0.0, fused=True)  # as in training
     counts = objective.counts(batch)
     seconds = []
     for _ in range(PROBE_STEPS):

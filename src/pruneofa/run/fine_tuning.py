@@ -17,8 +17,7 @@ from pruneofa.data import tasks as task_data
 from pruneofa.errors import InputError
 from pruneofa.formats import scales
 from pruneofa.formats.hub import local_folder
-from pruneofa.recipe import RESOURCES_ONLY
-from pruneofa.run.stage import Job, Model, Outcome
+from pruneofa.run.stage import RESOURCES, Job, Model, Outcome
 from pruneofa.train.callbacks import LockCallback, QuantizeCallback
 from pruneofa.train.evaluate import label_order, load_task_model
 from pruneofa.train.models import load_for_task, load_tokenizer, reorder_classes, set_dropout
@@ -51,7 +50,6 @@ class FineTuneSettings:
         dropout: replaces the dropout rates of the model; None keeps them.
         freeze_embeddings: whether the word embeddings keep their values.
         locked: whether the sparsity pattern is locked.
-        save_steps: steps between checkpoints; None: by time.
     """
 
     epochs: int
@@ -68,7 +66,7 @@ class FineTuneSettings:
     locked: bool
     seed: int
     precision: str
-    save_steps: int | None = field(default=None, metadata=RESOURCES_ONLY)
+    save_minutes: float = field(metadata=RESOURCES)
 
 
 @dataclass(frozen=True)
@@ -162,7 +160,8 @@ def calibrate(settings: CalibrationSettings, job: Job, *, model: Model, task: ta
         assert task.train is not None
         drawn = np.random.default_rng(settings.seed).permutation(len(task.train))[: settings.calibration]
         device = next(student.parameters()).device
-        chosen = Subset(task.train, sorted(map(int, drawn)))
+        drawn = drawn[np.argsort(task.train.lengths[drawn], kind="stable")]  # so that batches need little padding
+        chosen = Subset(task.train, list(map(int, drawn)))
         inputs = (
             {name: value.to(device) for name, value in batch.items() if name in INPUTS}
             for batch in batches(chosen, task.collate, CALIBRATION_BATCH)
@@ -264,7 +263,7 @@ def _train(
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         precision=settings.precision,
-        save_steps=settings.save_steps,
+        save_minutes=settings.save_minutes,
         seed=settings.seed,
         callbacks=callbacks,
     )

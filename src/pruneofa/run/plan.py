@@ -185,7 +185,7 @@ def _fine_tuning(
         locked=locked,
         seed=id.seed,
         precision=precision,
-        save_steps=spec.save_steps,
+        save_minutes=spec.save_minutes,
     )
 
 

@@ -291,6 +291,7 @@ def _train(
         precision=settings.precision,
         checkpoint_activations=optimization.checkpoint_activations,
         save_steps=optimization.save_steps,
+        save_minutes=optimization.save_minutes,
         seed=settings.seed,
         callbacks=callbacks,
     )

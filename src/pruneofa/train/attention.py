@@ -1,8 +1,11 @@
-"""Attention for bfloat16 training on a CPU, faster there than PyTorch's.
+"""Attention for training: for bfloat16 on a CPU one that is faster than PyTorch's, on a GPU PyTorch's without waiting.
 
 On a CPU, `scaled_dot_product_attention` computes its backward pass, and with dropout the forward pass too, mostly
 without the matrix units. Written as separate bfloat16 operations, a whole training step takes a quarter to a half less
 time (`benchmarks/attention.py`). In float32 and on GPUs PyTorch's implementation is faster.
+
+On a GPU, transformers reads every mask back to see whether it is all ones, in order to choose the flash kernel, and the
+CPU waits for that. Here a batch without padding has no mask (`micro_batches.py`), so that no mask has to be read.
 """
 
 from typing import Any
@@ -15,6 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "pruneofa_bf16"
+GPU_NAME = "pruneofa_sdpa"
 
 
 def bf16_attention(
@@ -54,10 +58,23 @@ def bf16_attention(
         return torch.matmul(weights, value).transpose(1, 2).contiguous(), None
 
 
+def mask_without_reading(*args: Any, **options: Any) -> Tensor | None:
+    """transformers' mask for PyTorch's attention, left out only where no mask is given, never after reading one."""
+    skip = options.get("allow_is_bidirectional_skip", False) and options.get("attention_mask") is None
+    return sdpa_mask(*args, **options | {"allow_is_bidirectional_skip": skip})
+
+
 AttentionInterface.register(NAME, bf16_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionInterface.register(GPU_NAME, sdpa_attention_forward)
+AttentionMaskInterface.register(GPU_NAME, mask_without_reading)
 
 
 def use_bf16_attention(model: PreTrainedModel) -> None:
     """Make `model` use `bf16_attention` from now on; the setting is not saved with the model."""
     model.set_attn_implementation(NAME)
+
+
+def use_gpu_attention(model: PreTrainedModel) -> None:
+    """Make `model` use PyTorch's attention without reading masks back; the setting is not saved with the model."""
+    model.set_attn_implementation(GPU_NAME)

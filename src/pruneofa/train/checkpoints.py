@@ -1,16 +1,23 @@
-"""A training run's checkpoints: which of them are complete, which can be read, and which are kept.
+"""A training run's checkpoints: how they are written, which are complete, which can be read, and which are kept.
 
+The training thread copies the state of training into memory, and another thread writes the copy while training goes on.
 The file `complete` marks a checkpoint that was read back after it was written; it holds the checksums of its files.
 """
 
 import errno
 import json
 import pickle
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
+from torch.utils._pytree import tree_map_only
+from transformers import PreTrainedModel
 from transformers.trainer_pt_utils import safe_globals
 
 from pruneofa.errors import InputError, first_line
@@ -21,6 +28,63 @@ from pruneofa.progress import notice
 COMPLETE = "complete"
 CLOCK_FILE = "clock.json"
 KEPT = 2  # complete checkpoints: the newest, and the one before it, in case the newest is damaged
+MODEL, OPTIMIZER, SCHEDULER = "model.safetensors", "optimizer.pt", "scheduler.pt"  # where the Trainer looks for them
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A copy in memory of what is large in a checkpoint: the weights, and the states of optimizer and scheduler."""
+
+    weights: dict[str, torch.Tensor]
+    optimizer: dict[str, Any]
+    scheduler: dict[str, Any]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, optimizer: Any, scheduler: Any) -> "Snapshot":
+        """Copy the state of training to the CPU; of tied weights only the one that transformers stores."""
+        tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
+        weights = {name: _copied(value) for name, value in model.state_dict().items() if name not in tied}
+        optimizer_state = tree_map_only(torch.Tensor, _copied, optimizer.state_dict())
+        return cls(weights, optimizer_state, dict(scheduler.state_dict()))
+
+    def write(self, checkpoint: Path) -> None:
+        """Write the files into the folder of the checkpoint, which holds all other files already; mark it complete."""
+        safetensors.torch.save_file(self.weights, checkpoint / MODEL, {"format": "pt"})
+        torch.save(self.optimizer, checkpoint / OPTIMIZER)
+        torch.save(self.scheduler, checkpoint / SCHEDULER)
+        mark_complete(checkpoint)
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+class BackgroundWriter:
+    """Runs one function after another on a thread; an error in one of them is raised by the next call."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._running: Future[None] | None = None
+
+    def start(self, write: Callable[[], None]) -> None:
+        """Run `write` on the thread, after the one before it has ended."""
+        self.wait()
+        self._running = self._thread.submit(write)
+
+    def check(self) -> None:
+        """Raise the error of a function that has ended; does not wait."""
+        if self._running is not None and self._running.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until nothing is being written."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()
+
+    def close(self) -> None:
+        """Wait, whatever comes of it: after an error in training, a second error would only hide the first."""
+        self._thread.shutdown()
 
 
 def read_state(file: Path) -> dict[str, torch.Tensor]:
@@ -82,7 +146,7 @@ def remove_damaged(folder: Path) -> None:
 
 def _damage(checkpoint: Path) -> str | None:
     """Why training could not resume from this checkpoint, as "file: reason"; None if every file could be read."""
-    for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json", CLOCK_FILE):
+    for name in (MODEL, OPTIMIZER, SCHEDULER, "trainer_state.json", CLOCK_FILE):
         if not (checkpoint / name).is_file():
             return f"{name}: missing"
     for file in sorted(path for path in checkpoint.iterdir() if path.is_file()):

@@ -1,12 +1,27 @@
-"""The processes that train together, each one's share of a batch, the fast precision and the free memory."""
+"""What depends on the machine: processes, shares of a batch, precision, attention, optimizer, batch sizes, free memory.
+
+`torch.compile` is not used: a task has batches of a hundred lengths, and the gain on a GPU is not measured yet.
+"""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
+from torch import nn
+from transformers import PreTrainedModel
 
 from pruneofa.errors import InputError
+from pruneofa.train.attention import use_bf16_attention, use_gpu_attention
+
+ROWS = 64  # rows of 128 tokens per forward pass of an evaluation on a CPU, where more are no faster
+MOST_ROWS = 2048  # the same on a GPU, where more are no faster either
+BYTES_PER_ROW = 16 << 20  # of GPU memory in such a forward pass: 128 KiB per token, twice what BERT-Large needs
+
+
+def default_device() -> torch.device:
+    """The GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def processes() -> PartialState:
@@ -16,7 +31,7 @@ def processes() -> PartialState:
 
 
 def split_batch(batch: int, micro_batch: int | None) -> tuple[int, int]:
-    """(examples per forward pass, accumulation steps) for `batch` examples per step over all processes."""
+    """(examples per forward pass, forward passes per step) for `batch` examples per step over all processes."""
     world = processes().num_processes
     micro = min(micro_batch or batch // world, batch // world)
     if micro == 0 or batch % (micro * world):
@@ -33,6 +48,42 @@ def fast_precision() -> Literal["bf16", "fp32"]:
         return "bf16"
     native = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return "bf16" if any(supported is not None and supported() for supported in native) else "fp32"
+
+
+def trainer_options(precision: str) -> dict[str, Any]:
+    """Arguments of transformers' TrainingArguments: optimizer, precision, and how batches reach the device."""
+    cuda = torch.cuda.is_available()
+    return {
+        "use_cpu": not cuda,
+        "bf16": precision == "bf16",
+        "optim": "adamw_torch_fused",  # on CPUs too: one pass over the weights instead of ten
+        "dataloader_num_workers": 4 if cuda else 0,
+        "dataloader_pin_memory": cuda,
+        # Every process reads its own batches: dispatching would cut those of unequal micro-batches wrongly.
+        "accelerator_config": {"dispatch_batches": False, "non_blocking": cuda},
+    }
+
+
+def prepare_models(student: PreTrainedModel, teacher: PreTrainedModel | None, precision: str) -> None:
+    """Choose the attention of both models, and round a teacher's weights once where autocast would in every step."""
+    cuda = torch.cuda.is_available()
+    for model in (student, teacher):
+        if model is not None and cuda and model.config._attn_implementation == "sdpa":
+            use_gpu_attention(model)
+        elif model is not None and not cuda and precision == "bf16":
+            use_bf16_attention(model)
+    if teacher is not None and precision == "bf16":
+        for module in teacher.base_model.modules():
+            if isinstance(module, nn.Linear):
+                module.to(torch.bfloat16)
+
+
+def evaluation_rows(device: torch.device) -> int:
+    """Rows of 128 tokens per forward pass of an evaluation; on a GPU as many as half of its free memory holds."""
+    if device.type != "cuda":
+        return ROWS
+    free, _ = torch.cuda.mem_get_info(device)
+    return min(max(free // 2 // BYTES_PER_ROW, 1), MOST_ROWS)
 
 
 def free_memory(root: Path = Path("/")) -> tuple[int, str]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pruneofa import __version__, recipe
 from pruneofa.data import squad
-from pruneofa.data.features import TaskData
+from pruneofa.data.features import TaskData, evaluation_batches
 from pruneofa.data.tasks import Task, load_task, longest_input
 from pruneofa.engine.engine import Engine
 from pruneofa.engine.load import Precision as EnginePrecision
@@ -24,14 +24,13 @@ from pruneofa.formats.manifest import Manifest, is_packed
 from pruneofa.formats.pack import pack
 from pruneofa.formats.tensors import weights_folder
 from pruneofa.progress import clock, notice, progress
+from pruneofa.train.device import default_device, evaluation_rows
 from pruneofa.train.models import check_encoder, load_tokenizer, read_model
 from pruneofa.train.quantize import FakeQuantizer
 
 TorchPrecision = Literal["fp32", "bf16"]
 # Features, and the logits of each: one (classes,) row, or start and end of at least as many tokens as it has.
 Batch = tuple[NDArray[np.int64], tuple[Sequence[NDArray[np.float32]] | NDArray[np.float32], ...]]
-_FULL_LENGTH = 128  # row length in tokens that batch_size refers to; shorter rows are batched in larger numbers
-_MAX_BATCH_FACTOR = 8  # largest batch of short rows, as a multiple of batch_size
 _ENGINE_ROWS = 256  # rows per step of the progress bar; the engine forms its own batches
 ANNOUNCED = 2.0  # seconds: the expected time of a longer evaluation is printed before it starts
 _PROBE_TOKENS = 1024
@@ -45,7 +44,7 @@ def evaluate(
     *,
     data_root: str | Path | None = None,
     whole: bool = False,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     precision: TorchPrecision | EnginePrecision | None = None,
     engine: bool = False,
     threads: int | None = None,
@@ -131,14 +130,14 @@ def load_task_model(path: str | Path, kind: Literal["classification", "qa"]) -> 
             f"{path}: not fine-tuned for {purpose}: {len(missing)} weights "
             f"such as {missing[-1]} are missing; make a task model with `pruneofa transfer`"
         )
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return model.to(default_device()).eval()
 
 
 def evaluate_model(
     model: torch.nn.Module,
     task: Task,
     *,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     precision: TorchPrecision = "fp32",
     name: str | None = None,
 ) -> dict[str, float]:
@@ -147,7 +146,8 @@ def evaluate_model(
     Args:
         model: a transformers model with a sequence-classification or question-answering head, on any device.
         task: as `load_task` returns it.
-        batch_size: rows of 128 tokens per forward pass; batches of shorter rows are larger.
+        batch_size: rows of 128 tokens per forward pass; batches of shorter rows are larger. Default: what suits the
+            model's device.
         precision: bf16 runs the forward pass under autocast.
         name: what the progress bar calls it; default: the task's name.
 
@@ -161,8 +161,9 @@ def evaluate_model(
     if seconds > ANNOUNCED:
         count = sum(map(len, task.evaluations.values()))
         notice(f"{name}: {count:,} inputs, about {clock(seconds)} (minutes:seconds)")
+    rows = batch_size or evaluation_rows(next(model.parameters()).device)
     with _evaluating(model):
-        return _metrics(task, columns, lambda data: _forward(model, task, data, batch_size, precision, name))
+        return _metrics(task, columns, lambda data: _forward(model, task, data, rows, precision, name))
 
 
 def evaluation_seconds(model: torch.nn.Module, task: Task, *, precision: TorchPrecision = "fp32") -> float:
@@ -313,14 +314,9 @@ def _forward(
 
     Logits are float32: one (batch, classes) array, or start and end of shape (batch, tokens).
     """
-    order = np.argsort(-data.lengths, kind="stable")
-    begin = 0
-    with progress(name, len(order)) as advance:
-        while begin < len(order):
-            fitting = batch_size * _FULL_LENGTH // int(data.lengths[order[begin]])
-            rows = order[begin : begin + min(max(fitting, 1), _MAX_BATCH_FACTOR * batch_size)]
+    with progress(name, len(data)) as advance:
+        for rows in evaluation_batches(data.lengths, batch_size):
             yield rows, _logits(model, task, [data[int(row)] for row in rows], precision)
-            begin += len(rows)
             advance(len(rows))
 
 

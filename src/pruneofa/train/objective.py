@@ -7,6 +7,7 @@ change only rounding. (DDP averages gradients: the trainer multiplies the loss b
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -90,6 +91,8 @@ class PretrainingObjective(_Objective):
         super().__init__(student, teacher if kd or hidden else None)
         self.hard, self.kd, self.hidden, self.temperature = hard, kd, hidden, temperature
         self.positions, self.nsp, self.hidden_norm = positions, nsp, hidden_norm
+        # Not a method: data loaders in other processes call it, and must not be given the models with it.
+        self.counts: Callable[[Batch], Tensor] = partial(pretraining_counts, positions=positions)
         _check_pair(student, teacher, logits=kd > 0, hidden=hidden > 0)
         for model in (student, self.teacher):
             if model is not None and (hard or kd):
@@ -100,15 +103,6 @@ class PretrainingObjective(_Objective):
                         "set corpus.nsp: false, or load a model for pre-training"
                     )
         self._freeze_unused()
-
-    def counts(self, batch: Batch) -> Tensor:
-        """Float64 (4): masked positions, positions with distilled logits, items, non-padding positions."""
-        mask = _mask(batch)
-        labelled = (batch["labels"] != UNLABELLED) & mask if "labels" in batch else torch.zeros_like(mask)
-        masked, tokens = labelled.sum(), mask.sum()
-        distilled = masked if self.positions == "masked" else tokens
-        items = masked.new_tensor(mask.shape[0])
-        return torch.stack([masked, distilled, items, tokens]).double()
 
     def forward(self, batch: Batch, counts: Tensor) -> dict[str, Tensor]:
         """Losses of a micro-batch as its share of an optimizer step.
@@ -256,6 +250,7 @@ class TransferObjective(_Objective):
         """
         super().__init__(student, teacher if kd or hidden else None)
         self.kind, self.hard, self.kd, self.temperature, self.hidden = kind, hard, kd, temperature, hidden
+        self.counts: Callable[[Batch], Tensor] = transfer_counts
         if (kd or hidden) and teacher is None:
             raise InputError("kd or hidden is above 0 but there is no teacher; give one, or set both to 0 and hard: 1")
         _check_pair(student, teacher, logits=False, hidden=hidden > 0)
@@ -263,12 +258,6 @@ class TransferObjective(_Objective):
             wanted, got = student.config.num_labels, self.teacher.config.num_labels
             if got != wanted:
                 raise InputError(f"the teacher has {got} classes but the task has {wanted}; use a teacher of this task")
-
-    def counts(self, batch: Batch) -> Tensor:
-        """Float64 (2): items, non-padding positions."""
-        mask = _mask(batch)
-        tokens = mask.sum()
-        return torch.stack([tokens.new_tensor(mask.shape[0]), tokens]).double()
 
     def forward(self, batch: Batch, counts: Tensor) -> dict[str, Tensor]:
         """Losses of a micro-batch as its share of an optimizer step.
@@ -291,10 +280,10 @@ class TransferObjective(_Objective):
         loss = outputs[self._names()[0]].new_zeros((), dtype=torch.float32)
         if self.hard:
             keys = ("start_positions", "end_positions") if self.kind == "qa" else ("labels",)
-            terms = [
-                F.cross_entropy(outputs[name].float(), batch[key], reduction="sum")
-                for name, key in zip(self._names(), keys, strict=True)
-            ]
+            logits = [outputs[name].float() for name in self._names()]
+            if classes is not None:  # transformers' own loss counts padding as possible answers
+                logits = [each.masked_fill(~classes, torch.finfo(each.dtype).min) for each in logits]
+            terms = [F.cross_entropy(each, batch[key], reduction="sum") for each, key in zip(logits, keys, strict=True)]
             parts["hard"] = torch.stack(terms).mean() / items
             loss = loss + self.hard * parts["hard"]
         if self.teacher is not None:
@@ -314,6 +303,23 @@ class TransferObjective(_Objective):
 
     def _names(self) -> tuple[str, ...]:
         return ("start_logits", "end_logits") if self.kind == "qa" else ("logits",)
+
+
+def pretraining_counts(batch: Batch, positions: Literal["all", "masked"]) -> Tensor:
+    """Float64 (4): masked positions, positions with distilled logits, items, non-padding positions."""
+    mask = _mask(batch)
+    labelled = (batch["labels"] != UNLABELLED) & mask if "labels" in batch else torch.zeros_like(mask)
+    masked, tokens = labelled.sum(), mask.sum()
+    distilled = masked if positions == "masked" else tokens
+    items = masked.new_tensor(mask.shape[0])
+    return torch.stack([masked, distilled, items, tokens]).double()
+
+
+def transfer_counts(batch: Batch) -> Tensor:
+    """Float64 (2): items, non-padding positions."""
+    mask = _mask(batch)
+    tokens = mask.sum()
+    return torch.stack([tokens.new_tensor(mask.shape[0]), tokens]).double()
 
 
 def vocabulary_head(model: PreTrainedModel) -> tuple[Callable[[Tensor], Tensor], nn.Linear]:

@@ -4,7 +4,8 @@ import itertools
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +15,25 @@ import torch.distributed
 from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import SaveStrategy
 
 from pruneofa.errors import InputError
 from pruneofa.formats.files import read_json, write_json
-from pruneofa.progress import progress
-from pruneofa.train.attention import use_bf16_attention
+from pruneofa.progress import notice, progress
+from pruneofa.recipe.model import SAVE_MINUTES
 from pruneofa.train.checkpoints import (
     CLOCK_FILE,
+    MODEL,
+    BackgroundWriter,
+    Snapshot,
     checkpoint_path,
     last_checkpoint,
-    mark_complete,
     remove_damaged,
     remove_incomplete,
 )
-from pruneofa.train.device import processes, split_batch
+from pruneofa.train.device import prepare_models, processes, split_batch, trainer_options
+from pruneofa.train.micro_batches import Batch, StepCollate, split
 
-SAVE_SECONDS = 300.0  # between checkpoints: what a power cut can cost
-LAST_SAVE_SECONDS = 60.0  # a shorter end of the training is done again rather than saved
+AGREEMENT_STEPS = 10  # several processes agree on stops and checkpoints every so many steps: asking makes a GPU wait
 
 
 class StageTrainer(Trainer):
@@ -48,14 +50,19 @@ class StageTrainer(Trainer):
         self,
         objective: nn.Module,
         *,
+        stage: str,
         args: TrainingArguments,
         dataset: Any,
-        collate: Callable[[list[Any]], dict[str, torch.Tensor]],
+        collate: StepCollate,
         rate: Callable[[int], float],
         callbacks: Sequence[TrainerCallback],
     ) -> None:
         self.rate = rate
+        self.stage = stage
+        self.micro_batch = collate.micro_batch
         self.clock = {"seconds": 0.0, "tokens": 0}
+        self.snapshot: Snapshot | None = None
+        self._tokens = torch.zeros((), dtype=torch.float64)
         self._parts: dict[str, torch.Tensor] = {}
         self._steps_in_parts = 0
         super().__init__(
@@ -75,30 +82,71 @@ class StageTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """The micro-batches of one optimizer step and the counts that their losses are divided by."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if not batches:
-            return batches, None
-        totals = torch.cat(
-            [
-                torch.stack([self.model.counts(batch) for batch in batches]).sum(0).double().cpu(),
-                torch.tensor([float(sum(int(batch["attention_mask"].sum()) for batch in batches))]).double(),
-            ]
-        ).to(device)
+        steps, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not steps:
+            return steps, None
+        totals = steps[0]["counts"].to(device)
         if self.args.world_size > 1:
             torch.distributed.all_reduce(totals)
-        self.clock["tokens"] += int(totals[-1])
+        self._tokens = self._tokens.to(device) + totals[-1]
         self._steps_in_parts += 1
-        return batches, totals[:-1]
+        return steps, totals[:-1]
 
-    def compute_loss(
-        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """Loss of one micro-batch; DDP averages gradients over ranks, hence the factor."""
-        parts = model(inputs, num_items_in_batch)
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Gradients of one optimizer step, over its micro-batches; returns its loss.
+
+        If there is no memory for a micro-batch, the step is begun again with half of it, and so are all later ones.
+
+        Raises InputError when there is no memory for one example, or with several processes, of which the others wait.
+        """
+        model.train()
+        batches = inputs["batches"]
+        while True:
+            batches = [part for batch in batches for part in split(batch, self.micro_batch)]
+            try:
+                loss, parts = self._accumulate(model, batches, num_items_in_batch)
+                break
+            except torch.OutOfMemoryError:
+                rows = max(len(batch["input_ids"]) for batch in batches)
+                if rows == 1 or self.args.world_size > 1:
+                    raise InputError(self._out_of_memory(rows)) from None
+            # Outside of the handler, whose traceback keeps the activations.
+            self.micro_batch = -(-rows // 2)
+            model.zero_grad()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            notice(
+                f"{self.stage}: out of memory with {rows} examples per forward pass; continuing with "
+                f"{self.micro_batch}, the batch per optimizer step stays the same"
+            )
         for name, value in parts.items():
-            if name != "loss":
-                self._parts[name] = self._parts.get(name, 0) + value.detach().double()
-        return parts["loss"] * self.args.world_size
+            self._parts[name] = self._parts.get(name, 0) + value
+        return loss
+
+    def _accumulate(
+        self, model: nn.Module, batches: list[Batch], counts: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss of an optimizer step and its parts, with gradients added up; DDP averages them over ranks."""
+        total: Any = 0
+        parts: dict[str, Any] = {}
+        for index, batch in enumerate(batches):
+            last = index == len(batches) - 1
+            with nullcontext() if last else self.accelerator.no_sync(model):
+                with self.compute_loss_context_manager():
+                    losses = model(batch, counts)
+                self.accelerator.backward(losses["loss"] * self.args.world_size)
+            total = total + losses["loss"].detach() * self.args.world_size
+            for name in losses.keys() - {"loss"}:
+                parts[name] = parts.get(name, 0) + losses[name].detach().double()
+        return total, parts
+
+    def _out_of_memory(self, rows: int) -> str:
+        if rows == 1:
+            return f"{self.stage}: out of memory with one example per forward pass; lower max_length"
+        return (
+            f"{self.stage}: out of memory with {rows} examples per forward pass and process; set micro_batch to "
+            f"{-(-rows // 2)}, or use more processes"
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the parts of the loss, averaged over the steps since the last log."""
@@ -112,12 +160,28 @@ class StageTrainer(Trainer):
             self._steps_in_parts = 0
         super().log(logs, start_time)
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+    def read_clock(self, seconds: float) -> dict[str, Any]:
+        """{"seconds", "tokens"} so far, over all attempts."""
+        self.clock = {"seconds": seconds, "tokens": int(self._tokens)}
+        return self.clock
+
+    def set_clock(self, clock: dict[str, Any]) -> None:
+        """Continue counting from those of an earlier attempt."""
+        self.clock = clock
+        self._tokens = torch.tensor(float(clock["tokens"]), dtype=torch.float64)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Copy the state of training to memory, and write what is small: it differs from process to process."""
+        folder = checkpoint_path(self.args.output_dir, self.state.global_step)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._save_rng_state(str(folder))
         if self.args.should_save:
-            self.model.student.save_pretrained(output_dir or self.args.output_dir)
+            self.model.student.config.save_pretrained(folder)
+            self.state.save_to_json(str(folder / "trainer_state.json"))
+            self.snapshot = Snapshot.of(self.model.student, self.optimizer, self.lr_scheduler)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        state = safetensors.torch.load_file(Path(resume_from_checkpoint) / "model.safetensors")
+        state = safetensors.torch.load_file(Path(resume_from_checkpoint) / MODEL)
         result = self.model.student.load_state_dict(state, strict=False)
         # Tied weights are stored once; all other weights must exist.
         tied = set(getattr(self.model.student, "all_tied_weights_keys", {}) or {})
@@ -132,17 +196,21 @@ class _StageCallback(TrainerCallback):
     It is the last of the callbacks, so that the marker is written after everything else in the checkpoint.
     """
 
-    def __init__(self, stage: str, emit: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(
+        self, stage: str, emit: Callable[[dict[str, Any]], None], save_seconds: float, writer: BackgroundWriter
+    ) -> None:
         self.stage = stage
         self.emit = emit
+        self.save_seconds = save_seconds
+        self.writer = writer
         self.trainer: StageTrainer
         self.interrupted = False
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step:
-            self.trainer.clock = read_json(checkpoint_path(args.output_dir, state.global_step, CLOCK_FILE))
-        self.since = time.monotonic() - self.trainer.clock["seconds"]
+            self.trainer.set_clock(read_json(checkpoint_path(args.output_dir, state.global_step, CLOCK_FILE)))
         self.saved = time.monotonic()
+        self.since = self.saved - self.trainer.clock["seconds"]
         self.stack = ExitStack()
         if state.is_world_process_zero:
             self.advance = self.stack.enter_context(progress(self.stage, state.max_steps, completed=state.global_step))
@@ -156,16 +224,17 @@ class _StageCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
             self.advance()
-        last = state.global_step >= state.max_steps
-        due = time.monotonic() - self.saved >= (LAST_SAVE_SECONDS if last else SAVE_SECONDS)
-        if args.world_size > 1:  # ranks that save or stop at different steps would deadlock
+        self.writer.check()
+        due = time.monotonic() - self.saved >= self.save_seconds
+        if args.world_size > 1:  # ranks that stop, or save, at different steps would deadlock
+            if state.global_step % AGREEMENT_STEPS:
+                return
             flags = torch.tensor([float(self.interrupted), float(due)], device=args.device)
             torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
-            self.interrupted, due = map(bool, flags)
-        if due and args.save_strategy == SaveStrategy.NO:
+            self.interrupted, due = (bool(flag) for flag in flags)
+        if self.interrupted or due:
             control.should_save = True
         if self.interrupted:
-            control.should_save = True
             control.should_training_stop = True
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -193,13 +262,17 @@ class _StageCallback(TrainerCallback):
         if args.world_size > 1:
             torch.distributed.barrier()
         if state.is_world_process_zero:
-            self.trainer.clock["seconds"] = time.monotonic() - self.since
-            write_json(checkpoint_path(args.output_dir, state.global_step, CLOCK_FILE), self.trainer.clock)
-            mark_complete(checkpoint_path(args.output_dir, state.global_step))
+            folder = checkpoint_path(args.output_dir, state.global_step)
+            write_json(folder / CLOCK_FILE, self.trainer.read_clock(time.monotonic() - self.since))
+            assert self.trainer.snapshot is not None
+            self.writer.start(partial(self.trainer.snapshot.write, folder))
+            self.trainer.snapshot = None
         self.saved = time.monotonic()
+        if control.should_training_stop:  # the checks at the end of training read the checkpoint
+            self.writer.wait()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.trainer.clock["seconds"] = time.monotonic() - self.since
+        self.trainer.read_clock(time.monotonic() - self.since)
         self.close()
 
     def close(self) -> None:
@@ -229,52 +302,54 @@ def train(
     precision: str = "bf16",
     checkpoint_activations: bool = False,
     save_steps: int | None = None,
+    save_minutes: float = SAVE_MINUTES,
     seed: int = 0,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, Any]:
     """Train `objective.student` in place, resuming from the newest complete checkpoint in `work`.
 
-    A checkpoint is written every `save_steps` steps, or without them every SAVE_SECONDS and at the end.
-    A checkpoint that cannot be read is reported on stderr and deleted, and the one before it is used.
+    Checkpoints are written every `save_steps` steps, or every `save_minutes` minutes where that is None, and at the
+    end; another thread writes them. A checkpoint that cannot be read is reported on stderr and deleted, and the one
+    before it is used.
     Returns {"seconds", "tokens"} over all attempts. `rate(t)` multiplies `lr` in optimizer step t + 1.
     Raises InputError when `batch` cannot be divided among micro-batches and processes, and KeyboardInterrupt
     after Ctrl-C, once a checkpoint has been written.
     """
-    micro, accumulation = split_batch(batch, micro_batch)
-    cuda = torch.cuda.is_available()
-    if precision == "bf16":
-        _prepare_for_bf16(objective, cuda=cuda)
+    micro, parts = split_batch(batch, micro_batch)
+    prepare_models(objective.student, objective.teacher, precision)
     args = TrainingArguments(
         output_dir=str(work),
         max_steps=steps,
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=accumulation,
+        per_device_train_batch_size=micro * parts,  # StepCollate divides it
         learning_rate=lr,
         weight_decay=weight_decay,
         max_grad_norm=max_grad_norm,
-        bf16=precision == "bf16",
-        use_cpu=not cuda,
         seed=seed,
         logging_steps=max(1, min(50, steps // 100)),
         logging_nan_inf_filter=False,
-        save_strategy=SaveStrategy.STEPS if save_steps else SaveStrategy.NO,  # no: by time, see _StageCallback
-        save_steps=save_steps or steps,
+        save_steps=save_steps or steps,  # the Trainer saves at the end too
         save_total_limit=None,  # the Trainer would delete the oldest by time, before the new one is complete
         train_sampling_strategy="sequential",
         average_tokens_across_devices=False,
         remove_unused_columns=False,
         dataloader_drop_last=True,
-        dataloader_num_workers=4 if cuda else 0,
-        dataloader_pin_memory=cuda,
         report_to="none",
         disable_tqdm=True,
         log_level="error",
+        **trainer_options(precision),
     )
     if checkpoint_activations:
         objective.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    bookkeeping = _StageCallback(stage, emit)
+    writer = BackgroundWriter()
+    bookkeeping = _StageCallback(stage, emit, float("inf") if save_steps else 60 * save_minutes, writer)
     trainer = StageTrainer(
-        objective, args=args, dataset=dataset, collate=collate, rate=rate, callbacks=[*callbacks, bookkeeping]
+        objective,
+        stage=stage,
+        args=args,
+        dataset=dataset,
+        collate=StepCollate(collate, objective.counts, micro),
+        rate=rate,
+        callbacks=[*callbacks, bookkeeping],
     )
     _silence(trainer)
     bookkeeping.trainer = trainer
@@ -286,22 +361,11 @@ def train(
     try:
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     finally:
+        writer.close()
         bookkeeping.close()
     if bookkeeping.interrupted:
         raise KeyboardInterrupt
     return dict(trainer.clock)
-
-
-def _prepare_for_bf16(objective: nn.Module, *, cuda: bool) -> None:
-    if not cuda:
-        for model in (objective.student, objective.teacher):
-            if model is not None:
-                use_bf16_attention(model)
-    if objective.teacher is not None:
-        # Autocast rounds weights to bfloat16 in every step; those that never change can be rounded once.
-        for module in objective.teacher.base_model.modules():
-            if isinstance(module, nn.Linear):
-                module.to(torch.bfloat16)
 
 
 def _silence(trainer: Trainer) -> None:
