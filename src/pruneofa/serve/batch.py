@@ -179,7 +179,6 @@ def _predict(target: Path, paths: Sequence[Path], job: Job, processes: int, reco
         headers = _one_header(target, paths, headers)
     done = {(part.file, part.start): part.rows for part in find_parts(job.work)}
     resumed, total = sum(done.values()), sum(counts)
-    finished = resumed
 
     def left() -> Iterator[Chunk]:
         for file, path in enumerate(paths):
@@ -192,10 +191,10 @@ def _predict(target: Path, paths: Sequence[Path], job: Job, processes: int, reco
         with progress("predict", total, completed=resumed) as advance:
             if resumed < total or len({file for file, _ in done}) < len(paths):
                 for part in compute(job, left(), processes):
-                    finished += part.rows
                     advance(part.rows)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"{finished} of {total} rows are kept; the same command continues there") from None
+        kept = sum(part.rows for part in find_parts(job.work))
+        raise KeyboardInterrupt(f"{kept} of {total} rows are kept; the same command continues there") from None
     seconds = time.monotonic() - begun
     if [_state(path) for path in paths] != record["files"]:
         raise InputError("a file changed while it was read; start anew with --redo")
