@@ -13,6 +13,7 @@ from pathlib import Path
 from pruneofa.formats.files import file_fingerprint
 
 COUNT = int(os.environ.get("PRUNEOFA_FAULTS", "100"))
+HANGS = 3600  # seconds, on a machine that others use
 TEXT = ["--corpus.source", "text.jsonl", "--corpus.max_length", "32", "--corpus.validation", "0.2"]
 STEPS = ["--teacher.steps", "6", "--teacher.batch", "8", "--teacher.lr", "1e-3", "--teacher.save_steps", "2",
          "--prune.steps", "12", "--prune.batch", "8", "--prune.lr", "1e-3", "--prune.save_steps", "2"]  # fmt: skip
@@ -31,6 +32,7 @@ VERBS = {
     "predict-folder": ["predict", "pack", "task.csv", "validation.csv", "--out", "OUT", *ROWS, "--processes", "2"],
 }
 ONE_FILE = {"predict": "out.csv"}  # the verbs whose OUT is a file
+QUICK_FIRST = list(reversed(VERBS))
 TRAINING = ("prune", "transfer", "quantize")
 VOLATILE = {"stage.json", "evaluation.json", "log.jsonl", "export.json"}  # they hold times
 
@@ -67,11 +69,11 @@ class Child:
 
     def wait(self, seconds=None):
         """(exit code, output); after `seconds` it is killed. A traceback is a failure."""
-        until = time.monotonic() + (300 if seconds is None else seconds)
+        until = time.monotonic() + (HANGS if seconds is None else seconds)
         while (ended := os.waitpid(self.process, os.WNOHANG))[0] == 0:
-            if time.monotonic() > until:
-                assert seconds is not None, "hangs"
+            if late := time.monotonic() > until:
                 os.kill(self.process, signal.SIGKILL)
+            assert not late or seconds is not None, f"hangs: {self.log.read_text(errors='replace')}"
             time.sleep(0.002)
         said = self.log.read_text(errors="replace")
         self.log.unlink()

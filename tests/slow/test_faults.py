@@ -15,6 +15,7 @@ import pytest
 
 from tests.slow.children import (
     COUNT,
+    QUICK_FIRST,
     VERBS,
     Child,
     command,
@@ -27,7 +28,7 @@ from tests.slow.children import (
 )
 from tests.tiny import tiny_bert, write_model
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(10 * 3600)]
 
 
 def confuse_clock(draw, folder):
@@ -42,8 +43,7 @@ def jumping_time():
     time.time = lambda: real() + draw.uniform(-1e6, 1e6)
 
 
-@pytest.mark.timeout(3600)
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", QUICK_FIRST)
 def test_kills_at_random_moments_while_the_clock_jumps(verb, straight, tmp_path):
     draw, kills, ends, begin = random.Random(verb), 0, 0, time.monotonic()
     wanted = -(-COUNT // len(VERBS))
@@ -68,9 +68,8 @@ def test_kills_at_random_moments_while_the_clock_jumps(verb, straight, tmp_path)
            seconds=round(time.monotonic() - begin))  # fmt: skip
 
 
-@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("processes", [2, 4, 8])
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", QUICK_FIRST)
 def test_processes_on_one_out_and_one_cache(verb, processes, straight, tmp_path):
     rounds, codes = max(1, COUNT // (len(VERBS) * 10)), collections.Counter()
     for number in range(rounds):

@@ -20,6 +20,7 @@ import pytest
 
 from tests.slow.children import (
     COUNT,
+    QUICK_FIRST,
     VERBS,
     Child,
     command,
@@ -32,7 +33,7 @@ from tests.slow.children import (
     whole_or_absent,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(10 * 3600)]
 
 SOURCE = Path(__file__).with_name("storage_faults.c")
 LIBRARY = os.environ.get("PRUNEOFA_STORAGE_FAULTS")
@@ -43,11 +44,10 @@ KINDS = {"ENOSPC": WRITE | CREATE, "EROFS": CREATE, "EIO": WRITE | FLUSH}
 
 @pytest.mark.skipif(LIBRARY is not None, reason="runs the others")
 @pytest.mark.skipif(sys.platform != "linux" or shutil.which("cc") is None, reason="needs Linux and a C compiler")
-@pytest.mark.timeout(4 * 3600)
 def test_calls_of_the_system_that_fail(tmp_path):
     library = tmp_path / "storage_faults.so"
     subprocess.run(["cc", "-shared", "-fPIC", "-O2", "-Wall", "-Werror", SOURCE, "-o", library, "-ldl"], check=True)
-    injected = [sys.executable, "-m", "pytest", "-s", "-x", "-m", "slow", "-k", "injected", __file__]
+    injected = [sys.executable, "-m", "pytest", "-s", "-m", "slow", "-k", "injected", __file__]
     environment = os.environ | {"LD_PRELOAD": str(library), "PRUNEOFA_STORAGE_FAULTS": str(library)}
     ended = subprocess.run(injected, env=environment, text=True, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2])
     sys.stdout.write(ended.stdout)
@@ -77,9 +77,8 @@ def count_calls(faults, verb, folder, kinds):
     return int(folder.with_name("calls").read_text())
 
 
-@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("failure", KINDS)
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", QUICK_FIRST)
 def test_injected_failure_of_a_call(verb, failure, straight, faults, tmp_path):
     """Every call fails once, or as many of them as COUNT allows; every second time all that follow fail, too."""
     draw, codes, begin = random.Random(verb + failure), collections.Counter(), time.monotonic()
@@ -126,8 +125,7 @@ def disk(tmp_path):
     subprocess.run(["umount", folder], capture_output=True)
 
 
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", QUICK_FIRST)
 def test_a_small_disk(verb, straight, disk):
     """A real file system, which takes the first half of a write; it grows until the verb ends."""
     room, codes = 8, collections.Counter()
