@@ -3,6 +3,7 @@
 import errno
 import importlib.util
 import os
+import re
 from typing import Any
 
 
@@ -56,6 +57,17 @@ def disk_is_full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def system_error(error: BaseException | None) -> int | None:
+    """The number of the system's error that caused this one, if any: libraries in Rust say it in their message only."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno:
+            return error.errno
+        if found := re.search(r"\(os error (\d+)\)", str(error)):
+            return int(found[1])
+        error = error.__cause__
+    return None
 
 
 def torch_could_not_write(error: BaseException | None) -> bool:

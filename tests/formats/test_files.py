@@ -10,6 +10,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from safetensors import SafetensorError
 
 from pruneofa.errors import CheckFailed, InputError
 from pruneofa.formats import files
@@ -294,6 +295,14 @@ def test_torch_does_not_say_why_it_could_not_write_so_the_disk_is_asked(tmp_path
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
     with pytest.raises(OSError, match=re.escape(os.strerror(code))) as raised, files.naming_disk(tmp_path / "out"):
         torch.save({"a": torch.zeros(3)}, "/dev/full")
+    assert raised.value.errno == code and raised.value.filename == str(tmp_path / "out")
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EROFS, errno.EACCES])
+def test_an_error_that_a_library_in_rust_says_in_words_is_that_of_the_system(tmp_path, code):
+    said = f"Error while serializing: I/O error: {os.strerror(code)} (os error {code})"
+    with pytest.raises(OSError, match=re.escape(os.strerror(code))) as raised, files.naming_disk(tmp_path / "out"):
+        raise SafetensorError(said)
     assert raised.value.errno == code and raised.value.filename == str(tmp_path / "out")
 
 

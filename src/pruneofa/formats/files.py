@@ -18,7 +18,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pruneofa.errors import UNWRITABLE, CheckFailed, InputError, disk_is_full, first_line, torch_could_not_write
+from pruneofa.errors import (
+    UNWRITABLE,
+    CheckFailed,
+    InputError,
+    disk_is_full,
+    first_line,
+    system_error,
+    torch_could_not_write,
+)
 from pruneofa.formats.locks import exclusive
 
 MAX_JSON = 4 << 20  # bytes; a manifest of 24 layers needs 0.1 MB
@@ -58,14 +66,15 @@ def naming_disk(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        code = errno.ENOSPC if disk_is_full(error) else getattr(error, "errno", None)
+        code = errno.ENOSPC if disk_is_full(error) else system_error(error)
         if code is None and torch_could_not_write(error):
             code = errno.ENOSPC if _free(path) < _FULL else errno.EIO
-        if code not in (errno.ENOSPC, errno.EIO) or isinstance(error, InputError):
+        nameless = () if isinstance(error, OSError) else UNWRITABLE
+        if isinstance(error, InputError) or code not in (errno.ENOSPC, errno.EIO, *nameless):
             raise
         # Of a copy, the second name is the one that was written.
         name = getattr(error, "filename2", None) or getattr(error, "filename", None) or path
-        told = None if code == errno.ENOSPC else getattr(error, "strerror", None)
+        told = getattr(error, "strerror", None) if code == errno.EIO else None
         raise OSError(code, told or os.strerror(code), str(in_place(Path(name)))) from error
 
 

@@ -181,4 +181,5 @@ def _work(connection: Connection, job: Job) -> None:
     except (EOFError, ConnectionError):
         return
     except Exception as error:
-        connection.send(error)
+        with contextlib.suppress(ConnectionError):  # the first process was killed, and another has the parts now
+            connection.send(error)
