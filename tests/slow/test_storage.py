@@ -81,7 +81,7 @@ def count_calls(faults, verb, folder, kinds):
 @pytest.mark.parametrize("failure", KINDS)
 @pytest.mark.parametrize("verb", QUICK_FIRST)
 def test_injected_failure_of_a_call(verb, failure, straight, faults, tmp_path):
-    """Every call fails once, or COUNT of them, of the training verbs COUNT in all; every second time all later ones too."""
+    """Every call fails once, or COUNT of them (training: over all verbs); every second time all later ones fail too."""
     draw, codes, begin = random.Random(verb + failure), collections.Counter(), time.monotonic()
     calls = count_calls(faults, verb, user_files(tmp_path / "counted"), KINDS[failure])
     tried = range(1, calls + 1)
