@@ -45,6 +45,7 @@ def jumping_time():
 
 @pytest.mark.parametrize("verb", QUICK_FIRST)
 def test_kills_at_random_moments_while_the_clock_jumps(verb, straight, tmp_path):
+    usual = straight[verb][1]
     draw, kills, ends, begin = random.Random(verb), 0, 0, time.monotonic()
     wanted = -(-COUNT // len(VERBS))
     while kills < wanted:
@@ -56,7 +57,7 @@ def test_kills_at_random_moments_while_the_clock_jumps(verb, straight, tmp_path)
             jumping_time()
 
         for _ in range(min(8, wanted - kills)):
-            code, _ = Child(command(verb, out), prepare).wait(draw.uniform(0, 1.1 * straight[verb][1]))
+            code, _ = Child(command(verb, out), prepare).wait(draw.uniform(0, 1.1 * usual))
             whole_or_absent(verb, out, straight)
             confuse_clock(draw, folder)
             kills += code == -signal.SIGKILL
@@ -71,6 +72,7 @@ def test_kills_at_random_moments_while_the_clock_jumps(verb, straight, tmp_path)
 @pytest.mark.parametrize("processes", [2, 4, 8])
 @pytest.mark.parametrize("verb", QUICK_FIRST)
 def test_processes_on_one_out_and_one_cache(verb, processes, straight, tmp_path):
+    straight[verb]  # makes what it reads
     rounds, codes = max(1, COUNT // (len(VERBS) * 10)), collections.Counter()
     for number in range(rounds):
         folder = user_files(tmp_path / str(number))

@@ -83,6 +83,7 @@ def count_calls(faults, verb, folder, kinds):
 def test_injected_failure_of_a_call(verb, failure, straight, faults, tmp_path):
     """Every call fails once, or COUNT of them (training: over all verbs); every second time all later ones fail too."""
     draw, codes, begin = random.Random(verb + failure), collections.Counter(), time.monotonic()
+    straight[verb]  # makes what it reads
     calls = count_calls(faults, verb, user_files(tmp_path / "counted"), KINDS[failure])
     tried = range(1, calls + 1)
     if calls > (most := max(4, COUNT // len(VERBS) if verb in TRAINING else COUNT)):
@@ -129,6 +130,7 @@ def disk(tmp_path):
 @pytest.mark.parametrize("verb", QUICK_FIRST)
 def test_a_small_disk(verb, straight, disk):
     """A real file system, which takes the first half of a write; it grows until the verb ends."""
+    straight[verb]
     room, codes = 8, collections.Counter()
     while True:
         folder = disk(room)
@@ -148,6 +150,7 @@ def test_a_small_disk(verb, straight, disk):
 
 def test_a_disk_that_is_read_only(straight, disk):
     for verb in VERBS:
+        straight[verb]
         disk(4096, "ro")
         code, said = Child(command(verb, out_of(verb, disk(4096, "ro")))).wait()
         assert code == 2 and os.strerror(errno.EROFS) in said.splitlines()[-1], said
