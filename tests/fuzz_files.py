@@ -237,11 +237,11 @@ def fuzz(name: str, seconds: float, seed: int, folder: Path) -> tuple[Counter[st
     intact = (folder / target.file).read_bytes()
     endings: Counter[str] = Counter()
     found: dict[str, str] = {}
-    end = time.monotonic() + seconds
     number = seed << 32
     target.use(folder)  # what is imported and cached is not counted
     if attempt(target, folder, intact) != "read":
         found["intact"] = "the intact file is refused"
+    end = time.monotonic() + seconds
     while time.monotonic() < end:
         number += 1
         try:
@@ -260,7 +260,7 @@ def fuzz(name: str, seconds: float, seed: int, folder: Path) -> tuple[Counter[st
 
 
 def main() -> int:
-    """Fuzz one target, or all; exit code 1 if one ended wrong."""
+    """Fuzz one target, or all, and print a JSON record of each; exit code 1 if one ended wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", nargs="*", help=f"of {', '.join(TARGETS)} (default all)")
     parser.add_argument("--seconds", type=float, default=600, help="for each target (default 600)")
@@ -269,11 +269,13 @@ def main() -> int:
     wrong = 0
     for name in options.target or TARGETS:
         with tempfile.TemporaryDirectory() as folder:
+            begin, processor = time.monotonic(), time.process_time()
             endings, found = fuzz(name, options.seconds, options.seed, Path(folder))
-        counts = ", ".join(f"{count} {ending}" for ending, count in sorted(endings.items()))
-        sys.stdout.write(f"{name}: {endings.total()} files: {counts}\n")
-        for ending, example in found.items():
-            sys.stdout.write(f"  {ending}: {example}\n")
+            seconds, processor = time.monotonic() - begin, time.process_time() - processor
+        record = {"target": name, "seed": options.seed, "seconds": round(seconds), "of_processor": round(processor),
+                  "files": endings.total(), "per_second": round(endings.total() / seconds, 1), "endings": endings,
+                  "found": found}  # fmt: skip
+        sys.stdout.write(json.dumps(record) + "\n")
         sys.stdout.flush()
         wrong += len(found)
     return 1 if wrong else 0

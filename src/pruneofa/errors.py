@@ -3,6 +3,7 @@
 import errno
 import importlib.util
 import os
+import re
 from typing import Any
 
 
@@ -52,12 +53,38 @@ def disk_is_full(error: BaseException | None) -> bool:
     messages = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
     while error is not None:
         text = str(error)
-        # torch's zip writer only reports that bytes are missing.
-        torch = "inline_container.cc" in text and ("unexpected pos" in text or "write failed" in text)
-        if torch or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(m in text for m in messages):
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(m in text for m in messages):
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def system_error(error: BaseException | None) -> int | None:
+    """The number of the system's error that caused this one, if any: libraries in Rust say it in their message only."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno:
+            return error.errno
+        if found := re.search(r"\(os error (\d+)\)", str(error)):
+            return int(found[1])
+        error = error.__cause__
+    return None
+
+
+def torch_could_not_write(error: BaseException | None) -> bool:
+    """Whether this error or one of its causes is that of torch.save for a file; it does not tell the system's error."""
+    while error is not None:
+        text = str(error)
+        if isinstance(error, RuntimeError) and (
+            "iostream error" in text
+            or "PytorchStreamWriter" in text
+            or ("inline_container.cc" in text and any(words in text for words in _TORCH_WRITES))
+        ):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+_TORCH_WRITES = ("unexpected pos", "write failed", "open file failed")
 
 
 def storage_failure(error: BaseException) -> str | None:

@@ -333,12 +333,11 @@ def full_disk_while(error):
 @pytest.mark.parametrize(
     "error",
     [
-        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"),
         OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
         full_disk_while(InputError("cache: the disk is full after 5 tokens")),
         full_disk_while(RuntimeError("could not write")),
     ],
-    ids=["torch", "quota", "corpus", "cause"],
+    ids=["quota", "corpus", "cause"],
 )
 def test_a_full_disk_has_one_exit_code_whoever_says_it(refused, monkeypatch, error):
     def fail(*_):

@@ -3,11 +3,14 @@ import errno
 import io
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+from safetensors import SafetensorError
 
 from pruneofa.errors import CheckFailed, InputError
 from pruneofa.formats import files
@@ -283,3 +286,29 @@ def test_fingerprints_follow_content_not_order(tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).write_bytes(b"same")
     assert files.file_fingerprint(tmp_path / "one") == files.file_fingerprint(tmp_path / "two")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("free, code", [(0, errno.ENOSPC), (1 << 40, errno.EIO)], ids=["full", "failing"])
+def test_torch_does_not_say_why_it_could_not_write_so_the_disk_is_asked(tmp_path, monkeypatch, free, code):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+    with pytest.raises(OSError, match=re.escape(os.strerror(code))) as raised, files.naming_disk(tmp_path / "out"):
+        torch.save({"a": torch.zeros(3)}, "/dev/full")
+    assert raised.value.errno == code and raised.value.filename == str(tmp_path / "out")
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EROFS, errno.EACCES])
+def test_an_error_that_a_library_in_rust_says_in_words_is_that_of_the_system(tmp_path, code):
+    said = f"Error while serializing: I/O error: {os.strerror(code)} (os error {code})"
+    with pytest.raises(OSError, match=re.escape(os.strerror(code))) as raised, files.naming_disk(tmp_path / "out"):
+        raise SafetensorError(said)
+    assert raised.value.errno == code and raised.value.filename == str(tmp_path / "out")
+
+
+def test_an_error_of_reading_by_torch_is_not_of_the_disk(tmp_path):
+    torch = pytest.importorskip("torch")
+    torch.save({"a": torch.zeros(3)}, tmp_path / "a.pt")
+    (tmp_path / "a.pt").write_bytes((tmp_path / "a.pt").read_bytes()[:-60])
+    with pytest.raises(RuntimeError, match="PytorchStreamReader"), files.naming_disk(tmp_path / "out"):
+        torch.load(tmp_path / "a.pt", weights_only=True)

@@ -6,7 +6,8 @@ import pytest
 
 from pruneofa.data import docstrings, prose
 from pruneofa.errors import InputError
-from pruneofa.run import demo
+from pruneofa.formats.locks import exclusive
+from pruneofa.run import demo, run
 from tests.tiny import write_model
 
 DOCSTRING = """Summarise the groups of a frame.
@@ -148,6 +149,14 @@ def test_the_demo_ends_with_baselines_a_verified_model_and_its_table(
     few += ["tasks.topics.train_rows=32", "tasks.topics.validation_rows=16", "tasks.topics.epochs=1"]
     few += ["tasks.topics.dense_epochs=1", "tasks.topics.qat_rows=16", f"model={write_model(tmp_path / 'model')}"]
     out = tmp_path / "run"
+    write_reports = run.write_reports
+
+    def locked(*arguments: Any) -> None:
+        with pytest.raises(InputError, match="another pruneofa is at work"), exclusive(out / run.RUN):
+            pass
+        write_reports(*arguments)
+
+    monkeypatch.setattr(run, "write_reports", locked)
     results = demo.run_demo(out, recipe_file, few)
 
     accuracy = results["tasks"]["topics"]["accuracy"]

@@ -17,7 +17,9 @@ import pytest
 
 from pruneofa import Engine
 from pruneofa.errors import InputError
-from pruneofa.serve import chunks, tables
+from pruneofa.formats.files import marked
+from pruneofa.formats.locks import exclusive
+from pruneofa.serve import batch, chunks, tables
 from pruneofa.serve.batch import predict_files
 from tests.tiny import WORDS, write_folder
 
@@ -212,7 +214,7 @@ def test_ctrl_c_says_what_is_kept(models, tmp_path):
 def test_killed_before_the_parts_are_removed_it_ends_as_it_should(models, tmp_path, monkeypatch):
     file, out = write(tmp_path / "in.csv", rows()), tmp_path / "out.csv"
     with monkeypatch.context() as patch:
-        patch.setattr("pruneofa.serve.batch.shutil.rmtree", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("pruneofa.serve.batch.remove_folder", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             predict(models["classifier"], [file], out)
     before = out.read_bytes()
@@ -234,6 +236,43 @@ def test_other_settings_do_not_continue(models, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="exists; replace it with --redo"):
         predict(models["classifier"], [file], out, skip_bad=True)
     assert predict(models["classifier"], [file], out, skip_bad=True, redo=True)["resumed"] == 0
+
+
+def test_redo_replaces_only_what_this_command_writes(models, tmp_path):
+    file, out = write(tmp_path / "in.csv", rows(3)), tmp_path / "out"
+    predict(models["classifier"], [file], out)
+    (out / "thesis.csv").write_text("mine")
+    with pytest.raises(InputError, match=r"out: contains thesis.csv, which this command does not write"):
+        predict(models["classifier"], [file], out, redo=True)
+    (out / "thesis.csv").unlink()
+    inside = write(out / "in.csv", rows(3))
+    with pytest.raises(InputError, match=r"in.csv: is read and would be replaced"):
+        predict(models["classifier"], [inside], out, redo=True)
+    assert predict(models["classifier"], [file], out, redo=True)["rows"] == 3
+
+
+def test_a_link_as_out_is_the_file_that_it_points_to(models, tmp_path):
+    file, out = write(tmp_path / "in.csv", rows(3)), tmp_path / "elsewhere" / "out.jsonl"
+    out.parent.mkdir()
+    (tmp_path / "link.jsonl").symlink_to(out)
+    with exclusive(out), pytest.raises(InputError, match=r"link.jsonl: another pruneofa is at work here"):
+        predict(models["classifier"], [file], tmp_path / "link.jsonl")
+    predict(models["classifier"], [file], tmp_path / "link.jsonl")
+    assert (tmp_path / "link.jsonl").is_symlink() and len(read(out)) == 3
+    assert [path.name for path in out.parent.iterdir()] == ["out.jsonl"]
+
+
+def test_what_a_kill_left_while_joining_or_removing_parts_is_removed(models, tmp_path, monkeypatch):
+    file, out = write(tmp_path / "in.csv", rows(40)), tmp_path / "out.csv"
+    monkeypatch.setattr(batch, "_join", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        predict(models["classifier"], [file], out)
+    (work,) = tmp_path.glob(".out.csv.*.parts")
+    monkeypatch.undo()
+    marked(out, "tmp").write_text("half of the rows")
+    marked(work, "tmp").mkdir()
+    assert predict(models["classifier"], [file], out)["resumed"] == 40
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.csv", "out.csv"]
 
 
 def test_two_at_once_are_refused(models, tmp_path):

@@ -18,10 +18,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pruneofa.errors import UNWRITABLE, CheckFailed, InputError, disk_is_full, first_line
+from pruneofa.errors import (
+    UNWRITABLE,
+    CheckFailed,
+    InputError,
+    disk_is_full,
+    first_line,
+    system_error,
+    torch_could_not_write,
+)
 from pruneofa.formats.locks import exclusive
 
 MAX_JSON = 4 << 20  # bytes; a manifest of 24 layers needs 0.1 MB
+_FULL = 1 << 20  # bytes: a disk with less is full
 _AGAIN = "it may be incomplete: copy it again, or delete it"
 
 
@@ -57,13 +66,23 @@ def naming_disk(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        code = errno.ENOSPC if disk_is_full(error) else getattr(error, "errno", None)
-        if code not in (errno.ENOSPC, errno.EIO) or isinstance(error, InputError):
+        code = errno.ENOSPC if disk_is_full(error) else system_error(error)
+        if code is None and torch_could_not_write(error):
+            code = errno.ENOSPC if _free(path) < _FULL else errno.EIO
+        nameless = () if isinstance(error, OSError) else UNWRITABLE
+        if isinstance(error, InputError) or code not in (errno.ENOSPC, errno.EIO, *nameless):
             raise
         # Of a copy, the second name is the one that was written.
         name = getattr(error, "filename2", None) or getattr(error, "filename", None) or path
-        reason = os.strerror(errno.ENOSPC) if code == errno.ENOSPC else error.strerror
-        raise OSError(code, reason, str(in_place(Path(name)))) from error
+        told = getattr(error, "strerror", None) if code == errno.EIO else None
+        raise OSError(code, told or os.strerror(code), str(in_place(Path(name)))) from error
+
+
+def _free(path: Path) -> int:
+    """Bytes that are free on the disk of a file or folder, or of the folder that will hold it."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
 
 
 @contextlib.contextmanager

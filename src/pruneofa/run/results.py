@@ -13,7 +13,7 @@ import torch
 from pruneofa.engine.hardware import processor
 from pruneofa.errors import CheckFailed
 from pruneofa.formats import pattern
-from pruneofa.formats.files import read_json, write_json, write_text
+from pruneofa.formats.files import read_json, write_text
 from pruneofa.recipe import Recipe
 from pruneofa.run.engine_metrics import FILE as ENGINE_FILE
 from pruneofa.run.engine_metrics import engine_columns
@@ -42,7 +42,7 @@ def collect(recipe: Recipe, folder: Path, steps: Iterable[Step]) -> dict[str, An
             _add_runs(measured, step.id, "_engine", read_json(by_engine)["metrics"])
     of_engine = engine_columns(models)
     inspection = pattern.inspect(sparse_folder(recipe, folder))
-    results = {
+    return {
         "recipe": publishable(recipe),
         "sparsity": inspection["encoder"],
         "versions": made_with,
@@ -51,8 +51,6 @@ def collect(recipe: Recipe, folder: Path, steps: Iterable[Step]) -> dict[str, An
         "latency": of_engine["latency"],
         "tasks": measured,
     }
-    write_json(folder / "results.json", results)
-    return results
 
 
 def _add_runs(measured: dict[str, Any], stage: StageId, by: str, metrics: dict[str, float]) -> None:

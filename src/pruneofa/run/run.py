@@ -1,5 +1,6 @@
 """Run a recipe in its folder: plan, check, execute missing steps, then write results, table, card and report."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,16 @@ from pruneofa.run.stage import WORK, Evaluation
 from pruneofa.train.device import processes
 
 
-def run(recipe: Recipe, folder: Path, *, redo: bool = False) -> dict[str, Any]:
+def run(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    redo: bool = False,
+    extend: Callable[[dict[str, Any], Inputs], None] | None = None,
+) -> dict[str, Any]:
     """Execute the missing steps of a recipe in `folder`, and write results, table, card and report.
 
+    `extend`, if given, adds to the results before they are written.
     Returns the contents of results.json. Raises InputError when the folder belongs to another recipe,
     or when the settings of finished stages have changed and `redo` is false.
     """
@@ -41,6 +49,15 @@ def run(recipe: Recipe, folder: Path, *, redo: bool = False) -> dict[str, Any]:
     processes().wait_for_everyone()  # all ranks must check the folder before one of them writes to it
     main = processes().is_main_process
     results = {}
+
+    def report() -> dict[str, Any]:
+        results = collect(recipe, folder, steps)
+        if extend is not None:
+            extend(results, inputs)
+        write_json(folder / "results.json", results)
+        write_reports(recipe, folder, results)
+        return results
+
     with exclusive([folder / RUN], name=folder):
         if main:
             recover_all(folder)
@@ -53,11 +70,9 @@ def run(recipe: Recipe, folder: Path, *, redo: bool = False) -> dict[str, Any]:
         execute_steps(steps, partial(append_event, folder / LOG))
         if main:
             clear_work(folder / WORK)
-            results = collect(recipe, folder, steps)
-            write_reports(recipe, folder, results)
+            results = report()
         processes().wait_for_everyone()
         # No collective after this: the engine takes longer than a barrier's timeout.
         if main and measure_by_engine(step for step in steps if isinstance(step, Evaluation)):
-            results = collect(recipe, folder, steps)
-            write_reports(recipe, folder, results)
+            results = report()
     return results

@@ -2,7 +2,6 @@
 
 import glob
 import os
-import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -12,7 +11,17 @@ from typing import Any
 from pruneofa import __version__
 from pruneofa.engine.threads import choose_threads
 from pruneofa.errors import CheckFailed, InputError
-from pruneofa.formats.files import file_fingerprint, fingerprint, new_file, new_folder, read_json, write_json
+from pruneofa.formats.files import (
+    file_fingerprint,
+    fingerprint,
+    new_file,
+    new_folder,
+    output_folder,
+    read_json,
+    recover,
+    remove_folder,
+    write_json,
+)
 from pruneofa.formats.hub import FILES, local_folder
 from pruneofa.formats.locks import exclusive
 from pruneofa.progress import progress
@@ -58,7 +67,7 @@ def predict_files(
     for name, value in (("--processes", processes), ("--rows", rows)):
         if value < 1:
             raise InputError(f"{name} is {value}, wanted at least 1")
-    target, paths = Path(out).expanduser().absolute(), [Path(file).expanduser() for file in files]
+    target, paths = output_folder(out), [Path(file).expanduser() for file in files]
     _check_paths(target, paths)
     settings |= {
         "model": str(local_folder(model).absolute()),
@@ -67,12 +76,13 @@ def predict_files(
     record = _record(target, paths, settings, rows)
     try:
         with exclusive(target, name=out, out="--out"):
+            recover(target)
             work = _work_folder(target, record, redo)
             try:
                 return _predict(target, paths, Job(settings, {}, work), processes, record)
             finally:
                 if work.exists() and not find_parts(work):  # nothing to continue with
-                    shutil.rmtree(work)
+                    remove_folder(work)
     except (PermissionError, NotADirectoryError) as error:
         raise InputError(f"{error.filename or out}: {error.strerror}; choose another --out") from None
 
@@ -80,7 +90,7 @@ def predict_files(
 def _check_paths(target: Path, paths: Sequence[Path]) -> None:
     for path in paths:
         tables.check_file(path)
-        if target.exists() and os.path.samefile(path, target):
+        if target.exists() and (os.path.samefile(path, target) or path.resolve().is_relative_to(target)):
             raise InputError(f"{path}: is read and would be replaced; choose another --out")
     if _is_folder(target):
         if target.suffix and not target.is_dir():
@@ -121,6 +131,7 @@ def _work_folder(target: Path, record: dict[str, Any], redo: bool) -> Path:
     """The folder of parts for this record, made if need be. Raises InputError if something else is in its place."""
     key = fingerprint({name: value for name, value in record.items() if name not in _MORE_ROWS})
     work = target.with_name(f".{target.name}.{key[:16]}.parts")
+    recover(work)
     begun = [folder for folder in target.parent.glob(f".{glob.escape(target.name)}.*.parts") if find_parts(folder)]
     others = {folder: changed for folder in begun if (changed := _changed(folder, record))}
     if others and not redo:
@@ -130,11 +141,18 @@ def _work_folder(target: Path, record: dict[str, Any], redo: bool) -> Path:
         )
     if target.exists() and not redo and not (work / _JOINED).exists() and not _is_empty(target):
         raise InputError(f"{target}: exists; replace it with --redo, or choose another --out")
+    if target.is_dir() and (kept := sorted({path.name for path in target.iterdir()} - _outputs(record))):
+        raise InputError(f"{target}: contains {kept[0]}, which this command does not write; choose another --out")
     for other in others:
-        shutil.rmtree(other)
+        remove_folder(other)
     work.mkdir(parents=True, exist_ok=True)
     write_json(work / _RECORD, record)
     return work
+
+
+def _outputs(record: dict[str, Any]) -> set[str]:
+    """The names of the files in the folder that the prediction writes."""
+    return {Path(file).name for file, _, _ in record["files"]}
 
 
 def _is_empty(target: Path) -> bool:
@@ -161,7 +179,6 @@ def _predict(target: Path, paths: Sequence[Path], job: Job, processes: int, reco
         headers = _one_header(target, paths, headers)
     done = {(part.file, part.start): part.rows for part in find_parts(job.work)}
     resumed, total = sum(done.values()), sum(counts)
-    finished = resumed
 
     def left() -> Iterator[Chunk]:
         for file, path in enumerate(paths):
@@ -174,10 +191,10 @@ def _predict(target: Path, paths: Sequence[Path], job: Job, processes: int, reco
         with progress("predict", total, completed=resumed) as advance:
             if resumed < total or len({file for file, _ in done}) < len(paths):
                 for part in compute(job, left(), processes):
-                    finished += part.rows
                     advance(part.rows)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"{finished} of {total} rows are kept; the same command continues there") from None
+        kept = sum(part.rows for part in find_parts(job.work))
+        raise KeyboardInterrupt(f"{kept} of {total} rows are kept; the same command continues there") from None
     seconds = time.monotonic() - begun
     if [_state(path) for path in paths] != record["files"]:
         raise InputError("a file changed while it was read; start anew with --redo")
@@ -232,5 +249,5 @@ def _join(target: Path, paths: Sequence[Path], work: Path, counts: Sequence[int]
             with open(temporary, "wb") as file:
                 tables.join([part.path for part in found], file)
             (work / _JOINED).touch()  # killed from here on, the same command joins again, although OUT exists
-    shutil.rmtree(work)
+    remove_folder(work)
     return sum(part.skipped for part in found)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pruneofa.errors import InputError
+from pruneofa.formats.files import new_file
 from pruneofa.serve.predictor import Predictor
 from pruneofa.serve.tables import Rows
 
@@ -76,13 +77,10 @@ def write(predictor: Predictor, chunk: Chunk, work: Path) -> Part:
     rows = Rows(chunk.rows, chunk.path, chunk.start, chunk.columns)
     columns = predictor.columns(chunk.columns, str(chunk.path))
     results = predictor.results([rows.column(name) for name in columns], rows.names)
-    temporary = work / f".{os.getpid()}{chunk.suffix}"
-    rows.write(temporary, chunk.header, predictor, results)
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
     skipped = sum(result is None for result in results)
     part = work / f"{chunk.file:06}-{chunk.start:012}-{len(results)}-{skipped}{chunk.suffix}"
-    os.replace(temporary, part)
+    with new_file(part) as temporary:
+        rows.write(temporary, chunk.suffix, chunk.header, predictor, results)
     return Part.at(part)
 
 
@@ -183,4 +181,5 @@ def _work(connection: Connection, job: Job) -> None:
     except (EOFError, ConnectionError):
         return
     except Exception as error:
-        connection.send(error)
+        with contextlib.suppress(ConnectionError):  # the first process was killed, and another has the parts now
+            connection.send(error)

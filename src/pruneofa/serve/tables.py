@@ -91,15 +91,20 @@ class Rows:
         return [row.get(name) for row in self._rows]
 
     def write(
-        self, part: Path, header: Sequence[str], predictor: "Predictor", results: Sequence[dict[str, Any] | None]
+        self,
+        part: Path,
+        suffix: str,
+        header: Sequence[str],
+        predictor: "Predictor",
+        results: Sequence[dict[str, Any] | None],
     ) -> None:
-        """Write the rows with their results to a file; its suffix is the format, `header` the order of CSV's columns.
+        """Write the rows with their results to a file in the format of `suffix`; `header` orders the columns of CSV.
 
         Raises InputError for rows that the format cannot hold.
         """
         empty = dict.fromkeys(predictor.added)
         filled = [empty if result is None else result for result in results]
-        if part.suffix == ".parquet":
+        if suffix == ".parquet":
             from pruneofa.serve import arrow
 
             given = self._rows if self._batch is None else self._batch
@@ -107,13 +112,13 @@ class Rows:
             return
         given = self._rows if self._batch is None else self._batch.to_pylist()
         with open(part, "w", encoding="utf-8", newline="") as file:
-            if part.suffix == ".jsonl":
+            if suffix == ".jsonl":
                 file.writelines(f"{_object(row | result)}\n" for row, result in zip(given, filled, strict=True))
             else:
-                csv.writer(file, delimiter=_DELIMITERS[part.suffix], lineterminator="\n").writerow(
+                csv.writer(file, delimiter=_DELIMITERS[suffix], lineterminator="\n").writerow(
                     [*header, *predictor.added]
                 )
-                self._write_fields(file, part.suffix, header, given, filled)
+                self._write_fields(file, suffix, header, given, filled)
 
     def _write_fields(self, file: Any, suffix: str, header: Sequence[str], given: Any, results: Any) -> None:
         writer = csv.writer(file, delimiter=_DELIMITERS[suffix], lineterminator="\n")
