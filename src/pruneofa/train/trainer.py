@@ -226,8 +226,8 @@ def train(
 
     A checkpoint that cannot be read is reported on stderr and deleted, and the one before it is used.
     Returns {"seconds", "tokens"} over all attempts. `rate(t)` multiplies `lr` in optimizer step t + 1.
-    Raises InputError when `batch` cannot be divided among micro-batches and processes, and KeyboardInterrupt
-    after Ctrl-C, once a checkpoint has been written.
+    Raises InputError when `batch` cannot be divided among micro-batches and processes, or the model cannot compute
+    activations again, and KeyboardInterrupt after Ctrl-C, once a checkpoint has been written.
     """
     micro, accumulation = split_batch(batch, micro_batch)
     cuda = torch.cuda.is_available()
@@ -259,6 +259,11 @@ def train(
         log_level="error",
     )
     if checkpoint_activations:
+        if not objective.student.supports_gradient_checkpointing:
+            raise InputError(
+                f"checkpoint_activations is true, but transformers' {type(objective.student).__name__} cannot; set it to "
+                "false, and a smaller micro_batch if memory is short"
+            )
         objective.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     bookkeeping = _StageCallback(stage, emit)
     trainer = StageTrainer(
