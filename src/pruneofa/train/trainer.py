@@ -261,8 +261,8 @@ def train(
     if checkpoint_activations:
         if not objective.student.supports_gradient_checkpointing:
             raise InputError(
-                f"checkpoint_activations is true, but transformers' {type(objective.student).__name__} cannot; set it to "
-                "false, and a smaller micro_batch if memory is short"
+                f"checkpoint_activations is true, which transformers' {type(objective.student).__name__} does not "
+                "support; set it to false, and a smaller micro_batch if memory is short"
             )
         objective.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     bookkeeping = _StageCallback(stage, emit)
