@@ -200,7 +200,7 @@ Norm norm(const nb::handle& source, const char* name) {
 RelativeBias relative_bias(const std::optional<Matrix<float>>& by_distance) {
   if (!by_distance) return {};
   const std::size_t heads = by_distance->shape(0), distances = by_distance->shape(1);
-  expect(heads >= 1 && heads < 1u << 16 && distances % 2 == 1 && distances < 1u << 24,
+  expect(heads >= 1 && heads < 1u << 24 && distances % 2 == 1 && distances < 1u << 24,
          "relative_bias: wanted a row per head of 2 * length - 1 distances");
   for (std::size_t i = 0; i < by_distance->size(); ++i) {
     expect(std::isfinite(by_distance->data()[i]), "relative_bias: a value is not finite");
