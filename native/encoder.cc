@@ -17,18 +17,35 @@ void expect(bool fits, const char* what) {
 
 }  // namespace
 
+RelativeBias::RelativeBias(const float* by_distance, int heads, int length)
+    : heads(heads), length(length), values(static_cast<std::size_t>(heads) * (2 * length - 1 + 2 * kBiasMargin)) {
+  const int distances = 2 * length - 1;
+  for (int h = 0; h < heads; ++h) {
+    const float* from = by_distance + static_cast<std::ptrdiff_t>(h) * distances;
+    float* to = values.data() + static_cast<std::ptrdiff_t>(h) * (distances + 2 * kBiasMargin) + kBiasMargin;
+    std::copy(from, from + distances, to);
+  }
+}
+
+const float* RelativeBias::of_head(int head) const {
+  if (heads == 0) return nullptr;
+  return values.data() + std::ptrdiff_t{head} * (2 * length - 1 + 2 * kBiasMargin) + kBiasMargin + length - 1;
+}
+
 Encoder::Encoder(EncoderOptions options, Table word, Table position, Table type, Norm embedding_norm,
-                 std::vector<Layer> layers, const Kernels& kernels)
+                 RelativeBias bias, std::vector<Layer> layers, const Kernels& kernels)
     : options_(options),
       word_(std::move(word)),
       position_(std::move(position)),
       type_(std::move(type)),
       embedding_norm_(std::move(embedding_norm)),
+      bias_(std::move(bias)),
       layers_(std::move(layers)),
       kernels_(kernels) {
   const int hidden = options_.hidden;
   expect(hidden > 0 && options_.heads > 0 && hidden % options_.heads == 0, "hidden must be a multiple of heads");
   expect(!layers_.empty(), "an encoder needs at least one layer");
+  expect(bias_.heads == 0 || bias_.heads == options_.heads, "relative_bias: wanted one row per head");
   const auto fits = [&](const std::shared_ptr<const Linear>& linear, int inputs, int outputs) {
     return linear && linear->inputs() == inputs && linear->outputs() == outputs && &linear->kernels() == &kernels_ &&
            linear->is_int8() == layers_[0].query->is_int8() && linear->is_static() == layers_[0].query->is_static();
@@ -101,7 +118,11 @@ Encoder::Part Encoder::part(int total, int unit, int thread, int threads) {
 void Encoder::check(const Sequences& s) const {
   expect(s.tokens > 0 && s.count > 0 && s.offsets[0] == 0 && s.offsets[s.count] == s.tokens,
          "offsets must begin with 0 and end with the number of tokens");
-  for (int i = 0; i < s.count; ++i) expect(s.offsets[i] < s.offsets[i + 1], "offsets must increase");
+  for (int i = 0; i < s.count; ++i) {
+    expect(s.offsets[i] < s.offsets[i + 1], "offsets must increase");
+    expect(bias_.heads == 0 || s.offsets[i + 1] - s.offsets[i] <= bias_.length,
+           "a sequence is longer than the distances of relative_bias");
+  }
   const auto inside = [](const int32_t* ids, int tokens, int rows, const char* what) {
     for (int i = 0; i < tokens; ++i) {
       if (ids[i] < 0 || ids[i] >= rows) {
@@ -199,6 +220,7 @@ void Encoder::attend(Team& team, int thread, const Slice& query, const Sequences
       a.scale = 1.0f / sqrtf(static_cast<float>(size));
       a.begin = sequences.offsets[s];
       a.end = sequences.offsets[s + 1];
+      a.bias = bias_.of_head((query.first + f) / size);
       // With static inputs nothing is rounded here, so that codes equal those simulated in training (decision 0007).
       a.rounding = !int8_ ? Rounding::kTwoBfloat16 : dynamic_ ? Rounding::kBfloat16 : Rounding::kNone;
       a.scratch = team.buffers[thread].scratch.data();

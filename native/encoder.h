@@ -26,6 +26,19 @@ struct Norm {
   std::vector<float> gamma, beta;
 };
 
+// What attention adds to the score of a query and a key, by head and distance.
+struct RelativeBias {
+  RelativeBias() = default;
+  // by_distance: [heads][2 * length - 1], of query - key from 1 - length to length - 1.
+  RelativeBias(const float* by_distance, int heads, int length);
+  // The value of distance 0, with kBiasMargin zeros around those of the head; null: the model has no such bias.
+  const float* of_head(int head) const;
+
+  int heads = 0;
+  int length = 0;  // tokens of the longest sequence
+  std::vector<float> values;
+};
+
 struct Layer {
   std::shared_ptr<const Linear> query, key, value, attention_output, intermediate, output;
   Norm attention_norm, output_norm;
@@ -72,10 +85,11 @@ struct Team {
 class Encoder {
  public:
   // Throws std::invalid_argument when sizes do not match.
-  Encoder(EncoderOptions options, Table word, Table position, Table type, Norm embedding_norm,
+  Encoder(EncoderOptions options, Table word, Table position, Table type, Norm embedding_norm, RelativeBias bias,
           std::vector<Layer> layers, const Kernels& kernels);
 
-  // Throws std::invalid_argument for an id out of range or offsets that do not increase from 0 to `tokens`.
+  // Throws std::invalid_argument for an id out of range, offsets that do not increase from 0 to `tokens`, or a sequence
+  // with distances that the bias does not have.
   void check(const Sequences& sequences) const;
   // Prepares a team of so many threads for passes of up to so many tokens.
   void reserve(Team& team, int threads, int tokens) const;
@@ -133,6 +147,7 @@ class Encoder {
   const EncoderOptions options_;
   const Table word_, position_, type_;
   const Norm embedding_norm_;
+  const RelativeBias bias_;
   const std::vector<Layer> layers_;
   const Kernels& kernels_;
   int widest_ = 0;  // features of the widest layer

@@ -98,6 +98,10 @@ struct Operands {
 // The type that attention operands may be rounded to, on paths where that is faster.
 enum class Rounding { kNone, kTwoBfloat16, kBfloat16 };
 
+// A row of 16 queries and a key of the panels that a sequence shares with others are up to so much further apart than the
+// sequence's own tokens.
+constexpr int kBiasMargin = 2 * kLanes;
+
 // Attention of one head of one sequence. Up to 16 features past the head may be read.
 struct Attention {
   float* query = nullptr;  // float activations holding the head's rows, panel 0; the output replaces them
@@ -106,6 +110,9 @@ struct Attention {
   std::ptrdiff_t stride = 0;         // floats between panels
   int size = 0;                      // of a head
   float scale = 0;                   // of the scores
+  // Added to the scaled score of a query and a key: bias[query - key]; null: nothing is. kBiasMargin values before and
+  // after those of the sequence's own distances may be read.
+  const float* bias = nullptr;
   int begin = 0, end = 0;            // tokens of the sequence
   Rounding rounding = Rounding::kNone;
   void* scratch = nullptr;

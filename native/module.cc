@@ -197,6 +197,17 @@ Norm norm(const nb::handle& source, const char* name) {
           {pair.second.data(), pair.second.data() + pair.second.size()}};
 }
 
+RelativeBias relative_bias(const std::optional<Matrix<float>>& by_distance) {
+  if (!by_distance) return {};
+  const std::size_t heads = by_distance->shape(0), distances = by_distance->shape(1);
+  expect(heads >= 1 && heads < 1u << 24 && distances % 2 == 1 && distances < 1u << 24,
+         "relative_bias: wanted a row per head of 2 * length - 1 distances");
+  for (std::size_t i = 0; i < by_distance->size(); ++i) {
+    expect(std::isfinite(by_distance->data()[i]), "relative_bias: a value is not finite");
+  }
+  return RelativeBias(by_distance->data(), static_cast<int>(heads), static_cast<int>(distances / 2 + 1));
+}
+
 Activation activation(const std::string& name) {
   if (name == "gelu") return Activation::kGelu;
   if (name == "gelu_new" || name == "gelu_pytorch_tanh") return Activation::kGeluTanh;
@@ -225,7 +236,8 @@ Layer layer(const nb::dict& source) {
 
 void make_encoder(Scheduler* self, int hidden, int heads, float epsilon, const std::string& activation_name,
                   int threads, const std::string& isa, nb::handle word, nb::handle position, nb::handle token_type,
-                  nb::handle embedding_norm, const std::vector<nb::dict>& layers) {
+                  nb::handle embedding_norm, const std::vector<nb::dict>& layers,
+                  const std::optional<Matrix<float>>& bias) {
   expect(threads >= 1 && threads <= 4096, "threads: wanted 1 to 4096");
   expect(hidden >= 1, "hidden: wanted at least 1");
   std::vector<Layer> made;
@@ -233,7 +245,7 @@ void make_encoder(Scheduler* self, int hidden, int heads, float epsilon, const s
   for (const nb::dict& one : layers) made.push_back(layer(one));
   Encoder encoder({hidden, heads, epsilon, activation(activation_name)}, table(word, hidden, "word"),
                   table(position, hidden, "position"), table(token_type, hidden, "token_type"),
-                  norm(embedding_norm, "embedding_norm"), std::move(made), kernels_for(isa));
+                  norm(embedding_norm, "embedding_norm"), relative_bias(bias), std::move(made), kernels_for(isa));
   new (self) Scheduler(std::move(encoder), threads);
 }
 
@@ -307,7 +319,8 @@ NB_MODULE(_native, m) {
       .def("forward", &linear_forward, "x"_a.noconvert());
   nb::class_<Scheduler>(m, "Encoder")
       .def("__init__", &make_encoder, nb::kw_only(), "hidden"_a, "heads"_a, "epsilon"_a, "activation"_a, "threads"_a,
-           "isa"_a, "word"_a, "position"_a, "token_type"_a.none(), "embedding_norm"_a, "layers"_a)
+           "isa"_a, "word"_a, "position"_a, "token_type"_a.none(), "embedding_norm"_a, "layers"_a,
+           "relative_bias"_a.noconvert() = nb::none())
       .def("forward", &encoder_forward, "ids"_a.noconvert(), "positions"_a.noconvert(), "types"_a.noconvert(),
            "offsets"_a.noconvert(), "parts"_a.noconvert() = nb::none(), "lanes"_a = 1,
            "width"_a = nb::none())

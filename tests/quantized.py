@@ -1,12 +1,11 @@
 """Hugging Face folders on the int8 grid, made from any folder without torch and without data."""
 
-import re
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from pruneofa.families import canonical_name
+from pruneofa.families import attention_input, canonical_name
 from pruneofa.formats import pattern
 from pruneofa.formats import scales as quantization
 from pruneofa.formats.manifest import kind_of
@@ -40,7 +39,7 @@ def quantize_folder(
             continue
         tensors[original], scales[name] = fake_quantized(tensors[original], strategy if kind == "linear" else "channel")
         if kind == "linear" and static:
-            shared = re.sub(r"self\.(query|key|value)|[qkv]_lin", "qkv", name)  # they read the same input
+            shared = attention_input(name) or name
             number = len(made)
             made.setdefault(shared, (float(np.float32((20 + 3 * number % 20) / 1000)), 90 + 11 * number % 70))
             inputs[name], zeros[name] = made[shared]

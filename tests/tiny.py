@@ -59,6 +59,14 @@ def tiny_roberta(model: type | None = None, *, seed: int = 0, **config: Any) -> 
     return _build(model or RobertaForMaskedLM, RobertaConfig, seed, sizes | config)
 
 
+def tiny_mpnet(model: type | None = None, *, seed: int = 0, **config: Any) -> Any:
+    """An MPNet of the same size. Its positions leave out token 1 whatever the config says: here that is [UNK]."""
+    from transformers import MPNetConfig, MPNetForMaskedLM
+
+    sizes = _bert_sizes() | {"max_position_embeddings": POSITIONS + 2, "pad_token_id": 1}
+    return _build(model or MPNetForMaskedLM, MPNetConfig, seed, sizes | config)
+
+
 def write_model(folder: Path, model: Any = None) -> Path:
     """Save a model (a `tiny_bert` if none is given) with its tokenizer; returns the folder."""
     (model or tiny_bert()).save_pretrained(folder)

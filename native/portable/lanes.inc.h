@@ -132,6 +132,11 @@ static inline Pair<H> maximum(const Pair<H>& a, const Pair<H>& b) {
 template <class V>
 struct Memory {
   static inline V load(const void* p) { return *static_cast<const V*>(p); }
+  static inline V load_unaligned(const void* p) {
+    V v;
+    memcpy(&v, p, sizeof v);
+    return v;
+  }
   static inline void store(void* p, const V& v) { *static_cast<V*>(p) = v; }
 };
 template <class Half>
@@ -139,12 +144,16 @@ struct Memory<Pair<Half>> {
   static inline Pair<Half> load(const void* p) {
     return {Memory<Half>::load(p), Memory<Half>::load(static_cast<const char*>(p) + sizeof(Half))};
   }
+  static inline Pair<Half> load_unaligned(const void* p) {
+    return {Memory<Half>::load_unaligned(p), Memory<Half>::load_unaligned(static_cast<const char*>(p) + sizeof(Half))};
+  }
   static inline void store(void* p, const Pair<Half>& v) {
     Memory<Half>::store(p, v.low);
     Memory<Half>::store(static_cast<char*>(p) + sizeof(Half), v.high);
   }
 };
 static inline Floats load(const float* p) { return Memory<Floats>::load(p); }
+static inline Floats load_unaligned(const float* p) { return Memory<Floats>::load_unaligned(p); }
 static inline Ints load(const int32_t* p) { return Memory<Ints>::load(p); }
 static inline void store(float* p, const Floats& v) { Memory<Floats>::store(p, v); }
 static inline void store(int32_t* p, const Ints& v) { Memory<Ints>::store(p, v); }

@@ -146,7 +146,7 @@ static inline Ints sequence_mask(const Attention& a, int panel) {
   return load(mask);
 }
 
-// softmax(scale * q k^T) v for the query panels of one head of one sequence. Two passes over the scores of a panel,
+// softmax(scale * q k^T + bias) v for the query panels of one head of one sequence. Two passes over the scores of a panel,
 // which fit the second-level cache, instead of an online softmax.
 static inline void attention(const Attention& a) {
   constexpr int kBlock = PRUNEOFA_REGISTER == 64 ? 16 : 4;  // sums that fit the registers
@@ -171,7 +171,8 @@ static inline void attention(const Attention& a) {
         PRUNEOFA_UNROLL
         for (int s = 0; s < kBlock; ++s) {
           const int token = p * kLanes + s0 + s;
-          const Floats score = sum[s] * a.scale;
+          Floats score = sum[s] * a.scale;
+          if (a.bias != nullptr) score = score + load_unaligned(a.bias + panel * kLanes - token);
           store(scores + (token - first * kLanes) * kLanes, score);
           if (token >= a.begin && token < a.end) {
             top = maximum(score, top);

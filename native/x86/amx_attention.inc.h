@@ -65,6 +65,18 @@ PRUNEOFA_INLINE void add_values(const Head& h, int o, int pair, int slot) {
 #undef PRUNEOFA_MULTIPLY_HIGH
 #undef PRUNEOFA_MULTIPLY
 
+// Adds the bias to the scores of a query panel with the keys of a pair, which are multiplied by `a.scale` only later.
+PRUNEOFA_INLINE void add_bias(const Attention& a, const Head& h, int panel, int pair, float* scores) {
+  if (a.bias == nullptr) return;
+  const float inverse = 1.0f / a.scale;
+  const float* bias = a.bias + (h.first + panel) * kLanes - a.begin - pair * 32;
+  const int rest = h.length - pair * 32, keys = rest < 32 ? rest : 32;
+  for (int s = 0; s < keys; ++s) {
+    lanes::store(scores + s * kLanes, lanes::load(scores + s * kLanes) + lanes::load_unaligned(bias - s) * inverse);
+  }
+  compiler_barrier();
+}
+
 PRUNEOFA_INLINE void clear_sums() {
   _tile_zero(0);
   _tile_zero(1);
@@ -127,6 +139,7 @@ __attribute__((noinline)) void recompute(const Attention& a, Head h, int panel, 
   for (int pair = 0; pair < h.pairs; ++pair) {
     score<Parts>(h, panel, pair, scores);
     compiler_barrier();
+    add_bias(a, h, panel, pair, scores);
     top = lanes::maximum(top, largest_of_pair(h, pair, scores) * base);
   }
   const lanes::Floats least = (top - 200.0f) * (1.0f / base);
@@ -134,6 +147,7 @@ __attribute__((noinline)) void recompute(const Attention& a, Head h, int panel, 
   for (int pair = 0; pair < h.pairs; ++pair) {
     score<Parts>(h, panel, pair, scores);
     compiler_barrier();
+    add_bias(a, h, panel, pair, scores);
     // Weights of 2^-200 are 0; much smaller ones would leave the range of fixed-point numbers.
     for (int i = 0; i < 512; i += kLanes) lanes::store(scores + i, lanes::maximum(lanes::load(scores + i), least));
     total = total + softmax_weights<Parts>(h, pair, scores, base, top, pair);
@@ -163,7 +177,8 @@ void tile_attention(const Attention& a) {
   score_next();
   while (behind.count < steps) {
     if (now.count < steps) {
-      const float* scores = h.scores + now.count % kSlots * 512;
+      float* scores = h.scores + now.count % kSlots * 512;
+      add_bias(a, h, now.panel, now.pair, scores);
       if (now.pair == 0) {
         top = largest_of_pair(h, 0, scores) * base;
         total = lanes::broadcast(0.0f);

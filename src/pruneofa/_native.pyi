@@ -105,6 +105,7 @@ class Encoder:
         token_type: Table | None,
         embedding_norm: tuple[Floats, Floats],
         layers: Sequence[Mapping[str, Any]],
+        relative_bias: Floats | None = None,
     ) -> None:
         """Copy norms and scales; keep references to the layers and to the rows of the tables, which must not change.
 
@@ -121,6 +122,8 @@ class Encoder:
             embedding_norm: gamma and beta, (hidden,) float32.
             layers: dicts of the Linears "query", "key", "value", "attention_output", "intermediate" and "output", and
                 of (gamma, beta) as "attention_norm" and "output_norm".
+            relative_bias: (heads, 2 l - 1) float32, finite: what attention adds to the scaled score of a query and a
+                key, in column l - 1 + query - key; no sequence may be longer than l. None: nothing is added.
 
         Raises:
             ValueError: sizes, precisions, static inputs or paths do not match, or a setting is out of range.
@@ -156,7 +159,8 @@ class Encoder:
 
         Raises:
             ValueError: an id, position or type outside of its table; offsets that do not rise from 0 to t, or parts
-                from 0 to s; lanes or width that the threads are too few for.
+                from 0 to s; a sequence longer than `relative_bias` has distances for; lanes or width that the threads
+                are too few for.
             TypeError: an array of another type.
         """
 

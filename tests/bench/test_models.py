@@ -12,6 +12,7 @@ from pruneofa.bench.models import Case, Settings
 from pruneofa.bench.random_folder import prune, write_random
 from pruneofa.engine import engine
 from pruneofa.errors import InputError
+from pruneofa.families.mpnet import MPNET
 from pruneofa.formats.pattern import BLOCKS, pattern_holds
 from tests.tiny import POSITIONS, VOCABULARY
 
@@ -81,18 +82,21 @@ def test_operations_are_those_of_linears_and_attention(folder, tmp_path):
     assert model.operations(Case("", (5, 7))) == linears * 12 + attention * (25 + 49)
 
 
-@pytest.mark.parametrize("pattern", BLOCKS)
-def test_a_random_folder_has_the_zeros_asked_for_and_loads(tmp_path, monkeypatch, pattern):
+@pytest.mark.parametrize(
+    ("pattern", "family"), [*((pattern, families.FAMILIES[0]) for pattern in BLOCKS), ("unstructured", MPNET)]
+)
+def test_a_random_folder_has_the_zeros_asked_for_and_loads(tmp_path, monkeypatch, pattern, family):
     from pruneofa.formats import pattern as patterns
 
     tiny = families.Shape("tiny", "Tiny", layers=1, hidden=64, heads=4, inner=128)
-    monkeypatch.setattr(families, "FAMILIES", (replace(families.FAMILIES[0], shapes=(tiny,)),))
+    monkeypatch.setattr(families, "FAMILIES", (replace(family, shapes=(tiny,)),))
     write_random(tmp_path, "tiny", 0.75, pattern)
     found = patterns.inspect(tmp_path)
     assert found["encoder"] == pytest.approx(0.75, abs=1e-3) and len(found["layers"]) == 6
     assert all(pattern_holds(w != 0, pattern) for _, w in patterns.read_weights(tmp_path, patterns.is_prunable))
     if engine.native is not None:
-        assert engine.Engine.from_pretrained(tmp_path, threads=1).predict("w7 w8").shape == (64,)
+        loaded = engine.Engine.from_pretrained(tmp_path, threads=1)
+        assert loaded.predict("w7 w8").shape == (64,) and loaded.max_length == 512
 
 
 def test_the_smallest_are_pruned():

@@ -46,6 +46,11 @@ def test_the_table_of_the_readme_comes_from_records(tmp_path):
                         "4.50×", "4 %"]  # fmt: skip
     assert lines[3][1:6] == ["avx2 (capped)", "2 × 8–128 tokens", "50 seq/s", "onnxruntime-int8, 15.4 seq/s",
                              "**3.25×**"]  # fmt: skip
+    of_one_size = [record(runner(PRUNEOFA, 2)) for _ in range(2)]
+    for one, name in zip(of_one_size, ("BertModel", "MPNetForMaskedLM"), strict=True):
+        one["models"][0]["architecture"] = name
+    named = [line.split(",")[0] for line in tables.speed_table(of_one_size).splitlines()[2:]]
+    assert named == ["| BERT-Base", "| MPNet-Base"]
     (tmp_path / "0.json").write_text("{}")
     with pytest.raises(InputError, match="wanted a file that `pruneofa bench --json` or --record wrote"):
         tables.read_records([tmp_path / "0.json"])

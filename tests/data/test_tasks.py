@@ -11,7 +11,7 @@ from pruneofa.data.features import collate, evaluation_batches
 from pruneofa.data.tasks import load_task, longest_input
 from pruneofa.errors import InputError
 from tests.data.task_files import ROWS, own, sst2, write
-from tests.tiny import tiny_bert, tiny_distilbert, tiny_roberta, tiny_tokenizer
+from tests.tiny import tiny_bert, tiny_distilbert, tiny_mpnet, tiny_roberta, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -346,7 +346,12 @@ def test_max_length_beyond_the_model(tmp_path, tokenizer):
 
 
 def test_the_longest_input_of_a_model():
-    assert [longest_input(make().config) for make in (tiny_bert, tiny_distilbert, tiny_roberta)] == [64, 64, 65]
+    assert [longest_input(make().config) for make in (tiny_bert, tiny_distilbert, tiny_roberta, tiny_mpnet)] == [
+        64,
+        64,
+        65,
+        64,
+    ]
 
 
 @pytest.mark.skipif("PRUNEOFA_DATA" not in os.environ, reason="PRUNEOFA_DATA does not name the data folder")

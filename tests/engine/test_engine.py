@@ -16,9 +16,18 @@ from pruneofa.engine.threads import choose_threads
 from pruneofa.errors import InputError
 from pruneofa.formats import packed, pattern
 from pruneofa.formats.pack import pack
-from tests.tiny import half_pruned, tiny_bert, tiny_distilbert, tiny_roberta, tiny_tokenizer, write_folder, write_model
+from tests.tiny import (
+    half_pruned,
+    tiny_bert,
+    tiny_distilbert,
+    tiny_mpnet,
+    tiny_roberta,
+    tiny_tokenizer,
+    write_folder,
+    write_model,
+)
 
-FAMILIES = {"Bert": tiny_bert, "DistilBert": tiny_distilbert, "Roberta": tiny_roberta}
+FAMILIES = {"Bert": tiny_bert, "DistilBert": tiny_distilbert, "Roberta": tiny_roberta, "MPNet": tiny_mpnet}
 TEXTS = ["the great film", "who was king of the city by the river and the sea?", "bad", "a terrible story, not new."]
 FLOAT = {"rtol": 1e-4, "atol": 1e-4}
 INT8 = 0.06  # of the largest value: two layers of random weights, which round worse than trained ones
@@ -55,7 +64,7 @@ def run(model, inputs):
 def test_encode_matches_transformers(family, made, kernels):
     folder, model = made(family, "Model")
     inputs = torch_inputs(family, TEXTS)
-    inputs["input_ids"][1, 3] = 0  # a padding token in the text, which RoBERTa's positions leave out
+    inputs["input_ids"][1, 3] = model.config.pad_token_id  # in the text: some families' positions leave it out
     wanted = run(model, inputs).last_hidden_state.numpy()
     arrays = {name: value.numpy() for name, value in inputs.items()}
     padded = arrays["attention_mask"] == 0

@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 
 from pruneofa import Engine
 from pruneofa.errors import InputError
-from tests.tiny import WORDS, half_pruned, tiny_bert, tiny_distilbert, tiny_roberta, write_model
+from tests.tiny import WORDS, half_pruned, tiny_bert, tiny_distilbert, tiny_mpnet, tiny_roberta, write_model
 
 HEADS = {
     "bert": (tiny_bert, "BertForSequenceClassification"),
     "roberta": (tiny_roberta, "RobertaForSequenceClassification"),
+    "mpnet": (tiny_mpnet, "MPNetForSequenceClassification"),
     "tokens": (tiny_distilbert, "DistilBertForTokenClassification"),
     "masks": (tiny_bert, "BertForMaskedLM"),
     "embedding": (tiny_bert, "BertModel"),

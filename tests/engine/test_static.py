@@ -22,9 +22,9 @@ from pruneofa.formats.manifest import MANIFEST
 from pruneofa.formats.pack import pack
 from pruneofa.formats.unpack import unpack
 from tests.quantized import quantize_folder
-from tests.tiny import half_pruned, tiny_bert, tiny_distilbert, tiny_roberta, tiny_tokenizer, write_model
+from tests.tiny import half_pruned, tiny_bert, tiny_distilbert, tiny_mpnet, tiny_roberta, tiny_tokenizer, write_model
 
-FAMILIES = {"Bert": tiny_bert, "DistilBert": tiny_distilbert, "Roberta": tiny_roberta}
+FAMILIES = {"Bert": tiny_bert, "DistilBert": tiny_distilbert, "Roberta": tiny_roberta, "MPNet": tiny_mpnet}
 TEXTS = [
     "the great film",
     "who was king of the city by the river and the sea?",

@@ -4,9 +4,9 @@ import torch
 import transformers
 
 from tests.quantized import quantize_folder
-from tests.tiny import tiny_bert, tiny_distilbert, tiny_roberta, write_model
+from tests.tiny import tiny_bert, tiny_distilbert, tiny_mpnet, tiny_roberta, write_model
 
-FAMILIES = {"Bert": tiny_bert, "DistilBert": tiny_distilbert, "Roberta": tiny_roberta}
+FAMILIES = {"Bert": tiny_bert, "DistilBert": tiny_distilbert, "Roberta": tiny_roberta, "MPNet": tiny_mpnet}
 HEADS = ["ForSequenceClassification", "ForQuestionAnswering", "ForTokenClassification", "ForMaskedLM", "Model"]
 CLASSIFIER = "ForSequenceClassification"
 QUERY = "encoder.layer.0.attention.self.query.weight"

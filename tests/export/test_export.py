@@ -180,7 +180,7 @@ def test_equal_layers_that_the_exporter_stores_once(tmp_path):
 # Seen on a CPU with AVX2 only: OpenVINO's outputs differ by 2 % there. 16-bit sums that saturate are the likely cause.
 @needs_openvino
 @pytest.mark.skipif("avx512vnni" not in Engine.available_isas(), reason="OpenVINO's int8 differs by 2 % without VNNI")
-@pytest.mark.parametrize(("family", "head"), zip([*FAMILIES, "Bert", "DistilBert"], HEADS, strict=True))
+@pytest.mark.parametrize(("family", "head"), zip([*FAMILIES, "DistilBert"], HEADS, strict=True))
 def test_openvino_computes_the_simulation_in_int8(tmp_path, family, head):
     report = export(save(tmp_path / "model", family, head), tmp_path / "out", to="openvino")
     good(report)

@@ -15,6 +15,7 @@ from pruneofa.engine import engine, reference
 from pruneofa.engine.engine import Engine
 from pruneofa.errors import InputError
 from pruneofa.formats import pattern
+from pruneofa.formats.architecture import read_architecture
 from pruneofa.formats.pack import pack
 from pruneofa.formats.unpack import unpack
 from tests.tiny import LAYERS, write_folder
@@ -40,7 +41,7 @@ def test_no_other_file_names_a_family():
         for file in sorted(SOURCE.rglob("*"))
         if file.suffix in (".py", ".pyi", ".j2", ".html", ".js") and file.parent != SOURCE / "families"
         for line in file.read_text(encoding="utf-8").splitlines()
-        if "bert" in OTHERS.sub("", line).lower()
+        if any(name in OTHERS.sub("", line).lower() for name in families.model_types())
     ]
     assert not named, "\n".join(named)
 
@@ -61,6 +62,8 @@ def test_a_family_names_what_transformers_has(family):
         assert {*family.tables.values(), family.embedding_norm} <= modules.keys()
         assert {family.layers.partition(".")[0], *family.base_modules()} >= {n.partition(".")[0] for n in modules if n}
         assert all(hasattr(model.config, key) for key in vars(family.keys).values())
+        if bias := family.relative_bias:
+            assert modules[bias.table].num_embeddings == bias.buckets == getattr(model.config, bias.key)
         heads = {families.base_name(n).partition(".")[0] for n in parameters if not n.startswith(f"{family.prefix}.")}
         assert task == "embedding" or heads <= family.head_modules()
 
@@ -117,7 +120,7 @@ def test_a_family_that_is_not_listed_is_refused(tmp_path):
 
 def test_the_positions_that_are_left():
     counted = [family.first_position(1) for family in families.FAMILIES]
-    assert counted == [0, 0, 2]
+    assert counted == [0, 0, 2, 2] and families.FAMILIES[-1].first_position(0) == 2
 
 
 @pytest.mark.parametrize(
@@ -126,6 +129,7 @@ def test_the_positions_that_are_left():
         ("BertTokenizerFast", ("vocab.txt",)),
         ("DistilBertTokenizer", ("vocab.txt",)),
         ("RobertaTokenizer", ("vocab.json", "merges.txt")),
+        ("MPNetTokenizer", ("vocab.txt",)),
         ("roberta", ("vocab.json", "merges.txt")),
         ("None", ("vocab.txt",)),
     ],
@@ -138,6 +142,7 @@ def test_query_key_and_value_read_the_same_input():
     names = [f"{family.layers}.3.{family.layer.query}.weight" for family in families.FAMILIES]
     assert [families.attention_input(name) for name in names] == [
         "encoder.layer.3.attention", "transformer.layer.3.attention", "encoder.layer.3.attention",
+        "encoder.layer.3.attention",
     ]  # fmt: skip
     assert families.attention_input("encoder.layer.3.output.dense.weight") is None
 
@@ -180,3 +185,11 @@ def test_a_span_head_of_a_model_with_three_classes_has_two_outputs(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = load_for_task(str(tmp_path), "qa")
     assert loaded.qa_outputs.out_features == 2 and loaded.config.num_labels == 2
+
+
+def test_another_number_of_buckets_is_refused(tmp_path):
+    biased = next(family for family in families.FAMILIES if family.relative_bias)
+    config = {"model_type": biased.model_type, biased.relative_bias.key: 64}
+    with pytest.raises(InputError, match="relative_attention_num_buckets is 64 in config.json, wanted 32") as caught:
+        read_architecture(config | {"hidden_size": 8, "num_attention_heads": 2}, tmp_path)
+    assert "\n" not in str(caught.value)

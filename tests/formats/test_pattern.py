@@ -14,6 +14,7 @@ from transformers import (
     BertForSequenceClassification,
     BertModel,
     DistilBertForSequenceClassification,
+    MPNetModel,
     RobertaForSequenceClassification,
 )
 
@@ -21,7 +22,7 @@ from pruneofa import families
 from pruneofa.errors import InputError
 from pruneofa.formats import pattern
 from pruneofa.train.masks import magnitude_mask, prunable
-from tests.tiny import tiny_bert, tiny_distilbert, tiny_roberta
+from tests.tiny import tiny_bert, tiny_distilbert, tiny_mpnet, tiny_roberta
 
 QUERY = "encoder.layer.0.attention.self.query.weight"
 
@@ -60,6 +61,8 @@ def derived(tmp_path, base):
         ("distilbert.transformer.layer.0.ffn.lin1.weight", "transformer.layer.0.ffn.lin1.weight", True),
         ("model.roberta.encoder.layer.0.output.dense.weight", "encoder.layer.0.output.dense.weight", True),
         ("module.bert.encoder.layer.0.output.dense.weight", "encoder.layer.0.output.dense.weight", True),
+        ("mpnet.encoder.layer.2.attention.attn.q.weight", "encoder.layer.2.attention.attn.q.weight", True),
+        ("mpnet.encoder.relative_attention_bias.weight", "encoder.relative_attention_bias.weight", False),
         ("encoder.layer.0.output.LayerNorm.weight", "encoder.layer.0.output.LayerNorm.weight", False),
         ("bert.pooler.dense.weight", pattern.POOLER, False),
         ("bert.embeddings.word_embeddings.weight", "embeddings.word_embeddings.weight", False),
@@ -109,6 +112,8 @@ def test_sharded_folders_read_the_same(tmp_path, base):
         (lambda: tiny_distilbert(DistilBertForSequenceClassification), False),
         (lambda: tiny_roberta(), False),
         (lambda: tiny_roberta(RobertaForSequenceClassification), False),
+        (lambda: tiny_mpnet(), False),
+        (lambda: tiny_mpnet(MPNetModel), True),
     ],
 )
 def test_inspect_every_architecture(tmp_path, make, pooler):

@@ -104,6 +104,7 @@ class Model:
     tables: dict[str, Any]
     embedding_norm: tuple[np.ndarray, np.ndarray]
     layers: list[dict[str, Any]]
+    relative_bias: np.ndarray | None = None
 
     def build(self, module: ModuleType, isa: str, threads: int = 1) -> Any:
         """`module.Encoder`; the reference takes "scalar" only."""
@@ -113,7 +114,7 @@ class Model:
         ]
         return module.Encoder(
             hidden=self.hidden, heads=self.heads, epsilon=1e-12, activation=self.activation, threads=threads, isa=isa,
-            embedding_norm=self.embedding_norm, layers=layers, **self.tables,
+            embedding_norm=self.embedding_norm, layers=layers, relative_bias=self.relative_bias, **self.tables,
         )  # fmt: skip
 
     def in_floats(self) -> "Model":

@@ -14,9 +14,9 @@ from pruneofa.errors import InputError
 from pruneofa.formats.pack import pack
 from pruneofa.train import evaluate as module
 from pruneofa.train.evaluate import evaluate, evaluate_engine, evaluate_model, load_task_model
-from tests.tiny import half_pruned, tiny_bert, tiny_distilbert, tiny_roberta, tiny_tokenizer, write_model
+from tests.tiny import half_pruned, tiny_bert, tiny_distilbert, tiny_mpnet, tiny_roberta, tiny_tokenizer, write_model
 
-FAMILIES = {"Bert": tiny_bert, "DistilBert": tiny_distilbert, "Roberta": tiny_roberta}
+FAMILIES = {"Bert": tiny_bert, "DistilBert": tiny_distilbert, "Roberta": tiny_roberta, "MPNet": tiny_mpnet}
 CLASSES = ["bad", "fine", "good"]
 CONTEXT = "the king of the city was not good and the people of the river had a great book about two games "
 
@@ -95,7 +95,7 @@ def test_classification(tmp_path, own, family, order):
     assert evaluate_engine(engine, task) == evaluate_model(model, task)
 
 
-@pytest.mark.parametrize("family", ["Bert", "DistilBert"])
+@pytest.mark.parametrize("family", ["Bert", "DistilBert", "MPNet"])
 def test_question_answering(tmp_path, questions, family):
     folder = save(tmp_path / "model", family, "QuestionAnswering")
     task = load_task("squad", questions, tiny_tokenizer(), train=False)

@@ -6,13 +6,13 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from transformers import BertForMaskedLM, DistilBertForMaskedLM, RobertaForMaskedLM
+from transformers import BertForMaskedLM, DistilBertForMaskedLM, MPNetForMaskedLM, RobertaForMaskedLM
 
 from pruneofa.errors import InputError
 from pruneofa.train import layerwise
 from pruneofa.train.layerwise import DAMPING, _fit_linear, prune_layerwise, sparse_fit
 from pruneofa.train.masks import magnitude_mask, prunable
-from tests.tiny import tiny_bert, tiny_distilbert, tiny_roberta
+from tests.tiny import tiny_bert, tiny_distilbert, tiny_mpnet, tiny_roberta
 
 
 def _problem(seed: int, inputs: int = 8) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -69,7 +69,12 @@ def test_the_fit_keeps_patterns(pattern: str) -> None:
 
 @pytest.mark.parametrize(
     ("make", "kind"),
-    [(tiny_bert, BertForMaskedLM), (tiny_distilbert, DistilBertForMaskedLM), (tiny_roberta, RobertaForMaskedLM)],
+    [
+        (tiny_bert, BertForMaskedLM),
+        (tiny_distilbert, DistilBertForMaskedLM),
+        (tiny_roberta, RobertaForMaskedLM),
+        (tiny_mpnet, MPNetForMaskedLM),
+    ],
 )
 def test_a_model_loses_less_than_by_magnitude(make, kind) -> None:
     teacher = make(kind).eval()

@@ -10,7 +10,7 @@ from pruneofa.errors import CheckFailed, InputError
 from pruneofa.train.lock import PatternLock
 from pruneofa.train.masks import magnitude_mask, prunable
 from pruneofa.train.prune import GradualPruner
-from tests.tiny import tiny_bert, tiny_distilbert, tiny_roberta
+from tests.tiny import tiny_bert, tiny_distilbert, tiny_mpnet, tiny_roberta
 
 
 def make_sparse(model, sparsity=0.7):
@@ -153,7 +153,9 @@ def test_the_model_keeps_its_names_and_copies_and_saves_as_if_unlocked(model, tm
         assert not dict(clone.named_parameters())[name]._backward_hooks
 
 
-@pytest.mark.parametrize("make", [tiny_distilbert, tiny_roberta, lambda: tiny_bert(BertForQuestionAnswering)])
+@pytest.mark.parametrize(
+    "make", [tiny_distilbert, tiny_roberta, tiny_mpnet, lambda: tiny_bert(BertForQuestionAnswering)]
+)
 def test_other_architectures(make):
     model = make_sparse(make())
     sparsity = PatternLock.capture(model).sparsity()

@@ -8,7 +8,7 @@ from transformers import BertForQuestionAnswering, BertModel, DistilBertForQuest
 from pruneofa.errors import InputError
 from pruneofa.families import is_encoder_weight
 from pruneofa.train.masks import check_shape, final_of, global_masks, magnitude_mask, prunable, unit_scores
-from tests.tiny import tiny_bert, tiny_distilbert, tiny_roberta
+from tests.tiny import tiny_bert, tiny_distilbert, tiny_mpnet, tiny_roberta
 
 # Few distinct values, so that ties, zeros and both signs are the rule and not the exception.
 VALUES = st.sampled_from([0.0, -0.0, 0.5, -0.5, 1.0, -1.0, 1.5, -2.0, 3.0, 1e-30, -1e30])
@@ -170,6 +170,7 @@ def test_n_of_m_cannot_be_exceeded():
         (lambda: tiny_distilbert(DistilBertForQuestionAnswering), 12, False),
         (lambda: tiny_roberta(), 12, False),
         (lambda: tiny_roberta(RobertaModel), 12, True),
+        (lambda: tiny_mpnet(), 12, False),
     ],
 )
 def test_prunable_finds_the_encoder_and_the_pooler_and_no_head(model, layers, pooler):

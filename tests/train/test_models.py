@@ -26,7 +26,7 @@ from pruneofa.train.models import (
     reorder_classes,
     set_dropout,
 )
-from tests.tiny import tiny_bert, tiny_distilbert, tiny_roberta, tiny_tokenizer, write_model
+from tests.tiny import tiny_bert, tiny_distilbert, tiny_mpnet, tiny_roberta, tiny_tokenizer, write_model
 
 
 def test_a_missing_head_is_created_on_tied_embeddings(tmp_path):
@@ -35,7 +35,7 @@ def test_a_missing_head_is_created_on_tied_embeddings(tmp_path):
     assert model.cls.predictions.decoder.weight is model.bert.embeddings.word_embeddings.weight
 
 
-@pytest.mark.parametrize("make", [tiny_distilbert, tiny_roberta])
+@pytest.mark.parametrize("make", [tiny_distilbert, tiny_roberta, tiny_mpnet])
 def test_architectures_without_next_sentence_head(tmp_path, make):
     path = str(write_model(tmp_path / "m", make()))
     assert load_for_pretraining(path, nsp=False, trained_head=True).get_output_embeddings() is not None

@@ -10,13 +10,13 @@ import transformers
 from pruneofa.errors import InputError
 from pruneofa.train.distill import kd_loss
 from pruneofa.train.objective import PretrainingObjective, TransferObjective
-from tests.tiny import VOCABULARY, tiny_bert, tiny_distilbert, tiny_roberta
+from tests.tiny import VOCABULARY, tiny_bert, tiny_distilbert, tiny_mpnet, tiny_roberta
 
 LOSSES = {"hard": 0.5, "kd": 0.5, "hidden": 0.0, "temperature": 2.0, "positions": "all"}
 
 
 def _model(kind="bert", seed=0, model=None, **config):
-    build = {"bert": tiny_bert, "distilbert": tiny_distilbert, "roberta": tiny_roberta}[kind]
+    build = {"bert": tiny_bert, "distilbert": tiny_distilbert, "roberta": tiny_roberta, "mpnet": tiny_mpnet}[kind]
     if kind == "distilbert":
         names = {"hidden_size": "dim", "num_hidden_layers": "n_layers"}
         config = {names.get(name, name): value for name, value in config.items()}
@@ -59,7 +59,7 @@ def test_counts():
     assert objective.counts(batch).tolist() == [masked, masked, 8, tokens]
 
 
-@pytest.mark.parametrize("kind", ["bert", "distilbert", "roberta"])
+@pytest.mark.parametrize("kind", ["bert", "distilbert", "roberta", "mpnet"])
 def test_hard_loss_is_the_models_own(kind):
     student, batch = _model(kind), _batch(kind)
     objective = PretrainingObjective(student, **{**LOSSES, "hard": 1.0, "kd": 0.0}, nsp=kind == "bert")
@@ -73,7 +73,7 @@ def test_hard_loss_is_the_models_own(kind):
         torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["bert", "distilbert", "roberta"])
+@pytest.mark.parametrize("kind", ["bert", "distilbert", "roberta", "mpnet"])
 @pytest.mark.parametrize("positions", ["all", "masked"])
 def test_distillation_of_logits(kind, positions):
     student, teacher, batch = _model(kind), _model(kind, seed=1), _batch(kind)
@@ -188,7 +188,7 @@ def test_hidden_states_and_teacher_are_only_asked_for_when_needed(monkeypatch):
     assert asked == [(False, False)]
 
 
-@pytest.mark.parametrize("kind", ["bert", "distilbert", "roberta"])
+@pytest.mark.parametrize("kind", ["bert", "distilbert", "roberta", "mpnet"])
 @pytest.mark.parametrize(
     ("losses", "nsp"),
     [({}, True), ({}, False), ({"hard": 0, "kd": 0, "hidden": 1}, True), ({"hard": 0, "kd": 0, "hidden": 1}, False)],

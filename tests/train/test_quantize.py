@@ -10,6 +10,7 @@ from transformers import (
     BertForQuestionAnswering,
     BertForSequenceClassification,
     DistilBertForSequenceClassification,
+    MPNetForSequenceClassification,
     RobertaForSequenceClassification,
 )
 
@@ -18,7 +19,7 @@ from pruneofa.formats import scales as quantization
 from pruneofa.train.lock import PatternLock
 from pruneofa.train.masks import magnitude_mask, prunable
 from pruneofa.train.quantize import EMA, FakeQuantizer, input_name
-from tests.tiny import tiny_bert, tiny_distilbert, tiny_roberta
+from tests.tiny import tiny_bert, tiny_distilbert, tiny_mpnet, tiny_roberta
 
 OUTPUT = "encoder.layer.0.output.dense"
 
@@ -81,6 +82,7 @@ MODELS = {
     "qa": lambda: tiny_bert(BertForQuestionAnswering),
     "distilbert": lambda: tiny_distilbert(DistilBertForSequenceClassification, num_labels=2),
     "roberta": lambda: tiny_roberta(RobertaForSequenceClassification, num_labels=2),
+    "mpnet": lambda: tiny_mpnet(MPNetForSequenceClassification, num_labels=2),
 }
 
 

@@ -27,7 +27,7 @@ from pruneofa.train.objective import PretrainingObjective
 from pruneofa.train.schedule import linear_lr
 from pruneofa.train.trainer import batches, train
 from tests.small import write_text
-from tests.tiny import tiny_bert, tiny_tokenizer
+from tests.tiny import tiny_bert, tiny_mpnet, tiny_tokenizer
 
 SCHEDULE = {"final": 0.9, "begin": 0, "end": 6, "stop": 9, "interval": 2}
 
@@ -507,3 +507,12 @@ def test_a_damaged_state_of_the_pruner_is_named_in_a_stock_trainer(tmp_path):
     cut(tmp_path / "checkpoint-4" / "pruner.safetensors")
     with pytest.raises(InputError, match=r"checkpoint-4/pruner\.safetensors: damaged"):
         stock(classifier(), tmp_path, PruningCallback(**SCHEDULE)).train(resume_from_checkpoint=True)
+
+
+def test_activations_of_a_model_that_transformers_cannot_checkpoint(text, tmp_path):
+    student = tiny_mpnet()
+    losses = {"hard": 1.0, "kd": 0.0, "hidden": 0.0, "temperature": 2.0, "positions": "all"}
+    with pytest.raises(
+        InputError, match="checkpoint_activations is true, which transformers' MPNetForMaskedLM does not"
+    ):
+        fit(PretrainingObjective(student, None, **losses, nsp=False), text, tmp_path, checkpoint_activations=True)

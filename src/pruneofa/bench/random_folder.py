@@ -13,7 +13,7 @@ from pruneofa.errors import InputError
 from pruneofa.formats.architecture import read_architecture
 from pruneofa.formats.pattern import BLOCKS
 
-_VOCABULARY, _POSITIONS = 30522, 512
+_VOCABULARY, _TOKENS, _PAD = 30522, 512, 0
 _SPREAD = 0.02  # `initializer_range` of most configs
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
@@ -70,13 +70,15 @@ def _config(shape: str) -> dict[str, object]:
         keys.inner: sizes.inner,
         keys.activation: "gelu",
         "vocab_size": _VOCABULARY,
-        "max_position_embeddings": _POSITIONS,
-        "pad_token_id": 0,
+        "max_position_embeddings": _TOKENS + family.first_position(_PAD),
+        "pad_token_id": _PAD,
     }
     if family.token_types:
         config["type_vocab_size"] = 2
     if family.epsilon is None:
         config["layer_norm_eps"] = 1e-12
+    if bias := family.relative_bias:
+        config[bias.key] = bias.buckets
     return config
 
 
@@ -88,9 +90,10 @@ def _tensors(shape: str, sparsity: float, pattern: str, seed: int) -> Iterator[t
 
     architecture = read_architecture(_config(shape), shape)
     hidden = architecture.hidden
-    rows = {"word": _VOCABULARY, "position": _POSITIONS, "token_type": architecture.types}
     for table, name in architecture.tables.items():
-        yield name, gaussian(rows[table], hidden)
+        yield name, gaussian(architecture.rows[table], hidden)
+    if bias := architecture.family.relative_bias:
+        yield f"{bias.table}.weight", gaussian(bias.buckets, architecture.heads)
     norms = [architecture.family.embedding_norm]
     for index in range(architecture.layers):
         for field, module in architecture.layer(index).items():

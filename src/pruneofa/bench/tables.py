@@ -161,8 +161,13 @@ def _against(peer: Mapping[str, Any] | None, engine: Mapping[str, Any], row: Map
 
 
 def _model(model: Mapping[str, Any]) -> str:
-    titles = {(shape.layers, shape.hidden): shape.title for _, shape in families.shapes().values()}
-    name = titles.get((model["layers"], model["hidden"]), f"{model['layers']} layers of {model['hidden']}")
+    known = families.by_class(model.get("architecture"))  # families have shapes of the same size
+    titles = (
+        shape.title
+        for family, shape in families.shapes().values()
+        if (shape.layers, shape.hidden) == (model["layers"], model["hidden"]) and (known is None or family is known[0])
+    )
+    name = next(titles, f"{model['layers']} layers of {model['hidden']}")
     pattern = "" if model["patterns"] == ["unstructured"] else f" {'/'.join(model['patterns'])}"
     return f"{name}, {100 * model['sparsity']:.0f} %{pattern}, {model['precision']}"
 

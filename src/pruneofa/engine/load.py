@@ -1,11 +1,13 @@
 """From the packed weights of a model to the encoder of the native extension."""
 
+import math
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pruneofa.errors import InputError
+from pruneofa.families import RelativeBias
 from pruneofa.formats.architecture import Architecture
 from pruneofa.formats.convert import pack_linear
 from pruneofa.formats.packed import Packed, PackedEmbedding, PackedLinear
@@ -65,6 +67,25 @@ class Weights:
             raise InputError(f"{self._packed.folder}: {name}: {error}; use a narrower model") from None
 
 
+def bias_by_distance(table: Float, bias: RelativeBias, length: int) -> Float:
+    """The bias of attention by distance (heads, 2 · length - 1), in column length - 1 + query - key.
+
+    Args:
+        table: (buckets, heads) float32.
+        bias: says which distances share a bucket.
+        length: maximum number of tokens of a sequence.
+    """
+    distances = np.arange(1 - length, length)
+    half = bias.buckets // 2
+    own = half // 2  # distances with a bucket of their own
+    far = np.maximum(np.abs(distances), own)
+    # In float32, as in transformers, because a power of two is at the limit of a bucket.
+    shared = np.log(far.astype(np.float32) / np.float32(own)) / np.float32(math.log(bias.max_distance / own))
+    buckets = np.minimum(own + (shared * np.float32(half - own)).astype(np.int64), half - 1)
+    buckets = np.where(np.abs(distances) < own, np.abs(distances), buckets) + half * (distances < 0)
+    return np.ascontiguousarray(table[buckets].T)
+
+
 def build_encoder(native: Any, weights: Weights, architecture: Architecture, *, threads: int, isa: str) -> Any:
     """`native.Encoder` of a packed model. Raises InputError for a layer that is too large for the kernels."""
     layers = [
@@ -75,6 +96,8 @@ def build_encoder(native: Any, weights: Weights, architecture: Architecture, *, 
         for index in range(architecture.layers)
     ]
     tables = {name: weights.table(weight) for name, weight in architecture.tables.items()}
+    bias = architecture.family.relative_bias
+    length = max(len(tables["position"].values) - architecture.first_position, 1)
     native_tables = {name: (table.values, table.scale) for name, table in tables.items()}
     return native.Encoder(
         hidden=architecture.hidden,
@@ -88,4 +111,5 @@ def build_encoder(native: Any, weights: Weights, architecture: Architecture, *, 
         token_type=native_tables.get("token_type"),
         embedding_norm=weights.norm(architecture.family.embedding_norm),
         layers=layers,
+        relative_bias=bias and bias_by_distance(weights.plain(f"{bias.table}.weight"), bias, length),
     )

@@ -88,12 +88,15 @@ def softmax(x: NDArray[Any]) -> NDArray[Any]:
     return exponentials / exponentials.sum(axis=-1, keepdims=True)
 
 
-def attention(query: Float, key: Float, value: Float, heads: int, offsets: NDArray[np.int32]) -> Float:
+def attention(
+    query: Float, key: Float, value: Float, heads: int, offsets: NDArray[np.int32], bias: Float | None = None
+) -> Float:
     """Multi-head attention of every token to all tokens of its own sequence.
 
     Args:
         query: (t, hidden), as `key` and `value`. Each head has hidden / heads consecutive columns.
         offsets: (s + 1,) start of each sequence, and t.
+        bias: (heads, 2 l - 1), added to scaled scores, in column l - 1 + query - key; None: nothing is.
 
     Returns:
         (t, hidden)
@@ -101,9 +104,13 @@ def attention(query: Float, key: Float, value: Float, heads: int, offsets: NDArr
     size = query.shape[1] // heads
     result = np.empty_like(query)
     for begin, end in itertools.pairwise(offsets):
-        for first in range(0, query.shape[1], size):
-            rows, columns = slice(begin, end), slice(first, first + size)
+        tokens = np.arange(end - begin)
+        distances = tokens[:, None] - tokens
+        for head in range(heads):
+            rows, columns = slice(begin, end), slice(head * size, (head + 1) * size)
             scores = query[rows, columns] @ key[rows, columns].T * np.float32(1 / math.sqrt(size))  # (l, l)
+            if bias is not None:
+                scores = scores + bias[head, bias.shape[1] // 2 + distances]
             result[rows, columns] = softmax(scores) @ value[rows, columns]
     return result
 
@@ -203,6 +210,7 @@ class Encoder:
         token_type: Table | None,
         embedding_norm: tuple[Float, Float],
         layers: Sequence[Mapping[str, Any]],
+        relative_bias: Float | None = None,
     ) -> None:
         """Set tables and layers; `threads` has no effect here.
 
@@ -219,9 +227,11 @@ class Encoder:
             embedding_norm: gamma and beta (hidden,).
             layers: the Linears "query", "key", "value", "attention_output", "intermediate" and "output", and
                 (gamma, beta) as "attention_norm" and "output_norm".
+            relative_bias: (heads, 2 l - 1), the bias of `attention` in every layer; None without one.
 
         Raises:
-            ValueError: an unknown activation or isa, or heads that do not divide `hidden`.
+            ValueError: an unknown activation or isa, a bias of another shape or not finite, or heads that do not divide
+                `hidden`.
         """
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation is {activation!r}, wanted one of {', '.join(ACTIVATIONS)}")
@@ -229,11 +239,14 @@ class Encoder:
             raise ValueError(f"isa is {isa!r}, wanted one of {', '.join(available_isas())}")
         if heads < 1 or hidden % heads:
             raise ValueError(f"hidden size {hidden} is not divisible by {heads} heads")
+        fits = relative_bias is None or (len(relative_bias) == heads and relative_bias.shape[1] % 2 == 1)
+        if not fits or (relative_bias is not None and not np.isfinite(relative_bias).all()):
+            raise ValueError(f"relative_bias: wanted {heads} rows of 2 * length - 1 finite numbers")
         del threads
         self._heads, self._epsilon = heads, epsilon
         self._activation = ACTIVATIONS[activation]
         self._word, self._position, self._token_type = word, position, token_type
-        self._embedding_norm = embedding_norm
+        self._embedding_norm, self._relative_bias = embedding_norm, relative_bias
         self._layers = list(layers)
 
     def forward(
@@ -250,19 +263,21 @@ class Encoder:
 
         `parts`, `lanes` and `width`, which divide the work, have no effect here.
 
-        Raises ValueError for an id, position or type outside its table, and for offsets that do not increase
-        from 0 to t.
+        Raises ValueError for an id, position or type outside its table, for offsets that do not increase from 0 to t,
+        and for a sequence that is too long for the bias.
         """
         del parts, lanes, width
         if offsets[0] != 0 or offsets[-1] != len(ids) or (np.diff(offsets) < 1).any():
             raise ValueError(f"offsets from {offsets[0]} to {offsets[-1]}; wanted to rise from 0 to {len(ids)}")
+        if self._relative_bias is not None and np.diff(offsets).max() > self._relative_bias.shape[1] // 2 + 1:
+            raise ValueError("a sequence is longer than the distances of relative_bias")
         x = embedding_rows(self._word, ids) + embedding_rows(self._position, positions)
         if self._token_type is not None:
             x = x + embedding_rows(self._token_type, types)
         x = self._normalized(x, self._embedding_norm)
         for layer in self._layers:
             query, key, value = (layer[name].forward(x) for name in ("query", "key", "value"))
-            context = attention(query, key, value, self._heads, offsets)
+            context = attention(query, key, value, self._heads, offsets, self._relative_bias)
             x = self._normalized(x + layer["attention_output"].forward(context), layer["attention_norm"])
             inner = self._activation(layer["intermediate"].forward(x))
             x = self._normalized(x + layer["output"].forward(inner), layer["output_norm"])

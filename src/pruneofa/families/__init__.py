@@ -8,12 +8,13 @@ import re
 
 from pruneofa.families.bert import BERT
 from pruneofa.families.distilbert import DISTILBERT
-from pruneofa.families.family import POOLER, Family, Shape, Task
+from pruneofa.families.family import POOLER, Family, RelativeBias, Shape, Task
+from pruneofa.families.mpnet import MPNET
 from pruneofa.families.roberta import ROBERTA
 
-__all__ = ["FAMILIES", "POOLER", "Family", "Shape", "Task"]
+__all__ = ["FAMILIES", "POOLER", "Family", "RelativeBias", "Shape", "Task"]
 
-FAMILIES: tuple[Family, ...] = (BERT, DISTILBERT, ROBERTA)
+FAMILIES: tuple[Family, ...] = (BERT, DISTILBERT, ROBERTA, MPNET)
 
 _WRAPPERS = ("module", "_orig_mod", "model")  # prefixes that DDP, torch.compile and others add to names
 _OLD_NORM = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}

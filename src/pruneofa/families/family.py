@@ -68,6 +68,27 @@ class MaskedLMHead:
 
 
 @dataclass(frozen=True)
+class RelativeBias:
+    """A number that every layer adds to the score of a query and a key, by head and by their distance.
+
+    One half of the buckets is for keys before the query and its own, the other for those after it. In each half, every
+    distance below half of its buckets has one of its own; greater ones share the rest, whose limits grow geometrically
+    up to `max_distance`; the last bucket has all beyond.
+
+    Attributes:
+        table: embedding module whose weight is (buckets, heads).
+        key: key of config.json for the number of buckets.
+        buckets: the number that transformers' code uses; another one in config.json is refused.
+        max_distance: distance in tokens, as above.
+    """
+
+    table: str
+    key: str
+    buckets: int
+    max_distance: int
+
+
+@dataclass(frozen=True)
 class Shape:
     """Sizes of a well-known model, for benchmarks with random weights.
 
@@ -111,6 +132,9 @@ class Family:
         next_sentence: linear module of next-sentence prediction; None where there is none.
         tokenizer_files: the files that `tokenizer.json` can be made from.
         shapes: well-known sizes.
+        pad_id: id of the padding token, from which positions are counted, if transformers' code fixes it; None:
+            `pad_token_id` of config.json.
+        relative_bias: the bias of attention by relative position; None where there is none.
     """
 
     title: str
@@ -134,10 +158,13 @@ class Family:
     next_sentence: str | None
     tokenizer_files: tuple[str, ...]
     shapes: tuple[Shape, ...] = ()
+    pad_id: int | None = None
+    relative_bias: RelativeBias | None = None
 
     def first_position(self, pad_id: int) -> int:
         """Row of the position table of a sequence's first token; `pad_id` is config.json's `pad_token_id`."""
-        return pad_id + 1 if self.positions_after_padding else 0
+        known = pad_id if self.pad_id is None else self.pad_id
+        return known + 1 if self.positions_after_padding else 0
 
     def base_modules(self) -> set[str]:
         """First parts of the names of the base model's tensors, such as "embeddings"."""

@@ -85,8 +85,8 @@ def read_architecture(config: Mapping[str, Any], where: Any) -> Architecture:
     """Check a config.json and return the settings that the engine needs; error messages begin with `where`.
 
     Raises:
-        InputError: an unknown architecture or activation, relative positions, a decoder, or a size that is
-            missing or not a positive integer.
+        InputError: an unknown architecture or activation, relative positions of another kind than the family's, a
+            decoder, or a size that is missing or not a positive integer.
     """
     family, task, name = _family_and_task(config, where)
     if config.get("is_decoder") or config.get("add_cross_attention"):
@@ -115,6 +115,15 @@ def read_architecture(config: Mapping[str, Any], where: Any) -> Architecture:
         raise InputError(f"{where}: layer_norm_eps is {short(epsilon)} in config.json, wanted a number such as 1e-12; "
                          "correct the file")  # fmt: skip
     counted = family.positions_after_padding
+    pad_id = family.pad_id
+    if counted and pad_id is None:
+        pad_id = _size(config, "pad_token_id", where, least=0, default=1)
+    bias = family.relative_bias
+    if bias is not None and config.get(bias.key, bias.buckets) != bias.buckets:
+        raise InputError(
+            f"{where}: {bias.key} is {short(config[bias.key])} in config.json, wanted {bias.buckets}; "
+            "run this model with transformers"
+        )
     types = _size(config, "type_vocab_size", where, default=2) if family.token_types else 0
     rows = {table: _size(config, key, where) if key in config else -1 for table, key in _ROWS.items()}
     return Architecture(
@@ -127,7 +136,7 @@ def read_architecture(config: Mapping[str, Any], where: Any) -> Architecture:
         inner=_size(config, family.keys.inner, where),
         epsilon=epsilon,
         activation=activation,
-        pad_id=_size(config, "pad_token_id", where, least=0, default=1) if counted else None,
+        pad_id=pad_id if counted else None,
         types=types,
         rows=rows | {"token_type": types},
         labels=_labels(config, where),
@@ -212,6 +221,8 @@ def _encoder(architecture: Architecture, shapes: Mapping[str, Shape]) -> Iterato
             yield f"{name}.bias", shape[:1]
     for table, name in architecture.tables.items():
         yield name, (architecture.rows[table], hidden)
+    if bias := architecture.family.relative_bias:
+        yield f"{bias.table}.weight", (bias.buckets, architecture.heads)
     yield from _linear(architecture.family.embedding_norm, (hidden,))
 
 

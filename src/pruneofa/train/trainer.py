@@ -312,8 +312,8 @@ def train(
     end; another thread writes them. A checkpoint that cannot be read is reported on stderr and deleted, and the one
     before it is used.
     Returns {"seconds", "tokens"} over all attempts. `rate(t)` multiplies `lr` in optimizer step t + 1.
-    Raises InputError when `batch` cannot be divided among micro-batches and processes, and KeyboardInterrupt
-    after Ctrl-C, once a checkpoint has been written.
+    Raises InputError when `batch` cannot be divided among micro-batches and processes, or the model cannot compute
+    activations again, and KeyboardInterrupt after Ctrl-C, once a checkpoint has been written.
     """
     micro, parts = split_batch(batch, micro_batch)
     prepare_models(objective.student, objective.teacher, precision)
@@ -339,6 +339,11 @@ def train(
         **trainer_options(precision),
     )
     if checkpoint_activations:
+        if not objective.student.supports_gradient_checkpointing:
+            raise InputError(
+                f"checkpoint_activations is true, which transformers' {type(objective.student).__name__} does not "
+                "support; set it to false, and a smaller micro_batch if memory is short"
+            )
         objective.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     writer = BackgroundWriter()
     bookkeeping = _StageCallback(stage, emit, float("inf") if save_steps else 60 * save_minutes, writer)
