@@ -1,5 +1,5 @@
-// What the paths for ARM name in PRUNEOFA_TARGET_BEGIN. GCC inlines its intrinsics into functions of ARMv8.2 only, while
-// Clang would take from such functions what else the CPU has that it compiles for.
+// What the paths for ARM name in PRUNEOFA_TARGET_BEGIN. GCC inlines its intrinsics into functions of ARMv8.2 only; to
+// Clang that would mean to take from them what else the CPU has that it compiles for.
 #pragma once
 
 #include "target.h"

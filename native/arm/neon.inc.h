@@ -1,5 +1,5 @@
-// What the paths for ARM share: vectors of 16 bytes, their products and gathered words. Included as lanes.inc.h is, by a
-// file that defines
+// What the paths for ARM share: vectors of 16 bytes, their products and gathered words. Included as lanes.inc.h is, by
+// a file that defines
 //
 //   PRUNEOFA_DOT(sum, codes, words)             the path's product: four of codes (uint8x16_t) and weights (int8x16_t)
 //   PRUNEOFA_DOT_LANE(sum, codes, words, lane)  are added to each int32; in the second form, with one word of the four
@@ -102,8 +102,8 @@ inline void linear_float(const Weights& w, const Operands& o, int begin, int end
   w.sparse ? sparse_linear<Float>(w, o, begin, end) : dense_by_lane<Float>(w, o, begin, end);
 }
 
-// Gathered words from rows of 32 bytes per input, 16 tokens of each of two panels. Eight shuffles interleave the rows of
-// four inputs to the codes of a panel.
+// Gathered words from rows of 32 bytes per input, 16 tokens of each of two panels. Eight shuffles interleave the rows
+// of four inputs to the codes of a panel.
 struct Gather {
   static constexpr int kGroup = 4, kGroupBytes = 64, kPanels = 2;
 

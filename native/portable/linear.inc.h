@@ -29,7 +29,9 @@ inline void write(const Operands& o, int panel, int n, const lanes::Floats& y) {
 }
 
 inline void epilogue(const Weights& w, const Operands& o, int panel, int n, lanes::Ints sum) {
-  if (PRUNEOFA_CODE_OFFSET != 0) sum = sum + lanes::broadcast(PRUNEOFA_CODE_OFFSET * static_cast<int32_t>(w.row_sum[n]));
+  if (PRUNEOFA_CODE_OFFSET != 0) {
+    sum = sum + lanes::broadcast(PRUNEOFA_CODE_OFFSET * static_cast<int32_t>(w.row_sum[n]));
+  }
   if (o.sums != nullptr) {
     lanes::store(o.sums + (static_cast<std::ptrdiff_t>(panel) * w.outputs + n) * kLanes, sum);
     return;

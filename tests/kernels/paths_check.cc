@@ -1,5 +1,5 @@
-// Every path against the portable one, without Python: kernel by kernel through the table of paths, then whole encoders.
-// For CPUs that are emulated; built and run by test_arm.py. Stops with a message at the first difference.
+// Every path against the portable one, without Python: kernel by kernel through the table of paths, then whole
+// encoders. For CPUs that are emulated; built and run by test_arm.py. Stops with a message at the first difference.
 //
 //   paths_check list                     the paths that this CPU can run
 //   paths_check check PATH SEED          compares, and prints how much
@@ -8,100 +8,28 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
-#include <functional>
-#include <random>
 #include <string>
 #include <vector>
 
 #include "dispatch.h"
 #include "linear.h"
 #include "panels.h"
+#include "random_layers.h"
 #include "scheduler.h"
 
 using namespace pruneofa;
 
 namespace {
 
-std::mt19937 random_bits;
-
-int whole(int low, int high) { return std::uniform_int_distribution<int>(low, high)(random_bits); }
-float real(float low, float high) { return std::uniform_real_distribution<float>(low, high)(random_bits); }
-float normal() { return std::normal_distribution<float>()(random_bits); }
-int one_of(std::initializer_list<int> values) { return values.begin()[whole(0, static_cast<int>(values.size()) - 1)]; }
-
-void expect(bool holds, const Kernels& path, const char* what, const std::string& where = "") {
-  if (holds) return;
-  std::fprintf(stderr, "%s: %s %s\n", path.isa, what, where.c_str());
-  std::exit(1);
+int some_size(int most) {
+  return std::min(most, one_of({1, 2, 3, 7, 15, 16, 17, 31, 33, 48, 63, 64, 65, 80, 129, 200}));
 }
-
-bool same_bits(const void* a, const void* b, std::size_t bytes) { return std::memcmp(a, b, bytes) == 0; }
-
-template <class T>
-Aligned<T> filled(std::size_t count, const std::function<T()>& value) {
-  Aligned<T> made(count);
-  for (std::size_t i = 0; i < count; ++i) made[i] = value();
-  return made;
-}
-
-template <class T>
-Aligned<T> copy(const Aligned<T>& from) {
-  Aligned<T> made(from.size());
-  std::memcpy(made.data(), from.data(), from.size() * sizeof(T));
-  return made;
-}
-
-// A layer as the packed file has it. A kept weight may be 0.
-struct Layer {
-  enum Fill { kRandom, kExtremes, kFour, kInFour, kEmptyRows, kFills };
-
-  Layer(int outputs, int inputs, float sparsity, int fill, bool int8, StaticInput input = {})
-      : n(outputs), k(inputs), weight(static_cast<std::size_t>(n) * k), bitmask(static_cast<std::size_t>(n) * ((k + 7) / 8)) {
-    std::vector<bool> dropped(static_cast<std::size_t>(n) * k);
-    for (int r = 0; r < n; ++r) {
-      for (int c = 0; c < k; ++c) {
-        const bool first = (fill != kFour || r % 4 == 0) && (fill != kInFour || c % 4 == 0);
-        const std::size_t at = static_cast<std::size_t>(r) * k + c;
-        dropped[at] = first ? real(0, 1) < sparsity : fill == kFour ? dropped[at - k] : dropped[at - 1];
-        if (fill == kEmptyRows && r % 2 == 0) dropped[at] = true;
-        if (dropped[at]) continue;
-        bitmask[static_cast<std::size_t>(r) * ((k + 7) / 8) + c / 8] |= 1 << c % 8;
-        codes.push_back(static_cast<int8_t>(fill == kExtremes ? one_of({-128, 0, 127}) : whole(-128, 127)));
-        values.push_back(normal());
-        weight[at] = int8 ? codes.back() : values.back();
-      }
-    }
-    for (int r = 0; r < n; ++r) scale.push_back(real(0.5f, 1.5f) / 127), bias.push_back(normal());
-    packed = {n, k, bitmask.data(), int8 ? codes.data() : nullptr, int8 ? scale.data() : nullptr,
-              int8 ? nullptr : values.data(), bias.data(), values.size(), input};
-  }
-  Layer(const Layer&) = delete;  // `packed` points into it
-
-  int n, k;
-  std::vector<double> weight;  // [n][k]
-  std::vector<uint8_t> bitmask;
-  std::vector<int8_t> codes;
-  std::vector<float> values, scale, bias;
-  PackedLayer packed;
-};
-
-// The path, made to choose a layout, where it has it.
-Kernels choosing(Kernels kernels, Layout layout) {
-  kernels.sparse_above = kernels.sparse_above_float = layout == Layout::kDenseWords ? 1.0f : 0.0f;
-  if (kernels.gathered > 0) kernels.gathered = layout == Layout::kGatheredWords ? 1e-6f : 0.0f;
-  if (kernels.gathered_by_4 > 0) kernels.gathered_by_4 = layout == Layout::kGatheredBy4 ? 1e-6f : 0.0f;
-  return kernels;
-}
-constexpr Layout kLayouts[] = {Layout::kDenseWords, Layout::kSparseWords, Layout::kGatheredWords, Layout::kGatheredBy4};
-constexpr const char* kLayoutNames[] = {"dense", "words", "gathered", "by4"};
-
-int some_size(int most) { return std::min(most, one_of({1, 2, 3, 7, 15, 16, 17, 31, 33, 48, 63, 64, 65, 80, 129, 200})); }
 
 // Sums of int32, to the bit, also of the portable path against plain loops.
 int check_sums(const Kernels& path) {
   for (int round = 0; round < 60; ++round) {
-    const Layer layer(some_size(129), some_size(200), one_of({0, 3, 5, 9, 10}) / 10.0f, whole(0, Layer::kFills - 1), true);
+    const float sparsity = one_of({0, 3, 5, 9, 10}) / 10.0f;
+    const Layer layer(some_size(129), some_size(200), sparsity, whole(0, Layer::kFills - 1), true);
     const int tokens = some_size(80), ends = whole(0, 2);
     std::vector<uint8_t> x(static_cast<std::size_t>(tokens) * layer.k);
     for (uint8_t& code : x) code = static_cast<uint8_t>(ends == 0 ? 255 : ends == 1 ? one_of({0, 255}) : whole(0, 255));
@@ -109,7 +37,7 @@ int check_sums(const Kernels& path) {
     for (int t = 0; t < tokens; ++t) {
       for (int r = 0; r < layer.n; ++r) {
         double sum = 0;
-        for (int c = 0; c < layer.k; ++c) sum += layer.weight[static_cast<std::size_t>(r) * layer.k + c] * x[t * layer.k + c];
+        for (int c = 0; c < layer.k; ++c) sum += layer.weight[r * layer.k + c] * x[t * layer.k + c];
         wanted[static_cast<std::size_t>(t) * layer.n + r] = static_cast<int32_t>(sum);
       }
     }
@@ -167,7 +95,8 @@ int check_outputs(const Kernels& path, const Kernels& portable, bool int8) {
             size += int8 ? weight * 510 * scale[p * kLanes + i] * layer.scale[r]
                          : weight * std::fabs(floats[(static_cast<std::size_t>(p) * layer.k + c) * kLanes + i]);
           }
-          expect(std::fabs(y[at] - wanted[at]) <= 1e-6 * size + 1e-6, path, "another output;", linear.choice());
+          const bool close = std::fabs(y[at] - wanted[at]) <= 1e-6 * size + 1e-6;
+          expect(close, path, "another output;", linear.choice());
           low = std::min(low, y[at]), high = std::max(high, y[at]);
         }
         const float* range = ranges.data() + p * 2 * kLanes + i;
@@ -191,7 +120,7 @@ int check_panels(const Kernels& path, const Kernels& portable) {
   for (int round = 0; round < 60; ++round) {
     const int count = some_size(200), blocks = (count + kNormBlock - 1) / kNormBlock;
     const float constant = static_cast<float>(one_of({0, 0, 300})), size = std::pow(10.0f, real(-3, 3));
-    const Aligned<float> x = filled<float>(static_cast<std::size_t>(count) * kLanes, [&] { return size * (normal() + constant); });
+    const Aligned<float> x = filled<float>(count * kLanes, [&] { return size * (normal() + constant); });
     const Aligned<float> gamma = filled<float>(count, normal), beta = filled<float>(count, normal);
     struct Found {
       Aligned<float> range{2 * kLanes}, scale{kLanes}, moments, normal;
@@ -204,13 +133,16 @@ int check_panels(const Kernels& path, const Kernels& portable) {
       kernels.scales(found.range.data(), 1, 0, found.scale.data(), found.zero.data());
       found.codes = Aligned<char>(codes_bytes(count, kernels.group_int8));
       const int middle = count / 16 * 8 / 16 * 16;  // two threads
-      kernels.encode(x.data(), 0, middle, count, found.scale.data(), found.zero.data(), found.codes.data());
-      kernels.encode(x.data() + middle * kLanes, middle, count, count, found.scale.data(), found.zero.data(), found.codes.data());
+      for (const auto& [begin, end] : {std::pair(0, middle), std::pair(middle, count)}) {
+        kernels.encode(x.data() + begin * kLanes, begin, end, count, found.scale.data(), found.zero.data(),
+                       found.codes.data());
+      }
       found.moments = Aligned<float>(static_cast<std::size_t>(blocks) * 2 * kLanes);
       kernels.moments(x.data(), count, found.moments.data());
       found.normal = copy(x);
       Aligned<float> range(2 * kLanes);
-      kernels.normalize(found.normal.data(), count, count, found.moments.data(), gamma.data(), beta.data(), 1e-12f, range.data());
+      kernels.normalize(found.normal.data(), count, count, found.moments.data(), gamma.data(), beta.data(), 1e-12f,
+                        range.data());
       Aligned<float> wanted(2 * kLanes);
       kernels.range(found.normal.data(), count, wanted.data());
       check(same_bits(range.data(), wanted.data(), 2 * kLanes * sizeof(float)), "range of LayerNorm");
@@ -232,7 +164,8 @@ int check_panels(const Kernels& path, const Kernels& portable) {
       off += difference != 0;
     }
     check(off * 100 <= static_cast<int>(found.codes.size()), "code in more than one of a hundred places");
-    check(near(found.moments.data(), wanted.moments.data(), found.moments.size(), 2e-6f * size * (1 + constant)), "moment");
+    const float rounding = 2e-6f * size * (1 + constant);
+    check(near(found.moments.data(), wanted.moments.data(), found.moments.size(), rounding), "moment");
     // A constant that all have in common costs as many digits as it has.
     check(near(found.normal.data(), wanted.normal.data(), x.size(), 1e-5f * (1 + constant)), "LayerNorm");
   }
@@ -274,7 +207,7 @@ int check_attention(const Kernels& path, const Kernels& portable) {
           std::vector<double> score, sum(size);
           for (int key = offsets[s]; key < offsets[s + 1]; ++key) {
             double dot = 0;
-            for (int d = 0; d < size; ++d) dot += double{all[at(t, h * size + d)]} * all[at(key, features + h * size + d)];
+            for (int d = h * size; d < (h + 1) * size; ++d) dot += double{all[at(t, d)]} * all[at(key, features + d)];
             score.push_back(dot / std::sqrt(static_cast<double>(size)));
           }
           const double top = *std::max_element(score.begin(), score.end());
@@ -282,7 +215,8 @@ int check_attention(const Kernels& path, const Kernels& portable) {
           for (std::size_t key = 0; key < score.size(); ++key) {
             const double weight = std::exp(score[key] - top);
             total += weight;
-            for (int d = 0; d < size; ++d) sum[d] += weight * all[at(offsets[s] + static_cast<int>(key), 2 * features + h * size + d)];
+            const int token = offsets[s] + static_cast<int>(key);
+            for (int d = 0; d < size; ++d) sum[d] += weight * all[at(token, 2 * features + h * size + d)];
           }
           for (int d = 0; d < size; ++d) {
             const double exact = sum[d] / total, tolerance = 1e-5 * large * large * large;
@@ -320,7 +254,8 @@ struct Model {
 
   Encoder build(const Kernels& kernels) const {
     pruneofa::Layer made;
-    std::shared_ptr<const Linear>* parts[] = {&made.query, &made.key, &made.value, &made.attention_output, &made.intermediate, &made.output};
+    std::shared_ptr<const Linear>* parts[] = {&made.query, &made.key, &made.value, &made.attention_output,
+                                              &made.intermediate, &made.output};
     for (int i = 0; i < 6; ++i) *parts[i] = std::make_shared<const Linear>(layers[i]->packed, kernels);
     made.attention_norm = made.output_norm = norm;
     Table table;
@@ -376,8 +311,8 @@ int check_encoders(const Kernels& path, const Kernels& portable) {
         alone.types.assign(alone.ids.size(), 0);
         alone.offsets = {0, end - begin}, alone.parts = {0, 1};
         const std::vector<float> bits = forward(one, alone, 1, 1);
-        expect(same_bits(bits.data(), found.data() + static_cast<std::size_t>(begin) * hidden, bits.size() * sizeof(float)),
-               path, "other bits in a batch and on three threads");
+        const bool same = same_bits(bits.data(), found.data() + begin * hidden, bits.size() * sizeof(float));
+        expect(same, path, "other bits in a batch and on three threads");
       }
       ++done;
     }
