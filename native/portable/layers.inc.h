@@ -146,8 +146,8 @@ static inline Ints sequence_mask(const Attention& a, int panel) {
   return load(mask);
 }
 
-// softmax(scale * q k^T + bias) v for the query panels of one head of one sequence. Two passes over the scores of a panel,
-// which fit the second-level cache, instead of an online softmax.
+// softmax(scale * q k^T + bias) v for the query panels of one head of one sequence. Two passes over the scores of a
+// panel, which fit the second-level cache, instead of an online softmax.
 static inline void attention(const Attention& a) {
   constexpr int kBlock = PRUNEOFA_REGISTER == 64 ? 16 : 4;  // sums that fit the registers
   float* scores = static_cast<float*>(a.scratch);           // [keys][16]

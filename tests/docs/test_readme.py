@@ -78,7 +78,7 @@ def test_the_readme_lists_exactly_the_verbs() -> None:
 
 def test_the_readme_lists_exactly_the_recipes() -> None:
     block = README.partition("## Recipes")[2].partition("##")[0]
-    named = set(re.findall(r"`((?:bert|distilbert|minilm)-[\w-]+)`", block)) | {"demo"}
+    named = set(re.findall(r"`((?:bert|distilbert|minilm|mpnet)-[\w-]+)`", block)) | {"demo"}
     assert named == {path.stem for path in (ROOT / "recipes").glob("*.yaml")}
 
 
