@@ -54,6 +54,7 @@ def train_and_report(root: Path) -> None:
         collate=partial(collate, pad_token_id=0),
         steps=STEPS,
         batch=BATCH,
+        micro_batch=2,
         lr=1e-3,
         rate=partial(rewound_lr, total=STEPS, warmup=2, begin=2, end=12, interval=2),
         weight_decay=0.01,
