@@ -5,7 +5,7 @@ A score is the estimated growth of the loss when a weight is removed; it is not 
 
 The loss around the current weights is taken as w^T F w / 2, with F the Fisher information of the outputs that are
 distilled (`curvature`). `fisher_scores` uses the diagonal of F, `obs_scores` and `obs_update` its blocks of consecutive
-weights, as oBERT (Kurtic et al. 2022, arXiv 2203.07259).
+weights (Kurtic et al. 2022, arXiv 2203.07259).
 """
 
 import torch
