@@ -16,7 +16,7 @@ SIGNATURES = [
     (schedule.rewound_lr, ["step"], dict.fromkeys(["total", "warmup", "begin", "end", "interval"], NONE)),
     (masks.magnitude_mask, ["weight", "sparsity", ("pattern", "unstructured")], {}),
     (prune.GradualPruner, ["model"], {**SCHEDULE, "pattern": "unstructured", "scope": "uniform", "skip": ()}),
-    (prune.GradualPruner.step, ["self", "t"], {}),
+    (prune.GradualPruner.step, ["self", "t", ("curvature", None)], {}),
     (prune.GradualPruner.state_dict, ["self"], {}),
     (prune.GradualPruner.load_state_dict, ["self", "state"], {}),
     (prune.GradualPruner.sparsity, ["self"], {}),
