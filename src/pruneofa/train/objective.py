@@ -239,7 +239,7 @@ class TransferObjective(_Objective):
             teacher: the same kind of model with the same labels; needed when `kd` is above 0.
             kind: "classification" distils the class logits; "qa" the start and end logits (half each), over
                 the non-padding tokens.
-            hard: weight of the cross-entropy with the labels.
+            hard: weight of the cross-entropy with the labels; in "qa" over the non-padding tokens.
             kd: weight of the distillation.
             temperature: T of the distillation.
             hidden: weight of the mean squared error of hidden states; teacher and student need equal depth

@@ -227,7 +227,7 @@ class _StageCallback(TrainerCallback):
         self.writer.check()
         due = time.monotonic() - self.saved >= self.save_seconds
         if args.world_size > 1:  # ranks that stop, or save, at different steps would deadlock
-            if state.global_step % AGREEMENT_STEPS:
+            if state.global_step % AGREEMENT_STEPS and state.global_step < state.max_steps:
                 return
             flags = torch.tensor([float(self.interrupted), float(due)], device=args.device)
             torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
