@@ -207,6 +207,14 @@ def test_resuming_gives_the_same_bits(text, tmp_path, micro_batch, score):
     assert first["tokens"] == second["tokens"]
 
 
+@pytest.mark.parametrize("score", ["magnitude", "fisher"])
+def test_the_curvature_is_computed_for_the_score_that_needs_it_only(text, tmp_path, score):
+    def blocks(*_):
+        pytest.fail("computed for nothing")
+
+    fit(objective(), text, tmp_path, callbacks=[PruningCallback(**SCHEDULE, score=score, blocks=blocks)])
+
+
 def test_a_streamed_corpus_resumes_with_the_examples_that_follow(tmp_path):
     spec = Corpus(source=str(write_text(tmp_path / "text.jsonl")), max_length=32, validation=0.2, streaming=True)
     text = build_corpus(spec, tiny_tokenizer())

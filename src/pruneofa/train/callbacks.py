@@ -80,7 +80,8 @@ class PruningCallback(TrainerCallback):
         t, curvature = state.global_step - 1, None
         if self.pruner.due(t) and self.pruner.score == "fisher":
             curvature = second_moments(kwargs["optimizer"], self.pruner.weights)
-        elif self.pruner.due(t) and self.blocks is not None:
+        elif self.pruner.due(t) and self.pruner.score == "obs":
+            assert self.blocks is not None  # checked when training began
             curvature = self.blocks(self.pruner.weights, t)
         self.pruner.step(t, curvature)
 
