@@ -25,3 +25,8 @@ def peers_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.peers import without_torch
 
     without_torch(monkeypatch)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with short tests last: several processes, which take a file each, then end at about the same time."""
+    items.sort(key=lambda item: item.nodeid.startswith(("tests/formats/", "tests/kernels/")))

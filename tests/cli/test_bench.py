@@ -82,7 +82,7 @@ def test_inspect_says_what_the_engine_chose_and_why(call, folder):
     assert said.code == 0, said.err
     found = json.loads(said.out)["engine"]
     assert found["isa"] == engine.Engine.available_isas()[-1]
-    assert len(found["layers"]) == 12 and all("sparsity" in why for why in found["layers"].values())
+    assert len(found["layers"]) == 12 and all(" % zeros" in why for why in found["layers"].values())
     assert found["threads"] == choose_threads(None).count and found["threads_reason"] == choose_threads(None).reason
     text = call("inspect", folder, "--engine").out
     assert found["threads_reason"] in text

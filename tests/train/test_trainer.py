@@ -429,18 +429,18 @@ def flip_a_bit(file):
     file.write_bytes(data)
 
 
-@pytest.mark.parametrize("damage", [cut, spoil_start, empty, flip_a_bit])
 @pytest.mark.parametrize(
-    "name",
-    [
-        "optimizer.pt",
-        "scheduler.pt",
-        "rng_state.pth",
-        "model.safetensors",
-        "pruner.safetensors",
-        "clock.json",
-        "trainer_state.json",
-        "config.json",
+    ("name", "damage"),
+    [  # every file, and every kind of damage
+        ("optimizer.pt", cut),
+        ("optimizer.pt", spoil_start),
+        ("scheduler.pt", empty),
+        ("rng_state.pth", cut),
+        ("model.safetensors", flip_a_bit),
+        ("pruner.safetensors", flip_a_bit),
+        ("clock.json", empty),
+        ("trainer_state.json", spoil_start),
+        ("config.json", cut),
     ],
 )
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(text, tmp_path, capsys, name, damage):

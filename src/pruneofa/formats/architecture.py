@@ -300,8 +300,10 @@ def _family_and_task(config: Mapping[str, Any], where: Any) -> tuple[Family, Tas
     name = architectures[0] if isinstance(architectures, list) else architectures
     found = families.by_class(name)
     if found is None:
+        own = families.find(config.get("model_type"))
+        wanted = [title for title, (family, _) in families.classes().items() if own in (None, family)]
         raise InputError(
-            f"{where}: architecture {short(name)} in config.json, wanted one of {', '.join(families.classes())}; "
+            f"{where}: architecture {short(name)} in config.json, wanted one of {', '.join(wanted)}; "
             "save the model with one of these heads, or run it with transformers"
         )
     return *found, name
