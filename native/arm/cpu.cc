@@ -31,7 +31,7 @@ Cpu detect() {
   cpu.dotprod = getauxval(AT_HWCAP) >> kDotProd & 1;
   cpu.i8mm = getauxval(AT_HWCAP2) >> kI8mm & 1;
 #elif defined(__APPLE__)
-  cpu.dotprod = system_says("hw.optional.arm.FEAT_DotProd");
+  cpu.dotprod = true;  // every Mac with such a CPU; macOS 11 does not answer
   cpu.i8mm = system_says("hw.optional.arm.FEAT_I8MM");
 #endif
   cpu.i8mm = cpu.i8mm && cpu.dotprod;

@@ -172,7 +172,7 @@ static inline void attention(const Attention& a) {
         for (int s = 0; s < kBlock; ++s) {
           const int token = p * kLanes + s0 + s;
           Floats score = sum[s] * a.scale;
-          if (a.bias != nullptr) score = score + load_unaligned(a.bias + panel * kLanes - token);
+          if (a.bias != nullptr) score = score + load_unaligned(a.bias + (panel * kLanes - token));
           store(scores + (token - first * kLanes) * kLanes, score);
           if (token >= a.begin && token < a.end) {
             top = maximum(score, top);

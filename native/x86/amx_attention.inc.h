@@ -69,7 +69,7 @@ PRUNEOFA_INLINE void add_values(const Head& h, int o, int pair, int slot) {
 PRUNEOFA_INLINE void add_bias(const Attention& a, const Head& h, int panel, int pair, float* scores) {
   if (a.bias == nullptr) return;
   const float inverse = 1.0f / a.scale;
-  const float* bias = a.bias + (h.first + panel) * kLanes - a.begin - pair * 32;
+  const float* bias = a.bias + ((h.first + panel) * kLanes - a.begin - pair * 32);
   const int rest = h.length - pair * 32, keys = rest < 32 ? rest : 32;
   for (int s = 0; s < keys; ++s) {
     lanes::store(scores + s * kLanes, lanes::load(scores + s * kLanes) + lanes::load_unaligned(bias - s) * inverse);

@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "dispatch.h"
@@ -183,6 +184,8 @@ int check_attention(const Kernels& path, const Kernels& portable) {
     const float large = whole(0, 4) == 0 ? 30.0f : 1.0f;
     // Queries, keys, values; a kernel may read 16 features past the last head.
     const Aligned<float> all = filled<float>(panels * stride + kLanes * kLanes, [&] { return large * normal(); });
+    const Aligned<float> distances = filled<float>(heads * (2 * 70 - 1), normal);
+    const RelativeBias bias = whole(0, 1) ? RelativeBias(distances.data(), heads, 70) : RelativeBias();
     const auto run = [&](const Kernels& kernels) {
       Aligned<float> x = copy(all);
       const Aligned<char> scratch(scratch_bytes(64, panels * kLanes, size));
@@ -193,6 +196,7 @@ int check_attention(const Kernels& path, const Kernels& portable) {
           a.key = a.query + features * kLanes, a.value = a.key + features * kLanes;
           a.stride = stride, a.size = size, a.scale = 1 / std::sqrt(static_cast<float>(size));
           a.begin = offsets[s], a.end = offsets[s + 1];
+          a.bias = bias.of_head(h);
           a.scratch = scratch.data();
           kernels.attention(a);
         }
@@ -202,13 +206,14 @@ int check_attention(const Kernels& path, const Kernels& portable) {
     const Aligned<float> wanted = run(portable), found = run(path);
     const auto at = [&](int token, int feature) { return token / kLanes * stride + feature * kLanes + token % kLanes; };
     for (int h = 0; h < heads; ++h) {
+      const float* own = bias.of_head(h);
       for (std::size_t s = 0; s + 1 < offsets.size(); ++s) {
         for (int t = offsets[s]; t < offsets[s + 1]; ++t) {
           std::vector<double> score, sum(size);
           for (int key = offsets[s]; key < offsets[s + 1]; ++key) {
             double dot = 0;
             for (int d = h * size; d < (h + 1) * size; ++d) dot += double{all[at(t, d)]} * all[at(key, features + d)];
-            score.push_back(dot / std::sqrt(static_cast<double>(size)));
+            score.push_back(dot / std::sqrt(static_cast<double>(size)) + (own ? own[t - key] : 0.0f));
           }
           const double top = *std::max_element(score.begin(), score.end());
           double total = 0;
@@ -250,6 +255,7 @@ struct Model {
     linear(hidden, inner);
     for (int i = 0; i < 60 * hidden; ++i) words.push_back(normal());
     for (int i = 0; i < hidden; ++i) norm.gamma.push_back(real(0.5f, 1.5f)), norm.beta.push_back(0.1f * normal());
+    for (int i = 0; i < heads * (2 * 33 - 1); ++i) distances.push_back(normal());
   }
 
   Encoder build(const Kernels& kernels) const {
@@ -262,12 +268,13 @@ struct Model {
     table.values = words.data(), table.rows = 60;
     EncoderOptions options;
     options.hidden = hidden, options.heads = heads, options.epsilon = 1e-12f;
-    return Encoder(options, table, table, Table(), norm, {made, made}, kernels);
+    RelativeBias bias = heads > 3 ? RelativeBias(distances.data(), heads, 33) : RelativeBias();
+    return Encoder(options, table, table, Table(), norm, std::move(bias), {made, made}, kernels);
   }
 
   int hidden, heads;
   std::vector<std::unique_ptr<Layer>> layers;
-  std::vector<float> words;
+  std::vector<float> words, distances;
   Norm norm;
 };
 

@@ -9,7 +9,7 @@ import torch
 
 from pruneofa.train import checkpoints
 from pruneofa.train.callbacks import PruningCallback
-from tests.train.test_trainer import SCHEDULE, fit, objective, small_text
+from tests.train.fits import SCHEDULE, fit, objective, small_text
 
 KILLED_AT = "checkpoint-6"
 

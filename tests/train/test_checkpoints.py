@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from pruneofa.train import PruningCallback, checkpoints, trainer
 from pruneofa.train.checkpoints import BackgroundWriter, Snapshot, last_checkpoint
 from tests.tiny import tiny_bert
-from tests.train.test_trainer import SCHEDULE, fit, objective, small_text
+from tests.train.fits import SCHEDULE, fit, objective, small_text
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,9 @@ GIB = 1 << 30
 
 @pytest.mark.parametrize(("free", "rows"), [(GIB, 32), (16 * GIB, 512), (130 * GIB, MOST_ROWS), (1 << 20, 1)])
 def test_evaluation_batches_fit_into_half_of_the_free_memory_of_a_gpu(monkeypatch, free, rows):
-    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (free, 140 * GIB))
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (free - (1 << 19), 140 * GIB))
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda device: 3 << 19)
+    monkeypatch.setattr("torch.cuda.memory_allocated", lambda device: 2 << 19)
     assert evaluation_rows(torch.device("cuda")) == rows
     assert evaluation_rows(torch.device("cpu")) == ROWS
 

@@ -1,11 +1,7 @@
-import errno
 import itertools
 import math
-import os
 import signal
-import time
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,56 +13,22 @@ from pruneofa.data.corpus import build_corpus
 from pruneofa.data.examples import collate
 from pruneofa.errors import CheckFailed, InputError
 from pruneofa.recipe import Corpus
-from pruneofa.train import LockCallback, PruningCallback, checkpoints
+from pruneofa.train import LockCallback, PruningCallback
 from pruneofa.train.attention import use_bf16_attention
 from pruneofa.train.checkpoints import last_checkpoint
 from pruneofa.train.curvature import fisher_blocks
 from pruneofa.train.device import split_batch
 from pruneofa.train.masks import prunable
 from pruneofa.train.objective import PretrainingObjective
-from pruneofa.train.schedule import linear_lr
-from pruneofa.train.trainer import batches, train
+from pruneofa.train.trainer import batches
 from tests.small import write_text
 from tests.tiny import tiny_bert, tiny_mpnet, tiny_tokenizer
-
-SCHEDULE = {"final": 0.9, "begin": 0, "end": 6, "stop": 9, "interval": 2}
-
-
-def small_text(folder):
-    spec = Corpus(source=str(write_text(folder / "text.jsonl")), max_length=32, validation=0.2)
-    return build_corpus(spec, tiny_tokenizer(), cache_dir=folder / "cache")
+from tests.train.fits import SCHEDULE, fit, losses, objective, small_text
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     return small_text(tmp_path_factory.mktemp("text"))
-
-
-def objective(seed=0, dropout=0.0):
-    make = partial(tiny_bert, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
-    return PretrainingObjective(
-        make(seed=seed), make(seed=1), hard=0.5, kd=0.5, hidden=0.5, temperature=2, positions="all", nsp=True
-    )
-
-
-def fit(objective, text, work, *, steps=12, events=None, callbacks=(), **options):
-    settings = {"batch": 8, "lr": 1e-3, "precision": "fp32", "max_grad_norm": 1.0, "weight_decay": 0.01} | options
-    return train(
-        objective,
-        stage="test",
-        work=work,
-        dataset=text.train(steps * settings["batch"], seed=3),
-        collate=partial(collate, pad_token_id=0),
-        steps=steps,
-        rate=partial(linear_lr, total=steps, warmup=1),
-        emit=(events if events is not None else []).append,
-        callbacks=callbacks,
-        **settings,
-    )
-
-
-def losses(events):
-    return [event["loss"] for event in events if event["event"] == "log"]
 
 
 class _CtrlC(TrainerCallback):
@@ -225,36 +187,6 @@ def test_a_streamed_corpus_resumes_with_the_examples_that_follow(tmp_path):
     assert losses(again) == losses(events)[3:]
 
 
-def test_a_half_written_checkpoint_is_not_used(text, tmp_path):
-    fit(objective(), text, tmp_path, save_steps=4, callbacks=[PruningCallback(**SCHEDULE)])
-    assert last_checkpoint(tmp_path).name == "checkpoint-12"
-    (tmp_path / "checkpoint-12" / "complete").unlink()
-    assert last_checkpoint(tmp_path).name == "checkpoint-8"
-    assert (tmp_path / "checkpoint-12").exists()  # looking changes nothing: another process may be writing it
-    events = []
-    fit(objective(), text, tmp_path, save_steps=4, callbacks=[PruningCallback(**SCHEDULE)], events=events)
-    assert events[0]["step"] == 8
-
-
-def test_a_disk_that_fills_up_while_saving_leaves_the_previous_checkpoint(text, tmp_path, monkeypatch):
-    from pruneofa.train import trainer
-
-    write = trainer.write_json
-    saves = []
-
-    def full_the_second_time(path, value):
-        saves.append(path)
-        if len(saves) == 2:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write(path, value)
-
-    monkeypatch.setattr(trainer, "write_json", full_the_second_time)
-    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
-        fit(objective(), text, tmp_path, save_steps=3, callbacks=[PruningCallback(**SCHEDULE)])
-    assert last_checkpoint(tmp_path).name == "checkpoint-3"
-    fit(objective(), text, tmp_path, save_steps=3, callbacks=[PruningCallback(**SCHEDULE)])
-
-
 def test_a_loss_that_is_not_a_number_stops_the_run(text, tmp_path):
     model = objective()
     with torch.no_grad():
@@ -407,112 +339,10 @@ def test_the_closing_check_looks_at_what_was_saved(tmp_path):
         trainer.train()
 
 
-def warned(capsys):
-    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("pruneofa: ")]
-
-
-def cut(file):
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-
-
-def spoil_start(file):
-    file.write_bytes(b"\xff" * 64 + file.read_bytes()[64:])
-
-
-def empty(file):
-    file.write_bytes(b"")
-
-
-def flip_a_bit(file):
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
-    file.write_bytes(data)
-
-
-@pytest.mark.parametrize(
-    ("name", "damage"),
-    [  # every file, and every kind of damage
-        ("optimizer.pt", cut),
-        ("optimizer.pt", spoil_start),
-        ("scheduler.pt", empty),
-        ("rng_state.pth", cut),
-        ("model.safetensors", flip_a_bit),
-        ("pruner.safetensors", flip_a_bit),
-        ("clock.json", empty),
-        ("trainer_state.json", spoil_start),
-        ("config.json", cut),
-    ],
-)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(text, tmp_path, capsys, name, damage):
-    options = {"steps": 6, "save_steps": 3}
-    fit(objective(), text, tmp_path, callbacks=[PruningCallback(**SCHEDULE)], **options)
-    damage(tmp_path / "checkpoint-6" / name)
-    capsys.readouterr()
-    events = []
-    fit(objective(), text, tmp_path, callbacks=[PruningCallback(**SCHEDULE)], events=events, **options)
-    said = warned(capsys)
-    assert len(said) == 1 and f"checkpoint-6: damaged ({name}: " in said[0] and "trying checkpoint-3" in said[0]
-    assert events[0]["step"] == 3
-
-
-def test_a_marker_that_is_cut_is_no_proof(text, tmp_path, capsys):
-    fit(objective(), text, tmp_path, steps=6, save_steps=3)
-    empty(tmp_path / "checkpoint-6" / "complete")
-    events = []
-    fit(objective(), text, tmp_path, steps=6, save_steps=3, events=events)
-    assert "checkpoint-6: damaged (complete: missing or not readable)" in warned(capsys)[0]
-    assert events[0]["step"] == 3
-
-
-class Hours(TrainerCallback):
-    """Checkpoints seem to be from the future: the clock was set back after them."""
-
-    def on_save(self, args, state, control, **kwargs):
-        for folder in Path(args.output_dir).glob("checkpoint-*"):
-            later = time.time() + 3600 * (1000 - int(folder.name.rpartition("-")[2]))
-            os.utime(folder, (later, later))
-
-
-def test_a_clock_that_goes_backwards_does_not_cost_the_newest_checkpoint(text, tmp_path):
-    fit(objective(), text, tmp_path, steps=15, save_steps=3, callbacks=[Hours()])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-12", "checkpoint-15"]
-    assert last_checkpoint(tmp_path).name == "checkpoint-15"
-    assert (tmp_path / "checkpoint-15" / "model.safetensors").exists()
-
-
-@pytest.mark.parametrize("fault", [cut, lambda file: file.unlink()])
-def test_a_checkpoint_that_cannot_be_read_back_is_not_complete(text, tmp_path, fault, monkeypatch):
-    flush = checkpoints.sync_tree
-
-    def spoil(checkpoint):
-        flush(checkpoint)
-        if checkpoint.name == "checkpoint-9":
-            fault(checkpoint / "optimizer.pt")
-
-    monkeypatch.setattr(checkpoints, "sync_tree", spoil)
-    with pytest.raises(OSError, match=r"cannot be read back: optimizer\.pt: .*checkpoint-9"):
-        fit(objective(), text, tmp_path, steps=12, save_steps=3)
-    assert last_checkpoint(tmp_path).name == "checkpoint-6"  # and the one before it was kept until then
-    assert (tmp_path / "checkpoint-3" / "complete").exists()
-
-
-def test_with_no_checkpoint_left_training_starts_from_the_beginning(text, tmp_path, capsys):
-    options = {"steps": 6, "save_steps": 3}
-    fit(objective(), text, tmp_path, **options)
-    cut(tmp_path / "checkpoint-6" / "optimizer.pt")
-    (tmp_path / "checkpoint-3" / "optimizer.pt").unlink()
-    capsys.readouterr()
-    events = []
-    fit(objective(), text, tmp_path, events=events, **options)
-    said = warned(capsys)
-    assert len(said) == 2 and "checkpoint-3: damaged (optimizer.pt: missing)" in said[1]
-    assert said[1].endswith("training starts from the beginning")
-    assert events[0]["step"] == 0
-
-
 def test_a_damaged_state_of_the_pruner_is_named_in_a_stock_trainer(tmp_path):
     stock(classifier(), tmp_path, PruningCallback(**SCHEDULE), max_steps=4).train()
-    cut(tmp_path / "checkpoint-4" / "pruner.safetensors")
+    file = tmp_path / "checkpoint-4" / "pruner.safetensors"
+    file.write_bytes(file.read_bytes()[:-16])
     with pytest.raises(InputError, match=r"checkpoint-4/pruner\.safetensors: damaged"):
         stock(classifier(), tmp_path, PruningCallback(**SCHEDULE)).train(resume_from_checkpoint=True)
 

@@ -26,5 +26,5 @@ def processor() -> str:
 def _apple_name() -> str:
     if sys.platform != "darwin":
         return ""
-    command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+    command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()

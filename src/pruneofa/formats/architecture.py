@@ -184,6 +184,8 @@ def check_encoder(config: Mapping[str, Any], shapes: Mapping[str, Shape], where:
         return
     keys = family.keys
     wanted = ("model_type", *_ROWS.values(), "type_vocab_size", keys.hidden, keys.heads, keys.inner, keys.layers)
+    if family.relative_bias is not None:
+        wanted = (*wanted, family.relative_bias.key)
     sizes = {key: config[key] for key in wanted if key in config}
     check_tensors(read_architecture(sizes, where), shapes, where, head=False)
 

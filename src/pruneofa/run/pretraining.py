@@ -19,7 +19,7 @@ from pruneofa.formats.cache import cached_folder, damage
 from pruneofa.formats.files import read_json, remove_folder, write_json
 from pruneofa.progress import notice
 from pruneofa.recipe import Corpus, Distill, Prune, Teacher
-from pruneofa.run.one_shot import one_shot_schedule, prune_at_once
+from pruneofa.run.one_shot import one_shot_schedule, prune_at_once, score_tokens
 from pruneofa.run.stage import Job, Model, Outcome, unused
 from pruneofa.train.callbacks import Blocks, LockCallback, PruningCallback
 from pruneofa.train.curvature import EXAMPLES, fisher_blocks
@@ -119,6 +119,8 @@ def prune_student(settings: PruneSettings, job: Job, *, teacher: Model, text: Te
         rate = learning_rate(settings.prune)
         trained = _train(objective, settings.prune, text, rate, settings, job, [pruning])
         clock = {name: clock[name] + trained[name] for name in clock}
+        if not settings.prune.at_once:
+            clock["tokens"] += score_tokens(settings.prune, text.spec.max_length)
     return Outcome(objective.student, text.tokenizer, validate(objective, text, settings), **clock)
 
 
@@ -144,11 +146,14 @@ def _prune_at_once(
 
     if processes().is_main_process:
         cached_folder(folder, make)
+    while damage(folder) is not None:  # a barrier has a time limit, and this can take an hour
+        time.sleep(1)
     processes().wait_for_everyone()
     objective.to(processes().device)
     pruned = load_for_pretraining(str(folder), nsp=text.spec.nsp)
     objective.student.load_state_dict(pruned.state_dict())
-    return read_json(folder / CLOCK)
+    clock = folder / CLOCK  # which earlier versions did not write
+    return read_json(clock) if clock.exists() else {"seconds": 0.0, "tokens": 0}
 
 
 def _examples(text: Text, seed: int, count: int, size: int) -> Iterator[dict[str, torch.Tensor]]:

@@ -1,5 +1,6 @@
 """The process of a server: its socket, its workers, its signals."""
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -138,12 +139,15 @@ def _prefork(
         nonlocal stopping
         stopping = True
         for process in running:
-            os.kill(process, signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):  # it has ended, and is not removed yet
+                os.kill(process, signal.SIGTERM)
 
     for number in _ENDING:
         signal.signal(number, stop)
     reading, writing = os.pipe()
     _fork(work, lambda: os.write(writing, b"1"), running)
+    if stopping:  # said after the handlers were there, and before the fork
+        stop()
     os.close(writing)
     ready = os.read(reading, 1) == b"1"
     if ready and not stopping:
@@ -151,6 +155,8 @@ def _prefork(
     while True:
         while ready and not stopping and len(running) < workers:
             _fork(work, lambda: None, running)
+            if stopping:
+                stop()
         if not running:
             return 0
         process, status = os.wait()

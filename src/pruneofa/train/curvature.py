@@ -218,14 +218,24 @@ def _add(blocks: dict[str, Tensor], held: dict[str, Tensor], count: int) -> None
 
 
 def _scaled(found: dict[str, Tensor], diagonals: Mapping[str, Tensor], weights: Weights) -> dict[str, Tensor]:
-    """Divide by the mean of the diagonal over all weights."""
-    total = 0.0
+    """Divide by the mean of the diagonal over the weights that a loss reaches; the diagonal of the others is 1.
+
+    A layer that no loss reaches, as a pooler without its head, is so compared by its magnitude.
+    """
+    total, reached = 0.0, 0
+    unreached: list[Tensor] = []
     for name, diagonal in diagonals.items():
         layer = float(diagonal.sum(dtype=torch.float64))
         if not 0 <= layer < float("inf"):
             raise CheckFailed(f"prune.score: the squared gradients of {name} are not finite; set precision: fp32")
         total += layer
+        if layer:
+            reached += weights[name].numel()
+        else:
+            unreached.append(diagonal)
     if total == 0:
         raise CheckFailed("prune.score: the gradients of all weights are 0; give more text, or set score: magnitude")
-    mean = total / sum(weight.numel() for weight in weights.values())
+    mean = total / reached
+    for diagonal in unreached:
+        diagonal.fill_(mean)  # in place: for blocks it is a view of them
     return {name: values.div_(mean) for name, values in found.items()}

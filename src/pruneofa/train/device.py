@@ -82,23 +82,30 @@ def evaluation_rows(device: torch.device) -> int:
     """Rows of 128 tokens per forward pass of an evaluation; on a GPU as many as half of its free memory holds."""
     if device.type != "cuda":
         return ROWS
-    free, _ = torch.cuda.mem_get_info(device)
-    return min(max(free // 2 // BYTES_PER_ROW, 1), MOST_ROWS)
+    return min(max(_free_on(device) // 2 // BYTES_PER_ROW, 1), MOST_ROWS)
+
+
+def _free_on(device: torch.device) -> int:
+    """Bytes that are free on a GPU, with those that PyTorch keeps for its next tensors."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 def free_memory(root: Path = Path("/")) -> tuple[int, str]:
     """(bytes that are free where models are trained, its name): this GPU's, or what this process may still use."""
     if torch.cuda.is_available():
-        return torch.cuda.mem_get_info(processes().device)[0], "this GPU"
+        return _free_on(processes().device), "this GPU"
     lines = _text(root / "proc/meminfo").splitlines()
     found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    for limit, used, details, prefix in (
+        ("memory.max", "memory.current", "memory.stat", ""),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_"),
     ):
-        allowed, taken = (_text(root / "sys/fs/cgroup" / name).strip() for name in (limit, used))
+        allowed, taken, stat = (_text(root / "sys/fs/cgroup" / name).strip() for name in (limit, used, details))
         if allowed.isdigit() and taken.isdigit():
-            found.append(int(allowed) - int(taken))
+            parts = dict(line.split(maxsplit=1) for line in stat.splitlines())
+            cache = sum(int(parts.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))  # given back
+            found.append(int(allowed) - int(taken) + cache)
     return (max(min(found), 0) if found else 2**63), "this machine"
 
 

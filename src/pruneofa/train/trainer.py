@@ -144,8 +144,8 @@ class StageTrainer(Trainer):
         if rows == 1:
             return f"{self.stage}: out of memory with one example per forward pass; lower max_length"
         return (
-            f"{self.stage}: out of memory with {rows} examples per forward pass and process; set micro_batch to "
-            f"{-(-rows // 2)}, or use more processes"
+            f"{self.stage}: out of memory with {rows} examples per forward pass and process; lower micro_batch "
+            "(of teacher and prune) or max_length, or use more processes"
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
