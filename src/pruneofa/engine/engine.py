@@ -66,8 +66,9 @@ class Engine:
         sentence = read_sentence(folder)
         check_tensors(architecture, packed.shapes, folder, head=sentence is None)
         words, positions = (packed.embeddings[architecture.tables[name]].values for name in ("word", "position"))
-        encoder = [linear for name, linear in packed.linears.items() if name != f"{POOLER}.weight"]
-        self.sparsity = 1 - sum(linear.values.size for linear in encoder) / sum(math.prod(x.shape) for x in encoder)
+        # No list of the layers: it would keep all of them in memory until the encoder is built.
+        encoder = {name: linear.values.size for name, linear in packed.linears.items() if name != f"{POOLER}.weight"}
+        self.sparsity = 1 - sum(encoder.values()) / sum(math.prod(packed.linears[name].shape) for name in encoder)
         weights = Weights(packed, native, isa)
         self.isa, self.precision = isa, precision
         self.threads, self.threads_reason, self.lanes = threads.count, threads.reason, lanes
@@ -76,7 +77,6 @@ class Engine:
         int8 = "dynamic" if packed.input_scales is None else "static"
         self.activations: str = int8 if precision == "int8" else "float"
         self._architecture, self._folder = architecture, folder.absolute()
-        self._encoder = build_encoder(native, weights, architecture, threads=self.threads, isa=isa)
         self._vocabulary = len(words)
         self.max_length = len(positions) - architecture.first_position
         self.tokenizer = TextTokenizer(
@@ -86,6 +86,8 @@ class Engine:
             limit=self.max_length,
             sentence=sentence,
         )
+        # After the tokenizer, whose file takes as much memory to check as it gives back.
+        self._encoder = build_encoder(native, weights, architecture, threads=self.threads, isa=isa)
         self.head: Head
         if sentence is None:
             self.head, self.task = task_head(weights, architecture, self.tokenizer), architecture.task
