@@ -1,6 +1,5 @@
 """Task data as tables: local CSV, TSV, JSONL and parquet files, folders of splits, and hub data sets."""
 
-import csv
 import difflib
 import hashlib
 import io
@@ -15,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pruneofa.data.delimited import read_delimited
 from pruneofa.data.labels import as_text, refuse_row_ids
 from pruneofa.data.root import root_folder
 from pruneofa.errors import InputError, first_line
@@ -22,7 +22,6 @@ from pruneofa.formats.hub import announce, could_be_hub_id
 
 SUFFIXES = (".parquet", ".jsonl", ".csv", ".tsv")
 HELD_OUT = 10  # one row in so many is held out where the data has no validation rows
-_LONGEST_FIELD = 2**31 - 1  # bytes; the default of the csv module is 128 KiB
 
 
 def load_splits(
@@ -235,22 +234,4 @@ def _delimited(text: str, path: Path, where: str) -> list[dict[str, Any]]:
     tabs = path.suffix == ".tsv"
     fields = (field for line in text.splitlines() for field in line.split("\t")) if tabs else ()
     literal = any(field.startswith('"') and not (len(field) > 1 and field.endswith('"')) for field in fields)
-    csv.field_size_limit(_LONGEST_FIELD)
-    reader = csv.DictReader(
-        io.StringIO(text, newline=""),
-        delimiter="\t" if tabs else ",",
-        quoting=csv.QUOTE_NONE if literal else csv.QUOTE_MINIMAL,
-        strict=True,
-    )
-    rows = []
-    try:
-        for row in reader:
-            if None in row or None in row.values():
-                raise InputError(
-                    f"{where}: {path}: line {reader.line_num} has not as many fields as the header "
-                    f"({len(reader.fieldnames or [])}); quote texts that contain the delimiter"
-                )
-            rows.append(row)
-    except csv.Error as error:
-        raise InputError(f"{where}: {path}: line {reader.line_num}: {error}") from None
-    return rows
+    return list(read_delimited(io.StringIO(text, newline=""), f"{where}: {path}", tabs=tabs, literal=literal))

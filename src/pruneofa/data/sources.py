@@ -12,7 +12,6 @@ A folder is read recursively, its files in the order of their names. Anything el
 
 import codecs
 import contextlib
-import csv
 import difflib
 import gzip
 import hashlib
@@ -21,9 +20,11 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from pruneofa.data.delimited import read_delimited
 from pruneofa.data.root import root_folder
 from pruneofa.errors import InputError
 from pruneofa.formats.files import file_fingerprint
@@ -34,7 +35,6 @@ COMPRESSED = (".gz", ".zst")
 WANTED = ".parquet, .jsonl, .txt, .csv or .tsv (all but the first also .gz or .zst)"
 PEEK = 1 << 20  # bytes read to tell how a .txt file separates its articles, and per block when hashing
 ROWS = 64  # rows decoded at once
-_LONGEST_FIELD = 2**31 - 1  # bytes; the default of the csv module is 128 KiB
 
 Article = tuple[str, int]  # text, and the units of progress (bytes, or rows of a hub data set) since the last one
 
@@ -291,24 +291,8 @@ def _values(path: Path, lines: Iterable[str], column: str) -> Iterator[str]:
 
 def _fields(path: Path, lines: Iterable[str], column: str) -> Iterator[str]:
     tabs = _kind(path) == ".tsv"
-    csv.field_size_limit(_LONGEST_FIELD)
-    reader = csv.DictReader(
-        lines,
-        delimiter="\t" if tabs else ",",
-        quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL,
-        strict=True,
-    )
-    try:
-        _need_column(path, column, reader.fieldnames or ())
-        for row in reader:
-            if None in row or None in row.values():
-                raise InputError(
-                    f"{path}: line {reader.line_num} has not as many fields as the header "
-                    f"({len(reader.fieldnames or ())}); quote texts that contain the delimiter"
-                )
-            yield _text(path, column, row[column])
-    except csv.Error as error:
-        raise InputError(f"{path}: line {reader.line_num}: {error}; write the file again") from None
+    rows = read_delimited(lines, path, tabs=tabs, literal=tabs, check_header=partial(_need_column, path, column))
+    return (_text(path, column, row[column]) for row in rows)
 
 
 def _check(path: Path, column: str) -> str:
