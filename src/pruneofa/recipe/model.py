@@ -59,6 +59,12 @@ class Corpus(Section):
     streaming: bool = Field(False, description="read while training instead of tokenizing once to a cache")
 
 
+_SAVE_MINUTES = Field(
+    SAVE_MINUTES, description="minutes between checkpoints; one is written at the end too",
+    json_schema_extra=RESOURCES_ONLY,
+)  # fmt: skip
+
+
 class _Optimization(Section):
     """Settings that teacher preparation and pruning share."""
 
@@ -80,10 +86,7 @@ class _Optimization(Section):
         description="steps between checkpoints (default: by time, see save_minutes)",
         json_schema_extra=RESOURCES_ONLY,
     )
-    save_minutes: Rate = Field(
-        SAVE_MINUTES, description="minutes between checkpoints; one is written at the end too",
-        json_schema_extra=RESOURCES_ONLY,
-    )  # fmt: skip
+    save_minutes: Rate = _SAVE_MINUTES
 
 
 class Teacher(_Optimization):
@@ -248,10 +251,7 @@ class Task(Section):
     )
     train_rows: Positive | None = Field(None, description="train on the first rows only, for trials")
     validation_rows: Positive | None = Field(None, description="evaluate on the first rows only, for trials")
-    save_minutes: Rate = Field(
-        SAVE_MINUTES, description="minutes between checkpoints; one is written at the end too",
-        json_schema_extra=RESOURCES_ONLY,
-    )  # fmt: skip
+    save_minutes: Rate = _SAVE_MINUTES
     skip_bad_answers: bool = Field(False, description="drop SQuAD answers whose offsets do not match")
 
     @model_validator(mode="after")

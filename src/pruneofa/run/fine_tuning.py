@@ -17,7 +17,8 @@ from pruneofa.data import tasks as task_data
 from pruneofa.errors import InputError
 from pruneofa.formats import scales
 from pruneofa.formats.hub import local_folder
-from pruneofa.run.stage import RESOURCES, Job, Model, Outcome
+from pruneofa.recipe import RESOURCES_ONLY
+from pruneofa.run.stage import Job, Model, Outcome
 from pruneofa.train.callbacks import LockCallback, QuantizeCallback
 from pruneofa.train.evaluate import label_order, load_task_model
 from pruneofa.train.models import load_for_task, load_tokenizer, reorder_classes, set_dropout
@@ -66,7 +67,7 @@ class FineTuneSettings:
     locked: bool
     seed: int
     precision: str
-    save_minutes: float = field(metadata=RESOURCES)
+    save_minutes: float = field(metadata=RESOURCES_ONLY)
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def fine_tune(
     """
     transformers.set_seed(settings.seed)
     objective = transfer_objective(model.path, teacher and teacher.path, settings.losses, task)
-    _prepare(objective.student, settings)
+    prepare_student(objective.student, settings)
     assert task.train is not None
     data = task.train.train_dataset(settings.batch, settings.seed, settings.epochs)
     callbacks = [LockCallback()] if settings.locked else []
@@ -139,7 +140,7 @@ def quantize_aware(
     transformers.set_seed(training.seed)
     student = task_student(model.path, task)
     objective = transfer_objective(student, teacher and teacher.path, training.losses, task)
-    _prepare(student, training)
+    prepare_student(student, training)
     quantizer = FakeQuantizer(student, **numerics(settings))
     data, steps = qat_dataset(settings, task)
     freeze = 1.0 if settings.freeze is None else settings.freeze
@@ -170,7 +171,7 @@ def calibrate(settings: CalibrationSettings, job: Job, *, model: Model, task: ta
     return _quantized(student, quantizer, model, seconds=time.monotonic() - start)
 
 
-def _prepare(student: PreTrainedModel, settings: FineTuneSettings) -> None:
+def prepare_student(student: PreTrainedModel, settings: FineTuneSettings) -> None:
     """Set what is not trained, and the dropout rates."""
     if settings.dropout is not None:
         set_dropout(student, settings.dropout)

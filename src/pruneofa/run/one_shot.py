@@ -13,6 +13,7 @@ from pruneofa.recipe import Prune
 from pruneofa.train.curvature import EXAMPLES, fisher_blocks, fisher_diagonal
 from pruneofa.train.device import processes
 from pruneofa.train.layerwise import prune_layerwise
+from pruneofa.train.micro_batches import Batch
 from pruneofa.train.objective import PretrainingObjective
 from pruneofa.train.prune import GradualPruner
 
@@ -21,7 +22,6 @@ BATCH = 32  # examples per forward pass of score hessian
 # each other must not go together.
 ROUNDS = 8
 
-Batch = dict[str, torch.Tensor]
 Examples = Callable[[int, int], Iterator[Batch]]  # (examples in all, examples per batch) -> batches of the corpus
 
 

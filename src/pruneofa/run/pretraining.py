@@ -146,8 +146,9 @@ def _prune_at_once(
 
     if processes().is_main_process:
         cached_folder(folder, make)
-    while damage(folder) is not None:  # a barrier has a time limit, and this can take an hour
-        time.sleep(1)
+    else:  # a barrier has a time limit, and this can take an hour
+        while damage(folder) is not None:
+            time.sleep(1)
     processes().wait_for_everyone()
     objective.to(processes().device)
     pruned = load_for_pretraining(str(folder), nsp=text.spec.nsp)

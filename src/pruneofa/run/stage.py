@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pruneofa.formats import scales
 from pruneofa.formats.files import fingerprint, read_json
-from pruneofa.recipe import Section
+from pruneofa.recipe import RESOURCES_ONLY, Section
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -110,20 +110,16 @@ def unused(*names: str) -> Mapping[str, Any]:
     return {"unused": set(names)}
 
 
-# Metadata for a settings field that affects time or memory but not results, as RESOURCES_ONLY does in the recipe.
-RESOURCES: Mapping[str, Any] = {"resources": True}
-
-
 def fingerprinted(settings: Any) -> dict[str, Any]:
     """The settings that determine the result of a stage, including defaults, as plain values.
 
     Args:
         settings: a dataclass of plain values, sections of the recipe and other such dataclasses. Fields that sections
-            mark as RESOURCES_ONLY, RESOURCES and `unused` fields, and fields with their value in ABSENT are omitted.
+            or metadata mark as RESOURCES_ONLY, `unused` fields, and fields with their value in ABSENT are omitted.
     """
     values: dict[str, Any] = {}
     for each in dataclasses.fields(settings):
-        if each.metadata == RESOURCES:
+        if each.metadata == RESOURCES_ONLY:
             continue
         value = getattr(settings, each.name)
         if isinstance(value, Section):

@@ -19,8 +19,8 @@ from transformers.activations import ACT2FN
 from pruneofa import families
 from pruneofa.errors import InputError
 from pruneofa.train.distill import fused_head_losses, hidden_loss, kd_terms
+from pruneofa.train.micro_batches import Batch
 
-Batch = dict[str, Tensor]
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 UNLABELLED = -100
 

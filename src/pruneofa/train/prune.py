@@ -22,8 +22,8 @@ class GradualPruner:
     pass on (hooks, see PatternLock), so that gradient clipping counts only the weights that train.
 
     The dense value that a pruned weight had is kept outside the model. It is restored when masks are selected
-    again, so that a weight can return. This takes a second copy of the prunable weights and one byte per weight for
-    the masks.
+    again, so that a weight can return. This takes a second copy of the prunable weights and five bytes per weight
+    for the masks.
 
     `score` says which weights are pruned first; all but magnitude need `step(t, curvature)` where t is due:
 
