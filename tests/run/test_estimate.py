@@ -106,3 +106,12 @@ def test_evaluations_are_listed_with_their_time(costs):
     for row in evaluations.values():
         assert (row["status"], row["steps"], row["minutes"]) == ("run", None, 10.0) and row["tokens"] > 0
     assert rows["total"]["minutes"] >= 40
+
+
+def test_the_time_of_a_step_is_that_of_the_weights_that_are_trained(tmp_path):
+    settings = small_recipe(tmp_path / "data")
+    settings.tasks["mine"].freeze_embeddings = True
+    inputs = Inputs(settings)
+    stage = next(step for step in plan(settings, inputs, tmp_path / "run") if str(step.id).endswith("/transfer"))
+    objective, _ = estimates._task_probe(settings, inputs, "mine", stage.settings, 256.0)
+    assert not objective.student.get_input_embeddings().weight.requires_grad

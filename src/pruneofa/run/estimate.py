@@ -17,6 +17,7 @@ from pruneofa.run.fine_tuning import (
     FineTuneSettings,
     QuantizeSettings,
     numerics,
+    prepare_student,
     qat_dataset,
     transfer_objective,
 )
@@ -185,6 +186,7 @@ def _task_probe(
     has_teacher = settings.losses is not None
     teacher = load_for_task(recipe.model, task.kind, **task.model_kwargs()) if has_teacher else None
     objective = transfer_objective(recipe.model, teacher, settings.losses, task)
+    prepare_student(objective.student, settings)
     batch = _random_batch(objective, settings.batch, max(8, round(tokens_per_step / settings.batch)))
     answers = torch.zeros(len(batch["input_ids"]), dtype=torch.long)
     keys = ("start_positions", "end_positions") if task.kind == "qa" else ("labels",)
