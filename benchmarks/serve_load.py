@@ -216,6 +216,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--seconds", type=float, default=60, help="of each part (default 60)")
+    parser.add_argument("--saturate", type=float, metavar="SECONDS", help="of part 2 alone (default --seconds)")
     parser.add_argument(
         "--threads", type=int, default=1, help="of the server's engine and the one beside it (default 1)"
     )
@@ -233,7 +234,8 @@ def main() -> None:
         }
         found["/decode, one client"] = asyncio.run(without_engine(port, server.pid, options.seconds / 4))
         found["closed loop, one client"] = asyncio.run(closed_loop(port, engine, options.seconds))
-        found["saturation"] = asyncio.run(saturate(port, engine, options.seconds, options.limit, server.pid))
+        saturated = options.seconds if options.saturate is None else options.saturate
+        found["saturation"] = asyncio.run(saturate(port, engine, saturated, options.limit, server.pid))
     finally:
         server.terminate()
         found["exit code after SIGTERM"] = server.wait(60)
