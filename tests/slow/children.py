@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -41,13 +42,13 @@ class Child:
     """A verb in a forked process, which ends with the verb; `prepare` is called in it before."""
 
     def __init__(self, arguments, prepare=lambda: None):
-        self.log = Path(f"/tmp/pruneofa-faults-{os.getpid()}-{time.monotonic_ns()}")
+        descriptor, log = tempfile.mkstemp(prefix="pruneofa-faults-")
+        self.log = Path(log)
         self.process = os.fork()
         if self.process == 0:
             code = 99
             try:
                 os.setpgid(0, 0)
-                descriptor = os.open(self.log, os.O_CREAT | os.O_WRONLY)
                 os.dup2(descriptor, 1)
                 os.dup2(descriptor, 2)
                 sys.stdout = os.fdopen(1, "w", closefd=False)
@@ -66,6 +67,8 @@ class Child:
             finally:
                 sys.stdout.flush()
                 os._exit(code)
+
+        os.close(descriptor)
 
     def wait(self, seconds=None):
         """(exit code, output); after `seconds` it is killed. A traceback is a failure."""
