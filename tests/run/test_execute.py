@@ -12,6 +12,7 @@ from pruneofa.formats.files import read_json
 from pruneofa.run import execute, fine_tuning, single
 from pruneofa.run.run import run
 from pruneofa.train import evaluate
+from pruneofa.train.metrics import Measured
 from tests.small import small_recipe, write_task
 from tests.tiny import write_model
 
@@ -60,7 +61,7 @@ def test_interrupted_in_its_evaluation_the_training_is_kept(transfer, tmp_path, 
 
 
 def test_a_model_that_diverged_is_said_when_its_metrics_are_written(transfer, tmp_path, monkeypatch):
-    monkeypatch.setattr(execute, "evaluate_model", lambda *_, **__: {"accuracy": 50.0, "loss": float("nan")})
+    monkeypatch.setattr(execute, "evaluate_model", lambda *_, **__: Measured({"accuracy": 50.0, "loss": float("nan")}))
     with pytest.raises(CheckFailed, match=r"out/metrics\.json: loss is nan, wanted a finite number"):
         transfer()
     assert not (tmp_path / "out" / "metrics.json").exists() and not (tmp_path / "out" / "evaluation.json").exists()

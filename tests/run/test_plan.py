@@ -52,6 +52,14 @@ def test_results_cover_every_stage_variant_and_seed(done):
         assert variant["mean"] == pytest.approx(sum(values) / 2)
     assert results["stages"]["prune"]["tokens"] > 0 and results["stages"]["prune"]["seconds"] > 0
     assert results["sparsity"] == pytest.approx(0.9, abs=2e-3)
+    for name, variant in accuracy.items():
+        if name == "dense":
+            assert "lost" not in variant
+            continue
+        assert variant["lost"]["mean"] == pytest.approx(accuracy["dense"]["mean"] - variant["mean"], abs=1e-4)
+        assert 0 <= variant["lost"]["standard_error"] < 50
+    assert all("thread" in costs["hardware"] for costs in results["stages"].values())
+    assert "| Lost against dense, points |" in (folder / "table.md").read_text()
     for file in ("recipe.yaml", "run.json", "log.jsonl", "table.md", "report.html", "sparse/README.md"):
         assert (folder / file).exists(), file
     assert not (folder / ".work").exists()
@@ -74,7 +82,7 @@ def test_every_folder_is_an_ordinary_one(done):
         assert not info["missing_keys"] and not info["unexpected_keys"], stage
         logits = [model(input_ids=torch.tensor([[2, 7, 8, 3]]))[0] for model in (model, kind.from_pretrained(stage))]
         assert torch.equal(*logits)
-        assert {p.suffix for p in stage.iterdir()} <= {".json", ".safetensors", ".md", ".svg"}
+        assert {p.suffix for p in stage.iterdir()} <= {".json", ".safetensors", ".npz", ".md", ".svg"}
         with safe_open(stage / "model.safetensors", "pt") as file:
             assert not [name for name in file.keys() if "teacher" in name or "mask" in name]  # noqa: SIM118
 

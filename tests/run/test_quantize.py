@@ -282,7 +282,7 @@ def test_classes_in_another_order_are_matched_by_name(done, tmp_path):
     config = read_json(turned / "config.json") | {"id2label": {"0": "good", "1": "bad"}}
     (turned / "config.json").write_text(json.dumps(config))
     (first, task), (second, _) = (calibrated(settings, path) for path in (folder / SEED / "transfer", turned))
-    assert evaluate_model(first.model, task) == evaluate_model(second.model, task)
+    assert evaluate_model(first.model, task).values == evaluate_model(second.model, task).values
     made = [first, second]
     assert torch.equal(made[0].model.classifier.weight, made[1].model.classifier.weight)
     assert made[1].model.config.id2label == {0: "bad", 1: "good"}

@@ -63,13 +63,13 @@ def test_own_task_whatever_the_order_of_the_models_labels(own):
     task = load_task("mine", own, tiny_tokenizer())
     for labels in (["bad", "fine", "good"], ["good", "bad", "fine"], ["GOOD", "Fine", "bad"]):
         model = Oracle(labels, last_word([label.lower() for label in labels])).train()
-        assert evaluate_model(model, task) == {"accuracy": 100.0, "f1": 100.0}
+        assert evaluate_model(model, task).values == {"accuracy": 100.0, "f1": 100.0}
         assert model.training
 
 
 def test_accuracy_and_macro_f1_in_percent(own):
     task = load_task("mine", own, tiny_tokenizer())
-    result = evaluate_model(Oracle(CLASSES, lambda _: 0), task)
+    result = evaluate_model(Oracle(CLASSES, lambda _: 0), task).values
     assert result == {"accuracy": pytest.approx(100 / 3), "f1": pytest.approx(100 / 6)}
     assert all(type(value) is float for value in result.values())
 
@@ -98,11 +98,11 @@ def glue(tmp_path, name, rows):
 def test_metrics_of_the_known_tasks(tmp_path):
     pairs = [{"question1": "a", "question2": "b", "label": label} for label in (1, 1, 1, 0)]
     task = glue(tmp_path, "qqp", pairs)
-    result = evaluate_model(Oracle(task.labels, lambda _: 1), task)
+    result = evaluate_model(Oracle(task.labels, lambda _: 1), task).values
     assert result == {"accuracy": 75.0, "f1": pytest.approx(600 / 7)}  # of duplicate: precision 3/4, recall 1
     pairs = [{"premise": "a", "hypothesis": "b", "label": label} for label in (1, 0)]
     task = glue(tmp_path, "mnli", pairs)
-    assert evaluate_model(Oracle(task.labels, lambda _: 0), task) == {"accuracy": 50.0, "accuracy_mm": 0.0}
+    assert evaluate_model(Oracle(task.labels, lambda _: 0), task).values == {"accuracy": 50.0, "accuracy_mm": 0.0}
 
 
 def test_label_order():
@@ -194,7 +194,7 @@ def test_answer_comes_from_the_best_window(tmp_path, before):
     spec = recipe.Task(data=str(tmp_path), max_length=32, stride=4)
     task = load_task("squad", spec, tokenizer)
     assert len(task.evaluations[""]) > 1
-    assert evaluate_model(Finder(["a"], None), task) == {"exact_match": 100.0, "f1": 100.0}
+    assert evaluate_model(Finder(["a"], None), task).values == {"exact_match": 100.0, "f1": 100.0}
 
 
 def test_folder_without_a_trained_head_is_refused(tmp_path, own):

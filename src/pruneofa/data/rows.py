@@ -122,15 +122,17 @@ def text_column(table: pa.Table, name: str, where: str) -> pa.ChunkedArray:
     return values
 
 
-def hold_out(table: pa.Table, key: Sequence[str], label: str | None, where: str) -> tuple[pa.Table, pa.Table]:
-    """Split into training and held-out rows by a hash of the `key` columns.
+def hold_out(
+    table: pa.Table, key: Sequence[str], label: str | None, where: str, part: int = 0
+) -> tuple[pa.Table, pa.Table]:
+    """Split into training and held-out rows by a hash of the `key` columns; `part` says which tenth is held out.
 
     The same text always falls on the same side, independent of the order of the rows and of rows added later, so
     that duplicates cannot leak. Rows of a label that would be held out completely stay in training.
     """
     keys = zip(*(text_column(table, name, where).to_pylist() for name in key), strict=True)
     digests = (hashlib.sha256("\x1f".join(texts).encode("utf-8", "surrogatepass")).digest() for texts in keys)
-    out = np.fromiter((int.from_bytes(digest[:8], "big") % HELD_OUT == 0 for digest in digests), bool)
+    out = np.fromiter((int.from_bytes(digest[:8], "big") % HELD_OUT == part for digest in digests), bool)
     if label is not None:
         labels = np.array([as_text(value) for value in column(table, label, "label", where).to_pylist()])
         refuse_row_ids(labels.tolist(), label, where)

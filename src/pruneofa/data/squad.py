@@ -1,6 +1,5 @@
-"""SQuAD v1.1: contexts in overlapping windows, answer spans, n-best selection and the official metrics."""
+"""SQuAD v1.1: contexts in overlapping windows, answer spans, and n-best selection."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -167,20 +166,6 @@ def gold_answers(table: pa.Table, where: str) -> list[list[str]]:
         if not row:
             raise InputError(f"{where}: row {index + 1} has no answer; SQuAD v2 is not supported, only v1.1")
     return texts
-
-
-def metrics(predictions: Sequence[str], golds: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Exact match and F1 in percent by the official normalisation, the best over the gold answers."""
-    from torchmetrics.functional.text import squad
-
-    result = squad(
-        [{"prediction_text": text, "id": str(index)} for index, text in enumerate(predictions)],
-        [
-            {"answers": {"text": list(texts), "answer_start": [0] * len(texts)}, "id": str(index)}
-            for index, texts in enumerate(golds)
-        ],
-    )
-    return {"exact_match": float(result["exact_match"]), "f1": float(result["f1"])}
 
 
 def content(table: pa.Table, where: str) -> bytes:

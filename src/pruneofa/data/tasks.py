@@ -19,6 +19,7 @@ from pruneofa.data.features import Item, TaskData, collate
 from pruneofa.data.labels import class_ids, distinct, labels_of_model
 from pruneofa.errors import InputError
 
+EPOCH_ROWS = "epochs"  # key of the rows held out for evaluation after every epoch
 _CHUNK = 1000  # rows per call of the tokenizer
 _GLUE = "nyu-mll/glue"
 _TEXT = {
@@ -46,6 +47,7 @@ class Task:
         train_fingerprint: hex sha256 of everything that training sees of the data; of no rows where train is None.
         evaluation_fingerprint: the same of evaluation.
         held_out: (rows held out for evaluation, rows in all) of data without evaluation rows, else None.
+        epoch_rows: rows held out of training, to be evaluated after every epoch; None without `spec.check_epochs`.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Task:
     text: tuple[str, ...]
     pad_token_id: int
     held_out: tuple[int, int] | None = None
+    epoch_rows: TaskData | None = None
 
     def model_kwargs(self) -> dict[str, Any]:
         """Arguments for `from_pretrained`, which writes them to config.json; none for question answering."""
@@ -123,8 +126,8 @@ def load_task(
         data_root=data_root,
     )
     held_out = None
+    key, label = (("context",), None) if kind == "qa" else (text, column)
     if "" not in splits:
-        key, label = (("context",), None) if kind == "qa" else (text, column)
         total = splits["train"].num_rows
         splits["train"], splits[""] = rows.hold_out(splits["train"], key, label, where)
         held_out = (splits[""].num_rows, total)
@@ -136,24 +139,28 @@ def load_task(
         names = named or distinct(_values(splits.get("train", splits[""]), column, where), column, where)
     else:
         names = []
+    if train and spec.check_epochs:
+        chosen = splits["train"].slice(0, spec.train_rows)
+        splits["train"], splits[EPOCH_ROWS] = rows.hold_out(chosen, key, label, where, part=1)
     features: dict[str, TaskData] = {}
     for split, table in splits.items():
         if split == "train" and not train:
             continue
-        table = table.slice(0, spec.train_rows if split == "train" else spec.validation_rows)
+        if split != EPOCH_ROWS:
+            table = table.slice(0, spec.train_rows if split == "train" else spec.validation_rows)
         if kind == "qa":
             features[split] = _question_answering(table, spec, tokenizer, split == "train", where)
         else:
             known, of_model = name in _LABELS, given is not None
             targets = class_ids(_values(table, column, where), column, names, split, known, where, of_model)
             features[split] = _classification(table, text, targets, tokenizer, max_length, where)
-    trained = features.pop("train", None)
+    trained, epoch_rows = features.pop("train", None), features.pop(EPOCH_ROWS, None)
     if trained is not None and kind == "classification" and len(np.unique(trained.targets)) < 2:
         only = names[int(trained.targets[0])] if trained.targets is not None else ""
         raise InputError(f"{where}: all {len(trained)} training rows have the label {only!r}, wanted at least two")
     prints = [_fingerprint(kind, names, used, where) for used in ({"train": trained}, features)]
     pad = tokenizer.pad_token_id or 0
-    return Task(name, kind, names, trained, features, *prints, tuple(text), pad, held_out)
+    return Task(name, kind, names, trained, features, *prints, tuple(text), pad, held_out, epoch_rows)
 
 
 def _names(value: str | list[str] | None) -> tuple[str, ...]:

@@ -267,8 +267,8 @@ def _arrays(source: Source, batch: Mapping[str, torch.Tensor]) -> Arrays:
 
 
 def _compare_metrics(source: Source, exported: Exported, task: Task) -> dict[str, dict[str, float]]:
-    by_torch = evaluate_model(source.model, task)
-    found = evaluate_model(_Runner(source, exported), task)
+    by_torch = evaluate_model(source.model, task).values
+    found = evaluate_model(_Runner(source, exported), task).values
     return {name: {"torch": by_torch[name], "exported": found[name]} for name in by_torch}
 
 

@@ -249,6 +249,10 @@ class Task(Section):
     qat_rows: Positive | None = Field(
         None, description="random rows per epoch of quantization-aware training (default: all)"
     )
+    check_epochs: bool = Field(
+        False,
+        description="hold a tenth of the training rows out and evaluate on it after every epoch, to choose epochs by",
+    )
     train_rows: Positive | None = Field(None, description="train on the first rows only, for trials")
     validation_rows: Positive | None = Field(None, description="evaluate on the first rows only, for trials")
     save_minutes: Rate = _SAVE_MINUTES

@@ -1,10 +1,10 @@
-"""Tables of size and latency from a run's results."""
+"""Tables of size and latency from a run's results, and all its tables as Markdown."""
 
 from typing import Any
 
 from pruneofa.report.table import cell, megabytes, variant_name
+from pruneofa.report.training import LOST_NOTE, Rows, lost_rows, training_note, training_rows
 
-Rows = tuple[list[str], list[list[str]]]
 ENCODER = (
     ("dense, fp32", "dense_fp32"),
     ("non-zeros and a bit per weight, fp32", "nonzeros_bitmask_fp32"),
@@ -59,9 +59,15 @@ def latency_setting(results: dict[str, Any]) -> str:
 
 
 def cost_tables(results: dict[str, Any]) -> str:
-    """Both tables as Markdown, each after an empty line; empty for a run without int8."""
+    """All tables beside that of the metrics as Markdown, each after an empty line."""
     text = ""
-    for table, note in ((size_rows(results), ""), (latency_rows(results), latency_setting(results))):
+    tables = (
+        (lost_rows(results), LOST_NOTE),
+        (training_rows(results), training_note(results)),
+        (size_rows(results), ""),
+        (latency_rows(results), latency_setting(results)),
+    )
+    for table, note in tables:
         if table[1]:
             text += "\n" + markdown(table)
             text += f"\n{note}\n" if note else ""

@@ -19,6 +19,7 @@ from pruneofa.report.deployment import latency_rows, latency_setting, size_rows
 from pruneofa.report.render import portable, recipe_yaml, render
 from pruneofa.report.schema import check_results
 from pruneofa.report.table import notes, retention, table_rows
+from pruneofa.report.training import LOST_NOTE, lost_rows, training_note, training_rows
 
 
 def write_report(
@@ -59,6 +60,8 @@ def write_report(
         rows=rows,
         notes=notes([results]),
         costs=[
+            ("Lost against dense", LOST_NOTE, lost_rows(results)),
+            ("Training", training_note(results), training_rows(results)),
             ("Size", "Of a task model, its weights as stored.", size_rows(results)),
             ("Latency", latency_setting(results), latency_rows(results)),
         ],

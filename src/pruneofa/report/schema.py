@@ -46,6 +46,7 @@ def check_results(value: Any, source: str = "results") -> dict[str, Any]:
     for stage, costs in _mapping(top["stages"], source, "stages").items():
         for key in ("tokens", "seconds"):
             _number(_mapping(costs, source, f"stages.{stage}").get(key), source, f"stages.{stage}.{key}")
+        _check_training(costs, source, f"stages.{stage}")
     _check_costs(top, source)
     for task, metrics in _mapping(top["tasks"], source, "tasks").items():
         for metric, variants in _mapping(metrics, source, f"tasks.{task}").items():
@@ -66,6 +67,18 @@ def _check_costs(top: dict[str, Any], source: str) -> None:
                 _number(_mapping(times, source, f"latency.{variant}").get(key), source, f"latency.{variant}.{key}")
 
 
+def _check_training(costs: dict[str, Any], source: str, key: str) -> None:
+    if not isinstance(costs.get("hardware", ""), str):
+        raise InputError(f"{source}: {key}.hardware is {short(costs['hardware'])}, wanted a string")
+    epochs = costs.get("epochs", [])
+    if not isinstance(epochs, list):
+        raise InputError(f"{source}: {key}.epochs is {short(epochs)}, wanted the metrics of every epoch")
+    for number, metrics in enumerate(epochs, 1):
+        for metric, value in _mapping(metrics, source, f"{key}.epochs, epoch {number}").items():
+            _one_of(metric, METRICS, source, f"{key}.epochs")
+            _number(value, source, f"{key}.epochs, epoch {number}, {metric}", 100)
+
+
 def _check_runs(value: Any, source: str, key: str) -> None:
     mean = _number(_mapping(value, source, key).get("mean"), source, f"{key}.mean", 100)
     runs = value.get("runs")
@@ -77,6 +90,10 @@ def _check_runs(value: Any, source: str, key: str) -> None:
     seeds = [run.get("seed") for run in runs]
     if any(seed in seeds[:i] for i, seed in enumerate(seeds)):
         raise InputError(f"{source}: {key}.runs has seeds {seeds}, wanted each once")
+    if "lost" in value:
+        points = _mapping(value["lost"], source, f"{key}.lost")
+        _number(points.get("standard_error"), source, f"{key}.lost.standard_error")
+        _number(points.get("mean"), source, f"{key}.lost.mean", 100, least=-100)
     if abs(mean - sum(values) / len(values)) > 0.01:
         raise InputError(
             f"{source}: {key}.mean is {mean} but its runs give {sum(values) / len(values):.4f}; "
@@ -90,9 +107,9 @@ def _mapping(value: Any, source: str, key: str) -> dict[str, Any]:
     return value
 
 
-def _number(value: Any, source: str, key: str, largest: float = math.inf) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= largest:
-        limit = "a number of at least 0" if largest == math.inf else f"a number from 0 to {largest:g}"
+def _number(value: Any, source: str, key: str, largest: float = math.inf, least: float = 0) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= largest:
+        limit = "a number of at least 0" if largest == math.inf else f"a number from {least:g} to {largest:g}"
         raise InputError(f"{source}: {key} is {short(value)}, wanted {limit}")
     return float(value)
 

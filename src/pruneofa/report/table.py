@@ -44,21 +44,17 @@ def write_table(results: Sequence[dict[str, Any]], *, drop_empty: bool = False) 
 
 def notes(results: Sequence[dict[str, Any]]) -> str:
     """Notes that explain the table; those about int8 only if it has int8 rows."""
-    return f"{NOTES} {INT8_NOTES}" if any(set(_variants(result)) & INT8 for result in results) else NOTES
+    return f"{NOTES} {INT8_NOTES}" if any(set(variants_of(result)) & INT8 for result in results) else NOTES
 
 
 def table_rows(results: Sequence[dict[str, Any]], *, drop_empty: bool = False) -> tuple[list[str], list[list[str]]]:
     """Header and rows of `write_table` as plain text, one row per run and variant, then the retention."""
     for index, result in enumerate(results):
         check_results(result, "results" if len(results) == 1 else f"results {index + 1} of {len(results)}")
-    known = {task for _, task, _ in COLUMNS}
-    own = dict.fromkeys(task for result in results for task in result["tasks"] if task not in known)
-    columns = [*COLUMNS, *(_own_column(task, results) for task in own)]
-    if drop_empty:
-        columns = [c for c in columns if any(set(c[2]) & set(r["tasks"].get(c[1], {})) for r in results)]
+    columns = columns_of(results, drop_empty=drop_empty)
     rows = []
     for result in results:
-        for variant in _variants(result):
+        for variant in variants_of(result):
             numbers = [_score(result, task, metrics, variant) for _, task, metrics in columns]
             name = f"{result['recipe']['name']}: {variant_name(variant)} ({seeds(result, variant)})"
             rows.append([name, _sparsity(result, variant), _size(result, variant), *numbers])
@@ -70,6 +66,16 @@ def table_rows(results: Sequence[dict[str, Any]], *, drop_empty: bool = False) -
     return ["Model", "Sparsity", "Model size", *(title for title, _, _ in columns)], rows
 
 
+def columns_of(results: Sequence[dict[str, Any]], *, drop_empty: bool) -> list[tuple[str, str, tuple[str, ...]]]:
+    """Title, task and metrics of the table's columns: the published ones, then those of other tasks."""
+    known = {task for _, task, _ in COLUMNS}
+    own = dict.fromkeys(task for result in results for task in result["tasks"] if task not in known)
+    columns = [*COLUMNS, *(_own_column(task, results) for task in own)]
+    if drop_empty:
+        columns = [c for c in columns if any(set(c[2]) & set(r["tasks"].get(c[1], {})) for r in results)]
+    return columns
+
+
 def _own_column(task: str, results: Sequence[dict[str, Any]]) -> tuple[str, str, tuple[str, ...]]:
     measured = {metric for result in results for metric in result["tasks"].get(task, {})}
     metrics = tuple(m for m in ("accuracy", "f1", "exact_match") if m in measured) or ("accuracy",)
@@ -77,7 +83,7 @@ def _own_column(task: str, results: Sequence[dict[str, Any]]) -> tuple[str, str,
     return f"{task} ({'/'.join(short[m] for m in metrics)})", task, metrics
 
 
-def _variants(result: dict[str, Any]) -> list[str]:
+def variants_of(result: dict[str, Any]) -> list[str]:
     """The variants measured in this run, in the order of VARIANTS, each followed by its result with the engine."""
     measured = {v for metrics in result["tasks"].values() for variants in metrics.values() for v in variants}
     return [v for base in VARIANTS for v in (base, f"{base}_engine") if v in measured]

@@ -11,8 +11,10 @@ from pruneofa.formats.files import read_json, write_json
 from pruneofa.progress import notice
 from pruneofa.run.stage import Evaluation
 from pruneofa.train.evaluate import evaluate_by_engine
+from pruneofa.train.metrics import save_rows
 
 FILE = "engine.json"
+ROWS = "engine_metric_rows.npz"
 # Variants of a task (names in results.json) that the engine evaluates too, with its precision.
 PRECISIONS: dict[str, Precision] = {"dense": "fp32", "transfer": "fp32", "ptq": "int8", "quantize": "int8"}
 LONGEST = 128  # tokens of the sequence that is timed
@@ -35,8 +37,9 @@ def measure_by_engine(evaluations: Iterable[Evaluation]) -> bool:
         wanted = {"evaluation": model.fingerprint, **now}
         known = read_json(model.folder / FILE) if (model.folder / FILE).exists() else {}
         if not wanted.items() <= known.items():
-            found = evaluate_by_engine(model.folder, model.task.read(), PRECISIONS[model.id.variant])
-            write_json(model.folder / FILE, found | wanted)
+            measured, how = evaluate_by_engine(model.folder, model.task.read(), PRECISIONS[model.id.variant])
+            save_rows(model.folder / ROWS, measured)
+            write_json(model.folder / FILE, {"metrics": measured.values, **how, **wanted})
     first = quantized[0].id
     timed = {e.id.variant: e.folder for e in models if (e.id.task, e.id.seed) == (first.task, first.seed)}
     if not all("latency" in read_json(folder / FILE) for folder in timed.values()):

@@ -11,13 +11,14 @@ from pruneofa.formats.hub import local_folder
 from pruneofa.formats.source import check_finite
 from pruneofa.run.checks import check_pattern
 from pruneofa.run.folder import refuse_foreign
-from pruneofa.run.results import versions
+from pruneofa.run.results import hardware, versions
 from pruneofa.run.stage import (
     EVALUATION,
     FORMAT,
     MARK,
     METRICS,
     RECORD,
+    ROWS,
     Data,
     Emit,
     Evaluation,
@@ -29,6 +30,7 @@ from pruneofa.run.stage import (
 )
 from pruneofa.train.device import processes
 from pruneofa.train.evaluate import evaluate_model, load_task_model
+from pruneofa.train.metrics import save_rows
 from pruneofa.train.quantize import FakeQuantizer
 
 
@@ -79,8 +81,11 @@ def make(stage: Stage, emit: Emit) -> None:
                 "inputs": stage.input_fingerprints,
                 "seconds": round(outcome.seconds, 1),
                 "tokens": outcome.tokens,
+                "hardware": hardware(),
                 "versions": versions(),
             }
+            if outcome.epochs is not None:
+                record["epochs"] = outcome.epochs
             write_json(folder / RECORD, record)
         metrics = {"metrics": outcome.metrics} if outcome.metrics is not None else {}
         emit({"event": "done", "stage": str(stage.id), "seconds": record["seconds"], **metrics})
@@ -104,16 +109,17 @@ def evaluate(step: Evaluation, emit: Emit) -> None:
         model = load_task_model(step.model.path, task.kind)
         if quantized := scales.read(local_folder(step.model.path)):
             FakeQuantizer.of(model, quantized)
-        metrics = evaluate_model(model, task, name=str(step.id))
+        measured = evaluate_model(model, task, name=str(step.id))
     except KeyboardInterrupt:
         after = f"{step.id} is trained, and the same command evaluates it"
         raise KeyboardInterrupt(after) from None
     if processes().is_main_process:
         seconds = round(time.monotonic() - start, 1)
         (step.folder / EVALUATION).unlink(missing_ok=True)  # it refers to the metrics that are replaced now
-        write_json(step.folder / METRICS, metrics)
+        save_rows(step.folder / ROWS, measured)
+        write_json(step.folder / METRICS, measured.values)
         rows = {suffix: data.rows.num_rows for suffix, data in task.evaluations.items()}
         record = {"fingerprint": step.fingerprint, "rows": rows, "seconds": seconds, "versions": versions()}
         write_json(step.folder / EVALUATION, record)
-        emit({"event": "evaluated", "stage": str(step.id), "seconds": seconds, "metrics": metrics})
+        emit({"event": "evaluated", "stage": str(step.id), "seconds": seconds, "metrics": measured.values})
     processes().wait_for_everyone()

@@ -20,6 +20,7 @@ from pruneofa.formats.hub import local_folder
 from pruneofa.recipe import RESOURCES_ONLY
 from pruneofa.run.stage import Job, Model, Outcome
 from pruneofa.train.callbacks import LockCallback, QuantizeCallback
+from pruneofa.train.epochs import EpochCallback
 from pruneofa.train.evaluate import label_order, load_task_model
 from pruneofa.train.models import load_for_task, load_tokenizer, reorder_classes, set_dropout
 from pruneofa.train.objective import INPUTS, TransferObjective
@@ -124,9 +125,13 @@ def fine_tune(
     prepare_student(objective.student, settings)
     assert task.train is not None
     data = task.train.train_dataset(settings.batch, settings.seed, settings.epochs)
-    callbacks = [LockCallback()] if settings.locked else []
-    clock = _train(objective, settings, job, task, data, len(data) // settings.batch, callbacks)
-    return Outcome(objective.student, load_tokenizer(model.path), **clock)
+    callbacks: list[Any] = [LockCallback()] if settings.locked else []
+    if task.epoch_rows is None:
+        clock = _train(objective, settings, job, task, data, len(data) // settings.batch, callbacks)
+        return Outcome(objective.student, load_tokenizer(model.path), **clock)
+    epochs = EpochCallback(task, data.steps_per_epoch, job.work, job.emit, job.name)
+    clock = _train(objective, settings, job, task, data, len(data) // settings.batch, [*callbacks, epochs])
+    return Outcome(objective.student, load_tokenizer(model.path), epochs=epochs.found(), **clock)
 
 
 def quantize_aware(

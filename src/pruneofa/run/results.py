@@ -16,11 +16,16 @@ from pruneofa.formats import pattern
 from pruneofa.formats.files import read_json, write_text
 from pruneofa.recipe import Recipe
 from pruneofa.run.engine_metrics import FILE as ENGINE_FILE
+from pruneofa.run.engine_metrics import ROWS as ENGINE_ROWS
 from pruneofa.run.engine_metrics import engine_columns
 from pruneofa.run.events import LOG, read_events
 from pruneofa.run.lineage import SPARSE, lost_pattern, stage_of
-from pruneofa.run.stage import METRICS, RECORD, Stage, StageId, Step
+from pruneofa.run.stage import METRICS, RECORD, ROWS, Stage, StageId, Step
+from pruneofa.train.device import processes
+from pruneofa.train.metrics import Rows, load_rows, lost
 
+RowsOf = dict[tuple[str, str, str], dict[int, Rows]]  # by task, metric and variant, then by seed
+COSTS = ("tokens", "seconds", "hardware", "epochs")  # what results.json says about a stage, from its record
 PACKAGES = ("pruneofa", "torch", "transformers", "datasets", "tokenizers", "numpy")
 
 
@@ -29,17 +34,21 @@ def collect(recipe: Recipe, folder: Path, steps: Iterable[Step]) -> dict[str, An
     costs = {}
     made_with = versions()
     measured: dict[str, Any] = {}
+    rows: RowsOf = {}
     models: list[tuple[str, Path]] = []
     for step in steps:
         if isinstance(step, Stage):
             record = read_json(step.folder / RECORD)
             made_with = record["versions"]
-            costs[str(step.id)] = {"tokens": record["tokens"], "seconds": record["seconds"]}
+            costs[str(step.id)] = {key: record[key] for key in COSTS if key in record}
             continue
         models.append((step.id.variant, step.folder))
         _add_runs(measured, step.id, "", read_json(step.folder / METRICS))
+        _add_rows(rows, step.id, "", load_rows(step.folder / ROWS))
         if (by_engine := step.folder / ENGINE_FILE).exists():
             _add_runs(measured, step.id, "_engine", read_json(by_engine)["metrics"])
+            _add_rows(rows, step.id, "_engine", load_rows(step.folder / ENGINE_ROWS))
+    _add_lost(measured, rows)
     of_engine = engine_columns(models)
     inspection = pattern.inspect(sparse_folder(recipe, folder))
     return {
@@ -59,6 +68,19 @@ def _add_runs(measured: dict[str, Any], stage: StageId, by: str, metrics: dict[s
         entry = variants.setdefault(f"{stage.variant}{by}", {"mean": 0.0, "runs": []})
         entry["runs"].append({"seed": stage.seed, "value": value})
         entry["mean"] = statistics.fmean(run["value"] for run in entry["runs"])
+
+
+def _add_rows(rows: RowsOf, stage: StageId, by: str, found: dict[str, Rows]) -> None:
+    for metric, terms in found.items():
+        rows.setdefault((str(stage.task), metric, f"{stage.variant}{by}"), {})[int(stage.seed or 0)] = terms
+
+
+def _add_lost(measured: dict[str, Any], rows: RowsOf) -> None:
+    """Add what each variant loses against the dense model by torch, where both have the terms of their rows."""
+    for (task, metric, variant), of_seeds in rows.items():
+        dense = rows.get((task, metric, "dense"), {})
+        if variant != "dense" and (found := lost(dense, of_seeds)) is not None:
+            measured[task][metric][variant]["lost"] = found
 
 
 def write_reports(recipe: Recipe, folder: Path, results: dict[str, Any]) -> None:
@@ -107,13 +129,26 @@ def versions() -> dict[str, str]:
 
 def environment() -> dict[str, Any]:
     """Versions and hardware, for run.json."""
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "versions": versions(),
         "hardware": {
             "processor": processor(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
-            "gpus": devices,
+            "gpus": _gpus(),
         },
     }
+
+
+def hardware() -> str:
+    """What a stage is trained on, in words: the GPUs of its processes, or the CPU and the threads of each process."""
+    count = processes().num_processes
+    times = f"{count} × " if count > 1 else ""
+    if gpus := _gpus():
+        return f"{times}{gpus[0]}"
+    threads = torch.get_num_threads()
+    return f"{times}{processor()}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def _gpus() -> list[str]:
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

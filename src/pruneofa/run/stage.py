@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FORMAT = 3  # part of every stage's fingerprint: increase it when results change for the same settings, or the record
-EVALUATION_FORMAT = 1  # the same for evaluations
+EVALUATION_FORMAT = 2  # the same for evaluations
 # {"Class.field": value} for settings added by a later version: the value that corresponds to earlier behaviour. A field
 # with that value is not part of the fingerprint, so that stages made by earlier versions stay done.
 ABSENT: dict[str, Any] = {
@@ -32,6 +32,7 @@ ABSENT: dict[str, Any] = {
 }
 
 RECORD, METRICS, EVALUATION = "stage.json", "metrics.json", "evaluation.json"
+ROWS = "metric_rows.npz"  # the terms of the rows, by which models are compared; see `pruneofa.train.metrics`
 MARK = "fingerprint"  # file in a stage's working folder: the fingerprint that the work was begun with
 WORK = ".work"  # folder in a run's folder: the working folders of its stages
 
@@ -87,7 +88,7 @@ class Job:
 
 @dataclass
 class Outcome:
-    """The result of a stage: a model to save, its cost, and the metrics of its training."""
+    """The result of a stage: a model to save, its cost, the metrics of its training, and those after every epoch."""
 
     model: "PreTrainedModel | None" = None
     tokenizer: "PreTrainedTokenizerBase | None" = None
@@ -95,6 +96,7 @@ class Outcome:
     seconds: float = 0.0
     tokens: int = 0
     quantization: scales.Quantization | None = None
+    epochs: list[dict[str, float]] | None = None
 
     def save(self, folder: Path) -> None:
         """Write an ordinary Hugging Face folder."""

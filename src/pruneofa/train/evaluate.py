@@ -25,6 +25,7 @@ from pruneofa.formats.pack import pack
 from pruneofa.formats.tensors import weights_folder
 from pruneofa.progress import clock, notice, progress
 from pruneofa.train.device import default_device, evaluation_rows
+from pruneofa.train.metrics import Measured, classification_metrics, squad_metrics
 from pruneofa.train.models import check_encoder, load_tokenizer, read_model
 from pruneofa.train.quantize import FakeQuantizer
 
@@ -77,7 +78,8 @@ def evaluate(
             raise InputError(f"{path}: its head is for {loaded.task}, --task {name} needs {purpose}; "
                              "give a model of this task, or make one with `pruneofa transfer`")  # fmt: skip
         how = f", by the engine in {loaded.precision} on {loaded.isa}"
-        return evaluate_engine(loaded, _read_task(folder, name, spec, loaded.labels, loaded.max_length, how, **data))
+        task = _read_task(folder, name, spec, loaded.labels, loaded.max_length, how, **data)
+        return evaluate_engine(loaded, task).values
     if precision == "int8" or threads is not None or isa is not None:
         raise InputError(f"{path}: int8, --threads and --isa need the engine, but torch runs this folder; "
                          "add --engine, or omit them")  # fmt: skip
@@ -86,7 +88,7 @@ def evaluate(
         FakeQuantizer.of(model, quantization)
         notice(f"{path} is quantized: torch simulates the int8 arithmetic of the engine")
     task = task_of(model, path, name, spec, **data)
-    return evaluate_model(model, task, batch_size=batch_size, precision=precision or "fp32")
+    return evaluate_model(model, task, batch_size=batch_size, precision=precision or "fp32").values
 
 
 def task_of(model: Any, path: str | Path, name: str, spec: recipe.Task, **data: Any) -> Task:
@@ -140,7 +142,7 @@ def evaluate_model(
     batch_size: int | None = None,
     precision: TorchPrecision = "fp32",
     name: str | None = None,
-) -> dict[str, float]:
+) -> Measured:
     """Metrics of `model` on the evaluation rows of `task`, in percent; a long evaluation is announced on stderr.
 
     Args:
@@ -152,7 +154,7 @@ def evaluate_model(
         name: what the progress bar calls it; default: the task's name.
 
     Returns:
-        accuracy (SST-2, QNLI), accuracy and accuracy_mm (MNLI), accuracy and f1 (QQP: f1 of the class
+        `values` has accuracy (SST-2, QNLI), accuracy and accuracy_mm (MNLI), accuracy and f1 (QQP: f1 of the class
         duplicate; other classification tasks: macro average), or exact_match and f1 (SQuAD).
     """
     columns = label_order(model.config, task) if task.kind == "classification" else None
@@ -188,14 +190,14 @@ def evaluation_seconds(model: torch.nn.Module, task: Task, *, precision: TorchPr
     return seconds
 
 
-def evaluate_engine(engine: Engine, task: Task) -> dict[str, float]:
+def evaluate_engine(engine: Engine, task: Task) -> Measured:
     """The metrics of `evaluate_model`, computed by an engine whose head is for this kind of task."""
     columns = _order(engine.labels, task) if task.kind == "classification" else None
     return _metrics(task, columns, lambda data: _engine_forward(engine, task, data))
 
 
-def evaluate_by_engine(folder: Path, task: Task, precision: EnginePrecision) -> dict[str, Any]:
-    """Metrics of a task model on the validation rows of `task`, in percent, by the engine, and the kernels used.
+def evaluate_by_engine(folder: Path, task: Task, precision: EnginePrecision) -> tuple[Measured, dict[str, Any]]:
+    """Metrics of a task model on the validation rows of `task`, in percent, by the engine, and how they were computed.
 
     An int8 model is first packed, as for deployment, and its sizes are included: see `_sizes`.
     """
@@ -207,7 +209,7 @@ def evaluate_by_engine(folder: Path, task: Task, precision: EnginePrecision) -> 
             how["sizes"] = _sizes(pack(folder, Path(temporary) / "packed", precision=precision, compress=True))
             engine = Engine.from_pretrained(Path(temporary) / "packed", precision=precision)
     notice(f"evaluate {folder.name} on {task.name} by the engine in {precision} on {engine.isa}")
-    return {"metrics": evaluate_engine(engine, task), "isa": engine.isa, "longest": engine.max_length, **how}
+    return evaluate_engine(engine, task), {"isa": engine.isa, "longest": engine.max_length, **how}
 
 
 def _sizes(manifest: Manifest) -> dict[str, int]:
@@ -223,18 +225,19 @@ def _sizes(manifest: Manifest) -> dict[str, int]:
     }
 
 
-def _metrics(task: Task, columns: list[int] | None, forward: Callable[[TaskData], Iterator[Batch]]) -> dict[str, float]:
+def _metrics(task: Task, columns: list[int] | None, forward: Callable[[TaskData], Iterator[Batch]]) -> Measured:
     """Metrics from the logits of all evaluation rows; `columns` as `label_order` gives it, None for SQuAD."""
-    metrics: dict[str, float] = {}
+    found = Measured()
     for suffix, data in task.evaluations.items():
         if columns is None:
-            metrics |= squad.metrics(*_answers(task, data, forward(data)))
+            found |= squad_metrics(*_answers(task, data, forward(data)))
             continue
         predicted = np.zeros(len(data), np.int64)
         for rows, logits in forward(data):
             predicted[rows] = np.asarray(logits[0])[:, columns].argmax(axis=1)
-        metrics |= _classification_metrics(task, data, predicted, suffix)
-    return metrics
+        assert data.targets is not None  # evaluation rows of a classification task have labels
+        found |= classification_metrics(task.name, task.labels, data.targets, predicted, suffix)
+    return found
 
 
 def label_order(config: Any, task: Task) -> list[int]:
@@ -275,18 +278,6 @@ def _unnamed(classes: Sequence[str]) -> bool:
 
 def _some(labels: Sequence[str]) -> str:
     return ", ".join(labels[:10]) + (", ..." if len(labels) > 10 else "")
-
-
-def _classification_metrics(task: Task, data: TaskData, predicted: NDArray[np.int64], suffix: str) -> dict[str, float]:
-    from sklearn.metrics import accuracy_score, f1_score
-
-    result = {f"accuracy{suffix}": 100 * float(accuracy_score(data.targets, predicted))}
-    if task.name not in recipe.KNOWN_TASKS:
-        result[f"f1{suffix}"] = 100 * float(f1_score(data.targets, predicted, average="macro", zero_division=0))
-    elif task.name == "qqp":
-        positive = task.labels.index("duplicate")
-        result["f1"] = 100 * float(f1_score(data.targets == positive, predicted == positive, zero_division=0))
-    return result
 
 
 def _answers(task: Task, data: TaskData, batches: Iterator[Batch]) -> tuple[list[str], list[list[str]]]:

@@ -1,0 +1,120 @@
+"""Metrics of predictions in percent, the terms of their rows, and the difference of two models with its standard error.
+
+Both models of a comparison answer the same rows, so their difference is far better known than either metric: most rows
+are answered alike. The terms of the rows keep what is needed for that.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pruneofa import recipe
+
+Rows = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Metrics in percent, and for each one term per row: (rows,) float32 whose mean is the metric.
+
+    A metric that is no mean over rows has the terms of its linearization: a ratio of sums A / B has
+    A / B + (a - A / B * b) / mean(b), by which the variance of the metric is that of a mean (the delta method).
+    """
+
+    values: dict[str, float] = field(default_factory=dict)
+    rows: dict[str, Rows] = field(default_factory=dict)
+
+    def __or__(self, other: "Measured") -> "Measured":
+        return Measured(self.values | other.values, self.rows | other.rows)
+
+
+def classification_metrics(
+    task: str, labels: Sequence[str], targets: NDArray[np.int64], predicted: NDArray[np.int64], suffix: str = ""
+) -> Measured:
+    """Accuracy; for QQP also F1 of duplicates, and for other tasks than GLUE's the macro average of F1.
+
+    Args:
+        labels: the names of the classes.
+        targets: the class of each row; `predicted` likewise.
+        suffix: appended to the names of the metrics.
+    """
+    rows = {f"accuracy{suffix}": 100.0 * (targets == predicted)}
+    if task not in recipe.KNOWN_TASKS:
+        rows[f"f1{suffix}"] = _f1(targets, predicted, np.union1d(targets, predicted))
+    elif task == "qqp":
+        rows["f1"] = _f1(targets, predicted, np.array([labels.index("duplicate")]))
+    return _means(rows)
+
+
+def _f1(targets: NDArray[np.int64], predicted: NDArray[np.int64], classes: NDArray[np.int64]) -> NDArray[np.float64]:
+    """The terms of F1, averaged over the classes; a class that is never predicted right has 0."""
+    terms = np.zeros(len(targets))
+    for each in classes:
+        both = 2.0 * ((targets == each) & (predicted == each))
+        either = 1.0 * (targets == each) + (predicted == each)
+        if total := either.sum():
+            ratio = both.sum() / total
+            terms += ratio + (both - ratio * either) * len(targets) / total
+    return 100 * terms / len(classes)
+
+
+def squad_metrics(predictions: Sequence[str], golds: Sequence[Sequence[str]]) -> Measured:
+    """Exact match and F1 by the official normalisation, the best over the gold answers of each row."""
+    from torchmetrics.functional.text import squad
+
+    names = ("exact_match", "f1")
+    rows = {name: np.zeros(len(predictions)) for name in names}
+    for row, (text, texts) in enumerate(zip(predictions, golds, strict=True)):
+        answers = {"text": list(texts), "answer_start": [0] * len(texts)}
+        scores = squad([{"prediction_text": text, "id": "0"}], [{"answers": answers, "id": "0"}])
+        for name in names:
+            rows[name][row] = float(scores[name])
+    return _means(rows)
+
+
+def _means(rows: dict[str, NDArray[np.float64]]) -> Measured:
+    values = {name: float(terms.mean()) for name, terms in rows.items()}
+    return Measured(values, {name: terms.astype(np.float32) for name, terms in rows.items()})
+
+
+def save_rows(file: Path, measured: Measured) -> None:
+    """Write the terms of the rows as .npz, one array per metric."""
+    with file.open("wb") as stream:
+        np.savez_compressed(stream, allow_pickle=False, **measured.rows)
+
+
+def load_rows(file: Path) -> dict[str, Rows]:
+    """The arrays that `save_rows` wrote; none if the file does not exist."""
+    if not file.exists():
+        return {}
+    with np.load(file, allow_pickle=False) as stored:
+        return dict(stored)
+
+
+def lost(dense: Mapping[int, Rows], other: Mapping[int, Rows]) -> dict[str, float] | None:
+    """Points that another model loses against the dense one, and the standard error of that difference.
+
+    The variance has two parts: that of the difference, averaged over the seeds, between rows, divided by their number;
+    and, with several seeds, that of the mean difference between seeds, divided by their number.
+
+    Args:
+        dense: the terms of the rows, by seed; where it lacks a seed of `other`, its first one is compared.
+        other: the same of the other model.
+
+    Returns:
+        {"mean", "standard_error"} in points of percent; None where rows of the same number are missing.
+    """
+    if not dense or not other:
+        return None
+    first = next(iter(dense.values()))
+    pairs = [(dense.get(seed, first), rows) for seed, rows in other.items()]
+    if any(len(one) != len(two) or len(one) != len(pairs[0][0]) for one, two in pairs) or len(first) < 2:
+        return None
+    differences = np.stack([one.astype(np.float64) - two for one, two in pairs])  # (seeds, rows)
+    variance = differences.mean(axis=0).var(ddof=1) / differences.shape[1]
+    if len(pairs) > 1:
+        variance += differences.mean(axis=1).var(ddof=1) / len(pairs)
+    return {"mean": float(differences.mean()), "standard_error": float(np.sqrt(variance))}
