@@ -18,7 +18,7 @@ PUBLIC = {"/", "/health", "/ping", "/metrics", "/v2/health/live", "/v2/health/re
 
 
 class Access:
-    """ASGI middleware; it reads the whole body, so that the routes wait for no client."""
+    """ASGI middleware; it reads the whole body into the request's state, so that the routes wait for no client."""
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app, self._settings = app, settings
@@ -44,7 +44,8 @@ class Access:
             status = 499  # as in nginx's log; nobody receives it
         finally:
             if self._settings.access_log:
-                _log(scope, status, time.perf_counter() - begin)
+                # In the next turn of the event loop: the response is sent at the end of this one.
+                asyncio.get_running_loop().call_soon(_log, scope, status, time.perf_counter() - begin)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = dict(scope["headers"])  # of repeated headers the last
@@ -60,16 +61,8 @@ class Access:
             response = Response(answer, refused.status, headers=closing, media_type="application/json")
             await response(scope, receive, send)
             return
-        pending = True
-
-        async def receive_body() -> Message:
-            nonlocal pending
-            if pending:
-                pending = False
-                return {"type": "http.request", "body": body, "more_body": False}
-            return await receive()
-
-        await self._app(scope, receive_body, send)
+        scope.setdefault("state", {})["body"] = body
+        await self._app(scope, receive, send)
 
     def _may_call(self, scope: Scope, headers: dict[bytes, bytes]) -> bool:
         if self._key is None or (scope["method"] in ("GET", "HEAD") and scope["path"] in PUBLIC):

@@ -4,18 +4,19 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import orjson
 from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from pruneofa.engine.tokenizer import Side
 from pruneofa.serve.batching import Batcher, Job
 from pruneofa.serve.bodies import Body
-from pruneofa.serve.metrics import Family, Metrics
+from pruneofa.serve.metrics import Family, Method, Metrics
 from pruneofa.serve.model import Item, Model
 from pruneofa.serve.refusal import Refused, invalid
 from pruneofa.serve.settings import Settings
@@ -114,7 +115,7 @@ class Call:
         self.check_size(len(items), field)
         settings, metrics = self.serving.settings, self.serving.metrics
         family: Family = "embed" if model.does("embedding") else "predict"
-        method: Literal["single", "batch"] = "single" if single else "batch"
+        method: Method = "single" if single else "batch"
         metrics.accepted(method, family, len(items))
         job = Job(
             model=model,
@@ -128,18 +129,15 @@ class Call:
         await self._run_while_connected(job)
         self.jobs.append(job)
         self._characters += sum(map(_characters, items))
-        metrics.answered(
-            method,
-            family,
-            [len(sequence.ids) for sequence in job.sequences],
-            len(items),
-            {
-                "duration": time.perf_counter() - self._begin,
-                "tokenization": job.tokenization,
-                "queue": job.queue / len(job.sequences),
-                "inference": job.inference / len(job.sequences),
-            },
-        )
+        seconds = {
+            "duration": time.perf_counter() - self._begin,
+            "tokenization": job.tokenization,
+            "queue": job.queue / len(job.sequences),
+            "inference": job.inference / len(job.sequences),
+        }
+        lengths = [len(sequence.ids) for sequence in job.sequences]
+        # In the next turn of the event loop: the response is sent at the end of this one.
+        asyncio.get_running_loop().call_soon(metrics.answered, method, family, lengths, len(items), seconds)
         self._request.scope.setdefault("state", {})["tokens"] = self.tokens
         return job
 
@@ -199,21 +197,23 @@ class Post:
 
     def route(self) -> Route:
         """The route for the application."""
+        return Route(self.path, self, methods=["POST"], name=self.answer.__name__)
 
-        async def handle(request: Request) -> Response:
-            call = Call(request)
-            content = await request.body()
-            length = request.headers.get(BINARY_HEADER, "")
-            if length.isdecimal() and len(length) < 10:
-                content, call.binary = content[: int(length)], content[int(length) :]
-            try:
-                body = self.body.model_validate_json(content)
-            except ValidationError as error:
-                raise wrong_body(error) from None
-            value, size = await self.answer(call, body)
-            return value if isinstance(value, Response) else await call.respond(value, size)
-
-        return Route(self.path, handle, methods=["POST"], name=self.answer.__name__)
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request; errors are left to the application."""
+        request = Request(scope, receive)
+        call = Call(request)
+        content = request.state.body
+        length = request.headers.get(BINARY_HEADER, "")
+        if length.isdecimal() and len(length) < 10:
+            content, call.binary = content[: int(length)], content[int(length) :]
+        try:
+            body = self.body.model_validate_json(content)
+        except ValidationError as error:
+            raise wrong_body(error) from None
+        value, size = await self.answer(call, body)
+        response = value if isinstance(value, Response) else await call.respond(value, size)
+        await response(scope, receive, send)
 
 
 def wrong_body(error: ValidationError) -> Refused:
