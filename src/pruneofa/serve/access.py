@@ -11,6 +11,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pruneofa.serve.call import ClientLeft, to_json
+from pruneofa.serve.overdue import Overdue
 from pruneofa.serve.refusal import Refused, error_body
 from pruneofa.serve.settings import Settings
 
@@ -22,6 +23,7 @@ class Access:
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app, self._settings = app, settings
+        self._slow = Overdue(settings.body_timeout)
         self._key = None if settings.api_key is None else f"Bearer {settings.api_key}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -75,22 +77,34 @@ class Access:
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and (len(length) > 15 or int(length) > limit):
             raise _too_long(limit)
-        parts: list[bytes] = []
-        size, more = 0, True
         try:
-            async with asyncio.timeout(self._settings.body_timeout):
-                while more:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise ClientLeft
-                    parts.append(message.get("body", b""))
-                    size += len(parts[-1])
-                    more = message.get("more_body", False)
-                    if size > limit:
-                        raise _too_long(limit)
+            async with asyncio.timeout(None) as timeout:
+
+                def expire() -> None:
+                    timeout.reschedule(0.0)
+
+                self._slow.add(expire)
+                try:
+                    return await _read(receive, limit)
+                finally:
+                    self._slow.remove(expire)
         except TimeoutError:
             raise Refused("Validation", "the request's body took too long", status=408, cause="timeout") from None
-        return b"".join(parts)
+
+
+async def _read(receive: Receive, limit: int) -> bytes:
+    parts: list[bytes] = []
+    size, more = 0, True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientLeft
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        more = message.get("more_body", False)
+        if size > limit:
+            raise _too_long(limit)
+    return b"".join(parts)
 
 
 def _too_long(limit: int) -> Refused:

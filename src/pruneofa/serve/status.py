@@ -27,7 +27,7 @@ async def metrics(request: Request) -> Response:
 
 async def info(request: Request) -> Response:
     """What is loaded, by text-embeddings-inference's names, and what the engine does with it."""
-    call = Call(request)
+    call = Call(request.scope, request.receive)
     model = call.model()
     limits = call.serving.settings
     value = {
