@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import gc
 import os
 import signal
 import socket
@@ -112,6 +113,8 @@ def _run(app: Any, bound: socket.socket, grace: int, started: Callable[[], None]
 
     async def startup_and_say(sockets: list[socket.socket] | None = None) -> None:
         await startup(sockets=sockets)
+        # What is there now stays. To look through it for garbage would stop all requests for up to 100 ms at times.
+        gc.freeze()
         started()
 
     server.startup = startup_and_say  # type: ignore[method-assign]  # uvicorn has no hook for it
