@@ -121,10 +121,10 @@ class Batcher:
         max_concurrent_requests: int,
         observe: Callable[[int, int], None] = lambda sequences, tokens: None,
     ) -> None:
-        """Start both threads; the event loop tells `observe` the sequences and tokens of every batch, once answered."""
+        """Start both threads; `observe` is told the sequences and tokens of every batch by `report`."""
         self._max_tokens, self._max_inputs, self._observe = max_batch_tokens, max_concurrent_requests, observe
         self.in_flight = 0
-        self._computed: deque[tuple[int, int]] = deque()  # what `observe` was not told yet
+        self._computed: deque[tuple[int, int]] = deque()  # batches that `observe` was not told of
         self._untokenized: SimpleQueue[Job | None] = SimpleQueue()
         self._waiting: deque[Job] = deque()
         self._lock = threading.Lock()  # of what waits, and of who computes
@@ -163,7 +163,7 @@ class Batcher:
             job._cancelled = True
             self.in_flight -= len(job.items)
             if not loop.is_closed():
-                loop.call_soon(self._tell)
+                loop.call_soon(self.report)
 
     def close(self) -> None:
         """Stop both threads; what still waits is dropped."""
@@ -173,7 +173,8 @@ class Batcher:
         for thread in self._threads:
             thread.join()
 
-    def _tell(self) -> None:
+    def report(self) -> None:
+        """Tell `observe` of the batches since the last call; by the event loop only. Called after each job too."""
         while self._computed:
             self._observe(*self._computed.popleft())
 

@@ -22,6 +22,7 @@ async def health(request: Request) -> Response:
 async def metrics(request: Request) -> Response:
     """Metrics for Prometheus."""
     serving: Serving = request.app.state.serving
+    serving.batcher.report()
     return Response(serving.metrics.text(serving.batcher.waiting), media_type=CONTENT_TYPE_LATEST)
 
 
