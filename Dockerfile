@@ -6,11 +6,13 @@ FROM ${PYTHON_IMAGE} AS build
 RUN apt-get update && apt-get install -y --no-install-recommends g++
 COPY . /source
 # pip stays in the build stage. Bytecode is compiled here: the user of the image may not write it, and without it every
-# start would compile all modules again. The packages' own tests are 15 MB.
+# start would compile all modules again. The packages' own tests are 16 MB, symbols for debuggers 22 MB; numpy's libraries
+# were edited after they were linked, which strip may not survive.
 RUN export PIP_CONSTRAINT=/source/constraints.txt PIP_BUILD_CONSTRAINT=/source/constraints.txt \
     && python3 -m venv /build && python3 -m venv --without-pip /opt/pruneofa \
     && /build/bin/pip --python /opt/pruneofa install --no-cache-dir '/source[serve]' \
-    && find /opt/pruneofa -type d -name tests -prune -exec rm -r {} +
+    && find /opt/pruneofa -type d -name tests -prune -exec rm -r {} + \
+    && find /opt/pruneofa -name '*.so' ! -path '*/numpy*' -exec strip --strip-unneeded {} +
 
 FROM ${PYTHON_IMAGE}
 COPY --from=build /opt/pruneofa /opt/pruneofa

@@ -3,7 +3,8 @@
     python benchmarks/serve_load.py MODEL --seconds 60 --record records/DATE-serve/load.json
 
 MODEL is a folder of an embedding model. Part 1, closed loop, one client on one connection: every request is followed by
-`Engine.predict` of the same text in this process, so that both see the same machine. Part 2, saturation: as many
+`Engine.predict` of the same text in this process, so that both see the same machine. The client is a plain socket: an
+event loop of its own would be counted as the server's time. Part 2, saturation: as many
 connections as it takes for the inputs in flight to be twice --max-concurrent-requests, with requests of 1 to 32 texts;
 1 % of them are wrong and 2 % of the clients leave without waiting. Every vector is compared with the engine's.
 """
@@ -14,6 +15,7 @@ import json
 import os
 import random
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -34,6 +36,19 @@ def text(source: random.Random, low: int, high: int) -> str:
     return " ".join(source.choice(WORDS.split()) for _ in range(source.randint(low, high)))
 
 
+def request(path: str, body: bytes) -> bytes:
+    """An HTTP/1.1 request."""
+    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
+def content_length(head: bytes) -> int:
+    """Bytes of the body behind a response's head."""
+    found = re.search(rb"content-length: (\d+)", head)
+    assert found is not None
+    return int(found[1])
+
+
 class Connection:
     """One HTTP/1.1 connection, kept open, that reads nothing but what it needs."""
 
@@ -45,19 +60,14 @@ class Connection:
         """Send a request, on a new connection if there is none."""
         if self._streams is None:
             self._streams = await asyncio.open_connection("127.0.0.1", self._port)
-        head = (
-            f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
-        )
-        self._streams[1].write(head.encode() + body)
+        self._streams[1].write(request(path, body))
         await self._streams[1].drain()
 
     async def receive(self) -> tuple[int, bytes]:
         """Status and body."""
         assert self._streams is not None
         head = await self._streams[0].readuntil(b"\r\n\r\n")
-        length = re.search(rb"content-length: (\d+)", head)
-        assert length is not None
-        body = await self._streams[0].readexactly(int(length[1]))
+        body = await self._streams[0].readexactly(content_length(head))
         if b"connection: close" in head:
             self.leave()
         return int(head[9:12]), body
@@ -105,26 +115,49 @@ def processor_seconds(process: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-async def without_engine(port: int, process: int, seconds: float) -> dict[str, Any]:
+class Socket:
+    """One connection, without an event loop."""
+
+    def __init__(self, port: int) -> None:
+        self._socket = socket.create_connection(("127.0.0.1", port), timeout=60)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def post(self, path: str, body: bytes) -> tuple[float, int, bytes]:
+        """Seconds from the request's first byte to the response's last, status and body."""
+        begin = time.perf_counter()
+        self._socket.sendall(request(path, body))
+        answer = b""
+        while b"\r\n\r\n" not in answer:
+            answer += self._read()
+        head, _, content = answer.partition(b"\r\n\r\n")
+        while len(content) < content_length(head):
+            content += self._read()
+        return time.perf_counter() - begin, int(head[9:12]), content
+
+    def _read(self) -> bytes:
+        found = self._socket.recv(1 << 16)
+        if not found:
+            raise ConnectionError("the server closed the connection")
+        return found
+
+
+def without_engine(port: int, process: int, seconds: float) -> dict[str, Any]:
     """A request that computes nothing: /decode of two ids."""
-    connection = Connection(port)
+    connection = Socket(port)
     served = []
     used = processor_seconds(process)
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
-        begin = time.perf_counter()
-        await connection.send("/decode", b'{"ids": [7, 8]}')
-        status, _ = await connection.receive()
+        took, status, _ = connection.post("/decode", b'{"ids": [7, 8]}')
         assert status == 200
-        served.append(time.perf_counter() - begin)
-    connection.leave()
+        served.append(took)
     used = 1000 * (processor_seconds(process) - used) / len(served)
     return {"requests": len(served), "server ms": percentiles(served), "server's CPU ms per request": round(used, 3)}
 
 
-async def closed_loop(port: int, engine: Engine, seconds: float) -> dict[str, Any]:
+def closed_loop(port: int, engine: Engine, seconds: float) -> dict[str, Any]:
     """The time that the server adds for one client, by the length of the texts."""
-    source, connection = random.Random(0), Connection(port)
+    source, connection = random.Random(0), Socket(port)
     result = {}
     for name, low, high in (("short, 5 to 25 words", 5, 25), ("long, 90 to 180 words", 90, 180)):
         served: list[float] = []
@@ -133,10 +166,8 @@ async def closed_loop(port: int, engine: Engine, seconds: float) -> dict[str, An
         while time.perf_counter() < end:
             words = text(source, low, high)
             body = json.dumps({"inputs": words}).encode()
-            begin = time.perf_counter()
-            await connection.send("/embed", body)
-            status, answer = await connection.receive()
-            served.append(time.perf_counter() - begin)
+            took, status, answer = connection.post("/embed", body)
+            served.append(took)
             begin = time.perf_counter()
             vector = engine.predict(words)
             alone.append(time.perf_counter() - begin)
@@ -153,7 +184,6 @@ async def closed_loop(port: int, engine: Engine, seconds: float) -> dict[str, An
             },
             "added per request ms": percentiles(added),
         }
-    connection.leave()
     return result
 
 
@@ -232,8 +262,8 @@ def main() -> None:
             "threads": options.threads,
             "start to ready s": round(ready, 2),
         }
-        found["/decode, one client"] = asyncio.run(without_engine(port, server.pid, options.seconds / 4))
-        found["closed loop, one client"] = asyncio.run(closed_loop(port, engine, options.seconds))
+        found["/decode, one client"] = without_engine(port, server.pid, options.seconds / 4)
+        found["closed loop, one client"] = closed_loop(port, engine, options.seconds)
         saturated = options.seconds if options.saturate is None else options.saturate
         found["saturation"] = asyncio.run(saturate(port, engine, saturated, options.limit, server.pid))
     finally:

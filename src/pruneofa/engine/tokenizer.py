@@ -252,9 +252,9 @@ class TextTokenizer:
         return before + text if isinstance(text, str) else (before + text[0], text[1])
 
     def _tokens(self, encoding: Any, *, chars: bool, segments: bool = False) -> Tokens:
-        ids = np.array(encoding.ids, np.int64)
-        types = np.array(encoding.type_ids, np.int64) if self._typed else np.zeros(len(ids), np.int64)
-        largest, kind = ids.max(initial=0), types.max(initial=0)
+        ids = encoding.ids
+        types = encoding.type_ids if self._typed else [0] * len(ids)
+        largest, kind = max(ids, default=0), max(types, default=0)
         if largest >= self._vocabulary or kind >= max(self._types, 1):
             raise InputError(
                 f"{self._file}: gives token {largest} of type {kind}, the model has {self._vocabulary} tokens of "
@@ -262,8 +262,8 @@ class TextTokenizer:
             )
         owner = [-1 if segment is None else segment for segment in encoding.sequence_ids] if chars or segments else None
         return Tokens(
-            ids.astype(np.int32),
-            types.astype(np.int32),
+            np.array(ids, np.int32),
+            np.array(types, np.int32),
             None if owner is None else np.array(owner, np.int8),
             np.array(encoding.offsets, np.int32).reshape(-1, 2) if chars else None,
         )

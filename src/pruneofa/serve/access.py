@@ -11,6 +11,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pruneofa.serve.call import ClientLeft, to_json
+from pruneofa.serve.overdue import Overdue
 from pruneofa.serve.refusal import Refused, error_body
 from pruneofa.serve.settings import Settings
 
@@ -18,10 +19,11 @@ PUBLIC = {"/", "/health", "/ping", "/metrics", "/v2/health/live", "/v2/health/re
 
 
 class Access:
-    """ASGI middleware; it reads the whole body, so that the routes wait for no client."""
+    """ASGI middleware; it reads the whole body into the request's state, so that the routes wait for no client."""
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app, self._settings = app, settings
+        self._slow = Overdue(settings.body_timeout)
         self._key = None if settings.api_key is None else f"Bearer {settings.api_key}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -44,7 +46,8 @@ class Access:
             status = 499  # as in nginx's log; nobody receives it
         finally:
             if self._settings.access_log:
-                _log(scope, status, time.perf_counter() - begin)
+                # In the next turn of the event loop: the response is sent at the end of this one.
+                asyncio.get_running_loop().call_soon(_log, scope, status, time.perf_counter() - begin)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = dict(scope["headers"])  # of repeated headers the last
@@ -60,16 +63,8 @@ class Access:
             response = Response(answer, refused.status, headers=closing, media_type="application/json")
             await response(scope, receive, send)
             return
-        pending = True
-
-        async def receive_body() -> Message:
-            nonlocal pending
-            if pending:
-                pending = False
-                return {"type": "http.request", "body": body, "more_body": False}
-            return await receive()
-
-        await self._app(scope, receive_body, send)
+        scope.setdefault("state", {})["body"] = body
+        await self._app(scope, receive, send)
 
     def _may_call(self, scope: Scope, headers: dict[bytes, bytes]) -> bool:
         if self._key is None or (scope["method"] in ("GET", "HEAD") and scope["path"] in PUBLIC):
@@ -82,22 +77,34 @@ class Access:
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and (len(length) > 15 or int(length) > limit):
             raise _too_long(limit)
-        parts: list[bytes] = []
-        size, more = 0, True
         try:
-            async with asyncio.timeout(self._settings.body_timeout):
-                while more:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise ClientLeft
-                    parts.append(message.get("body", b""))
-                    size += len(parts[-1])
-                    more = message.get("more_body", False)
-                    if size > limit:
-                        raise _too_long(limit)
+            async with asyncio.timeout(None) as timeout:
+
+                def expire() -> None:
+                    timeout.reschedule(0.0)
+
+                self._slow.add(expire)
+                try:
+                    return await _read(receive, limit)
+                finally:
+                    self._slow.remove(expire)
         except TimeoutError:
             raise Refused("Validation", "the request's body took too long", status=408, cause="timeout") from None
-        return b"".join(parts)
+
+
+async def _read(receive: Receive, limit: int) -> bytes:
+    parts: list[bytes] = []
+    size, more = 0, True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientLeft
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        more = message.get("more_body", False)
+        if size > limit:
+            raise _too_long(limit)
+    return b"".join(parts)
 
 
 def _too_long(limit: int) -> Refused:

@@ -17,6 +17,7 @@ from pruneofa.serve.batching import Batcher
 from pruneofa.serve.call import Post, Serving, to_json
 from pruneofa.serve.metrics import Metrics
 from pruneofa.serve.model import Model
+from pruneofa.serve.overdue import Overdue
 from pruneofa.serve.refusal import Refused, error_body
 from pruneofa.serve.settings import Settings
 
@@ -44,7 +45,9 @@ def create_app(models: Sequence[Model], settings: Settings | None = None) -> Sta
             max_concurrent_requests=settings.max_concurrent_requests,
             observe=metrics.batch,
         )
-        app.state.serving = Serving({model.name: model for model in models}, settings, batcher, metrics)
+        # A request that is answered sooner is not worth a look whether somebody waits for it.
+        late = Overdue(0.02)
+        app.state.serving = Serving({model.name: model for model in models}, settings, batcher, metrics, late)
         yield
         batcher.close()
 

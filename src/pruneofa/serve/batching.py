@@ -121,9 +121,10 @@ class Batcher:
         max_concurrent_requests: int,
         observe: Callable[[int, int], None] = lambda sequences, tokens: None,
     ) -> None:
-        """Start both threads; `observe` is told the sequences and tokens of every batch."""
+        """Start both threads; `observe` is told the sequences and tokens of every batch by `report`."""
         self._max_tokens, self._max_inputs, self._observe = max_batch_tokens, max_concurrent_requests, observe
         self.in_flight = 0
+        self._computed: deque[tuple[int, int]] = deque()  # batches that `observe` was not told of
         self._untokenized: SimpleQueue[Job | None] = SimpleQueue()
         self._waiting: deque[Job] = deque()
         self._lock = threading.Lock()  # of what waits, and of who computes
@@ -153,13 +154,16 @@ class Batcher:
         if self.in_flight + len(job.items) > self._max_inputs:
             raise Refused("Overloaded", "Model is overloaded")
         self.in_flight += len(job.items)
+        loop = asyncio.get_running_loop()
         try:
-            job._future = asyncio.get_running_loop().create_future()
+            job._future = loop.create_future()
             self._untokenized.put(job)
             await job._future
         finally:
             job._cancelled = True
             self.in_flight -= len(job.items)
+            if not loop.is_closed():
+                loop.call_soon(self.report)
 
     def close(self) -> None:
         """Stop both threads; what still waits is dropped."""
@@ -168,6 +172,11 @@ class Batcher:
             self._untokenized.put(None)
         for thread in self._threads:
             thread.join()
+
+    def report(self) -> None:
+        """Tell `observe` of the batches since the last call; by the event loop only. Called after each job too."""
+        while self._computed:
+            self._observe(*self._computed.popleft())
 
     def _work(self) -> None:
         while (job := self._untokenized.get()) is not None:
@@ -200,7 +209,7 @@ class Batcher:
                     self._untokenized.put(job)
             begin = time.perf_counter()
             sequences = [job.sequences[index] for job, index in batch]
-            self._observe(len(batch), sum(len(sequence.ids) for sequence in sequences))
+            self._computed.append((len(batch), sum(len(sequence.ids) for sequence in sequences)))
             try:
                 found = batch[0][0].model.compute(sequences, [job.whole for job, _ in batch])
             except Exception as error:

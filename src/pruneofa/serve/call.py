@@ -4,25 +4,25 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import orjson
 from pydantic import ValidationError
-from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from pruneofa.engine.tokenizer import Side
 from pruneofa.serve.batching import Batcher, Job
 from pruneofa.serve.bodies import Body
-from pruneofa.serve.metrics import Family, Metrics
+from pruneofa.serve.metrics import Family, Method, Metrics
 from pruneofa.serve.model import Item, Model
+from pruneofa.serve.overdue import Overdue
 from pruneofa.serve.refusal import Refused, invalid
 from pruneofa.serve.settings import Settings
 
 BINARY_HEADER = "inference-header-content-length"  # bytes of JSON in a body that goes on with tensors
 _INLINE = 16_384  # numbers in a response that are written by the event loop; more by a thread
-_PATIENCE = 0.02  # seconds until a request is watched for its client leaving
 
 
 class ClientLeft(Exception):  # noqa: N818 - nothing failed
@@ -37,6 +37,7 @@ class Serving:
     settings: Settings
     batcher: Batcher
     metrics: Metrics
+    late: Overdue  # what to do for requests that were not answered soon
 
 
 class Call:
@@ -48,11 +49,11 @@ class Call:
         binary: the bytes behind the JSON of its body, in the Open Inference Protocol.
     """
 
-    def __init__(self, request: Request) -> None:
-        self.serving: Serving = request.app.state.serving
+    def __init__(self, scope: Scope, receive: Receive) -> None:
+        self.serving: Serving = scope["app"].state.serving
         self.jobs: list[Job] = []
         self.binary = b""
-        self._request = request
+        self._scope, self._receive = scope, receive
         self._begin = time.perf_counter()
         self._characters = 0
 
@@ -62,7 +63,7 @@ class Call:
         Raises:
             Refused: there is no such model, or it does not do the task.
         """
-        name = name if name is not None else self._request.path_params.get("model")
+        name = name if name is not None else self._scope["path_params"].get("model")
         models = self.serving.models
         if name is not None:
             if name not in models:
@@ -114,7 +115,7 @@ class Call:
         self.check_size(len(items), field)
         settings, metrics = self.serving.settings, self.serving.metrics
         family: Family = "embed" if model.does("embedding") else "predict"
-        method: Literal["single", "batch"] = "single" if single else "batch"
+        method: Method = "single" if single else "batch"
         metrics.accepted(method, family, len(items))
         job = Job(
             model=model,
@@ -128,19 +129,16 @@ class Call:
         await self._run_while_connected(job)
         self.jobs.append(job)
         self._characters += sum(map(_characters, items))
-        metrics.answered(
-            method,
-            family,
-            [len(sequence.ids) for sequence in job.sequences],
-            len(items),
-            {
-                "duration": time.perf_counter() - self._begin,
-                "tokenization": job.tokenization,
-                "queue": job.queue / len(job.sequences),
-                "inference": job.inference / len(job.sequences),
-            },
-        )
-        self._request.scope.setdefault("state", {})["tokens"] = self.tokens
+        seconds = {
+            "duration": time.perf_counter() - self._begin,
+            "tokenization": job.tokenization,
+            "queue": job.queue / len(job.sequences),
+            "inference": job.inference / len(job.sequences),
+        }
+        lengths = [len(sequence.ids) for sequence in job.sequences]
+        # In the next turn of the event loop: the response is sent at the end of this one.
+        asyncio.get_running_loop().call_soon(metrics.answered, method, family, lengths, len(items), seconds)
+        self._scope["state"]["tokens"] = self.tokens
         return job
 
     @property
@@ -165,26 +163,28 @@ class Call:
             "x-inference-time": _milliseconds(sum(job.inference for job in self.jobs) / sequences),
         }
 
-    async def respond(self, value: Any, size: int = 0) -> Response:
-        """`value`, which may hold arrays, as a JSON response; `size` is about how many numbers are in it."""
+    async def respond(self, send: Send, value: Any, size: int = 0) -> None:
+        """Send `value`, which may hold arrays, as JSON; `size` is about how many numbers are in it."""
         body = await asyncio.to_thread(to_json, value) if size > _INLINE else to_json(value)
-        return Response(body, headers=self.headers(), media_type="application/json")
+        headers = {"content-length": str(len(body)), "content-type": "application/json", **self.headers()}
+        encoded = [(name.encode(), text.encode()) for name, text in headers.items()]
+        await send({"type": "http.response.start", "status": 200, "headers": encoded})
+        await send({"type": "http.response.body", "body": body})
 
     async def _run_while_connected(self, job: Job) -> None:
         """Run a job, which is cancelled when the client leaves."""
         watching: list[asyncio.Future[Any]] = []
 
         def watch() -> None:
-            leaving = asyncio.ensure_future(self._request.receive())  # the body was read: only a farewell can come
+            leaving = asyncio.ensure_future(self._receive())  # the body was read: only a farewell can come
             leaving.add_done_callback(lambda task: None if task.cancelled() else job.cancel(ClientLeft()))
             watching.append(leaving)
 
-        # A short request is answered before it is worth a look whether somebody waits for it.
-        timer = asyncio.get_running_loop().call_later(_PATIENCE, watch)
+        self.serving.late.add(watch)
         try:
             await self.serving.batcher.run(job)
         finally:
-            timer.cancel()
+            self.serving.late.remove(watch)
             for leaving in watching:
                 leaving.cancel()
 
@@ -199,21 +199,24 @@ class Post:
 
     def route(self) -> Route:
         """The route for the application."""
+        return Route(self.path, self, methods=["POST"], name=self.answer.__name__)
 
-        async def handle(request: Request) -> Response:
-            call = Call(request)
-            content = await request.body()
-            length = request.headers.get(BINARY_HEADER, "")
-            if length.isdecimal() and len(length) < 10:
-                content, call.binary = content[: int(length)], content[int(length) :]
-            try:
-                body = self.body.model_validate_json(content)
-            except ValidationError as error:
-                raise wrong_body(error) from None
-            value, size = await self.answer(call, body)
-            return value if isinstance(value, Response) else await call.respond(value, size)
-
-        return Route(self.path, handle, methods=["POST"], name=self.answer.__name__)
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request; errors are left to the application."""
+        call = Call(scope, receive)
+        content = scope["state"]["body"]
+        length = dict(scope["headers"]).get(BINARY_HEADER.encode(), b"")
+        if length.isdigit() and len(length) < 10:
+            content, call.binary = content[: int(length)], content[int(length) :]
+        try:
+            body = self.body.model_validate_json(content)
+        except ValidationError as error:
+            raise wrong_body(error) from None
+        value, size = await self.answer(call, body)
+        if isinstance(value, Response):
+            await value(scope, receive, send)
+        else:
+            await call.respond(send, value, size)
 
 
 def wrong_body(error: ValidationError) -> Refused:

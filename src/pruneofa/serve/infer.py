@@ -62,13 +62,13 @@ async def health(request: Request) -> Response:
 
 async def ready(request: Request) -> Response:
     """200 if the model is loaded."""
-    Call(request).model()
+    Call(request.scope, request.receive).model()
     return await health(request)
 
 
 async def metadata(request: Request) -> Response:
     """What a model takes and gives."""
-    model = Call(request).model()
+    model = Call(request.scope, request.receive).model()
     task = model.engine.task
     inputs = _INPUTS.get(task, _TEXT)
     value = {

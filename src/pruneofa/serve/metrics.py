@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 from prometheus_client.multiprocess import MultiProcessCollector
 
 Family = Literal["embed", "predict"]
+Method = Literal["single", "batch"]
 
 _SECONDS = tuple(1e-5 * 1.5**power for power in range(1, 36))
 _COUNTS = tuple(2.0**power for power in range(21))
@@ -19,8 +20,8 @@ class Metrics:
     def __init__(self) -> None:
         disable_created_metrics()
         self._registry = CollectorRegistry()
-        self._count = self._counter("te_request_count", "requests", "method")
-        self._success = self._counter("te_request_success", "requests that were answered", "method")
+        self._count = self._by_method("te_request_count", "requests")
+        self._success = self._by_method("te_request_success", "requests that were answered")
         self._failure = self._counter("te_request_failure", "requests that were refused or failed", "err")
         self._durations = {
             part: self._histogram(f"te_request_{part}", "seconds", _SECONDS)
@@ -50,9 +51,9 @@ class Metrics:
         self._batch_size.observe(sequences)
         self._batch_tokens.observe(tokens)
 
-    def accepted(self, method: Literal["single", "batch"], family: Family, inputs: int) -> None:
+    def accepted(self, method: Method, family: Family, inputs: int) -> None:
         """A request has come."""
-        self._count.labels(method).inc()
+        self._count[method].inc()
         self._families[family]["count"].inc(inputs)
 
     def refused(self, cause: str) -> None:
@@ -61,7 +62,7 @@ class Metrics:
 
     def answered(
         self,
-        method: Literal["single", "batch"],
+        method: Method,
         family: Family,
         lengths: list[int],
         inputs: int,
@@ -76,7 +77,7 @@ class Metrics:
             inputs: number of its inputs.
             seconds: "duration" in all, and of the mean input "tokenization", "queue" and "inference".
         """
-        self._success.labels(method).inc()
+        self._success[method].inc()
         self._families[family]["success"].inc(inputs)
         for length in lengths:
             self._lengths.observe(length)
@@ -96,6 +97,10 @@ class Metrics:
 
     def _counter(self, name: str, what: str, *labels: str) -> Any:
         return Counter(name, what, labels, registry=self._registry)
+
+    def _by_method(self, name: str, what: str) -> dict[Method, Any]:
+        counter = self._counter(name, what, "method")
+        return {method: counter.labels(method) for method in ("single", "batch")}
 
     def _histogram(self, name: str, what: str, buckets: tuple[float, ...]) -> Any:
         return Histogram(name, what, buckets=buckets, registry=self._registry)

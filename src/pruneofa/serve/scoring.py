@@ -22,17 +22,16 @@ def as_vectors(job: Job, *, normalize: bool, dimensions: int | None) -> NDArray[
 
     Raises Refused for more dimensions than there are.
     """
-    vectors = np.stack([job.results[index] for index in range(len(job.results))])
+    vectors = np.array([job.results[index] for index in range(len(job.results))])
     head = job.model.engine.head
     assert isinstance(head, Embedding)
     if dimensions is not None and dimensions > vectors.shape[1]:
         raise invalid("`dimensions` should be smaller than the maximum embedding dimension.")
     vectors = np.ascontiguousarray(vectors[:, : dimensions or head.dimensions])
-    if normalize:
-        lengths = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
-        vectors = (vectors / np.maximum(lengths, 1e-12)).astype(np.float32)
-    check_finite(vectors)
-    return vectors
+    if not normalize:
+        return vectors
+    squares = np.vecdot(vectors, vectors, dtype=np.float64)
+    return (vectors / np.sqrt(np.maximum(squares, 1e-24))[:, None]).astype(np.float32)
 
 
 async def scores(

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import gc
 import os
 import signal
 import socket
@@ -17,6 +18,7 @@ import uvicorn
 
 from pruneofa.errors import InputError
 from pruneofa.progress import notice
+from pruneofa.serve.connections import INTERVAL, Connection, close_stalled
 from pruneofa.serve.settings import Settings
 
 _ENDING = (signal.SIGTERM, signal.SIGINT)
@@ -97,8 +99,17 @@ def serve(
 
 
 def _run(app: Any, bound: socket.socket, grace: int, started: Callable[[], None]) -> None:
+    waiting: dict[Any, Any] = {}
+
+    async def look_at_connections() -> None:
+        nonlocal waiting
+        waiting = close_stalled(list(server.server_state.connections), waiting)
+
     config = uvicorn.Config(
         app,
+        http=Connection,
+        callback_notify=look_at_connections,
+        timeout_notify=INTERVAL,
         log_level="warning",
         access_log=False,
         server_header=False,
@@ -112,6 +123,8 @@ def _run(app: Any, bound: socket.socket, grace: int, started: Callable[[], None]
 
     async def startup_and_say(sockets: list[socket.socket] | None = None) -> None:
         await startup(sockets=sockets)
+        # What is there now stays. To look through it for garbage would stop all requests for up to 100 ms at times.
+        gc.freeze()
         started()
 
     server.startup = startup_and_say  # type: ignore[method-assign]  # uvicorn has no hook for it

@@ -22,12 +22,13 @@ async def health(request: Request) -> Response:
 async def metrics(request: Request) -> Response:
     """Metrics for Prometheus."""
     serving: Serving = request.app.state.serving
+    serving.batcher.report()
     return Response(serving.metrics.text(serving.batcher.waiting), media_type=CONTENT_TYPE_LATEST)
 
 
 async def info(request: Request) -> Response:
     """What is loaded, by text-embeddings-inference's names, and what the engine does with it."""
-    call = Call(request)
+    call = Call(request.scope, request.receive)
     model = call.model()
     limits = call.serving.settings
     value = {
