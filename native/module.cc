@@ -15,6 +15,7 @@
 #include <stdexcept>
 #include <thread>
 
+#include "ceilings.h"
 #include "dispatch.h"
 #include "encoder.h"
 #include "linear.h"
@@ -69,6 +70,8 @@ nb::ndarray<nb::numpy, T, nb::ndim<2>> new_matrix(std::size_t rows, std::size_t 
 void expect(bool fits, const char* what) {
   if (!fits) throw std::invalid_argument(what);
 }
+
+void expect_threads(int threads) { expect(threads >= 1 && threads <= 4096, "threads: wanted 1 to 4096"); }
 
 void expect_scales(const Vector<float>& scale) {
   for (std::size_t i = 0; i < scale.shape(0); ++i) {
@@ -238,7 +241,7 @@ void make_encoder(Scheduler* self, int hidden, int heads, float epsilon, const s
                   int threads, const std::string& isa, nb::handle word, nb::handle position, nb::handle token_type,
                   nb::handle embedding_norm, const std::vector<nb::dict>& layers,
                   const std::optional<Matrix<float>>& bias) {
-  expect(threads >= 1 && threads <= 4096, "threads: wanted 1 to 4096");
+  expect_threads(threads);
   expect(hidden >= 1, "hidden: wanted at least 1");
   std::vector<Layer> made;
   made.reserve(layers.size());
@@ -278,6 +281,21 @@ nb::ndarray<nb::numpy, float, nb::ndim<2>> encoder_forward(Scheduler& encoder, V
   return nb::ndarray<nb::numpy, float, nb::ndim<2>>(out, {rows, hidden}, owner);
 }
 
+double peak(const std::string& isa, bool int8, int threads) {
+  expect_threads(threads);
+  const Kernels& kernels = kernels_for(isa);
+  const WithoutGil release;
+  return arithmetic_peak(kernels, int8, threads);
+}
+
+double bandwidth(const std::string& isa, std::size_t bytes, int threads) {
+  expect_threads(threads);
+  expect(bytes >= 1 && bytes <= std::size_t{1} << 40, "bytes: wanted 1 to 2^40");
+  const Kernels& kernels = kernels_for(isa);
+  const WithoutGil release;
+  return read_bandwidth(kernels, bytes, threads);
+}
+
 std::vector<std::pair<std::string, std::string>> choices(const Scheduler& scheduler) {
   const Encoder& encoder = scheduler.encoder();
   std::vector<std::pair<std::string, std::string>> all;
@@ -307,6 +325,8 @@ NB_MODULE(_native, m) {
   };
   m.def("available_isas", [names] { return names(available_kernels()); });
   m.def("built_isas", [names] { return names(built_kernels()); });
+  m.def("arithmetic_peak", &peak, "isa"_a, "int8"_a, "threads"_a);
+  m.def("read_bandwidth", &bandwidth, "isa"_a, "bytes"_a, "threads"_a);
   nb::class_<Linear>(m, "Linear")
       .def(nb::new_(&int8_linear), "bitmask"_a.noconvert(), "values"_a.noconvert(), "scale"_a.noconvert(),
            "bias"_a.noconvert().none(), "k"_a, "isa"_a, "input"_a = nb::none())

@@ -51,9 +51,12 @@ def test_alone_it_prints_a_table_or_a_record(call, folder):
     first, second, *_ = said.out.splitlines()
     assert first.split()[:3] == ["1x8", "median", "ms"] and second.startswith("pruneofa ")
     assert "no peer to compare with" in said.out
+    assert "% of the machine's peak" in said.out and "1x8: before and after, 1 thread reached: arithmetic " in said.out
     said = call("bench", folder, "--peers", "none", "--mixed", "3x2-9", "--threads", 1, "--repeats", 1, "--json")
     assert said.code == 0
-    assert json.loads(said.out)["rows"][0]["case"] == "3x2-9"
+    [row] = json.loads(said.out)["rows"]
+    assert row["case"] == "3x2-9" and set(row["ceilings"]) == {"l2_bytes", "memory_bytes", "before", "after"}
+    assert row["ceilings"]["after"]["all_threads"].keys() == row["ceilings"]["before"]["one_thread"].keys()
 
 
 @pytest.mark.usefixtures("peers_without_torch")
