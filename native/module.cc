@@ -344,6 +344,7 @@ NB_MODULE(_native, m) {
       .def("forward", &encoder_forward, "ids"_a.noconvert(), "positions"_a.noconvert(), "types"_a.noconvert(),
            "offsets"_a.noconvert(), "parts"_a.noconvert() = nb::none(), "lanes"_a = 1,
            "width"_a = nb::none())
+      .def_prop_ro("barriers", [](const Scheduler& scheduler) { return scheduler.encoder().barriers(); })
       .def("choices", &choices);
 }
 

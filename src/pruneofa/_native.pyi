@@ -178,5 +178,9 @@ class Encoder:
             TypeError: an array of another type.
         """
 
+    @property
+    def barriers(self) -> int:
+        """How often the threads of a lane meet in a pass: 10 times a layer with dynamic scales, otherwise 6."""
+
     def choices(self) -> list[tuple[str, str]]:
         """("layer.0.query", choice) and so on: `Linear.choice` of every linear layer."""

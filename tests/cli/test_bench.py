@@ -80,7 +80,7 @@ def test_an_interrupt_prints_what_was_measured(call, folder, tmp_path, monkeypat
     assert said.code == 130 and said.out == "" and "nothing was measured yet" in said.err
 
 
-def test_inspect_says_what_the_engine_chose_and_why(call, folder):
+def test_inspect_says_what_the_engine_chose_and_why(call, folder, monkeypatch):
     said = call("inspect", folder, "--engine", "--json")
     assert said.code == 0, said.err
     found = json.loads(said.out)["engine"]
@@ -90,6 +90,10 @@ def test_inspect_says_what_the_engine_chose_and_why(call, folder):
     text = call("inspect", folder, "--engine").out
     assert found["threads_reason"] in text
     assert found["lanes"]["1 text of 128 tokens"].startswith("1 x ")
-    assert "32 texts of 64 tokens" in text
+    assert "32 texts of 64 tokens" in text and found["barriers"] == 1 + 2 * 10
+    monkeypatch.setenv("PRUNEOFA_THREADS", "64")
+    monkeypatch.setattr(engine, "usable_threads", lambda quota: 64)
+    more = call("inspect", folder, "--engine").out
+    assert " more would lose at 21 barriers what they gain" in more
     assert "layer.1.intermediate" in text and f"on {found['isa']}" in text
     assert "engine" not in json.loads(call("inspect", folder, "--json").out)
