@@ -81,7 +81,8 @@ void Encoder::reserve(Team& team, int threads, int tokens) const {
     memory = {};  // freed first
     memory = std::remove_reference_t<decltype(memory)>(count);
   };
-  grow(team.published, panels * panel_bytes(widest_));
+  grow(team.of_state, panels * panel_bytes(options_.hidden));
+  grow(team.of_wide, panels * panel_bytes(widest_));
   grow(team.ranges, lanes * 2 * threads);
   grow(team.moments, lanes * 2 * norm_blocks());
   // The largest number of features of a thread when `total` features are divided in units.
@@ -154,22 +155,22 @@ void Encoder::pass(Team& team, int thread, const Sequences& sequences, float* ou
   embed(team, state, sequences);
   normalize(team, thread, state, embedding_norm_);
   for (const Layer& layer : layers_) {
-    publish(team, thread, state, *layer.query);
-    multiply(team, thread, *layer.query, query);
-    multiply(team, thread, *layer.key, key);
-    multiply(team, thread, *layer.value, value);
+    const void* input = publish(team, thread, state, *layer.query, team.of_state);
+    multiply(team, thread, input, *layer.query, query);
+    multiply(team, thread, input, *layer.key, key);
+    multiply(team, thread, input, *layer.value, value);
     attend(team, thread, query, sequences);
     update_ranges(team, thread, query);
-    publish(team, thread, query, *layer.attention_output);
-    add(team, thread, *layer.attention_output, state);
+    input = publish(team, thread, query, *layer.attention_output, team.of_wide);
+    add(team, thread, input, *layer.attention_output, state);
     normalize(team, thread, state, layer.attention_norm);
     const int intermediate = layer.intermediate->outputs();
     Slice wide = slice(buffers.wide, part(intermediate, 32, thread, team.threads), intermediate);
     wide.half = activation_ == Activation::kGeluHalf;
-    publish(team, thread, state, *layer.intermediate);
-    multiply(team, thread, *layer.intermediate, wide, activation_, true);
-    publish(team, thread, wide, *layer.output);
-    add(team, thread, *layer.output, state);
+    input = publish(team, thread, state, *layer.intermediate, team.of_state);
+    multiply(team, thread, input, *layer.intermediate, wide, activation_, true);
+    input = publish(team, thread, wide, *layer.output, team.of_wide);
+    add(team, thread, input, *layer.output, state);
     normalize(team, thread, state, layer.output_norm);
   }
   for (int token = 0; token < sequences.tokens; ++token) {
@@ -179,6 +180,9 @@ void Encoder::pass(Team& team, int thread, const Sequences& sequences, float* ou
   }
   kernels_.end();
 }
+
+// After the embeddings one, of their LayerNorm; in a layer two of LayerNorm, and those of four inputs.
+int Encoder::barriers() const { return 1 + static_cast<int>(layers_.size()) * (2 + 4 * (dynamic_ ? 2 : 1)); }
 
 void Encoder::embed(Team& team, const Slice& state, const Sequences& sequences) const {
   const int hidden = options_.hidden;
@@ -249,14 +253,15 @@ void Encoder::update_ranges(Team& team, int thread, const Slice& x) const {
   }
 }
 
-void Encoder::publish(Team& team, int thread, const Slice& x, const Linear& linear) const {
-  team.barrier.wait();
+const void* Encoder::publish(Team& team, int thread, const Slice& x, const Linear& linear, Aligned<char>& input) const {
+  // Nobody reads what is overwritten: all have met since, at the other input or at a LayerNorm.
+  if (dynamic_) team.barrier.wait();
   ThreadBuffers& buffers = team.buffers[thread];
   const std::size_t bytes = panel_bytes(x.features);
   const std::ptrdiff_t stride = ranges_of(team, 1) - ranges_of(team, 0);
   for (int p = 0; p < team.panels; ++p) {
     const float* from = x.data + p * x.stride;
-    char* to = team.published.data() + p * bytes;
+    char* to = input.data() + p * bytes;
     if (!int8_) {
       std::memcpy(to + x.first * kLanes * sizeof(float), from, x.count * kLanes * sizeof(float));
       continue;
@@ -274,12 +279,13 @@ void Encoder::publish(Team& team, int thread, const Slice& x, const Linear& line
   }
   team.barrier.wait();
   clear_ranges(team, thread);
+  return input.data();
 }
 
-Operands Encoder::operands(Team& team, int thread, const Slice& y) const {
+Operands Encoder::operands(Team& team, int thread, const void* input, const Slice& y) const {
   ThreadBuffers& buffers = team.buffers[thread];
   Operands o;
-  o.x = team.published.data();
+  o.x = input;
   o.scale = buffers.scale.data();
   o.zero = buffers.zero.data();
   o.panels = team.panels;
@@ -290,17 +296,17 @@ Operands Encoder::operands(Team& team, int thread, const Slice& y) const {
   return o;
 }
 
-void Encoder::multiply(Team& team, int thread, const Linear& linear, const Slice& y, Activation activation,
-                       bool ranges) const {
+void Encoder::multiply(Team& team, int thread, const void* input, const Linear& linear, const Slice& y,
+                       Activation activation, bool ranges) const {
   if (y.count == 0) return;
-  Operands o = operands(team, thread, y);
+  Operands o = operands(team, thread, input, y);
   o.activation = activation;
   if (dynamic_ && ranges) o.ranges = ranges_of(team, thread);
   linear.run(o, y.first, y.first + y.count);
 }
 
-void Encoder::add(Team& team, int thread, const Linear& linear, const Slice& state) const {
-  Operands o = operands(team, thread, state);
+void Encoder::add(Team& team, int thread, const void* input, const Linear& linear, const Slice& state) const {
+  Operands o = operands(team, thread, input, state);
   o.add = true;
   if (state.count > 0) linear.run(o, state.first, state.first + state.count);
   update_moments(team, state);

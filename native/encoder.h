@@ -75,7 +75,9 @@ struct Team {
   int threads = 0;
   int part = 0, panels = 0;  // of the batch, in the current pass
   Barrier barrier;
-  Aligned<char> published;  // input of the next linear layer: codes, or floats [panels][features][16]
+  // Inputs of linear layers, codes or floats [panels][features][16]: of those that read the state, and of the others.
+  // With one for both, a thread would have to wait before it writes until the others have read what was there.
+  Aligned<char> of_state, of_wide;
   Aligned<float> ranges;    // [threads][panels][2][16], written by one thread, read by all
   Aligned<float> moments;   // [panels][blocks of kNormBlock features][2][16], each written by the thread of its features
   std::vector<ThreadBuffers> buffers;  // one for each thread
@@ -96,6 +98,8 @@ class Encoder {
   // One thread's part of a pass over sequences that have been checked; all threads of the team call it with the same
   // arguments. out: [tokens][hidden].
   void pass(Team& team, int thread, const Sequences& sequences, float* out) const;
+  // How often the threads of a team meet in a pass.
+  int barriers() const;
 
   const EncoderOptions& options() const { return options_; }
   const std::vector<Layer>& layers() const { return layers_; }
@@ -127,19 +131,19 @@ class Encoder {
   void attend(Team& team, int thread, const Slice& query, const Sequences& sequences) const;
   // Updates the ranges of this thread with x; not needed if the kernel that wrote x has done so.
   void update_ranges(Team& team, int thread, const Slice& x) const;
-  // Writes x to the buffer that all threads read, as codes for `linear` if that is int8. Has two barriers: one before,
-  // because codes need the ranges of all threads, and one after.
-  void publish(Team& team, int thread, const Slice& x, const Linear& linear) const;
-  // y = linear(published), the rows of this thread.
-  void multiply(Team& team, int thread, const Linear& linear, const Slice& y,
+  // Writes x to `input`, which all threads read, as codes for `linear` if that is int8; returns its data. Two barriers:
+  // one before where scales are dynamic, because they need the ranges of all threads, and one after.
+  const void* publish(Team& team, int thread, const Slice& x, const Linear& linear, Aligned<char>& input) const;
+  // y = linear(input), the rows of this thread.
+  void multiply(Team& team, int thread, const void* input, const Linear& linear, const Slice& y,
                 Activation activation = Activation::kNone, bool ranges = false) const;
-  // state += linear(published), the rows of this thread, and their moments.
-  void add(Team& team, int thread, const Linear& linear, const Slice& state) const;
+  // state += linear(input), the rows of this thread, and their moments.
+  void add(Team& team, int thread, const void* input, const Linear& linear, const Slice& state) const;
   // The moments of this thread's features, whose first is a multiple of kNormBlock.
   void update_moments(Team& team, const Slice& state) const;
   // LayerNorm, from the moments of all features. One barrier.
   void normalize(Team& team, int thread, const Slice& state, const Norm& norm) const;
-  Operands operands(Team& team, int thread, const Slice& y) const;
+  Operands operands(Team& team, int thread, const void* input, const Slice& y) const;
   float* ranges_of(Team& team, int thread) const;  // the part of the ranges that a thread writes
   float* moments_of(Team& team, int panel) const;  // the moments of a panel
   void clear_ranges(Team& team, int thread) const;

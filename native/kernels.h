@@ -118,6 +118,14 @@ struct Attention {
   void* scratch = nullptr;
 };
 
+// Operands that fit the first-level cache, for the limit of a path's products (ceilings.h).
+struct CachedOperands {
+  static constexpr int kSteps = 16, kWords = 32;
+  alignas(64) char x[4][kSteps][64];                // of four panels: codes, or floats
+  alignas(64) uint32_t words[kSteps][kWords];       // int8 or float weights
+  alignas(64) char sums[4096];
+};
+
 // The kernels of one path. Rows of a linear layer and features of activations are divided among threads in multiples of
 // 16, so that floats stay in the cache of the core that wrote them; threads exchange only ranges, moments and codes. What is
 // computed of a token depends neither on the other tokens nor on the division: the same bits in any batch.
@@ -161,6 +169,13 @@ struct Kernels {
   // `encode` for the output of linear_int8 with kGeluHalf; null: the path does not have kGeluHalf.
   void (*encode_half)(const float* x, int begin, int end, int features, const float* scale, const int32_t* zero,
                       void* codes) = nullptr;
+
+  // Limits of the path. The first two multiply operands of the first-level cache `turns` times, at most 4096, and return
+  // the number of operations, a multiplication and an addition being two. `read_all` reads `bytes`, a multiple of 128,
+  // and writes 64 to `out`.
+  int64_t (*multiply_cached_int8)(CachedOperands&, int turns);
+  int64_t (*multiply_cached_float)(CachedOperands&, int turns);
+  void (*read_all)(const void* data, std::size_t bytes, void* out);
 };
 
 constexpr int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }

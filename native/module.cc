@@ -14,7 +14,9 @@
 #include <optional>
 #include <stdexcept>
 #include <thread>
+#include <type_traits>
 
+#include "ceilings.h"
 #include "dispatch.h"
 #include "encoder.h"
 #include "linear.h"
@@ -70,64 +72,77 @@ void expect(bool fits, const char* what) {
   if (!fits) throw std::invalid_argument(what);
 }
 
-void expect_scales(const Vector<float>& scale) {
-  for (std::size_t i = 0; i < scale.shape(0); ++i) {
-    expect(std::isfinite(scale(i)) && scale(i) > 0, "a scale is not a positive finite number");
-  }
+void expect_threads(int threads) { expect(threads >= 1 && threads <= 4096, "threads: wanted 1 to 4096"); }
+
+void expect_scales(const std::vector<float>& scale) {
+  for (const float one : scale) expect(std::isfinite(one) && one > 0, "a scale is not a positive finite number");
 }
 
-PackedLayer packed_layer(const Matrix<uint8_t>& bitmask, const std::optional<Vector<float>>& scale,
-                         const std::optional<Vector<float>>& bias, int inputs, std::size_t nonzeros) {
-  PackedLayer layer;
-  layer.outputs = static_cast<int>(bitmask.shape(0));
-  layer.inputs = inputs;
-  layer.bitmask = bitmask.data();
-  layer.nonzeros = nonzeros;
-  expect(inputs > 0 && bitmask.shape(1) == (static_cast<std::size_t>(inputs) + 7) / 8,
-         "bitmask: wanted ceil(k / 8) bytes per row");
-  if (inputs % 8 != 0) {
-    for (std::size_t n = 0; n < bitmask.shape(0); ++n) {
-      expect(bitmask(n, bitmask.shape(1) - 1) >> (inputs % 8) == 0, "bitmask: spare bits must be 0");
-    }
-  }
-  if (scale) {
-    expect(scale->shape(0) == bitmask.shape(0), "scale: wanted one per output");
-    expect_scales(*scale);
-    layer.scale = scale->data();
-  }
-  if (bias) {
-    expect(bias->shape(0) == bitmask.shape(0), "bias: wanted one per output");
-    layer.bias = bias->data();
-  }
-  return layer;
+template <class A>
+auto copy(const A& array) {
+  return std::vector<std::remove_cvref_t<decltype(*array.data())>>(array.data(), array.data() + array.size());
 }
+
+// The arrays of a linear layer, copied: they are read without the GIL, when other Python threads may write to them, and
+// what is checked has to be what is read.
+struct LayerArrays {
+  LayerArrays(const Matrix<uint8_t>& bitmask, const std::optional<Vector<float>>& scale,
+              const std::optional<Vector<float>>& bias, int inputs)
+      : bitmask(copy(bitmask)), scale(scale ? copy(*scale) : std::vector<float>()),
+        bias(bias ? copy(*bias) : std::vector<float>()) {
+    const std::size_t outputs = bitmask.shape(0), bytes = bitmask.shape(1);
+    expect(outputs < 1u << 24, "bitmask: wanted at most 16777215 rows");
+    expect(inputs > 0 && bytes == (static_cast<std::size_t>(inputs) + 7) / 8,
+           "bitmask: wanted ceil(k / 8) bytes per row");
+    for (std::size_t n = 0; inputs % 8 != 0 && n < outputs; ++n) {
+      expect(this->bitmask[(n + 1) * bytes - 1] >> (inputs % 8) == 0, "bitmask: spare bits must be 0");
+    }
+    expect(!scale || this->scale.size() == outputs, "scale: wanted one per output");
+    expect_scales(this->scale);
+    expect(!bias || this->bias.size() == outputs, "bias: wanted one per output");
+    layer.outputs = static_cast<int>(outputs);
+    layer.inputs = inputs;
+    layer.bitmask = this->bitmask.data();
+    if (scale) layer.scale = this->scale.data();
+    if (bias) layer.bias = this->bias.data();
+  }
+  LayerArrays(const LayerArrays&) = delete;  // `layer` points into it
+  LayerArrays& operator=(const LayerArrays&) = delete;
+
+  const std::vector<uint8_t> bitmask;
+  const std::vector<float> scale, bias;
+  PackedLayer layer;  // without its non-zeros
+};
 
 std::shared_ptr<Linear> int8_linear(Matrix<uint8_t> bitmask, Vector<int8_t> values, Vector<float> scale,
                                     std::optional<Vector<float>> bias, int k, const std::string& isa,
                                     std::optional<std::pair<float, int>> input) {
-  PackedLayer layer = packed_layer(bitmask, scale, bias, k, values.shape(0));
-  layer.codes = values.data();
+  LayerArrays arrays(bitmask, scale, bias, k);
+  std::vector<int8_t> codes = copy(values);
+  arrays.layer.nonzeros = codes.size();
+  codes.push_back(0);  // so that the data of none is no null pointer, which stands for floats
+  arrays.layer.codes = codes.data();
   if (input) {
     // 1 / scale and 255 * scale are finite.
     expect(input->first >= 0x1p-126f && input->first <= 0x1p119f, "input: the scale is 0, too small, too large or NaN");
     expect(input->second >= 0 && input->second <= 255, "input: wanted a zero point from 0 to 255");
-    layer.input = {input->first, input->second};
+    arrays.layer.input = {input->first, input->second};
   }
   const Kernels& kernels = kernels_for(isa);
   const WithoutGil release;
-  static const int8_t none = 0;
-  if (values.shape(0) == 0) layer.codes = &none;
-  return std::make_shared<Linear>(layer, kernels);
+  return std::make_shared<Linear>(arrays.layer, kernels);
 }
 
 std::shared_ptr<Linear> float_linear(Matrix<uint8_t> bitmask, Vector<float> values, nb::handle scale,
                                      std::optional<Vector<float>> bias, int k, const std::string& isa) {
   expect(scale.is_none(), "scale: float weights have none");
-  PackedLayer layer = packed_layer(bitmask, std::nullopt, bias, k, values.shape(0));
-  layer.values = values.data();
+  LayerArrays arrays(bitmask, std::nullopt, bias, k);
+  const std::vector<float> floats = copy(values);
+  arrays.layer.nonzeros = floats.size();
+  arrays.layer.values = floats.data();
   const Kernels& kernels = kernels_for(isa);
   const WithoutGil release;
-  return std::make_shared<Linear>(layer, kernels);
+  return std::make_shared<Linear>(arrays.layer, kernels);
 }
 
 // The number of rows, if a matrix of `rows` x `columns` fits.
@@ -174,9 +189,9 @@ Table table(const nb::handle& source, int hidden, const char* name) {
   if (nb::try_cast(pair.first, codes, false) && nb::try_cast(pair.second, scale, false)) {
     fits(codes.shape(0), codes.shape(1));
     if (scale.shape(0) != codes.shape(0)) throw std::invalid_argument(wanted);
-    expect_scales(scale);
+    made.scale = copy(scale);
+    expect_scales(made.scale);
     made.codes = codes.data();
-    made.scale.assign(scale.data(), scale.data() + scale.size());
     made.owner = std::make_shared<Matrix<int8_t>>(codes);
   } else if (nb::try_cast(pair.first, values, false) && pair.second.is_none()) {
     fits(values.shape(0), values.shape(1));
@@ -193,8 +208,7 @@ Norm norm(const nb::handle& source, const char* name) {
   if (!nb::try_cast(source, pair, false)) {
     throw std::invalid_argument(std::string(name) + ": wanted (gamma, beta), both float32 vectors");
   }
-  return {{pair.first.data(), pair.first.data() + pair.first.size()},
-          {pair.second.data(), pair.second.data() + pair.second.size()}};
+  return {copy(pair.first), copy(pair.second)};
 }
 
 RelativeBias relative_bias(const std::optional<Matrix<float>>& by_distance) {
@@ -238,7 +252,7 @@ void make_encoder(Scheduler* self, int hidden, int heads, float epsilon, const s
                   int threads, const std::string& isa, nb::handle word, nb::handle position, nb::handle token_type,
                   nb::handle embedding_norm, const std::vector<nb::dict>& layers,
                   const std::optional<Matrix<float>>& bias) {
-  expect(threads >= 1 && threads <= 4096, "threads: wanted 1 to 4096");
+  expect_threads(threads);
   expect(hidden >= 1, "hidden: wanted at least 1");
   std::vector<Layer> made;
   made.reserve(layers.size());
@@ -256,14 +270,12 @@ nb::ndarray<nb::numpy, float, nb::ndim<2>> encoder_forward(Scheduler& encoder, V
                                                            std::optional<int> width) {
   expect(positions.shape(0) == ids.shape(0) && types.shape(0) == ids.shape(0),
          "positions and types: wanted one per id");
-  expect(offsets.shape(0) >= 2, "offsets: wanted the sequences' beginnings and the end");
   expect(ids.shape(0) < 1u << 24, "too many tokens in one call");
+  expect(offsets.shape(0) >= 2, "offsets: wanted the sequences' beginnings and the end");
+  expect(offsets.shape(0) <= 1u << 24, "too many sequences in one call");
   const int threads = encoder.threads();
   expect(lanes >= 1 && lanes <= threads, "lanes: wanted 1 to the number of threads");
   expect(!width || (*width >= 1 && *width <= threads / lanes), "width: wanted 1 to the number of threads / lanes");
-  const auto copy = [](const Vector<int32_t>& from) {
-    return std::vector<int32_t>(from.data(), from.data() + from.shape(0));
-  };
   Batch batch = {copy(ids), copy(positions), copy(types), copy(offsets), {}};
   batch.parts = parts ? copy(*parts) : std::vector<int32_t>{0, static_cast<int32_t>(offsets.shape(0)) - 1};
   float* out;
@@ -276,6 +288,21 @@ nb::ndarray<nb::numpy, float, nb::ndim<2>> encoder_forward(Scheduler& encoder, V
   }
   const std::size_t rows = batch.offsets[batch.parts[done]];
   return nb::ndarray<nb::numpy, float, nb::ndim<2>>(out, {rows, hidden}, owner);
+}
+
+double peak(const std::string& isa, bool int8, int threads) {
+  expect_threads(threads);
+  const Kernels& kernels = kernels_for(isa);
+  const WithoutGil release;
+  return arithmetic_peak(kernels, int8, threads);
+}
+
+double bandwidth(const std::string& isa, std::size_t bytes, int threads) {
+  expect_threads(threads);
+  expect(bytes >= 1 && bytes <= std::size_t{1} << 40, "bytes: wanted 1 to 2^40");
+  const Kernels& kernels = kernels_for(isa);
+  const WithoutGil release;
+  return read_bandwidth(kernels, bytes, threads);
 }
 
 std::vector<std::pair<std::string, std::string>> choices(const Scheduler& scheduler) {
@@ -307,6 +334,8 @@ NB_MODULE(_native, m) {
   };
   m.def("available_isas", [names] { return names(available_kernels()); });
   m.def("built_isas", [names] { return names(built_kernels()); });
+  m.def("arithmetic_peak", &peak, "isa"_a, "int8"_a, "threads"_a);
+  m.def("read_bandwidth", &bandwidth, "isa"_a, "bytes"_a, "threads"_a);
   nb::class_<Linear>(m, "Linear")
       .def(nb::new_(&int8_linear), "bitmask"_a.noconvert(), "values"_a.noconvert(), "scale"_a.noconvert(),
            "bias"_a.noconvert().none(), "k"_a, "isa"_a, "input"_a = nb::none())
@@ -324,6 +353,7 @@ NB_MODULE(_native, m) {
       .def("forward", &encoder_forward, "ids"_a.noconvert(), "positions"_a.noconvert(), "types"_a.noconvert(),
            "offsets"_a.noconvert(), "parts"_a.noconvert() = nb::none(), "lanes"_a = 1,
            "width"_a = nb::none())
+      .def_prop_ro("barriers", [](const Scheduler& scheduler) { return scheduler.encoder().barriers(); })
       .def("choices", &choices);
 }
 

@@ -23,6 +23,8 @@ class Barrier {
   void set_threads(int threads) { threads_ = threads; }
   // Returns when all threads have called it.
   void wait();
+  // How often they have; with one thread not counted.
+  uint32_t passed() const { return phase_.load(std::memory_order_relaxed); }
 
  private:
   int threads_ = 1;

@@ -72,6 +72,35 @@ void linear_int8(const Weights& w, const Operands& o, int begin, int end) {
   w.sparse ? sparse_linear<Int8>(w, o, begin, end) : dense_int8(w, o, begin, end);
 }
 
+// Four tokens' registers of codes by four of weights, as in `half_panel`: 32 products each.
+int64_t multiply_cached_matrices(CachedOperands& o, int turns) {
+  int32x4_t sum[4][4];
+  PRUNEOFA_UNROLL
+  for (int t = 0; t < 4; ++t) {
+    PRUNEOFA_UNROLL
+    for (int r = 0; r < 4; ++r) sum[t][r] = vdupq_n_s32(0);
+  }
+  for (int turn = 0; turn < turns; ++turn) {
+    const int step = turn % CachedOperands::kSteps;
+    uint8x16_t codes[4];
+    PRUNEOFA_UNROLL
+    for (int t = 0; t < 4; ++t) codes[t] = Int8::load(o.x[0][step] + 16 * t);
+    PRUNEOFA_UNROLL
+    for (int r = 0; r < 4; ++r) {
+      const int8x16_t weights = Int8::words(o.words[step] + 4 * r);
+      PRUNEOFA_UNROLL
+      for (int t = 0; t < 4; ++t) sum[t][r] = vusmmlaq_s32(sum[t][r], codes[t], weights);
+    }
+  }
+  int32_t* const sums = reinterpret_cast<int32_t*>(o.sums);
+  PRUNEOFA_UNROLL
+  for (int t = 0; t < 4; ++t) {
+    PRUNEOFA_UNROLL
+    for (int r = 0; r < 4; ++r) vst1q_s32(sums + (t * 4 + r) * 4, sum[t][r]);
+  }
+  return int64_t{2} * 16 * 32 * turns;
+}
+
 }  // namespace neon_i8mm
 }  // namespace
 
@@ -97,6 +126,9 @@ const Kernels neon_i8mm_kernels = {
     .moments = neon_i8mm::lanes::moments,
     .normalize = neon_i8mm::lanes::normalize,
     .attention = neon_i8mm::lanes::attention,
+    .multiply_cached_int8 = neon_i8mm::multiply_cached_matrices,
+    .multiply_cached_float = neon_i8mm::multiply_cached<neon_i8mm::Float, 4, 1>,
+    .read_all = neon_i8mm::read_all,
 };
 
 }  // namespace pruneofa

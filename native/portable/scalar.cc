@@ -9,6 +9,7 @@ namespace scalar {
 #include "portable/math.inc.h"
 #include "portable/layers.inc.h"
 #include "portable/linear.inc.h"
+#include "portable/ceilings.inc.h"
 
 struct Int8 {
   struct alignas(64) Sum {
@@ -75,6 +76,9 @@ const Kernels scalar_kernels = {
     .moments = scalar::lanes::moments,
     .normalize = scalar::lanes::normalize,
     .attention = scalar::lanes::attention,
+    .multiply_cached_int8 = scalar::multiply_cached<scalar::Int8, 4, 1>,
+    .multiply_cached_float = scalar::multiply_cached<scalar::Float, 3, 1>,
+    .read_all = scalar::read_all,
 };
 
 }  // namespace pruneofa

@@ -245,6 +245,32 @@ void linear_int8(const Weights& w, const Operands& o, int begin, int end) {
 
 #include "x86/amx_attention.inc.h"
 
+// Four tile products, as in a chunk. Two tiles of weights and two of codes.
+int64_t multiply_cached_tiles(CachedOperands& o, int turns) {
+  static_assert(sizeof o.words == 2 * kTile && sizeof o.x == 4 * kTile && sizeof o.sums == 4 * kTile);
+  const char* const weights = reinterpret_cast<const char*>(o.words);
+  const char* const x = o.x[0][0];
+  _tile_loadd(4, weights, 64);
+  _tile_loadd(5, weights + kTile, 64);
+  _tile_loadd(6, x, 64);
+  _tile_loadd(7, x + kTile, 64);
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int t = 0; t < turns; ++t) {
+    _tile_dpbsud(0, 4, 6);
+    _tile_dpbsud(1, 5, 6);
+    _tile_dpbsud(2, 4, 7);
+    _tile_dpbsud(3, 5, 7);
+  }
+  _tile_stored(0, o.sums, 64);
+  _tile_stored(1, o.sums + kTile, 64);
+  _tile_stored(2, o.sums + 2 * kTile, 64);
+  _tile_stored(3, o.sums + 3 * kTile, 64);
+  return int64_t{2} * 4 * 16 * 64 * kLanes * turns;
+}
+
 }  // namespace amx
 }  // namespace
 
@@ -267,6 +293,9 @@ const Kernels amx_kernels = {
     .normalize = amx::lanes::normalize,
     .attention = amx::attention,
     .encode_half = amx::encode_half,
+    .multiply_cached_int8 = amx::multiply_cached_tiles,
+    .multiply_cached_float = amx::multiply_cached<amx::Float, 4, 4>,
+    .read_all = amx::read_all,
 };
 
 }  // namespace pruneofa

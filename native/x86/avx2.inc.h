@@ -6,6 +6,7 @@
 #include "portable/math.inc.h"
 #include "portable/layers.inc.h"
 #include "portable/linear.inc.h"
+#include "portable/ceilings.inc.h"
 
 struct Float {
   struct Sum {

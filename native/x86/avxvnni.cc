@@ -134,6 +134,9 @@ const Kernels avxvnni_kernels = {
     .moments = avxvnni::lanes::moments,
     .normalize = avxvnni::lanes::normalize,
     .attention = avxvnni::lanes::attention,
+    .multiply_cached_int8 = avxvnni::multiply_cached<avxvnni::Int8, 6, 1>,
+    .multiply_cached_float = avxvnni::multiply_cached<avxvnni::Float, 6, 1>,
+    .read_all = avxvnni::read_all,
 };
 
 }  // namespace pruneofa

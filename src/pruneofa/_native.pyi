@@ -1,6 +1,6 @@
 """Sparse int8 and float kernels, and the encoder made of them. `pruneofa.engine.reference` defines what each computes.
 
-Arrays must be C-contiguous NumPy arrays of the stated dtype, which are not copied; anything else raises TypeError. The
+Arrays must be C-contiguous NumPy arrays of the stated dtype, which are not converted; anything else raises TypeError. The
 GIL is released while kernels run. Built from native/; docs/kernels.md describes how it works.
 """
 
@@ -19,6 +19,20 @@ def built_isas() -> list[str]:
 
 def available_isas() -> list[str]:
     """The built paths that this CPU and operating system can run, slowest first."""
+
+def arithmetic_peak(isa: str, int8: bool, threads: int) -> float:
+    """Operations per second that `threads` threads reach now with the products of a path, int8 or else float32.
+
+    A multiplication and an addition are two operations. Operands stay in registers and the first-level cache. The best
+    of some slots of a millisecond. Raises ValueError for an unknown isa, or threads that are not 1 to 4096.
+    """
+
+def read_bandwidth(isa: str, bytes: int, threads: int) -> float:
+    """Bytes per second that `threads` threads together read now, each `bytes` of its own, over and over.
+
+    The best of some slots of a millisecond or more. Raises ValueError as above, and for bytes that are not 1 to 2^40;
+    MemoryError where there is not enough.
+    """
 
 class Linear:
     """y = x W^T + b with a sparse W, laid out for one path at construction and immutable from then on.
@@ -163,6 +177,10 @@ class Encoder:
                 are too few for.
             TypeError: an array of another type.
         """
+
+    @property
+    def barriers(self) -> int:
+        """How often the threads of a lane meet in a pass: 10 times a layer with dynamic scales, otherwise 6."""
 
     def choices(self) -> list[tuple[str, str]]:
         """("layer.0.query", choice) and so on: `Linear.choice` of every linear layer."""

@@ -149,7 +149,7 @@ def test_an_interrupt_leaves_the_record_of_what_was_measured(folder, tmp_path, m
         measure.run(Settings(path=str(folder), seq=(4, 8), threads=1, repeats=3, peers=()), keep=keep)
     [found] = tables.read_records([file])
     assert [(row["case"], len(row["runners"][0]["seconds"])) for row in found["rows"]] == [("1x4", 3), ("1x8", 1)]
-    assert kept == [0, 1, 1, 1, 2]
+    assert kept == [0, 1, 1, 1, 1, 2]  # once more with the ceilings after the first row
     said = tables.remarks(found)
     assert "fewer than 3 runs: pruneofa 1" in said and any(line.startswith("incomplete") for line in said)
     assert "BERT" not in tables.speed_table([found]) and "1 × 4 tokens" in tables.speed_table([found])
@@ -164,6 +164,25 @@ def test_a_runner_that_has_run_for_long_enough_is_not_run_again(folder, monkeypa
     monkeypatch.setattr(measure, "MIN_SECONDS", 0.0)
     found = measure.run(Settings(path=str(folder), seq=(4,), threads=1, repeats=10, peers=()))
     assert len(found["rows"][0]["runners"][0]["seconds"]) == measure.MIN_RUNS
+
+
+@needs_kernels
+@pytest.mark.usefixtures("peers_without_torch")
+@pytest.mark.parametrize("isa", ["scalar", None])
+def test_a_row_has_the_ceilings_of_its_path_before_and_after(folder, isa):
+    rows = []
+    settings = Settings(path=str(folder), seq=(32,), threads=2, isa=isa, repeats=2, peers=())
+    found = measure.run(settings, keep=lambda record: rows.extend(map(dict, record["rows"])))
+    [row] = found["rows"]
+    limits = row["ceilings"]
+    assert rows[0]["ceilings"]["after"] is None and rows[0]["ceilings"]["before"] == limits["before"]
+    states = [limits["before"], limits["after"]]
+    assert all(0 < figure < 1e6 for state in states for of in state.values() for figure in of.values())
+    peak = sum(state["all_threads"]["tera_per_second"] for state in states) / 2
+    assert row["share_of_peak"] == pytest.approx(row["tera_per_second"] / peak) and 0 < row["share_of_peak"] < 3
+    assert limits["l2_bytes"] < limits["memory_bytes"]
+    given = measure.run(Settings(path=str(folder), seq=(4,), threads=1, repeats=1, peers=(), peak=2.0))["rows"][0]
+    assert given["share_of_peak"] == pytest.approx(given["tera_per_second"] / 2)
 
 
 @needs_kernels

@@ -8,7 +8,7 @@ from pruneofa.bench import tables
 from pruneofa.bench.models import Case
 from pruneofa.bench.peers import PRUNEOFA
 from pruneofa.errors import InputError
-from tests.bench.records import record, runner
+from tests.bench.records import limits, record, runner
 
 
 def test_a_peer_that_is_off_is_marked_and_said():
@@ -24,6 +24,36 @@ def test_a_busy_machine_and_missing_torch_are_said():
     found = record(runner(PRUNEOFA, 2, verified=None, error=None), machine={"load_average": [1.5, 1], "cpus": 2})
     said = "\n".join(tables.remarks(found))
     assert "outputs were not verified" in said and "measure again when idle" in said and "no peer" in said
+
+
+def test_ceilings_are_said_and_so_is_a_machine_that_changed():
+    said = tables.remarks(record(runner(PRUNEOFA, 2)))
+    assert said[0].endswith(
+        "0.50 x 10^12 operations/s of the dense model, 4 % of the machine's peak; no peer to compare with"
+    )
+    assert said[1:] == [
+        "1x128: before and after, 2 threads reached: arithmetic 14, 14 x 10^12 operations/s; L2 100, 100 GB/s; "
+        "memory 20, 20 GB/s"
+    ]
+    said = tables.remarks(record(runner(PRUNEOFA, 2), ceilings=limits(before=14, after=10)))
+    assert said[0].count("4 % of") and said[2] == (
+        "1x128: the machine changed while this row was measured (arithmetic of one thread 14 before, "
+        "10 x 10^12 operations/s after): measure again"
+    )
+    assert (
+        "memory of one thread 10 before, 20 GB/s after"
+        in tables.remarks(record(runner(PRUNEOFA, 2), ceilings=limits(memory=10)))[2]
+    )
+    half = tables.remarks(record(runner(PRUNEOFA, 2), ceilings=limits(after=None)))
+    assert len(half) == 2 and "1x128: before, 2 threads reached: arithmetic 14 x" in half[1]
+
+
+def test_a_record_of_an_earlier_version_keeps_its_share():
+    old = record(runner(PRUNEOFA, 2))
+    del old["rows"][0]["ceilings"]
+    old["rows"][0]["share_of_peak"] = 0.29
+    assert tables.speed_table([old]).splitlines()[2].endswith("| 29 % |")
+    assert ["29 %" in line for line in tables.remarks(old)] == [True]
 
 
 def test_columns_are_aligned_and_never_folded():

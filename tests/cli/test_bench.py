@@ -51,9 +51,12 @@ def test_alone_it_prints_a_table_or_a_record(call, folder):
     first, second, *_ = said.out.splitlines()
     assert first.split()[:3] == ["1x8", "median", "ms"] and second.startswith("pruneofa ")
     assert "no peer to compare with" in said.out
+    assert "% of the machine's peak" in said.out and "1x8: before and after, 1 thread reached: arithmetic " in said.out
     said = call("bench", folder, "--peers", "none", "--mixed", "3x2-9", "--threads", 1, "--repeats", 1, "--json")
     assert said.code == 0
-    assert json.loads(said.out)["rows"][0]["case"] == "3x2-9"
+    [row] = json.loads(said.out)["rows"]
+    assert row["case"] == "3x2-9" and set(row["ceilings"]) == {"l2_bytes", "memory_bytes", "before", "after"}
+    assert row["ceilings"]["after"]["all_threads"].keys() == row["ceilings"]["before"]["one_thread"].keys()
 
 
 @pytest.mark.usefixtures("peers_without_torch")
@@ -77,7 +80,7 @@ def test_an_interrupt_prints_what_was_measured(call, folder, tmp_path, monkeypat
     assert said.code == 130 and said.out == "" and "nothing was measured yet" in said.err
 
 
-def test_inspect_says_what_the_engine_chose_and_why(call, folder):
+def test_inspect_says_what_the_engine_chose_and_why(call, folder, monkeypatch):
     said = call("inspect", folder, "--engine", "--json")
     assert said.code == 0, said.err
     found = json.loads(said.out)["engine"]
@@ -87,6 +90,10 @@ def test_inspect_says_what_the_engine_chose_and_why(call, folder):
     text = call("inspect", folder, "--engine").out
     assert found["threads_reason"] in text
     assert found["lanes"]["1 text of 128 tokens"].startswith("1 x ")
-    assert "32 texts of 64 tokens" in text
+    assert "32 texts of 64 tokens" in text and found["barriers"] == 1 + 2 * 10
+    monkeypatch.setenv("PRUNEOFA_THREADS", "64")
+    monkeypatch.setattr(engine, "usable_threads", lambda quota: 64)
+    more = call("inspect", folder, "--engine").out
+    assert " more would lose at 21 barriers what they gain" in more
     assert "layer.1.intermediate" in text and f"on {found['isa']}" in text
     assert "engine" not in json.loads(call("inspect", folder, "--json").out)

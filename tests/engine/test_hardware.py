@@ -1,4 +1,4 @@
-"""Names of processors, from what Linux says on x86-64 and on ARM."""
+"""Names of processors and sizes of caches, from what Linux says."""
 
 from pathlib import Path
 
@@ -23,3 +23,15 @@ def test_a_system_without_a_name_gives_that_of_python(monkeypatch):
     monkeypatch.setattr(hardware.sys, "platform", "linux")
     monkeypatch.setattr(hardware.platform, "processor", lambda: "")
     assert hardware.processor() == "unknown"
+
+
+def test_caches_are_those_that_the_system_lists(tmp_path):
+    folder = tmp_path / "sys/devices/system/cpu/cpu0/cache"
+    listed = [("1", "Instruction", "64K"), ("1", "Data", "32K"), ("2", "Unified", "512K"), ("3", "Unified", "8192K")]
+    for index, values in enumerate((*listed, ("4", "Unified", "odd"))):
+        (folder / f"index{index}").mkdir(parents=True)
+        for name, value in zip(("level", "type", "size"), values, strict=True):
+            (folder / f"index{index}" / name).write_text(f"{value}\n")
+    found = [hardware.cache_bytes(level, tmp_path) for level in (1, 2, 3, 4, 5)]
+    assert found == [32 << 10, 512 << 10, 8 << 20, None, None]
+    assert hardware.cache_bytes(2, tmp_path / "hidden") is None

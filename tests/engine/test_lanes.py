@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pruneofa import Engine
 from pruneofa.engine import engine as engine_module
-from pruneofa.engine.lanes import groups, plan
+from pruneofa.engine.lanes import _cost, groups, meeting_cost, plan
 from pruneofa.errors import InputError
 from tests.tiny import write_folder
 
@@ -41,6 +41,30 @@ def test_one_text_has_one_lane_and_no_more_threads_than_pay():
         (1, 1), (1, 2), (1, 4), (1, 8)
     ]  # fmt: skip
     assert plan([16], 64).width < plan([128], 64).width < 16
+
+
+BERT, MINILM = (121, 84_934_656), (61, 10_616_832)
+
+
+def test_a_small_model_on_a_fast_path_is_worth_fewer_threads():
+    widths = {
+        (isa, size): plan([128], 64, meeting=meeting_cost(*size, isa)).width
+        for isa in ("amx", "avx512vnni", "avx2")
+        for size in (BERT, MINILM)
+    }
+    assert widths["amx", BERT] == plan([128], 64).width >= 8
+    assert all(2 <= widths[isa, MINILM] <= widths[isa, BERT] for isa in ("amx", "avx512vnni", "avx2"))
+    for size in (BERT, MINILM):
+        assert widths["amx", size] <= widths["avx512vnni", size] <= widths["avx2", size] < 64
+    assert meeting_cost(73, BERT[1], "amx") < meeting_cost(*BERT, "amx")
+
+
+@given(st.integers(1, 512), st.integers(1, 64), st.floats(0, 10))
+def test_a_further_thread_costs_a_text_nothing(tokens, threads, meeting):
+    """As far as the model of costs knows: those that do not pay are left idle."""
+    made, more = (plan([tokens], count, meeting=meeting) for count in (threads, threads + 1))
+    assert _cost(more, [tokens], meeting) <= _cost(made, [tokens], meeting)
+    assert made.width + made.spare == threads and made.lanes == 1
 
 
 def test_many_texts_have_a_lane_for_every_thread():

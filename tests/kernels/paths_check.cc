@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -284,6 +285,22 @@ std::vector<float> forward(Scheduler& scheduler, const Batch& batch, int teams, 
   return out;
 }
 
+// Whether the threads of a team meet as often as the encoder says.
+bool meets_as_told(const Encoder& encoder) {
+  const std::vector<int32_t> ids(20, 1), offsets{0, 20};
+  Sequences sequences;
+  sequences.ids = sequences.positions = sequences.types = ids.data();
+  sequences.offsets = offsets.data(), sequences.tokens = 20, sequences.count = 1;
+  Team team;
+  encoder.reserve(team, 2, 20);
+  team.panels = 2;
+  std::vector<float> out(20 * static_cast<std::size_t>(encoder.options().hidden));
+  std::thread other([&] { encoder.pass(team, 1, sequences, out.data()); });
+  encoder.pass(team, 0, sequences, out.data());
+  other.join();
+  return team.barrier.passed() == static_cast<uint32_t>(encoder.barriers());
+}
+
 // Whole encoders within the tolerances of test_encoder.py; a sequence alone, on one thread, has the same bits.
 int check_encoders(const Kernels& path, const Kernels& portable) {
   const int sizes[][3] = {{64, 4, 100}, {36, 3, 50}, {20, 5, 33}, {96, 1, 130}};
@@ -291,6 +308,9 @@ int check_encoders(const Kernels& path, const Kernels& portable) {
   for (const auto& [hidden, heads, inner] : sizes) {
     for (int precision = 0; precision < 3; ++precision) {
       const Model model(hidden, heads, inner, one_of({0, 4, 9}) / 10.0f, precision > 0, precision == 2);
+      const Encoder encoder = model.build(path);
+      expect(meets_as_told(encoder) && encoder.barriers() == 1 + 2 * (precision == 1 ? 10 : 6), path,
+             "threads wait for each other more or less often than told");
       Scheduler wanted(model.build(portable), 1), one(model.build(path), 1), three(model.build(path), 3);
       Batch batch;
       batch.offsets = {0};

@@ -1,8 +1,10 @@
 """What the extension refuses: every wrong argument is an exception that names it, and never a crash."""
 
+import ctypes
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +28,39 @@ def parts(**change):
         "k": K,
         "isa": "scalar",
     } | change
+
+
+def test_what_was_checked_is_what_is_read():
+    """Another Python thread that writes to the arrays while a layer is laid out changes nothing."""
+    n, k = 2048, 1536
+    bitmask, values = np.full((n, k // 8), 255, np.uint8), np.ones(n * k, np.int8)
+    scale, ones = np.ones(n, np.float32), np.ones((1, k), np.uint8)
+    stop, memset = threading.Event(), ctypes.PyDLL(None).memset  # which holds the GIL: all is written, or nothing
+
+    def write():
+        while not stop.is_set():
+            for value in (2, 1):
+                memset(ctypes.c_void_p(values.ctypes.data), value, ctypes.c_size_t(values.size))
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        for _ in range(5):
+            sums = _native.Linear(bitmask, values, scale, None, k, "scalar").accumulate(ones)
+            assert set(sums[0].tolist()) in ({k}, {2 * k})
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_sizes_beyond_an_int_are_refused():
+    many = np.zeros(2**24 + 1, np.uint8)
+    with pytest.raises(ValueError, match="bitmask: wanted at most 16777215 rows"):
+        _native.Linear(many[:, None], np.zeros(0, np.int8), many.astype(np.float32), None, 8, "scalar")
+    encoder = model(depth=1).build(_native, "scalar")
+    three = np.zeros(3, np.int32)
+    with pytest.raises(ValueError, match="too many sequences in one call"):
+        encoder.forward(three, three, three, many.astype(np.int32))
 
 
 def test_the_untouched_arguments_are_taken():

@@ -6,10 +6,8 @@ other load on the machine affects all of them equally. No torch in this process.
 
 import contextlib
 import difflib
-import importlib.metadata
 import math
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,10 +19,10 @@ from numpy.typing import NDArray
 
 from pruneofa import __version__
 from pruneofa.bench.break_even import break_even as break_even_rows
+from pruneofa.bench.machine import buffers, ceilings, machine, measured_peak, versions
 from pruneofa.bench.models import DEFAULT_MIXED, Case, Model, Settings, describe, read_cases, read_models
 from pruneofa.bench.peers import CAPPING, PEERS, PRUNEOFA, REFERENCE, Peer
 from pruneofa.bench.workers import TimeLimitError, Worker, WorkerError
-from pruneofa.engine.hardware import processor
 from pruneofa.errors import CheckFailed, InputError
 from pruneofa.formats.files import fingerprint, read_json, write_json
 from pruneofa.progress import progress
@@ -35,7 +33,6 @@ MIN_RUNS, MIN_SECONDS = 3, 20.0  # a runner with this many runs and this many se
 SETTLE = 0.05  # seconds until the threads of the previous process have stopped spinning
 # Error against torch fp32 of the same weights. fp32: largest difference over the largest value; else relative L2.
 TOLERANCES = {"fp32": 1e-3, "bf16": 0.05, "int8": 0.15}
-_VERSIONS = ("torch", "transformers", "onnx", "onnxruntime", "openvino", "nncf", "deepsparse", "numpy")
 
 
 def run(
@@ -245,6 +242,8 @@ class Bench:
         self, case: Case, model: Model, loaded: Sequence[tuple[Worker, dict[str, Any]]], advance: Callable[..., None]
     ) -> Iterator[dict[str, Any]]:
         count = math.ceil(self.settings.repeats / self._rounds)
+        time.sleep(SETTLE)
+        limits: dict[str, Any] = buffers() | {"before": self._ceilings(), "after": None}
         seconds: dict[str, list[float]] = {row["name"]: [] for _, row in loaded}
         for turn in range(self._rounds):
             alive = [(worker, row) for worker, row in loaded if row["name"] not in self.left_out]
@@ -258,9 +257,24 @@ class Bench:
                 with self.tried(name, case.name, fatal=peer == PRUNEOFA):
                     seconds[name] += worker.ask("time", key=peer, count=count)["seconds"]
                     row["peak"] = worker.ask("memory")["peak"]
-                timed = [one for _, one in loaded if seconds[one["name"]] and one["name"] not in self.left_out]
-                runners = [one | statistics(seconds[one["name"]]) for one in timed]
-                yield summary(case, model.operations(case), runners, self.settings.peak)
+                yield self._row(case, model, loaded, seconds, limits)
+        time.sleep(SETTLE)
+        yield self._row(case, model, loaded, seconds, limits | {"after": self._ceilings()})
+
+    def _ceilings(self) -> dict[str, dict[str, float]]:
+        return ceilings(self.isa, self.settings.precision, self.threads)
+
+    def _row(
+        self,
+        case: Case,
+        model: Model,
+        loaded: Sequence[tuple[Worker, dict[str, Any]]],
+        seconds: Mapping[str, Sequence[float]],
+        limits: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        timed = [one for _, one in loaded if seconds[one["name"]] and one["name"] not in self.left_out]
+        runners = [one | statistics(seconds[one["name"]]) for one in timed]
+        return summary(case, model.operations(case), runners, self.settings.peak, limits)
 
 
 def write_record(record: Mapping[str, Any], path: Path) -> None:
@@ -335,8 +349,15 @@ def statistics(seconds: Sequence[float]) -> dict[str, Any]:
     return {"median_ms": median, "p10_ms": low, "p90_ms": high, "seconds": list(seconds)}
 
 
-def summary(case: Case, operations: int, runners: list[dict[str, Any]], peak: float | None) -> dict[str, Any]:
-    """One row of a record: the first runner is pruneofa, the others get their ratio to it."""
+def summary(
+    case: Case, operations: int, runners: list[dict[str, Any]], peak: float | None, limits: Mapping[str, Any]
+) -> dict[str, Any]:
+    """One row of a record: the first runner is pruneofa, the others get their ratio to it.
+
+    Args:
+        peak: what the user says is the machine's peak, 10^12 operations per second; None: what was measured.
+        limits: `buffers`, and `ceilings` before and after the row; "after" is None while it is measured.
+    """
     engine_ms = runners[0]["median_ms"]
     for row in runners:
         row["ratio"] = row["median_ms"] / engine_ms
@@ -351,7 +372,8 @@ def summary(case: Case, operations: int, runners: list[dict[str, Any]], peak: fl
         "tokens": sum(case.lengths),
         "operations": operations,
         "tera_per_second": rate,
-        "share_of_peak": rate / peak if peak else None,
+        "share_of_peak": rate / (peak or measured_peak(limits)),
+        "ceilings": dict(limits),
         "fastest": fastest and fastest["name"],
         "fastest_dense": dense and dense["name"],
         "ratio": dense and dense["ratio"],
@@ -376,25 +398,3 @@ def check_ratio(record: Mapping[str, Any], least: float) -> None:
             slow.append(f"{row['case']}: {best:.2f} times as fast as {row['fastest']}")
     if slow:
         raise CheckFailed(f"wanted {least:g} times as fast as every dense peer; " + "; ".join(slow))
-
-
-def versions() -> dict[str, str]:
-    """Installed versions of the packages that were compared."""
-    found = {}
-    for name in _VERSIONS:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
-
-
-def machine() -> dict[str, Any]:
-    """Processor, CPUs and kernels that it can run."""
-    from pruneofa.engine.engine import Engine
-
-    return {
-        "cpu": processor(),
-        "cpus": os.cpu_count(),
-        "isas": Engine.available_isas(),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-    }

@@ -37,7 +37,7 @@ class Settings:
         pythons: {peer: interpreter that has it}.
         work: folder that keeps the exported models for the next run; None: a temporary one.
         limit: seconds that a step of a peer (its export, or its runs of a round) may take before it is left out.
-        peak: peak performance of the machine, 10^12 operations per second, to report the fraction reached.
+        peak: peak of the machine, 10^12 operations per second, of which a share is reported; None: what is measured.
     """
 
     path: str | None = None

@@ -1,11 +1,12 @@
 """Records of `pruneofa bench` as tables for the terminal and the documentation, and as a chart."""
 
 import importlib.util
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pruneofa import families
+from pruneofa.bench.machine import CHANGE, FIGURES, largest_change
 from pruneofa.bench.peers import PRUNEOFA
 from pruneofa.errors import InputError
 from pruneofa.formats.files import read_json
@@ -52,11 +53,13 @@ def remarks(record: Mapping[str, Any]) -> list[str]:
     found = []
     for row in record["rows"]:
         share = f", {100 * row['share_of_peak']:.0f} % of the machine's peak" if row["share_of_peak"] else ""
+        limits = row.get("ceilings")
         rate = f"{row['tera_per_second']:.2f} x 10^12 operations/s of the dense model{share}"
         if row["ratio"] is None:
             found.append(f"{row['case']}: {rate}; no peer to compare with")
         else:
             found.append(f"{row['case']}: {row['ratio']:.2f} times as fast as {row['fastest_dense']}; {rate}")
+        found += [f"{row['case']}: {line}" for line in _ceilings(limits, record["threads"])] if limits else []
         for runner in row["runners"]:
             if runner["verified"] is False:
                 text = f"its output error is {runner['error']:.2g}, tolerance {runner['tolerance']:g}"
@@ -77,6 +80,17 @@ def remarks(record: Mapping[str, Any]) -> list[str]:
     if load > 0.3 * cpus:
         found.append(f"other programs were running (load average {load:.1f} on {cpus} CPUs): measure again when idle")
     return found
+
+
+def _ceilings(limits: Mapping[str, Any], threads: int) -> Iterator[str]:
+    """What the machine could do before and after a row, and whether it changed."""
+    states = [limits[when]["all_threads"] for when in ("before", "after") if limits[when]]
+    figures = (f"{name} {', '.join(_short(state[key]) for state in states)} {unit}" for key, name, unit in FIGURES)
+    when = "before and after" if len(states) > 1 else "before"
+    yield f"{when}, {threads} {'thread' if threads == 1 else 'threads'} reached: {'; '.join(figures)}"
+    change, text = largest_change(limits)
+    if change > CHANGE:
+        yield f"the machine changed while this row was measured ({text}): measure again"
 
 
 def break_even_rows(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

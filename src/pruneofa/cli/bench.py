@@ -81,7 +81,7 @@ def describe(verb: argparse.ArgumentParser) -> None:
         "--peak",
         type=float,
         metavar="X",
-        help="peak of the machine in 10^12 operations per second, to report the fraction reached",
+        help="peak of the machine in 10^12 operations per second (default: measured before and after each row)",
     )
     add(
         "--break-even",

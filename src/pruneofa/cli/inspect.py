@@ -35,7 +35,10 @@ def describe(verb: argparse.ArgumentParser) -> None:
             engine = Engine.from_pretrained(folder, precision=precision)
 
             def lanes(made: Plan) -> str:
-                return f"{made.lanes} x {made.width} {'thread' if made.width == 1 else 'threads'}"
+                text = f"{made.lanes} x {made.width} {'thread' if made.width == 1 else 'threads'}"
+                if made.spare:
+                    text += f"; {made.spare} more would lose at {engine.barriers} barriers what they gain"
+                return text
 
             layers = dict(engine.choices())
             found["engine"] = {
@@ -43,6 +46,7 @@ def describe(verb: argparse.ArgumentParser) -> None:
                 "activations": engine.activations,
                 "threads": engine.threads,
                 "threads_reason": engine.threads_reason,
+                "barriers": engine.barriers,
                 "lanes": {case: lanes(engine.plan(lengths)) for case, lengths in CASES.items()},
                 "layers": layers,
             }

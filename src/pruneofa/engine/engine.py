@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from pruneofa.engine.heads import Classification, Embedding, Head, task_head
 from pruneofa.engine.inputs import WANTED, as_matrix, as_row, check_item, check_range, finite, row_lengths
-from pruneofa.engine.lanes import Plan, check_lanes, groups, plan
+from pruneofa.engine.lanes import Plan, check_lanes, groups, meeting_cost, plan
 from pruneofa.engine.load import Precision, Weights, build_encoder
 from pruneofa.engine.question_answering import QuestionAnswering
 from pruneofa.engine.threads import Threads, choose_threads, cpu_quota, usable_threads
@@ -45,6 +45,7 @@ class Engine:
         threads: number of compute threads.
         threads_reason: what that number comes from.
         lanes: number of groups of threads that compute parts of a batch; None: chosen for each batch, see `plan`.
+        barriers: how often the threads of a lane wait for each other in a pass.
         precision: "int8" or "fp32".
         activations: quantization of the inputs of int8 layers: "static" (scales from training) or "dynamic" (one scale
             per token); "float" if the precision is fp32.
@@ -68,7 +69,8 @@ class Engine:
         words, positions = (packed.embeddings[architecture.tables[name]].values for name in ("word", "position"))
         # No list of the layers: it would keep all of them in memory until the encoder is built.
         encoder = {name: linear.values.size for name, linear in packed.linears.items() if name != f"{POOLER}.weight"}
-        self.sparsity = 1 - sum(encoder.values()) / sum(math.prod(packed.linears[name].shape) for name in encoder)
+        size = sum(math.prod(packed.linears[name].shape) for name in encoder)
+        self.sparsity = 1 - sum(encoder.values()) / size
         weights = Weights(packed, native, isa)
         self.isa, self.precision = isa, precision
         self.threads, self.threads_reason, self.lanes = threads.count, threads.reason, lanes
@@ -88,6 +90,8 @@ class Engine:
         )
         # After the tokenizer, whose file takes as much memory to check as it gives back.
         self._encoder = build_encoder(native, weights, architecture, threads=self.threads, isa=isa)
+        self.barriers: int = self._encoder.barriers
+        self._meeting = meeting_cost(self.barriers, size, isa)
         self.head: Head
         if sentence is None:
             self.head, self.task = task_head(weights, architecture, self.tokenizer), architecture.task
@@ -154,7 +158,7 @@ class Engine:
 
     def plan(self, lengths: Sequence[int]) -> Plan:
         """How sequences of so many tokens each are divided among threads that this process may use now."""
-        return plan(lengths, min(self.threads, usable_threads(self._quota)), self.lanes)
+        return plan(lengths, min(self.threads, usable_threads(self._quota)), self.lanes, self._meeting)
 
     @staticmethod
     def available_isas() -> list[str]:

@@ -1,6 +1,7 @@
 """The machine this runs on, for records of runs and measurements."""
 
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,23 @@ def processor() -> str:
     if part := known.get("CPU part"):  # ARM: numbers instead of a name
         return f"ARM, implementer {known.get('CPU implementer', 'unknown')}, part {part}"
     return _apple_name() or platform.processor() or "unknown"
+
+
+def cache_bytes(level: int, root: Path = Path("/")) -> int | None:
+    """Size of the cache for data of this level that the first CPU uses; None where the system does not say.
+
+    Args:
+        level: 1 to 4.
+        root: the root of the file system.
+    """
+    for folder in sorted((root / "sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        try:
+            found, kind, size = ((folder / name).read_text().strip() for name in ("level", "type", "size"))
+        except (OSError, UnicodeDecodeError):
+            continue
+        if found == str(level) and kind != "Instruction" and re.fullmatch(r"[0-9]{1,9}K", size):
+            return int(size[:-1]) << 10 or None
+    return None
 
 
 def _apple_name() -> str:

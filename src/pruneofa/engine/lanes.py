@@ -9,13 +9,21 @@ from pruneofa.errors import InputError
 
 # What a pass costs, in tokens of one thread; benchmarks/lanes.py measures it.
 _WEIGHTS = 24  # reading the weights once
-_BARRIERS = 2  # meeting at barriers, for each thread beyond the first
+_BARRIERS = 2.0  # meeting at the barriers of BERT-Base on AMX, for each thread beyond the first
 _UNEVEN = 0.08  # the share that is lost for each thread beyond the first, because the slowest is waited for
 # Tokens of a part, for each thread of the lane. With more the activations do not fit a core's caches, with fewer the
 # weights are read too often; measured with 12 layers of hidden size 768.
 _PART = 192
 _MOST_PART = 384
 _MOST_TOKENS = 16384  # whose hidden states are in memory at a time
+
+
+# BERT-Base with dynamic scales: barriers of a pass, and weights of the linear layers.
+_BERT_BARRIERS, _BERT_WEIGHTS = 121, 84_934_656
+# Time of a token on AMX, relative to that on another path: there a barrier takes as long, and so costs fewer tokens.
+# BERT-Base, 128 tokens, int8 (benchmarks/records/*-engine); paths that were not timed there count as AVX2.
+_SPEED = {"amx": 1.0, "avx512vnni": 0.42}
+_OTHER_SPEED = 0.2
 
 
 @dataclass(frozen=True)
@@ -26,11 +34,13 @@ class Plan:
         lanes: number of groups of threads, at least 1.
         width: number of threads of each lane, at least 1.
         parts: the indices of the sequences of each part, in the order in which lanes take them.
+        spare: number of threads that no lane has, because they would cost more than they save.
     """
 
     lanes: int
     width: int
     parts: list[list[int]]
+    spare: int = 0
 
 
 def check_lanes(wanted: int | None, threads: int) -> int | None:
@@ -54,24 +64,37 @@ def groups(lengths: Sequence[int]) -> Iterator[list[int]]:
         yield group
 
 
-def plan(lengths: Sequence[int], threads: int, lanes: int | None = None) -> Plan:
+def meeting_cost(barriers: int, weights: int, isa: str) -> float:
+    """What a further thread costs a pass at its barriers, in tokens of one thread: more on a fast path.
+
+    Args:
+        barriers: of a pass.
+        weights: of the linear layers, zeros included.
+        isa: the path.
+    """
+    size = _BERT_WEIGHTS / weights
+    return _BARRIERS * barriers / _BERT_BARRIERS * size * _SPEED.get(isa, _OTHER_SPEED)
+
+
+def plan(lengths: Sequence[int], threads: int, lanes: int | None = None, meeting: float = _BARRIERS) -> Plan:
     """Divide a batch so that it is done soonest, as far as the model of costs knows.
 
     Args:
         lengths: tokens of each sequence, at least one sequence.
         threads: the most threads to use.
         lanes: number of lanes; None: as many as pay.
+        meeting: see `meeting_cost`.
     """
     most = min(threads, len(lengths))
-    plans = (_divided(lengths, count, threads // count) for count in _counts(most, lanes))
-    return min(plans, key=lambda one: _cost(one, lengths))  # of equals the one with fewest lanes
+    plans = (_divided(lengths, count, threads // count, meeting) for count in _counts(most, lanes))
+    return min(plans, key=lambda one: _cost(one, lengths, meeting))  # of equals the one with fewest lanes
 
 
 def _counts(most: int, lanes: int | None) -> Sequence[int]:
     return range(1, most + 1) if lanes is None else [min(lanes, most)]
 
 
-def _divided(lengths: Sequence[int], lanes: int, threads: int) -> Plan:
+def _divided(lengths: Sequence[int], lanes: int, threads: int, meeting: float) -> Plan:
     """Parts of about equal numbers of tokens, as many for every lane, and as many of `threads` as pay for a lane."""
     total = sum(lengths)
     rounds = -(-total // (lanes * min(_PART * threads, _MOST_PART)))
@@ -81,17 +104,17 @@ def _divided(lengths: Sequence[int], lanes: int, threads: int) -> Plan:
         part.append(index)
         heapq.heapreplace(bins, (tokens + lengths[index], number, part))
     largest_first = sorted(bins, key=lambda one: (-one[0], one[1]))
-    width = min(range(1, threads + 1), key=lambda count: _part_cost(largest_first[0][0], count))
-    return Plan(lanes, width, [part for _, _, part in largest_first])
+    width = min(range(1, threads + 1), key=lambda count: _part_cost(largest_first[0][0], count, meeting))
+    return Plan(lanes, width, [part for _, _, part in largest_first], threads - width if lanes == 1 else 0)
 
 
-def _part_cost(tokens: int, width: int) -> float:
-    return (_WEIGHTS + tokens) / width * (1 + _UNEVEN * (width - 1)) + _BARRIERS * (width - 1)
+def _part_cost(tokens: int, width: int, meeting: float) -> float:
+    return (_WEIGHTS + tokens) / width * (1 + _UNEVEN * (width - 1)) + meeting * (width - 1)
 
 
-def _cost(made: Plan, lengths: Sequence[int]) -> float:
+def _cost(made: Plan, lengths: Sequence[int], meeting: float) -> float:
     """Time until the last lane is done, when each takes the next part as soon as it can."""
     busy = [0.0] * made.lanes
     for part in made.parts:
-        heapq.heapreplace(busy, busy[0] + _part_cost(sum(lengths[index] for index in part), made.width))
+        heapq.heapreplace(busy, busy[0] + _part_cost(sum(lengths[index] for index in part), made.width, meeting))
     return max(busy)

@@ -248,6 +248,7 @@ class Encoder:
         self._word, self._position, self._token_type = word, position, token_type
         self._embedding_norm, self._relative_bias = embedding_norm, relative_bias
         self._layers = list(layers)
+        self.barriers = 0  # threads that wait for each other
 
     def forward(
         self,

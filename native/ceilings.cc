@@ -1,0 +1,95 @@
+#include "ceilings.h"
+
+#include <algorithm>
+#include <chrono>
+#include <functional>
+#include <vector>
+
+#include "memory.h"
+#include "pool.h"
+
+namespace pruneofa {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+// The best of a few short slots: a thread that is kept off its CPU spoils one, not all. The first one is a warm-up too.
+constexpr int kSlots = 25, kFewestSlots = 2;
+constexpr std::chrono::milliseconds kSlot{1}, kMost{100};
+
+// How much `work`, which returns what it has done, does per second on all threads.
+double best_rate(const Kernels& kernels, int threads, const std::function<double(int)>& work) {
+  struct alignas(64) Done {
+    double amount = 0;
+    Clock::time_point begin, end;
+  };
+  Pool pool(threads);
+  const Clock::time_point start = Clock::now();
+  double best = 0;
+  for (int slot = 0; slot < kSlots && (slot < kFewestSlots || Clock::now() - start < kMost); ++slot) {
+    std::vector<Done> done(threads);
+    Barrier barrier;
+    barrier.set_threads(threads);
+    Pool::Share(pool, threads).run(threads, false, [&](int thread) {
+      Done& own = done[thread];
+      kernels.begin();
+      barrier.wait();
+      own.begin = own.end = Clock::now();
+      while (own.end - own.begin < kSlot) {
+        own.amount += work(thread);
+        own.end = Clock::now();
+      }
+      kernels.end();
+    });
+    // From the first one's beginning to the last one's end: threads that take turns on a CPU do not count twice.
+    Done all = done[0];
+    for (int t = 1; t < threads; ++t) {
+      all.amount += done[t].amount;
+      all.begin = std::min(all.begin, done[t].begin);
+      all.end = std::max(all.end, done[t].end);
+    }
+    best = std::max(best, all.amount / std::chrono::duration<double>(all.end - all.begin).count());
+  }
+  return best;
+}
+
+// Small numbers in every 16 bits of the codes and of the int8 weights, because AVX2 multiplies those; the sums of all
+// turns fit int32.
+constexpr int kTurns = 4096;
+
+void fill(CachedOperands& operands, bool int8) {
+  auto* const x = reinterpret_cast<float*>(operands.x);
+  for (std::size_t i = 0; i < sizeof operands.x / sizeof(float); ++i) x[i] = static_cast<float>(i % 13) / 8 - 0.75f;
+  for (int s = 0; s < CachedOperands::kSteps; ++s) {
+    for (int r = 0; r < CachedOperands::kWords; ++r) {
+      const float weight = static_cast<float>((s + r) % 7) / 4 - 0.75f;
+      static_assert(sizeof weight == sizeof operands.words[s][r]);
+      memcpy(&operands.words[s][r], &weight, sizeof weight);
+      if (int8) operands.words[s][r] = static_cast<uint32_t>(1 + (s * 37 + r * 11) % 127) * 0x00010001;
+    }
+  }
+  for (std::size_t i = 0; int8 && i < sizeof operands.x; ++i) {
+    reinterpret_cast<uint8_t*>(operands.x)[i] = i % 2 ? 0 : static_cast<uint8_t>(i * 29 % 256);
+  }
+}
+
+}  // namespace
+
+double arithmetic_peak(const Kernels& kernels, bool int8, int threads) {
+  const Aligned<CachedOperands> operands(threads);
+  for (int t = 0; t < threads; ++t) fill(operands[t], int8);
+  const auto multiply = int8 ? kernels.multiply_cached_int8 : kernels.multiply_cached_float;
+  return best_rate(kernels, threads,
+                   [&](int thread) { return static_cast<double>(multiply(operands[thread], kTurns)); });
+}
+
+double read_bandwidth(const Kernels& kernels, std::size_t bytes, int threads) {
+  bytes = std::max<std::size_t>(bytes / 128, 1) * 128;
+  const Aligned<char> data(bytes * threads), out(std::size_t{64} * threads);
+  return best_rate(kernels, threads, [&](int thread) {
+    kernels.read_all(data.data() + bytes * thread, bytes, out.data() + std::size_t{64} * thread);
+    return static_cast<double>(bytes);
+  });
+}
+
+}  // namespace pruneofa
