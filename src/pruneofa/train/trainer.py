@@ -165,10 +165,21 @@ class StageTrainer(Trainer):
         self.clock = {"seconds": seconds, "tokens": int(self._tokens)}
         return self.clock
 
-    def set_clock(self, clock: dict[str, Any]) -> None:
-        """Continue counting from those of an earlier attempt."""
-        self.clock = clock
-        self._tokens = torch.tensor(float(clock["tokens"]), dtype=torch.float64)
+    def progress_state(self, seconds: float) -> dict[str, Any]:
+        """`read_clock`, and the "micro_batch" if memory ran out with a larger one: what `resume` takes."""
+        lowered = self.micro_batch < self.data_collator.micro_batch
+        return self.read_clock(seconds) | ({"micro_batch": self.micro_batch} if lowered else {})
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Continue from the `progress_state` of an earlier attempt."""
+        self.clock = {name: state[name] for name in ("seconds", "tokens")}
+        self._tokens = torch.tensor(float(state["tokens"]), dtype=torch.float64)
+        if state.get("micro_batch", self.micro_batch) < self.micro_batch:
+            self.micro_batch = state["micro_batch"]
+            notice(
+                f"{self.stage}: resumes with {self.micro_batch} examples per forward pass, since memory ran out with "
+                "more"
+            )
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Copy the state of training to memory, and write what is small: it differs from process to process."""
@@ -208,7 +219,7 @@ class _StageCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step:
-            self.trainer.set_clock(read_json(checkpoint_path(args.output_dir, state.global_step, CLOCK_FILE)))
+            self.trainer.resume(read_json(checkpoint_path(args.output_dir, state.global_step, CLOCK_FILE)))
         self.saved = time.monotonic()
         self.since = self.saved - self.trainer.clock["seconds"]
         self.stack = ExitStack()
@@ -263,7 +274,7 @@ class _StageCallback(TrainerCallback):
             torch.distributed.barrier()
         if state.is_world_process_zero:
             folder = checkpoint_path(args.output_dir, state.global_step)
-            write_json(folder / CLOCK_FILE, self.trainer.read_clock(time.monotonic() - self.since))
+            write_json(folder / CLOCK_FILE, self.trainer.progress_state(time.monotonic() - self.since))
             assert self.trainer.snapshot is not None
             self.writer.start(partial(self.trainer.snapshot.write, folder))
             self.trainer.snapshot = None
