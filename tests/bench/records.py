@@ -19,7 +19,8 @@ def runner(name: str, milliseconds: float, **fields) -> dict:
 
 def record(*runners: dict, case: Case | None = None, **fields) -> dict:
     row = measure.summary(case or Case("1x128", (128,)), 10**9, list(runners), 14.0)
-    model = {"name": PRUNEOFA, "sparsity": 0.9, "patterns": ["unstructured"], "layers": 12, "hidden": 768}
+    model = {"name": PRUNEOFA, "family": "bert", "sparsity": 0.9, "patterns": ["unstructured"]}
+    model |= {"layers": 12, "hidden": 768}
     return {
         "format": measure.FORMAT, "isa": "amx", "capped": False, "rows": [row], "left_out": {}, "break_even": [],
         "models": [model | {"precision": "int8"}], "machine": {"load_average": [0, 0], "cpus": 2},
