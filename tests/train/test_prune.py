@@ -154,6 +154,16 @@ def test_obs_updates_the_weights_that_stay_and_ends_with_the_ramp():
         pruner.step(2, broken)
 
 
+def test_obs_keeps_no_dense_values():
+    pruner = GradualPruner(bare(), **SCHEDULE, score="obs")
+    pruner.step(5, curvature(pruner, 0))
+    assert all(key.endswith(".pruned") for key in pruner.state_dict())
+    older = {f"{name.removesuffix('.pruned')}.dense": torch.zeros(3) for name in pruner.state_dict()}
+    again = GradualPruner(bare(), **SCHEDULE, score="obs")
+    again.load_state_dict(pruner.state_dict() | older)  # a checkpoint of a version that kept one
+    assert all(torch.equal(pruner.masks[name], mask) for name, mask in again.masks.items())
+
+
 def test_a_pruned_weight_is_positive_zero_has_no_gradient_and_does_not_decay():
     model = bare()
     pruner = GradualPruner(model, **SCHEDULE, initial=0.5)

@@ -21,9 +21,9 @@ class GradualPruner:
     backward -> clip -> optimizer -> `step(t)`. Gradients of pruned weights are zero from the backward
     pass on (hooks, see PatternLock), so that gradient clipping counts only the weights that train.
 
-    The dense value that a pruned weight had is kept outside the model. It is restored when masks are selected
-    again, so that a weight can return. This takes a second copy of the prunable weights and five bytes per weight
-    for the masks.
+    The dense value that a pruned weight had is kept outside the model, except with score obs. It is restored when masks
+    are selected again, so that a weight can return. This takes a second copy of the prunable weights, and the masks
+    five bytes per weight.
 
     `score` says which weights are pruned first; all but magnitude need `step(t, curvature)` where t is due:
 
@@ -79,7 +79,8 @@ class GradualPruner:
             w.numel() for n, w in all_weights.items() if n not in weights and masks.canonical_name(n) != masks.POOLER
         )
         self._lock = PatternLock(weights, {n: torch.zeros_like(w, dtype=torch.bool) for n, w in weights.items()})
-        self._dense = {n: torch.empty_like(w, requires_grad=False) for n, w in weights.items()}
+        kept = {} if score == "obs" else weights
+        self._dense = {n: torch.empty_like(w, requires_grad=False) for n, w in kept.items()}
         fisher = weights if score == "fisher" else {}
         self._diagonal = {n: torch.zeros_like(w, requires_grad=False) for n, w in fisher.items()}
 
@@ -109,9 +110,10 @@ class GradualPruner:
             return False
         if self.score != "magnitude" and curvature is None:
             raise InputError(f"score {self.score}: step({t}) selects masks and needs the curvature; pass it")
-        for name, weight in self.weights.items():
+        for name in self._dense:
             # After this the saved tensor is complete: trained values where kept, saved values where pruned.
-            dense, pruned = self._dense_on(name, weight.device), self._lock.mask_on(name, weight.device)
+            weight = self.weights[name]
+            dense, pruned = self._on(self._dense, name, weight.device), self._lock.mask_on(name, weight.device)
             torch.where(pruned, dense, weight, out=dense)
         target = cubic_sparsity(t, begin=self.begin, end=self.end, final=self.final, initial=self.initial)
         for name, kept in self._select(self._scores(curvature or {}), target):
@@ -143,17 +145,15 @@ class GradualPruner:
         """The state as a flat dict of CPU tensors by canonical layer name, ready for safetensors.
 
         `*.pruned` are the packed bits of the mask, uint8; `*.dense` are the values of the pruned weights in
-        order of position, in the weight's dtype; `*.diagonal` their mean squared gradients, with score fisher.
-        The schedule is not part of it: it belongs to the recipe.
+        order of position, in the weight's dtype, not with score obs; `*.diagonal` their mean squared gradients, with
+        score fisher. The schedule is not part of it: it belongs to the recipe.
         """
         state: dict[str, Tensor] = {}
         for name, pruned in self._lock.pruned.items():
-            dense = self._dense_on(name, pruned.device)
             state[f"{masks.canonical_name(name)}.pruned"] = pack(pruned)
-            state[f"{masks.canonical_name(name)}.dense"] = dense[pruned].cpu()
-            if name in self._diagonal:
-                diagonal = self._on(self._diagonal, name, pruned.device)
-                state[f"{masks.canonical_name(name)}.diagonal"] = diagonal[pruned].cpu()
+            for kind, kept in self._kept.items():
+                if name in kept:
+                    state[f"{masks.canonical_name(name)}.{kind}"] = self._on(kept, name, pruned.device)[pruned].cpu()
         return state
 
     @torch.no_grad()
@@ -165,7 +165,7 @@ class GradualPruner:
         pruned = {name: unpack(state, name, weight) for name, weight in self.weights.items()}
         for name, mask in pruned.items():
             count = int(mask.count_nonzero())
-            for kind in ("dense", "diagonal") if name in self._diagonal else ("dense",):
+            for kind in [kind for kind, kept in self._kept.items() if name in kept]:
                 stored = state.get(f"{masks.canonical_name(name)}.{kind}")
                 if stored is None or stored.numel() != count or stored.dtype != self.weights[name].dtype:
                     got = "nothing" if stored is None else f"{stored.numel()} {kind} values of {stored.dtype}"
@@ -175,7 +175,7 @@ class GradualPruner:
                     )
         self._lock.pruned.update(pruned)
         for name, mask in pruned.items():
-            for kind, kept in (("dense", self._dense), ("diagonal", self._diagonal)):
+            for kind, kept in self._kept.items():
                 if name in kept:
                     stored = state[f"{masks.canonical_name(name)}.{kind}"]
                     self._on(kept, name, mask.device)[mask] = stored.to(mask.device)
@@ -183,6 +183,11 @@ class GradualPruner:
     def release(self) -> None:
         """Remove the gradient hooks; call this when pruning is finished and the model is used further."""
         self._lock.release()
+
+    @property
+    def _kept(self) -> dict[str, dict[str, Tensor]]:
+        """What is kept of pruned weights, by its name in `state_dict` and by parameter name."""
+        return {"dense": self._dense, "diagonal": self._diagonal}
 
     def _scores(self, curvature: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What masks are selected by, by name; self._dense is complete."""
@@ -214,9 +219,6 @@ class GradualPruner:
         else:
             for name, values in scores.items():
                 yield name, masks.magnitude_mask(values, sparsity, self.pattern)
-
-    def _dense_on(self, name: str, device: torch.device) -> Tensor:
-        return self._on(self._dense, name, device)
 
     @staticmethod
     def _on(values: dict[str, Tensor], name: str, device: torch.device) -> Tensor:
