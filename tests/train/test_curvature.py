@@ -8,7 +8,7 @@ import torch
 
 from pruneofa.errors import CheckFailed, InputError
 from pruneofa.train import curvature, device, layerwise
-from pruneofa.train.curvature import fisher_blocks, fisher_diagonal, sampled_loss, second_moments
+from pruneofa.train.curvature import fisher_blocks, fisher_diagonal, moment_decay, sampled_loss, second_moments
 from pruneofa.train.device import free_memory
 from pruneofa.train.masks import prunable
 from pruneofa.train.objective import PretrainingObjective
@@ -119,8 +119,11 @@ def test_second_moments_are_adams_without_its_bias():
         optimizer.step()
     found = second_moments(optimizer, weights)
     np.testing.assert_allclose(found[name], wanted / (1 - 0.9**3), rtol=1e-5)
-    others = [float(moment.mean()) for other, moment in found.items() if other != DENSE]
-    assert found[DENSE].unique().tolist() == pytest.approx([np.mean(others)])
+    assert found.keys() == weights.keys() - {DENSE}
+    assert moment_decay(optimizer, weights) == 0.9
+    mixed = torch.optim.Adam([{"params": [weights[name]], "betas": (0.9, 0.5)}, {"params": [weights[DENSE]]}])
+    with pytest.raises(InputError, match="Adam's second beta is 0.5 for some weights and 0.999 for others"):
+        moment_decay(mixed, weights)
     with pytest.raises(InputError, match="SGD keeps no second moment"):
         second_moments(torch.optim.SGD(model.parameters(), lr=1), weights)
 
