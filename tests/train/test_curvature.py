@@ -1,6 +1,8 @@
 """The curvature of a student's outputs: against finite differences, NumPy sums and Adam's own state."""
 
+import contextlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -99,6 +101,21 @@ def test_a_layer_without_gradients_is_compared_by_magnitude_and_none_at_all_is_a
     made.student.requires_grad_(False)
     with pytest.raises(CheckFailed, match="the gradients of all weights are 0"):
         fisher_diagonal(made, prunable(made.student), batches(), **OPTIONS)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_one_of_the_processes_shows_the_progress(monkeypatch, first):
+    shown = []
+
+    @contextlib.contextmanager
+    def recorded(description, total):
+        yield lambda count=1, note="": shown.append(description)
+
+    monkeypatch.setattr(device, "progress", recorded)
+    monkeypatch.setattr(device, "processes", lambda: SimpleNamespace(is_main_process=first))
+    made = objective()
+    fisher_diagonal(made, prunable(made.student), batches(), **OPTIONS)
+    assert shown == ["gradients for the scores"] * (6 if first else 0)
 
 
 def test_second_moments_are_adams_without_its_bias():

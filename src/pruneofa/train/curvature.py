@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pruneofa.errors import CheckFailed, InputError
-from pruneofa.progress import progress
-from pruneofa.train.device import processes, refuse_more_than_free
+from pruneofa.train.device import processes, refuse_more_than_free, shared_progress
 from pruneofa.train.objective import INPUTS, UNLABELLED, PretrainingObjective, vocabulary_head
 from pruneofa.train.scores import CHUNK, block_size, to_blocks
 
@@ -217,7 +216,7 @@ def _gradients(
     generator = torch.Generator(device).manual_seed(seed)
     objective.student.eval()
     try:
-        with progress("gradients for the scores", total) as advance:
+        with shared_progress("gradients for the scores", total) as advance:
             for batch in batches:
                 here = {name: value.to(device) for name, value in batch.items()}
                 with torch.enable_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
