@@ -29,7 +29,14 @@ def limits(before: float = 14, after: float | None = 14, memory: float = 20) -> 
 
 def record(*runners: dict, case: Case | None = None, ceilings: dict | None = None, **fields) -> dict:
     row = measure.summary(case or Case("1x128", (128,)), 10**9, list(runners), None, ceilings or limits())
-    model = {"name": PRUNEOFA, "sparsity": 0.9, "patterns": ["unstructured"], "layers": 12, "hidden": 768}
+    model = {
+        "name": PRUNEOFA,
+        "family": "bert",
+        "sparsity": 0.9,
+        "patterns": ["unstructured"],
+        "layers": 12,
+        "hidden": 768,
+    }
     return {
         "format": measure.FORMAT, "threads": 2, "isa": "amx", "capped": False, "rows": [row], "left_out": {},
         "break_even": [],

@@ -1,5 +1,6 @@
 """The models and cases of a benchmark."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,6 +73,18 @@ def test_what_is_no_model(tmp_path, settings, message):
     with pytest.raises(InputError, match=message):
         list(models.read_models(Settings(**settings), tmp_path))
     assert not any(tmp_path.iterdir())
+
+
+def test_the_family_is_described_without_a_class_in_config_json(tmp_path, monkeypatch):
+    tiny = families.Shape("tiny", "Tiny", layers=1, hidden=64, heads=4, inner=128)
+    monkeypatch.setattr(families, "FAMILIES", (replace(MPNET, shapes=(tiny,)),))
+    write_random(tmp_path / "folder", "tiny", 0.75)
+    config = json.loads((tmp_path / "folder" / "config.json").read_text())
+    assert config.pop("architectures", None)
+    (tmp_path / "folder" / "config.json").write_text(json.dumps(config))
+    model = next(models.read_models(Settings(path=str(tmp_path / "folder")), tmp_path / "work"))
+    described = models.describe(model)
+    assert (described["family"], described["architecture"], described["layers"]) == ("mpnet", None, 1)
 
 
 def test_operations_are_those_of_linears_and_attention(folder, tmp_path):

@@ -76,14 +76,27 @@ def test_the_table_of_the_readme_comes_from_records(tmp_path):
                         "4.50×", "4 %"]  # fmt: skip
     assert lines[3][1:6] == ["avx2 (capped)", "2 × 8–128 tokens", "50 seq/s", "onnxruntime-int8, 15.4 seq/s",
                              "**3.25×**"]  # fmt: skip
-    of_one_size = [record(runner(PRUNEOFA, 2)) for _ in range(2)]
-    for one, name in zip(of_one_size, ("BertModel", "MPNetForMaskedLM"), strict=True):
-        one["models"][0]["architecture"] = name
-    named = [line.split(",")[0] for line in tables.speed_table(of_one_size).splitlines()[2:]]
-    assert named == ["| BERT-Base", "| MPNet-Base"]
     (tmp_path / "0.json").write_text("{}")
     with pytest.raises(InputError, match="wanted a file that `pruneofa bench --json` or --record wrote"):
         tables.read_records([tmp_path / "0.json"])
+
+
+@pytest.mark.parametrize(
+    ("named", "title"),
+    [
+        ({"family": "bert", "architecture": None}, "BERT-Base"),
+        ({"family": "mpnet", "architecture": None}, "MPNet-Base"),  # config.json without architectures
+        ({"family": "roberta", "architecture": "RobertaModel"}, "12 layers of 768"),
+        ({"architecture": "BertModel"}, "BERT-Base"),  # of a version that did not write the family
+        ({"architecture": "MPNetForMaskedLM"}, "MPNet-Base"),
+        ({"architecture": None}, "12 layers of 768"),
+    ],
+)
+def test_a_model_is_named_by_its_family_and_its_size(named, title):
+    found = record(runner(PRUNEOFA, 2))
+    del found["models"][0]["family"]
+    found["models"][0] |= named
+    assert tables.speed_table([found]).splitlines()[2].startswith(f"| {title}, 90 %")
 
 
 @pytest.mark.parametrize("suffix", [".svg", ".html"])

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from pruneofa.run import one_shot
-from pruneofa.train import device
+from pruneofa.formats.cache import write_checksums
+from pruneofa.train import device, layerwise
 from tests.small import write_task
 from tests.tiny import write_model
 
@@ -51,15 +51,23 @@ def test_other_scores_and_steps_that_follow(prune, call, tmp_path, score):
 
 
 def test_after_ctrl_c_the_same_command_finishes(prune, monkeypatch, tmp_path):
-    def interrupt(*_, **__):
-        raise KeyboardInterrupt
+    fit, fitted = layerwise._fit_linear, []
+
+    def interrupt(*arguments):
+        if len(fitted) == 6:  # in the second layer
+            raise KeyboardInterrupt
+        fitted.append(fit(*arguments))
 
     with monkeypatch.context() as patched:
-        patched.setattr(one_shot, "prune_layerwise", interrupt)
+        patched.setattr(layerwise, "_fit_linear", interrupt)
         assert prune().code == 130
     assert not (tmp_path / "out").exists()
+    [clock] = (tmp_path / ".out.pruneofa-work").rglob("layer-0/clock.json")
+    clock.write_text('{"seconds": 1000}')
+    write_checksums(clock.parent)
     said = prune()
-    assert said.code == 0 and (tmp_path / "out" / "stage.json").exists(), said.err
+    assert said.code == 0, said.err
+    assert 1000 < json.loads((tmp_path / "out" / "stage.json").read_text())["seconds"] < 2000
 
 
 @pytest.mark.parametrize(

@@ -35,5 +35,21 @@ def test_the_last_line_says_what_was_found(base, call, tmp_path):
 
 
 def test_missing_layers_are_counted():
-    found = {"ok": False, "revived": [], "missing": ["a", "b"], "extra_zeros": 0}
+    found = {"ok": False, "revived": [], "not_finite": [], "missing": ["a", "b"], "extra_zeros": 0}
     assert conclusion(found) == "FAILED: DERIVED lacks 2 layers of BASE"
+
+
+@pytest.mark.parametrize("pruned", [True, False])
+def test_a_weight_that_is_no_number_is_named_as_such(base, call, tmp_path, pruned):
+    derived = tmp_path / "derived"
+    shutil.copytree(base, derived)
+    tensors = load_file(derived / "model.safetensors")
+    name = "bert.encoder.layer.0.output.dense.weight"
+    tensors[name][tuple(part[0] for part in ((tensors[name] == 0) == pruned).nonzero())] = float("nan")
+    save_file(tensors, derived / "model.safetensors", {"format": "pt"})
+    said = call("verify", base, derived)
+    assert said.code == 1
+    assert said.out.splitlines() == [
+        f"NaN or infinite: {name.removeprefix('bert.')}: 1 weights",
+        "FAILED: 1 weight of DERIVED is NaN or infinite",
+    ]

@@ -200,8 +200,12 @@ def test_verify_catches_not_a_number_and_the_pooler(base, derived):
         weight = tensors["bert.pooler.dense.weight"]
         weight.view(-1)[(weight.view(-1) == 0).nonzero()[:2]] = float("nan")
 
+        tensors[f"bert.{QUERY}"].view(-1)[(tensors[f"bert.{QUERY}"].view(-1) != 0).nonzero()[0]] = float("inf")
+
     change(derived, revive)
-    assert pattern.verify(base, derived)["revived"] == [{"layer": pattern.POOLER, "count": 2}]
+    found = pattern.verify(base, derived)
+    assert found["not_finite"] == [{"layer": QUERY, "count": 1}, {"layer": pattern.POOLER, "count": 2}]
+    assert not found["ok"] and not found["revived"] and found["extra_zeros"] == 0
 
 
 def test_verify_counts_extra_and_negative_zeros_and_passes(base, derived):

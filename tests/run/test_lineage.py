@@ -102,6 +102,16 @@ def test_a_run_from_a_sparse_model_is_compared_where_that_is_a_folder(run, model
         check_lock(run / SEED / "transfer")
 
 
+def test_a_weight_that_is_no_number_is_named_and_not_called_a_lost_pattern(run):
+    file = run / SEED / "transfer" / "model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith(QUERY))
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(InputError, match=f"transfer: {QUERY} has 1 NaN or infinite weights; train again"):
+        check_lock(run / SEED / "transfer")
+
+
 def test_it_needs_no_torch(run):
     program = (
         "import sys; from pathlib import Path; from pruneofa.run.lineage import check_lock; "

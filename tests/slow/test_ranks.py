@@ -4,15 +4,18 @@ import hashlib
 import json
 import math
 import os
-import socket
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import pytest
 
-pytestmark = pytest.mark.slow
+from tests.slow.children import HANGS
+
+# A rank imports for minutes where others keep the processors busy, and the two wait for each other.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * HANGS)]
 
 STEPS, BATCH = 20, 8
 SCHEDULE = {"final": 0.9, "begin": 2, "end": 12, "stop": 16, "interval": 2}
@@ -68,14 +71,20 @@ def train_and_report(root: Path) -> None:
 
 
 def torchrun(*arguments: object) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", "--master_addr=127.0.0.1"]
+    """Run a module on two ranks; their processes end with this function, whatever happens."""
+    # Standalone: the launcher itself binds a free port, which no other process can take in between.
+    launch = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc_per_node=2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, *launch, *map(str, arguments)]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
-    assert run.returncode == 0, run.stderr
+    with TemporaryFile("w+") as said:
+        process = subprocess.Popen(command, stdout=said, stderr=said, env=environment)
+        try:
+            code = process.wait(HANGS)
+        finally:
+            process.terminate()  # then it ends the ranks, which a kill would leave
+            process.wait()
+        said.seek(0)
+        assert code == 0, said.read()
 
 
 def test_two_ranks_train_as_one_process_does(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -64,6 +65,26 @@ def test_training_goes_on_while_a_checkpoint_is_written(text, tmp_path, monkeypa
     monkeypatch.setattr(checkpoints, "sync_tree", wait_for_training)
     fit(objective(), text, tmp_path, steps=6, save_steps=3, callbacks=[Reached()])
     assert last_checkpoint(tmp_path).name == "checkpoint-6"
+
+
+def test_only_one_snapshot_is_in_memory(text, tmp_path, monkeypatch):
+    taken, flush, take = [], checkpoints.sync_tree, Snapshot.of
+
+    def slow(checkpoint):
+        time.sleep(1)  # longer than the steps between two checkpoints
+        flush(checkpoint)
+
+    def counted(*state):
+        time.sleep(0.1)  # the writer's thread releases a snapshot just after it says that it is written
+        assert [snapshot for snapshot in taken if snapshot() is not None] == []
+        snapshot = take(*state)
+        taken.append(weakref.ref(snapshot))
+        return snapshot
+
+    monkeypatch.setattr(checkpoints, "sync_tree", slow)
+    monkeypatch.setattr(Snapshot, "of", counted)
+    fit(objective(), text, tmp_path, steps=3, save_steps=1)
+    assert len(taken) == 3
 
 
 def test_checkpoints_go_by_time_and_one_is_written_at_the_end(text, tmp_path, monkeypatch):

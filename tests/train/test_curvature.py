@@ -1,6 +1,8 @@
 """The curvature of a student's outputs: against finite differences, NumPy sums and Adam's own state."""
 
+import contextlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import torch
 
 from pruneofa.errors import CheckFailed, InputError
 from pruneofa.train import curvature, device, layerwise
-from pruneofa.train.curvature import fisher_blocks, fisher_diagonal, sampled_loss, second_moments
+from pruneofa.train.curvature import fisher_blocks, fisher_diagonal, moment_decay, sampled_loss, second_moments
 from pruneofa.train.device import free_memory
 from pruneofa.train.masks import prunable
 from pruneofa.train.objective import PretrainingObjective
@@ -101,6 +103,21 @@ def test_a_layer_without_gradients_is_compared_by_magnitude_and_none_at_all_is_a
         fisher_diagonal(made, prunable(made.student), batches(), **OPTIONS)
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_one_of_the_processes_shows_the_progress(monkeypatch, first):
+    shown = []
+
+    @contextlib.contextmanager
+    def recorded(description, total):
+        yield lambda count=1, note="": shown.append(description)
+
+    monkeypatch.setattr(device, "progress", recorded)
+    monkeypatch.setattr(device, "processes", lambda: SimpleNamespace(is_main_process=first))
+    made = objective()
+    fisher_diagonal(made, prunable(made.student), batches(), **OPTIONS)
+    assert shown == ["gradients for the scores"] * (6 if first else 0)
+
+
 def test_second_moments_are_adams_without_its_bias():
     model = tiny_bert()
     weights = prunable(model)
@@ -119,8 +136,11 @@ def test_second_moments_are_adams_without_its_bias():
         optimizer.step()
     found = second_moments(optimizer, weights)
     np.testing.assert_allclose(found[name], wanted / (1 - 0.9**3), rtol=1e-5)
-    others = [float(moment.mean()) for other, moment in found.items() if other != DENSE]
-    assert found[DENSE].unique().tolist() == pytest.approx([np.mean(others)])
+    assert found.keys() == weights.keys() - {DENSE}
+    assert moment_decay(optimizer, weights) == 0.9
+    mixed = torch.optim.Adam([{"params": [weights[name]], "betas": (0.9, 0.5)}, {"params": [weights[DENSE]]}])
+    with pytest.raises(InputError, match="Adam's second beta is 0.5 for some weights and 0.999 for others"):
+        moment_decay(mixed, weights)
     with pytest.raises(InputError, match="SGD keeps no second moment"):
         second_moments(torch.optim.SGD(model.parameters(), lr=1), weights)
 

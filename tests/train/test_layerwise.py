@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 from itertools import combinations
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -106,13 +107,16 @@ def test_layers_that_were_pruned_before_an_interruption_are_read(tmp_path, monke
     ids = torch.randint(10, teacher.config.vocab_size, (32, 12), generator=torch.Generator().manual_seed(1))
     batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(16)]
     straight, broken, resumed = (deepcopy(teacher) for _ in range(3))
-    prune_layerwise(straight, teacher, batches, final=0.5)
+    assert prune_layerwise(straight, teacher, batches, final=0.5) == 0
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(layerwise, "time", clock)
     fitted: list[str] = []
 
     def fit(linear, rows, select, name) -> None:
         if len(fitted) == 8 and not resuming:  # within the second of two layers
             raise KeyboardInterrupt
         fitted.append(name)
+        clock.now += 10
         _fit_linear(linear, rows, select, name)
 
     monkeypatch.setattr(layerwise, "_fit_linear", fit)
@@ -121,8 +125,9 @@ def test_layers_that_were_pruned_before_an_interruption_are_read(tmp_path, monke
         prune_layerwise(broken, teacher, batches, final=0.5, kept=tmp_path / "layers")
     resuming = True
     fitted.clear()
-    prune_layerwise(resumed, teacher, batches, final=0.5, kept=tmp_path / "layers")
+    seconds = prune_layerwise(resumed, teacher, batches, final=0.5, kept=tmp_path / "layers")
     assert len(fitted) == 6  # those of the second layer
+    assert seconds == 60  # that the first layer took
     for (name, wanted), got in zip(straight.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(wanted, got), name
 

@@ -84,6 +84,20 @@ def test_verify_finds_one_weight(model):
     lock.verify()
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_pruned_weight_that_is_no_number_is_called_so(model, value):
+    lock = PatternLock.capture(model)
+    name, weight = list(prunable(model).items())[7]
+    with torch.no_grad():
+        weight[tuple((weight == 0).nonzero()[3])] = value
+    message = rf"{name}: 1 pruned weight is NaN or infinite; training diverged: lower lr"
+    for check in (lock.verify, lambda: (lock.apply(), lock.verify())):
+        with pytest.raises(CheckFailed, match=message):
+            check()
+    with pytest.raises(CheckFailed, match="1 pruned weight is NaN or infinite in the file; training diverged"):
+        lock.verify_in({name: weight}, "the file")
+
+
 def test_gradients_are_zero_before_clipping_so_the_norm_counts_only_living_weights(model):
     free = copy.deepcopy(model)
     lock = PatternLock.capture(model)

@@ -1,5 +1,6 @@
 import copy
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertModel
 
 from pruneofa.errors import CheckFailed, InputError
+from pruneofa.train.curvature import second_moments
 from pruneofa.train.masks import magnitude_mask, prunable
 from pruneofa.train.prune import GradualPruner
 from pruneofa.train.schedule import cubic_sparsity
@@ -122,13 +124,13 @@ def test_fisher_keeps_the_curvature_that_a_weight_had_when_it_was_pruned():
     assert torch.equal(pruner.masks[QUERY], magnitude_mask(fisher_scores(dense, first[QUERY]), 0.5))
     state = pruner.state_dict()
     kept = pruner.masks[QUERY]
-    assert torch.equal(state[f"{QUERY}.diagonal"], first[QUERY][~kept])
+    assert torch.equal(state[f"{QUERY}.diagonal"], first[QUERY].masked_fill(kept, 0.0))
     pruner.step(1, second)
     diagonal = torch.where(kept, second[QUERY], first[QUERY])
     assert torch.equal(pruner.masks[QUERY], magnitude_mask(fisher_scores(dense, diagonal), 0.5))
 
     resumed = GradualPruner(bare(), final=0.5, begin=0, end=1, stop=10, interval=1, score="fisher")
-    with pytest.raises(InputError, match=rf"1 diagonal values of .* for {QUERY}, wanted 512"):
+    with pytest.raises(InputError, match=rf"1 diagonal values of .* for {QUERY}, wanted 1024"):
         resumed.load_state_dict(state | {f"{QUERY}.diagonal": torch.zeros(1)})
     resumed.load_state_dict(state)
     with torch.no_grad():
@@ -136,6 +138,55 @@ def test_fisher_keeps_the_curvature_that_a_weight_had_when_it_was_pruned():
             value.masked_fill_(~resumed.masks[name], 0.0)
     resumed.step(1, second)
     assert all(torch.equal(mask, pruner.masks[name]) for name, mask in resumed.masks.items())
+
+
+def test_fisher_leaves_out_the_steps_at_which_a_weight_was_pruned():
+    """Against NumPy: the estimate is a mean of the squares of those gradients alone that a weight had."""
+    decay, last, steps = 0.9, -1, 45
+    model, draw = bare(), np.random.default_rng(0)
+    pruner = GradualPruner(
+        model, final=0.6, begin=2, end=20, stop=40, interval=6, initial=0.3, score="fisher", decay=decay
+    )
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.0, betas=(0.9, decay))
+    dense = pruner.weights[QUERY].detach().double().numpy().reshape(-1).copy()
+    sizes = np.exp(draw.normal(size=dense.size))
+    gradients = sizes * draw.normal(size=(steps, dense.size))
+    shares = np.zeros((steps, dense.size))  # of each step's squared gradient in the estimate of each weight
+    kept, returned = np.ones(dense.size, bool), 0
+    for t, gradient in enumerate(gradients):
+        optimizer.zero_grad()
+        given = torch.from_numpy(gradient).float().view(pruner.weights[QUERY].shape)
+        products = [(weight * (given if name == QUERY else 1.0)).sum() for name, weight in pruner.weights.items()]
+        torch.stack(products).sum().backward()
+        optimizer.step()
+        if not pruner.step(t, second_moments(optimizer, pruner.weights) if pruner.due(t) else None):
+            continue
+        updated = shares * decay ** (t - last) * (1 - decay ** (last + 1)) / (1 - decay ** (t + 1))
+        new = np.arange(last + 1, t + 1)
+        updated[new] = ((1 - decay) * decay ** (t - new) / (1 - decay ** (t + 1)))[:, None]
+        shares = np.where(kept, updated, shares)
+        np.testing.assert_allclose(shares.sum(0), 1)
+        fisher = (shares * gradients**2).sum(0)
+        count = int(cubic_sparsity(t, begin=2, end=20, final=0.6, initial=0.3) * dense.size)
+        before, kept = kept, np.ones(dense.size, bool)
+        kept[np.argsort(dense**2 * fisher, kind="stable")[:count]] = False
+        returned += int((kept & ~before).sum())
+        assert (pruner.masks[QUERY].numpy().reshape(-1) == kept).all(), t
+        diagonal = pruner.state_dict()[f"{QUERY}.diagonal"].numpy().reshape(-1)
+        np.testing.assert_allclose(diagonal[~kept], fisher[~kept], rtol=1e-4)
+        last = t
+    assert returned > 10
+
+
+def test_fisher_compares_what_is_not_trained_by_its_magnitude():
+    pruner = GradualPruner(bare(), final=0.5, begin=0, end=1, stop=1, interval=1, initial=0.5, score="fisher")
+    given = curvature(pruner, 0)
+    del given[QUERY]
+    dense = pruner.weights[QUERY].detach().clone()
+    pruner.step(0, given)
+    assert torch.equal(pruner.masks[QUERY], magnitude_mask(dense, 0.5))
+    with pytest.raises(InputError, match=r"score fisher: the curvature that step\(1\) was given has no weight"):
+        pruner.step(1, {})
 
 
 def test_obs_updates_the_weights_that_stay_and_ends_with_the_ramp():
@@ -152,6 +203,16 @@ def test_obs_updates_the_weights_that_stay_and_ends_with_the_ramp():
     broken[QUERY][0, 0, 0] = float("nan")
     with pytest.raises(CheckFailed, match="score obs: the squared gradients are not finite"):
         pruner.step(2, broken)
+
+
+def test_obs_keeps_no_dense_values():
+    pruner = GradualPruner(bare(), **SCHEDULE, score="obs")
+    pruner.step(5, curvature(pruner, 0))
+    assert all(key.endswith(".pruned") for key in pruner.state_dict())
+    older = {f"{name.removesuffix('.pruned')}.dense": torch.zeros(3) for name in pruner.state_dict()}
+    again = GradualPruner(bare(), **SCHEDULE, score="obs")
+    again.load_state_dict(pruner.state_dict() | older)  # a checkpoint of a version that kept one
+    assert all(torch.equal(pruner.masks[name], mask) for name, mask in again.masks.items())
 
 
 def test_a_pruned_weight_is_positive_zero_has_no_gradient_and_does_not_decay():
@@ -303,6 +364,7 @@ def test_release_lets_go_of_the_model():
         ({"skip": ["."]}, "skip: . leave no layer to prune"),
         ({"score": "hessian"}, "score is 'hessian'; wanted magnitude, fisher or obs"),
         ({"score": "obs", "dampening": 0.0}, "dampening is 0.0 but must be above 0"),
+        ({"score": "fisher", "decay": 1.0}, "decay is 1.0 but must be at least 0 and below 1"),
     ],
 )
 def test_bad_settings_are_refused_before_training(change, message):

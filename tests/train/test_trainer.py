@@ -61,20 +61,10 @@ def test_accumulation_changes_neither_losses_nor_weights(text, tmp_path):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
-def test_out_of_memory_halves_the_micro_batch_and_keeps_the_batch(text, tmp_path, monkeypatch, capsys):
-    enough, little = objective(), objective()
-    whole, parts = [], []
+def test_out_of_memory_halves_the_micro_batch_and_keeps_the_batch(text, tmp_path, capsys):
+    whole, parts, rows = [], [], []
+    enough, little = objective(), limited_to(2, objective(), rows)
     fit(enough, text, tmp_path / "enough", events=whole)
-    forward, rows = little.forward, []
-
-    def limited(batch, counts):
-        rows.append(len(batch["input_ids"]))
-        losses = forward(batch, counts)
-        if rows[-1] > 2:
-            losses["loss"].register_hook(_out_of_memory)  # in the backward pass, where most memory is in use
-        return losses
-
-    monkeypatch.setattr(little, "forward", limited)
     fit(little, text, tmp_path / "little", events=parts)
     assert rows[:6] == [8, 4, 2, 2, 2, 2] and set(rows[6:]) == {2}
     said = [line for line in capsys.readouterr().err.splitlines() if "out of memory" in line]
@@ -88,6 +78,42 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_batch(text, tmp_path
         assert math.isclose(a, b, rel_tol=1e-4)
     for a, b in zip(enough.student.parameters(), little.student.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def limited_to(rows, objective, seen):
+    """The objective, without memory for the backward pass of more than `rows` rows; `seen` gets the rows of each."""
+    forward = objective.forward
+
+    def limited(batch, counts):
+        seen.append(len(batch["input_ids"]))
+        losses = forward(batch, counts)
+        if seen[-1] > rows:
+            losses["loss"].register_hook(_out_of_memory)
+        return losses
+
+    objective.forward = limited
+    return objective
+
+
+def test_a_resumed_training_does_not_run_out_of_memory_again(text, tmp_path, capsys):
+    with pytest.raises(MemoryError):
+        fit(limited_to(2, objective(), []), text, tmp_path, save_steps=3, callbacks=[StopAt(5)])
+    seen = []
+    with pytest.raises(MemoryError):
+        fit(limited_to(2, objective(), seen), text, tmp_path, save_steps=3, callbacks=[StopAt(11)])
+    assert set(seen) == {2}
+    fit(limited_to(2, objective(), seen), text, tmp_path, save_steps=3)  # the second attempt kept it too
+    assert set(seen) == {2}
+    said = [line for line in capsys.readouterr().err.splitlines() if "resumes with" in line]
+    assert said == ["test: resumes with 2 examples per forward pass, since memory ran out with more"] * 2
+
+
+def test_a_larger_micro_batch_is_used_on_resume_if_memory_did_not_run_out(text, tmp_path):
+    with pytest.raises(MemoryError):
+        fit(objective(), text, tmp_path, save_steps=3, micro_batch=2, callbacks=[StopAt(5)])
+    seen = []
+    fit(limited_to(8, objective(), seen), text, tmp_path, save_steps=3, micro_batch=4)
+    assert set(seen) == {4}
 
 
 def _out_of_memory(_):

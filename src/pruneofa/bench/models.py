@@ -115,8 +115,9 @@ def describe(model: Model) -> dict[str, Any]:
     """The description of a model in a record."""
     kept = {name: getattr(model.manifest, name) for name in ("architecture", "sparsity", "pattern_hash", "precision")}
     patterns = sorted({tensor.pattern for tensor in model.linears})
-    layers = len(model.linears) // 6
-    return {"name": model.label, **kept, "patterns": patterns, "layers": layers, "hidden": model.hidden}
+    family = model.architecture.family.model_type
+    sizes = {"layers": len(model.linears) // 6, "hidden": model.hidden}
+    return {"name": model.label, "family": family, **kept, "patterns": patterns, **sizes}
 
 
 def read_models(settings: Settings, root: Path) -> Iterator[Model]:

@@ -175,11 +175,13 @@ def _against(peer: Mapping[str, Any] | None, engine: Mapping[str, Any], row: Map
 
 
 def _model(model: Mapping[str, Any]) -> str:
-    known = families.by_class(model.get("architecture"))  # families have shapes of the same size
+    # Families have shapes of the same size. Records of earlier versions name the class only.
+    by_class = families.by_class(model.get("architecture"))
+    known = families.find(model.get("family")) or (by_class and by_class[0])
     titles = (
         shape.title
         for family, shape in families.shapes().values()
-        if (shape.layers, shape.hidden) == (model["layers"], model["hidden"]) and (known is None or family is known[0])
+        if family is known and (shape.layers, shape.hidden) == (model["layers"], model["hidden"])
     )
     name = next(titles, f"{model['layers']} layers of {model['hidden']}")
     pattern = "" if model["patterns"] == ["unstructured"] else f" {'/'.join(model['patterns'])}"

@@ -26,6 +26,8 @@ def describe(verb: argparse.ArgumentParser) -> None:
         def show() -> None:
             for layer in found["revived"]:
                 sys.stdout.write(f"revived: {printable(layer['layer'])}: {layer['count']} weights\n")
+            for layer in found["not_finite"]:
+                sys.stdout.write(f"NaN or infinite: {printable(layer['layer'])}: {layer['count']} weights\n")
             for layer in found["missing"]:
                 sys.stdout.write(f"missing: {printable(layer)}\n")
             if found["missing_pooler"]:
@@ -49,6 +51,8 @@ def conclusion(found: dict[str, Any]) -> str:
         verb = "is" if count == 1 else "are"
         layers = _counted(len(revived), "layer")
         reasons.append(f"{_counted(count, 'zero')} of BASE {verb} not zero in DERIVED, in {layers}")
+    if broken := sum(layer["count"] for layer in found["not_finite"]):
+        reasons.append(f"{_counted(broken, 'weight')} of DERIVED {'is' if broken == 1 else 'are'} NaN or infinite")
     if missing:
         reasons.append(f"DERIVED lacks {_counted(len(missing), 'layer')} of BASE")
     return f"FAILED: {'; '.join(reasons)}"

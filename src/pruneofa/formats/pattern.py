@@ -88,16 +88,18 @@ def verify(base: str | Path, derived: str | Path) -> dict[str, Any]:
     """Check that every zero of BASE's pattern is exactly zero in DERIVED (both folders or hub ids).
 
     Returns "ok"; "revived" [{"layer", "count"}], weights that are zero in BASE but not in DERIVED, with the
-    pooler if both have one; "missing", encoder layers of BASE that DERIVED lacks; "missing_pooler" (not a failure:
-    question-answering models have none); "checked", zeros of BASE that were compared; "extra_zeros", zeros of
-    DERIVED that BASE does not have; "negative_zeros", -0.0 among the checked; and the number of "layers".
-    ok = nothing revived and nothing missing. Raises InputError for models of different shapes or without
+    pooler if both have one; "not_finite" [{"layer", "count"}], weights of DERIVED that are NaN or infinite;
+    "missing", encoder layers of BASE that DERIVED lacks; "missing_pooler" (not a failure: question-answering
+    models have none); "checked", zeros of BASE that were compared; "extra_zeros", zeros of DERIVED that BASE does
+    not have; "negative_zeros", -0.0 among the checked; and the number of "layers".
+    ok = nothing revived, not finite or missing. Raises InputError for models of different shapes or without
     encoder linears, and as `read_weights` does.
     """
     check_config(base)
     base_tensors = _pruned_tensors(base)
     derived_tensors = _pruned_tensors(derived)
     revived: list[dict[str, Any]] = []
+    not_finite: list[dict[str, Any]] = []
     checked = extra = negative = 0
     common = [name for name in base_tensors if name in derived_tensors]
     for name in common:
@@ -108,20 +110,23 @@ def verify(base: str | Path, derived: str | Path) -> dict[str, Any]:
         pruned = read_tensor(name, base_tensors[name]) == 0
         weight = read_tensor(name, derived_tensors[name])
         nonzero = weight != 0
-        count = int(np.count_nonzero(nonzero & pruned))
-        if count:
+        finite = np.isfinite(weight)
+        if bad := finite.size - int(np.count_nonzero(finite)):
+            not_finite.append({"layer": name, "count": bad})
+        if count := int(np.count_nonzero(nonzero & pruned & finite)):
             revived.append({"layer": name, "count": count})
         checked += (zeros := int(np.count_nonzero(pruned)))
         derived_zeros = nonzero.size - int(np.count_nonzero(nonzero))
-        extra += derived_zeros - (zeros - count)
+        extra += derived_zeros - (zeros - int(np.count_nonzero(nonzero & pruned)))
         if weight.dtype.kind == "f":
             negative += int(np.count_nonzero(np.signbit(weight) & ~nonzero & pruned))
     missing = [name for name in base_tensors if name not in derived_tensors and name != POOLER]
     if not missing:
         check_config(derived)
     return {
-        "ok": not revived and not missing,
+        "ok": not (revived or not_finite or missing),
         "revived": revived,
+        "not_finite": not_finite,
         "missing": missing,
         "missing_pooler": POOLER in base_tensors and POOLER not in derived_tensors,
         "checked": checked,

@@ -43,10 +43,19 @@ def sparse_of_run(model: Path) -> str | None:
 
 
 def lost_pattern(sparse: str, model: str) -> str | None:
-    """One line with layer and count if zeros of `sparse` are not zero in `model`; None if all are zero."""
+    """One line with layer and count if zeros of `sparse` are not zero in `model`; None if all are zero.
+
+    So it is for weights of `model` that are NaN or infinite.
+    """
     found = pattern.verify(sparse, model)
     if found["ok"]:
         return None
+    if found["not_finite"]:
+        first = found["not_finite"][0]
+        return (
+            f"{model}: {first['layer']} has {first['count']} NaN or infinite weights; train again, with a lower lr or "
+            "precision: fp32"
+        )
     what = [f"{layer['layer']}: {layer['count']} revived" for layer in found["revived"]]
     what += [f"{layer}: missing" for layer in found["missing"]]
     more = f" (and {len(what) - 1} more layers)" if len(what) > 1 else ""

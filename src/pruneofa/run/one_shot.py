@@ -1,5 +1,6 @@
 """Pruning all weights of a student at once, before it trains or instead of training."""
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,14 @@ def prune_at_once(
     seed: int,
     precision: str,
     kept: Path,
-) -> int:
+) -> dict[str, Any]:
     """Prune the student of `objective` in place to `settings.final`, on this process's device.
 
     `kept` is the folder of what is not computed again after an interruption (score hessian: the layers so far).
-    Returns the number of tokens that were read for it. Raises as `prune_layerwise` and `fisher_blocks`.
+    Returns {"seconds", "tokens"}: the time of all attempts, and the tokens that were read.
+    Raises as `prune_layerwise` and `fisher_blocks`.
     """
+    begun = time.monotonic()
     device = processes().device
     student = objective.to(device).student
     tokens = 0
@@ -52,7 +55,7 @@ def prune_at_once(
 
     if settings.score == "hessian":
         given = [_unmasked(batch, device) for batch in counted(settings.calibration, BATCH)]
-        prune_layerwise(
+        earlier = prune_layerwise(
             student,
             load_dense().to(device),
             given,
@@ -61,7 +64,7 @@ def prune_at_once(
             skip=settings.skip,
             kept=kept,
         )
-        return tokens
+        return {"seconds": earlier + time.monotonic() - begun, "tokens": tokens}
     pruner = GradualPruner(student, **one_shot_schedule(settings))
     curvature = None
     if settings.score != "magnitude":
@@ -77,7 +80,7 @@ def prune_at_once(
             pruner.step(t, curvature)
             advance()
     pruner.release()
-    return tokens
+    return {"seconds": time.monotonic() - begun, "tokens": tokens}
 
 
 def one_shot_schedule(settings: Prune) -> dict[str, Any]:

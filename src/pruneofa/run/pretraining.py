@@ -136,13 +136,12 @@ def _prune_at_once(
         return load_for_pretraining(teacher.path, nsp=text.spec.nsp)
 
     def make(target: Path) -> None:
-        start = time.monotonic()
         examples = partial(_examples, text, settings.seed)
         options: dict[str, Any] = {"seed": settings.seed, "precision": settings.precision}
         kept = folder.with_name("layers")
-        tokens = prune_at_once(objective, load_dense, settings.prune, examples, **options, kept=kept)
+        clock = prune_at_once(objective, load_dense, settings.prune, examples, **options, kept=kept)
         objective.student.save_pretrained(target)
-        write_json(target / CLOCK, {"seconds": time.monotonic() - start, "tokens": tokens})
+        write_json(target / CLOCK, clock)
 
     if processes().is_main_process:
         cached_folder(folder, make)

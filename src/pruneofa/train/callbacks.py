@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from pruneofa.errors import InputError
 from pruneofa.train.checkpoints import checkpoint_path, read_state
-from pruneofa.train.curvature import second_moments
+from pruneofa.train.curvature import moment_decay, second_moments
 from pruneofa.train.lock import PatternLock
 from pruneofa.train.masks import prunable
 from pruneofa.train.prune import GradualPruner
@@ -64,7 +64,11 @@ class PruningCallback(TrainerCallback):
         if self.pruner is not None:
             self.pruner.release()
         self._saved = None
-        self.pruner = GradualPruner(_encoder(kwargs["model"]), **self.schedule)
+        model = _encoder(kwargs["model"])
+        averages = {}
+        if self.schedule.get("score") == "fisher":
+            averages = {"decay": moment_decay(kwargs["optimizer"], prunable(model, self.schedule.get("skip", ())))}
+        self.pruner = GradualPruner(model, **self.schedule | averages)
         if self.pruner.score == "obs" and self.blocks is None:
             raise InputError("score obs: needs a function that computes the blocks of the curvature; pass blocks=")
         if state.global_step == 0:

@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pruneofa.errors import CheckFailed, InputError
-from pruneofa.progress import progress
-from pruneofa.train.device import processes, refuse_more_than_free
+from pruneofa.train.device import processes, refuse_more_than_free, shared_progress
 from pruneofa.train.objective import INPUTS, UNLABELLED, PretrainingObjective, vocabulary_head
 from pruneofa.train.scores import CHUNK, block_size, to_blocks
 
@@ -28,13 +27,13 @@ Weights = Mapping[str, nn.Parameter]
 def second_moments(optimizer: Any, weights: Weights) -> dict[str, Tensor]:
     """The bias-corrected mean squared gradients that Adam keeps, by name; float (out, in).
 
-    A weight that is not trained gets the mean over the others, so that it is compared by its magnitude.
+    A weight that is not trained is left out.
 
     Raises:
-        InputError: the optimizer keeps none for a weight that is trained.
+        InputError: the optimizer keeps none for a weight that is trained, or no weight is trained.
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
-    decay = {id(p): group.get("betas", (0, 0))[1] for group in optimizer.param_groups for p in group["params"]}
+    decay = _decays(optimizer)
     found: dict[str, Tensor] = {}
     for name, weight in weights.items():
         state = optimizer.state.get(weight, {})
@@ -48,8 +47,28 @@ def second_moments(optimizer: Any, weights: Weights) -> dict[str, Tensor]:
             )
     if not found:
         raise InputError("score fisher: no weight that is pruned is trained; choose score magnitude")
-    mean = sum(float(moment.mean()) for moment in found.values()) / len(found)
-    return {name: found[name] if name in found else torch.full_like(w, mean) for name, w in weights.items()}
+    return found
+
+
+def moment_decay(optimizer: Any, weights: Weights) -> float:
+    """The decay of the averages of `second_moments`, Adam's second beta.
+
+    Raises:
+        InputError: it is not the same for all weights.
+    """
+    decay = _decays(getattr(optimizer, "optimizer", optimizer))
+    found = sorted({decay[id(weight)] for weight in weights.values() if id(weight) in decay})
+    if len(found) > 1:
+        raise InputError(
+            f"score fisher: Adam's second beta is {found[0]:g} for some weights and {found[-1]:g} for "
+            "others; wanted the same for all that are pruned"
+        )
+    return found[0] if found else 0.0
+
+
+def _decays(optimizer: Any) -> dict[int, float]:
+    """Adam's second beta by the id of the parameter; 0 for other optimizers."""
+    return {id(p): group.get("betas", (0, 0))[1] for group in optimizer.param_groups for p in group["params"]}
 
 
 def fisher_diagonal(
@@ -197,7 +216,7 @@ def _gradients(
     generator = torch.Generator(device).manual_seed(seed)
     objective.student.eval()
     try:
-        with progress("gradients for the scores", total) as advance:
+        with shared_progress("gradients for the scores", total) as advance:
             for batch in batches:
                 here = {name: value.to(device) for name, value in batch.items()}
                 with torch.enable_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):

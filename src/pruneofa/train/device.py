@@ -3,6 +3,8 @@
 `torch.compile` is not used: a task has batches of a hundred lengths, and the gain on a GPU is not measured yet.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pruneofa.errors import InputError
+from pruneofa.progress import progress
 from pruneofa.train.attention import use_bf16_attention, use_gpu_attention
 
 ROWS = 64  # rows of 128 tokens per forward pass of an evaluation on a CPU, where more are no faster
@@ -28,6 +31,13 @@ def processes() -> PartialState:
     """The processes that train together: one, or those that torchrun started."""
     # Without `cpu`, accelerate treats the ranks on a machine without a GPU as independent processes.
     return PartialState(cpu=not torch.cuda.is_available())
+
+
+def shared_progress(description: str, total: int) -> AbstractContextManager[Callable[..., None]]:
+    """`progress` of work that every process does: one of them shows it."""
+    if processes().is_main_process:
+        return progress(description, total)
+    return nullcontext(lambda count=1, note="": None)
 
 
 def split_batch(batch: int, micro_batch: int | None) -> tuple[int, int]:

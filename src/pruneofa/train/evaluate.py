@@ -24,7 +24,7 @@ from pruneofa.formats.manifest import Manifest, is_packed
 from pruneofa.formats.pack import pack
 from pruneofa.formats.tensors import weights_folder
 from pruneofa.progress import clock, notice, progress
-from pruneofa.train.device import default_device, evaluation_rows
+from pruneofa.train.device import default_device, evaluation_rows, processes, shared_progress
 from pruneofa.train.metrics import Measured, classification_metrics, squad_metrics
 from pruneofa.train.models import check_encoder, load_tokenizer, read_model
 from pruneofa.train.quantize import FakeQuantizer
@@ -160,7 +160,7 @@ def evaluate_model(
     columns = label_order(model.config, task) if task.kind == "classification" else None
     name = f"evaluate {name or task.name}"
     seconds = evaluation_seconds(model, task, precision=precision)
-    if seconds > ANNOUNCED:
+    if seconds > ANNOUNCED and processes().is_main_process:
         count = sum(map(len, task.evaluations.values()))
         notice(f"{name}: {count:,} inputs, about {clock(seconds)} (minutes:seconds)")
     rows = batch_size or evaluation_rows(next(model.parameters()).device)
@@ -305,7 +305,7 @@ def _forward(
 
     Logits are float32: one (batch, classes) array, or start and end of shape (batch, tokens).
     """
-    with progress(name, len(data)) as advance:
+    with shared_progress(name, len(data)) as advance:
         for rows in evaluation_batches(data.lengths, batch_size):
             yield rows, _logits(model, task, [data[int(row)] for row in rows], precision)
             advance(len(rows))

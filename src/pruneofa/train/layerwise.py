@@ -11,6 +11,7 @@ the residual. ADMM selects the mask and conjugate gradients solve for the remain
 2024, arXiv 2406.07831). Only forward passes are needed: minutes on a CPU for a small encoder.
 """
 
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +27,7 @@ from pruneofa import families
 from pruneofa.errors import CheckFailed
 from pruneofa.families.family import Layer
 from pruneofa.formats.cache import cached_folder
+from pruneofa.formats.files import read_json, write_json
 from pruneofa.progress import progress
 from pruneofa.train.device import refuse_more_than_free
 from pruneofa.train.masks import canonical_name, check_shape, magnitude_mask, prunable
@@ -35,7 +37,7 @@ ROUNDS = 30  # ADMM iterations
 FIRST_PENALTY, LAST_PENALTY = 0.03, 30.0  # ADMM penalty, rising geometrically; the inputs are scaled to variance 1
 SAME_PENALTY = 5  # ADMM iterations that use the same penalty and hence the same matrix inverse
 FITS = 20  # conjugate-gradient iterations
-LAYER = "layer.safetensors"
+LAYER, CLOCK = "layer.safetensors", "clock.json"
 
 Select = Callable[[Tensor], Tensor]
 
@@ -75,7 +77,7 @@ def prune_layerwise(
     pattern: str = "unstructured",
     skip: Iterable[str] = (),
     kept: Path | None = None,
-) -> None:
+) -> float:
     """Prune `student` in place, layer by layer; its weights and biases are fitted to the outputs of `teacher`.
 
     The inputs and outputs of a layer are held for all batches: see `memory_needed`.
@@ -90,6 +92,9 @@ def prune_layerwise(
         skip: regular expressions matching the names of weights that stay dense.
         kept: folder where every layer is kept as soon as it is pruned; those that are there already, from the same
             models, batches and settings, are read and not pruned again.
+
+    Returns:
+        The seconds that earlier attempts took for the layers that were read.
 
     Raises:
         InputError: the model has no encoder, or the shape of a weight does not divide into the pattern's blocks.
@@ -112,6 +117,7 @@ def prune_layerwise(
     first = other.get_submodule(f"{family.layers}.0")
     calls = [_Call(_capture(other, batch, first), batch["attention_mask"].bool()) for batch in batches]
     pairs = list(zip(base.get_submodule(family.layers), other.get_submodule(family.layers), strict=True))
+    earlier = 0.0
     with progress("pruning layer by layer", len(pairs)) as advance:
         student_hidden = [call.arguments.hidden for call in calls]
         teacher_hidden = list(student_hidden)
@@ -124,7 +130,10 @@ def prune_layerwise(
             if kept is None:
                 prune(None)
             elif cached_folder(kept / f"layer-{index}", prune):
-                layer.load_state_dict(load_file(kept / f"layer-{index}" / LAYER))
+                folder = kept / f"layer-{index}"
+                layer.load_state_dict(load_file(folder / LAYER))
+                if (folder / CLOCK).exists():  # which earlier versions did not write
+                    earlier += read_json(folder / CLOCK)["seconds"]
             student_hidden = [call.run(layer, x, ()).output for call, x in zip(calls, student_hidden, strict=True)]
             teacher_hidden = [call.run(dense, x, ()).output for call, x in zip(calls, teacher_hidden, strict=True)]
             advance()
@@ -132,6 +141,7 @@ def prune_layerwise(
         firsts = [(s[:, 0], t[:, 0]) for s, t in zip(student_hidden, teacher_hidden, strict=True)]
         linear, dense = base.get_submodule(families.POOLER), other.get_submodule(families.POOLER)
         _fit_linear(linear, [(s, dense(t)) for s, t in firsts], select, families.POOLER)
+    return earlier
 
 
 def sparse_fit(weight: Tensor, moments: Tensor, products: Tensor, select: Select) -> Tensor:
@@ -268,6 +278,7 @@ def _prune_layer(
     target: Path | None,
 ) -> None:
     """Prune the linears of one layer in the order of the forward pass, and save the layer in the folder `target`."""
+    begun = time.monotonic()
     # The linears of a group read the same input. The LayerNorm after a linear reads its output plus the residual.
     groups: list[tuple[list[str], str | None]] = [
         ([names.query, names.key, names.value], None),
@@ -296,6 +307,7 @@ def _prune_layer(
             _fit_linear(layer.get_submodule(name), rows[name], select, name)
     if target is not None:
         save_file(layer.state_dict(), target / LAYER)
+        write_json(target / CLOCK, {"seconds": time.monotonic() - begun})
 
 
 def _fit_linear(linear: nn.Module, rows: list[tuple[Tensor, Tensor]], select: Select, name: str) -> None:

@@ -85,7 +85,8 @@ class PatternLock:
     def verify_in(self, weights: Mapping[str, Tensor], where: str) -> None:
         """Raise CheckFailed if a pruned weight is not zero in `weights`, whose names may have any wrapper prefix.
 
-        Layers that are not in `weights` are skipped. `where` names their source in the error message.
+        NaN and infinity are named as such. Layers that are not in `weights` are skipped. `where` names their source
+        in the error message.
         """
         positions = {masks.canonical_name(name): mask for name, mask in self.pruned.items()}
         for name, weight in weights.items():
@@ -93,12 +94,8 @@ class PatternLock:
             if mask is None:
                 continue
             masks.check_whole({name: weight})
-            revived = int(((weight.detach() != 0) & mask.to(weight.device)).count_nonzero())
-            if revived:
-                raise CheckFailed(
-                    f"{name}: {revived} pruned weight{'s are' if revived > 1 else ' is'} not zero in {where}; "
-                    "its parameters were replaced or loaded again: train without doing that"
-                )
+            advice = "its parameters were replaced or loaded again: train without doing that"
+            _check_zero(name, weight.detach(), mask.to(weight.device), f" in {where}", advice)
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -120,12 +117,8 @@ class PatternLock:
     def verify(self) -> None:
         """Raise CheckFailed with the layer's name and the count if a pruned weight is not zero."""
         for name, weight in self.weights.items():
-            revived = int(((weight != 0) & self.mask_on(name, weight.device)).count_nonzero())
-            if revived:
-                raise CheckFailed(
-                    f"{name}: {revived} pruned weight{'s are' if revived > 1 else ' is'} not zero; call "
-                    "PatternLock.apply() after every optimizer step"
-                )
+            pruned = self.mask_on(name, weight.device)
+            _check_zero(name, weight, pruned, "", "call PatternLock.apply() after every optimizer step")
 
     def sparsity(self) -> dict:
         """Locked zeros: {"encoder": fraction, "pooler": fraction or None, "layers": {name: fraction}}."""
@@ -163,6 +156,17 @@ class PatternLock:
         if made is None or made[0] is not pruned or made[1].dtype != tensor.dtype:
             made = self._kept[name] = (pruned, (~pruned).to(tensor.dtype))
         return made[1]
+
+
+def _check_zero(name: str, weight: Tensor, pruned: Tensor, where: str, advice: str) -> None:
+    """Raise CheckFailed if a pruned weight is not zero. NaN remains NaN when it is multiplied by 0."""
+    revived = weight[(weight != 0) & pruned]
+    for found, state, do in (
+        (~revived.isfinite(), "NaN or infinite", "training diverged: lower lr, or train in fp32"),
+        (revived != 0, "not zero", advice),
+    ):
+        if count := int(found.count_nonzero()):
+            raise CheckFailed(f"{name}: {count} pruned weight{'s are' if count > 1 else ' is'} {state}{where}; {do}")
 
 
 def warn_of_adapters(weights: Iterable[str]) -> None:

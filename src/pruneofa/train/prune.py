@@ -9,7 +9,7 @@ from pruneofa.errors import CheckFailed, InputError
 from pruneofa.train import masks
 from pruneofa.train.lock import PatternLock, pack, sparsity_of, unpack, warn_of_adapters
 from pruneofa.train.schedule import cubic_sparsity
-from pruneofa.train.scores import SCORES, fisher_scores, obs_scores, obs_update
+from pruneofa.train.scores import SCORES, fisher_scores, obs_scores, obs_update, older_share
 
 SCOPES = ("uniform", "global")
 
@@ -21,16 +21,21 @@ class GradualPruner:
     backward -> clip -> optimizer -> `step(t)`. Gradients of pruned weights are zero from the backward
     pass on (hooks, see PatternLock), so that gradient clipping counts only the weights that train.
 
-    The dense value that a pruned weight had is kept outside the model. It is restored when masks are selected
-    again, so that a weight can return. This takes a second copy of the prunable weights and five bytes per weight
-    for the masks.
+    The dense value that a pruned weight had is kept outside the model, except with score obs. It is restored when masks
+    are selected again, so that a weight can return. This takes a second copy of the prunable weights, and the masks
+    five bytes per weight.
 
     `score` says which weights are pruned first; all but magnitude need `step(t, curvature)` where t is due:
 
     - magnitude: the smallest.
     - fisher: the smallest w^2 F_ii. `curvature` is {name: mean squared gradient (out, in)}, such as
-      `curvature.second_moments(optimizer, pruner.weights)`. That of a pruned weight is kept with its dense value: a
-      third copy of the weights.
+      `curvature.second_moments(optimizer, pruner.weights)`; a weight that it lacks gets the mean over the others, and
+      is so compared by its magnitude. A pruned weight has no gradient, and Adam's average of its squares decays to 0.
+      Its mean is therefore kept with its dense value as it was when the weight was pruned, in a third copy of the
+      weights. When the weight returns, the steps without a gradient are left out of the average, which goes on from
+      the mean that was kept, as that of entries without a gradient does in PyTorch's SparseAdam; the shares of old and
+      new gradients in it add up to 1, as in Adam's correction of the bias (Kingma and Ba 2015, arXiv 1412.6980,
+      section 3), so that the estimate has no bias either.
     - obs: the smallest w^2 / (F^-1)_ii; the others are updated for it. `curvature` is {name: blocks of F}, such as
       `curvature.fisher_blocks` makes. A pruned weight does not return, so `end` is the last selection.
     """
@@ -50,22 +55,24 @@ class GradualPruner:
         skip: Iterable[str] = (),
         score: str = "magnitude",
         dampening: float = 0.01,
+        decay: float = 0.999,
     ) -> None:
         """Check the arguments and find the weights; nothing is pruned before `step(begin)`.
 
         `begin`, `end` and `stop` are the steps of the first selection, of reaching `final`, and of the last
         selection; `interval` steps lie between selections. `skip` lists regular expressions of layers to leave dense.
-        `dampening`, for score obs, is added to the diagonal of F, relative to its mean in a layer.
+        `dampening`, for score obs, is added to the diagonal of F, relative to its mean in a layer. `decay`, for score
+        fisher, is that of the averages over steps which `step` is given, Adam's second beta; 0 if they are none.
         Raises InputError for a bad schedule, sparsity, pattern, scope or score, and for a layer whose shape does
         not divide into the pattern's blocks.
         """
         _check_schedule(begin, end, stop, interval)
         _check_sparsity(initial, final, pattern, scope)
-        _check_score(score, dampening)
+        _check_score(score, dampening, decay)
         self.begin, self.end, self.stop, self.interval = begin, end, stop, interval
         self.initial, self.final = initial, final
         self.pattern, self.scope = pattern, scope
-        self.score, self.dampening = score, dampening
+        self.score, self.dampening, self.decay = score, dampening, decay
         skip = tuple(skip)
         weights = masks.prunable(model, skip)
         if not weights:
@@ -79,7 +86,9 @@ class GradualPruner:
             w.numel() for n, w in all_weights.items() if n not in weights and masks.canonical_name(n) != masks.POOLER
         )
         self._lock = PatternLock(weights, {n: torch.zeros_like(w, dtype=torch.bool) for n, w in weights.items()})
-        self._dense = {n: torch.empty_like(w, requires_grad=False) for n, w in weights.items()}
+        kept = {} if score == "obs" else weights
+        self._dense = {n: torch.empty_like(w, requires_grad=False) for n, w in kept.items()}
+        # Mean squared gradients where pruned; elsewhere what must be added to the curvature that `step` is given.
         fisher = weights if score == "fisher" else {}
         self._diagonal = {n: torch.zeros_like(w, requires_grad=False) for n, w in fisher.items()}
 
@@ -109,17 +118,21 @@ class GradualPruner:
             return False
         if self.score != "magnitude" and curvature is None:
             raise InputError(f"score {self.score}: step({t}) selects masks and needs the curvature; pass it")
-        for name, weight in self.weights.items():
+        for name in self._dense:
             # After this the saved tensor is complete: trained values where kept, saved values where pruned.
-            dense, pruned = self._dense_on(name, weight.device), self._lock.mask_on(name, weight.device)
+            weight = self.weights[name]
+            dense, pruned = self._on(self._dense, name, weight.device), self._lock.mask_on(name, weight.device)
             torch.where(pruned, dense, weight, out=dense)
         target = cubic_sparsity(t, begin=self.begin, end=self.end, final=self.final, initial=self.initial)
-        for name, kept in self._select(self._scores(curvature or {}), target):
+        for name, kept in self._select(self._scores(t, curvature or {}), target):
             pruned = kept.logical_not_()
             if self.score == "obs":
                 self._remove(name, pruned, curvature or {})
             else:
                 self.weights[name].copy_(self._dense[name])
+            if self.score == "fisher" and curvature and name in curvature:
+                diagonal = self._diagonal[name]
+                torch.where(pruned, diagonal, diagonal - curvature[name].to(diagonal), out=diagonal)
             self._lock.pruned[name] = pruned
         self._lock.apply()
         return True
@@ -143,17 +156,18 @@ class GradualPruner:
         """The state as a flat dict of CPU tensors by canonical layer name, ready for safetensors.
 
         `*.pruned` are the packed bits of the mask, uint8; `*.dense` are the values of the pruned weights in
-        order of position, in the weight's dtype; `*.diagonal` their mean squared gradients, with score fisher.
+        order of position, in the weight's dtype, not with score obs; `*.diagonal`, with score fisher, in the weight's
+        shape, are mean squared gradients of pruned weights, and of others what Adam's averages lack.
         The schedule is not part of it: it belongs to the recipe.
         """
         state: dict[str, Tensor] = {}
         for name, pruned in self._lock.pruned.items():
-            dense = self._dense_on(name, pruned.device)
-            state[f"{masks.canonical_name(name)}.pruned"] = pack(pruned)
-            state[f"{masks.canonical_name(name)}.dense"] = dense[pruned].cpu()
+            layer = masks.canonical_name(name)
+            state[f"{layer}.pruned"] = pack(pruned)
+            if name in self._dense:
+                state[f"{layer}.dense"] = self._on(self._dense, name, pruned.device)[pruned].cpu()
             if name in self._diagonal:
-                diagonal = self._on(self._diagonal, name, pruned.device)
-                state[f"{masks.canonical_name(name)}.diagonal"] = diagonal[pruned].cpu()
+                state[f"{layer}.diagonal"] = self._diagonal[name].to("cpu", copy=True)
         return state
 
     @torch.no_grad()
@@ -164,8 +178,9 @@ class GradualPruner:
         """
         pruned = {name: unpack(state, name, weight) for name, weight in self.weights.items()}
         for name, mask in pruned.items():
-            count = int(mask.count_nonzero())
-            for kind in ("dense", "diagonal") if name in self._diagonal else ("dense",):
+            sizes = {"dense": int(mask.count_nonzero())} if name in self._dense else {}
+            sizes |= {"diagonal": mask.numel()} if name in self._diagonal else {}
+            for kind, count in sizes.items():
                 stored = state.get(f"{masks.canonical_name(name)}.{kind}")
                 if stored is None or stored.numel() != count or stored.dtype != self.weights[name].dtype:
                     got = "nothing" if stored is None else f"{stored.numel()} {kind} values of {stored.dtype}"
@@ -175,31 +190,48 @@ class GradualPruner:
                     )
         self._lock.pruned.update(pruned)
         for name, mask in pruned.items():
-            for kind, kept in (("dense", self._dense), ("diagonal", self._diagonal)):
-                if name in kept:
-                    stored = state[f"{masks.canonical_name(name)}.{kind}"]
-                    self._on(kept, name, mask.device)[mask] = stored.to(mask.device)
+            layer = masks.canonical_name(name)
+            if name in self._dense:
+                self._on(self._dense, name, mask.device)[mask] = state[f"{layer}.dense"].to(mask.device)
+            if name in self._diagonal:
+                self._diagonal[name].copy_(state[f"{layer}.diagonal"].view_as(mask))
 
     def release(self) -> None:
         """Remove the gradient hooks; call this when pruning is finished and the model is used further."""
         self._lock.release()
 
-    def _scores(self, curvature: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _scores(self, t: int, curvature: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What masks are selected by, by name; self._dense is complete."""
         if self.score == "magnitude":
             return self._dense
-        found: dict[str, Tensor] = {}
-        for name, weight in self.weights.items():
-            pruned = self._lock.mask_on(name, weight.device)
-            if self.score == "fisher":
-                diagonal = self._on(self._diagonal, name, weight.device)
-                torch.where(pruned, diagonal, curvature[name].to(diagonal), out=diagonal)
-                found[name] = fisher_scores(self._dense[name], diagonal)
-            else:
-                found[name] = obs_scores(weight, pruned, curvature[name], self.dampening, self.pattern)
-            if not bool(found[name].isfinite().all()):
+        if self.score == "fisher":
+            found = self._fisher_scores(t, curvature)
+        else:
+            found = {
+                name: obs_scores(
+                    weight, self._lock.mask_on(name, weight.device), curvature[name], self.dampening, self.pattern
+                )
+                for name, weight in self.weights.items()
+            }
+        for name, scores in found.items():
+            if not bool(scores.isfinite().all()):
                 raise CheckFailed(f"score {self.score}: that of {name} is not finite; lower lr, or train in fp32")
         return found
+
+    def _fisher_scores(self, t: int, curvature: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The scores; afterwards self._diagonal has the mean squared gradients of all weights in `curvature`."""
+        given = [name for name in self.weights if name in curvature]
+        if not given:
+            raise InputError(f"score fisher: the curvature that step({t}) was given has no weight that is pruned")
+        before = next((step for step in range(t - 1, t - self.interval - 1, -1) if self.due(step)), None)
+        share = 0.0 if before is None else older_share(self.decay, before + 1, t + 1)
+        for name in given:
+            pruned = self._lock.mask_on(name, curvature[name].device)
+            diagonal = self._on(self._diagonal, name, pruned.device)
+            torch.where(pruned, diagonal, (curvature[name] + share * diagonal).clamp_min(0).to(diagonal), out=diagonal)
+        mean = torch.stack([self._diagonal[name].float().mean() for name in given]).mean()
+        diagonals = {name: self._diagonal[name] if name in given else mean for name in self.weights}
+        return {name: fisher_scores(self._dense[name], diagonal) for name, diagonal in diagonals.items()}
 
     def _remove(self, name: str, pruned: Tensor, curvature: Mapping[str, Tensor]) -> None:
         """Prune one weight to `pruned` and update its other values for that (score obs)."""
@@ -214,9 +246,6 @@ class GradualPruner:
         else:
             for name, values in scores.items():
                 yield name, masks.magnitude_mask(values, sparsity, self.pattern)
-
-    def _dense_on(self, name: str, device: torch.device) -> Tensor:
-        return self._on(self._dense, name, device)
 
     @staticmethod
     def _on(values: dict[str, Tensor], name: str, device: torch.device) -> Tensor:
@@ -250,8 +279,10 @@ def _check_sparsity(initial: float, final: float, pattern: str, scope: str) -> N
         raise InputError(f"final is {final} but pattern {pattern} gives {only:g}; set final to that")
 
 
-def _check_score(score: str, dampening: float) -> None:
+def _check_score(score: str, dampening: float, decay: float) -> None:
     if score not in SCORES:
         raise InputError(f"score is {score!r}; wanted {', '.join(SCORES[:-1])} or {SCORES[-1]}")
     if not 0 < dampening < float("inf"):
         raise InputError(f"dampening is {dampening} but must be above 0")
+    if not 0 <= decay < 1:
+        raise InputError(f"decay is {decay} but must be at least 0 and below 1")

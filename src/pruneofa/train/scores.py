@@ -34,6 +34,11 @@ def fisher_scores(weight: Tensor, diagonal: Tensor) -> Tensor:
     return weight.detach().float().square() * diagonal.float()
 
 
+def older_share(decay: float, before: int, now: int) -> float:
+    """The share of the gradients of the first `before` steps in Adam's bias-corrected average after `now` steps."""
+    return decay ** (now - before) * (1 - decay**before) / (1 - decay**now)
+
+
 def obs_scores(weight: Tensor, pruned: Tensor, blocks: Tensor, dampening: float, pattern: str) -> Tensor:
     """Growth of the loss when a weight is removed and the others in its block of F are updated: w^2 / (2 (F^-1)_ii).
 

@@ -56,8 +56,10 @@ class StageTrainer(Trainer):
         collate: StepCollate,
         rate: Callable[[int], float],
         callbacks: Sequence[TrainerCallback],
+        writer: BackgroundWriter,
     ) -> None:
         self.rate = rate
+        self.writer = writer
         self.stage = stage
         self.micro_batch = collate.micro_batch
         self.clock = {"seconds": 0.0, "tokens": 0}
@@ -165,10 +167,21 @@ class StageTrainer(Trainer):
         self.clock = {"seconds": seconds, "tokens": int(self._tokens)}
         return self.clock
 
-    def set_clock(self, clock: dict[str, Any]) -> None:
-        """Continue counting from those of an earlier attempt."""
-        self.clock = clock
-        self._tokens = torch.tensor(float(clock["tokens"]), dtype=torch.float64)
+    def progress_state(self, seconds: float) -> dict[str, Any]:
+        """`read_clock`, and the "micro_batch" if memory ran out with a larger one: what `resume` takes."""
+        lowered = self.micro_batch < self.data_collator.micro_batch
+        return self.read_clock(seconds) | ({"micro_batch": self.micro_batch} if lowered else {})
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Continue from the `progress_state` of an earlier attempt."""
+        self.clock = {name: state[name] for name in ("seconds", "tokens")}
+        self._tokens = torch.tensor(float(state["tokens"]), dtype=torch.float64)
+        if state.get("micro_batch", self.micro_batch) < self.micro_batch:
+            self.micro_batch = state["micro_batch"]
+            notice(
+                f"{self.stage}: resumes with {self.micro_batch} examples per forward pass, since memory ran out with "
+                "more"
+            )
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Copy the state of training to memory, and write what is small: it differs from process to process."""
@@ -178,6 +191,7 @@ class StageTrainer(Trainer):
         if self.args.should_save:
             self.model.student.config.save_pretrained(folder)
             self.state.save_to_json(str(folder / "trainer_state.json"))
+            self.writer.wait()  # memory need not hold two snapshots
             self.snapshot = Snapshot.of(self.model.student, self.optimizer, self.lr_scheduler)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -196,19 +210,16 @@ class _StageCallback(TrainerCallback):
     It is the last of the callbacks, so that the marker is written after everything else in the checkpoint.
     """
 
-    def __init__(
-        self, stage: str, emit: Callable[[dict[str, Any]], None], save_seconds: float, writer: BackgroundWriter
-    ) -> None:
+    def __init__(self, stage: str, emit: Callable[[dict[str, Any]], None], save_seconds: float) -> None:
         self.stage = stage
         self.emit = emit
         self.save_seconds = save_seconds
-        self.writer = writer
         self.trainer: StageTrainer
         self.interrupted = False
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step:
-            self.trainer.set_clock(read_json(checkpoint_path(args.output_dir, state.global_step, CLOCK_FILE)))
+            self.trainer.resume(read_json(checkpoint_path(args.output_dir, state.global_step, CLOCK_FILE)))
         self.saved = time.monotonic()
         self.since = self.saved - self.trainer.clock["seconds"]
         self.stack = ExitStack()
@@ -224,7 +235,7 @@ class _StageCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
             self.advance()
-        self.writer.check()
+        self.trainer.writer.check()
         due = time.monotonic() - self.saved >= self.save_seconds
         if args.world_size > 1:  # ranks that stop, or save, at different steps would deadlock
             if state.global_step % AGREEMENT_STEPS and state.global_step < state.max_steps:
@@ -263,13 +274,13 @@ class _StageCallback(TrainerCallback):
             torch.distributed.barrier()
         if state.is_world_process_zero:
             folder = checkpoint_path(args.output_dir, state.global_step)
-            write_json(folder / CLOCK_FILE, self.trainer.read_clock(time.monotonic() - self.since))
+            write_json(folder / CLOCK_FILE, self.trainer.progress_state(time.monotonic() - self.since))
             assert self.trainer.snapshot is not None
-            self.writer.start(partial(self.trainer.snapshot.write, folder))
+            self.trainer.writer.start(partial(self.trainer.snapshot.write, folder))
             self.trainer.snapshot = None
         self.saved = time.monotonic()
         if control.should_training_stop:  # the checks at the end of training read the checkpoint
-            self.writer.wait()
+            self.trainer.writer.wait()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.trainer.read_clock(time.monotonic() - self.since)
@@ -346,7 +357,7 @@ def train(
             )
         objective.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     writer = BackgroundWriter()
-    bookkeeping = _StageCallback(stage, emit, float("inf") if save_steps else 60 * save_minutes, writer)
+    bookkeeping = _StageCallback(stage, emit, float("inf") if save_steps else 60 * save_minutes)
     trainer = StageTrainer(
         objective,
         stage=stage,
@@ -355,6 +366,7 @@ def train(
         collate=StepCollate(collate, objective.counts, micro),
         rate=rate,
         callbacks=[*callbacks, bookkeeping],
+        writer=writer,
     )
     _silence(trainer)
     bookkeeping.trainer = trainer
