@@ -47,6 +47,9 @@ const Kernels neon_kernels = {
     .moments = neon::lanes::moments,
     .normalize = neon::lanes::normalize,
     .attention = neon::lanes::attention,
+    .train_tokens = neon::kTrainTokens,
+    .multiply_entries = neon::multiply_entries<neon::Neon>,
+    .sample_entries = neon::sample_rows<neon::Neon>,
 };
 
 }  // namespace pruneofa

@@ -97,6 +97,9 @@ const Kernels neon_i8mm_kernels = {
     .moments = neon_i8mm::lanes::moments,
     .normalize = neon_i8mm::lanes::normalize,
     .attention = neon_i8mm::lanes::attention,
+    .train_tokens = neon_i8mm::kTrainTokens,
+    .multiply_entries = neon_i8mm::multiply_entries<neon_i8mm::Neon>,
+    .sample_entries = neon_i8mm::sample_rows<neon_i8mm::Neon>,
 };
 
 }  // namespace pruneofa

@@ -9,6 +9,7 @@ namespace scalar {
 #include "portable/math.inc.h"
 #include "portable/layers.inc.h"
 #include "portable/linear.inc.h"
+#include "portable/training.inc.h"
 
 struct Int8 {
   struct alignas(64) Sum {
@@ -75,6 +76,9 @@ const Kernels scalar_kernels = {
     .moments = scalar::lanes::moments,
     .normalize = scalar::lanes::normalize,
     .attention = scalar::lanes::attention,
+    .train_tokens = scalar::kTrainTokens,
+    .multiply_entries = scalar::multiply_entries<scalar::AnyVector>,
+    .sample_entries = scalar::sample_rows<scalar::AnyVector>,
 };
 
 }  // namespace pruneofa

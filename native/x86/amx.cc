@@ -266,6 +266,9 @@ const Kernels amx_kernels = {
     .moments = amx::lanes::moments,
     .normalize = amx::lanes::normalize,
     .attention = amx::attention,
+    .train_tokens = amx::kTrainTokens,
+    .multiply_entries = amx::multiply_entries<amx::Avx>,
+    .sample_entries = amx::sample_rows<amx::Avx>,
     .encode_half = amx::encode_half,
 };
 

@@ -109,6 +109,9 @@ const Kernels avx2_kernels = {
     .moments = avx2::lanes::moments,
     .normalize = avx2::lanes::normalize,
     .attention = avx2::lanes::attention,
+    .train_tokens = avx2::kTrainTokens,
+    .multiply_entries = avx2::multiply_entries<avx2::Avx>,
+    .sample_entries = avx2::sample_rows<avx2::Avx>,
 };
 
 }  // namespace pruneofa

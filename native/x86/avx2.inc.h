@@ -6,6 +6,8 @@
 #include "portable/math.inc.h"
 #include "portable/layers.inc.h"
 #include "portable/linear.inc.h"
+#include "portable/training.inc.h"
+#include "x86/training.inc.h"
 
 struct Float {
   struct Sum {

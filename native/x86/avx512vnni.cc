@@ -125,6 +125,9 @@ const Kernels avx512vnni_kernels = {
     .moments = avx512vnni::lanes::moments,
     .normalize = avx512vnni::lanes::normalize,
     .attention = avx512vnni::lanes::attention,
+    .train_tokens = avx512vnni::kTrainTokens,
+    .multiply_entries = avx512vnni::multiply_entries<avx512vnni::Avx>,
+    .sample_entries = avx512vnni::sample_rows<avx512vnni::Avx>,
 };
 
 }  // namespace pruneofa

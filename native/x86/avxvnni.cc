@@ -134,6 +134,9 @@ const Kernels avxvnni_kernels = {
     .moments = avxvnni::lanes::moments,
     .normalize = avxvnni::lanes::normalize,
     .attention = avxvnni::lanes::attention,
+    .train_tokens = avxvnni::kTrainTokens,
+    .multiply_entries = avxvnni::multiply_entries<avxvnni::Avx>,
+    .sample_entries = avxvnni::sample_rows<avxvnni::Avx>,
 };
 
 }  // namespace pruneofa

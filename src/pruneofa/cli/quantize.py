@@ -31,7 +31,7 @@ def describe(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--ptq", action="store_true", help=ptq)
     add_fields(verb, recipe.Quantize, "", without=("ptq",), title="int8")
     # The omitted fields set how a run trains the models that are inputs here.
-    add_fields(verb, recipe.Task, "", without=("dense_epochs", "dense_lr", "epochs", "lr"))
+    add_fields(verb, recipe.Task, "", without=("dense_epochs", "dense_lr", "epochs", "lr", "skip_zeros"))
     add_training(verb)
 
     def call(options: argparse.Namespace) -> int:

@@ -51,6 +51,7 @@ class FineTuneSettings:
         dropout: replaces the dropout rates of the model; None keeps them.
         freeze_embeddings: whether the word embeddings keep their values.
         locked: whether the sparsity pattern is locked.
+        skip_zeros: whether locked zeros are skipped where this is faster.
     """
 
     epochs: int
@@ -68,6 +69,7 @@ class FineTuneSettings:
     seed: int
     precision: str
     save_minutes: float = field(metadata=RESOURCES_ONLY)
+    skip_zeros: bool = field(metadata=RESOURCES_ONLY)
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ def fine_tune(
     prepare_student(objective.student, settings)
     assert task.train is not None
     data = task.train.train_dataset(settings.batch, settings.seed, settings.epochs)
-    callbacks = [LockCallback()] if settings.locked else []
+    callbacks = [LockCallback(skip_zeros=settings.skip_zeros)] if settings.locked else []
     clock = _train(objective, settings, job, task, data, len(data) // settings.batch, callbacks)
     return Outcome(objective.student, load_tokenizer(model.path), **clock)
 
