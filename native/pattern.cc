@@ -32,11 +32,11 @@ struct Helpers {
   }
 };
 
-// Calls work(0) .. work(count - 1) on up to `threads` threads.
-void divide(int threads, int count, const std::function<void(int)>& work) {
-  threads = std::min(threads, count);
-  if (threads <= 1) {
-    for (int i = 0; i < count; ++i) work(i);
+// Calls work(thread, item) for the items 0 .. count - 1, on up to `threads` threads, which take the next when they are
+// done with one. `work` must not throw.
+void divide(int threads, int count, const std::function<void(int, int)>& work) {
+  if (threads == 1) {
+    for (int i = 0; i < count; ++i) work(0, i);
     return;
   }
   thread_local Helpers helpers;
@@ -48,8 +48,8 @@ void divide(int threads, int count, const std::function<void(int)>& work) {
   }
   std::atomic<int> next{0};
   Pool::Share share(*helpers.pool, threads);
-  share.run(threads, true, [&](int) {
-    for (int i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) work(i);
+  share.run(threads, true, [&](int thread) {
+    for (int i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) work(thread, i);
   });
 }
 
@@ -90,11 +90,14 @@ void Pattern::multiply(const Lists& lists, const float* values, const float* bia
   const Entries& entries = lists.entries;
   // Fewer at a time where that gives each of several threads as many.
   const std::size_t unit = threads > 1 ? (kernels_.train_tokens + 1) / 2 : kernels_.train_tokens;
-  divide(threads, static_cast<int>((tokens + unit - 1) / unit), [&](int i) {
+  const int units = static_cast<int>((tokens + unit - 1) / unit);
+  threads = std::max(1, std::min(threads, units));
+  const std::size_t size = train_scratch(entries.columns, kernels_.train_tokens);
+  float* const memory = scratch<0>(size * threads);
+  divide(threads, units, [&](int thread, int i) {
     const std::size_t begin = i * unit, count = std::min(unit, tokens - begin);
     kernels_.multiply_entries(entries, values, bias, x + begin * entries.columns, static_cast<int>(count),
-                              y + begin * entries.rows,
-                              scratch<0>(train_scratch(entries.columns, kernels_.train_tokens)));
+                              y + begin * entries.rows, memory + thread * size);
   });
 }
 
@@ -128,14 +131,14 @@ void Pattern::weight_gradient(const float* x, const float* dy, std::size_t token
     return static_cast<int>(std::lower_bound(rows_.row_start.begin(), rows_.row_start.end() - 1, entry) -
                             rows_.row_start.begin());
   };
-  divide(threads, parts, [&](int part) {
+  const std::size_t size = train_scratch(inputs(), kernels_.train_tokens), unit = kernels_.train_tokens;
+  float* const memory = scratch<0>(size * parts);
+  divide(parts, parts, [&](int thread, int part) {
     const int begin = part == 0 ? 0 : first_row(part), end = part == parts - 1 ? outputs() : first_row(part + 1);
     std::fill(sums + rows_.row_start[begin], sums + rows_.row_start[end], 0.0f);
-    const std::size_t unit = kernels_.train_tokens;
-    float* const memory = scratch<0>(train_scratch(inputs(), kernels_.train_tokens));
     for (std::size_t t = 0; t < tokens; t += unit) {
       kernels_.sample_entries(entries, x + t * inputs(), dy + t * outputs(),
-                              static_cast<int>(std::min(unit, tokens - t)), begin, end, sums, memory);
+                              static_cast<int>(std::min(unit, tokens - t)), begin, end, sums, memory + thread * size);
     }
     for (int n = begin; n < end; ++n) {
       float* row = dw + static_cast<std::size_t>(n) * inputs();
