@@ -126,6 +126,13 @@ struct CachedOperands {
   alignas(64) char sums[4096];
 };
 
+// The positions of the entries of a sparse matrix: row n has the columns index[e], row_start[n] <= e < row_start[n + 1].
+struct Entries {
+  int rows = 0, columns = 0;
+  const uint32_t* row_start = nullptr;
+  const uint16_t* index = nullptr;
+};
+
 // The kernels of one path. Rows of a linear layer and features of activations are divided among threads in multiples of
 // 16, so that floats stay in the cache of the core that wrote them; threads exchange only ranges, moments and codes. What is
 // computed of a token depends neither on the other tokens nor on the division: the same bits in any batch.
@@ -166,6 +173,16 @@ struct Kernels {
                     float epsilon, Ranges range);
   void (*attention)(const Attention&);
 
+  // Training in float32 (pattern.h), of up to `train_tokens` tokens, which are rows of x [tokens][columns] and of y or dy
+  // [tokens][rows]. `scratch` has train_scratch floats. What is computed of a token depends on no other token.
+  int train_tokens;
+  // y[t][n] = bias[n] + the sum of values[e] * x[t][index[e]] over the entries e of row n. No bias: null.
+  void (*multiply_entries)(const Entries&, const float* values, const float* bias, const float* x, int tokens, float* y,
+                           float* scratch);
+  // sums[e] += the sum of dy[t][n] * x[t][index[e]] over the tokens, for the entries e of the rows begin .. end - 1.
+  void (*sample_entries)(const Entries&, const float* x, const float* dy, int tokens, int begin, int end, float* sums,
+                         float* scratch);
+
   // `encode` for the output of linear_int8 with kGeluHalf; null: the path does not have kGeluHalf.
   void (*encode_half)(const float* x, int begin, int end, int features, const float* scale, const int32_t* zero,
                       void* codes) = nullptr;
@@ -191,6 +208,11 @@ constexpr std::size_t scratch_bytes(int inputs, int tokens, int head) {
   const std::size_t keys = static_cast<std::size_t>(round_up(tokens, 2 * kLanes)) + 4 * kLanes;
   const std::size_t operands = keys * head * 8 + keys * 128 + static_cast<std::size_t>(head) * 256 + 24576;
   return tiles > operands ? tiles : operands;
+}
+
+// Columns of all inputs and of sixteen outputs.
+constexpr std::size_t train_scratch(int columns, int train_tokens) {
+  return (static_cast<std::size_t>(columns) + 16) * train_tokens;
 }
 
 // For paths whose weights are words; in layout.cc.

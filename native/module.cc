@@ -20,6 +20,7 @@
 #include "dispatch.h"
 #include "encoder.h"
 #include "linear.h"
+#include "pattern.h"
 #include "scheduler.h"
 
 namespace nb = nanobind;
@@ -54,6 +55,7 @@ template <class T>
 using Vector = Array<T, 1>;
 template <class T>
 using Matrix = Array<T, 2>;
+using Output = nb::ndarray<float, nb::numpy, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 // Zeroed memory that belongs to a Python object.
 template <class T>
@@ -169,6 +171,51 @@ nb::ndarray<nb::numpy, int32_t, nb::ndim<2>> linear_accumulate(const Linear& lin
   const WithoutGil release;
   linear.accumulate(x.data(), tokens, out);
   return result;
+}
+
+std::shared_ptr<Pattern> pattern(Matrix<bool> kept, const std::string& isa) {
+  const Kernels& kernels = kernels_for(isa);
+  const WithoutGil release;
+  return std::make_shared<Pattern>(kept.data(), kept.shape(0), kept.shape(1), kernels);
+}
+
+template <class T>
+void expect_shape(const T& array, std::size_t rows, int columns, const char* what) {
+  expect(array.shape(0) == rows && array.shape(1) == static_cast<std::size_t>(columns), what);
+  expect(rows < 1u << 24, "too many rows");
+}
+
+void pattern_multiply(const Pattern& pattern, Matrix<float> x, Matrix<float> weight, std::optional<Vector<float>> bias,
+                      Output y, int threads) {
+  const std::size_t tokens = x.shape(0);
+  expect_shape(x, tokens, pattern.inputs(), "x: wanted one column per input");
+  expect_shape(weight, pattern.outputs(), pattern.inputs(), "weight: wanted the shape of the pattern");
+  expect(!bias || bias->shape(0) == weight.shape(0), "bias: wanted one per output");
+  expect_shape(y, tokens, pattern.outputs(), "y: wanted a row per row of x and one column per output");
+  expect(threads >= 1, "threads: wanted at least 1");
+  const WithoutGil release;
+  pattern.multiply(x.data(), tokens, weight.data(), bias ? bias->data() : nullptr, y.data(), threads);
+}
+
+void pattern_multiply_transposed(const Pattern& pattern, Matrix<float> dy, Matrix<float> weight, Output dx,
+                                 int threads) {
+  const std::size_t tokens = dy.shape(0);
+  expect_shape(dy, tokens, pattern.outputs(), "dy: wanted one column per output");
+  expect_shape(weight, pattern.outputs(), pattern.inputs(), "weight: wanted the shape of the pattern");
+  expect_shape(dx, tokens, pattern.inputs(), "dx: wanted a row per row of dy and one column per input");
+  expect(threads >= 1, "threads: wanted at least 1");
+  const WithoutGil release;
+  pattern.multiply_transposed(dy.data(), tokens, weight.data(), dx.data(), threads);
+}
+
+void pattern_weight_gradient(const Pattern& pattern, Matrix<float> x, Matrix<float> dy, Output dw, int threads) {
+  const std::size_t tokens = x.shape(0);
+  expect_shape(x, tokens, pattern.inputs(), "x: wanted one column per input");
+  expect_shape(dy, tokens, pattern.outputs(), "dy: wanted a row per row of x and one column per output");
+  expect_shape(dw, pattern.outputs(), pattern.inputs(), "dw: wanted the shape of the pattern");
+  expect(threads >= 1, "threads: wanted at least 1");
+  const WithoutGil release;
+  pattern.weight_gradient(x.data(), dy.data(), tokens, dw.data(), threads);
 }
 
 // Keeps a reference to the array of the rows. The destructor of the last owner acquires the GIL.
@@ -346,6 +393,14 @@ NB_MODULE(_native, m) {
       .def_prop_ro("choice", &Linear::choice)
       .def("accumulate", &linear_accumulate, "x"_a.noconvert())
       .def("forward", &linear_forward, "x"_a.noconvert());
+  nb::class_<Pattern>(m, "Pattern")
+      .def(nb::new_(&pattern), "kept"_a.noconvert(), "isa"_a)
+      .def("multiply", &pattern_multiply, "x"_a.noconvert(), "weight"_a.noconvert(), "bias"_a.noconvert().none(),
+           "y"_a.noconvert(), "threads"_a)
+      .def("multiply_transposed", &pattern_multiply_transposed, "dy"_a.noconvert(), "weight"_a.noconvert(),
+           "dx"_a.noconvert(), "threads"_a)
+      .def("weight_gradient", &pattern_weight_gradient, "x"_a.noconvert(), "dy"_a.noconvert(), "dw"_a.noconvert(),
+           "threads"_a);
   nb::class_<Scheduler>(m, "Encoder")
       .def("__init__", &make_encoder, nb::kw_only(), "hidden"_a, "heads"_a, "epsilon"_a, "activation"_a, "threads"_a,
            "isa"_a, "word"_a, "position"_a, "token_type"_a.none(), "embedding_norm"_a, "layers"_a,

@@ -13,6 +13,28 @@
 #include "portable/layers.inc.h"
 #include "portable/linear.inc.h"
 #include "portable/ceilings.inc.h"
+#include "portable/training.inc.h"
+
+// For training, see there.
+struct Neon {
+  static constexpr int kTile = 4;
+
+  static void transpose(const float* from, std::ptrdiff_t from_stride, float* to, std::ptrdiff_t to_stride) {
+    const float32x4x2_t a = vtrnq_f32(vld1q_f32(from), vld1q_f32(from + from_stride));
+    const float32x4x2_t b = vtrnq_f32(vld1q_f32(from + 2 * from_stride), vld1q_f32(from + 3 * from_stride));
+    PRUNEOFA_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      vst1q_f32(to + i * to_stride, vcombine_f32(vget_low_f32(a.val[i]), vget_low_f32(b.val[i])));
+      vst1q_f32(to + (i + 2) * to_stride, vcombine_f32(vget_high_f32(a.val[i]), vget_high_f32(b.val[i])));
+    }
+  }
+
+  static void add_lanes(const Vector (&sum)[4], float* out) {
+    const float32x4_t a = vpaddq_f32((float32x4_t)sum[0], (float32x4_t)sum[1]);
+    const float32x4_t b = vpaddq_f32((float32x4_t)sum[2], (float32x4_t)sum[3]);
+    vst1q_f32(out, vaddq_f32(vld1q_f32(out), vpaddq_f32(a, b)));
+  }
+};
 
 struct Int8 {
   struct Sum {

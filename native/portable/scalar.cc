@@ -10,6 +10,7 @@ namespace scalar {
 #include "portable/layers.inc.h"
 #include "portable/linear.inc.h"
 #include "portable/ceilings.inc.h"
+#include "portable/training.inc.h"
 
 struct Int8 {
   struct alignas(64) Sum {
@@ -79,6 +80,9 @@ const Kernels scalar_kernels = {
     .multiply_cached_int8 = scalar::multiply_cached<scalar::Int8, 4, 1>,
     .multiply_cached_float = scalar::multiply_cached<scalar::Float, 3, 1>,
     .read_all = scalar::read_all,
+    .train_tokens = scalar::kTrainTokens,
+    .multiply_entries = scalar::multiply_entries<scalar::AnyVector>,
+    .sample_entries = scalar::sample_rows<scalar::AnyVector>,
 };
 
 }  // namespace pruneofa

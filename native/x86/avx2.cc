@@ -112,6 +112,9 @@ const Kernels avx2_kernels = {
     .multiply_cached_int8 = avx2::multiply_cached<avx2::Int8, 4, 1>,
     .multiply_cached_float = avx2::multiply_cached<avx2::Float, 6, 1>,
     .read_all = avx2::read_all,
+    .train_tokens = avx2::kTrainTokens,
+    .multiply_entries = avx2::multiply_entries<avx2::Avx>,
+    .sample_entries = avx2::sample_rows<avx2::Avx>,
 };
 
 }  // namespace pruneofa

@@ -7,6 +7,8 @@
 #include "portable/layers.inc.h"
 #include "portable/linear.inc.h"
 #include "portable/ceilings.inc.h"
+#include "portable/training.inc.h"
+#include "x86/training.inc.h"
 
 struct Float {
   struct Sum {

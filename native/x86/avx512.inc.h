@@ -9,6 +9,8 @@
 #include "portable/layers.inc.h"
 #include "portable/linear.inc.h"
 #include "portable/ceilings.inc.h"
+#include "portable/training.inc.h"
+#include "x86/training.inc.h"
 
 struct Int8 {
   using Sum = lanes::Ints;  // not __m512i, a vector of 64-bit integers: compilers would copy between the two

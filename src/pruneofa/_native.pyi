@@ -98,6 +98,30 @@ class Linear:
         Raises ValueError for another number of columns, TypeError for another type.
         """
 
+class Pattern:
+    """Products with a weight of which only the entries of a fixed pattern are not zero, for training in float32.
+
+    The weight, (n, k), is read in every call. Arrays that results are written to must be C-contiguous too and overlap
+    no other argument. Results do not depend on `threads`; with several, a calling thread keeps some of its own.
+    Immutable: threads may use it at the same time. All methods raise ValueError for sizes that do not fit together, and
+    TypeError for an array of another type, number of dimensions or memory order.
+    """
+
+    def __init__(self, kept: NDArray[np.bool_], isa: str) -> None:
+        """kept: (n, k), True where a weight is kept, n and k up to 65535; isa: one of `available_isas()`.
+
+        Raises ValueError for another size and an unknown isa.
+        """
+
+    def multiply(self, x: Floats, weight: Floats, bias: Floats | None, y: Floats, threads: int) -> None:
+        """y = x W^T + bias: x (m, k), bias (n,), y (m, n)."""
+
+    def multiply_transposed(self, dy: Floats, weight: Floats, dx: Floats, threads: int) -> None:
+        """dx = dy W: dy (m, n), dx (m, k)."""
+
+    def weight_gradient(self, x: Floats, dy: Floats, dw: Floats, threads: int) -> None:
+        """dw = dy^T x at the kept weights, and +0.0 elsewhere: x (m, k), dy (m, n), dw (n, k)."""
+
 class Encoder:
     """Embeddings and transformer layers: attention and feed-forward blocks, LayerNorm after each.
 

@@ -67,6 +67,21 @@ def linears(isa: str) -> None:
         np.testing.assert_allclose(layer.build(Native, isa).forward(x), wanted, rtol=1e-4, atol=1e-4)
 
 
+def patterns(isa: str) -> None:
+    random = np.random.default_rng(0)
+    for n, k, m, kept, threads in pairwise(OUTPUTS, INPUTS, (*TOKENS, 130), (0.0, 0.1, 1.0), (1, 3)):
+        mask = random.random((n, k)) < kept
+        x, dy, bias = (guarded(random.normal(size=size).astype(np.float32)) for size in ((m, k), (m, n), n))
+        weight = guarded(np.where(mask, random.normal(size=(n, k)), 0).astype(np.float32))
+        y, dx, dw = (guarded(np.zeros(size, np.float32)) for size in ((m, n), (m, k), (n, k)))
+        pattern = _native.Pattern(guarded(mask), isa)
+        pattern.multiply(x, weight, bias, y, threads)
+        pattern.multiply_transposed(dy, weight, dx, threads)
+        pattern.weight_gradient(x, dy, dw, threads)
+        for found, wanted in ((y, x @ weight.T + bias), (dx, dy @ weight), (dw, (dy.T @ x) * mask)):
+            np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-3)
+
+
 def encoders(isa: str) -> None:
     for hidden, heads, inner in SIZES:
         for precision, threads in (("fp32", 1), ("int8", 1), ("static", 2)):
@@ -93,4 +108,4 @@ def read(kind: str) -> None:
 
 if __name__ == "__main__":
     what, argument = sys.argv[1:]
-    {"linears": linears, "encoders": encoders, "read": read}[what](argument)
+    {"linears": linears, "patterns": patterns, "encoders": encoders, "read": read}[what](argument)

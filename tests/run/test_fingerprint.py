@@ -65,6 +65,7 @@ CHANGES = {
         "checkpoint_activations": (True, SAME),
         "save_steps": (1, SAME),
         "save_minutes": (1.0, SAME),
+        "skip_zeros": (False, SAME),
         "begin": (1, AFTER_PRUNE),
         "end": (4, AFTER_PRUNE),
         "stop": (9, AFTER_PRUNE),
@@ -123,6 +124,7 @@ CHANGES = {
         "train_rows": (40, TASK),
         "validation_rows": (20, EVALUATED),
         "save_minutes": (1.0, SAME),
+        "skip_zeros": (False, SAME),
         "skip_bad_answers": (True, SAME),  # of question answering
     },
 }  # fmt: skip

@@ -31,7 +31,12 @@ def describe(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--ptq", action="store_true", help=ptq)
     add_fields(verb, recipe.Quantize, "", without=("ptq",), title="int8")
     # The omitted fields set how a run trains the models that are inputs here.
-    add_fields(verb, recipe.Task, "", without=("dense_epochs", "dense_lr", "epochs", "lr", "check_epochs"))
+    add_fields(
+        verb,
+        recipe.Task,
+        "",
+        without=("dense_epochs", "dense_lr", "epochs", "lr", "check_epochs", "skip_zeros"),
+    )
     add_training(verb)
 
     def call(options: argparse.Namespace) -> int:

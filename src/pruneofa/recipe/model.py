@@ -63,6 +63,10 @@ _SAVE_MINUTES = Field(
     SAVE_MINUTES, description="minutes between checkpoints; one is written at the end too",
     json_schema_extra=RESOURCES_ONLY,
 )  # fmt: skip
+_SKIP_ZEROS = Field(
+    True, description="with a locked pattern, fp32 on a CPU: do not multiply by zeros; false: compute as a dense model",
+    json_schema_extra=RESOURCES_ONLY,
+)  # fmt: skip
 
 
 class _Optimization(Section):
@@ -133,6 +137,7 @@ class Prune(_Optimization):
     rewind: Literal["sawtooth", "cyclic", "none"] = Field(
         "sawtooth", description="sawtooth, cyclic or none: learning-rate rewinding after each mask update"
     )
+    skip_zeros: bool = _SKIP_ZEROS
 
     @model_validator(mode="after")
     def _schedule(self) -> "Prune":
@@ -256,6 +261,7 @@ class Task(Section):
     train_rows: Positive | None = Field(None, description="train on the first rows only, for trials")
     validation_rows: Positive | None = Field(None, description="evaluate on the first rows only, for trials")
     save_minutes: Rate = _SAVE_MINUTES
+    skip_zeros: bool = _SKIP_ZEROS
     skip_bad_answers: bool = Field(False, description="drop SQuAD answers whose offsets do not match")
 
     @model_validator(mode="after")

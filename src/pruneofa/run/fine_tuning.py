@@ -52,6 +52,7 @@ class FineTuneSettings:
         dropout: replaces the dropout rates of the model; None keeps them.
         freeze_embeddings: whether the word embeddings keep their values.
         locked: whether the sparsity pattern is locked.
+        skip_zeros: whether locked zeros are skipped where this is faster.
     """
 
     epochs: int
@@ -69,6 +70,7 @@ class FineTuneSettings:
     seed: int
     precision: str
     save_minutes: float = field(metadata=RESOURCES_ONLY)
+    skip_zeros: bool = field(metadata=RESOURCES_ONLY)
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def fine_tune(
     prepare_student(objective.student, settings)
     assert task.train is not None
     data = task.train.train_dataset(settings.batch, settings.seed, settings.epochs)
-    callbacks: list[Any] = [LockCallback()] if settings.locked else []
+    callbacks: list[Any] = [LockCallback(skip_zeros=settings.skip_zeros)] if settings.locked else []
     if task.epoch_rows is None:
         clock = _train(objective, settings, job, task, data, len(data) // settings.batch, callbacks)
         return Outcome(objective.student, load_tokenizer(model.path), **clock)

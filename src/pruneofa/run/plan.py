@@ -186,6 +186,7 @@ def _fine_tuning(
         seed=id.seed,
         precision=precision,
         save_minutes=spec.save_minutes,
+        skip_zeros=spec.skip_zeros,
     )
 
 

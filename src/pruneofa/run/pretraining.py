@@ -112,7 +112,7 @@ def prune_student(settings: PruneSettings, job: Job, *, teacher: Model, text: Te
     clock = {"seconds": 0.0, "tokens": 0}
     if settings.prune.at_once:
         clock = _prune_at_once(objective, teacher, settings, text, job.work / "pruned")
-        pruning: Any = LockCallback()
+        pruning: Any = LockCallback(skip_zeros=settings.prune.skip_zeros)
     else:
         pruning = PruningCallback(**schedule(settings.prune), blocks=_blocks(objective, settings, text))
     if settings.prune.steps:
@@ -218,7 +218,8 @@ def _trial(settings: ControlSettings, lr: float, job: Job, teacher: Model, text:
         prune = settings.prune.model_copy(update={"lr": lr})
         # The report draws a curve per peak learning rate.
         trial = Job(job.name, folder, lambda event: job.emit(event | {"peak_lr": lr}))
-        clock = _train(objective, prune, text, _linear_rate(prune), settings, trial, [LockCallback()])
+        lock = LockCallback(skip_zeros=prune.skip_zeros)
+        clock = _train(objective, prune, text, _linear_rate(prune), settings, trial, [lock])
         metrics = validate(objective, text, settings)
         if main:
             remove_folder(folder / "model")
