@@ -49,6 +49,17 @@ def test_ctrl_c_does_not_say_done_and_the_next_attempt_says_where_it_resumes(tex
     assert said.startswith("test: resumes at 5/12\n") and "test: done in" in said
 
 
+def test_a_log_that_cannot_be_written_is_the_error_and_ctrl_c_is_left_as_it_was(text, tmp_path):
+    class Full(list):
+        def append(self, event):
+            raise OSError(28, "No space left on device", "log.jsonl")
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(OSError, match=r"log\.jsonl"):
+        fit(objective(), text, tmp_path / "work", events=Full())
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def test_accumulation_changes_neither_losses_nor_weights(text, tmp_path):
     whole, parts = [], []
     one, four = objective(), objective()

@@ -127,7 +127,8 @@ def build_corpus(
         if not disk_is_full(error):
             raise
         raise InputError(
-            f"{root}: the disk is full; free space, or set PRUNEOFA_CACHE to a folder on another disk"
+            f"{root}: disk full; free space, or set PRUNEOFA_CACHE to a folder on another disk; "
+            "the same command resumes"
         ) from error
     built = read_json(folder / "meta.json")
     stats |= {name: built[name] for name in ("articles", "tokens", "tokens_per_second")} | read_json(

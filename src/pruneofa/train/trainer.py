@@ -222,11 +222,10 @@ class _StageCallback(TrainerCallback):
             self.trainer.resume(read_json(checkpoint_path(args.output_dir, state.global_step, CLOCK_FILE)))
         self.saved = time.monotonic()
         self.since = self.saved - self.trainer.clock["seconds"]
-        self.stack = ExitStack()
+        self.stack, self.handler = ExitStack(), signal.signal(signal.SIGINT, self._interrupt)
         if state.is_world_process_zero:
             self.advance = self.stack.enter_context(progress(self.stage, state.max_steps, completed=state.global_step))
             self.emit({"event": "start", "stage": self.stage, "step": state.global_step, "steps": state.max_steps})
-        self.handler = signal.signal(signal.SIGINT, self._interrupt)
 
     def _interrupt(self, *_: Any) -> None:
         self.interrupted = True
