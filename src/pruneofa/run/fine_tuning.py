@@ -51,6 +51,7 @@ class FineTuneSettings:
         dropout: replaces the dropout rates of the model; None keeps them.
         freeze_embeddings: whether the word embeddings keep their values.
         locked: whether the sparsity pattern is locked.
+        revision: of the computation: 2 where padding is left out of the answers in the loss with the labels.
     """
 
     epochs: int
@@ -67,6 +68,7 @@ class FineTuneSettings:
     locked: bool
     seed: int
     precision: str
+    revision: int
     save_minutes: float = field(metadata=RESOURCES_ONLY)
 
 
