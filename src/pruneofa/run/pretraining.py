@@ -288,7 +288,7 @@ def _train(
         objective,
         stage=job.name,
         work=job.work,
-        dataset=text.built.train(optimization.steps * optimization.batch, seed=settings.seed),
+        dataset=text.built.train(optimization.steps * optimization.batch, seed=settings.seed, batch=optimization.batch),
         collate=text.collate,
         steps=optimization.steps,
         batch=optimization.batch,
