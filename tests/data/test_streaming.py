@@ -76,6 +76,14 @@ def test_data_loader_workers_share_the_articles(stream):
     assert sum(1 for _ in loader) == 101
 
 
+@pytest.mark.parametrize(("steps", "workers"), [(6, 4), (3, 4), (9, 2)])
+def test_the_batches_of_data_loader_workers_are_whole(stream, steps, workers):
+    data = stream.train(steps * 8, seed=0, batch=8)
+    loader = torch.utils.data.DataLoader(data, batch_size=8, num_workers=workers, collate_fn=len)
+    assert list(loader) == [8] * steps
+    assert sum(1 for _ in stream.train(29, seed=0, batch=8)) == 29
+
+
 def test_too_few_articles(tmp_path):
     path = write(tmp_path / "a.txt", ["Only one. Of them."])
     with pytest.raises(InputError, match="1 article, but"):

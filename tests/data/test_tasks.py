@@ -259,9 +259,9 @@ def test_baseline(tmp_path, tokenizer):
 
 BAD_FILES = [
     ("d.csv", b"text,label\ngood,1\nb\xe4d,0\n", r"d\.csv: not UTF-8 at line 3"),
-    ("d.csv", b"", "the file has no rows"),
+    ("d.csv", b"", "no header; its first line"),
     ("d.csv", b"text,label\n", "the file has no rows"),
-    ("d.csv", b"text,label\na,b,c\n", "line 2 has not as many fields as the header"),
+    ("d.csv", b"text,label\na,b,c\n", "line 2 has 3 fields, the header 2"),
     ("d.csv", b"text,lable\na,b\n", "no label column 'label' among 'text', 'lable'; did you mean 'lable'"),
     ("d.csv", b"sentence,label\na,x\nb,y\n", r"no text column 'text' among 'sentence', 'label'; set tasks.mine.text"),
     ("d.csv", b"text,label\na,x\nb,x\n", "2 training rows have the label 'x', wanted at least two"),

@@ -3,6 +3,7 @@
 import ctypes
 import dataclasses
 import sys
+from functools import partial
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from tests.kernels.cases import Layer, Model, batch, float_layer, int8_layer, mo
 
 OUTPUTS = (1, 15, 16, 17, 32, 33, 48, 65)
 INPUTS = (1, 3, 15, 17, 33, 63, 64, 65, 127, 129, 200)
+LONGEST = 96  # tokens of a sequence
 TOKENS = (1, 15, 16, 17, 32, 33, 49)
 SPARSITY = (0.0, 0.5, 0.9, 1.0)
 SIZES = [(64, 8, 128), (64, 4, 100), (64, 2, 65), (128, 2, 192), (72, 9, 100), (36, 3, 50), (20, 5, 33), (96, 1, 130)]
@@ -49,6 +51,7 @@ def guarded_model(parts: Model) -> Model:
         parts,
         tables={name: pair(table) for name, table in parts.tables.items()},
         embedding_norm=pair(parts.embedding_norm),
+        relative_bias=None if parts.relative_bias is None else guarded(parts.relative_bias),
         layers=[{k: v if isinstance(v, Layer) else pair(v) for k, v in layer.items()} for layer in parts.layers],
     )
 
@@ -82,13 +85,20 @@ def patterns(isa: str) -> None:
             np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-3)
 
 
-def encoders(isa: str) -> None:
+def encoders(isa: str, longest: int | None = None) -> None:
+    """Encoders of all sizes; with `longest`, of the longest sequence, their attention has a bias by relative position.
+
+    The longest sequence then reads the first and the last number of the bias.
+    """
     for hidden, heads, inner in SIZES:
         for precision, threads in (("fp32", 1), ("int8", 1), ("static", 2)):
             parts = model(hidden=hidden, heads=heads, inner=inner, precision=precision, depth=1)
+            if longest is not None:
+                bias = np.random.default_rng(0).normal(size=(heads, 2 * longest - 1)).astype(np.float32)
+                parts = dataclasses.replace(parts, relative_bias=bias)
             native = guarded_model(parts).build(Native, isa, threads)
             wanted = parts.build(reference, "scalar")
-            for lengths in ([1], [16], [17, 3], [31, 1, 1, 33], [96], [2, 30]):
+            for lengths in ([1], [16], [17, 3], [31, 1, 1, 33], [LONGEST], [2, 30]):
                 inputs = tuple(guarded(part) for part in batch(lengths))
                 error = np.abs(native.forward(*inputs) - wanted.forward(*inputs)).max()
                 assert error <= (1e-4 if precision == "fp32" else 0.2), (hidden, heads, precision, lengths)
@@ -108,4 +118,6 @@ def read(kind: str) -> None:
 
 if __name__ == "__main__":
     what, argument = sys.argv[1:]
-    {"linears": linears, "patterns": patterns, "encoders": encoders, "read": read}[what](argument)
+    calls = {"linears": linears, "patterns": patterns, "encoders": encoders, "read": read}
+    calls["biased"] = partial(encoders, longest=LONGEST)
+    calls[what](argument)

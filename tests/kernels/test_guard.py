@@ -45,7 +45,7 @@ def test_the_guard_bites(guarded, kind):
     assert done.returncode == -signal.SIGSEGV
 
 
-@pytest.mark.parametrize("what", ["linears", "patterns", "encoders"])
+@pytest.mark.parametrize("what", ["linears", "patterns", "encoders", "biased"])
 def test_kernels_stay_within_their_buffers(guarded, isa, what):
     done = guarded(what, isa)
     assert done.returncode == 0, f"exit {done.returncode} (-11: touched memory past a buffer)\n{done.stderr[-3000:]}"

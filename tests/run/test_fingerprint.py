@@ -194,6 +194,27 @@ def test_a_field_that_a_later_version_adds_changes_nothing_at_its_absent_value(m
     assert stage.fingerprinted(Settings(recipe.Prune(steps=10, scope="global"), 1.0))["prune"]["scope"] == "global"
 
 
+def test_stages_whose_results_changed_with_a_version_are_not_done(settings, monkeypatch, tmp_path):
+    """The dense teachers of question answering, and gradual pruning by Fisher scores; nothing else of earlier runs."""
+    squad = {"data": "task.csv", "epochs": 1, "lr": 1e-3, "batch": 16, "max_length": 32}
+    recipes = [changed_recipe(settings, "prune", "score", score) for score in ("magnitude", "fisher")]
+    for made in recipes:
+        made.tasks["squad"] = recipe.Task(**squad)
+    kept = Inputs.training_rows
+    monkeypatch.setattr(Inputs, "training_rows", lambda inputs, name: kept(inputs, "mine"))
+    monkeypatch.setattr(Inputs, "validation_rows", Inputs.training_rows)
+
+    def recorded(made):
+        steps = plan(made, Inputs(made), tmp_path)
+        return {str(step): str(stage.fingerprinted(step.settings)) for step in steps if isinstance(step, stage.Stage)}
+
+    found = [{name for name, values in recorded(made).items() if "'revision': 2" in values} for made in recipes]
+    assert found == [{"tasks/squad/seed-0/teacher"}, {"tasks/squad/seed-0/teacher", "prune"}]
+    recipes[0].tasks["squad"] = recipe.Task(**squad, hard=0.5)
+    with_labels = {name for name, values in recorded(recipes[0]).items() if "'revision': 2" in values}
+    assert with_labels == {f"tasks/squad/seed-0/{name}" for name in ("teacher", "transfer", "control", "quantize")}
+
+
 @pytest.mark.parametrize(
     "record",
     [{"settings": {"lr": 1.0}, "versions": {"pruneofa": "0.1.0"}}, {"fingerprint": "x"}, {"format": 2, "settings": {}}],

@@ -275,6 +275,34 @@ def test_what_a_kill_left_while_joining_or_removing_parts_is_removed(models, tmp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.csv", "out.csv"]
 
 
+@pytest.mark.parametrize("when", ["before the first part", "while parts were removed"])
+def test_what_a_kill_left_of_other_settings_is_removed(models, tmp_path, monkeypatch, when):
+    file, out = write(tmp_path / "in.csv", rows(40)), tmp_path / "out.csv"
+    with monkeypatch.context() as patch:
+        patch.setattr(batch, "_join", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            predict(models["classifier"], [file], out)
+    (work,) = tmp_path.glob(".out.csv.*.parts")
+    if when == "before the first part":
+        for part in chunks.find_parts(work):
+            part.path.unlink()
+    else:  # of --redo
+        work.rename(marked(work, "tmp"))
+    assert predict(models["classifier"], [file], out, prefix="p_", redo=True)["resumed"] == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.csv", "out.csv"]
+
+
+def test_the_parts_of_a_file_whose_name_begins_the_same_are_not_taken(models, tmp_path, monkeypatch):
+    file, out = write(tmp_path / "in.csv", rows(40)), tmp_path / "out.csv"
+    with monkeypatch.context() as patch:
+        patch.setattr(batch, "_join", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            predict(models["classifier"], [file], out)
+    predict(models["classifier"], [file], tmp_path / "out")
+    predict(models["classifier"], [file], tmp_path / "out", redo=True, prefix="p_")
+    assert predict(models["classifier"], [file], out)["resumed"] == 40
+
+
 def test_two_at_once_are_refused(models, tmp_path):
     file, out = write(tmp_path / "in.csv", rows(1200)), tmp_path / "out.csv"
     process = start(models, file, out)

@@ -118,6 +118,16 @@ def test_one_of_the_processes_shows_the_progress(monkeypatch, first):
     assert shown == ["gradients for the scores"] * (6 if first else 0)
 
 
+def test_squared_gradients_that_overflow_are_named():
+    made = objective()
+    weights = prunable(made.student)
+    with torch.no_grad():
+        made.student.base_model.encoder.layer[1].output.LayerNorm.weight.fill_(1e30)  # its square is infinite
+    for function, more in ((fisher_diagonal, {}), (fisher_blocks, {"block": 8, "pattern": "unstructured"})):
+        with pytest.raises(CheckFailed, match=r"the squared gradients of .*weight are not finite; set precision: fp32"):
+            function(made, weights, batches(), **OPTIONS, **more)
+
+
 def test_second_moments_are_adams_without_its_bias():
     model = tiny_bert()
     weights = prunable(model)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import BertForMaskedLM, DistilBertForMaskedLM, MPNetForMaskedLM, RobertaForMaskedLM
 
-from pruneofa.errors import InputError
+from pruneofa.errors import CheckFailed, InputError
 from pruneofa.train import layerwise
 from pruneofa.train.layerwise import DAMPING, _fit_linear, prune_layerwise, sparse_fit
 from pruneofa.train.masks import magnitude_mask, prunable
@@ -149,3 +149,46 @@ def test_inputs_that_hardly_vary_are_fitted_by_the_bias() -> None:
         _fit_linear(linear, [(inputs, wanted)], lambda scores: magnitude_mask(scores, 0.75), "linear")
     assert int((linear.weight == 0).sum()) == 96
     torch.testing.assert_close(linear(inputs), wanted, atol=1e-3, rtol=0)
+
+
+def fitted(inputs):
+    """A linear pruned to 0.75 on these inputs, and the dense one."""
+    dense = torch.nn.Linear(16, 8)
+    linear = deepcopy(dense)
+    with torch.no_grad():
+        _fit_linear(linear, [(inputs, dense(inputs))], lambda scores: magnitude_mask(scores, 0.75), "linear")
+    assert linear.weight.isfinite().all() and int((linear.weight == 0).sum()) == 96
+    return linear, dense
+
+
+def test_dead_inputs_are_pruned_first() -> None:
+    inputs = torch.randn(200, 16, generator=torch.Generator().manual_seed(0))
+    inputs[:, [2, 5]] = 0.0
+    linear, _ = fitted(inputs)
+    assert (linear.weight[:, [2, 5]] == 0).all()
+    linear, dense = fitted(torch.zeros(50, 16))  # all of them are dead
+    torch.testing.assert_close(linear(torch.zeros(1, 16)), dense(torch.zeros(1, 16)))
+
+
+def test_singular_moments_are_damped() -> None:
+    inputs = torch.randn(200, 16, generator=torch.Generator().manual_seed(0))
+    few = inputs[:3]  # fewer examples than inputs
+    linear, dense = fitted(few)
+    torch.testing.assert_close(linear(few), dense(few), atol=0.05, rtol=0)
+    same = inputs.clone()
+    same[:, 1::2] = same[:, ::2]  # every input twice
+    fitted(same)
+
+
+@pytest.mark.parametrize("bad", ["an infinite input", "NaN", "squares that overflow", "what fp16 made of it"])
+def test_numbers_that_are_not_finite_are_called_so(bad) -> None:
+    inputs = torch.randn(200, 16, generator=torch.Generator().manual_seed(0))
+    if bad == "squares that overflow":
+        inputs *= 1e20
+    elif bad == "what fp16 made of it":
+        inputs = (inputs * 1e5).half()
+    else:
+        inputs[0, 0] = float("nan") if bad == "NaN" else float("inf")
+    linear = torch.nn.Linear(16, 8)
+    with torch.no_grad(), pytest.raises(CheckFailed, match="linear: its inputs, .* too large for float32; prune a mo"):
+        _fit_linear(linear, [(inputs, linear(inputs.float()))], lambda s: magnitude_mask(s, 0.75), "linear")

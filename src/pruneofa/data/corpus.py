@@ -65,19 +65,24 @@ class BuiltCorpus:
     tokenizer_json: str
     store: Store | None
 
-    def train(self, size: int, *, seed: int, epoch0: int = 0) -> PretrainingDataset | StreamingDataset:
-        """`size` training examples; number p is a pure function of (seed, epoch0, p) unless streaming."""
-        return self._examples("train", size, seed, epoch0)
+    def train(self, size: int, *, seed: int, epoch0: int = 0, batch: int = 1) -> PretrainingDataset | StreamingDataset:
+        """`size` training examples; number p is a pure function of (seed, epoch0, p) unless streaming.
+
+        `batch`: examples of a batch that the workers of a DataLoader make, so that each makes whole ones.
+        """
+        return self._examples("train", size, seed, epoch0, batch)
 
     def validation(self, size: int, *, seed: int) -> PretrainingDataset | StreamingDataset:
         """`size` examples from held-out articles, which `train` does not use."""
-        return self._examples("validation", size, seed, 0)
+        return self._examples("validation", size, seed, 0, 1)
 
-    def _examples(self, split: str, size: int, seed: int, epoch0: int) -> PretrainingDataset | StreamingDataset:
+    def _examples(
+        self, split: str, size: int, seed: int, epoch0: int, batch: int
+    ) -> PretrainingDataset | StreamingDataset:
         if self.store is not None:
             return PretrainingDataset(self.form, self.store, split, size, seed, epoch0)
         texts = functools.partial(_texts, self.readers, self.spec.column)
-        return StreamingDataset(self.form, texts, Encoder(self.tokenizer_json), split, size, seed, epoch0)
+        return StreamingDataset(self.form, texts, Encoder(self.tokenizer_json), split, size, seed, epoch0, batch)
 
 
 def build_corpus(

@@ -14,10 +14,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pruneofa.data.delimited import read_delimited
 from pruneofa.data.labels import as_text, refuse_row_ids
 from pruneofa.data.root import root_folder
 from pruneofa.errors import InputError, first_line
+from pruneofa.formats.delimited import literal_quotes, read_rows
 from pruneofa.formats.hub import announce, could_be_hub_id
 
 SUFFIXES = (".parquet", ".jsonl", ".csv", ".tsv")
@@ -232,8 +232,8 @@ def _json_lines(text: str, path: Path, where: str) -> list[dict[str, Any]]:
 
 
 def _delimited(text: str, path: Path, where: str) -> list[dict[str, Any]]:
-    """Rows of a CSV or TSV with a header; quotes in a TSV count only if every quoted field is closed."""
+    def lines() -> io.StringIO:
+        return io.StringIO(text, newline="")
+
     tabs = path.suffix == ".tsv"
-    fields = (field for line in text.splitlines() for field in line.split("\t")) if tabs else ()
-    literal = any(field.startswith('"') and not (len(field) > 1 and field.endswith('"')) for field in fields)
-    return list(read_delimited(io.StringIO(text, newline=""), f"{where}: {path}", tabs=tabs, literal=literal))
+    return list(read_rows(lines(), f"{where}: {path}", tabs=tabs, literal=tabs and literal_quotes(lines())))

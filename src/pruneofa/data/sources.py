@@ -3,8 +3,7 @@
 File formats:
   .parquet          one article per row, in a column
   .jsonl            one article per line, in a key (also .jsonl.gz, .jsonl.zst)
-  .csv, .tsv        one article per row, in a column of the header, such as the rows of a task; quotes in a TSV are
-                    part of the text (also .gz, .zst)
+  .csv, .tsv        one article per row, in a column of the header, such as the rows of a task (also .gz, .zst)
   .txt              articles separated by blank lines; a file whose first MiB has no blank line between
                     two lines of text has one article per line (also .txt.gz, .txt.zst)
 A folder is read recursively, its files in the order of their names. Anything else is a hub data set.
@@ -20,13 +19,12 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pruneofa.data.delimited import read_delimited
 from pruneofa.data.root import root_folder
 from pruneofa.errors import InputError
+from pruneofa.formats.delimited import literal_quotes, read_fields
 from pruneofa.formats.files import file_fingerprint
 from pruneofa.formats.hub import announce, could_be_hub_id
 
@@ -290,9 +288,15 @@ def _values(path: Path, lines: Iterable[str], column: str) -> Iterator[str]:
 
 
 def _fields(path: Path, lines: Iterable[str], column: str) -> Iterator[str]:
-    tabs = _kind(path) == ".tsv"
-    rows = read_delimited(lines, path, tabs=tabs, literal=tabs, check_header=partial(_need_column, path, column))
-    return (_text(path, column, row[column]) for row in rows)
+    tabs, literal = _kind(path) == ".tsv", False
+    if tabs:
+        with open(path, "rb") as raw, _decompressed(path, raw) as file:
+            literal = literal_quotes(_lines(path, file))
+    rows = read_fields(lines, path, tabs=tabs, literal=literal)
+    header = next(rows)
+    _need_column(path, column, header)
+    index = header.index(column)
+    return (_text(path, column, row[index]) for row in rows)
 
 
 def _check(path: Path, column: str) -> str:

@@ -35,7 +35,8 @@ class StreamingDataset(IterableDataset[Item]):
     """`size` examples that are read and tokenized during training, for a corpus too large to cache.
 
     Examples come from a shuffle buffer, partners from a reservoir of earlier articles; both are seeded, so
-    two runs see the same items. DataLoader workers share the articles by their number.
+    two runs see the same items. DataLoader workers share the articles by their number, and the examples in groups of
+    `batch`: a worker makes its batches of its own examples, and the last ones of all would be short.
     """
 
     BUFFER = 4096
@@ -50,9 +51,10 @@ class StreamingDataset(IterableDataset[Item]):
         size: int,
         seed: int,
         epoch0: int,
+        batch: int = 1,
     ) -> None:
         self.form, self.texts, self.encoder = form, texts, encoder
-        self.split, self.size, self.seed, self.epoch0 = split, size, seed, epoch0
+        self.split, self.size, self.seed, self.epoch0, self.batch = split, size, seed, epoch0, batch
 
     def __len__(self) -> int:
         return self.size
@@ -60,7 +62,8 @@ class StreamingDataset(IterableDataset[Item]):
     def __iter__(self) -> Iterator[Item]:
         info = get_worker_info()
         rank, workers = (info.id, info.num_workers) if info else (0, 1)
-        size = len(range(rank, self.size, workers))
+        starts = range(rank * self.batch, self.size, workers * self.batch)
+        size = sum(min(self.batch, self.size - start) for start in starts)
         rng = np.random.Generator(np.random.Philox(key=[splitmix64(splitmix64(self.seed) + self.epoch0), rank]))
         buffer: list[Item] = []
         items = self._items(rank, workers, rng)

@@ -257,6 +257,13 @@ def recover(target: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def recover_like(folder: Path, pattern: str) -> None:
+    """`recover` everything in `folder` whose name matches a glob pattern; the caller holds its lock."""
+    for path in sorted(folder.glob(f".{pattern}.*.pruneofa-*")):
+        if found := _MARKED.fullmatch(path.name):
+            recover(path.with_name(found[1]))
+
+
 def recover_all(folder: Path) -> None:
     """`recover` everything below `folder`, whose lock the caller holds."""
     for path in sorted(folder.rglob(".*.pruneofa-*")):

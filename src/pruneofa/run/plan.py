@@ -58,7 +58,8 @@ def teacher_stage(recipe: Recipe, inputs: Inputs, model: Model, root: Path) -> S
 def prune_stage(recipe: Recipe, inputs: Inputs, teacher: Model, root: Path) -> Stage:
     """Student pruning, which makes the sparse model."""
     assert recipe.prune is not None and recipe.corpus is not None
-    settings = PruneSettings(recipe.prune, recipe.distill, recipe.corpus, recipe.seed, recipe.precision)
+    revision = 2 if recipe.prune.score == "fisher" and not recipe.prune.at_once else 1
+    settings = PruneSettings(recipe.prune, recipe.distill, recipe.corpus, recipe.seed, recipe.precision, revision)
     given = {"teacher": teacher, "text": inputs.text()}
     return _stage(root, StageId(None, None, "prune"), prune_student, settings, given)
 
@@ -170,6 +171,7 @@ def _fine_tuning(
     spec: Task, id: StageId, precision: str, *, has_teacher: bool, locked: bool = True
 ) -> FineTuneSettings:
     assert spec.epochs and spec.lr and spec.batch and spec.max_length and id.seed is not None  # resolved() fills them
+    answers = id.task == "squad" and (spec.hard > 0 or not has_teacher)
     return FineTuneSettings(
         epochs=spec.epochs,
         lr=spec.lr,
@@ -185,6 +187,7 @@ def _fine_tuning(
         locked=locked,
         seed=id.seed,
         precision=precision,
+        revision=2 if answers else 1,
         save_minutes=spec.save_minutes,
         skip_zeros=spec.skip_zeros,
     )

@@ -51,13 +51,18 @@ class TeacherSettings:
 
 @dataclass(frozen=True)
 class PruneSettings:
-    """How the student is pruned."""
+    """How the student is pruned.
+
+    Attributes:
+        revision: of the computation: 2 where moments of weights that return count no step at which they were pruned.
+    """
 
     prune: Prune
     distill: Distill
     corpus: Corpus = field(metadata=SOURCE)
     seed: int
     precision: str
+    revision: int
 
 
 @dataclass(frozen=True)
@@ -284,7 +289,7 @@ def _train(
         objective,
         stage=job.name,
         work=job.work,
-        dataset=text.built.train(optimization.steps * optimization.batch, seed=settings.seed),
+        dataset=text.built.train(optimization.steps * optimization.batch, seed=settings.seed, batch=optimization.batch),
         collate=text.collate,
         steps=optimization.steps,
         batch=optimization.batch,

@@ -18,17 +18,21 @@ from pruneofa.recipe import RESOURCES_ONLY, Section
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-FORMAT = 3  # part of every stage's fingerprint: increase it when results change for the same settings, or the record
+# Part of every stage's fingerprint: increase it when results change for the same settings, or the record. If only the
+# results of some stages change, increase the `revision` of their settings instead, so that the others stay done.
+FORMAT = 3
 EVALUATION_FORMAT = 2  # the same for evaluations
 # {"Class.field": value} for settings added by a later version: the value that corresponds to earlier behaviour. A field
 # with that value is not part of the fingerprint, so that stages made by earlier versions stay done.
 ABSENT: dict[str, Any] = {
     "Distill.hidden_norm": False,
     "FineTuneSettings.freeze_embeddings": False,
+    "FineTuneSettings.revision": 1,
     "Prune.block": 50,
     "Prune.dampening": 0.01,
     "Prune.gradients": 1024,
     "Prune.one_shot": None,
+    "PruneSettings.revision": 1,
 }
 
 RECORD, METRICS, EVALUATION = "stage.json", "metrics.json", "evaluation.json"

@@ -19,6 +19,7 @@ from pruneofa.formats.files import (
     output_folder,
     read_json,
     recover,
+    recover_like,
     remove_folder,
     write_json,
 )
@@ -131,9 +132,12 @@ def _work_folder(target: Path, record: dict[str, Any], redo: bool) -> Path:
     """The folder of parts for this record, made if need be. Raises InputError if something else is in its place."""
     key = fingerprint({name: value for name, value in record.items() if name not in _MORE_ROWS})
     work = target.with_name(f".{target.name}.{key[:16]}.parts")
-    recover(work)
-    begun = [folder for folder in target.parent.glob(f".{glob.escape(target.name)}.*.parts") if find_parts(folder)]
-    others = {folder: changed for folder in begun if (changed := _changed(folder, record))}
+    names = f".{glob.escape(target.name)}.{16 * '[0-9a-f]'}.parts"
+    recover_like(target.parent, names)
+    for folder in sorted(target.parent.glob(names)):
+        if not find_parts(folder):  # killed before the first
+            remove_folder(folder)
+    others = {folder: changed for folder in target.parent.glob(names) if (changed := _changed(folder, record))}
     if others and not redo:
         raise InputError(
             f"{target}: unfinished with other settings ({', '.join(next(iter(others.values())))}); "

@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pruneofa.errors import InputError, first_line
+from pruneofa.formats.delimited import literal_quotes, read_fields
 
 if TYPE_CHECKING:
     from pruneofa.serve.predictor import Predictor
 
 SUFFIXES = (".parquet", ".jsonl", ".csv", ".tsv")
-_LONGEST_FIELD = 2**31 - 1  # bytes; the default of the csv module is 128 KiB
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
@@ -34,7 +34,7 @@ def check_file(path: Path) -> None:
 def describe(path: Path) -> tuple[list[str], int]:
     """Names of the columns, of the first row in JSON lines, and the number of rows.
 
-    Reads CSV once from beginning to end, so a line with too few fields is known at once.
+    Reads CSV from beginning to end, so a line with too few fields is known at once.
     """
     if path.suffix == ".parquet":
         from pruneofa.serve import arrow
@@ -42,7 +42,7 @@ def describe(path: Path) -> tuple[list[str], int]:
         return arrow.describe(path)
     if path.suffix == ".jsonl":
         first, count = None, 0
-        for line in _lines(path):
+        for line in _json_lines(path):
             first = line if first is None else first
             count += 1
         return ([] if first is None else list(parse(first, f"{path}: row 1"))), count
@@ -64,7 +64,7 @@ def chunks(path: Path, size: int) -> Iterator[tuple[int, Any]]:
             yield start, batch
             start += len(batch)
         return
-    rows: Iterator[Any] = _lines(path) if path.suffix == ".jsonl" else islice(_fields(path), 1, None)
+    rows: Iterator[Any] = _json_lines(path) if path.suffix == ".jsonl" else islice(_fields(path), 1, None)
     while (chunk := list(islice(rows, size))) or not start:
         yield start, chunk
         start += max(len(chunk), 1)
@@ -173,40 +173,24 @@ def parse(line: str, name: str) -> dict[str, Any]:
     return row
 
 
-def _lines(path: Path) -> Iterator[str]:
+def _json_lines(path: Path) -> Iterator[str]:
     """Lines that are not blank."""
+    return (line for line in _lines(path, newline="\n") if not line.isspace())
+
+
+def _lines(path: Path, newline: str) -> Iterator[str]:
     try:
-        with open(path, encoding="utf-8-sig", newline="\n") as file:
-            yield from (line for line in file if not line.isspace())
+        with open(path, encoding="utf-8-sig", newline=newline) as file:
+            yield from file
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 ({error.reason} at byte {error.start} of a block); convert it") from None
 
 
 def _fields(path: Path) -> Iterator[list[str]]:
-    """The header, then the fields of each row. Raises InputError for a row that has not as many as the header."""
-    csv.field_size_limit(_LONGEST_FIELD)
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, delimiter=_DELIMITERS[path.suffix], strict=True)
-            header = next(reader, None)
-            if not header:
-                raise InputError(f"{path}: no header; its first line has to name the columns")
-            if len(set(header)) < len(header):
-                raise InputError(f"{path}: the header {', '.join(map(repr, header))} has a name twice; rename one")
-            yield header
-            for fields in reader:
-                if not fields:  # a blank line
-                    continue
-                if len(fields) != len(header):
-                    raise InputError(
-                        f"{path}: line {reader.line_num} has {len(fields)} fields, the header {len(header)}; "
-                        "quote texts that contain the delimiter"
-                    )
-                yield fields
-    except csv.Error as error:
-        raise InputError(f"{path}: line {reader.line_num}: {error}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 ({error.reason}); convert it") from None
+    """The header, then the fields of each row."""
+    tabs = path.suffix == ".tsv"
+    literal = tabs and literal_quotes(_lines(path, newline=""))
+    yield from read_fields(_lines(path, newline=""), path, tabs=tabs, literal=literal)
 
 
 def _vector(values: NDArray[np.float32]) -> str:

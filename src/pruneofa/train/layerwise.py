@@ -98,7 +98,7 @@ def prune_layerwise(
 
     Raises:
         InputError: the model has no encoder, or the shape of a weight does not divide into the pattern's blocks.
-        CheckFailed: the fitted weight of a layer is not finite.
+        CheckFailed: the inputs of a layer or its fitted weight are not finite.
     """
     weights = prunable(student, skip)
     for name, weight in weights.items():
@@ -323,6 +323,11 @@ def _fit_linear(linear: nn.Module, rows: list[tuple[Tensor, Tensor]], select: Se
         x, y = x.float() - inputs, y.float() - outputs
         moments += x.T @ x
         products += x.T @ y
+    if not (moments.isfinite().all() and products.isfinite().all()):
+        raise CheckFailed(
+            f"{name}: its inputs, or the outputs of the dense model, are NaN, infinite or too large for float32; prune "
+            "a model whose hidden states are finite"
+        )
     weight = sparse_fit(linear.weight, moments / count, products / count, select)
     if not weight.isfinite().all():
         raise CheckFailed(f"{name}: its sparse fit is not finite; give more text (prune.calibration)")

@@ -1,0 +1,79 @@
+"""CSV and TSV: one reader for tasks, the corpus and predictions."""
+
+import csv
+import io
+import tracemalloc
+
+import pytest
+
+from pruneofa.errors import InputError
+from pruneofa.formats.delimited import literal_quotes, read_fields, read_rows
+
+
+def lines(text):
+    return io.StringIO(text, newline="")
+
+
+@pytest.mark.parametrize(
+    ("text", "literal", "first"),
+    [
+        ("a\tb\nx\ty\n", False, ["x", "y"]),
+        ('a\tb\n"x ""z"""\ty\n', False, ['x "z"', "y"]),
+        ('a\tb\n"x\ty"\ty\n', False, ["x\ty", "y"]),  # a tab in a text
+        ('a\tb\n"x\n z"\ty\n', False, ["x\n z", "y"]),  # a line break in a text
+        ('a\n"x\n z"\n', False, ["x\n z"]),
+        ('a\tb\nan "inch\ty\n', False, ['an "inch', "y"]),
+        ('a\tb\n"open, never closed\ty\n', True, ['"open, never closed', "y"]),
+        ('a\tb\n"Great" film\ty\n', True, ['"Great" film', "y"]),
+        ('a\tb\n"one" and "two"\ty\n', True, ['"one" and "two"', "y"]),
+        ('a\tb\n"open\ty\nclosed"\ty\n', True, ['"open', "y"]),  # two rows, and not one of two lines
+        ('a\n"Hello," he said\n', True, ['"Hello," he said']),
+        ('a\tb\r\n\r\n"x"\ty\r\n', False, ["x", "y"]),
+    ],
+)
+def test_quotes_of_a_tsv_are_text_where_they_do_not_enclose_fields(text, literal, first):
+    assert literal_quotes(lines(text)) is literal
+    rows = list(read_fields(lines(text), "t", tabs=True, literal=literal))
+    assert rows[1] == first
+    assert next(read_rows(lines(text), "t", tabs=True, literal=literal)) == dict(zip(rows[0], first, strict=True))
+
+
+def test_what_a_writer_of_csv_quotes_comes_back():
+    rows = [["id", "text"], ["1", 'a "word"'], ["2", "two\nlines"], ["3", "a\ttab"], ["4", '"'], ["5", ""]]
+    for tabs in (True, False):
+        written = io.StringIO(newline="")
+        csv.writer(written, delimiter="\t" if tabs else ",").writerows(rows)
+        literal = tabs and literal_quotes(lines(written.getvalue()))
+        assert list(read_fields(lines(written.getvalue()), "t", tabs=tabs, literal=literal)) == rows
+
+
+def test_a_quote_that_is_never_closed_does_not_fill_the_memory():
+    def endless():
+        yield "a\tb\n"
+        yield '"open\ty\n'
+        for _ in range(200_000):
+            yield f"{'x' * 100}\ty\n"
+
+    tracemalloc.start()
+    assert literal_quotes(endless())
+    assert sum(1 for _ in read_fields(endless(), "t", tabs=True, literal=True)) == 200_002
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "t: no header; its first line has to name the columns"),
+        ("\n", "t: no header"),
+        ("a,a\nx,y\n", "t: the header 'a', 'a' has a name twice; rename one"),
+        ("a,b\nx\n", "t: line 2 has 1 fields, the header 2; quote texts that contain the delimiter"),
+        ("a,b\nx,y,z\n", "t: line 2 has 3 fields, the header 2"),
+        ('a,b\n"x,y\n', "t: line 2: unexpected end of data; write the file again"),
+        ('a,b\n"x"z,y\n', "t: line 2: ',' expected after '\"'; write the file again"),
+    ],
+)
+def test_what_is_wrong(text, message):
+    with pytest.raises(InputError) as error:
+        list(read_rows(lines(text), "t", tabs=False))
+    assert str(error.value).startswith(message)
