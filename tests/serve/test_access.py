@@ -81,7 +81,7 @@ def test_no_answer_shows_a_path_or_a_traceback(served, models, monkeypatch, fold
     with client:
         monkeypatch.setattr(models["vectors"], "compute", broken, raising=False)
         answers = [client.post("/embed", json={"inputs": "a"})]
-        monkeypatch.setattr("pruneofa.serve.tei.check_dimensions", broken)
+        monkeypatch.setattr("pruneofa.serve.tei.vectors", broken)
         answers.append(client.post("/embed", json={"inputs": "a"}))
     assert [answer.status_code for answer in answers] == [424, 500]
     assert answers[0].json() == {"error": "Backend error: inference failed", "error_type": "Backend"}

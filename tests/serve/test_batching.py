@@ -167,6 +167,43 @@ def test_a_bad_input_fails_its_own_request_only(batcher, capfd):
     assert batcher.healthy
 
 
+def test_the_thread_that_computes_finishes_each_job(batcher):
+    def refuse(one):
+        raise Refused("Validation", "too many dimensions")
+
+    def value(one):
+        return threading.current_thread() is not threading.main_thread() and results(one)
+
+    model = FakeModel()
+    good, bad = job([3, 5], model), job([2], model)
+    good.finish, bad.finish = value, refuse
+
+    async def both():
+        return await asyncio.gather(batcher.run(good), batcher.run(bad), return_exceptions=True)
+
+    found = asyncio.run(both())
+    assert good.value == [3, 5] and found[0] is None
+    assert found[1].message == "too many dimensions" and bad.value is None
+
+
+def test_batches_are_reported_once_and_not_by_the_thread_that_computes():
+    told = []
+    batcher = Batcher(
+        max_batch_tokens=4,
+        max_concurrent_requests=100,
+        observe=lambda *batch: told.append((*batch, threading.current_thread())),
+    )
+
+    async def ask():
+        await batcher.run(job([3, 4]))
+        await asyncio.sleep(0)
+        batcher.report()
+
+    asyncio.run(ask())
+    batcher.close()
+    assert told == [(1, 3, threading.main_thread()), (1, 4, threading.main_thread())]
+
+
 def test_a_long_request_does_not_starve_a_short_one():
     model = FakeModel()
     model.go.clear()

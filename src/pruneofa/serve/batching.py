@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,8 +40,10 @@ class Job:
         side: the end at which they are truncated.
         prompt: text before each; None: the model's own.
         whole: return all hidden states instead of one vector.
+        finish: makes `value` of the job; called by the thread that computed last, where NumPy's code is in the caches.
         sequences: the token sequences of the inputs so far, in order.
         results: the array of each sequence, once it is computed.
+        value: what `finish` returned.
         tokenization: seconds until the inputs were tokenized, waiting included.
         queue: seconds that each sequence waited, summed.
         inference: seconds of the batches that each sequence was in, summed.
@@ -53,8 +56,10 @@ class Job:
     side: Side = "right"
     prompt: str | None = None
     whole: bool = False
+    finish: "Callable[[Job], Any]" = lambda job: None
     sequences: list[Tokens] = field(default_factory=list)
     results: dict[int, NDArray[np.float32]] = field(default_factory=dict)
+    value: Any = None
     tokenization: float = 0.0
     queue: float = 0.0
     inference: float = 0.0
@@ -220,7 +225,7 @@ class Batcher:
                 job.results[index] = array
                 job.queue += max(0.0, begin - job._ready)
                 job.inference += seconds
-            _resolve({job for job, _ in batch if job.complete}, None)
+            _finish({job for job, _ in batch if job.complete})
 
 
 def next_batch(waiting: deque[Job], most: int) -> list[tuple[Job, int]]:
@@ -249,6 +254,19 @@ def next_batch(waiting: deque[Job], most: int) -> list[tuple[Job, int]]:
     waiting.clear()
     waiting.extend(job for job in jobs if job._pending)
     return batch
+
+
+def _finish(jobs: Collection[Job]) -> None:
+    """Answer jobs that are computed."""
+    finished = []
+    for job in jobs:
+        try:
+            job.value = job.finish(job)
+        except Exception as error:
+            _fail([job], error)
+        else:
+            finished.append(job)
+    _resolve(finished, None)
 
 
 def _fail(jobs: Collection[Job], error: Exception) -> None:

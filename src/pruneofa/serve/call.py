@@ -95,6 +95,7 @@ class Call:
         side: Side = "right",
         prompt_name: str | None = None,
         whole: bool = False,
+        finish: Callable[[Job], Any] = lambda job: None,
     ) -> Job:
         """Compute inputs through the queue.
 
@@ -107,6 +108,7 @@ class Call:
             side: the end at which they are truncated.
             prompt_name: the prompt to put before each.
             whole: return all hidden states.
+            finish: makes the `value` of the job, on the thread that computed it; may raise Refused.
 
         Raises:
             Refused: the inputs are wrong, or too many are in flight.
@@ -125,19 +127,24 @@ class Call:
             side=side,
             prompt=model.prompt(prompt_name),
             whole=whole,
+            finish=finish,
         )
         await self._run_while_connected(job)
         self.jobs.append(job)
         self._characters += sum(map(_characters, items))
-        seconds = {
-            "duration": time.perf_counter() - self._begin,
-            "tokenization": job.tokenization,
-            "queue": job.queue / len(job.sequences),
-            "inference": job.inference / len(job.sequences),
-        }
-        lengths = [len(sequence.ids) for sequence in job.sequences]
+        duration = time.perf_counter() - self._begin
+
+        def count() -> None:
+            seconds = {
+                "duration": duration,
+                "tokenization": job.tokenization,
+                "queue": job.queue / len(job.sequences),
+                "inference": job.inference / len(job.sequences),
+            }
+            metrics.answered(method, family, [len(sequence.ids) for sequence in job.sequences], len(items), seconds)
+
         # In the next turn of the event loop: the response is sent at the end of this one.
-        asyncio.get_running_loop().call_soon(metrics.answered, method, family, lengths, len(items), seconds)
+        asyncio.get_running_loop().call_soon(count)
         self._scope["state"]["tokens"] = self.tokens
         return job
 

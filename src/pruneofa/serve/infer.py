@@ -16,7 +16,7 @@ from pruneofa.serve.bodies import Body, Many
 from pruneofa.serve.call import BINARY_HEADER, Call, Post, to_json
 from pruneofa.serve.model import Item, Model
 from pruneofa.serve.refusal import invalid
-from pruneofa.serve.scoring import as_vectors, scores
+from pruneofa.serve.scoring import scores, vectors
 from pruneofa.serve.status import check_health
 from pruneofa.serve.tensors import Tensor, datatype, read, to_bytes
 
@@ -117,8 +117,8 @@ async def infer(call: Call, body: InferRequest) -> tuple[Response, int]:
 async def _compute(call: Call, model: Model, inputs: Arrays) -> Arrays:
     match model.engine.task:
         case "embedding":
-            job = await call.run(model, _items(inputs))
-            return {"embedding": as_vectors(job, normalize=True, dimensions=None)}
+            job = await call.run(model, _items(inputs), finish=vectors())
+            return {"embedding": job.value}
         case "classification":
             rows = await scores(call, model, _items(inputs), truncate=None, raw=False)
             return {"scores": rows, "label": _objects(model.labels[index] for index in rows.argmax(axis=1))}

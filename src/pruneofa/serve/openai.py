@@ -8,7 +8,7 @@ from starlette.responses import Response
 
 from pruneofa.serve.bodies import Body, Input, Many, is_single
 from pruneofa.serve.call import Call, Post, Serving, to_json
-from pruneofa.serve.scoring import as_vectors, check_dimensions
+from pruneofa.serve.scoring import vectors
 
 
 class EmbeddingsRequest(Body):
@@ -23,23 +23,22 @@ class EmbeddingsRequest(Body):
 
 async def embeddings(call: Call, body: EmbeddingsRequest) -> tuple[Any, int]:
     """Vectors of texts; the first embedding model answers for a name that is not served."""
-    check_dimensions(body.dimensions)
+    finish = vectors(dimensions=body.dimensions)
     model = call.model("embedding", body.model if body.model in call.serving.models else None)
     single = is_single(body.input)
     items: Any = [body.input] if single else body.input
-    job = await call.run(model, items, single=single, field="input")
-    vectors = as_vectors(job, normalize=True, dimensions=body.dimensions)
+    job = await call.run(model, items, single=single, field="input", finish=finish)
     if body.encoding_format == "base64":
-        rows: Any = [base64.b64encode(row.astype("<f4").tobytes()).decode() for row in vectors]
+        rows: Any = [base64.b64encode(row.astype("<f4").tobytes()).decode() for row in job.value]
     else:
-        rows = vectors
+        rows = job.value
     value = {
         "object": "list",
         "data": [{"object": "embedding", "embedding": row, "index": index} for index, row in enumerate(rows)],
         "model": model.name,
         "usage": {"prompt_tokens": job.tokens, "total_tokens": job.tokens},
     }
-    return value, vectors.size
+    return value, job.value.size
 
 
 async def models(request: Request) -> Response:

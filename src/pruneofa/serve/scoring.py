@@ -1,5 +1,7 @@
 """From what the engine computed to what clients ask for: vectors, scores of classes, relevance of texts."""
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -11,17 +13,17 @@ from pruneofa.serve.model import Item, Model
 from pruneofa.serve.refusal import Refused, invalid
 
 
-def check_dimensions(dimensions: int | None) -> None:
-    """Raise Refused for fewer than one; how many there are is known once the vectors are."""
+def vectors(*, normalize: bool = True, dimensions: int | None = None) -> Callable[[Job], NDArray[np.float32]]:
+    """The function that makes vectors (texts, dimensions) of a job: truncated, and then of length 1 if `normalize`.
+
+    Raises Refused for fewer dimensions than one; the function does for more than there are.
+    """
     if dimensions is not None and dimensions < 1:
         raise invalid("`dimensions` should be positive")
+    return lambda job: _vectors(job, normalize, dimensions)
 
 
-def as_vectors(job: Job, *, normalize: bool, dimensions: int | None) -> NDArray[np.float32]:
-    """The vectors (texts, dimensions) of a job: truncated, and then of length 1 if `normalize`.
-
-    Raises Refused for more dimensions than there are.
-    """
+def _vectors(job: Job, normalize: bool, dimensions: int | None) -> NDArray[np.float32]:
     vectors = np.array([job.results[index] for index in range(len(job.results))])
     head = job.model.engine.head
     assert isinstance(head, Embedding)

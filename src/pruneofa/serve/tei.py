@@ -26,15 +26,13 @@ from pruneofa.serve.bodies import (
 from pruneofa.serve.call import Call, Post
 from pruneofa.serve.model import Item, Model
 from pruneofa.serve.refusal import Refused, invalid
-from pruneofa.serve.scoring import as_vectors, check_dimensions, relevance, scores
+from pruneofa.serve.scoring import relevance, scores, vectors
 
 
 async def embed(call: Call, body: EmbedRequest) -> tuple[Any, int]:
     """Vectors of texts."""
-    check_dimensions(body.dimensions)
-    job = await _embedded(call, body)
-    vectors = as_vectors(job, normalize=body.normalize, dimensions=body.dimensions)
-    return vectors, vectors.size
+    job = await _embedded(call, body, finish=vectors(normalize=body.normalize, dimensions=body.dimensions))
+    return job.value, job.value.size
 
 
 async def embed_all(call: Call, body: EmbedAllRequest) -> tuple[Any, int]:
@@ -44,7 +42,7 @@ async def embed_all(call: Call, body: EmbedAllRequest) -> tuple[Any, int]:
     return states, sum(rows.size for rows in states)
 
 
-async def _embedded(call: Call, body: EmbedAllRequest, *, whole: bool = False) -> Job:
+async def _embedded(call: Call, body: EmbedAllRequest, **settings: Any) -> Job:
     single = is_single(body.inputs)
     return await call.run(
         call.model("embedding"),
@@ -53,7 +51,7 @@ async def _embedded(call: Call, body: EmbedAllRequest, *, whole: bool = False) -
         truncate=body.truncate,
         side=body.truncation_direction,
         prompt_name=body.prompt_name,
-        whole=whole,
+        **settings,
     )
 
 
@@ -110,9 +108,9 @@ async def similarity(call: Call, body: SimilarityRequest) -> tuple[Any, int]:
         truncate=options.truncate,
         side=options.truncation_direction,
         prompt_name=options.prompt_name,
+        finish=vectors(),
     )
-    vectors = as_vectors(job, normalize=True, dimensions=None)
-    return vectors[1:] @ vectors[0], len(sentences)
+    return job.value[1:] @ job.value[0], len(sentences)
 
 
 async def tokenize(call: Call, body: TokenizeRequest) -> tuple[Any, int]:
