@@ -28,7 +28,10 @@ inline void write(const Operands& o, int panel, int n, const lanes::Floats& y) {
   if (o.ranges != nullptr) lanes::update_range(o.ranges + panel * 2 * kLanes, y);
 }
 
-inline void epilogue(const Weights& w, const Operands& o, int panel, int n, lanes::Ints sum) {
+// From the stored sums of output n for a panel, [16]. By their address: where this is a call, two registers given by value
+// go through memory in smaller pieces, and reading those back as registers stalls.
+inline void epilogue(const Weights& w, const Operands& o, int panel, int n, const int32_t* stored) {
+  lanes::Ints sum = lanes::load(stored);
   if (PRUNEOFA_CODE_OFFSET != 0) {
     sum = sum + lanes::broadcast(PRUNEOFA_CODE_OFFSET * static_cast<int32_t>(w.row_sum[n]));
   }
@@ -40,8 +43,8 @@ inline void epilogue(const Weights& w, const Operands& o, int panel, int n, lane
   write(o, panel, n, lanes::activate(v, o.activation));
 }
 
-inline void epilogue(const Weights& w, const Operands& o, int panel, int n, const lanes::Floats& sum) {
-  write(o, panel, n, lanes::activate(sum + w.bias[n], o.activation));
+inline void epilogue(const Weights& w, const Operands& o, int panel, int n, const float* stored) {
+  write(o, panel, n, lanes::activate(lanes::load(stored) + w.bias[n], o.activation));
 }
 
 // Sums in memory, for the epilogue. They are stored with constant indices: if a loop indexed the array of sums itself,
@@ -64,7 +67,7 @@ inline void store_sums(StoredSums<Path, Rows, Panels>& stored, const typename Pa
 template <class Path, int Rows, int Panels>
 inline void epilogue(const Weights& w, const Operands& o, int n, int p, const StoredSums<Path, Rows, Panels>& stored) {
   for (int r = 0; r < Rows && n + r < w.outputs; ++r) {
-    for (int i = 0; i < Panels && p + i < o.panels; ++i) epilogue(w, o, p + i, n + r, lanes::load(stored.of[r][i]));
+    for (int i = 0; i < Panels && p + i < o.panels; ++i) epilogue(w, o, p + i, n + r, stored.of[r][i]);
   }
 }
 

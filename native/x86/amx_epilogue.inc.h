@@ -10,7 +10,7 @@ struct Block {
 void copy_raw_sums(const Weights& w, const Operands& o, const Block& block, const int32_t* sums) {
   for (int i = 0; i < block.panels; ++i) {
     for (int r = 0; r < block.rows; ++r) {
-      epilogue(w, o, block.panel + i, block.n + r, lanes::load(sums + (i * 32 + r) * kLanes));
+      epilogue(w, o, block.panel + i, block.n + r, sums + (i * 32 + r) * kLanes);
     }
   }
 }
