@@ -382,10 +382,8 @@ def main() -> None:
             options.record.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     finally:
         for server in servers:
-            os.kill(server.process.pid, signal.SIGCONT)
-            server.process.terminate()
-        for server in servers:
-            server.process.wait(60)
+            server.process.kill()
+            server.process.wait()
     options.record.with_suffix(".md").write_text(table(record), encoding="utf-8")
     print(table(record))
 
