@@ -2,8 +2,8 @@
 
 `serve_peers.py` imports this, and runs it in the venv of sentence-transformers:
 
-    PYTHON peer_server.py make DIR < texts.json            # ONNX and OpenVINO files from DIR/torch
-    PYTHON peer_server.py encode DIR BACKEND < texts.json  # a JSON list of vectors, computed without a server
+    PYTHON peer_server.py make DIR < texts.json  # ONNX and OpenVINO files from DIR/torch
+    PYTHON peer_server.py encode DIR BACKEND ... < texts.json  # vectors, computed without a server, by backend
     PYTHON peer_server.py serve DIR BACKEND --port 8000
 
 DIR/torch is a sentence-transformers folder; nothing of pruneofa is needed there. The server gives all requests that
@@ -74,7 +74,7 @@ def command(
         below, *settings = INFINITY[name]
         words = [str(Path(python).parent / "infinity_emb"), "v2", "--device", "cpu", "--host", "127.0.0.1",
                  "--model-id", str(folder / below), "--served-model-name", "model", "--pooling-method", "mean",
-                 "--no-trust-remote-code", "--log-level", "warning", "--batch-size", str(batch), *settings]  # fmt: skip
+                 "--no-trust-remote-code", "--no-model-warmup", "--log-level", "warning", "--batch-size", str(batch), *settings]  # fmt: skip
     else:
         words = [python, __file__, "serve", str(folder), name.removeprefix("st-"),
                  "--threads", str(threads), "--batch", str(batch)]  # fmt: skip
@@ -143,16 +143,19 @@ def _copy(folder: Path, name: str) -> Path:
 
 
 def make_onnx(folder: Path) -> None:
-    """ONNX with fused layers (O2), and int8 for AVX2 made from it."""
-    from optimum.onnxruntime import ORTModelForFeatureExtraction, ORTOptimizer, ORTQuantizer
-    from optimum.onnxruntime.configuration import AutoOptimizationConfig, AutoQuantizationConfig
+    """ONNX with fused layers (O2), and dynamic int8 of it."""
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from optimum.onnxruntime import ORTModelForFeatureExtraction, ORTOptimizer
+    from optimum.onnxruntime.configuration import AutoOptimizationConfig
 
     fused, int8 = _copy(folder, "onnx"), _copy(folder, "onnx-int8")
     plain = ORTModelForFeatureExtraction.from_pretrained(folder / "torch", export=True, trust_remote_code=False)
     ORTOptimizer.from_pretrained(plain).optimize(AutoOptimizationConfig.O2(), fused)
-    quantizer = ORTQuantizer.from_pretrained(fused, file_name="model_optimized.onnx")
-    quantizer.quantize(AutoQuantizationConfig.avx2(is_static=False, per_channel=True), int8, file_suffix="")
-    (int8 / "model_optimized.onnx").rename(int8 / "model_quantized.onnx")
+    # What export_dynamic_quantized_onnx_model(..., "avx2") does; it cannot infer the types of fused layers.
+    types = {"DefaultTensorType": onnx.TensorProto.FLOAT}
+    source, target = fused / "model_optimized.onnx", int8 / "model_quantized.onnx"
+    quantize_dynamic(source, target, per_channel=True, weight_type=QuantType.QInt8, extra_options=types)
 
 
 def make_openvino(folder: Path, texts: list[str]) -> None:
@@ -234,19 +237,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("make", "encode", "serve"))
     parser.add_argument("folder", type=Path)
-    parser.add_argument("backend", nargs="?", choices=list(BACKENDS), default="torch")
+    parser.add_argument("backends", nargs="*", choices=list(BACKENDS), metavar="BACKEND")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch", type=int, default=32, help="texts that a model computes together (default 32)")
     parser.add_argument("--port", type=int, default=8000)
     options = parser.parse_args()
     if options.action == "make":
         make(options.folder, json.load(sys.stdin))
-        return
-    model = load(options.folder, options.backend, options.threads)
-    if options.action == "encode":
-        json.dump(encode(model, json.load(sys.stdin), options.batch).tolist(), sys.stdout)
+    elif options.action == "encode":
+        texts = json.load(sys.stdin)
+        models = {name: load(options.folder, name, options.threads) for name in options.backends}
+        json.dump({name: encode(model, texts, 1).tolist() for name, model in models.items()}, sys.stdout)
     else:
-        serve(model, options.port, options.batch)
+        serve(load(options.folder, options.backends[0], options.threads), options.port, options.batch)
 
 
 if __name__ == "__main__":

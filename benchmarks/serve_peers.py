@@ -61,7 +61,6 @@ class Server:
     name: str
     process: subprocess.Popen[Any]
     port: int
-    ready: float
     requests: dict[tuple[str, int], list[tuple[bytes, list[int]]]]
 
     @property
@@ -103,23 +102,25 @@ def spread(texts: list[str]) -> list[str]:
 
 
 def start_peer(name: str, options: argparse.Namespace) -> Server:
-    """Start a peer and wait until it answers; its output goes to a file in --work."""
+    """Start a peer; its output goes to a file in --work."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     python = options.infinity if name in INFINITY else options.st
-    command, variables = peer_server.command(name, python, options.work, port, options.threads, options.batch)
-    begin = time.perf_counter()
+    words, variables = peer_server.command(name, python, options.work, port, options.threads, options.batch)
     with (options.work / f"{name}.log").open("wb") as log:
-        process = subprocess.Popen(command, env=os.environ | variables, stdout=log, stderr=log)
-    server = Server(name, process, port, 0, {})
+        process = subprocess.Popen(words, env=os.environ | variables, stdout=log, stderr=log)
+    return Server(name, process, port, {})
+
+
+def wait_ready(server: Server, work: Path) -> None:
+    """Wait until a server answers, then stop it until its turn."""
+    end = time.perf_counter() + 900
     while uvloop.run(try_once(server)) != 200:
-        if process.poll() is not None or time.perf_counter() - begin > 300:
-            process.kill()
-            raise SystemExit(f"{name} did not start: see {log.name}")
+        if server.process.poll() is not None or time.perf_counter() > end:
+            raise SystemExit(f"{server.name} did not start: see {work / server.name}.log")
         time.sleep(0.1)
-    server.ready = time.perf_counter() - begin
-    return server
+    os.kill(server.process.pid, signal.SIGSTOP)
 
 
 async def try_once(server: Server) -> int:
@@ -210,8 +211,8 @@ def take_turn(server: Server, load: Coroutine[Any, Any, tuple[Turn, list[Any]]],
 def check(servers: Sequence[Server], work: Path, texts: list[str], st: str, engine: Engine) -> dict[str, Any]:
     """Least cosines with the float model and with the same files without a server; SystemExit where too low."""
     backends = {name.partition("-")[2] for name in (server.name for server in servers)} & set(BACKENDS) | {"torch"}
-    alone = {name: peer_server.run(st, "encode", str(work), name, texts=texts) for name in sorted(backends)}
-    vectors = {name: unit(np.array(json.loads(rows), np.float32)) for name, rows in alone.items()}
+    alone = json.loads(peer_server.run(st, "encode", str(work), *sorted(backends), texts=texts))
+    vectors = {name: unit(np.array(rows, np.float32)) for name, rows in alone.items()}
     vectors[""] = unit(engine.predict(texts))
     found = {}
     for server in servers:
@@ -223,20 +224,15 @@ def check(servers: Sequence[Server], work: Path, texts: list[str], st: str, engi
         backend, int8 = server.name.partition("-")[2], server.name == OURS or "int8" in server.name
         others = {"the float model": vectors["torch"], "one batch of all": server.vectors(answers[-1])}
         if backend in vectors:
-            others["the engine" if server.name == OURS else "the same files in sentence-transformers"] = vectors[
-                backend
-            ]
+            others["the engine" if server.name == OURS else "the same files alone"] = vectors[backend]
         least = {label: round(float(np.sum(single * rows, axis=1).min()), 6) for label, rows in others.items()}
-        print(
-            f"{server.name:20} ready in {server.ready:5.1f} s, {resident(server.process.pid):6.0f} MB, {least}",
-            flush=True,
-        )
+        megabytes = resident(server.process.pid)
+        print(f"{server.name:20} {megabytes:6.0f} MB, least cosine of one text with {least}", flush=True)
         if least["the float model"] < LEAST["int8" if int8 else "fp32"]:
             raise SystemExit(f"{server.name} computes something else")
         if server.name == OURS and np.abs(single - vectors[""]).max() > 1e-5:
             raise SystemExit("the server's vectors differ from the engine's")
-        found[server.name] = {"least cosine with": least, "ready s": round(server.ready, 2),
-                              "resident MB": resident(server.process.pid)}  # fmt: skip
+        found[server.name] = {"least cosine with": least, "resident MB": megabytes}
     return found
 
 
@@ -351,7 +347,7 @@ def main() -> None:
     tokenizer = Tokenizer.from_file(str((options.tokenizer or Path(options.model)) / "tokenizer.json"))
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    sets = {name: read_texts(options.data, name, options.count + 100, tokenizer, 250) for name in options.texts}
+    sets = {name: read_texts(options.data, name, options.count + 32, tokenizer, 250) for name in options.texts}
     calibration = [text for texts in sets.values() for text in texts[options.count :]]
     sets = {name: spread(texts[: options.count]) for name, texts in sets.items()}
     peer_server.prepare(options.model, options.tokenizer, options.work, options.st, calibration)
@@ -364,11 +360,13 @@ def main() -> None:
         "closed": [], "saturation": {}, "open": [],
     }  # fmt: skip
     servers: list[Server] = []
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no stopped server is left
     try:
-        servers.append(Server(OURS, *start(str(options.work / "packed"), options.threads, 4096), {}))
-        for name in options.peers:
-            os.kill(servers[-1].process.pid, signal.SIGSTOP)
-            servers.append(start_peer(name, options))
+        process, port, _ = start(str(options.work / "packed"), options.threads, 4096)
+        servers.append(Server(OURS, process, port, {}))
+        servers += [start_peer(name, options) for name in options.peers]
+        for server in servers:
+            wait_ready(server, options.work)
         some = [text for texts in sets.values() for text in texts[: 32 // len(sets)]]
         record["check"] = check(servers, options.work, some, options.st, engine)
         for name, texts in sets.items():
@@ -384,10 +382,8 @@ def main() -> None:
             options.record.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     finally:
         for server in servers:
-            os.kill(server.process.pid, signal.SIGCONT)
-            server.process.terminate()
-        for server in servers:
-            server.process.wait(60)
+            server.process.kill()
+            server.process.wait()
     options.record.with_suffix(".md").write_text(table(record), encoding="utf-8")
     print(table(record))
 
