@@ -15,7 +15,7 @@ from pruneofa.train.callbacks import LockCallback
 from pruneofa.train.lock import PatternLock
 from pruneofa.train.masks import magnitude_mask, prunable
 from pruneofa.train.quantize import FakeQuantizer
-from pruneofa.train.sparse_linear import SparseLinear, compute_densely, skip_locked_zeros
+from pruneofa.train.sparse_linear import SparseLinear, compute_densely, is_masked, skip_locked_zeros
 from tests.tiny import tiny_bert
 from tests.train.fits import fit, losses, objective, small_text
 
@@ -204,6 +204,26 @@ def test_training_that_resumes_ends_with_the_same_bits(tmp_path):
     twice, _ = trained(tmp_path, "twice", dropout=0.1, save_steps=2)
     for name, value in once.items():
         assert torch.equal(value, twice[name]), name
+
+
+def test_the_lock_masks_gradients_of_other_losses_too():
+    model = prune_model(tiny_bert(BertForSequenceClassification, num_labels=2))
+    lock = PatternLock.capture(model)
+    layers = skip_locked_zeros(model, lock.weights, lock.pruned)
+    seen = []
+    for weight in lock.weights.values():
+        weight.register_hook(lambda gradient: seen.append(is_masked(gradient)))  # after the lock's
+    ids = torch.randint(5, 100, (4, 8))
+    for others in (0, 1, 2):
+        model.zero_grad()
+        loss = model(input_ids=ids, labels=torch.zeros(4, dtype=torch.long)).loss
+        for _ in range(others):
+            loss = loss + sum((weight * 0.1).sum() for weight in lock.weights.values())
+        loss.backward()
+        for name, weight in lock.weights.items():
+            assert not weight.grad[lock.pruned[name]].any(), name
+            assert (weight.grad != 0).any()
+    assert seen == [True] * len(layers) + [False] * 2 * len(layers)  # of the sparse product alone nothing is to be done
 
 
 def test_quantization_aware_layers_are_left():
