@@ -1,4 +1,4 @@
-"""Linear layers that skip locked zeros: results and gradients of nn.Linear, in training too, and nothing else changes."""
+"""Linear layers that skip locked zeros: results and gradients of nn.Linear, in training too; nothing else changes."""
 
 import copy
 import pickle
