@@ -127,6 +127,8 @@ struct CachedOperands {
 };
 
 // The positions of the entries of a sparse matrix: row n has the columns index[e], row_start[n] <= e < row_start[n + 1].
+// After the last there are four and kEntriesAhead further columns, which are read but not used.
+constexpr int kEntriesAhead = 8;
 struct Entries {
   int rows = 0, columns = 0;
   const uint32_t* row_start = nullptr;

@@ -80,6 +80,7 @@ Pattern::Pattern(const bool* kept, std::size_t outputs, std::size_t inputs, cons
       columns_.index[place_[e]] = static_cast<uint16_t>(n);
     }
   }
+  for (Lists* lists : {&rows_, &columns_}) lists->index.resize(lists->index.size() + 4 + kEntriesAhead, 0);
   rows_.entries = {static_cast<int>(outputs), static_cast<int>(inputs), rows_.row_start.data(), rows_.index.data()};
   columns_.entries = {static_cast<int>(inputs), static_cast<int>(outputs), columns_.row_start.data(),
                       columns_.index.data()};
@@ -103,7 +104,7 @@ void Pattern::multiply(const Lists& lists, const float* values, const float* bia
 
 void Pattern::multiply(const float* x, std::size_t tokens, const float* weight, const float* bias, float* y,
                        int threads) const {
-  float* values = scratch<1>(rows_.index.size());
+  float* values = scratch<1>(place_.size());
   for (int n = 0; n < outputs(); ++n) {
     const float* row = weight + static_cast<std::size_t>(n) * inputs();
     for (uint32_t e = rows_.row_start[n]; e < rows_.row_start[n + 1]; ++e) values[e] = row[rows_.index[e]];
@@ -113,7 +114,7 @@ void Pattern::multiply(const float* x, std::size_t tokens, const float* weight, 
 
 void Pattern::multiply_transposed(const float* dy, std::size_t tokens, const float* weight, float* dx,
                                   int threads) const {
-  float* values = scratch<1>(rows_.index.size());
+  float* values = scratch<1>(place_.size());
   for (int n = 0; n < outputs(); ++n) {
     const float* row = weight + static_cast<std::size_t>(n) * inputs();
     for (uint32_t e = rows_.row_start[n]; e < rows_.row_start[n + 1]; ++e) values[place_[e]] = row[rows_.index[e]];
@@ -123,11 +124,11 @@ void Pattern::multiply_transposed(const float* dy, std::size_t tokens, const flo
 
 void Pattern::weight_gradient(const float* x, const float* dy, std::size_t tokens, float* dw, int threads) const {
   const Entries& entries = rows_.entries;
-  float* const sums = scratch<1>(rows_.index.size());
+  float* const sums = scratch<1>(place_.size());
   // Every part of the rows transposes all of x, and has about as many entries as the others.
   const int parts = std::min(threads, outputs());
   const auto first_row = [&](int part) {
-    const uint64_t entry = static_cast<uint64_t>(rows_.index.size()) * part / parts;
+    const uint64_t entry = static_cast<uint64_t>(place_.size()) * part / parts;
     return static_cast<int>(std::lower_bound(rows_.row_start.begin(), rows_.row_start.end() - 1, entry) -
                             rows_.row_start.begin());
   };

@@ -16,6 +16,7 @@
 #include "dispatch.h"
 #include "linear.h"
 #include "panels.h"
+#include "pattern.h"
 #include "random_layers.h"
 #include "scheduler.h"
 
@@ -241,6 +242,39 @@ int check_attention(const Kernels& path, const Kernels& portable) {
   return 40;
 }
 
+// Products of training against plain loops.
+int check_patterns(const Kernels& path) {
+  for (int round = 0; round < 40; ++round) {
+    const int n = some_size(129), k = some_size(200), tokens = some_size(200), threads = whole(1, 3);
+    const int kept_of_ten = one_of({0, 1, 3, 10});
+    const Aligned<bool> kept = filled<bool>(n * k, [&] { return whole(0, 9) < kept_of_ten; });
+    const Aligned<float> x = filled<float>(tokens * k, normal), dy = filled<float>(tokens * n, normal);
+    const Aligned<float> weight = filled<float>(n * k, normal), bias = filled<float>(n, normal);
+    const Aligned<float> y(tokens * n), dx(tokens * k), dw(n * k);
+    const Pattern pattern(kept.data(), n, k, path);
+    pattern.multiply(x.data(), tokens, weight.data(), bias.data(), y.data(), threads);
+    pattern.multiply_transposed(dy.data(), tokens, weight.data(), dx.data(), threads);
+    pattern.weight_gradient(x.data(), dy.data(), tokens, dw.data(), threads);
+    std::vector<double> wanted_y(tokens * n), wanted_dx(tokens * k), wanted_dw(n * k);
+    for (int t = 0; t < tokens; ++t) {
+      for (int r = 0; r < n; ++r) wanted_y[t * n + r] = bias[r];
+      for (int at = 0; at < n * k; ++at) {
+        const int r = at / k, c = at % k;
+        if (!kept[at]) continue;
+        wanted_y[t * n + r] += double{weight[at]} * x[t * k + c];
+        wanted_dx[t * k + c] += double{weight[at]} * dy[t * n + r];
+        wanted_dw[at] += double{dy[t * n + r]} * x[t * k + c];
+      }
+    }
+    for (const auto& [found, wanted] : {std::pair{&y, &wanted_y}, {&dx, &wanted_dx}, {&dw, &wanted_dw}}) {
+      for (std::size_t i = 0; i < wanted->size(); ++i) {
+        expect(std::fabs((*found)[i] - (*wanted)[i]) <= 2e-4, path, "another product with a pattern");
+      }
+    }
+  }
+  return 40;
+}
+
 struct Model {
   Model(int hidden, int heads, int inner, float sparsity, bool int8, bool fixed) : hidden(hidden), heads(heads) {
     const auto linear = [&](int n, int k) {
@@ -386,5 +420,6 @@ int main(int, char** arguments) {
   std::printf("fp32 outputs %d\n", check_outputs(path, portable, false));
   std::printf("panels %d\n", check_panels(path, portable));
   std::printf("attention %d\n", check_attention(path, portable));
+  std::printf("patterns %d\n", check_patterns(path));
   std::printf("encoders %d\n", check_encoders(path, portable));
 }

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 COMPILER = "aarch64-linux-gnu-g++"
 EMULATORS = ("qemu-aarch64", "qemu-aarch64-static")
-CHECKED = ["sums 240", "int8 outputs 60", "fp32 outputs 60", "panels 60", "attention 40", "encoders 12"]
+CHECKED = ["sums 240", "int8 outputs 60", "fp32 outputs 60", "panels 60", "attention 40", "patterns 40", "encoders 12"]
 
 pytestmark = pytest.mark.slow  # a minute of compiling
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pruneofa.errors import CheckFailed, InputError
 from pruneofa.formats.pattern import POOLER
 from pruneofa.train import masks
+from pruneofa.train.sparse_linear import is_masked
 
 
 class PatternLock:
@@ -145,9 +146,12 @@ class PatternLock:
             self.pruned[name] = self.pruned[name].to(device)
         return self.pruned[name]
 
-    def _hook(self, name: str) -> Callable[[Tensor], Tensor]:
+    def _hook(self, name: str) -> Callable[[Tensor], Tensor | None]:
         # Out of place: autograd does not allow a hook to change the gradient it is given.
-        return lambda gradient: gradient * self._kept_like(name, gradient)
+        def hook(gradient: Tensor) -> Tensor | None:
+            return None if is_masked(gradient) else gradient * self._kept_like(name, gradient)
+
+        return hook
 
     def _kept_like(self, name: str, tensor: Tensor) -> Tensor:
         """1 where a weight is kept and 0 where it is pruned, in the dtype and on the device of `tensor`."""

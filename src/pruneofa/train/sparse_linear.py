@@ -19,6 +19,7 @@ from pruneofa.engine.engine import choose_isa, native
 # 0020).
 LEAST_SPARSITY = 0.75
 MOST_FEATURES = 65535  # inputs or outputs of a native pattern
+_MASKED = "pruneofa_masked"  # attribute of gradients made here: their version, which counts changes in place
 
 # Outside of the layers: a copy of a layer, or one that is loaded from a pickle, is dense.
 _patterns: "WeakKeyDictionary[nn.Module, tuple[nn.Parameter, Any]]" = WeakKeyDictionary()
@@ -70,7 +71,13 @@ class _Products(torch.autograd.Function):
         if needed[1]:
             dw = torch.empty_like(weight)
             ctx.pattern.weight_gradient(_array(x), _array(dy), dw.numpy(), threads)
+            setattr(dw, _MASKED, dw._version)
         return dx, dw, db, None
+
+
+def is_masked(gradient: Tensor) -> bool:
+    """Whether a weight's gradient is of a SparseLinear, and nothing was added to it: it is zero at pruned weights."""
+    return getattr(gradient, _MASKED, None) == gradient._version
 
 
 def _array(tensor: Tensor) -> Any:

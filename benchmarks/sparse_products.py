@@ -1,0 +1,93 @@
+"""The three products of a linear layer in training (output, gradient of the input, of the weights) on one thread.
+
+    python benchmarks/sparse_products.py [--tokens 425 1300] [--isa NAME] [--out FILE.json]
+
+For the shapes of MiniLM: dense by PyTorch, the kernels that skip zeros (all of a call: values read from the dense
+weight, transpositions, a dense gradient), and PyTorch's CSR (`mm`, `sampled_addmm`; only the products themselves, of
+operands that are transposed already). CPU milliseconds, the least of several runs: they depend little on other load.
+"""
+
+import argparse
+import json
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import MINILM, machine
+from torch import Tensor
+
+from pruneofa import _native
+
+RUNS = 9
+SPARSITIES = (0.5, 0.6, 0.7, 0.75, 0.8, 0.9)
+
+
+def milliseconds(call: Callable[[], Any]) -> float:
+    """The least CPU time of a call."""
+    call()
+    times = []
+    for _ in range(RUNS):
+        start = time.process_time()
+        call()
+        times.append(time.process_time() - start)
+    return round(1e3 * min(times), 2)
+
+
+def skipping(kept: Tensor, x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor, isa: str) -> list[float]:
+    """The products by the native kernels."""
+    pattern = _native.Pattern(kept.numpy(), isa)
+    y, dx, dw = torch.empty_like(dy), torch.empty_like(x), torch.empty_like(weight)
+    x, weight, bias, dy, y, dx, dw = (tensor.numpy() for tensor in (x, weight, bias, dy, y, dx, dw))
+    return [
+        milliseconds(lambda: pattern.multiply(x, weight, bias, y, 1)),
+        milliseconds(lambda: pattern.multiply_transposed(dy, weight, dx, 1)),
+        milliseconds(lambda: pattern.weight_gradient(x, dy, dw, 1)),
+    ]
+
+
+def by_csr(x: Tensor, weight: Tensor, dy: Tensor) -> list[float]:
+    """The products by PyTorch's sparse matrices."""
+    rows, columns = weight.to_sparse_csr(), weight.t().contiguous().to_sparse_csr()
+    x_t, dy_t = x.t().contiguous(), dy.t().contiguous()
+    return [
+        milliseconds(lambda: rows @ x_t),
+        milliseconds(lambda: columns @ dy_t),
+        milliseconds(lambda: torch.sparse.sampled_addmm(rows, dy_t, x, beta=0.0)),
+    ]
+
+
+def main() -> None:
+    """Print a line per shape and number of tokens."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[425, 1300])
+    parser.add_argument("--isa", default=_native.available_isas()[-1])
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", "Sparse CSR tensor support")
+    hidden, inner = MINILM["hidden_size"], MINILM["intermediate_size"]
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for tokens in options.tokens:
+        for outputs, inputs in ((hidden, hidden), (inner, hidden), (hidden, inner)):
+            x, dy = (torch.randn(tokens, size, generator=generator) for size in (inputs, outputs))
+            dense, bias = torch.randn(outputs, inputs, generator=generator), torch.randn(outputs)
+            row: dict[str, Any] = {"tokens": tokens, "outputs": outputs, "inputs": inputs}
+            products = (lambda: torch.addmm(bias, x, dense.t()), lambda: dy @ dense, lambda: dy.t() @ x)  # noqa: B023
+            row["dense"] = [milliseconds(product) for product in products]
+            for sparsity in SPARSITIES:
+                kept = torch.rand(outputs, inputs, generator=generator) >= sparsity
+                weight = dense * kept
+                row[f"skipping {sparsity}"] = skipping(kept, x, weight, bias, dy, options.isa)
+            row[f"csr {SPARSITIES[-1]}"] = by_csr(x, weight, dy)
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+    if options.out:
+        options.out.write_text(json.dumps({"machine": machine(), "isa": options.isa, "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
