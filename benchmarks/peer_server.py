@@ -74,7 +74,8 @@ def command(
         below, *settings = INFINITY[name]
         words = [str(Path(python).parent / "infinity_emb"), "v2", "--device", "cpu", "--host", "127.0.0.1",
                  "--model-id", str(folder / below), "--served-model-name", "model", "--pooling-method", "mean",
-                 "--no-trust-remote-code", "--no-model-warmup", "--log-level", "warning", "--batch-size", str(batch), *settings]  # fmt: skip
+                 "--no-trust-remote-code", "--no-model-warmup",
+                 "--log-level", "warning", "--batch-size", str(batch), *settings]  # fmt: skip
     else:
         words = [python, __file__, "serve", str(folder), name.removeprefix("st-"),
                  "--threads", str(threads), "--batch", str(batch)]  # fmt: skip
