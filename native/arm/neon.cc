@@ -47,12 +47,12 @@ const Kernels neon_kernels = {
     .moments = neon::lanes::moments,
     .normalize = neon::lanes::normalize,
     .attention = neon::lanes::attention,
-    .multiply_cached_int8 = neon::multiply_cached<neon::Int8, 4, 1>,
-    .multiply_cached_float = neon::multiply_cached<neon::Float, 4, 1>,
-    .read_all = neon::read_all,
     .train_tokens = neon::kTrainTokens,
     .multiply_entries = neon::multiply_entries<neon::Neon>,
     .sample_entries = neon::sample_rows<neon::Neon>,
+    .multiply_cached_int8 = neon::multiply_cached<neon::Int8, 4, 1>,
+    .multiply_cached_float = neon::multiply_cached<neon::Float, 4, 1>,
+    .read_all = neon::read_all,
 };
 
 }  // namespace pruneofa

@@ -126,12 +126,12 @@ const Kernels neon_i8mm_kernels = {
     .moments = neon_i8mm::lanes::moments,
     .normalize = neon_i8mm::lanes::normalize,
     .attention = neon_i8mm::lanes::attention,
-    .multiply_cached_int8 = neon_i8mm::multiply_cached_matrices,
-    .multiply_cached_float = neon_i8mm::multiply_cached<neon_i8mm::Float, 4, 1>,
-    .read_all = neon_i8mm::read_all,
     .train_tokens = neon_i8mm::kTrainTokens,
     .multiply_entries = neon_i8mm::multiply_entries<neon_i8mm::Neon>,
     .sample_entries = neon_i8mm::sample_rows<neon_i8mm::Neon>,
+    .multiply_cached_int8 = neon_i8mm::multiply_cached_matrices,
+    .multiply_cached_float = neon_i8mm::multiply_cached<neon_i8mm::Float, 4, 1>,
+    .read_all = neon_i8mm::read_all,
 };
 
 }  // namespace pruneofa

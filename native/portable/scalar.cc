@@ -77,12 +77,12 @@ const Kernels scalar_kernels = {
     .moments = scalar::lanes::moments,
     .normalize = scalar::lanes::normalize,
     .attention = scalar::lanes::attention,
-    .multiply_cached_int8 = scalar::multiply_cached<scalar::Int8, 4, 1>,
-    .multiply_cached_float = scalar::multiply_cached<scalar::Float, 3, 1>,
-    .read_all = scalar::read_all,
     .train_tokens = scalar::kTrainTokens,
     .multiply_entries = scalar::multiply_entries<scalar::AnyVector>,
     .sample_entries = scalar::sample_rows<scalar::AnyVector>,
+    .multiply_cached_int8 = scalar::multiply_cached<scalar::Int8, 4, 1>,
+    .multiply_cached_float = scalar::multiply_cached<scalar::Float, 3, 1>,
+    .read_all = scalar::read_all,
 };
 
 }  // namespace pruneofa

@@ -109,12 +109,12 @@ const Kernels avx2_kernels = {
     .moments = avx2::lanes::moments,
     .normalize = avx2::lanes::normalize,
     .attention = avx2::lanes::attention,
-    .multiply_cached_int8 = avx2::multiply_cached<avx2::Int8, 4, 1>,
-    .multiply_cached_float = avx2::multiply_cached<avx2::Float, 6, 1>,
-    .read_all = avx2::read_all,
     .train_tokens = avx2::kTrainTokens,
     .multiply_entries = avx2::multiply_entries<avx2::Avx>,
     .sample_entries = avx2::sample_rows<avx2::Avx>,
+    .multiply_cached_int8 = avx2::multiply_cached<avx2::Int8, 4, 1>,
+    .multiply_cached_float = avx2::multiply_cached<avx2::Float, 6, 1>,
+    .read_all = avx2::read_all,
 };
 
 }  // namespace pruneofa

@@ -125,12 +125,12 @@ const Kernels avx512vnni_kernels = {
     .moments = avx512vnni::lanes::moments,
     .normalize = avx512vnni::lanes::normalize,
     .attention = avx512vnni::lanes::attention,
-    .multiply_cached_int8 = avx512vnni::multiply_cached<avx512vnni::Int8, 4, 4>,
-    .multiply_cached_float = avx512vnni::multiply_cached<avx512vnni::Float, 4, 4>,
-    .read_all = avx512vnni::read_all,
     .train_tokens = avx512vnni::kTrainTokens,
     .multiply_entries = avx512vnni::multiply_entries<avx512vnni::Avx>,
     .sample_entries = avx512vnni::sample_rows<avx512vnni::Avx>,
+    .multiply_cached_int8 = avx512vnni::multiply_cached<avx512vnni::Int8, 4, 4>,
+    .multiply_cached_float = avx512vnni::multiply_cached<avx512vnni::Float, 4, 4>,
+    .read_all = avx512vnni::read_all,
 };
 
 }  // namespace pruneofa

@@ -134,12 +134,12 @@ const Kernels avxvnni_kernels = {
     .moments = avxvnni::lanes::moments,
     .normalize = avxvnni::lanes::normalize,
     .attention = avxvnni::lanes::attention,
-    .multiply_cached_int8 = avxvnni::multiply_cached<avxvnni::Int8, 6, 1>,
-    .multiply_cached_float = avxvnni::multiply_cached<avxvnni::Float, 6, 1>,
-    .read_all = avxvnni::read_all,
     .train_tokens = avxvnni::kTrainTokens,
     .multiply_entries = avxvnni::multiply_entries<avxvnni::Avx>,
     .sample_entries = avxvnni::sample_rows<avxvnni::Avx>,
+    .multiply_cached_int8 = avxvnni::multiply_cached<avxvnni::Int8, 6, 1>,
+    .multiply_cached_float = avxvnni::multiply_cached<avxvnni::Float, 6, 1>,
+    .read_all = avxvnni::read_all,
 };
 
 }  // namespace pruneofa
