@@ -198,6 +198,25 @@ def test_a_packed_folder_may_go_while_it_is_served(start, folders, tmp_path):
     assert expected.sparsity == pytest.approx(Engine.from_pretrained(folders["vectors"]).sparsity)
 
 
+def test_a_worker_does_not_come_back_with_another_model(start, folders, tmp_path):
+    shutil.copytree(folders["vectors"], tmp_path / "model")
+    server = start(tmp_path / "model", "--workers", 2)
+    expected = ask(server, inputs="the king")
+    end = time.monotonic() + 30
+    while len(first := workers_of(server)) < 2 or metric(server, "te_queue_size"):
+        assert time.monotonic() < end
+    time.sleep(2)  # until the second has loaded the model as it was
+    weights = tmp_path / "model" / "model.safetensors"
+    os.replace(shutil.copy(weights, tmp_path / "other"), weights)
+    os.kill(min(first), signal.SIGKILL)
+    for line in server.process.stderr:
+        if "changed since the server started" in line:
+            break
+    assert ask(server, inputs="the king") == expected
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(30) == 0
+
+
 def test_a_damaged_folder_is_one_line(folders, tmp_path):
     shutil.copytree(folders["vectors"], tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").write_bytes(b"nothing")

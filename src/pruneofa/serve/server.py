@@ -22,7 +22,10 @@ from pruneofa.serve.connections import INTERVAL, Connection, close_stalled
 from pruneofa.serve.settings import Settings
 
 _ENDING = (signal.SIGTERM, signal.SIGINT)
-_PAUSE = 0.2  # seconds before a worker that ended is replaced: a model that cannot be loaded is not tried without rest
+_PAUSE = 0.2  # seconds before a worker that ended is replaced
+_MOST_PAUSE = 30.0  # where it ends again and again, as with a model that cannot be loaded any more
+_SHORT_LIFE = 10.0  # seconds
+_MODEL_FILES = ("*.safetensors", "*.zst", "config.json", "manifest.json", "tokenizer.json")
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -79,6 +82,8 @@ def serve(
     shown = f"[{host}]" if ":" in host else host
     url = f"http://{shown}:{bound.getsockname()[1]}"
 
+    begun = [_state(path) for _, path in models]
+
     def work(started: Callable[[], None]) -> None:
         # Imported by each worker: prometheus_client looks for its shared folder when it is imported.
         from pruneofa.serve.app import create_app
@@ -86,6 +91,9 @@ def serve(
         from pruneofa.serve.tracing import traced
 
         app: Any = create_app([load(name, path, **(engine or {})) for name, path in models], settings)
+        for (_, path), state in zip(models, begun, strict=True):
+            if workers > 1 and _state(path) != state:  # the other workers have loaded another model
+                raise InputError(f"{path}: changed since the server started; restart it")
         if otlp_endpoint is not None:
             app = traced(app, otlp_endpoint)
         _run(app, bound, grace, started)
@@ -96,6 +104,12 @@ def serve(
     with tempfile.TemporaryDirectory(prefix="pruneofa-metrics-") as folder:
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
         return _prefork(work, workers, Path(folder), lambda: ready(url))
+
+
+def _state(path: str) -> list[tuple[Any, ...]]:
+    """What is different once a file of a model's folder was written or replaced; empty for a hub id."""
+    found = (file for pattern in _MODEL_FILES for file in Path(path).expanduser().glob(pattern) if file.is_file())
+    return [(file, stat.st_ino, stat.st_size, stat.st_mtime_ns) for file in sorted(found) if (stat := file.stat())]
 
 
 def _run(app: Any, bound: socket.socket, grace: int, started: Callable[[], None]) -> None:
@@ -163,11 +177,13 @@ def _prefork(
         stop()
     os.close(writing)
     ready = os.read(reading, 1) == b"1"
+    pause, forked = _PAUSE, time.monotonic()
     if ready and not stopping:
         started()
     while True:
         while ready and not stopping and len(running) < workers:
             _fork(work, lambda: None, running)
+            forked = time.monotonic()
             if stopping:
                 stop()
         if not running:
@@ -180,7 +196,15 @@ def _prefork(
             if not ready:
                 return code if code > 0 else 3
             notice(f"pruneofa: worker {process} ended with {code}; starting another")
-            time.sleep(_PAUSE)
+            pause = min(2 * pause, _MOST_PAUSE) if time.monotonic() - forked < _SHORT_LIFE else _PAUSE
+            _rest(pause, lambda: stopping)
+
+
+def _rest(seconds: float, stopping: Callable[[], bool]) -> None:
+    """Sleep, but not on when the server is to stop."""
+    end = time.monotonic() + seconds
+    while not stopping() and time.monotonic() < end:
+        time.sleep(_PAUSE)
 
 
 def _end_with_parent(parent: int) -> None:
