@@ -1,7 +1,7 @@
 """Sparse int8 and float kernels, and the encoder made of them. `pruneofa.engine.reference` defines what each computes.
 
-Arrays must be C-contiguous NumPy arrays of the stated dtype, which are not converted; anything else raises TypeError. The
-GIL is released while kernels run. Built from native/; docs/kernels.md describes how it works.
+Arrays must be C-contiguous NumPy arrays of the stated dtype, which are not converted; anything else raises TypeError.
+The GIL is released while kernels run. Built from native/; docs/kernels.md describes how it works.
 """
 
 from collections.abc import Mapping, Sequence
