@@ -84,11 +84,21 @@ double arithmetic_peak(const Kernels& kernels, bool int8, int threads) {
 }
 
 double read_bandwidth(const Kernels& kernels, std::size_t bytes, int threads) {
+  // In pieces that take less than a slot, each slot beginning where the one before ended.
+  constexpr std::size_t kPiece = 1 << 20;
   bytes = std::max<std::size_t>(bytes / 128, 1) * 128;
-  const Aligned<char> data(bytes * threads), out(std::size_t{64} * threads);
+  struct alignas(64) Reader {
+    std::size_t next = 0;
+    alignas(64) char out[64];
+  };
+  const Aligned<char> data(bytes * threads);
+  std::vector<Reader> readers(threads);
   return best_rate(kernels, threads, [&](int thread) {
-    kernels.read_all(data.data() + bytes * thread, bytes, out.data() + std::size_t{64} * thread);
-    return static_cast<double>(bytes);
+    Reader& reader = readers[thread];
+    const std::size_t piece = std::min(kPiece, bytes - reader.next);
+    kernels.read_all(data.data() + bytes * thread + reader.next, piece, reader.out);
+    reader.next = (reader.next + piece) % bytes;
+    return static_cast<double>(piece);
   });
 }
 

@@ -29,7 +29,7 @@ def test_a_busy_machine_and_missing_torch_are_said():
 def test_ceilings_are_said_and_so_is_a_machine_that_changed():
     said = tables.remarks(record(runner(PRUNEOFA, 2)))
     assert said[0].endswith(
-        "0.50 x 10^12 operations/s of the dense model, 4 % of the machine's peak; no peer to compare with"
+        "0.5 x 10^12 operations/s of the dense model, 4 % of the machine's peak; no peer to compare with"
     )
     assert said[1:] == [
         "1x128: before and after, 2 threads reached: arithmetic 14, 14 x 10^12 operations/s; L2 100, 100 GB/s; "

@@ -54,7 +54,7 @@ def remarks(record: Mapping[str, Any]) -> list[str]:
     for row in record["rows"]:
         share = f", {100 * row['share_of_peak']:.0f} % of the machine's peak" if row["share_of_peak"] else ""
         limits = row.get("ceilings")
-        rate = f"{row['tera_per_second']:.2f} x 10^12 operations/s of the dense model{share}"
+        rate = f"{_short(row['tera_per_second'])} x 10^12 operations/s of the dense model{share}"
         if row["ratio"] is None:
             found.append(f"{row['case']}: {rate}; no peer to compare with")
         else:
