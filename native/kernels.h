@@ -126,9 +126,11 @@ struct CachedOperands {
   alignas(64) char sums[4096];
 };
 
-// The positions of the entries of a sparse matrix: row n has the columns index[e], row_start[n] <= e < row_start[n + 1].
-// After the last there are four and kEntriesAhead further columns, which are read but not used.
+// Entries that come so much later are prefetched.
 constexpr int kEntriesAhead = 8;
+
+// The positions of the entries of a sparse matrix: row n has the columns index[e] of the entries row_start[n] <= e <
+// row_start[n + 1]. After the last entry there are four and kEntriesAhead more columns, which are read but not used.
 struct Entries {
   int rows = 0, columns = 0;
   const uint32_t* row_start = nullptr;
@@ -175,7 +177,7 @@ struct Kernels {
                     float epsilon, Ranges range);
   void (*attention)(const Attention&);
 
-  // Training in float32 (pattern.h), of up to `train_tokens` tokens, which are rows of x [tokens][columns] and of y or dy
+  // Training in float32 (pattern.h), of up to `train_tokens` tokens: rows of x [tokens][columns], and of y or dy
   // [tokens][rows]. `scratch` has train_scratch floats. What is computed of a token depends on no other token.
   int train_tokens;
   // y[t][n] = bias[n] + the sum of values[e] * x[t][index[e]] over the entries e of row n. No bias: null.

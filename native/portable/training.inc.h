@@ -12,8 +12,8 @@ constexpr int kTrainTokens = kMostVectors * kVectorLanes;
 
 inline Vector load_vector(const float* p) { return lanes::Memory<Vector>::load(p); }
 
-// Asks for the columns of an entry that comes kEntriesAhead later: they are in the second-level cache, and the CPU does not
-// look far enough ahead to hide the time that they take from there. 15 to 20 % of all three products.
+// Asks for the columns of an entry that comes kEntriesAhead later: they are in the second-level cache, and the CPU does
+// not look far enough ahead to hide the time that they take from there. About 15 % of `multiply_tokens`.
 template <int Vectors>
 inline void prefetch_entry([[maybe_unused]] const float* columns, [[maybe_unused]] uint16_t index) {
 #if defined(__GNUC__)

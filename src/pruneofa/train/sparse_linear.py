@@ -22,7 +22,7 @@ MOST_FEATURES = 65535  # inputs or outputs of a native pattern
 _MASKED = "pruneofa_masked"  # attribute of gradients made here: their version, which counts changes in place
 
 # Outside of the layers: a copy of a layer, or one that is loaded from a pickle, is dense.
-_patterns: "WeakKeyDictionary[nn.Module, tuple[nn.Parameter, Any]]" = WeakKeyDictionary()
+_patterns: "WeakKeyDictionary[nn.Module, tuple[Tensor, Any]]" = WeakKeyDictionary()
 
 
 class SparseLinear(nn.Linear):
