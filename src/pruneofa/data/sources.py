@@ -14,7 +14,6 @@ import contextlib
 import difflib
 import gzip
 import hashlib
-import json
 import re
 import zlib
 from collections.abc import Iterable, Iterator
@@ -27,6 +26,7 @@ from pruneofa.errors import InputError
 from pruneofa.formats.delimited import literal_quotes, read_fields
 from pruneofa.formats.files import file_fingerprint
 from pruneofa.formats.hub import announce, could_be_hub_id
+from pruneofa.formats.json_lines import parse_line
 
 KINDS = (".parquet", ".jsonl", ".txt", ".csv", ".tsv")
 COMPRESSED = (".gz", ".zst")
@@ -276,12 +276,7 @@ def _values(path: Path, lines: Iterable[str], column: str) -> Iterator[str]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}: line {number} is not JSON ({error.msg}); wanted one object per line") from None
-        if not isinstance(row, dict):
-            raise InputError(f"{path}: line {number} is a {type(row).__name__}, wanted one JSON object per line")
+        row = parse_line(line, f"{path}: line {number}")
         if column not in row:
             _need_column(f"{path} line {number}", column, row)
         yield _text(f"{path} line {number}", column, row[column])
