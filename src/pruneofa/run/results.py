@@ -19,7 +19,7 @@ from pruneofa.run.engine_metrics import FILE as ENGINE_FILE
 from pruneofa.run.engine_metrics import engine_columns
 from pruneofa.run.events import LOG, read_events
 from pruneofa.run.lineage import SPARSE, lost_pattern, stage_of
-from pruneofa.run.stage import METRICS, RECORD, Stage, StageId, Step
+from pruneofa.run.stage import METRICS, RECORD, Stage, StageId, Step, read_record
 
 PACKAGES = ("pruneofa", "torch", "transformers", "datasets", "tokenizers", "numpy")
 
@@ -32,7 +32,7 @@ def collect(recipe: Recipe, folder: Path, steps: Iterable[Step]) -> dict[str, An
     models: list[tuple[str, Path]] = []
     for step in steps:
         if isinstance(step, Stage):
-            record = read_json(step.folder / RECORD)
+            record = read_record(step.folder, ("versions", "tokens", "seconds"))
             made_with = record["versions"]
             costs[str(step.id)] = {"tokens": record["tokens"], "seconds": record["seconds"]}
             continue
