@@ -58,6 +58,20 @@ def test_jsonl_and_parquet_take_any_column_and_skip_nulls(tmp_path):
         assert read(tmp_path / name, "body") == ["one", "", "two"]
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv"])
+def test_an_article_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(sources, "LONGEST", 1000)
+    for length in (1000, 1001):
+        text = "x" * length
+        whole = {"a.txt": text, "a.jsonl": json.dumps({"body": text}), "a.csv": f"body\n{text}\n"}[name]
+        (tmp_path / name).write_text(whole)
+        if length == 1000:
+            assert read(tmp_path / name, "body") == [text]
+            continue
+        with pytest.raises(InputError, match=rf"{name}: an article of 1,001 characters, wanted at most 1,000; divide"):
+            read(tmp_path / name, "body")
+
+
 def test_the_rows_of_a_task_are_text_too(tmp_path):
     (tmp_path / "a.csv").write_bytes(b'body,label\r\n"one, and\r\n ""two""",1\r\n three ,0\r\n')
     (tmp_path / "a.tsv").write_text('label\tbody\n1\tan "inch\n0\ttwo\n')

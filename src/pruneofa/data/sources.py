@@ -33,6 +33,7 @@ COMPRESSED = (".gz", ".zst")
 WANTED = ".parquet, .jsonl, .txt, .csv or .tsv (all but the first also .gz or .zst)"
 PEEK = 1 << 20  # bytes read to tell how a .txt file separates its articles, and per block when hashing
 ROWS = 64  # rows decoded at once
+LONGEST = 10_000_000  # characters of an article, of which tokenizing takes a hundred bytes each
 
 Article = tuple[str, int]  # text, and the units of progress (bytes, or rows of a hub data set) since the last one
 
@@ -58,6 +59,7 @@ class Files:
         for path in self.paths:
             found = False
             for text, consumed in _read(path, column):
+                _refuse_long(path, text)
                 found = found or bool(text)
                 yield text, consumed
             if not found:
@@ -96,6 +98,7 @@ class Hub:
         for batch in data.select_columns([column]).iter(ROWS):
             for value in batch[column]:
                 text = _text(self.name, column, value)
+                _refuse_long(self.name, text)
                 found = found or bool(text)
                 yield text, 1
         if not found:
@@ -212,6 +215,14 @@ def _text(where: object, column: str, value: object) -> str:
     if not isinstance(value, str):
         raise InputError(f"{where}: column {column!r} holds {type(value).__name__}, wanted strings; set corpus.column")
     return value.strip()
+
+
+def _refuse_long(where: object, text: str) -> None:
+    if len(text) > LONGEST:
+        raise InputError(
+            f"{where}: an article of {len(text):,} characters, wanted at most {LONGEST:,}; divide it (in a .txt file "
+            "blank lines separate articles)"
+        )
 
 
 def _need_column(where: object, column: str, columns: Iterable[str]) -> None:
