@@ -53,3 +53,9 @@ def test_a_weight_that_is_no_number_is_named_as_such(base, call, tmp_path, prune
         f"NaN or infinite: {name.removeprefix('bert.')}: 1 weights",
         "FAILED: 1 weight of DERIVED is NaN or infinite",
     ]
+
+
+def test_a_dense_base_has_nothing_to_keep(base, refused, tmp_path):
+    dense = write_model(tmp_path / "dense")
+    line = refused("verify", dense, base)
+    assert line.startswith(f"{dense}: no weight of its encoder is zero") and "give the sparse model as BASE" in line

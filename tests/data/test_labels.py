@@ -35,6 +35,23 @@ def test_a_column_of_row_ids_holds_no_classes(tmp_path, tokenizer, validation):
     assert len(load_task("mine", spec, tokenizer, data_root=tmp_path).labels) == 20
 
 
+@pytest.mark.parametrize("label", ["text", "name"])
+def test_a_column_of_texts_or_names_holds_no_classes(tmp_path, tokenizer, label):
+    write(tmp_path / "d.parquet", [{"text": f"film {row}", "name": f"n{row}"} for row in range(40)])
+    spec = own(data="d.parquet", validation="d.parquet", label=label)
+    with pytest.raises(InputError, match=f"'{label}' has 40 classes for 40 rows: looks like an id column; set tasks."):
+        load_task("mine", spec, tokenizer, data_root=tmp_path)
+
+
+@pytest.mark.parametrize(("labels", "said"), [([-1, 0, 1, 2], True), ([-1, 0, 1], True), ([-1, 1], False)])
+def test_minus_one_may_stand_for_no_label(tmp_path, tokenizer, capsys, labels, said):
+    write(tmp_path / "d.parquet", [{"text": "film", "label": label} for label in labels * 4])
+    task = load_task("mine", own(data="d.parquet", validation="d.parquet"), tokenizer, data_root=tmp_path)
+    assert task.labels == [str(label) for label in labels]
+    line = f"warning: tasks.mine: label -1 in 4 of {4 * len(labels)} rows is a class of its own; "
+    assert (line in capsys.readouterr().err) is said
+
+
 def test_label_unseen_in_training(tmp_path, tokenizer):
     write(tmp_path / "train.csv", ROWS)
     write(tmp_path / "validation.csv", [*ROWS[:2], {"text": "a", "label": "neutral"}])

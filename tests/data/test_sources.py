@@ -58,6 +58,20 @@ def test_jsonl_and_parquet_take_any_column_and_skip_nulls(tmp_path):
         assert read(tmp_path / name, "body") == ["one", "", "two"]
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv"])
+def test_an_article_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(sources, "LONGEST", 1000)
+    for length in (1000, 1001):
+        text = "x" * length
+        whole = {"a.txt": text, "a.jsonl": json.dumps({"body": text}), "a.csv": f"body\n{text}\n"}[name]
+        (tmp_path / name).write_text(whole)
+        if length == 1000:
+            assert read(tmp_path / name, "body") == [text]
+            continue
+        with pytest.raises(InputError, match=rf"{name}: an article of 1,001 characters, wanted at most 1,000; divide"):
+            read(tmp_path / name, "body")
+
+
 def test_the_rows_of_a_task_are_text_too(tmp_path):
     (tmp_path / "a.csv").write_bytes(b'body,label\r\n"one, and\r\n ""two""",1\r\n three ,0\r\n')
     (tmp_path / "a.tsv").write_text('label\tbody\n1\tan "inch\n0\ttwo\n')
@@ -103,7 +117,7 @@ def test_the_fingerprint_is_of_the_text_not_of_its_name_or_compression(tmp_path)
         ("a.jsonl", b'{"text": null}\n', r"a\.jsonl: no text in this file"),
         ("a.jsonl", b'{"text": 3}\n', r"column 'text' holds int, wanted strings"),
         ("a.jsonl", b'{"txt": "a", "id": 1}\n', r"no column 'text', it has txt, id; did you mean 'txt'\?"),
-        ("a.jsonl", b"[1]\n", r"line 1 is a list, wanted one JSON object per line"),
+        ("a.jsonl", b"[1]\n", r"line 1 is a JSON list, wanted an object; write one object per line"),
         ("a.jsonl", b'{"text": "a"}\n{"text"', r"line 2 is not JSON"),
         ("a.txt.gz", b"not gzip", r"damaged or not gz data"),
         ("a.txt.gz", gzip.compress(b"hello" * 99, mtime=0)[:-9], r"damaged or not gz data"),

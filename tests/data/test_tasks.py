@@ -267,11 +267,18 @@ BAD_FILES = [
     ("d.csv", b"text,label\na,x\nb,x\n", "2 training rows have the label 'x', wanted at least two"),
     ("d.csv", b"text,label\na,x\nb,\n", "label column 'label' is empty in row 2"),
     ("d.jsonl", b'{"text": "a", "label": 1}\n{"text"\n', "line 2 is not JSON"),
-    ("d.jsonl", b'["a", 1]\n', "line 1 is a list, wanted an object"),
+    ("d.jsonl", b'["a", 1]\n', "line 1 is a JSON list, wanted an object"),
     ("d.jsonl", b'{"text": "a", "label": 1}\n{"text": 2, "label": 1}\n', "mixes types"),
     ("d.jsonl", b'{"text": 3, "label": 1}\n', "text column 'text' holds int64, wanted strings"),
     ("d.jsonl", b'{"text": "a", "label": 1}\n{"label": 0}\n', "'text' is empty in 1 rows, first in row 2"),
     ("d.jsonl", b'{"text": "a", "label": 0.5}\n', "holds the number 0.5 in row 1, wanted classes"),
+    ("d.jsonl", b'{"text": "a \\ud800", "label": 1}\n', "column 'text' has half of a surrogate pair, which is no text"),
+    ("d.jsonl", b'{"text": "a", "label": "\\udc00"}\n', "column 'label' has half of a surrogate pair"),
+    ("d.jsonl", b'{"text": "a", "label": 1' + b"0" * 30 + b"}\n", "column 'label' has an integer of over 64 bits"),
+    ("d.jsonl", b'{"text": "a", "label": 1' + b"0" * 5000 + b"}\n", "line 1 is not JSON .*4300"),
+    ("d.jsonl", b'{"text": ' + b"[" * 100_000, "line 1 is not JSON"),
+    ("d.csv", b"text,label\na,x\nb,y\0\n", r"label 'y\\x00' in row 2 of column 'label' has a control character"),
+    ("d.csv", b"text,label\n ,x\n,y\n", "text column 'text' is blank in all 2 rows"),
     ("d.parquet", b"PAR1 not really", "not readable as parquet"),
     ("d.txt", b"text", "got '.txt', wanted .parquet, .jsonl, .csv, .tsv"),
 ]  # fmt: skip
@@ -284,6 +291,15 @@ def test_bad_file(tmp_path, tokenizer, name, content, message):
         load_task("mine", own(data=name, validation=name), tokenizer, data_root=tmp_path)
     assert "\n" not in str(error.value)
     assert str(error.value).startswith("tasks.mine")
+
+
+def test_columns_of_every_type_of_string(tmp_path, tokenizer):
+    texts, labels = ["a film", "the king"] * 4, ["x", "y"] * 4
+    kinds = [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int8(), pa.string())]
+    for kind in kinds:
+        pa.parquet.write_table(pa.table({"text": pa.array(texts, kind), "label": labels}), tmp_path / "d.parquet")
+        task = load_task("mine", own(data="d.parquet", validation="d.parquet"), tokenizer, data_root=tmp_path)
+        assert (task.labels, len(task.train)) == (["x", "y"], 8), kind
 
 
 def test_missing_split(tmp_path, tokenizer):

@@ -254,6 +254,7 @@ def test_paths_of_the_wrong_type(path):
         ({"type_vocab_size": 3}, "token_type_embeddings.weight has shape 2x32, config.json wants 3x32"),
         ({"problem_type": "ranking"}, "problem_type is 'ranking' in config.json, wanted one of regression"),
         ({"id2label": {"0": "a", "2": "b"}}, "id2label in config.json is"),
+        ({"id2label": {"0": "a", "1": "b", "2": "a"}}, "id2label in config.json gives the name 'a' to 2 classes"),
         ({"id2label": {"0": "a"}}, "the classifier has 3 classes, id2label in config.json has 1"),
         ({"model_type": "gpt2"}, "model_type is 'gpt2'"),
         ({"hidden_act": "x" * 5000}, "activation 'x+... in config.json"),

@@ -227,6 +227,21 @@ def test_the_record_of_an_earlier_format_is_refused(settings, tmp_path, record):
     refuse_changes(steps, tmp_path / "run", True)
 
 
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"format": "3"}, {"format": 3, "fingerprint": None}, {"format": 3, "settings": 5}, {"format": 3, "inputs": [1]},
+        {"format": 1, "versions": [1]},
+    ],
+)  # fmt: skip
+def test_a_record_that_was_edited_is_named(settings, tmp_path, record):
+    steps = plan(settings, Inputs(settings), tmp_path / "run")
+    write_json(tmp_path / "run" / "teacher" / "stage.json", record)
+    name = [key for key in record if key != "format"] or ["format"]
+    with pytest.raises(InputError, match=rf"teacher/stage\.json: {name[0]} is .*, which no stage writes; restore the"):
+        refuse_changes(steps, tmp_path / "run", False)
+
+
 def test_a_single_stage_is_made_by_one_process_and_records_its_defaults(settings, tmp_path):
     inputs = Inputs(settings)
     teacher = plan(settings, inputs, tmp_path / ".out.pruneofa-work")[0]

@@ -5,7 +5,7 @@ import sys
 from typing import Any
 
 from pruneofa.cli.show import print_value
-from pruneofa.errors import printable
+from pruneofa.errors import InputError, printable
 
 
 def describe(verb: argparse.ArgumentParser) -> None:
@@ -22,6 +22,11 @@ def describe(verb: argparse.ArgumentParser) -> None:
         from pruneofa.formats import pattern
 
         found = pattern.verify(options.base, options.derived)
+        if not found["checked"] and found["ok"]:
+            raise InputError(
+                f"{options.base}: no weight of its encoder is zero, so there is nothing to keep; give the sparse model "
+                "as BASE, and the one made from it as DERIVED"
+            )
 
         def show() -> None:
             for layer in found["revived"]:

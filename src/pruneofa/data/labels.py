@@ -2,6 +2,7 @@
 
 import math
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pruneofa.errors import InputError
+from pruneofa.progress import notice
 
 _NUMBER = r"[-+]?(\d+[.,]?\d*|[.,]\d+)([eE][-+]?\d+)?"
 _NO_NUMBER = ("nan", "inf", "-inf")  # how a missing or infinite score is written
@@ -46,12 +48,20 @@ def distinct(values: Sequence[Any], column: str, where: str) -> list[str]:
     found = label_names(values, column, where)
     refuse_row_ids(found, column, where)
     names = set(found)
-    return sorted(names, key=int) if _whole(names) else sorted(names)
+    if not _whole(names):
+        return sorted(names)
+    ordered = sorted(names, key=int)
+    if ordered[0] == "-1" and ordered[1:] == [str(index) for index in range(len(ordered) - 1)] and len(ordered) > 2:
+        notice(
+            f"pruneofa: warning: {where}: label -1 in {found.count('-1')} of {len(found)} rows is a class of its own; "
+            "in data sets of the hub it stands for no label: remove these rows if it does here"
+        )
+    return ordered
 
 
 def refuse_row_ids(names: Sequence[str], column: str, where: str) -> None:
-    """Raises InputError for ten or more whole numbers that all differ: a column of row ids holds no classes."""
-    if 10 <= len(names) == len(set(names)) and _whole(names):
+    """Raises InputError for ten or more labels that all differ: a column of row ids, or of texts, holds no classes."""
+    if 10 <= len(names) == len(set(names)):
         raise InputError(
             f"{where}: label column {column!r} has {len(names)} classes for {len(names)} rows: "
             f"looks like an id column; set {where}.label to the column of the classes"
@@ -109,6 +119,10 @@ def _label_name(value: Any, row: int, column: str, where: str) -> str:
         raise InputError(f"{where}: label column {column!r} is empty in row {row}; remove the row")
     if isinstance(value, float) and not value.is_integer():
         raise _regression(name, row, column, where)
+    if not name.isprintable() and any(unicodedata.category(character) == "Cc" for character in name):
+        raise InputError(
+            f"{where}: label {name!r} in row {row} of column {column!r} has a control character; write the file again"
+        )
     return name
 
 

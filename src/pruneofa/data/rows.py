@@ -3,7 +3,6 @@
 import difflib
 import hashlib
 import io
-import json
 import re
 from collections.abc import Mapping, Sequence
 from itertools import chain
@@ -19,6 +18,7 @@ from pruneofa.data.root import root_folder
 from pruneofa.errors import InputError, first_line
 from pruneofa.formats.delimited import literal_quotes, read_rows
 from pruneofa.formats.hub import announce, could_be_hub_id
+from pruneofa.formats.json_lines import parse_line
 
 SUFFIXES = (".parquet", ".jsonl", ".csv", ".tsv")
 HELD_OUT = 10  # one row in so many is held out where the data has no validation rows
@@ -86,14 +86,25 @@ def read(path: Path, where: str) -> pa.Table:
     else:
         text = _decode(path, where)
         rows = _json_lines(text, path, where) if path.suffix == ".jsonl" else _delimited(text, path, where)
-        try:
-            keys = dict.fromkeys(chain.from_iterable(rows))  # of all rows: the first may lack some
-            table = pa.table({key: [row.get(key) for row in rows] for key in keys})
-        except (pa.ArrowException, TypeError) as error:
-            raise InputError(f"{where}: {path}: a column mixes types ({first_line(error)})") from None
+        keys = dict.fromkeys(chain.from_iterable(rows))  # of all rows: the first may lack some
+        table = pa.table({key: _array([row.get(key) for row in rows], f"{where}: {path}", key) for key in keys})
     if table.num_rows == 0:
         raise InputError(f"{where}: {path}: the file has no rows")
     return table
+
+
+def _array(values: list[Any], where: str, key: str) -> pa.Array:
+    """A column of JSON values. Raises InputError for what a table cannot hold."""
+    try:
+        return pa.array(values)
+    except UnicodeEncodeError:
+        raise InputError(
+            f"{where}: column {key!r} has half of a surrogate pair, which is no text; write the file again"
+        ) from None
+    except OverflowError:
+        raise InputError(f"{where}: column {key!r} has an integer of over 64 bits; write it as a string") from None
+    except (pa.ArrowException, TypeError) as error:
+        raise InputError(f"{where}: {key!r} mixes types ({first_line(error)}); write one type in a column") from None
 
 
 def column(table: pa.Table, name: str, role: str, where: str) -> pa.ChunkedArray:
@@ -111,6 +122,8 @@ def text_column(table: pa.Table, name: str, where: str) -> pa.ChunkedArray:
     values = column(table, name, "text", where)
     if pa.types.is_dictionary(values.type):
         values = values.cast(values.type.value_type)
+    if pa.types.is_string_view(values.type):
+        values = values.cast(pa.large_string())
     if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
         raise InputError(f"{where}: text column {name!r} holds {values.type}, wanted strings")
     if values.null_count:
@@ -118,6 +131,10 @@ def text_column(table: pa.Table, name: str, where: str) -> pa.ChunkedArray:
         raise InputError(
             f"{where}: text column {name!r} is empty in {values.null_count} rows, first in row {first}; "
             "remove them or write an empty string"
+        )
+    if not any(text.as_py().strip() for text in values):
+        raise InputError(
+            f"{where}: text column {name!r} is blank in all {len(values)} rows; set {where}.text to another"
         )
     return values
 
@@ -217,18 +234,8 @@ def _decode(path: Path, where: str) -> str:
 
 
 def _json_lines(text: str, path: Path, where: str) -> list[dict[str, Any]]:
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{where}: {path}: line {number} is not JSON ({error.msg})") from None
-        if not isinstance(row, dict):
-            raise InputError(f"{where}: {path}: line {number} is a {type(row).__name__}, wanted an object")
-        rows.append(row)
-    return rows
+    lines = enumerate(text.split("\n"), 1)
+    return [parse_line(line, f"{where}: {path}: line {number}") for number, line in lines if line.strip()]
 
 
 def _delimited(text: str, path: Path, where: str) -> list[dict[str, Any]]:

@@ -14,7 +14,6 @@ import contextlib
 import difflib
 import gzip
 import hashlib
-import json
 import re
 import zlib
 from collections.abc import Iterable, Iterator
@@ -27,12 +26,14 @@ from pruneofa.errors import InputError
 from pruneofa.formats.delimited import literal_quotes, read_fields
 from pruneofa.formats.files import file_fingerprint
 from pruneofa.formats.hub import announce, could_be_hub_id
+from pruneofa.formats.json_lines import parse_line
 
 KINDS = (".parquet", ".jsonl", ".txt", ".csv", ".tsv")
 COMPRESSED = (".gz", ".zst")
 WANTED = ".parquet, .jsonl, .txt, .csv or .tsv (all but the first also .gz or .zst)"
 PEEK = 1 << 20  # bytes read to tell how a .txt file separates its articles, and per block when hashing
 ROWS = 64  # rows decoded at once
+LONGEST = 10_000_000  # characters of an article, of which tokenizing takes a hundred bytes each
 
 Article = tuple[str, int]  # text, and the units of progress (bytes, or rows of a hub data set) since the last one
 
@@ -58,6 +59,7 @@ class Files:
         for path in self.paths:
             found = False
             for text, consumed in _read(path, column):
+                _refuse_long(path, text)
                 found = found or bool(text)
                 yield text, consumed
             if not found:
@@ -96,6 +98,7 @@ class Hub:
         for batch in data.select_columns([column]).iter(ROWS):
             for value in batch[column]:
                 text = _text(self.name, column, value)
+                _refuse_long(self.name, text)
                 found = found or bool(text)
                 yield text, 1
         if not found:
@@ -214,6 +217,14 @@ def _text(where: object, column: str, value: object) -> str:
     return value.strip()
 
 
+def _refuse_long(where: object, text: str) -> None:
+    if len(text) > LONGEST:
+        raise InputError(
+            f"{where}: an article of {len(text):,} characters, wanted at most {LONGEST:,}; divide it (in a .txt file "
+            "blank lines separate articles)"
+        )
+
+
 def _need_column(where: object, column: str, columns: Iterable[str]) -> None:
     columns = list(columns)
     if column in columns:
@@ -276,12 +287,7 @@ def _values(path: Path, lines: Iterable[str], column: str) -> Iterator[str]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}: line {number} is not JSON ({error.msg}); wanted one object per line") from None
-        if not isinstance(row, dict):
-            raise InputError(f"{path}: line {number} is a {type(row).__name__}, wanted one JSON object per line")
+        row = parse_line(line, f"{path}: line {number}")
         if column not in row:
             _need_column(f"{path} line {number}", column, row)
         yield _text(f"{path} line {number}", column, row[column])

@@ -3,6 +3,7 @@
 Packing and the engine both use these checks, so they refuse the same models.
 """
 
+from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -324,12 +325,19 @@ def _labels(config: Mapping[str, Any], where: Any) -> tuple[str, ...]:
     names = config.get("id2label") or {}
     try:
         by_id = {int(index): str(name) for index, name in names.items()}
-        return tuple(by_id[index] for index in range(len(by_id)))
+        found = tuple(by_id[index] for index in range(len(by_id)))
     except (AttributeError, KeyError, TypeError, ValueError):
         raise InputError(
             f"{where}: id2label in config.json is {short(names)}, wanted an object from class ids 0, 1, ... to names; "
             "correct the file"
         ) from None
+    if len(set(found)) < len(found):
+        twice, count = Counter(found).most_common(1)[0]
+        raise InputError(
+            f"{where}: id2label in config.json gives the name {short(twice)} to {count} classes, wanted "
+            "another for each; correct the file"
+        )
+    return found
 
 
 def _problem_type(config: Mapping[str, Any], where: Any) -> str | None:

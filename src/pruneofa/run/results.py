@@ -20,7 +20,7 @@ from pruneofa.run.engine_metrics import ROWS as ENGINE_ROWS
 from pruneofa.run.engine_metrics import engine_columns
 from pruneofa.run.events import LOG, read_events
 from pruneofa.run.lineage import SPARSE, lost_pattern, stage_of
-from pruneofa.run.stage import METRICS, RECORD, ROWS, Stage, StageId, Step
+from pruneofa.run.stage import METRICS, RECORD, ROWS, Stage, StageId, Step, read_record
 from pruneofa.train.device import processes
 from pruneofa.train.metrics import Rows, load_rows, lost
 
@@ -38,7 +38,7 @@ def collect(recipe: Recipe, folder: Path, steps: Iterable[Step]) -> dict[str, An
     models: list[tuple[str, Path]] = []
     for step in steps:
         if isinstance(step, Stage):
-            record = read_json(step.folder / RECORD)
+            record = read_record(step.folder, ("versions", "tokens", "seconds"))
             made_with = record["versions"]
             costs[str(step.id)] = {key: record[key] for key in COSTS if key in record}
             continue

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pruneofa.errors import InputError, short
 from pruneofa.formats import scales
 from pruneofa.formats.files import fingerprint, read_json
 from pruneofa.recipe import RESOURCES_ONLY, Section
@@ -37,6 +38,10 @@ ABSENT: dict[str, Any] = {
 
 RECORD, METRICS, EVALUATION = "stage.json", "metrics.json", "evaluation.json"
 ROWS = "metric_rows.npz"  # the terms of the rows, by which models are compared; see `pruneofa.train.metrics`
+_FIELDS: dict[str, Any] = {
+    "format": int, "fingerprint": str, "settings": dict, "inputs": dict, "versions": dict, "tokens": int,
+    "seconds": int | float,
+}  # fmt: skip
 MARK = "fingerprint"  # file in a stage's working folder: the fingerprint that the work was begun with
 WORK = ".work"  # folder in a run's folder: the working folders of its stages
 
@@ -109,6 +114,21 @@ class Outcome:
             self.tokenizer.save_pretrained(folder)
         if self.quantization is not None:
             scales.write(folder, self.quantization)
+
+
+def read_record(folder: Path, needed: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The record of the stage that made `folder`.
+
+    Raises InputError, as `read_json` does, and for a field that no stage writes so, or that is `needed` and missing.
+    """
+    record = read_json(folder / RECORD)
+    for name, kind in _FIELDS.items():
+        if (name in record or name in needed) and not isinstance(record.get(name), kind):
+            raise InputError(
+                f"{folder / RECORD}: {name} is {short(record.get(name))}, which no stage writes; restore the file, or "
+                "delete the folder to make it again"
+            )
+    return record
 
 
 def unused(*names: str) -> Mapping[str, Any]:
@@ -192,12 +212,12 @@ class Stage:
         """One of done, changed (done with other settings or inputs) and run."""
         file = self.folder / RECORD
         if file.exists():
-            return "done" if read_json(file).get("fingerprint") == self.fingerprint else "changed"
+            return "done" if read_record(self.folder).get("fingerprint") == self.fingerprint else "changed"
         return "run"
 
     def differences(self) -> list[str]:
         """What differs between the finished stage's record and the settings and inputs of now, a phrase for each."""
-        record = read_json(self.folder / RECORD)
+        record = read_record(self.folder)
         then, now = (_flat(settings) for settings in (record.get("settings", {}), fingerprinted(self.settings)))
         names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
         found = [f"{name} was {then.get(name)}, is {now.get(name)}" for name in names]
@@ -216,7 +236,7 @@ class Stage:
         file = self.folder / RECORD
         if not file.exists():
             return None
-        record = read_json(file)
+        record = read_record(self.folder)
         if record.get("format", 1) >= FORMAT:
             return None
         return record.get("versions", {}).get("pruneofa", "0.1")

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from pruneofa.errors import InputError, first_line
+from pruneofa.errors import InputError
 from pruneofa.formats.delimited import literal_quotes, read_fields
+from pruneofa.formats.json_lines import parse_line
 
 if TYPE_CHECKING:
     from pruneofa.serve.predictor import Predictor
@@ -45,7 +46,7 @@ def describe(path: Path) -> tuple[list[str], int]:
         for line in _json_lines(path):
             first = line if first is None else first
             count += 1
-        return ([] if first is None else list(parse(first, f"{path}: row 1"))), count
+        return ([] if first is None else list(parse_line(first, f"{path}: row 1"))), count
     rows = _fields(path)
     return next(rows), sum(1 for _ in rows)
 
@@ -80,7 +81,7 @@ class Rows:
         if path.suffix == ".parquet":
             self._batch = chunk
         elif path.suffix == ".jsonl":
-            self._rows = [parse(line, name) for line, name in zip(chunk, self.names, strict=True)]
+            self._rows = [parse_line(line, name) for line, name in zip(chunk, self.names, strict=True)]
         else:
             self._rows = [dict(zip(columns, fields, strict=True)) for fields in chunk]
 
@@ -160,17 +161,6 @@ def _skip_header(rows: BinaryIO) -> None:
         quotes += line.count(b'"')
         if quotes % 2 == 0:
             return
-
-
-def parse(line: str, name: str) -> dict[str, Any]:
-    """One line of JSON. Raises InputError, beginning with `name`, unless it is an object."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{name} is not JSON ({first_line(error)}); write one object per line") from None
-    if not isinstance(row, dict):
-        raise InputError(f"{name} is a JSON {type(row).__name__}, wanted an object; write one object per line")
-    return row
 
 
 def _json_lines(path: Path) -> Iterator[str]:
