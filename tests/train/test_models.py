@@ -138,6 +138,18 @@ def test_a_pooler_may_be_missing_but_not_of_another_size(tmp_path):
         load_for_task(str(path), "classification")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_no_numbers_are_named(tmp_path, value):
+    model = tiny_bert(BertForSequenceClassification)
+    name = "bert.encoder.layer.1.output.dense.weight"
+    with torch.no_grad():
+        model.get_parameter(name)[0, :2] = value
+    path = write_model(tmp_path / "m", model)
+    for load in (lambda: load_for_pretraining(str(path), nsp=True), lambda: load_task_model(path, "classification")):
+        with pytest.raises(InputError, match=rf"model .*m: {name} has 2 NaN or infinite values; wanted finite numbers"):
+            load()
+
+
 def test_missing_encoder_weights_of_a_task_model(tmp_path):
     path = write_model(tmp_path / "m", tiny_bert(BertForSequenceClassification, num_hidden_layers=1))
     change_config(path, num_hidden_layers=2)

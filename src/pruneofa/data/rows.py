@@ -227,10 +227,14 @@ def _concatenate(tables: list[pa.Table], where: str) -> pa.Table:
 def _decode(path: Path, where: str) -> str:
     content = path.read_bytes()
     try:
-        return content.decode("utf-8-sig")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise InputError(f"{where}: {path}: not UTF-8 at line {line}; convert it, for example with iconv") from None
+    if (zero := text.find("\0")) >= 0:
+        line = text.count("\n", 0, zero) + 1
+        raise InputError(f"{where}: {path}: NUL in line {line}, which no text has; write the file again")
+    return text
 
 
 def _json_lines(text: str, path: Path, where: str) -> list[dict[str, Any]]:

@@ -214,6 +214,12 @@ def _text(where: object, column: str, value: object) -> str:
         return ""
     if not isinstance(value, str):
         raise InputError(f"{where}: column {column!r} holds {type(value).__name__}, wanted strings; set corpus.column")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"{where}: column {column!r} has half of a surrogate pair, which is no text; write the file again"
+        ) from None
     return value.strip()
 
 
@@ -320,6 +326,8 @@ def _check(path: Path, column: str) -> str:
                 raise _not_utf8(path, start + error.start, error.object[error.start]) from None
             if not block:
                 break
+            if (zero := block.find(0)) >= 0:
+                raise InputError(f"{path}: NUL at byte {offset + zero}, which no text has; convert it, or leave it out")
             digest.update(block)
             offset += len(block)
     if not offset:

@@ -141,8 +141,8 @@ def read_model(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """`architecture.from_pretrained` in float32, and its loading info. Raises InputError for every failure.
 
-    A weight whose shape differs from config.json is an error, unless `new_head` allows it outside the encoder. So is a
-    weight of a layer beyond the number of layers in config.json.
+    A weight that is NaN or infinite is an error. So is one whose shape differs from config.json, unless `new_head`
+    allows it outside the encoder, and one of a layer beyond the number of layers in config.json.
     """
     # from_pretrained reads a .bin with weights_only=True; safetensors files are safe anyway. Mismatched weights are
     # allowed here and reported below by name, because the loader's own error does not name the weight.
@@ -170,6 +170,12 @@ def read_model(
         )
     unused = [base_name(name) for name in info["unexpected_keys"]]
     check_layers(families.of(model.config.model_type), model.config.num_hidden_layers, unused, f"model {path}")
+    for name, weight in model.named_parameters():
+        if not bool(weight.isfinite().all()):
+            count = weight.numel() - int(weight.isfinite().count_nonzero())
+            raise InputError(
+                f"model {path}: {name} has {count} NaN or infinite values; wanted finite numbers: train it again"
+            )
     return model, info
 
 
