@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from pruneofa.engine.hardware import cache_bytes, processor
+from pruneofa.engine.threads import allowed_cpus
 
 _VERSIONS = ("torch", "transformers", "onnx", "onnxruntime", "openvino", "nncf", "deepsparse", "numpy")
 _L2, _L3 = 1 << 20, 32 << 20  # bytes, where the system does not say
-_MOST = 512 << 20  # bytes of the buffer in memory
+_MOST = 1 << 30  # bytes of the buffer in memory
 CHANGE = 0.2  # a ceiling that differs by more than this before and after a row is told
 # Of a set of ceilings: the key, what is limited, and the unit of the number.
 FIGURES = (
@@ -44,10 +45,12 @@ def versions() -> dict[str, str]:
 
 
 def buffers() -> dict[str, int]:
-    """Bytes that are read for the two bandwidths: half of L2 by each thread; four times L3 by all threads together."""
+    """Bytes that are read for the two bandwidths: half of L2 by each thread; by all threads together four times the
+    L3 caches of the CPUs that this process may use, at most 1 GiB.
+    """
     return {
         "l2_bytes": (cache_bytes(2) or _L2) // 2,
-        "memory_bytes": min(4 * (cache_bytes(3) or _L3), _MOST),
+        "memory_bytes": min(4 * (cache_bytes(3, allowed_cpus()) or _L3), _MOST),
     }
 
 
