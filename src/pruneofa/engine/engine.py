@@ -91,7 +91,7 @@ class Engine:
         # After the tokenizer, whose file takes as much memory to check as it gives back.
         self._encoder = build_encoder(native, weights, architecture, threads=self.threads, isa=isa)
         self.barriers: int = self._encoder.barriers
-        self._meeting = meeting_cost(self.barriers, size, isa)
+        self._meeting = meeting_cost(self.barriers, size, isa, precision)
         self.head: Head
         if sentence is None:
             self.head, self.task = task_head(weights, architecture, self.tokenizer), architecture.task

@@ -21,7 +21,8 @@ _MOST_TOKENS = 16384  # whose hidden states are in memory at a time
 # BERT-Base with dynamic scales: barriers of a pass, and weights of the linear layers.
 _BERT_BARRIERS, _BERT_WEIGHTS = 121, 84_934_656
 # Time of a token on AMX, relative to that on another path: there a barrier takes as long, and so costs fewer tokens.
-# BERT-Base, 128 tokens, int8 (benchmarks/records/*-engine); paths that were not timed there count as AVX2.
+# BERT-Base, 128 tokens, int8 (benchmarks/records/*-engine); paths that were not timed there, and fp32, which uses neither
+# tiles nor VNNI, count as AVX2.
 _SPEED = {"amx": 1.0, "avx512vnni": 0.42}
 _OTHER_SPEED = 0.2
 
@@ -64,16 +65,18 @@ def groups(lengths: Sequence[int]) -> Iterator[list[int]]:
         yield group
 
 
-def meeting_cost(barriers: int, weights: int, isa: str) -> float:
+def meeting_cost(barriers: int, weights: int, isa: str, precision: str) -> float:
     """What a further thread costs a pass at its barriers, in tokens of one thread: more on a fast path.
 
     Args:
         barriers: of a pass.
         weights: of the linear layers, zeros included.
         isa: the path.
+        precision: "int8" or "fp32".
     """
     size = _BERT_WEIGHTS / weights
-    return _BARRIERS * barriers / _BERT_BARRIERS * size * _SPEED.get(isa, _OTHER_SPEED)
+    speed = _SPEED.get(isa, _OTHER_SPEED) if precision == "int8" else _OTHER_SPEED
+    return _BARRIERS * barriers / _BERT_BARRIERS * size * speed
 
 
 def plan(lengths: Sequence[int], threads: int, lanes: int | None = None, meeting: float = _BARRIERS) -> Plan:
