@@ -55,10 +55,10 @@ def buffers() -> dict[str, int]:
 
 
 def ceilings(isa: str, precision: str, threads: int) -> dict[str, dict[str, float]]:
-    """What the machine can do now, by one thread and by all: the best of some slots of a millisecond.
+    """What the machine can do now, by one thread and by all.
 
-    Other programs, a lower clock, and other tenants of the same processor lower it, so it says in what state a
-    measurement beside it was made.
+    Each figure is the best of 25 slots of a millisecond, spread over a fifth of a second. Other programs, a lower
+    clock, and other tenants of the same processor lower it, so it says in what state a measurement beside it was made.
 
     Args:
         isa: the path whose instructions multiply and read.
@@ -85,9 +85,9 @@ def ceilings(isa: str, precision: str, threads: int) -> dict[str, dict[str, floa
 
 
 def measured_peak(found: Mapping[str, Any]) -> float:
-    """10^12 operations per second of all threads: the mean of before and after, of "before" alone without the other."""
+    """10^12 operations per second of all threads: the larger of before and after, because load only lowers it."""
     states = [found[when] for when in ("before", "after") if found[when]]
-    return sum(state["all_threads"]["tera_per_second"] for state in states) / len(states)
+    return max(state["all_threads"]["tera_per_second"] for state in states)
 
 
 def largest_change(found: Mapping[str, Any]) -> tuple[float, str]:
