@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <functional>
+#include <thread>
 #include <vector>
 
 #include "memory.h"
@@ -13,9 +14,10 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// The best of a few short slots: a thread that is kept off its CPU spoils one, not all. The first one is a warm-up too.
-constexpr int kSlots = 25, kFewestSlots = 2;
-constexpr std::chrono::milliseconds kSlot{1}, kMost{100};
+// The best of a few short slots: a thread that is kept off its CPU spoils one, not all. They come in groups with pauses
+// between, because another process's time slice can be longer than a group; the first of a group is a warm-up too.
+constexpr int kGroups = 5, kGroup = 5, kFewestSlots = 2;
+constexpr std::chrono::milliseconds kSlot{1}, kPause{40}, kMost{400};
 
 // How much `work`, which returns what it has done, does per second on all threads.
 double best_rate(const Kernels& kernels, int threads, const std::function<double(int)>& work) {
@@ -26,7 +28,8 @@ double best_rate(const Kernels& kernels, int threads, const std::function<double
   Pool pool(threads);
   const Clock::time_point start = Clock::now();
   double best = 0;
-  for (int slot = 0; slot < kSlots && (slot < kFewestSlots || Clock::now() - start < kMost); ++slot) {
+  for (int slot = 0; slot < kGroups * kGroup && (slot < kFewestSlots || Clock::now() - start < kMost); ++slot) {
+    if (slot > 0 && slot % kGroup == 0) std::this_thread::sleep_for(kPause);
     std::vector<Done> done(threads);
     Barrier barrier;
     barrier.set_threads(threads);

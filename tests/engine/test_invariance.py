@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pruneofa import Engine
+from pruneofa.engine import engine as engine_module
 from pruneofa.errors import InputError
 from tests.tiny import WORDS, half_pruned, tiny_bert, tiny_distilbert, tiny_mpnet, tiny_roberta, write_model
 
@@ -23,17 +24,21 @@ HEADS = {
 
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory):
-    """(engine of one thread, engine of three) of a head, loaded when first asked for."""
+    """(engine of one thread, of three, of three in one lane) of a head, loaded when first asked for."""
     loaded = {}
 
     def load(head):
         if head not in loaded:
             family, name = HEADS[head]
             folder = write_model(tmp_path_factory.mktemp(head), half_pruned(family(getattr(transformers, name))))
-            loaded[head] = [Engine.from_pretrained(folder, threads=threads) for threads in (1, 3)]
+            ways = ((1, None), (3, None), (3, 1))
+            loaded[head] = [Engine.from_pretrained(folder, threads=threads, lanes=lanes) for threads, lanes in ways]
         return loaded[head]
 
-    return load
+    with pytest.MonkeyPatch.context() as patch:  # for so small a model no second thread would pay
+        patch.setattr(engine_module, "usable_threads", lambda quota: 3)
+        patch.setattr(engine_module, "meeting_cost", lambda *_: 0.0)
+        yield load
 
 
 @settings(max_examples=15, deadline=None)
@@ -44,16 +49,18 @@ def engines(tmp_path_factory):
     data=st.data(),
 )
 def test_any_batch_order_and_threads_give_the_same_bits(engines, head, texts, batch_size, data):
-    one, several = engines(head)
+    one, *others = engines(head)
+    assert [engine.plan([9]).width for engine in others] == [3, 3]
     lines = [" ".join([*words, "[MASK]"] if head == "masks" else words) for words in texts]
     order = data.draw(st.permutations(range(len(lines))))
     wanted = [one.predict(line) for line in lines]
-    found = several.predict([lines[index] for index in order], batch_size=batch_size)
-    for index, result in zip(order, found, strict=True):
-        if head == "embedding":
-            np.testing.assert_array_equal(result, wanted[index])
-        else:
-            assert result == wanted[index]
+    for several in others:
+        found = several.predict([lines[index] for index in order], batch_size=batch_size)
+        for index, result in zip(order, found, strict=True):
+            if head == "embedding":
+                np.testing.assert_array_equal(result, wanted[index])
+            else:
+                assert result == wanted[index]
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp32"])

@@ -48,7 +48,7 @@ BERT, MINILM = (121, 84_934_656), (61, 10_616_832)
 
 def test_a_small_model_on_a_fast_path_is_worth_fewer_threads():
     widths = {
-        (isa, size): plan([128], 64, meeting=meeting_cost(*size, isa)).width
+        (isa, size): plan([128], 64, meeting=meeting_cost(*size, isa, "int8")).width
         for isa in ("amx", "avx512vnni", "avx2")
         for size in (BERT, MINILM)
     }
@@ -56,7 +56,9 @@ def test_a_small_model_on_a_fast_path_is_worth_fewer_threads():
     assert all(2 <= widths[isa, MINILM] <= widths[isa, BERT] for isa in ("amx", "avx512vnni", "avx2"))
     for size in (BERT, MINILM):
         assert widths["amx", size] <= widths["avx512vnni", size] <= widths["avx2", size] < 64
-    assert meeting_cost(73, BERT[1], "amx") < meeting_cost(*BERT, "amx")
+    assert meeting_cost(73, BERT[1], "amx", "int8") < meeting_cost(*BERT, "amx", "int8")
+    for isa in ("amx", "avx512vnni", "avx2"):  # floats use no tiles
+        assert meeting_cost(*BERT, isa, "fp32") == meeting_cost(*BERT, "avx2", "int8")
 
 
 @given(st.integers(1, 512), st.integers(1, 64), st.floats(0, 10))
@@ -92,26 +94,30 @@ def test_wrong_lanes_are_refused(tmp_path, lanes):
 
 
 @pytest.fixture
-def all_cpus(monkeypatch):
-    """More threads than this machine has CPUs work, too."""
+def all_threads(monkeypatch):
+    """Every thread works, also those that have no CPU of this machine, or do not pay for so small a model."""
     monkeypatch.setattr(engine_module, "usable_threads", lambda quota: 64)
+    monkeypatch.setattr(engine_module, "meeting_cost", lambda *_: 0.0)
 
 
 TEXTS = [" ".join(["the great king was bad"] * (1 + number % 12)) for number in range(40)]
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp32"])
-def test_results_are_the_same_whatever_the_lanes(tmp_path, precision, all_cpus):
+def test_results_are_the_same_whatever_the_lanes(tmp_path, precision, all_threads):
     folder = write_folder(tmp_path)
     wanted = Engine.from_pretrained(folder, precision=precision, threads=1).predict(TEXTS)
-    for threads, lanes in ((2, None), (2, 1), (5, 2), (6, 6)):
+    for threads, lanes, width in ((2, None, 1), (2, 1, 2), (5, 2, 2), (6, 6, 1)):
         found = Engine.from_pretrained(folder, precision=precision, threads=threads, lanes=lanes)
+        assert found.plan([9] * 40).width == width
         assert found.predict(TEXTS, batch_size=40) == wanted
         assert found.predict(TEXTS, batch_size=7) == wanted
 
 
-def test_python_threads_share_the_lanes(tmp_path, all_cpus):
-    engine = Engine.from_pretrained(write_folder(tmp_path), threads=3)
+@pytest.mark.parametrize("lanes", [None, 1])
+def test_python_threads_share_the_lanes(tmp_path, all_threads, lanes):
+    engine = Engine.from_pretrained(write_folder(tmp_path), threads=3, lanes=lanes)
+    assert engine.plan([9]).width == 3
     wanted = [engine.predict(TEXTS[number:]) for number in range(8)]
     results = {}
 

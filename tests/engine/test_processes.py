@@ -12,14 +12,19 @@ from pathlib import Path
 import pytest
 
 from pruneofa import Engine
+from pruneofa.engine import engine as engine_module
 from tests.tiny import write_folder
 
 ROOT = Path(__file__).parents[2]
 START = """
 import os, signal, sys, threading, time
 from pruneofa import Engine
+from pruneofa.engine import engine as engine_module
+engine_module.meeting_cost = lambda *_: 0.0  # for so small a model no second thread would pay
+engine_module.usable_threads = lambda quota: 2
 engine = Engine.from_pretrained(sys.argv[1], threads=2)
-texts = ["the great film", "a bad king was here"] * 20
+assert engine.plan([6]).width == 2
+texts = ["the great film", "a bad king was here"] * 16 + ["the king"]  # a batch for two lanes, and one text
 wanted = engine.predict(texts)
 """
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
@@ -94,19 +99,34 @@ print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 LOADED: list[Engine] = []
 
 
+def _use_both_threads():
+    """As START does."""
+    engine_module.meeting_cost = lambda *_: 0.0
+    engine_module.usable_threads = lambda quota: 2
+
+
+@pytest.fixture
+def both_threads(monkeypatch):
+    for name in ("meeting_cost", "usable_threads"):  # which are put back at the end
+        monkeypatch.setattr(engine_module, name, getattr(engine_module, name))
+    _use_both_threads()
+
+
 def _predict(texts):
     return LOADED[0].predict(texts)
 
 
 def _predict_with(engine, texts):
+    assert engine.plan([6]).width == 2
     return engine.predict(texts)
 
 
 @needs_fork
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_pre_forking_server(folder):
+def test_a_pre_forking_server(folder, both_threads):
     """Workers that are forked after the engine was loaded and used, as gunicorn's with --preload."""
     LOADED[:] = [Engine.from_pretrained(folder, threads=2)]
+    assert LOADED[0].plan([6]).width == 2
     wanted = LOADED[0].predict(["the great film", "bad"])
     with multiprocessing.get_context("fork").Pool(3) as pool:
         assert pool.map(_predict, [["the great film", "bad"]] * 12, chunksize=1) == [wanted] * 12
@@ -116,7 +136,7 @@ def test_a_pre_forking_server(folder):
 def test_an_engine_is_sent_to_a_process_that_was_spawned(folder):
     engine = Engine.from_pretrained(folder, precision="fp32", threads=2, lanes=1)
     wanted = engine.predict(["the great film", "bad"])
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
+    with multiprocessing.get_context("spawn").Pool(1, _use_both_threads) as pool:
         assert pool.apply(_predict_with, (engine, ["the great film", "bad"])) == wanted
 
 

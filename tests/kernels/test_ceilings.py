@@ -16,7 +16,7 @@ def test_figures_are_positive_and_a_layer_does_not_exceed_them(isa):
     linear = int8_layer(np.random.default_rng(0), 256, 256, 0.0).build(_native, isa)
     x = np.random.default_rng(1).integers(0, 256, (64, 256), np.uint8)
     peak, seconds = peaks[0], []
-    for _ in range(20):  # other programs may take the CPU whenever one of the two is measured
+    for _ in range(8):  # other programs may take the CPU whenever one of the two is measured
         start = time.perf_counter()
         linear.accumulate(x)
         seconds.append(time.perf_counter() - start)
@@ -25,7 +25,7 @@ def test_figures_are_positive_and_a_layer_does_not_exceed_them(isa):
 
 
 def test_memory_is_not_faster_than_a_cache(isa):
-    cache, memory = (max(_native.read_bandwidth(isa, size, 1) for _ in range(5)) for size in (64 << 10, 64 << 20))
+    cache, memory = (max(_native.read_bandwidth(isa, size, 1) for _ in range(3)) for size in (64 << 10, 64 << 20))
     assert math.isfinite(cache) and 1e6 < memory < 1.3 * cache
     assert _native.read_bandwidth(isa, 1, 3) > 0
 

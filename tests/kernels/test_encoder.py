@@ -284,8 +284,9 @@ def test_arrays_that_change_meanwhile(isa):
         thread.join()
 
 
-def test_parts_lanes_and_width_change_nothing(isa):
-    native = model().build(_native, isa, 4)
+@pytest.mark.parametrize("precision", ["fp32", "int8", "static"])
+def test_parts_lanes_and_width_change_nothing(isa, precision):
+    native = model(precision=precision).build(_native, isa, 4)
     *arrays, offsets = batch([9, 17, 3, 40, 1, 80, 16])
     wanted = native.forward(*arrays, offsets)
     for parts in ([0, 7], [0, 3, 7], [0, 1, 2, 3, 4, 5, 6, 7]):

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from pruneofa.engine.hardware import cache_bytes, processor
+from pruneofa.engine.threads import allowed_cpus
 
 _VERSIONS = ("torch", "transformers", "onnx", "onnxruntime", "openvino", "nncf", "deepsparse", "numpy")
 _L2, _L3 = 1 << 20, 32 << 20  # bytes, where the system does not say
-_MOST = 512 << 20  # bytes of the buffer in memory
+_MOST = 1 << 30  # bytes of the buffer in memory
 CHANGE = 0.2  # a ceiling that differs by more than this before and after a row is told
 # Of a set of ceilings: the key, what is limited, and the unit of the number.
 FIGURES = (
@@ -44,18 +45,20 @@ def versions() -> dict[str, str]:
 
 
 def buffers() -> dict[str, int]:
-    """Bytes that are read for the two bandwidths: half of L2 by each thread; four times L3 by all threads together."""
+    """Bytes that are read for the two bandwidths: half of L2 by each thread; by all threads together four times the
+    L3 caches of the CPUs that this process may use, at most 1 GiB.
+    """
     return {
         "l2_bytes": (cache_bytes(2) or _L2) // 2,
-        "memory_bytes": min(4 * (cache_bytes(3) or _L3), _MOST),
+        "memory_bytes": min(4 * (cache_bytes(3, allowed_cpus()) or _L3), _MOST),
     }
 
 
 def ceilings(isa: str, precision: str, threads: int) -> dict[str, dict[str, float]]:
-    """What the machine can do now, by one thread and by all: the best of some slots of a millisecond.
+    """What the machine can do now, by one thread and by all.
 
-    Other programs, a lower clock, and other tenants of the same processor lower it, so it says in what state a
-    measurement beside it was made.
+    Each figure is the best of 25 slots of a millisecond, spread over a fifth of a second. Other programs, a lower
+    clock, and other tenants of the same processor lower it, so it says in what state a measurement beside it was made.
 
     Args:
         isa: the path whose instructions multiply and read.
@@ -82,9 +85,9 @@ def ceilings(isa: str, precision: str, threads: int) -> dict[str, dict[str, floa
 
 
 def measured_peak(found: Mapping[str, Any]) -> float:
-    """10^12 operations per second of all threads: the mean of before and after, of "before" alone without the other."""
+    """10^12 operations per second of all threads: the larger of before and after, because load only lowers it."""
     states = [found[when] for when in ("before", "after") if found[when]]
-    return sum(state["all_threads"]["tera_per_second"] for state in states) / len(states)
+    return max(state["all_threads"]["tera_per_second"] for state in states)
 
 
 def largest_change(found: Mapping[str, Any]) -> tuple[float, str]:

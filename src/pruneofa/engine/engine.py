@@ -5,6 +5,7 @@ import functools
 import math
 import os
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Self
 
@@ -91,7 +92,7 @@ class Engine:
         # After the tokenizer, whose file takes as much memory to check as it gives back.
         self._encoder = build_encoder(native, weights, architecture, threads=self.threads, isa=isa)
         self.barriers: int = self._encoder.barriers
-        self._meeting = meeting_cost(self.barriers, size, isa)
+        self._meeting = meeting_cost(self.barriers, size, isa, precision)
         self.head: Head
         if sentence is None:
             self.head, self.task = task_head(weights, architecture, self.tokenizer), architecture.task
@@ -307,9 +308,11 @@ class Engine:
     def _reduced(self, sequences: Sequence[Tokens]) -> list[NDArray[np.float32]]:
         """The output of the head's `reduce` for each sequence, in order."""
         reduced = {index: self.head.reduce(hidden, sequences[index]) for index, hidden in self.hidden(sequences)}
-        for index, one in reduced.items():
-            finite(one, f"sequence {index} of the batch")
-        return [reduced[index] for index in range(len(sequences))]
+        results = [reduced[index] for index in range(len(sequences))]
+        if not np.isfinite(np.concatenate(results, axis=None)).all():
+            for index, one in enumerate(results):
+                finite(one, f"sequence {index} of the batch")
+        return results
 
     def hidden(self, sequences: Sequence[Tokens]) -> Iterator[tuple[int, NDArray[np.float32]]]:
         """Yield (index, hidden states (tokens, hidden)) of every sequence, in the order they are computed.
@@ -322,18 +325,18 @@ class Engine:
             parts = [[group[position] for position in part] for part in made.parts]
             while parts:  # forward returns from time to time, so that Python can handle signals
                 order = [index for part in parts for index in part]
-                bounds = np.cumsum([0, *(lengths[index] for index in order)]).astype(np.int32)
-                part_bounds = np.cumsum([0, *map(len, parts)]).astype(np.int32)
+                bounds = list(accumulate((lengths[index] for index in order), initial=0))
+                part_bounds = list(accumulate(map(len, parts), initial=0))
                 hidden = self._encoder.forward(
                     np.concatenate([sequences[index].ids for index in order]),
                     np.concatenate([self._architecture.positions(sequences[index].ids) for index in order]),
                     np.concatenate([sequences[index].types for index in order]),
-                    bounds,
-                    parts=part_bounds,
+                    np.array(bounds, np.int32),
+                    parts=np.array(part_bounds, np.int32),
                     lanes=made.lanes,
                     width=made.width,
                 )
-                done = int(np.searchsorted(bounds[part_bounds], len(hidden)))
+                done = [bounds[end] for end in part_bounds].index(len(hidden))
                 for position in range(part_bounds[done]):
                     yield order[position], hidden[bounds[position] : bounds[position + 1]]
                 parts = parts[done:]

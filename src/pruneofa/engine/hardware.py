@@ -4,6 +4,7 @@ import platform
 import re
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 
@@ -24,21 +25,25 @@ def processor() -> str:
     return _apple_name() or platform.processor() or "unknown"
 
 
-def cache_bytes(level: int, root: Path = Path("/")) -> int | None:
-    """Size of the cache for data of this level that the first CPU uses; None where the system does not say.
+def cache_bytes(level: int, cpus: Collection[int] = (0,), root: Path = Path("/")) -> int | None:
+    """Size of all caches for data of this level that these CPUs use; None where the system does not say.
 
     Args:
         level: 1 to 4.
+        cpus: their numbers. A cache that several of them share counts once.
         root: the root of the file system.
     """
-    for folder in sorted((root / "sys/devices/system/cpu/cpu0/cache").glob("index*")):
-        try:
-            found, kind, size = ((folder / name).read_text().strip() for name in ("level", "type", "size"))
-        except (OSError, UnicodeDecodeError):
-            continue
-        if found == str(level) and kind != "Instruction" and re.fullmatch(r"[0-9]{1,9}K", size):
-            return int(size[:-1]) << 10 or None
-    return None
+    sizes: dict[str, int] = {}  # by the CPUs that share the cache
+    for cpu in cpus:
+        for folder in sorted((root / f"sys/devices/system/cpu/cpu{cpu}/cache").glob("index*")):
+            names = ("level", "type", "size", "shared_cpu_list")
+            try:
+                found, kind, size, shared = ((folder / name).read_text().strip() for name in names)
+            except (OSError, UnicodeDecodeError):
+                continue
+            if found == str(level) and kind != "Instruction" and re.fullmatch(r"[0-9]{1,9}K", size):
+                sizes[shared] = int(size[:-1]) << 10
+    return sum(sizes.values()) or None
 
 
 def _apple_name() -> str:

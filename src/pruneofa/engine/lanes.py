@@ -1,6 +1,7 @@
 """How a batch is divided: sequences into parts, and threads into lanes, which compute parts without waiting for each
 other. Results do not depend on it."""
 
+import functools
 import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ _MOST_TOKENS = 16384  # whose hidden states are in memory at a time
 # BERT-Base with dynamic scales: barriers of a pass, and weights of the linear layers.
 _BERT_BARRIERS, _BERT_WEIGHTS = 121, 84_934_656
 # Time of a token on AMX, relative to that on another path: there a barrier takes as long, and so costs fewer tokens.
-# BERT-Base, 128 tokens, int8 (benchmarks/records/*-engine); paths that were not timed there count as AVX2.
+# BERT-Base, 128 tokens, int8 (benchmarks/records/*-engine); paths that were not timed there, and fp32, which uses
+# neither tiles nor VNNI, count as AVX2.
 _SPEED = {"amx": 1.0, "avx512vnni": 0.42}
 _OTHER_SPEED = 0.2
 
@@ -64,16 +66,18 @@ def groups(lengths: Sequence[int]) -> Iterator[list[int]]:
         yield group
 
 
-def meeting_cost(barriers: int, weights: int, isa: str) -> float:
+def meeting_cost(barriers: int, weights: int, isa: str, precision: str) -> float:
     """What a further thread costs a pass at its barriers, in tokens of one thread: more on a fast path.
 
     Args:
         barriers: of a pass.
         weights: of the linear layers, zeros included.
         isa: the path.
+        precision: "int8" or "fp32".
     """
     size = _BERT_WEIGHTS / weights
-    return _BARRIERS * barriers / _BERT_BARRIERS * size * _SPEED.get(isa, _OTHER_SPEED)
+    speed = _SPEED.get(isa, _OTHER_SPEED) if precision == "int8" else _OTHER_SPEED
+    return _BARRIERS * barriers / _BERT_BARRIERS * size * speed
 
 
 def plan(lengths: Sequence[int], threads: int, lanes: int | None = None, meeting: float = _BARRIERS) -> Plan:
@@ -85,6 +89,8 @@ def plan(lengths: Sequence[int], threads: int, lanes: int | None = None, meeting
         lanes: number of lanes; None: as many as pay.
         meeting: see `meeting_cost`.
     """
+    if len(lengths) == 1:
+        return Plan(1, width := _width(lengths[0], threads, meeting), [[0]], threads - width)
     most = min(threads, len(lengths))
     plans = (_divided(lengths, count, threads // count, meeting) for count in _counts(most, lanes))
     return min(plans, key=lambda one: _cost(one, lengths, meeting))  # of equals the one with fewest lanes
@@ -104,8 +110,14 @@ def _divided(lengths: Sequence[int], lanes: int, threads: int, meeting: float) -
         part.append(index)
         heapq.heapreplace(bins, (tokens + lengths[index], number, part))
     largest_first = sorted(bins, key=lambda one: (-one[0], one[1]))
-    width = min(range(1, threads + 1), key=lambda count: _part_cost(largest_first[0][0], count, meeting))
+    width = _width(largest_first[0][0], threads, meeting)
     return Plan(lanes, width, [part for _, _, part in largest_first], threads - width if lanes == 1 else 0)
+
+
+@functools.lru_cache(4096)
+def _width(tokens: int, threads: int, meeting: float) -> int:
+    """How many of a lane's threads pay for its largest part."""
+    return min(range(1, threads + 1), key=lambda count: _part_cost(tokens, count, meeting))
 
 
 def _part_cost(tokens: int, width: int, meeting: float) -> float:
