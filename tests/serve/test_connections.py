@@ -134,7 +134,9 @@ def test_a_pipelined_request_whose_head_comes_in_parts_behind_a_large_body():
         writer.write(HEAD[12:])
         answers = b""
         while answers.count(b"aa") < 2:
-            answers += await asyncio.wait_for(reader.read(1000), 5)
+            part = await asyncio.wait_for(reader.read(1000), 5)
+            assert part, answers
+            answers += part
         assert answers.count(b"HTTP/1.1 200") == 2
 
     served(test)
