@@ -144,13 +144,11 @@ def test_a_pipelined_request_whose_head_comes_in_parts_behind_a_large_body():
 
 def test_an_unanswered_request_is_not_answered_by_the_error_of_the_next():
     async def test(connect, look):
-        reader, writer = await connect(HEAD.replace(b"/", b"/never", 1) + HEAD[:20])
-        with pytest.raises(ConnectionError):
-            for _ in range(1000):
-                writer.write(b"x: " + b"a" * MAX_HEAD + b"\r\n")
-                await writer.drain()
-        with pytest.raises(ConnectionError):
-            await reader.read(1000)
+        reader, writer = await connect(HEAD.replace(b"/", b"/never", 1) + HEAD[:-2])
+        for _ in range(2):
+            writer.write(b"x: " + b"a" * (MAX_HEAD // 2) + b"\r\n")
+            await asyncio.sleep(0.2)  # until it is read, as a reset would drop an answer
+        assert await asyncio.wait_for(reader.read(), 5) == b""
 
     served(test)
 
