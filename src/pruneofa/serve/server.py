@@ -112,7 +112,8 @@ def serve(
 
 def _state(folder: Path) -> list[tuple[Any, ...]]:
     """What is different once a file of a model was written or replaced."""
-    files = {file for pattern in (*FILES, "*/config.json") for file in folder.glob(pattern) if file.is_file()}
+    patterns = (*FILES, "pytorch_model*.bin", "*/config.json")
+    files = {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
     return [(file, stat.st_ino, stat.st_size, stat.st_mtime_ns) for file in sorted(files) if (stat := file.stat())]
 
 
