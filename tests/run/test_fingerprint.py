@@ -97,6 +97,7 @@ CHANGES = {
         "percentile": (99.0, SAME),  # of another observer
     },
     "task": {
+        "check_epochs": (True, TASK),
         "data": ("other.csv", TASK),
         "validation": ("other.csv", EVALUATED),
         "text": ("second", TASK),

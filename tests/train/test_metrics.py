@@ -81,10 +81,24 @@ def test_what_is_lost_and_its_standard_error():
     one = lost({0: dense[0]}, {0: sparse[0]})
     assert one == {"mean": 25.0, "standard_error": pytest.approx(math.sqrt(2500 / 4))}  # one of four rows differs
     both = lost(dense, sparse)
-    rows = np.array([0, 100, 0, 50])  # the mean difference of each row
-    seeds = np.array([25, 50])
+    rows = np.array([0, 100, 0, 50])  # the mean difference of each row; the seeds differ by no more than rows explain
     assert both["mean"] == pytest.approx(37.5)
-    assert both["standard_error"] == pytest.approx(math.sqrt(rows.var(ddof=1) / 4 + seeds.var(ddof=1) / 2))
+    assert both["standard_error"] == pytest.approx(math.sqrt(rows.var(ddof=1) / 4))
+
+
+@pytest.mark.parametrize(("row", "seed"), [(0, 0), (3, 0), (0, 1), (3, 1)])
+def test_the_standard_error_over_rows_and_seeds_is_the_spread_of_many_runs(row, seed):
+    """Effects of rows, of seeds and of both together, whose standard deviations are `row`, `seed` and 5."""
+    draw, rows, seeds, found = np.random.default_rng(0), 60, 4, []
+    for _ in range(400):
+        effects = (
+            row * draw.normal(size=rows) + seed * draw.normal(size=(seeds, 1)) + 5 * draw.normal(size=(seeds, rows))
+        )
+        nothing = np.zeros(rows, np.float32)
+        found.append(lost({0: nothing}, dict(enumerate(-effects.astype(np.float32)))))
+    spread = np.std([each["mean"] for each in found], ddof=1)
+    estimated = math.sqrt(np.mean([each["standard_error"] ** 2 for each in found]))
+    assert spread * 0.9 < estimated < spread * 1.25
 
 
 def test_one_dense_model_is_compared_with_all_seeds_and_other_rows_with_nothing():

@@ -10,8 +10,9 @@ from pruneofa.report.table import columns_of, variant_name, variants_of
 
 Rows = tuple[list[str], list[list[str]]]
 LOST_NOTE = (
-    "Points that a row loses against the dense model of the same seed, in torch, ± the standard error of that "
-    "difference: from the validation rows, which both answered, and, with several seeds, from the seeds."
+    "Points that a model loses against the dense one (of the same seed, or the given teacher) computed by torch, ± the "
+    "standard error of that difference: from the validation examples, which both answered, and, with several seeds, "
+    "from the seeds."
 )
 _STAGES = {"teacher": "teacher preparation", "prune": "pruning", "control": VARIANTS["control"]}
 _TASK_STAGES = {"teacher": "dense"}
@@ -56,7 +57,10 @@ def training_note(results: dict[str, Any]) -> str:
     """What the table of `training_rows` shows."""
     note = "Mean over the seeds. Tokens are those that were trained on, without padding."
     if any(costs.get("epochs") for costs in results["stages"].values()):
-        note += " After each epoch the model was evaluated on training rows that were held out (check_epochs)."
+        note += (
+            " After each epoch the model was evaluated on training rows that were held out (check_epochs), and "
+            "the time includes that."
+        )
     return note
 
 

@@ -38,6 +38,7 @@ def measure_by_engine(evaluations: Iterable[Evaluation]) -> bool:
         known = read_json(model.folder / FILE) if (model.folder / FILE).exists() else {}
         if not wanted.items() <= known.items():
             measured, how = evaluate_by_engine(model.folder, model.task.read(), PRECISIONS[model.id.variant])
+            (model.folder / FILE).unlink(missing_ok=True)  # it would vouch for the rows of another measurement
             save_rows(model.folder / ROWS, measured)
             write_json(model.folder / FILE, {"metrics": measured.values, **how, **wanted})
     first = quantized[0].id

@@ -116,8 +116,8 @@ def evaluate(step: Evaluation, emit: Emit) -> None:
     if processes().is_main_process:
         seconds = round(time.monotonic() - start, 1)
         (step.folder / EVALUATION).unlink(missing_ok=True)  # it refers to the metrics that are replaced now
-        save_rows(step.folder / ROWS, measured)
         write_json(step.folder / METRICS, measured.values)
+        save_rows(step.folder / ROWS, measured)
         rows = {suffix: data.rows.num_rows for suffix, data in task.evaluations.items()}
         record = {"fingerprint": step.fingerprint, "rows": rows, "seconds": seconds, "versions": versions()}
         write_json(step.folder / EVALUATION, record)

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pruneofa import recipe
+from pruneofa.formats.files import new_file
 
 Rows = NDArray[np.float32]
 
@@ -81,9 +82,9 @@ def _means(rows: dict[str, NDArray[np.float64]]) -> Measured:
 
 
 def save_rows(file: Path, measured: Measured) -> None:
-    """Write the terms of the rows as .npz, one array per metric."""
-    with file.open("wb") as stream:
-        np.savez_compressed(stream, allow_pickle=False, **measured.rows)
+    """Write the terms of the rows as .npz, one array per metric; the file is whole, or the one before it stays."""
+    with new_file(file) as temporary, temporary.open("wb") as stream:
+        np.savez_compressed(stream, **measured.rows)
 
 
 def load_rows(file: Path) -> dict[str, Rows]:
@@ -97,8 +98,9 @@ def load_rows(file: Path) -> dict[str, Rows]:
 def lost(dense: Mapping[int, Rows], other: Mapping[int, Rows]) -> dict[str, float] | None:
     """Points that another model loses against the dense one, and the standard error of that difference.
 
-    The variance has two parts: that of the difference, averaged over the seeds, between rows, divided by their number;
-    and, with several seeds, that of the mean difference between seeds, divided by their number.
+    Rows and seeds are both samples. The variance is that of the difference between rows, averaged over the seeds, plus,
+    with several seeds, that of the mean difference between seeds, each divided by their number; what varies with row
+    and seed together is in both, and is subtracted once (the variance of a mean over two crossed random factors).
 
     Args:
         dense: the terms of the rows, by seed; where it lacks a seed of `other`, its first one is compared.
@@ -116,5 +118,7 @@ def lost(dense: Mapping[int, Rows], other: Mapping[int, Rows]) -> dict[str, floa
     differences = np.stack([one.astype(np.float64) - two for one, two in pairs])  # (seeds, rows)
     variance = differences.mean(axis=0).var(ddof=1) / differences.shape[1]
     if len(pairs) > 1:
-        variance += differences.mean(axis=1).var(ddof=1) / len(pairs)
+        rest = differences - differences.mean(axis=0) - differences.mean(axis=1, keepdims=True) + differences.mean()
+        both = (rest**2).sum() / ((len(pairs) - 1) * (differences.shape[1] - 1)) / differences.size
+        variance += max(0.0, differences.mean(axis=1).var(ddof=1) / len(pairs) - both)
     return {"mean": float(differences.mean()), "standard_error": float(np.sqrt(variance))}
