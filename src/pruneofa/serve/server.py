@@ -166,7 +166,7 @@ def _prefork(
     The others start once the first is ready, so that wrong input is said once, and before anything listens.
     """
     stopping = False
-    running: dict[int, tuple[float, float]] = {}
+    running: dict[int, tuple[float, float]] = {}  # by process: when it started, and the pause before that
 
     def stop(*_: object) -> None:
         nonlocal stopping
