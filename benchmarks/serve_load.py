@@ -100,7 +100,11 @@ def resident(process: int) -> float:
 
 
 def percentiles(values: list[float]) -> dict[str, float]:
-    """Milliseconds."""
+    """Milliseconds; ends the program if there is no value."""
+    if not values:
+        raise SystemExit(
+            "too few requests were answered (part 1 leaves out the first 10 of each length); give more --seconds"
+        )
     return {f"p{q}": round(1000 * float(np.percentile(values, q)), 3) for q in (50, 90, 99)}
 
 
@@ -173,7 +177,7 @@ def closed_loop(port: int, engine: Engine, seconds: float) -> dict[str, Any]:
             alone.append(time.perf_counter() - begin)
             assert status == 200
             np.testing.assert_allclose(json.loads(answer)[0], unit(vector), atol=1e-5)
-        served, alone = served[10:], alone[10:]
+        served, alone = served[10:], alone[10:]  # the first find no warm caches
         added = [one - other for one, other in zip(served, alone, strict=True)]
         result[name] = {
             "requests": len(served),

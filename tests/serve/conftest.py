@@ -14,7 +14,9 @@ import pytest
 from tests.tiny import write_folder
 
 # Without the serve extra there is nothing here to test; the header of the run says so.
-MISSING = [name for name in ("starlette", "uvicorn", "orjson", "prometheus_client") if find_spec(name) is None]
+MISSING = [
+    name for name in ("starlette", "uvicorn", "httptools", "orjson", "prometheus_client") if find_spec(name) is None
+]
 collect_ignore_glob = ["test_*.py"] if MISSING else []
 
 

@@ -73,7 +73,7 @@ def test_the_log_has_a_line_per_request_and_no_text(served, capfd):
 
 
 def test_no_answer_shows_a_path_or_a_traceback(served, models, monkeypatch, folders, capfd):
-    client = TestClient(create_app([models["vectors"]], Settings(access_log=False)), raise_server_exceptions=False)
+    client = TestClient(create_app([models["vectors"]], Settings()), raise_server_exceptions=False)
 
     def broken(*_, **__):
         raise RuntimeError(f"{folders['vectors']} is broken")
@@ -88,7 +88,9 @@ def test_no_answer_shows_a_path_or_a_traceback(served, models, monkeypatch, fold
     assert answers[1].json() == {"error": "internal error", "error_type": "Internal"}
     for answer in answers:
         assert "broken" not in answer.text and "Traceback" not in answer.text
-    assert "is broken" in capfd.readouterr().err  # the operator sees it
+    said = capfd.readouterr().err
+    assert "is broken" in said  # the operator sees it
+    assert [json.loads(line)["status"] for line in said.splitlines() if line.startswith("{")] == [424, 500]
 
 
 def test_a_client_that_sends_its_body_too_slowly_is_told_so():

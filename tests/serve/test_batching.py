@@ -167,6 +167,27 @@ def test_a_bad_input_fails_its_own_request_only(batcher, capfd):
     assert batcher.healthy
 
 
+def test_what_cannot_be_computed_fails_its_own_request_only(batcher):
+    model = FakeModel()
+    model.go.clear()
+    jobs = [job(lengths, model) for lengths in ([60], [1, 2], [3, 13], [4])]
+
+    async def one_of_them_is_broken():
+        first = asyncio.create_task(batcher.run(jobs[0]))
+        await asyncio.sleep(0.05)  # it is being computed
+        others = [asyncio.create_task(batcher.run(one)) for one in jobs[1:]]
+        while batcher.waiting < 5:
+            await asyncio.sleep(0.01)
+        model.go.set()
+        return await asyncio.gather(first, *others, return_exceptions=True)
+
+    found = asyncio.run(one_of_them_is_broken())
+    assert [getattr(error, "kind", None) for error in found] == [None, None, "Backend", None]
+    assert [results(jobs[index]) for index in (1, 3)] == [[1, 2], [4]]
+    assert model.batches == [[60], [1, 2, 3, 13, 4], [1, 2], [3, 13], [4]]
+    assert batcher.in_flight == 0
+
+
 def test_the_thread_that_computes_finishes_each_job(batcher):
     def refuse(one):
         raise Refused("Validation", "too many dimensions")

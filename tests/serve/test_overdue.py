@@ -2,6 +2,8 @@
 
 import asyncio
 
+import pytest
+
 from pruneofa.serve.overdue import Overdue
 
 
@@ -44,3 +46,29 @@ def test_what_is_removed_is_not_called_and_the_rest_once_after_its_own_delay(mon
     overdue.add(removed)
     loop.go_to(29)
     assert called == ["first", "late", "removed"]
+
+
+def test_a_function_that_raises_or_removes_another_stops_no_timer(monkeypatch):
+    loop = Loop()
+    monkeypatch.setattr(asyncio, "get_running_loop", lambda: loop)
+    called = []
+    overdue = Overdue(10)
+
+    def remove():
+        overdue.remove(removed)
+
+    def removed():
+        called.append("removed")
+
+    def broken():
+        raise RuntimeError
+
+    for function in (remove, removed, broken, lambda: called.append("behind it")):
+        overdue.add(function)
+    with pytest.raises(RuntimeError):  # the event loop logs it
+        loop.go_to(10)
+    loop.go_to(10)
+    assert called == ["behind it"] and not loop.timers
+    overdue.add(removed)
+    loop.go_to(20)
+    assert called == ["behind it", "removed"]

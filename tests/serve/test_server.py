@@ -2,6 +2,7 @@
 
 import gzip
 import http.server
+import itertools
 import json
 import os
 import re
@@ -18,6 +19,7 @@ import urllib.request
 import pytest
 
 from pruneofa.engine.engine import Engine
+from pruneofa.serve.server import _state
 
 
 def ask(server, path="/embed", **body):
@@ -200,12 +202,13 @@ def test_a_packed_folder_may_go_while_it_is_served(start, folders, tmp_path):
 
 def test_a_worker_does_not_come_back_with_another_model(start, folders, tmp_path):
     shutil.copytree(folders["vectors"], tmp_path / "model")
-    server = start(tmp_path / "model", "--workers", 2)
+    server = start(tmp_path / "model", "--workers", 2, TMPDIR=str(tmp_path))
     expected = ask(server, inputs="the king")
-    end = time.monotonic() + 30
-    while len(first := workers_of(server)) < 2 or metric(server, "te_queue_size"):
+    end = time.monotonic() + 60
+    while len(list(tmp_path.glob("pruneofa-metrics-*/gauge_livesum_*.db"))) < 2:  # both have loaded the model as it was
         assert time.monotonic() < end
-    time.sleep(2)  # until the second has loaded the model as it was
+        time.sleep(0.05)
+    first = workers_of(server)
     weights = tmp_path / "model" / "model.safetensors"
     os.replace(shutil.copy(weights, tmp_path / "other"), weights)
     os.kill(min(first), signal.SIGKILL)
@@ -215,6 +218,56 @@ def test_a_worker_does_not_come_back_with_another_model(start, folders, tmp_path
     assert ask(server, inputs="the king") == expected
     server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(30) == 0
+
+
+def test_every_file_of_a_model_is_watched(folders, tmp_path):
+    shutil.copytree(folders["vectors"], tmp_path / "model")
+    (tmp_path / "model" / "1_Pooling").mkdir()
+    states = [_state(tmp_path / "model")]
+    for name in ("quantization.json", "modules.json", "1_Pooling/config.json", "config_sentence_transformers.json"):
+        (tmp_path / "model" / name).write_text("{}")
+        states.append(_state(tmp_path / "model"))
+    assert all(before != after for before, after in itertools.pairwise(states))
+
+
+CRASHING = """
+import os, pathlib, sys, time
+from pruneofa.serve import server
+server._PAUSE, server._SHORT_LIFE, server._LOOK = 0.05, 0.5, 0.02
+folder = pathlib.Path(sys.argv[1])
+
+def work(started):
+    with open(folder / "starts", "a") as file:
+        file.write("x")
+    try:
+        held = os.open(folder / "held", os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+    except FileExistsError:
+        raise SystemExit(1)  # a worker that ends at once, again and again
+    os.write(held, b"%d" % os.getpid())
+    started()
+    time.sleep(60)
+
+sys.exit(server._prefork(work, 2, folder, lambda: None))
+"""
+
+
+def test_a_worker_that_ends_again_and_again_delays_no_other(tmp_path):
+    held, starts = tmp_path / "held", tmp_path / "starts"
+    with subprocess.Popen([sys.executable, "-c", CRASHING, str(tmp_path)], stderr=subprocess.DEVNULL) as parent:
+        end = time.monotonic() + 60
+        while not starts.exists() or starts.stat().st_size < 8:  # seven that crashed: the next waits 6.4 seconds
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        first = int(held.read_text())
+        held.unlink()
+        begin = time.monotonic()
+        os.kill(first, signal.SIGKILL)
+        while not held.exists():
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        took = time.monotonic() - begin
+        parent.send_signal(signal.SIGTERM)
+    assert took < 3 and parent.returncode == 0
 
 
 def test_a_damaged_folder_is_one_line(folders, tmp_path):

@@ -44,6 +44,9 @@ class Access:
             await self._answer(scope, receive, send_and_see)
         except ClientLeft:
             status = 499  # as in nginx's log; nobody receives it
+        except Exception:
+            status = status or 500  # what the application sends outside of this
+            raise
         finally:
             if self._settings.access_log:
                 # In the next turn of the event loop: the response is sent at the end of this one.

@@ -9,6 +9,7 @@ Sequences are not padded: a batch costs the sum of its tokens. The event loop on
 
 import asyncio
 import contextlib
+import itertools
 import threading
 import time
 import traceback
@@ -190,7 +191,7 @@ class Batcher:
             try:
                 found = job.tokenize_slice()
             except Exception as error:
-                _fail([job], error)
+                _fail(job, error)
                 continue
             with self._lock:
                 job.add_slice(found)
@@ -213,18 +214,19 @@ class Batcher:
                 if not job.tokenized:
                     self._untokenized.put(job)
             begin = time.perf_counter()
-            sequences = [job.sequences[index] for job, index in batch]
-            self._computed.append((len(batch), sum(len(sequence.ids) for sequence in sequences)))
-            try:
-                found = batch[0][0].model.compute(sequences, [job.whole for job, _ in batch])
-            except Exception as error:
-                _fail({job for job, _ in batch}, error)
-                continue
+            self._computed.append((len(batch), sum(len(job.sequences[index].ids) for job, index in batch)))
+            found = _results(batch)
             seconds = time.perf_counter() - begin
-            for (job, index), array in zip(batch, found, strict=True):
-                job.results[index] = array
+            failed: dict[Job, Exception] = {}
+            for (job, index), result in zip(batch, found, strict=True):
+                if isinstance(result, Exception):
+                    failed[job] = result
+                    continue
+                job.results[index] = result
                 job.queue += max(0.0, begin - job._ready)
                 job.inference += seconds
+            for job, error in failed.items():
+                _fail(job, error)
             _finish({job for job, _ in batch if job.complete})
 
 
@@ -256,6 +258,21 @@ def next_batch(waiting: deque[Job], most: int) -> list[tuple[Job, int]]:
     return batch
 
 
+def _results(batch: Sequence[tuple[Job, int]]) -> list[NDArray[np.float32] | Exception]:
+    """The array of each sequence, or why there is none.
+
+    What cannot be computed fails its own job only: the jobs of a batch that fails are computed one by one.
+    """
+    try:
+        sequences, whole = [job.sequences[index] for job, index in batch], [job.whole for job, _ in batch]
+        return list(batch[0][0].model.compute(sequences, whole))
+    except Exception as error:
+        parts = [list(part) for _, part in itertools.groupby(batch, key=lambda pair: pair[0])]
+        if len(parts) == 1:
+            return [error] * len(batch)
+    return [result for part in parts for result in _results(part)]
+
+
 def _finish(jobs: Collection[Job]) -> None:
     """Answer jobs that are computed."""
     finished = []
@@ -263,20 +280,19 @@ def _finish(jobs: Collection[Job]) -> None:
         try:
             job.value = job.finish(job)
         except Exception as error:
-            _fail([job], error)
+            _fail(job, error)
         else:
             finished.append(job)
     _resolve(finished, None)
 
 
-def _fail(jobs: Collection[Job], error: Exception) -> None:
-    """Answer jobs with an error; one that nobody foresaw is written to stderr and not sent."""
+def _fail(job: Job, error: Exception) -> None:
+    """Answer a job with an error; one that nobody foresaw is written to stderr and not sent."""
     if not isinstance(error, Refused):
         traceback.print_exception(error)
         error = Refused("Backend", "Backend error: inference failed", cause="inference")
-    for job in jobs:
-        job._cancelled = True
-    _resolve(jobs, error)
+    job._cancelled = True
+    _resolve([job], error)
 
 
 def _resolve(jobs: Collection[Job], error: Refused | None) -> None:

@@ -3,59 +3,102 @@
 The times of bodies and of idle connections between requests are limited by `access` and by uvicorn.
 """
 
+import contextlib
+import struct
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-MAX_HEAD = 1 << 16  # bytes of a request's line and headers; uvicorn has no limit
+if sys.platform == "linux":
+    import fcntl
+    import termios
+
+MAX_HEAD = 1 << 16  # bytes of a request that are no body: its line, headers and trailers; uvicorn has no limit
 INTERVAL = 30  # seconds between two looks for connections on which nothing moves
 
-State = tuple[RequestResponseCycle | None, int]  # the last request and the bytes of answers that wait to be read
+State = tuple[RequestResponseCycle | None, int, int]  # the last request, and the unread bytes here and in the kernel
 
 
 class Connection(HttpToolsProtocol):
-    """HTTP/1.1 on one connection, with heads of at most about MAX_HEAD bytes.
+    """HTTP/1.1 on one connection, with heads and trailers of at most about MAX_HEAD bytes.
 
     Attributes:
-        head: bytes of the head so far; None: no request has begun that has no complete head.
+        partial: whether a request has begun whose head is not complete.
     """
 
-    head: int | None = None
+    partial = False
+    _extra: int | None = None  # bytes since the request began, or since its last body, with that read left out
 
     def on_message_begin(self) -> None:
         """Called by the parser at the first byte of a request."""
         super().on_message_begin()
-        self.head = 0
+        self.partial, self._extra = True, 0
 
     def on_headers_complete(self) -> None:
         """Called by the parser behind the head."""
-        self.head = None
+        self.partial = False
         super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """Called by the parser with each part of a body."""
+        self._extra = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """Called by the parser behind the request."""
+        self._extra = None
+        super().on_message_complete()
 
     def data_received(self, data: bytes) -> None:
         """Called by the event loop with what the client sent."""
+        if self._extra is not None:
+            self._extra += len(data)  # the parser sets it again where there is a body or another request
         super().data_received(data)
-        if self.head is not None:
-            self.head += len(data)
-            if self.head > MAX_HEAD and not self.transport.is_closing():
-                self.send_400_response(f"The request's head has more than {MAX_HEAD} bytes.")
+        if self._extra is None or self._extra <= MAX_HEAD or self.transport.is_closing():
+            return
+        if self.partial and (self.cycle is None or self.cycle.response_complete):
+            self.send_400_response(f"The request's head has more than {MAX_HEAD} bytes.")
+        else:  # the client would take a 400 for the answer to an earlier request
+            self.transport.abort()
 
 
-def close_stalled(connections: Iterable[Any], seen: Mapping[Any, State]) -> dict[Any, State]:
-    """Close connections on which nothing has moved since the last call, and return what to compare with next time.
+def close_stalled(connections: Iterable[Any], seen: Mapping[Any, tuple[State, int]]) -> dict[Any, tuple[State, int]]:
+    """Close connections on which nothing has moved since the last call, or the last two where an answer waits.
+
+    An answer has three looks, as the system of a client that reads slowly makes room in large steps.
 
     Args:
         connections: open ones, of class Connection.
         seen: what the last call returned.
+
+    Returns:
+        What each connection that waits for its client looked like, and in how many calls.
     """
     waiting = {}
     for connection in connections:
         unread = connection.transport.get_write_buffer_size()
         answered = connection.cycle is None or connection.cycle.response_complete
         idle = connection.timeout_keep_alive_task is not None  # uvicorn closes it
-        if unread or connection.head is not None or (answered and not idle):
-            waiting[connection] = state = (connection.cycle, unread)
-            if seen.get(connection) == state:
-                connection.transport.abort()
+        partial = connection.partial and not connection.flow.read_paused  # otherwise it is the client that waits
+        if not (unread or partial or (answered and not idle)):
+            continue
+        state = (connection.cycle, unread, _unacknowledged(connection.transport) if unread else 0)
+        before, looks = seen.get(connection, (None, 0))
+        looks = looks + 1 if state == before else 1
+        waiting[connection] = state, looks
+        if unread and looks == 3:
+            connection.transport.abort()
+        elif not unread and looks == 2:
+            connection.transport.close()
     return waiting
+
+
+def _unacknowledged(transport: Any) -> int:
+    """Bytes that the client's system has not acknowledged; 0 where the system does not say."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, ValueError):
+            found = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+            return int(struct.unpack("i", found)[0])
+    return 0

@@ -29,7 +29,9 @@ class Overdue:
 
     def _call(self, loop: asyncio.AbstractEventLoop) -> None:
         now = loop.time()
-        for function in [function for function, due in self._due.items() if due <= now]:
-            del self._due[function]
-            function()
-        self._timer = loop.call_at(min(self._due.values()), self._call, loop) if self._due else None
+        try:
+            for function in [function for function, due in self._due.items() if due <= now]:
+                if self._due.pop(function, None) is not None:  # None: one before it has removed it
+                    function()
+        finally:  # after an error the rest is called by the next timer, at once
+            self._timer = loop.call_at(min(self._due.values()), self._call, loop) if self._due else None

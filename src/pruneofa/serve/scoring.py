@@ -10,7 +10,7 @@ from pruneofa.engine.tokenizer import Side
 from pruneofa.serve.batching import Job
 from pruneofa.serve.call import Call
 from pruneofa.serve.model import Item, Model
-from pruneofa.serve.refusal import Refused, invalid
+from pruneofa.serve.refusal import invalid
 
 
 def vectors(*, normalize: bool = True, dimensions: int | None = None) -> Callable[[Job], NDArray[np.float32]]:
@@ -50,7 +50,6 @@ async def scores(
     """Scores (inputs, classes) of a classification, or its logits if `raw`."""
     job = await call.run(model, items, single=single, field=field, truncate=truncate, side=side)
     rows = np.stack([job.results[index] for index in range(len(items))])
-    check_finite(rows)
     head = model.engine.head
     assert isinstance(head, Classification)
     return rows if raw else head.scores(rows).astype(np.float32)
@@ -71,9 +70,3 @@ async def relevance(
     items: list[Item] = [(query, text) for text in texts]
     logits = (await scores(call, model, items, field=field, truncate=truncate, side=side, raw=True))[:, 0]
     return logits if raw else (1 / (1 + np.exp(-logits.astype(np.float64)))).astype(np.float32)
-
-
-def check_finite(array: NDArray[np.float32]) -> None:
-    """Raise Refused for a number that is not finite: only a damaged model computes one."""
-    if not np.isfinite(array).all():
-        raise Refused("Backend", "score is NaN", cause="inference")

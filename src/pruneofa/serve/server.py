@@ -17,15 +17,16 @@ from typing import Any
 import uvicorn
 
 from pruneofa.errors import InputError
+from pruneofa.formats.hub import FILES, local_folder
 from pruneofa.progress import notice
 from pruneofa.serve.connections import INTERVAL, Connection, close_stalled
 from pruneofa.serve.settings import Settings
 
 _ENDING = (signal.SIGTERM, signal.SIGINT)
+_LOOK = 0.1  # seconds between two looks for workers that ended, while another waits to be started
 _PAUSE = 0.2  # seconds before a worker that ended is replaced
 _MOST_PAUSE = 30.0  # where it ends again and again, as with a model that cannot be loaded any more
 _SHORT_LIFE = 10.0  # seconds
-_MODEL_FILES = ("*.safetensors", "*.zst", "config.json", "manifest.json", "tokenizer.json")
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -82,7 +83,9 @@ def serve(
     shown = f"[{host}]" if ":" in host else host
     url = f"http://{shown}:{bound.getsockname()[1]}"
 
-    begun = [_state(path) for _, path in models]
+    # A hub id is looked up once, so that all workers, whenever they start, load the same snapshot.
+    folders = [local_folder(path) for _, path in models]
+    begun = [_state(folder) for folder in folders]
 
     def work(started: Callable[[], None]) -> None:
         # Imported by each worker: prometheus_client looks for its shared folder when it is imported.
@@ -90,9 +93,10 @@ def serve(
         from pruneofa.serve.model import load
         from pruneofa.serve.tracing import traced
 
-        app: Any = create_app([load(name, path, **(engine or {})) for name, path in models], settings)
-        for (_, path), state in zip(models, begun, strict=True):
-            if workers > 1 and _state(path) != state:  # the other workers have loaded another model
+        loaded = [load(name, folder, **(engine or {})) for (name, _), folder in zip(models, folders, strict=True)]
+        app: Any = create_app(loaded, settings)
+        for (_, path), folder, state in zip(models, folders, begun, strict=True):
+            if workers > 1 and _state(folder) != state:  # the other workers have loaded another model
                 raise InputError(f"{path}: changed since the server started; restart it")
         if otlp_endpoint is not None:
             app = traced(app, otlp_endpoint)
@@ -106,10 +110,11 @@ def serve(
         return _prefork(work, workers, Path(folder), lambda: ready(url))
 
 
-def _state(path: str) -> list[tuple[Any, ...]]:
-    """What is different once a file of a model's folder was written or replaced; empty for a hub id."""
-    found = (file for pattern in _MODEL_FILES for file in Path(path).expanduser().glob(pattern) if file.is_file())
-    return [(file, stat.st_ino, stat.st_size, stat.st_mtime_ns) for file in sorted(found) if (stat := file.stat())]
+def _state(folder: Path) -> list[tuple[Any, ...]]:
+    """What is different once a file of a model was written or replaced."""
+    patterns = (*FILES, "pytorch_model*.bin", "*/config.json")
+    files = {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
+    return [(file, stat.st_ino, stat.st_size, stat.st_mtime_ns) for file in sorted(files) if (stat := file.stat())]
 
 
 def _run(app: Any, bound: socket.socket, grace: int, started: Callable[[], None]) -> None:
@@ -137,7 +142,8 @@ def _run(app: Any, bound: socket.socket, grace: int, started: Callable[[], None]
 
     async def startup_and_say(sockets: list[socket.socket] | None = None) -> None:
         await startup(sockets=sockets)
-        # What is there now stays. To look through it for garbage would stop all requests for up to 100 ms at times.
+        # What is there now and no garbage stays. To look through it again would stop all requests for up to 100 ms.
+        gc.collect()
         gc.freeze()
         started()
 
@@ -160,7 +166,7 @@ def _prefork(
     The others start once the first is ready, so that wrong input is said once, and before anything listens.
     """
     stopping = False
-    running: set[int] = set()
+    running: dict[int, tuple[float, float]] = {}  # by process: when it started, and the pause before that
 
     def stop(*_: object) -> None:
         nonlocal stopping
@@ -172,39 +178,36 @@ def _prefork(
     for number in _ENDING:
         signal.signal(number, stop)
     reading, writing = os.pipe()
-    _fork(work, lambda: os.write(writing, b"1"), running)
+    _fork(work, lambda: os.write(writing, b"1"), running, _PAUSE)
     if stopping:  # said after the handlers were there, and before the fork
         stop()
     os.close(writing)
     ready = os.read(reading, 1) == b"1"
-    pause, forked = _PAUSE, time.monotonic()
     if ready and not stopping:
         started()
-    while True:
-        while ready and not stopping and len(running) < workers:
-            _fork(work, lambda: None, running)
-            forked = time.monotonic()
+    missing = [(0.0, _PAUSE)] * (workers - 1) if ready else []  # when to start each, and its last pause
+    while running or (missing and not stopping):
+        missing.sort()
+        while missing and not stopping and missing[0][0] <= time.monotonic():
+            _fork(work, lambda: None, running, missing.pop(0)[1])
             if stopping:
                 stop()
-        if not running:
-            return 0
-        process, status = os.wait()
-        running.discard(process)
+        looking = missing and not stopping  # from time to time, as another is to be started
+        process, status = os.waitpid(-1, os.WNOHANG if looking else 0) if running else (0, 0)
+        if process not in running:
+            time.sleep(_LOOK)
+            continue
+        begun, pause = running.pop(process)
         (shared / f"gauge_livesum_{process}.db").unlink(missing_ok=True)  # a dead process has no queue
         if not stopping:
             code = os.waitstatus_to_exitcode(status)
             if not ready:
                 return code if code > 0 else 3
             notice(f"pruneofa: worker {process} ended with {code}; starting another")
-            pause = min(2 * pause, _MOST_PAUSE) if time.monotonic() - forked < _SHORT_LIFE else _PAUSE
-            _rest(pause, lambda: stopping)
-
-
-def _rest(seconds: float, stopping: Callable[[], bool]) -> None:
-    """Sleep, but not on when the server is to stop."""
-    end = time.monotonic() + seconds
-    while not stopping() and time.monotonic() < end:
-        time.sleep(_PAUSE)
+            now = time.monotonic()
+            pause = min(2 * pause, _MOST_PAUSE) if now - begun < _SHORT_LIFE else _PAUSE
+            missing.append((now + pause, pause))
+    return 0
 
 
 def _end_with_parent(parent: int) -> None:
@@ -215,8 +218,13 @@ def _end_with_parent(parent: int) -> None:
         raise SystemExit(0)
 
 
-def _fork(work: Callable[[Callable[[], None]], None], started: Callable[[], Any], running: set[int]) -> None:
-    """Start a process that does `work` and ends, and add its id to those that `_prefork` ends.
+def _fork(
+    work: Callable[[Callable[[], None]], None],
+    started: Callable[[], Any],
+    running: dict[int, tuple[float, float]],
+    pause: float,
+) -> None:
+    """Start a process that does `work` and ends, and add it to those that `_prefork` ends, with the time and `pause`.
 
     No signal is handled in between: the parent would not pass it on to the new process, which would have taken it for
     its own parent's.
@@ -225,7 +233,7 @@ def _fork(work: Callable[[Callable[[], None]], None], started: Callable[[], Any]
     signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
     process = os.fork()
     if process:
-        running.add(process)
+        running[process] = (time.monotonic(), pause)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
         return
     code = 3
