@@ -171,7 +171,7 @@ ROWS = "sentence,verdict\n" + "the king is good,good\nthe queen is bad,bad\n" * 
         ),
         (ROWS + "a river,\n", ROWS, [], "label column 'verdict' is empty in row 41"),
         ("sentence,verdict\n", ROWS, [], "the file has no rows"),
-        ("sentence,verdict\na,b,c\n", ROWS, [], "not as many fields"),
+        ("sentence,verdict\na,b,c\n", ROWS, [], "line 2 has 3 fields, the header 2"),
     ],
 )
 def test_task_files(root, complaint, train, validation, overrides, message):

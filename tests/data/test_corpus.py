@@ -50,6 +50,13 @@ def stored(built):
     return [store.tokens[low:high].tolist() for low, high in itertools.pairwise(bounds)]
 
 
+@pytest.mark.parametrize(("text", "said"), [("今天。\n\n明天。\n\n后天。\n", True), (None, False)])
+def test_a_corpus_of_unknown_words_is_named(tmp_path, capsys, text, said):
+    path = write(tmp_path / "t.txt", articles(4) if text is None else [text])
+    build(path, tmp_path)
+    assert ("tokens are unknown to the tokenizer; check the language" in capsys.readouterr().err) is said
+
+
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [

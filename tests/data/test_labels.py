@@ -35,12 +35,37 @@ def test_a_column_of_row_ids_holds_no_classes(tmp_path, tokenizer, validation):
     assert len(load_task("mine", spec, tokenizer, data_root=tmp_path).labels) == 20
 
 
-@pytest.mark.parametrize("label", ["text", "name"])
-def test_a_column_of_texts_or_names_holds_no_classes(tmp_path, tokenizer, label):
-    write(tmp_path / "d.parquet", [{"text": f"film {row}", "name": f"n{row}"} for row in range(40)])
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        ("text", "label is the text column 'text', wanted"),
+        ("long", "'long' has 40 classes for 40 rows: looks like a c"),
+    ],
+)
+def test_a_column_of_texts_holds_no_classes(tmp_path, tokenizer, label, message):
+    write(tmp_path / "d.parquet", [{"text": f"film {row}", "long": f"film {row} " * 9} for row in range(40)])
     spec = own(data="d.parquet", validation="d.parquet", label=label)
-    with pytest.raises(InputError, match=f"'{label}' has 40 classes for 40 rows: looks like an id column; set tasks."):
+    with pytest.raises(InputError, match=f"tasks.mine.*{message}"):
         load_task("mine", spec, tokenizer, data_root=tmp_path)
+
+
+def test_names_of_one_row_each_may_be_classes(tmp_path, tokenizer, capsys):
+    write(tmp_path / "d.csv", [{"text": f"a film {row}", "label": f"intent_{row}"} for row in range(12)])
+    spec = own(data="d.csv", validation="d.csv")
+    assert len(load_task("mine", spec, tokenizer, data_root=tmp_path).labels) == 12
+    said = "warning: tasks.mine: label column 'label' has 12 classes for 12 rows; set tasks.mine.label to"
+    assert capsys.readouterr().err.count(said) == 1
+    with pytest.raises(InputError, match=r"12 rows are too few to hold out one in 10; give .* tasks\.mine\.validation"):
+        load_task("mine", own(data="d.csv"), tokenizer, data_root=tmp_path)
+
+
+def test_the_first_rows_may_be_of_one_class_each(tmp_path, tokenizer, capsys):
+    write(tmp_path / "d.csv", [{"text": f"a film {row}", "label": row % 12} for row in range(48)])
+    spec = own(data="d.csv", validation="d.csv", train_rows=12)
+    assert len(load_task("mine", spec, tokenizer, data_root=tmp_path).train) == 12
+    assert "classes for" not in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"12 rows are too few .*; set tasks\.mine\.check_epochs=false"):
+        load_task("mine", spec.model_copy(update={"check_epochs": True}), tokenizer, data_root=tmp_path)
 
 
 @pytest.mark.parametrize(("labels", "said"), [([-1, 0, 1, 2], True), ([-1, 0, 1], True), ([-1, 1], False)])

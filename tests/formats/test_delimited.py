@@ -7,6 +7,7 @@ import tracemalloc
 import pytest
 
 from pruneofa.errors import InputError
+from pruneofa.formats import delimited
 from pruneofa.formats.delimited import literal_quotes, read_fields, read_rows
 
 
@@ -29,6 +30,7 @@ def lines(text):
         ('a\tb\n"open\ty\nclosed"\ty\n', True, ['"open', "y"]),  # two rows, and not one of two lines
         ('a\n"Hello," he said\n', True, ['"Hello," he said']),
         ('a\tb\r\n\r\n"x"\ty\r\n', False, ["x", "y"]),
+        ('a\tb\t\t\n"x\t1"\ty\t\t\n', False, ["x\t1", "y"]),
     ],
 )
 def test_quotes_of_a_tsv_are_text_where_they_do_not_enclose_fields(text, literal, first):
@@ -45,6 +47,36 @@ def test_what_a_writer_of_csv_quotes_comes_back():
         csv.writer(written, delimiter="\t" if tabs else ",").writerows(rows)
         literal = tabs and literal_quotes(lines(written.getvalue()))
         assert list(read_fields(lines(written.getvalue()), "t", tabs=tabs, literal=literal)) == rows
+
+
+def test_the_beginning_of_a_tsv_decides_and_the_rest_is_not_read(monkeypatch):
+    monkeypatch.setattr(delimited, "_PREFIX", 30)
+    read = 0
+
+    def endless():
+        nonlocal read
+        yield "a\tb\n"
+        while True:
+            read += 1
+            yield from ('"one\n', 'text"\ty\n')
+
+    assert not literal_quotes(endless())
+    assert read < 5
+    assert literal_quotes(lines('a\tb\n"Great" film\ty\n' + "x\ty\n" * 20))
+
+
+def test_the_wrong_row_of_a_quoted_tsv_is_named():
+    text = 'a\tb\n"x\ty"\ty\n"wrong\tx"\ty\tz\n'
+    with pytest.raises(InputError, match="t: line 3 has 3 fields, the header 2"):
+        list(read_fields(lines(text), "t", tabs=True, literal=literal_quotes(lines(text))))
+    text = 'a\tb\n"Great" film\ty\nwrong\ty\tz\n'
+    with pytest.raises(InputError, match="t: line 3 has 3 fields, the header 2"):
+        list(read_fields(lines(text), "t", tabs=True, literal=literal_quotes(lines(text))))
+
+
+def test_columns_at_the_end_without_a_name_are_left_out():
+    assert list(read_fields(lines("a,b,,\nx,y,,\n\nz,,,\n"), "t", tabs=False)) == [["a", "b"], ["x", "y"], ["z", ""]]
+    assert list(read_fields(lines(",a\n0,x\n"), "t", tabs=False)) == [["", "a"], ["0", "x"]]
 
 
 def test_a_quote_that_is_never_closed_does_not_fill_the_memory():
@@ -67,6 +99,9 @@ def test_a_quote_that_is_never_closed_does_not_fill_the_memory():
         ("", "t: no header; its first line has to name the columns"),
         ("\n", "t: no header"),
         ("a,a\nx,y\n", "t: the header 'a', 'a' has a name twice; rename one"),
+        (",,\n,,\n", "t: no header"),
+        ("a,b,,\nx,y\n", "t: line 2 has 2 fields, the header 4"),
+        ("a,b,,\nx,y,,\nHello, world,y,\n", "t: line 3 has text in a column to which the header gives no name; quote"),
         ("a,b\nx\n", "t: line 2 has 1 fields, the header 2; quote texts that contain the delimiter"),
         ("a,b\nx,y,z\n", "t: line 2 has 3 fields, the header 2"),
         ('a,b\n"x,y\n', "t: line 2: unexpected end of data; write the file again"),

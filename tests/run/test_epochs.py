@@ -12,6 +12,7 @@ from pruneofa.formats.files import read_json
 from pruneofa.run import fine_tuning, single
 from pruneofa.train.evaluate import evaluate_model, load_task_model
 from pruneofa.train.models import load_tokenizer
+from tests.data.task_files import write
 from tests.small import write_task
 from tests.tiny import tiny_tokenizer, write_model
 
@@ -95,5 +96,55 @@ def test_evaluating_changes_no_weight_and_a_kill_loses_no_epoch(folder, tmp_path
 
 
 def test_too_few_rows_are_named(folder, tmp_path):
-    with pytest.raises(InputError, match=r"tasks\.mine: 2 rows are too few to hold out one in 10"):
+    with pytest.raises(InputError) as error:
         load_task("mine", spec_of(folder, check_epochs=True, train_rows=2), tiny_tokenizer())
+    wanted = "tasks.mine: 2 rows are too few to hold out one in 10; set tasks.mine.check_epochs=false"
+    assert str(error.value) == wanted
+
+
+def qa_row(number, start):
+    context = f"a film {number}"
+    answers = {"text": ["film"], "answer_start": [start]} if start is not None else {"text": [], "answer_start": []}
+    return {"id": f"q{number}", "question": "what", "context": context, "answers": answers}
+
+
+def test_held_out_questions_without_an_answer_are_skipped_as_in_training(tmp_path):
+    rows = [qa_row(number, None if number % 3 == 0 else 9 if number % 3 == 1 else 2) for number in range(120)]
+    write(tmp_path / "train.jsonl", rows)
+    write(tmp_path / "validation.jsonl", [qa_row(0, 2)])
+    spec = recipe.Task(data=str(tmp_path), max_length=48, stride=8, check_epochs=True, skip_bad_answers=True)
+    task = load_task("squad", spec, tiny_tokenizer())
+    used = [set(data.rows.column("id").to_pylist()) for data in (task.train, task.epoch_rows)]
+    assert used[0] and used[1] and not used[0] & used[1]
+    assert used[0] | used[1] == {f"q{number}" for number in range(2, 120, 3)}
+    with pytest.raises(InputError, match=r"answers are not found .*; set tasks\.squad\.skip_bad_answers=true"):
+        load_task("squad", spec.model_copy(update={"skip_bad_answers": False}), tiny_tokenizer())
+
+
+def test_epochs_of_question_answering_have_its_metrics(tmp_path):
+    write_model(tmp_path / "model")
+    write(tmp_path / "train.jsonl", [qa_row(number, 2) for number in range(40)])
+    write(tmp_path / "validation.jsonl", [qa_row(0, 2)])
+    spec = recipe.Task(
+        data=str(tmp_path), max_length=32, stride=4, check_epochs=True, epochs=2, batch=8, kd=0.0, hard=1.0
+    ).resolved("squad")
+    options = {"data_root": None, "seed": 0, "precision": "fp32"}
+    single.transfer(str(tmp_path / "model"), tmp_path / "out", "squad", spec, **options)
+    epochs = read_json(tmp_path / "out/stage.json")["epochs"]
+    assert [set(metrics) for metrics in epochs] == [{"exact_match", "f1"}] * 2
+
+
+def test_mismatched_rows_of_mnli_are_no_part_of_the_epochs(tmp_path):
+    write_model(tmp_path / "model")
+    rows = [{"premise": f"a film {number}", "hypothesis": "a book", "label": number % 3} for number in range(60)]
+    for split in ("train", "validation_matched", "validation_mismatched"):
+        write(tmp_path / f"{split}.parquet", rows)
+    spec = recipe.Task(
+        data=str(tmp_path), max_length=16, check_epochs=True, epochs=1, batch=8, kd=0.0, hard=1.0
+    ).resolved("mnli")
+    task = load_task("mnli", spec, tiny_tokenizer())
+    assert set(task.evaluations) == {"", "_mm"} and 0 < len(task.epoch_rows) < 20
+    options = {"data_root": None, "seed": 0, "precision": "fp32"}
+    single.transfer(str(tmp_path / "model"), tmp_path / "out", "mnli", spec, **options)
+    record = read_json(tmp_path / "out/stage.json")
+    assert [set(metrics) for metrics in record["epochs"]] == [{"accuracy"}]

@@ -39,7 +39,7 @@ from pruneofa.data.tokenization import RULES, Encoded, Encoder, encode_batches, 
 from pruneofa.errors import InputError, disk_is_full
 from pruneofa.formats.cache import cached_folder
 from pruneofa.formats.files import cache_root, fingerprint, read_json, write_json
-from pruneofa.progress import progress
+from pruneofa.progress import notice, progress
 from pruneofa.recipe import Corpus
 
 __all__ = ["BuiltCorpus", "build_corpus", "collate", "source_fingerprint"]
@@ -48,6 +48,7 @@ FORMAT = 1
 BATCH_CHARACTERS = 1 << 18  # text per task of a worker: limits both the overhead of transfers and the memory
 IN_PROCESS_BYTES = 2 << 20  # below this, starting processes costs more than it saves
 MIB = 1 << 20
+_FIRST_TOKENS = 100_000  # looked at for unknown ones
 PARTS = ("tokens", "sentences", "documents", "hashes")
 
 Reader = sources.Files | sources.Hub
@@ -136,6 +137,7 @@ def build_corpus(
             "the same command resumes"
         ) from error
     built = read_json(folder / "meta.json")
+    _warn_of_unknown(folder, np.dtype(built["dtype"]), tokenizer.unk_token_id, spec)
     stats |= {name: built[name] for name in ("articles", "tokens", "tokens_per_second")} | read_json(
         chunks / "meta.json"
     )
@@ -200,6 +202,16 @@ def _build(readers: list[Reader], spec: Corpus, tokenizer_json: str, processes: 
         speed = round(counts["tokens"] / (time.monotonic() - start))
         dtype = id_dtype(tokenizers.Tokenizer.from_str(tokenizer_json)).str
         write_json(folder / "meta.json", {**counts, "dtype": dtype, "tokens_per_second": speed})
+
+
+def _warn_of_unknown(folder: Path, dtype: np.dtype, unknown: int | None, spec: Corpus) -> None:
+    first = mapped(folder / "tokens.bin", dtype)[:_FIRST_TOKENS]
+    share = float((first == unknown).mean()) if unknown is not None else 0.0
+    if share > 0.5:
+        notice(
+            f"pruneofa: warning: corpus {spec.source}: {share:.0%} of its first {len(first):,} tokens are unknown to "
+            "the tokenizer; check the language of the text and corpus.column"
+        )
 
 
 def _cores() -> int:

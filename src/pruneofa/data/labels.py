@@ -14,6 +14,7 @@ from pruneofa.progress import notice
 
 _NUMBER = r"[-+]?(\d+[.,]?\d*|[.,]\d+)([eE][-+]?\d+)?"
 _NO_NUMBER = ("nan", "inf", "-inf")  # how a missing or infinite score is written
+_NAME = 60  # mean characters of labels; longer ones are texts
 _WHOLE = r"[-+]?\d+\.0+"  # a whole number written as a decimal
 
 
@@ -48,6 +49,11 @@ def distinct(values: Sequence[Any], column: str, where: str) -> list[str]:
     found = label_names(values, column, where)
     refuse_row_ids(found, column, where)
     names = set(found)
+    if 10 <= len(names) == len(found):
+        notice(
+            f"pruneofa: warning: {where}: label column {column!r} has {len(names)} classes for {len(names)} rows; "
+            f"set {where}.label to the column of the classes if it is another"
+        )
     if not _whole(names):
         return sorted(names)
     ordered = sorted(names, key=int)
@@ -60,11 +66,15 @@ def distinct(values: Sequence[Any], column: str, where: str) -> list[str]:
 
 
 def refuse_row_ids(names: Sequence[str], column: str, where: str) -> None:
-    """Raises InputError for ten or more labels that all differ: a column of row ids, or of texts, holds no classes."""
-    if 10 <= len(names) == len(set(names)):
+    """Raises InputError for ten or more labels that all differ and are numbers, as row ids are, or long, as texts are.
+
+    Names may be those of one example per class.
+    """
+    texts = sum(map(len, names)) > _NAME * len(names)
+    if 10 <= len(names) == len(set(names)) and (texts or _whole(names)):
         raise InputError(
-            f"{where}: label column {column!r} has {len(names)} classes for {len(names)} rows: "
-            f"looks like an id column; set {where}.label to the column of the classes"
+            f"{where}: label column {column!r} has {len(names)} classes for {len(names)} rows: looks like "
+            f"{'a column of texts' if texts else 'an id column'}; set {where}.label to the column of the classes"
         )
 
 
@@ -87,8 +97,7 @@ def class_ids(
     """Class ids, (rows,) int64; the labels of a `known` task may be names or the numbers of GLUE.
 
     Labels `of_model` may be its class ids where none of its names is found, or differ from its names in case.
-    Raises InputError for a label that is not one of `labels`; `split` is "train" or the suffix of an evaluation's
-    metrics.
+    Raises InputError for a label that is not one of `labels`; `split` is what it calls the rows.
     """
     numbers = {str(index): index for index in range(len(labels))}
     ids = {label: index for index, label in enumerate(labels)}
@@ -105,11 +114,10 @@ def class_ids(
     if unknown is None:
         return np.fromiter((ids[name] for name in names), np.int64, len(names))
     row, name = unknown
-    split_name = "training" if split == "train" else f"validation{split}"
     if known and name == "-1":
-        raise InputError(f"{where}: label -1 in {split_name} row {row}: the split has no labels; use another")
+        raise InputError(f"{where}: label -1 in {split} row {row}: the split has no labels; use another")
     among = ", ".join(labels[:10]) + (", ..." if len(labels) > 10 else "")
-    raise InputError(f"{where}: label {name!r} in {split_name} row {row} is unknown; wanted one of {among}")
+    raise InputError(f"{where}: label {name!r} in {split} row {row} is unknown; wanted one of {among}")
 
 
 def _label_name(value: Any, row: int, column: str, where: str) -> str:

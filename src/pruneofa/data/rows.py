@@ -145,19 +145,27 @@ def hold_out(
     """Split into training and held-out rows by a hash of the `key` columns; `part` says which tenth is held out.
 
     The same text always falls on the same side, independent of the order of the rows and of rows added later, so
-    that duplicates cannot leak. Rows of a label that would be held out completely stay in training.
+    that duplicates cannot leak. Rows of a label that would be held out completely stay in training. Part 0 is for the
+    evaluation of data without evaluation rows, part 1 for that of `check_epochs`.
+
+    Raises InputError if no rows are held out, or all; in part 0 also for a label column of row ids.
     """
     keys = zip(*(text_column(table, name, where).to_pylist() for name in key), strict=True)
     digests = (hashlib.sha256("\x1f".join(texts).encode("utf-8", "surrogatepass")).digest() for texts in keys)
     out = np.fromiter((int.from_bytes(digest[:8], "big") % HELD_OUT == part for digest in digests), bool)
     if label is not None:
         labels = np.array([as_text(value) for value in column(table, label, "label", where).to_pylist()])
-        refuse_row_ids(labels.tolist(), label, where)
+        if part == 0:
+            refuse_row_ids(labels.tolist(), label, where)
         out &= np.isin(labels, np.unique(labels[~out]))
     if not out.any() or out.all():
         raise InputError(
             f"{where}: {table.num_rows} rows are too few to hold out one in {HELD_OUT}; "
-            f"give a file with evaluation rows in {where}.validation"
+            + (
+                f"give a file with evaluation rows in {where}.validation"
+                if part == 0
+                else f"set {where}.check_epochs=false"
+            )
         )
     return table.filter(pa.array(~out)), table.filter(pa.array(out))
 

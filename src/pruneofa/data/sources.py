@@ -3,7 +3,8 @@
 File formats:
   .parquet          one article per row, in a column
   .jsonl            one article per line, in a key (also .jsonl.gz, .jsonl.zst)
-  .csv, .tsv        one article per row, in a column of the header, such as the rows of a task (also .gz, .zst)
+  .csv, .tsv        one article per row, in a column of the header, such as the rows of a task (also .gz, .zst); the
+                    first 32 Mi characters of a TSV decide whether its quotes are part of the text
   .txt              articles separated by blank lines; a file whose first MiB has no blank line between
                     two lines of text has one article per line (also .txt.gz, .txt.zst)
 A folder is read recursively, its files in the order of their names. Anything else is a hub data set.
@@ -67,6 +68,8 @@ class Files:
 
     def fingerprint(self, column: str) -> list[str]:
         """One sha256 per file, of its text before compression or of its parquet bytes, independent of its name.
+
+        That of a TSV with quotes also says whether they are part of the text.
 
         Raises InputError for errors that are found without reading articles: not UTF-8, empty, no such column.
         """
@@ -300,15 +303,17 @@ def _values(path: Path, lines: Iterable[str], column: str) -> Iterator[str]:
 
 
 def _fields(path: Path, lines: Iterable[str], column: str) -> Iterator[str]:
-    tabs, literal = _kind(path) == ".tsv", False
-    if tabs:
-        with open(path, "rb") as raw, _decompressed(path, raw) as file:
-            literal = literal_quotes(_lines(path, file))
-    rows = read_fields(lines, path, tabs=tabs, literal=literal)
+    tabs = _kind(path) == ".tsv"
+    rows = read_fields(lines, path, tabs=tabs, literal=tabs and _literal_quotes(path))
     header = next(rows)
     _need_column(path, column, header)
     index = header.index(column)
     return (_text(path, column, row[index]) for row in rows)
+
+
+def _literal_quotes(path: Path) -> bool:
+    with open(path, "rb") as raw, _decompressed(path, raw) as file:
+        return literal_quotes(_lines(path, file))
 
 
 def _check(path: Path, column: str) -> str:
@@ -316,6 +321,7 @@ def _check(path: Path, column: str) -> str:
         with _parquet(path, column):
             return file_fingerprint(path)
     digest, offset, decoder = hashlib.sha256(), 0, codecs.getincrementaldecoder("utf-8")()
+    quotes = False
     with open(path, "rb") as raw, _decompressed(path, raw) as file:
         while True:
             block = file.read(PEEK)
@@ -330,8 +336,11 @@ def _check(path: Path, column: str) -> str:
                 raise InputError(f"{path}: NUL at byte {offset + zero}, which no text has; convert it, or leave it out")
             digest.update(block)
             offset += len(block)
+            quotes = quotes or b'"' in block
     if not offset:
         raise InputError(f"{path}: this file is empty; remove it from the source or write it again")
     if _kind(path) != ".txt":
         next(iter(_read(path, column)), None)  # the column must be there before the long work starts
+    if quotes and _kind(path) == ".tsv" and not _literal_quotes(path):
+        digest.update(b"\0quotes enclose fields")  # earlier versions took them for text: other tokens of the same file
     return digest.hexdigest()

@@ -20,6 +20,7 @@ from pruneofa.data.labels import class_ids, distinct, labels_of_model
 from pruneofa.errors import InputError
 
 EPOCH_ROWS = "epochs"  # key of the rows held out for evaluation after every epoch
+_SPLITS = {"train": "training", EPOCH_ROWS: "held-out training"}  # as messages name them
 _CHUNK = 1000  # rows per call of the tokenizer
 _GLUE = "nyu-mll/glue"
 _TEXT = {
@@ -112,6 +113,8 @@ def load_task(
     kind: Literal["classification", "qa"] = "qa" if name == "squad" else "classification"
     text = ("question", "context") if kind == "qa" else _names(spec.text) or _TEXT.get(name, ())
     column = spec.label or "label"
+    if kind == "classification" and column in text:
+        raise InputError(f"{where}.label is the text column {column!r}, wanted the column of the classes; set it")
     evaluations = {"": ("validation",)}
     if name == "mnli":
         evaluations = {"": ("validation_matched", "validation"), "_mm": ("validation_mismatched",)}
@@ -149,10 +152,11 @@ def load_task(
         if split != EPOCH_ROWS:
             table = table.slice(0, spec.train_rows if split == "train" else spec.validation_rows)
         if kind == "qa":
-            features[split] = _question_answering(table, spec, tokenizer, split == "train", where)
+            features[split] = _question_answering(table, spec, tokenizer, split, where)
         else:
             known, of_model = name in _LABELS, given is not None
-            targets = class_ids(_values(table, column, where), column, names, split, known, where, of_model)
+            called = _SPLITS.get(split, f"validation{split}")
+            targets = class_ids(_values(table, column, where), column, names, called, known, where, of_model)
             features[split] = _classification(table, text, targets, tokenizer, max_length, where)
     trained, epoch_rows = features.pop("train", None), features.pop(EPOCH_ROWS, None)
     if trained is not None and kind == "classification" and len(np.unique(trained.targets)) < 2:
@@ -217,14 +221,14 @@ def _classification(
     return TaskData(np.concatenate(ids), np.concatenate(types) if typed else None, bounds, targets, table)
 
 
-def _question_answering(table: pa.Table, spec: recipe.Task, tokenizer: Any, train: bool, where: str) -> TaskData:
+def _question_answering(table: pa.Table, spec: recipe.Task, tokenizer: Any, split: str, where: str) -> TaskData:
     spans = None
-    if train:
+    if split in ("train", EPOCH_ROWS):
         table, spans = squad.good_answers(table, skip=spec.skip_bad_answers, where=where)
     else:
         squad.gold_answers(table, where)
     windows = squad.cut_windows(table, tokenizer, max_length=spec.max_length or 0, stride=spec.stride or 0, where=where)
-    targets = None if spans is None else squad.token_spans(windows, spans)
+    targets = None if spans is None or split != "train" else squad.token_spans(windows, spans)
     return TaskData(windows.ids, windows.types, windows.bounds, targets, table, windows)
 
 
