@@ -119,8 +119,8 @@ class LockCallback(TrainerCallback):
     may create another model (`model_init`) after the callback has seen the first one.
 
     In training of one process on a CPU, layers with many zeros skip them where they compute in float32 (see
-    `sparse_linear`), unless `skip_zeros` is false; results change by rounding only. After training that was
-    interrupted, their class remains, and they compute all products.
+    `sparse_linear`), unless `skip_zeros` is false; results change by rounding only. They become nn.Linear again
+    when training ends; after an interruption they stay SparseLinear, which computes densely once a weight is changed.
     """
 
     def __init__(self, *, skip_zeros: bool = True) -> None:
