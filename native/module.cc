@@ -192,7 +192,7 @@ void pattern_multiply(const Pattern& pattern, Matrix<float> x, Matrix<float> wei
   expect_shape(weight, pattern.outputs(), pattern.inputs(), "weight: wanted the shape of the pattern");
   expect(!bias || bias->shape(0) == weight.shape(0), "bias: wanted one per output");
   expect_shape(y, tokens, pattern.outputs(), "y: wanted a row per row of x and one column per output");
-  expect(threads >= 1, "threads: wanted at least 1");
+  expect_threads(threads);
   const WithoutGil release;
   pattern.multiply(x.data(), tokens, weight.data(), bias ? bias->data() : nullptr, y.data(), threads);
 }
@@ -203,7 +203,7 @@ void pattern_multiply_transposed(const Pattern& pattern, Matrix<float> dy, Matri
   expect_shape(dy, tokens, pattern.outputs(), "dy: wanted one column per output");
   expect_shape(weight, pattern.outputs(), pattern.inputs(), "weight: wanted the shape of the pattern");
   expect_shape(dx, tokens, pattern.inputs(), "dx: wanted a row per row of dy and one column per input");
-  expect(threads >= 1, "threads: wanted at least 1");
+  expect_threads(threads);
   const WithoutGil release;
   pattern.multiply_transposed(dy.data(), tokens, weight.data(), dx.data(), threads);
 }
@@ -213,7 +213,7 @@ void pattern_weight_gradient(const Pattern& pattern, Matrix<float> x, Matrix<flo
   expect_shape(x, tokens, pattern.inputs(), "x: wanted one column per input");
   expect_shape(dy, tokens, pattern.outputs(), "dy: wanted a row per row of x and one column per output");
   expect_shape(dw, pattern.outputs(), pattern.inputs(), "dw: wanted the shape of the pattern");
-  expect(threads >= 1, "threads: wanted at least 1");
+  expect_threads(threads);
   const WithoutGil release;
   pattern.weight_gradient(x.data(), dy.data(), tokens, dw.data(), threads);
 }

@@ -20,12 +20,12 @@ float* scratch(std::size_t count) {
   return memory.data();
 }
 
-// The threads that help a calling thread; its own, so that calls never wait for each other.
-struct Helpers {
+// The worker threads of one calling thread, so that calls never wait for each other.
+struct LocalPool {
   std::unique_ptr<Pool> pool;
   int threads = 1;
   uint32_t forked = 0;
-  ~Helpers() { forget_if_forked(); }
+  ~LocalPool() { forget_if_forked(); }
   // In a process forked off since, they do not exist.
   void forget_if_forked() {
     if (forked != forks()) static_cast<void>(pool.release());
@@ -34,20 +34,20 @@ struct Helpers {
 
 // Calls work(thread, item) for the items 0 .. count - 1, on up to `threads` threads, which take the next when they are
 // done with one. `work` must not throw.
-void divide(int threads, int count, const std::function<void(int, int)>& work) {
+void parallel_for(int threads, int count, const std::function<void(int, int)>& work) {
   if (threads == 1) {
     for (int i = 0; i < count; ++i) work(0, i);
     return;
   }
-  thread_local Helpers helpers;
-  helpers.forget_if_forked();
-  if (helpers.pool == nullptr || helpers.threads < threads) {
-    helpers.pool = std::make_unique<Pool>(threads);
-    helpers.threads = threads;
-    helpers.forked = forks();
+  thread_local LocalPool local;
+  local.forget_if_forked();
+  if (local.pool == nullptr || local.threads < threads) {
+    local.pool = std::make_unique<Pool>(threads);
+    local.threads = threads;
+    local.forked = forks();
   }
   std::atomic<int> next{0};
-  Pool::Share share(*helpers.pool, threads);
+  Pool::Share share(*local.pool, threads);
   share.run(threads, true, [&](int thread) {
     for (int i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) work(thread, i);
   });
@@ -72,12 +72,12 @@ Pattern::Pattern(const bool* kept, std::size_t outputs, std::size_t inputs, cons
   }
   for (std::size_t k = 0; k < inputs; ++k) columns_.row_start[k + 1] += columns_.row_start[k];
   columns_.index.resize(rows_.index.size());
-  place_.resize(rows_.index.size());
+  transposed_position_.resize(rows_.index.size());
   std::vector<uint32_t> next(columns_.row_start.begin(), columns_.row_start.end() - 1);
   for (std::size_t n = 0; n < outputs; ++n) {
     for (uint32_t e = rows_.row_start[n]; e < rows_.row_start[n + 1]; ++e) {
-      place_[e] = next[rows_.index[e]]++;
-      columns_.index[place_[e]] = static_cast<uint16_t>(n);
+      transposed_position_[e] = next[rows_.index[e]]++;
+      columns_.index[transposed_position_[e]] = static_cast<uint16_t>(n);
     }
   }
   for (Lists* lists : {&rows_, &columns_}) lists->index.resize(lists->index.size() + 4 + kEntriesAhead, 0);
@@ -95,7 +95,7 @@ void Pattern::multiply(const Lists& lists, const float* values, const float* bia
   threads = std::max(1, std::min(threads, units));
   const std::size_t size = train_scratch(entries.columns, kernels_.train_tokens);
   float* const memory = scratch<0>(size * threads);
-  divide(threads, units, [&](int thread, int i) {
+  parallel_for(threads, units, [&](int thread, int i) {
     const std::size_t begin = i * unit, count = std::min(unit, tokens - begin);
     kernels_.multiply_entries(entries, values, bias, x + begin * entries.columns, static_cast<int>(count),
                               y + begin * entries.rows, memory + thread * size);
@@ -104,7 +104,7 @@ void Pattern::multiply(const Lists& lists, const float* values, const float* bia
 
 void Pattern::multiply(const float* x, std::size_t tokens, const float* weight, const float* bias, float* y,
                        int threads) const {
-  float* values = scratch<1>(place_.size());
+  float* values = scratch<1>(transposed_position_.size());
   for (int n = 0; n < outputs(); ++n) {
     const float* row = weight + static_cast<std::size_t>(n) * inputs();
     for (uint32_t e = rows_.row_start[n]; e < rows_.row_start[n + 1]; ++e) values[e] = row[rows_.index[e]];
@@ -114,27 +114,29 @@ void Pattern::multiply(const float* x, std::size_t tokens, const float* weight, 
 
 void Pattern::multiply_transposed(const float* dy, std::size_t tokens, const float* weight, float* dx,
                                   int threads) const {
-  float* values = scratch<1>(place_.size());
+  float* values = scratch<1>(transposed_position_.size());
   for (int n = 0; n < outputs(); ++n) {
     const float* row = weight + static_cast<std::size_t>(n) * inputs();
-    for (uint32_t e = rows_.row_start[n]; e < rows_.row_start[n + 1]; ++e) values[place_[e]] = row[rows_.index[e]];
+    for (uint32_t e = rows_.row_start[n]; e < rows_.row_start[n + 1]; ++e) {
+      values[transposed_position_[e]] = row[rows_.index[e]];
+    }
   }
   multiply(columns_, values, nullptr, dy, tokens, dx, threads);
 }
 
 void Pattern::weight_gradient(const float* x, const float* dy, std::size_t tokens, float* dw, int threads) const {
   const Entries& entries = rows_.entries;
-  float* const sums = scratch<1>(place_.size());
+  float* const sums = scratch<1>(transposed_position_.size());
   // Every part of the rows transposes all of x, and has about as many entries as the others.
   const int parts = std::min(threads, outputs());
   const auto first_row = [&](int part) {
-    const uint64_t entry = static_cast<uint64_t>(place_.size()) * part / parts;
+    const uint64_t entry = static_cast<uint64_t>(transposed_position_.size()) * part / parts;
     return static_cast<int>(std::lower_bound(rows_.row_start.begin(), rows_.row_start.end() - 1, entry) -
                             rows_.row_start.begin());
   };
   const std::size_t size = train_scratch(inputs(), kernels_.train_tokens), unit = kernels_.train_tokens;
   float* const memory = scratch<0>(size * parts);
-  divide(parts, parts, [&](int thread, int part) {
+  parallel_for(parts, parts, [&](int thread, int part) {
     const int begin = part == 0 ? 0 : first_row(part), end = part == parts - 1 ? outputs() : first_row(part + 1);
     std::fill(sums + rows_.row_start[begin], sums + rows_.row_start[end], 0.0f);
     for (std::size_t t = 0; t < tokens; t += unit) {

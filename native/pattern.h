@@ -36,8 +36,8 @@ class Pattern {
                 float* y, int threads) const;
 
   const Kernels& kernels_;
-  Lists rows_, columns_;          // of the matrix, and of its transpose
-  std::vector<uint32_t> place_;   // for each entry of rows_, its place in columns_
+  Lists rows_, columns_;                       // of the matrix, and of its transpose
+  std::vector<uint32_t> transposed_position_;  // for each entry of rows_, its position in columns_
 };
 
 }  // namespace pruneofa

@@ -25,7 +25,7 @@ inline void prefetch_entry([[maybe_unused]] const float* columns, [[maybe_unused
 }
 
 // For paths without better instructions.
-struct AnyVector {
+struct GenericVector {
   static constexpr int kTile = 4;
 
   static void transpose(const float* from, std::ptrdiff_t from_stride, float* to, std::ptrdiff_t to_stride) {
@@ -121,8 +121,8 @@ inline void multiply_tokens(const Entries& m, const float* values, const float* 
 
 // The entries e .. e + 3; the index of an entry past the last one is that of the last.
 template <class Path, int Vectors>
-inline void sample_entries(const Vector (&d)[Vectors], const float* columns, const uint16_t* index, int count,
-                           float* sums) {
+inline void sampled_products(const Vector (&d)[Vectors], const float* columns, const uint16_t* index, int count,
+                             float* sums) {
   constexpr int width = Vectors * kVectorLanes;
   const float* place[4];
   PRUNEOFA_UNROLL
@@ -161,8 +161,8 @@ inline void sample_tokens(const Entries& m, const float* x, const float* dy, int
       for (int i = 0; i < Vectors; ++i) d[i] = load_vector(gradients + (n - n0) * width + i * kVectorLanes);
       const uint32_t last = m.row_start[n + 1];
       uint32_t e = m.row_start[n];
-      for (; e + 4 <= last; e += 4) sample_entries<Path>(d, columns, m.index + e, 4, sums + e);
-      if (e < last) sample_entries<Path>(d, columns, m.index + e, static_cast<int>(last - e), sums + e);
+      for (; e + 4 <= last; e += 4) sampled_products<Path>(d, columns, m.index + e, 4, sums + e);
+      if (e < last) sampled_products<Path>(d, columns, m.index + e, static_cast<int>(last - e), sums + e);
     }
   }
 }

@@ -128,6 +128,7 @@ def test_a_size_out_of_range_is_refused(shape):
 
 @pytest.mark.parametrize("change", [
     {"x": (5, 3)}, {"weight": (3, 5)}, {"weight": (4, 3)}, {"bias": (4,)}, {"y": (5, 4)}, {"y": (4, 3)}, {"threads": 0},
+    {"threads": 4097},
 ])  # fmt: skip
 def test_sizes_that_do_not_fit_are_refused(change):
     given = {"x": (5, 4), "weight": (3, 4), "bias": (3,), "y": (5, 3)} | change

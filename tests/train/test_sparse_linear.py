@@ -3,19 +3,35 @@
 import copy
 import pickle
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers import BertForSequenceClassification, TrainerCallback
+from transformers import (
+    BertForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
+from pruneofa.errors import InputError
+from pruneofa.train import sparse_linear
 from pruneofa.train.callbacks import LockCallback
 from pruneofa.train.lock import PatternLock
 from pruneofa.train.masks import magnitude_mask, prunable
 from pruneofa.train.quantize import FakeQuantizer
-from pruneofa.train.sparse_linear import SparseLinear, compute_densely, is_masked, skip_locked_zeros
+from pruneofa.train.sparse_linear import (
+    SparseLinear,
+    compute_densely,
+    is_masked,
+    note_zeroed,
+    skip_locked_zeros,
+)
 from tests.tiny import tiny_bert
 from tests.train.fits import fit, losses, objective, small_text
 
@@ -86,8 +102,64 @@ def test_where_it_does_not_fit_it_is_a_linear_layer():
     torch.testing.assert_close(sparse(x)[:, 0] - sparse.bias[0], x.sum(1), rtol=1e-4, atol=1e-4)
     sparse.weight = replaced
     assert products(sparse(x))
+    assert not products(sparse.eval()(x)) and products(sparse.train()(x))
     compute_densely([sparse])
     assert type(sparse) is nn.Linear and not products(sparse(x))
+
+
+def test_the_transforms_of_torch():
+    dense, _, sparse = sparse_layer(24, 40)
+    x, tangent = torch.randn(5, 24), torch.randn(5, 24)
+    for transform in (
+        lambda layer: torch.func.vmap(layer)(x),
+        lambda layer: torch.func.jvp(layer, (x,), (tangent,))[1],
+        lambda layer: torch.func.grad(lambda given: layer(given).pow(2).sum())(x),
+        lambda layer: torch.compile(layer, backend="eager", fullgraph=True)(x),
+    ):
+        torch.testing.assert_close(transform(sparse), transform(dense))
+
+
+@pytest.mark.parametrize("change", ["add_", "data", "load_state_dict"])
+def test_a_changed_weight_is_multiplied_densely_until_it_is_zeroed(change):
+    _, pruned, sparse = sparse_layer(24, 40)
+    x, other = torch.randn(5, 24), torch.randn(40, 24)
+    with torch.no_grad():
+        if change == "add_":
+            other = sparse.weight + other
+            sparse.weight.copy_(other)
+        elif change == "data":
+            sparse.weight.data = other
+        else:
+            sparse.load_state_dict({"weight": other, "bias": sparse.bias})
+    y = sparse(x)
+    torch.testing.assert_close(y, nn.functional.linear(x, other, sparse.bias))
+    with torch.no_grad():
+        sparse.weight.masked_fill_(pruned, 0)
+    assert not products(y) and not products(sparse(x))
+    note_zeroed([sparse])
+    assert products(sparse(x))
+    compute_densely([sparse])
+    note_zeroed([sparse])  # as a callback does whose layers another one has changed
+    assert not products(sparse(x))
+
+
+def test_memory_order_of_weights_and_masks():
+    pruned = torch.arange(960).view(40, 24) % 10 > 0
+    layer = nn.Linear(24, 40)
+    layer.weight = nn.Parameter(torch.ones(24, 40).t().masked_fill_(pruned, 0))
+    assert not layer.weight.is_contiguous()
+    assert skip_locked_zeros(layer, {"w": layer.weight}, {"w": layer.weight == 0}) == []
+    layer.weight = nn.Parameter(torch.ones(40, 24).masked_fill(pruned, 0))
+    x = torch.randn(5, 24)
+    wanted = layer(x)
+    assert skip_locked_zeros(layer, {"w": layer.weight}, {"w": pruned.t().contiguous().t()}) == [layer]
+    torch.testing.assert_close(layer(x), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_unknown_instructions_are_named(monkeypatch):
+    monkeypatch.setenv("PRUNEOFA_ISA", "sse9")
+    with pytest.raises(InputError, match="^PRUNEOFA_ISA is 'sse9', which this CPU does not run; wanted one of"):
+        sparse_layer(24, 40)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, lambda layer: pickle.loads(pickle.dumps(layer))])
@@ -154,6 +226,10 @@ def prune_model(model, sparsity=0.9):
     return model
 
 
+def sparse_classifier():
+    return prune_model(tiny_bert(BertForSequenceClassification, num_labels=2))
+
+
 def sparse_layers(model):
     return [module for module in model.modules() if isinstance(module, SparseLinear)]
 
@@ -179,6 +255,7 @@ def trained(tmp_path, name, *, lock=None, stop=None, dropout=0.0, **options):
     try:
         fit(made, text, tmp_path / name, steps=6, events=events, callbacks=callbacks, **options)
     except InterruptedError:
+        assert sparse_layers(made.student) == []
         return None
     assert sparse_layers(made.student) == []
     for n, w in prunable(made.student).items():
@@ -207,7 +284,7 @@ def test_training_that_resumes_ends_with_the_same_bits(tmp_path):
 
 
 def test_the_lock_masks_gradients_of_other_losses_too():
-    model = prune_model(tiny_bert(BertForSequenceClassification, num_labels=2))
+    model = sparse_classifier().train()
     lock = PatternLock.capture(model)
     layers = skip_locked_zeros(model, lock.weights, lock.pruned)
     seen = []
@@ -227,7 +304,85 @@ def test_the_lock_masks_gradients_of_other_losses_too():
 
 
 def test_quantization_aware_layers_are_left():
-    model = prune_model(tiny_bert(BertForSequenceClassification, num_labels=2))
+    model = sparse_classifier().train()
     FakeQuantizer(model)
     lock = PatternLock.capture(model)
     assert skip_locked_zeros(model, lock.weights, lock.pruned) == []
+
+
+def stock_trainer(model, folder, *callbacks, **options):
+    rows = [{"input_ids": torch.arange(5, 13) + i, "labels": torch.tensor(i % 2)} for i in range(16)]
+    args = TrainingArguments(
+        str(folder), use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no", num_train_epochs=1,
+        per_device_train_batch_size=4, **options,
+    )  # fmt: skip
+    return Trainer(model, args, train_dataset=rows, callbacks=list(callbacks))
+
+
+@pytest.fixture
+def multiplied(monkeypatch):
+    """Collects the shape of the weight in every sparse product."""
+    shapes, apply = [], sparse_linear._Products.apply
+
+    def record(x, weight, *rest):
+        shapes.append(tuple(weight.shape))
+        return apply(x, weight, *rest)
+
+    monkeypatch.setattr(sparse_linear._Products, "apply", record)
+    return shapes
+
+
+def test_any_trainer_skips_zeros_in_every_step(tmp_path, multiplied):
+    model, seen = sparse_classifier(), Stop()
+    start = {name: weight.detach() == 0 for name, weight in prunable(model).items()}
+    stock_trainer(model, tmp_path, LockCallback(), seen).train()
+    assert seen.counts == {2 * 6 + 1} and len(multiplied) == 4 * (2 * 6 + 1)
+    assert sparse_layers(model) == []
+    for name, weight in prunable(model).items():
+        assert torch.equal(weight == 0, start[name]), name
+
+
+def test_a_model_after_an_interruption(tmp_path, multiplied):
+    model = sparse_classifier()
+    with pytest.raises(InterruptedError):
+        stock_trainer(model, tmp_path, LockCallback(), Stop(2)).train()
+    ids = torch.arange(5, 13)[None]
+    other = tiny_bert(BertForSequenceClassification, num_labels=2, seed=1)
+    model.load_state_dict(other.state_dict())
+    for mode in (True, False):
+        torch.manual_seed(0)
+        found = model.train(mode)(input_ids=ids).logits
+        torch.manual_seed(0)
+        torch.testing.assert_close(found, other.train(mode)(input_ids=ids).logits)
+
+    # Another pattern, with one layer that has no zeros now.
+    prune_model(model)
+    full = model.bert.encoder.layer[0].attention.self.query
+    with torch.no_grad():
+        full.weight.fill_(0.01)
+    multiplied.clear()
+    seen = Stop()
+    stock_trainer(model, tmp_path, LockCallback(), seen).train()
+    assert seen.counts == {2 * 6} and len(multiplied) == 4 * 2 * 6
+    assert sparse_layers(model) == [] and (full.weight != 0).all()
+
+
+def test_a_compiled_model_computes_densely(tmp_path, multiplied):
+    model = sparse_classifier()
+    model.compile(backend="eager")
+    stock_trainer(model, tmp_path, LockCallback(), max_steps=1).train()
+    assert multiplied == [] and sparse_layers(model) == []
+    assert all((weight == 0).float().mean() > 0.89 for weight in prunable(model).values())
+
+
+@pytest.mark.parametrize("options", [{"bf16": True}, {"torch_compile": True}, {"world_size": 2}])
+def test_where_other_products_are_computed_no_layer_changes(tmp_path, options):
+    model, callback = sparse_classifier(), LockCallback()
+    args = stock_trainer(model, tmp_path).args
+    control = {"state": TrainerState(), "control": TrainerControl(), "model": model}
+    callback.on_train_begin(args, **control)
+    assert len(sparse_layers(model)) == 2 * 6 + 1
+    changed = SimpleNamespace(**{name: getattr(args, name) for name in ("world_size", "torch_compile", "bf16", "fp16")})
+    vars(changed).update(options)
+    callback.on_train_begin(changed, **control)
+    assert sparse_layers(model) == []

@@ -153,7 +153,7 @@ def quantize_aware(
     quantizer = FakeQuantizer(student, **numerics(settings))
     data, steps = qat_dataset(settings, task)
     freeze = 1.0 if settings.freeze is None else settings.freeze
-    callbacks = [LockCallback(), QuantizeCallback(quantizer, freeze)]
+    callbacks = [LockCallback(skip_zeros=False), QuantizeCallback(quantizer, freeze)]
     clock = _train(objective, training, job, task, data, steps, callbacks)
     return _quantized(student, quantizer, model, **clock)
 

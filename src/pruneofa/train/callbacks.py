@@ -16,7 +16,7 @@ from pruneofa.train.lock import PatternLock
 from pruneofa.train.masks import prunable
 from pruneofa.train.prune import GradualPruner
 from pruneofa.train.quantize import FakeQuantizer
-from pruneofa.train.sparse_linear import compute_densely, skip_locked_zeros
+from pruneofa.train.sparse_linear import compute_densely, note_zeroed, skip_locked_zeros
 
 PRUNER_FILE = "pruner.safetensors"
 OBSERVER_FILE = "observers.safetensors"
@@ -119,7 +119,8 @@ class LockCallback(TrainerCallback):
     may create another model (`model_init`) after the callback has seen the first one.
 
     In training of one process on a CPU, layers with many zeros skip them where they compute in float32 (see
-    `sparse_linear`), unless `skip_zeros` is false; results change by rounding only.
+    `sparse_linear`), unless `skip_zeros` is false; results change by rounding only. They become nn.Linear again
+    when training ends; after an interruption they stay SparseLinear, which computes densely once a weight is changed.
     """
 
     def __init__(self, *, skip_zeros: bool = True) -> None:
@@ -149,15 +150,18 @@ class LockCallback(TrainerCallback):
                 self.lock = self.lock.on(model)
             else:
                 self._capture(model)
-        compute_densely(self._sparse)  # of an earlier training that was interrupted
+        # Of an earlier training that was interrupted, perhaps with another callback.
+        compute_densely([*self._sparse, *model.modules()])
         self._sparse = []
-        if self.skip_zeros and args.world_size == 1 and not args.torch_compile and self.lock is not None:
+        elsewhere = args.world_size > 1 or args.torch_compile or args.bf16 or args.fp16  # than in a SparseLinear
+        if self.skip_zeros and not elsewhere and self.lock is not None:
             self._sparse = skip_locked_zeros(model, self.lock.weights, self.lock.pruned)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Set the pruned weights back to +0.0."""
         assert self.lock is not None
         self.lock.apply()
+        note_zeroed(self._sparse)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Remember the step that was saved last."""

@@ -21,22 +21,26 @@ LEAST_SPARSITY = 0.75
 MOST_FEATURES = 65535  # inputs or outputs of a native pattern
 _MASKED = "pruneofa_masked"  # attribute of gradients made here: their version, which counts changes in place
 
+# The native pattern of a layer, its weight, and the state of that when its pruned values were last known to be zero.
 # Outside of the layers: a copy of a layer, or one that is loaded from a pickle, is dense.
-_patterns: "WeakKeyDictionary[nn.Module, tuple[Tensor, Any]]" = WeakKeyDictionary()
+_patterns: "WeakKeyDictionary[nn.Module, tuple[Any, Tensor, tuple[int, int]]]" = WeakKeyDictionary()
 
 
 class SparseLinear(nn.Linear):
     """nn.Linear that skips the locked zeros of its weight; made of one by `skip_locked_zeros`.
 
-    It computes as nn.Linear for inputs that are not float32 on the CPU, under autocast, when its parameter has been
-    replaced, and in copies.
+    It computes as nn.Linear in evaluation mode, for inputs that are not float32 on the CPU, under autocast, when its
+    parameter was replaced, or changed in place since the lock zeroed it (`weight.data.add_(x)`, which PyTorch does not
+    record, is not seen), in copies, and under torch.compile and the transforms of torch.func.
     """
 
     def forward(self, input: Tensor) -> Tensor:
         """As nn.Linear: (..., in) to (..., out)."""
-        weight, pattern = _patterns.get(self, (None, None))
-        here = weight is self.weight and all(x.dtype == torch.float32 and x.is_cpu for x in (input, self.weight))
-        if not here or torch.is_autocast_enabled("cpu") or not self.weight.is_contiguous():
+        if not self.training or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return super().forward(input)
+        pattern, weight, zeroed = _patterns.get(self, (None, None, None))
+        supported = weight is self.weight and all(x.dtype == torch.float32 and x.is_cpu for x in (input, self.weight))
+        if not supported or torch.is_autocast_enabled("cpu") or zeroed != _state(self.weight):
             return super().forward(input)
         rows = input.reshape(-1, self.in_features)
         return _Products.apply(rows, self.weight, self.bias, pattern).view(*input.shape[:-1], self.out_features)
@@ -76,8 +80,16 @@ class _Products(torch.autograd.Function):
 
 
 def is_masked(gradient: Tensor) -> bool:
-    """Whether a weight's gradient is of a SparseLinear, and nothing was added to it: it is zero at pruned weights."""
+    """Whether a weight's gradient is of a SparseLinear, and nothing was added to it: it is zero at pruned weights.
+
+    A hook that writes through `gradient.data` is not seen: PyTorch does not record that either.
+    """
     return getattr(gradient, _MASKED, None) == gradient._version
+
+
+def _state(weight: Tensor) -> tuple[int, int]:
+    """Differs after a change in place and after `weight.data = other`."""
+    return weight.data_ptr(), weight._version
 
 
 def _array(tensor: Tensor) -> Any:
@@ -90,12 +102,13 @@ def skip_locked_zeros(
     """Make the linear layers of `model` whose weight is locked skip its zeros, where this is faster.
 
     Args:
-        model: its layers must not have a `forward` of their own, as those of a FakeQuantizer do; such ones are left.
+        model: layers that have a `forward` of their own, as those of a FakeQuantizer do, are left.
         weights: the locked weights.
         pruned: by the same names, bool of the weight's shape, True where the weight is zero and stays so.
 
     Returns:
-        The layers that were changed, for `compute_densely`; none without the native extension.
+        The layers that were changed, for `note_zeroed` after every step and for `compute_densely`; none without the
+        native extension. Raises InputError when the variable PRUNEOFA_ISA names instructions that this CPU lacks.
     """
     locked = {id(weight): pruned[name] for name, weight in weights.items()}
     changed: list[nn.Module] = []
@@ -105,15 +118,25 @@ def skip_locked_zeros(
         weight, mask = module.weight, locked.get(id(module.weight))
         if mask is None or not weight.is_cpu or weight.dtype != torch.float32 or max(weight.shape) > MOST_FEATURES:
             continue
-        if int(mask.count_nonzero()) >= LEAST_SPARSITY * mask.numel():
-            _patterns[module] = (weight, native.Pattern((~mask).cpu().numpy(), choose_isa(None)))
+        if weight.is_contiguous() and int(mask.count_nonzero()) >= LEAST_SPARSITY * mask.numel():
+            kept = (~mask).cpu().contiguous().numpy()
+            _patterns[module] = (native.Pattern(kept, choose_isa(None)), weight, _state(weight))
             module.__class__ = SparseLinear
             changed.append(module)
     return changed
 
 
-def compute_densely(layers: Iterable[nn.Module]) -> None:
-    """Undo `skip_locked_zeros` for `layers`."""
+def note_zeroed(layers: Iterable[nn.Module]) -> None:
+    """Say that the pruned weights of `layers` are zero now; until then, a change in place made the layers dense."""
     for layer in layers:
-        _patterns.pop(layer, None)
-        layer.__class__ = nn.Linear
+        if layer in _patterns:
+            pattern, weight, _ = _patterns[layer]
+            _patterns[layer] = (pattern, weight, _state(weight))
+
+
+def compute_densely(modules: Iterable[nn.Module]) -> None:
+    """Undo `skip_locked_zeros` for every SparseLinear of `modules`."""
+    for module in modules:
+        if type(module) is SparseLinear:
+            _patterns.pop(module, None)
+            module.__class__ = nn.Linear

@@ -32,6 +32,7 @@ from pruneofa.train.checkpoints import (
 )
 from pruneofa.train.device import prepare_models, processes, split_batch, trainer_options
 from pruneofa.train.micro_batches import Batch, StepCollate, split
+from pruneofa.train.sparse_linear import compute_densely
 
 AGREEMENT_STEPS = 10  # several processes agree on stops and checkpoints every so many steps: asking makes a GPU wait
 
@@ -377,6 +378,7 @@ def train(
     try:
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     finally:
+        compute_densely(objective.modules())  # the LockCallback has done so, if there was no error
         writer.close()
         bookkeeping.close()
     if bookkeeping.interrupted:
