@@ -10,7 +10,7 @@ from pruneofa.errors import InputError
 
 # What a pass costs, in tokens of one thread; benchmarks/lanes.py measures it.
 _WEIGHTS = 24  # reading the weights once
-_BARRIERS = 2.0  # meeting at the barriers of BERT-Base on AMX, for each thread beyond the first
+_BARRIERS = 2.0  # meeting at the barriers of 12 layers of 768 on AMX, for each thread beyond the first
 _UNEVEN = 0.08  # the share that is lost for each thread beyond the first, because the slowest is waited for
 # Tokens of a part, for each thread of the lane. With more the activations do not fit a core's caches, with fewer the
 # weights are read too often; measured with 12 layers of hidden size 768.
@@ -19,11 +19,11 @@ _MOST_PART = 384
 _MOST_TOKENS = 16384  # whose hidden states are in memory at a time
 
 
-# BERT-Base with dynamic scales: barriers of a pass, and weights of the linear layers.
-_BERT_BARRIERS, _BERT_WEIGHTS = 121, 84_934_656
+# 12 layers of 768 with dynamic scales: barriers of a pass, and weights of the linear layers.
+_BASE_BARRIERS, _BASE_WEIGHTS = 121, 84_934_656
 # Time of a token on AMX, relative to that on another path: there a barrier takes as long, and so costs fewer tokens.
-# BERT-Base, 128 tokens, int8 (benchmarks/records/*-engine); paths that were not timed there, and fp32, which uses
-# neither tiles nor VNNI, count as AVX2.
+# 12 layers of 768, 128 tokens, int8 (benchmarks/records/*-engine); paths that were not timed there, and fp32, which
+# uses neither tiles nor VNNI, count as AVX2.
 _SPEED = {"amx": 1.0, "avx512vnni": 0.42}
 _OTHER_SPEED = 0.2
 
@@ -75,9 +75,9 @@ def meeting_cost(barriers: int, weights: int, isa: str, precision: str) -> float
         isa: the path.
         precision: "int8" or "fp32".
     """
-    size = _BERT_WEIGHTS / weights
+    size = _BASE_WEIGHTS / weights
     speed = _SPEED.get(isa, _OTHER_SPEED) if precision == "int8" else _OTHER_SPEED
-    return _BARRIERS * barriers / _BERT_BARRIERS * size * speed
+    return _BARRIERS * barriers / _BASE_BARRIERS * size * speed
 
 
 def plan(lengths: Sequence[int], threads: int, lanes: int | None = None, meeting: float = _BARRIERS) -> Plan:
