@@ -15,7 +15,7 @@ LOST_NOTE = (
     "from the seeds."
 )
 _STAGES = {"teacher": "teacher preparation", "prune": "pruning", "control": VARIANTS["control"]}
-_TASK_STAGES = {"teacher": "dense"}
+_TASK_STAGES = VARIANTS | {"teacher": VARIANTS["dense"]}  # by the folders of a run
 
 
 def lost_rows(results: dict[str, Any]) -> Rows:
@@ -69,7 +69,7 @@ def _stage_name(stage: str) -> str:
     if "/" not in stage:
         return _STAGES.get(stage, stage)
     _, task, _, variant = stage.split("/")
-    return f"{task}: {_TASK_STAGES.get(variant) or VARIANTS.get(variant, variant)}"
+    return f"{task}: {_TASK_STAGES.get(variant, variant)}"
 
 
 def _epochs(seeds: list[dict[str, Any]]) -> tuple[str, str]:

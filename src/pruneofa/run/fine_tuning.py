@@ -130,12 +130,12 @@ def fine_tune(
     assert task.train is not None
     data = task.train.train_dataset(settings.batch, settings.seed, settings.epochs)
     callbacks: list[Any] = [LockCallback(skip_zeros=settings.skip_zeros)] if settings.locked else []
-    if task.epoch_rows is None:
-        clock = _train(objective, settings, job, task, data, len(data) // settings.batch, callbacks)
-        return Outcome(objective.student, load_tokenizer(model.path), **clock)
-    epochs = EpochCallback(task, data.steps_per_epoch, job.work, job.emit, job.name)
-    clock = _train(objective, settings, job, task, data, len(data) // settings.batch, [*callbacks, epochs])
-    return Outcome(objective.student, load_tokenizer(model.path), epochs=epochs.found(), **clock)
+    epochs = None
+    if task.epoch_rows is not None:
+        epochs = EpochCallback(task, data.steps_per_epoch, job.work, job.emit, job.name)
+        callbacks.append(epochs)
+    clock = _train(objective, settings, job, task, data, len(data) // settings.batch, callbacks)
+    return Outcome(objective.student, load_tokenizer(model.path), epochs=epochs and epochs.found(), **clock)
 
 
 def quantize_aware(
