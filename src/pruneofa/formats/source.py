@@ -54,9 +54,11 @@ def check_finite(folder: Path) -> None:
 def read_float(original: str, stored: StoredTensor) -> np.ndarray:
     """A tensor as float32, which holds every float16 and bfloat16 exactly. Raises InputError for NaN and infinity."""
     weight = read_tensor(original, stored).astype(np.float32, copy=False)
-    if not np.isfinite(weight).all():
-        count = weight.size - int(np.count_nonzero(np.isfinite(weight)))
-        raise InputError(
-            f"{stored.file}: {original} has {count} NaN or infinite values; wanted finite numbers: train again"
-        )
+    refuse_non_finite(f"{stored.file}: {original}", weight)
     return weight
+
+
+def refuse_non_finite(name: str, weight: np.ndarray) -> None:
+    """Raises InputError, beginning with `name`, if a weight is NaN or infinite."""
+    if count := weight.size - int(np.count_nonzero(np.isfinite(weight))):
+        raise InputError(f"{name} has {count} NaN or infinite values; wanted finite numbers: train again")

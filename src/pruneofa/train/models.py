@@ -17,6 +17,7 @@ from pruneofa.families import base_name
 from pruneofa.formats.architecture import check_layers
 from pruneofa.formats.files import file_fingerprint, fingerprint
 from pruneofa.formats.hub import check_model_name, not_on_hub
+from pruneofa.formats.source import refuse_non_finite
 from pruneofa.formats.tensors import unsafe_binary
 from pruneofa.formats.tokenizer_file import read_limited
 
@@ -171,11 +172,7 @@ def read_model(
     unused = [base_name(name) for name in info["unexpected_keys"]]
     check_layers(families.of(model.config.model_type), model.config.num_hidden_layers, unused, f"model {path}")
     for name, weight in model.named_parameters():
-        if not bool(weight.isfinite().all()):
-            count = weight.numel() - int(weight.isfinite().count_nonzero())
-            raise InputError(
-                f"model {path}: {name} has {count} NaN or infinite values; wanted finite numbers: train it again"
-            )
+        refuse_non_finite(f"model {path}: {name}", weight.numpy(force=True))
     return model, info
 
 
