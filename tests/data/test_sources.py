@@ -130,7 +130,7 @@ def test_the_fingerprint_is_of_the_text_not_of_its_name_or_compression(tmp_path)
         ("a.jsonl", b'{"text": 3}\n', r"column 'text' holds int, wanted strings"),
         ("a.jsonl", b'{"txt": "a", "id": 1}\n', r"no column 'text', it has txt, id; did you mean 'txt'\?"),
         ("a.jsonl", b'{"text": "a \\ud800"}\n', r"a\.jsonl line 1: column 'text' has half of a surrogate pair, which"),
-        ("a.txt", b"text\n\n\0\1", r"a\.txt: NUL at byte 6, which no text has; convert it, or leave it out"),
+        ("a.txt", b"text\n\n\0\1", r"a\.txt: NUL at byte 6, which no text has; convert the file"),
         ("a.jsonl", b"[1]\n", r"line 1 is a JSON list, wanted an object; write one object per line"),
         ("a.jsonl", b'{"text": "a"}\n{"text"', r"line 2 is not JSON"),
         ("a.txt.gz", b"not gzip", r"damaged or not gz data"),

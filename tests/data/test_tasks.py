@@ -278,7 +278,7 @@ BAD_FILES = [
     ("d.jsonl", b'{"text": "a", "label": 1' + b"0" * 5000 + b"}\n", "line 1 is not JSON .*4300"),
     ("d.jsonl", b'{"text": ' + b"[" * 100_000, "line 1 is not JSON"),
     ("d.csv", b"text,label\na,x\nb,y\1\n", r"label 'y\\x01' in row 2 of column 'label' has a control character"),
-    ("d.csv", b"text,label\na,x\nb\0,y\n", r"d\.csv: NUL in line 3, which no text has; write the file again"),
+    ("d.csv", b"text,label\na,x\nb\0,y\n", r"d\.csv: NUL in line 3, which no text has; convert the file"),
     ("d.csv", b"text,label\n ,x\n,y\n", "text column 'text' is blank in all 2 rows"),
     ("d.parquet", b"PAR1 not really", "not readable as parquet"),
     ("d.txt", b"text", "got '.txt', wanted .parquet, .jsonl, .csv, .tsv"),

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pruneofa.data.characters import half_pair, nul
 from pruneofa.data.labels import as_text, refuse_row_ids
 from pruneofa.data.root import root_folder
 from pruneofa.errors import InputError, first_line
@@ -98,9 +99,7 @@ def _array(values: list[Any], where: str, key: str) -> pa.Array:
     try:
         return pa.array(values)
     except UnicodeEncodeError:
-        raise InputError(
-            f"{where}: column {key!r} has half of a surrogate pair, which is no text; write the file again"
-        ) from None
+        raise half_pair(where, key) from None
     except OverflowError:
         raise InputError(f"{where}: column {key!r} has an integer of over 64 bits; write it as a string") from None
     except (pa.ArrowException, TypeError) as error:
@@ -241,7 +240,7 @@ def _decode(path: Path, where: str) -> str:
         raise InputError(f"{where}: {path}: not UTF-8 at line {line}; convert it, for example with iconv") from None
     if (zero := text.find("\0")) >= 0:
         line = text.count("\n", 0, zero) + 1
-        raise InputError(f"{where}: {path}: NUL in line {line}, which no text has; write the file again")
+        raise nul(f"{where}: {path}", f"in line {line}")
     return text
 
 

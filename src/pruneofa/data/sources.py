@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from pruneofa.data.characters import half_pair, nul
 from pruneofa.data.root import root_folder
 from pruneofa.errors import InputError
 from pruneofa.formats.delimited import literal_quotes, read_fields
@@ -220,9 +221,7 @@ def _text(where: object, column: str, value: object) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise InputError(
-            f"{where}: column {column!r} has half of a surrogate pair, which is no text; write the file again"
-        ) from None
+        raise half_pair(where, column) from None
     return value.strip()
 
 
@@ -333,7 +332,7 @@ def _check(path: Path, column: str) -> str:
             if not block:
                 break
             if (zero := block.find(0)) >= 0:
-                raise InputError(f"{path}: NUL at byte {offset + zero}, which no text has; convert it, or leave it out")
+                raise nul(path, f"at byte {offset + zero}")
             digest.update(block)
             offset += len(block)
             quotes = quotes or b'"' in block
