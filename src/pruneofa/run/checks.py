@@ -16,8 +16,13 @@ from pruneofa.run.pretraining import learning_rate, schedule
 from pruneofa.run.stage import Stage, Step
 from pruneofa.train import curvature, layerwise
 from pruneofa.train.device import processes, split_batch
+from pruneofa.train.lock import sparsity_of
 from pruneofa.train.models import load_config, load_for_pretraining, load_tokenizer
 from pruneofa.train.prune import GradualPruner
+
+# By how much a model's sparsity may exceed that it is pruned to: weights of a dense model can be zero too, and not all
+# programs round the number of zeros down.
+ROUNDING = 1e-3
 
 
 def check(recipe: Recipe, inputs: Inputs, steps: Iterable[Step], *, tokenize: bool = True) -> None:
@@ -68,6 +73,7 @@ def check_pretraining(model: str, teacher: Teacher | None, prune: Prune | None, 
             split_batch(settings.batch, settings.micro_batch)
     if prune is not None:
         pruner = GradualPruner(loaded, **schedule(prune))
+        _check_sparsity(model, pruner, prune)
         if prune.score == "obs":
             curvature.check_memory(pruner.weights, prune.block, prune.pattern)
         elif prune.score == "hessian":
@@ -75,6 +81,18 @@ def check_pretraining(model: str, teacher: Teacher | None, prune: Prune | None, 
         pruner.release()
         if prune.steps:
             learning_rate(prune)(0)
+
+
+def _check_sparsity(model: str, pruner: GradualPruner, prune: Prune) -> None:
+    """Raises InputError when the model has more zeros than pruning would leave: the others would train again."""
+    zeros = {name: weight == 0 for name, weight in pruner.weights.items()}
+    sparsity = sparsity_of(pruner.weights, zeros)["encoder"]
+    if sparsity > prune.final + ROUNDING:
+        remedy = "raise it" if pattern.ratio_of(prune.pattern) is None else "choose another prune.pattern"
+        raise InputError(
+            f"prune.final is {prune.final:g}, but {model} has a sparsity of {sparsity:.3g} already, wanted at least "
+            f"that; {remedy}, or give the dense model"
+        )
 
 
 def check_task(model: str, spec: Task, task: task_data.Task) -> None:
