@@ -1,61 +1,26 @@
-// Python bindings of the engine. Array arguments are never converted (noconvert), because a silent cast would give
-// wrong results. The GIL is released while kernels run.
-#include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
+// Python bindings of the engine, under the rules of bindings.h.
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include <chrono>
 #include <cmath>
 #include <memory>
 #include <optional>
 #include <stdexcept>
-#include <thread>
 #include <type_traits>
 
-#include "ceilings.h"
+#include "bindings.h"
 #include "dispatch.h"
 #include "encoder.h"
 #include "linear.h"
-#include "pattern.h"
 #include "scheduler.h"
 
-namespace nb = nanobind;
+namespace pruneofa {
 using namespace nb::literals;
 
-namespace pruneofa {
 namespace {
-
-// Lets other Python threads run as long as it lives. A daemon thread that comes back after the interpreter has ended may
-// not have the lock: up to Python 3.13 it is ended there by unwinding its stack, which C++ does not let pass through the
-// functions that called this one. It waits instead, as from 3.14 on, until the process ends.
-class WithoutGil {
- public:
-  WithoutGil() : thread_(PyEval_SaveThread()) {}
-  ~WithoutGil() {
-    try {
-      PyEval_RestoreThread(thread_);
-    } catch (...) {
-      for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
-    }
-  }
-  WithoutGil(const WithoutGil&) = delete;
-  WithoutGil& operator=(const WithoutGil&) = delete;
-
- private:
-  PyThreadState* const thread_;
-};
-
-template <class T, std::size_t Dimensions>
-using Array = nb::ndarray<const T, nb::numpy, nb::ndim<Dimensions>, nb::c_contig, nb::device::cpu>;
-template <class T>
-using Vector = Array<T, 1>;
-template <class T>
-using Matrix = Array<T, 2>;
-using Output = nb::ndarray<float, nb::numpy, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 // Zeroed memory that belongs to a Python object.
 template <class T>
@@ -69,12 +34,6 @@ nb::ndarray<nb::numpy, T, nb::ndim<2>> new_matrix(std::size_t rows, std::size_t 
   const nb::capsule owner = new_memory(rows * columns, data);
   return nb::ndarray<nb::numpy, T, nb::ndim<2>>(*data, {rows, columns}, owner);
 }
-
-void expect(bool fits, const char* what) {
-  if (!fits) throw std::invalid_argument(what);
-}
-
-void expect_threads(int threads) { expect(threads >= 1 && threads <= 4096, "threads: wanted 1 to 4096"); }
 
 void expect_scales(const std::vector<float>& scale) {
   for (const float one : scale) expect(std::isfinite(one) && one > 0, "a scale is not a positive finite number");
@@ -171,51 +130,6 @@ nb::ndarray<nb::numpy, int32_t, nb::ndim<2>> linear_accumulate(const Linear& lin
   const WithoutGil release;
   linear.accumulate(x.data(), tokens, out);
   return result;
-}
-
-std::shared_ptr<Pattern> pattern(Matrix<bool> kept, const std::string& isa) {
-  const Kernels& kernels = kernels_for(isa);
-  const WithoutGil release;
-  return std::make_shared<Pattern>(kept.data(), kept.shape(0), kept.shape(1), kernels);
-}
-
-template <class T>
-void expect_shape(const T& array, std::size_t rows, int columns, const char* what) {
-  expect(array.shape(0) == rows && array.shape(1) == static_cast<std::size_t>(columns), what);
-  expect(rows < 1u << 24, "too many rows");
-}
-
-void pattern_multiply(const Pattern& pattern, Matrix<float> x, Matrix<float> weight, std::optional<Vector<float>> bias,
-                      Output y, int threads) {
-  const std::size_t tokens = x.shape(0);
-  expect_shape(x, tokens, pattern.inputs(), "x: wanted one column per input");
-  expect_shape(weight, pattern.outputs(), pattern.inputs(), "weight: wanted the shape of the pattern");
-  expect(!bias || bias->shape(0) == weight.shape(0), "bias: wanted one per output");
-  expect_shape(y, tokens, pattern.outputs(), "y: wanted a row per row of x and one column per output");
-  expect_threads(threads);
-  const WithoutGil release;
-  pattern.multiply(x.data(), tokens, weight.data(), bias ? bias->data() : nullptr, y.data(), threads);
-}
-
-void pattern_multiply_transposed(const Pattern& pattern, Matrix<float> dy, Matrix<float> weight, Output dx,
-                                 int threads) {
-  const std::size_t tokens = dy.shape(0);
-  expect_shape(dy, tokens, pattern.outputs(), "dy: wanted one column per output");
-  expect_shape(weight, pattern.outputs(), pattern.inputs(), "weight: wanted the shape of the pattern");
-  expect_shape(dx, tokens, pattern.inputs(), "dx: wanted a row per row of dy and one column per input");
-  expect_threads(threads);
-  const WithoutGil release;
-  pattern.multiply_transposed(dy.data(), tokens, weight.data(), dx.data(), threads);
-}
-
-void pattern_weight_gradient(const Pattern& pattern, Matrix<float> x, Matrix<float> dy, Output dw, int threads) {
-  const std::size_t tokens = x.shape(0);
-  expect_shape(x, tokens, pattern.inputs(), "x: wanted one column per input");
-  expect_shape(dy, tokens, pattern.outputs(), "dy: wanted a row per row of x and one column per output");
-  expect_shape(dw, pattern.outputs(), pattern.inputs(), "dw: wanted the shape of the pattern");
-  expect_threads(threads);
-  const WithoutGil release;
-  pattern.weight_gradient(x.data(), dy.data(), tokens, dw.data(), threads);
 }
 
 // Keeps a reference to the array of the rows. The destructor of the last owner acquires the GIL.
@@ -337,21 +251,6 @@ nb::ndarray<nb::numpy, float, nb::ndim<2>> encoder_forward(Scheduler& encoder, V
   return nb::ndarray<nb::numpy, float, nb::ndim<2>>(out, {rows, hidden}, owner);
 }
 
-double peak(const std::string& isa, bool int8, int threads) {
-  expect_threads(threads);
-  const Kernels& kernels = kernels_for(isa);
-  const WithoutGil release;
-  return arithmetic_peak(kernels, int8, threads);
-}
-
-double bandwidth(const std::string& isa, std::size_t bytes, int threads) {
-  expect_threads(threads);
-  expect(bytes >= 1 && bytes <= std::size_t{1} << 40, "bytes: wanted 1 to 2^40");
-  const Kernels& kernels = kernels_for(isa);
-  const WithoutGil release;
-  return read_bandwidth(kernels, bytes, threads);
-}
-
 std::vector<std::pair<std::string, std::string>> choices(const Scheduler& scheduler) {
   const Encoder& encoder = scheduler.encoder();
   std::vector<std::pair<std::string, std::string>> all;
@@ -381,8 +280,6 @@ NB_MODULE(_native, m) {
   };
   m.def("available_isas", [names] { return names(available_kernels()); });
   m.def("built_isas", [names] { return names(built_kernels()); });
-  m.def("arithmetic_peak", &peak, "isa"_a, "int8"_a, "threads"_a);
-  m.def("read_bandwidth", &bandwidth, "isa"_a, "bytes"_a, "threads"_a);
   nb::class_<Linear>(m, "Linear")
       .def(nb::new_(&int8_linear), "bitmask"_a.noconvert(), "values"_a.noconvert(), "scale"_a.noconvert(),
            "bias"_a.noconvert().none(), "k"_a, "isa"_a, "input"_a = nb::none())
@@ -393,14 +290,8 @@ NB_MODULE(_native, m) {
       .def_prop_ro("choice", &Linear::choice)
       .def("accumulate", &linear_accumulate, "x"_a.noconvert())
       .def("forward", &linear_forward, "x"_a.noconvert());
-  nb::class_<Pattern>(m, "Pattern")
-      .def(nb::new_(&pattern), "kept"_a.noconvert(), "isa"_a)
-      .def("multiply", &pattern_multiply, "x"_a.noconvert(), "weight"_a.noconvert(), "bias"_a.noconvert().none(),
-           "y"_a.noconvert(), "threads"_a)
-      .def("multiply_transposed", &pattern_multiply_transposed, "dy"_a.noconvert(), "weight"_a.noconvert(),
-           "dx"_a.noconvert(), "threads"_a)
-      .def("weight_gradient", &pattern_weight_gradient, "x"_a.noconvert(), "dy"_a.noconvert(), "dw"_a.noconvert(),
-           "threads"_a);
+  bind_pattern(m);
+  bind_ceilings(m);
   nb::class_<Scheduler>(m, "Encoder")
       .def("__init__", &make_encoder, nb::kw_only(), "hidden"_a, "heads"_a, "epsilon"_a, "activation"_a, "threads"_a,
            "isa"_a, "word"_a, "position"_a, "token_type"_a.none(), "embedding_norm"_a, "layers"_a,

@@ -167,25 +167,26 @@ inline void sample_tokens(const Entries& m, const float* x, const float* dy, int
   }
 }
 
+// Of functions for 1, 2, 4 and kMostVectors vectors, the first whose vectors hold the tokens.
+template <class Function>
+inline Function* for_tokens(int tokens, Function* one, Function* two, Function* four, Function* most) {
+  const int vectors = (tokens + kVectorLanes - 1) / kVectorLanes;
+  return vectors > 4 ? most : vectors > 2 ? four : vectors > 1 ? two : one;
+}
+
 template <class Path>
 void multiply_entries(const Entries& m, const float* values, const float* bias, const float* x, int tokens, float* y,
                       float* scratch) {
-  const int vectors = (tokens + kVectorLanes - 1) / kVectorLanes;
-  const auto multiply = vectors > 4   ? multiply_tokens<Path, kMostVectors>
-                        : vectors > 2 ? multiply_tokens<Path, 4>
-                        : vectors > 1 ? multiply_tokens<Path, 2>
-                                      : multiply_tokens<Path, 1>;
+  const auto multiply = for_tokens(tokens, multiply_tokens<Path, 1>, multiply_tokens<Path, 2>,
+                                   multiply_tokens<Path, 4>, multiply_tokens<Path, kMostVectors>);
   multiply(m, values, bias, x, tokens, y, scratch);
 }
 
 template <class Path>
 void sample_rows(const Entries& m, const float* x, const float* dy, int tokens, int begin, int end, float* sums,
-            float* scratch) {
-  const int vectors = (tokens + kVectorLanes - 1) / kVectorLanes;
-  const auto sample = vectors > 4   ? sample_tokens<Path, kMostVectors>
-                      : vectors > 2 ? sample_tokens<Path, 4>
-                      : vectors > 1 ? sample_tokens<Path, 2>
-                                    : sample_tokens<Path, 1>;
+                 float* scratch) {
+  const auto sample = for_tokens(tokens, sample_tokens<Path, 1>, sample_tokens<Path, 2>, sample_tokens<Path, 4>,
+                                 sample_tokens<Path, kMostVectors>);
   sample(m, x, dy, tokens, begin, end, sums, scratch);
 }
 
