@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 
 from pruneofa.engine.tokenizer import Tokens
+from pruneofa.errors import InputError
 from pruneofa.serve.batching import SLICE, Batcher, Job, next_batch
 from pruneofa.serve.refusal import Refused
 
 
 class FakeModel:
     """Inputs are lists of one number; a sequence has as many tokens, and its result is their sum."""
+
+    name = "sums"
 
     def __init__(self):
         self.batches = []
@@ -31,6 +34,8 @@ class FakeModel:
         self.batches.append([len(sequence.ids) for sequence in sequences])
         if any(len(sequence.ids) == 13 for sequence in sequences):
             raise RuntimeError("the engine is broken")
+        if any(len(sequence.ids) == 17 for sequence in sequences):
+            raise InputError("the batch: its result is infinite")
         return [np.float32([sequence.ids.sum()]) for sequence in sequences]
 
 
@@ -165,6 +170,12 @@ def test_a_bad_input_fails_its_own_request_only(batcher, capfd):
     assert found[3].message == "Backend error: inference failed"
     assert "the engine is broken" in capfd.readouterr().err
     assert batcher.healthy
+
+
+def test_a_result_that_is_no_number_is_a_line_in_the_log(batcher, capfd):
+    with pytest.raises(Refused, match="^Backend error: inference failed$"):
+        asyncio.run(batcher.run(job([17])))
+    assert capfd.readouterr().err == "pruneofa: error: sums: the batch: its result is infinite\n"
 
 
 def test_what_cannot_be_computed_fails_its_own_request_only(batcher):

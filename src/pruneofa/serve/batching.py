@@ -23,6 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pruneofa.engine.tokenizer import Side, Tokens
+from pruneofa.errors import InputError
+from pruneofa.progress import notice
 from pruneofa.serve.model import Item, Model
 from pruneofa.serve.refusal import Refused
 
@@ -287,9 +289,12 @@ def _finish(jobs: Collection[Job]) -> None:
 
 
 def _fail(job: Job, error: Exception) -> None:
-    """Answer a job with an error; one that nobody foresaw is written to stderr and not sent."""
+    """Answer a job with an error; that of the engine is written to stderr and not sent."""
     if not isinstance(error, Refused):
-        traceback.print_exception(error)
+        if isinstance(error, InputError):  # such as a result that is infinite
+            notice(f"pruneofa: error: {job.model.name}: {error}")
+        else:
+            traceback.print_exception(error)
         error = Refused("Backend", "Backend error: inference failed", cause="inference")
     job._cancelled = True
     _resolve([job], error)
