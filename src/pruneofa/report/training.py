@@ -78,6 +78,7 @@ def _epochs(seeds: list[dict[str, Any]]) -> tuple[str, str]:
     if not runs:
         return "-", "-"
     metric = next(iter(runs[0][0]))
+    # A seed of someone else's results may have fewer epochs: those that all have are shown.
     means = [statistics.fmean(metrics[metric] for metrics in epoch) for epoch in zip(*runs, strict=False)]
     gave = f"{means[-1] - means[-2]:+.2f}" if len(means) > 1 else "-"
     return f"{metric} {', '.join(f'{mean:.2f}' for mean in means)}", gave
