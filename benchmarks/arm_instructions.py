@@ -14,6 +14,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import children
+
 CASES = ("dense", "words", "gathered", "by4", "fp32 dense", "fp32 words")
 PLUGIN = Path(__file__).with_name("count_instructions.c")
 
@@ -45,4 +47,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    children.run(main)

@@ -16,6 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import children
+
 LIMIT = 1.1
 EXAMPLE_MICROSECONDS = 100
 
@@ -44,7 +46,7 @@ def measure(files: list[Path], tokenizer: str, processes: int | None) -> dict[st
     command = [sys.executable, __file__, "--child", "--tokenizer", tokenizer, "--data", *map(str, files)]
     command += ["--processes", str(processes)] if processes else []
     peak = samples = most = 0
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+    with children.start(command, stdout=subprocess.PIPE) as child:
         while child.poll() is None:
             members = family(child.pid)
             peak = max(peak, sum(anonymous(member) for member in members))
@@ -127,4 +129,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    children.run(main)

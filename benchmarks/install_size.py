@@ -8,6 +8,8 @@ import json
 import subprocess
 import sys
 
+import children
+
 PROGRAM = """
 import importlib.metadata as metadata, json
 def sizes(distribution):
@@ -19,8 +21,9 @@ print(json.dumps({found.metadata["Name"]: sizes(found) for found in metadata.dis
 """
 
 
-def main(python: str) -> None:
+def main() -> None:
     """Print a line per package, the largest first, and the sum."""
+    python = sys.argv[1] if len(sys.argv) > 1 else sys.executable
     found = json.loads(subprocess.run([python, "-c", PROGRAM], check=True, capture_output=True, text=True).stdout)
     sizes = {name: size for name, size in found.items() if name not in ("pip", "setuptools")}
     print("  wheels  bytecode, MB")
@@ -31,4 +34,4 @@ def main(python: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else sys.executable)
+    children.run(main)

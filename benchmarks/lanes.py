@@ -20,6 +20,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import children
 from checkout import check_loaded, interpreter
 from machine import machine
 
@@ -65,8 +66,7 @@ class Runner:
         self.label = label
         python = sys.executable if checkout is None else interpreter(checkout)
         command = [python, "-c", PROGRAM, str(folder), json.dumps(settings)]
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+        self.process = children.start(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         file = json.loads(self.process.stdout.readline())
         if checkout is not None:
             check_loaded(file, checkout)
@@ -142,4 +142,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    children.run(main)

@@ -14,6 +14,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import children
 from checkout import check_loaded, interpreter
 from machine import machine
 
@@ -91,4 +92,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    children.run(main)

@@ -17,6 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import children
 from checkout import check_loaded, interpreter
 from machine import machine
 
@@ -42,12 +43,8 @@ for line in sys.stdin:
 
 def start(checkout: Path, folder: Path, precision: str, threads: int, clock: str) -> subprocess.Popen[str]:
     """Start a process that loads the engine of this checkout and times one call per line of its standard input."""
-    process = subprocess.Popen(
-        [interpreter(checkout), "-c", PROGRAM, str(folder), precision, str(threads), clock],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    command = [interpreter(checkout), "-c", PROGRAM, folder, precision, threads, clock]
+    process = children.start(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     check_loaded(json.loads(process.stdout.readline()), checkout)
     return process
 
@@ -124,4 +121,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    children.run(main)

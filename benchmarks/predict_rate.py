@@ -19,6 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import children
 import numpy as np
 from machine import machine
 
@@ -54,7 +55,7 @@ def predict_rate(model: Path, file: Path, threads: int) -> tuple[float, float, l
     """Rows per second, and per second of processor time, from the first part to the output; resident memory in MB."""
     out = file.with_name("out.csv")
     command = [sys.executable, "-m", "pruneofa", "predict", str(model), str(file), "--out", str(out), "--redo"]
-    process = subprocess.Popen([*command, "--rows", str(PART), "--threads", str(threads)], stdout=subprocess.DEVNULL)
+    process = children.start([*command, "--rows", PART, "--threads", threads], stdout=subprocess.DEVNULL)
     begin, spent, last, memory = 0.0, 0.0, 0.0, []
     while process.poll() is None:
         time.sleep(0.02)
@@ -138,4 +139,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    children.run(main)

@@ -23,6 +23,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import children
 import numpy as np
 
 from pruneofa.engine.engine import Engine
@@ -83,9 +84,8 @@ def start(model: str, threads: int, limit: int) -> tuple[subprocess.Popen[str], 
     """A server, its port, and the seconds until it was ready."""
     command = [sys.executable, "-m", "pruneofa", "serve", model, "--port", "0", "--threads", str(threads)]
     begin = time.perf_counter()
-    server = subprocess.Popen(
-        [*command, "--max-concurrent-requests", str(limit), "--no-access-log"], stderr=subprocess.PIPE, text=True
-    )
+    command += ["--max-concurrent-requests", str(limit), "--no-access-log"]
+    server = children.start(command, stderr=subprocess.PIPE)
     assert server.stderr is not None
     for line in server.stderr:
         if found := re.search(r" on http://127.0.0.1:(\d+)", line):
@@ -259,13 +259,13 @@ def main() -> None:
     options = parser.parse_args()
     engine = Engine.from_pretrained(options.model, threads=options.threads)
     server, port, ready = start(options.model, options.threads, options.limit)
+    found: dict[str, Any] = {
+        "cpu": processor(),
+        "load average": os.getloadavg()[0],
+        "threads": options.threads,
+        "start to ready s": round(ready, 2),
+    }
     try:
-        found: dict[str, Any] = {
-            "cpu": processor(),
-            "load average": os.getloadavg()[0],
-            "threads": options.threads,
-            "start to ready s": round(ready, 2),
-        }
         found["/decode, one client"] = without_engine(port, server.pid, options.seconds / 4)
         found["closed loop, one client"] = closed_loop(port, engine, options.seconds)
         saturated = options.seconds if options.saturate is None else options.saturate
@@ -280,4 +280,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    children.run(main)

@@ -17,6 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import children
 from checkout import check_loaded, interpreter
 from machine import machine
 
@@ -64,10 +65,8 @@ with tempfile.TemporaryDirectory() as work:
 
 def start(checkout: Path, *arguments: object) -> subprocess.Popen[str]:
     """Start the training of a checkout, which waits for its first turn."""
-    command = [interpreter(checkout), "-c", PROGRAM, *map(str, arguments)]
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    process = children.start([interpreter(checkout), "-c", PROGRAM, *arguments], **pipes)
     assert process.stdout is not None
     check_loaded(json.loads(process.stdout.readline()), checkout)
     return process
@@ -114,4 +113,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    children.run(main)

@@ -1,0 +1,27 @@
+"""Ctrl-C in a benchmark (benchmarks/children.py)."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+PROGRAM = """
+import subprocess, sys, children
+def main():
+    child = children.start([sys.executable, "-c", "import time; print('ready', flush=True); time.sleep(60)"], stdout=-1)
+    print(child.stdout.readline(), end="", flush=True)
+    child.wait()
+children.run(main)
+"""
+
+
+def test_ctrl_c_is_one_line_and_ends_the_children() -> None:
+    command = [sys.executable, "-c", PROGRAM]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=BENCHMARKS, stdout=pipe, stderr=pipe, text=True) as benchmark:
+        assert benchmark.stdout is not None and benchmark.stdout.readline() == "ready\n"
+        benchmark.send_signal(signal.SIGINT)
+        # Both pipes end only when the child, which has inherited one of them, has ended too.
+        assert benchmark.communicate(timeout=30) == ("", "-c: interrupted\n")
+    assert benchmark.returncode == 130
