@@ -8,6 +8,8 @@ from pruneofa.errors import InputError
 from pruneofa.run import estimate as estimates
 from pruneofa.run.inputs import Inputs
 from pruneofa.run.plan import plan
+from pruneofa.run.stage import Stage
+from pruneofa.train import sparse_linear
 from tests.small import small_recipe
 
 
@@ -106,6 +108,32 @@ def test_evaluations_are_listed_with_their_time(costs):
     for row in evaluations.values():
         assert (row["status"], row["steps"], row["minutes"]) == ("run", None, 10.0) and row["tokens"] > 0
     assert rows["total"]["minutes"] >= 40
+
+
+@pytest.mark.parametrize(
+    ("override", "skipping"),
+    [
+        ("control={lr: [1e-4]}", {"control", "tasks/mine/seed-0/transfer", "tasks/mine/seed-0/control"}),
+        ("prune.one_shot=true", {"prune", "tasks/mine/seed-0/transfer"}),
+        ("prune.final=0.5", set()),
+        ("tasks.mine.skip_zeros=false", set()),
+        ("precision=bf16", set()),
+    ],
+)
+def test_locked_stages_are_timed_as_they_train(tmp_path, monkeypatch, override, skipping):
+    settings = small_recipe(tmp_path / "data", override, "quantize={}")
+    inputs = Inputs(settings)
+    apply, products = sparse_linear._Products.apply, []
+    monkeypatch.setattr(sparse_linear._Products, "apply", lambda *given: products.append(1) or apply(*given))
+    found = {}
+    for stage in plan(settings, inputs, tmp_path / "run"):
+        if isinstance(stage, Stage) and estimates._size(inputs, stage)[2]:
+            products.clear()
+            objective, batch = estimates._probe(settings, inputs, stage, 256.0)
+            assert estimates._seconds_per_token(objective, batch, "fp32") > 0
+            found[str(stage.id)] = len(products)
+    assert {stage for stage, count in found.items() if count} == skipping
+    assert all(found[stage] % estimates.PROBE_STEPS == 0 for stage in skipping)  # in every step
 
 
 def test_the_time_of_a_step_is_that_of_the_weights_that_are_trained(tmp_path):

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from pruneofa import families
 from pruneofa.progress import progress
@@ -34,12 +35,15 @@ from pruneofa.run.pretraining import (
     trial_folder,
 )
 from pruneofa.run.stage import Evaluation, Stage
+from pruneofa.train import masks
 from pruneofa.train.checkpoints import last_checkpoint
-from pruneofa.train.device import default_device, split_batch
+from pruneofa.train.device import default_device, processes, split_batch
 from pruneofa.train.evaluate import evaluation_seconds
+from pruneofa.train.lock import PatternLock
 from pruneofa.train.models import load_for_pretraining, load_for_task
 from pruneofa.train.objective import INPUTS
 from pruneofa.train.quantize import FakeQuantizer
+from pruneofa.train.sparse_linear import note_zeroed, skip_locked_zeros
 
 PROBE_STEPS = 5
 PROBE_TOKENS = 4096  # largest batch that is timed; larger ones are extrapolated
@@ -79,7 +83,7 @@ def _stage_row(recipe: Recipe, inputs: Inputs, stage: Stage, timed: dict[Any, fl
     row = {"stage": str(stage.id), "status": status, "steps": steps, "tokens": tokens, "minutes": 0.0}
     if status != "done" and tokens:
         if kind not in timed:
-            timed[kind] = _seconds_per_token(recipe, inputs, stage, tokens / max(steps, 1))
+            timed[kind] = _seconds_per_token(*_probe(recipe, inputs, stage, tokens / max(steps, 1)), recipe.precision)
         left = 1 - done / steps if status == "resume" else 1
         row["minutes"] = round(timed[kind] * tokens / 60 * left, 1)
     return row
@@ -120,13 +124,13 @@ def _size(inputs: Inputs, stage: Stage) -> tuple[Any, int, int]:
             return "prune", prune.steps, tokens
         case ControlSettings(prune=prune, corpus=corpus, rates=rates):
             steps = prune.steps * len(rates)
-            return "prune", steps, steps * prune.batch * corpus.max_length
+            return "control", steps, steps * prune.batch * corpus.max_length
         case FineTuneSettings() as settings:
             name = str(stage.id.task)
             data = inputs.task(name).train
             assert data is not None
             positions = data.train_dataset(settings.batch, settings.seed, settings.epochs)
-            kind = (name, settings.losses is not None)
+            kind = (name, settings.losses is not None, settings.locked)
             return kind, len(positions) // settings.batch, int(sum(data.lengths)) * settings.epochs
         case QuantizeSettings(training=training) as settings:
             name = str(stage.id.task)
@@ -137,7 +141,10 @@ def _size(inputs: Inputs, stage: Stage) -> tuple[Any, int, int]:
     return None, 0, 0
 
 
-def _seconds_per_token(recipe: Recipe, inputs: Inputs, stage: Stage, tokens_per_step: float) -> float:
+def _probe(
+    recipe: Recipe, inputs: Inputs, stage: Stage, tokens_per_step: float
+) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """The objective of a stage that trains, with the arithmetic of its training, and a batch of random tokens."""
     settings = stage.settings
     if isinstance(settings, TeacherSettings):
         objective, batch = _pretraining_probe(recipe, settings.teacher, settings.corpus)
@@ -148,7 +155,32 @@ def _seconds_per_token(recipe: Recipe, inputs: Inputs, stage: Stage, tokens_per_
         objective, batch = _task_probe(recipe, inputs, str(stage.id.task), training, tokens_per_step)
         if isinstance(settings, QuantizeSettings):
             FakeQuantizer(objective.student, **numerics(settings))
-    return _time(objective, batch, recipe.precision) / int(batch["attention_mask"].sum())
+    alone = processes().num_processes == 1 and default_device().type == "cpu"
+    if _skips_zeros(settings) and alone and recipe.precision == "fp32":  # as LockCallback does
+        _lock(objective.student, recipe.prune)
+    return objective, batch
+
+
+def _skips_zeros(settings: Any) -> bool:
+    """Whether a stage trains with its pattern locked, and skips the zeros where that is faster."""
+    match settings:
+        case PruneSettings(prune=prune):
+            return prune.at_once and prune.skip_zeros
+        case ControlSettings(prune=prune):
+            return prune.skip_zeros
+        case FineTuneSettings():
+            return settings.locked and settings.skip_zeros
+    return False
+
+
+@torch.no_grad()
+def _lock(student: PreTrainedModel, prune: Prune | None) -> None:
+    """Lock the zeros of the student; one that is not pruned yet gets as many as it will have."""
+    if prune is not None:
+        for weight in masks.prunable(student, tuple(prune.skip)).values():
+            weight.masked_fill_(~masks.magnitude_mask(weight, prune.final, prune.pattern), 0.0)
+    lock = PatternLock.capture(student)
+    skip_locked_zeros(student, lock.weights, lock.pruned)
 
 
 def _seconds_to_evaluate(recipe: Recipe, inputs: Inputs, name: str, int8: dict[str, Any] | None) -> float:
@@ -201,8 +233,8 @@ def _random_batch(objective: nn.Module, rows: int, length: int) -> dict[str, tor
     return batch | ({"token_type_ids": torch.zeros_like(ids)} if typed else {})
 
 
-def _time(objective: nn.Module, batch: dict[str, torch.Tensor], precision: str) -> float:
-    """Median seconds of a full optimizer step; the first step, which allocates, is not counted."""
+def _seconds_per_token(objective: nn.Module, batch: dict[str, torch.Tensor], precision: str) -> float:
+    """Median seconds of a full optimizer step per token; the first step, which allocates, is not counted."""
     device = default_device()
     objective.to(device).train()
     batch = {name: value.to(device) for name, value in batch.items()}
@@ -217,7 +249,8 @@ def _time(objective: nn.Module, batch: dict[str, torch.Tensor], precision: str) 
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        note_zeroed(objective.modules())  # the step has changed nothing, as lr is 0
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:])
+    return statistics.median(seconds[1:]) / int(batch["attention_mask"].sum())
