@@ -1,12 +1,12 @@
-"""MPNet: BERT's encoder with a bias by relative position beside positions after padding, and without token types."""
+"""MPNet: RoBERTa's positions and heads, a bias by relative position, WordPiece tokens, and no token types."""
 
 from dataclasses import replace
 
-from pruneofa.families.bert import BERT
-from pruneofa.families.family import ClassificationHead, Layer, MaskedLMHead, RelativeBias, Shape
+from pruneofa.families.family import Layer, RelativeBias, Shape
+from pruneofa.families.roberta import ROBERTA
 
 MPNET = replace(
-    BERT,
+    ROBERTA,
     title="MPNet",
     model_type="mpnet",
     prefix="mpnet",
@@ -17,9 +17,7 @@ MPNET = replace(
         "token classification": "MPNetForTokenClassification",
         "masked-LM": "MPNetForMaskedLM",
     },
-    pretraining=None,
     token_types=False,
-    positions_after_padding=True,
     pad_id=1,  # fixed in transformers' code; config.json does not change it
     relative_bias=RelativeBias(
         table="encoder.relative_attention_bias", key="relative_attention_num_buckets", buckets=32, max_distance=128
@@ -35,14 +33,6 @@ MPNET = replace(
         output="output.dense",
         output_norm="output.LayerNorm",
     ),
-    classification=ClassificationHead(dense="classifier.dense", activation="tanh", output="classifier.out_proj"),
-    masked_lm=MaskedLMHead(
-        dense="lm_head.dense",
-        norm="lm_head.layer_norm",
-        decoder="lm_head.decoder",
-        biases=("lm_head.bias", "lm_head.decoder.bias"),
-        activation="gelu",  # fixed in transformers' code too
-    ),
-    next_sentence=None,
+    tokenizer_files=("vocab.txt",),
     shapes=(Shape("mpnet-base", "MPNet-Base", layers=12, hidden=768, heads=12, inner=3072),),
 )
