@@ -92,35 +92,36 @@ def describe(verb: argparse.ArgumentParser) -> None:
     add("--picture", type=Path, metavar="FILE", help="draw a chart of the medians: .svg or .html")
     add("--json", action="store_true", help="print the record as JSON")
 
-    def call(options: argparse.Namespace) -> int:
-        from pruneofa.bench import measure, tables
+    verb.set_defaults(call=_bench)
 
-        if options.picture:
-            tables.check_picture(options.picture)
-        record: dict[str, Any] = {}
 
-        def keep(found: dict[str, Any]) -> None:
-            record.update(found)
-            if options.record:
-                measure.write_record(found, options.record)
+def _bench(options: argparse.Namespace) -> int:
+    from pruneofa.bench import measure, tables
 
-        try:
-            measure.run(measure.settings_of(options), break_even=options.break_even, keep=keep)
-        except BaseException as error:
-            if record.get("rows"):
-                _show(record, options.json)
-            if isinstance(error, KeyboardInterrupt):
-                known = "the measurements so far are above" if record.get("rows") else "nothing was measured yet"
-                raise KeyboardInterrupt(known) from None
-            raise
-        _show(record, options.json)
-        if options.picture:
-            tables.picture(record, options.picture)
-        if options.at_least is not None:
-            measure.check_ratio(record, options.at_least)
-        return 0
+    if options.picture:
+        tables.check_picture(options.picture)
+    record: dict[str, Any] = {}
 
-    verb.set_defaults(call=call)
+    def keep(found: dict[str, Any]) -> None:
+        record.update(found)
+        if options.record:
+            measure.write_record(found, options.record)
+
+    try:
+        measure.run(measure.settings_of(options), break_even=options.break_even, keep=keep)
+    except BaseException as error:
+        if record.get("rows"):
+            _show(record, options.json)
+        if isinstance(error, KeyboardInterrupt):
+            known = "the measurements so far are above" if record.get("rows") else "nothing was measured yet"
+            raise KeyboardInterrupt(known) from None
+        raise
+    _show(record, options.json)
+    if options.picture:
+        tables.picture(record, options.picture)
+    if options.at_least is not None:
+        measure.check_ratio(record, options.at_least)
+    return 0
 
 
 def _show(record: dict[str, Any], as_json: bool) -> None:
