@@ -35,6 +35,20 @@ def is_panic(error: BaseException) -> bool:
     return type(error).__name__ == "PanicException"
 
 
+def gpu_failure(error: BaseException | None) -> str | None:
+    """One line for an error of a GPU or of the connection between several, no fault of the program; else None."""
+    while error is not None:
+        # By name: torch is not imported here, and only torch has such errors.
+        if (kind := type(error).__name__) in ("AcceleratorError", "DistBackendError"):
+            what = "the GPU failed" if kind == "AcceleratorError" else "the connection of the GPUs failed"
+            do = "check it with nvidia-smi, the same command resumes from the last checkpoint"
+            return f"{what}: {first_line(error)}; {do}"
+        if kind == "OutOfMemoryError":
+            return f"the GPU is out of memory: {first_line(error)}; free it, or lower the batch size or max_length"
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def short(value: Any) -> str:
     """A value as text for a message: one line of ASCII, at most 60 characters."""
     try:

@@ -34,6 +34,7 @@ from pruneofa.errors import (
     InputError,
     disk_is_full,
     first_line,
+    gpu_failure,
     is_panic,
     printable,
     storage_failure,
@@ -85,6 +86,8 @@ def _main(arguments: Sequence[str]) -> int:
             return say(f"error: {error}", 3)
         if failure := storage_failure(error):
             return say(f"error: {failure}", 2 if getattr(error, "errno", None) in UNWRITABLE else 3)
+        if failure := gpu_failure(error):
+            return say(f"error: {failure}", 3)
         import traceback
 
         sys.stderr.write(printable_lines("".join(traceback.format_exception(error))))

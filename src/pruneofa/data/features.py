@@ -33,6 +33,8 @@ class TaskData:
         targets: (features,) int64 class ids, (features, 2) first and last answer token, or None.
         rows: the raw table.
         windows: how features relate to the rows of question answering, else None.
+        teacher_logits: float32, a teacher's for each feature (features, classes), in question answering for each token
+            (tokens, 2) that an answer begins or ends there; None where a teacher runs in every step or there is none.
     """
 
     ids: NDArray[np.int32]
@@ -41,6 +43,7 @@ class TaskData:
     targets: NDArray[np.int64] | None
     rows: pa.Table
     windows: squad.Windows | None = None
+    teacher_logits: NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         return len(self.bounds) - 1
@@ -59,6 +62,8 @@ class TaskData:
             item["labels"] = int(self.targets[index])
         elif self.targets is not None:
             item["start_positions"], item["end_positions"] = map(int, self.targets[index])
+        if self.teacher_logits is not None:
+            item["teacher_logits"] = self.teacher_logits[index if self.windows is None else tokens]
         return item
 
     def train_dataset(self, batch: int, seed: int, epochs: int) -> "TrainDataset":
@@ -133,7 +138,8 @@ def collate(items: Sequence[Item], pad_token_id: int) -> dict[str, torch.Tensor]
 
     Returns:
         input_ids, token_type_ids if the items have it, and attention_mask: (batch, tokens) int64; labels, or
-        start_positions and end_positions: (batch,) int64.
+        start_positions and end_positions: (batch,) int64; teacher_logits, if the items have it: float32 (batch,
+        classes), or (batch, tokens, 2) where an item's own have a row per token.
     """
     lengths = np.array([len(item["input_ids"]) for item in items])
     width = int(lengths.max())
@@ -144,6 +150,11 @@ def collate(items: Sequence[Item], pad_token_id: int) -> dict[str, torch.Tensor]
             for row, item in zip(padded, items, strict=True):
                 row[: len(item[key])] = item[key]
             batch[key] = torch.from_numpy(padded)
+        elif key == "teacher_logits":
+            each = [item[key] for item in items]
+            if each[0].ndim == 2:
+                each = [np.pad(logits, ((0, width - len(logits)), (0, 0))) for logits in each]
+            batch[key] = torch.from_numpy(np.stack(each))
         else:
             batch[key] = torch.tensor([item[key] for item in items], dtype=torch.int64)
     batch["attention_mask"] = torch.from_numpy((np.arange(width) < lengths[:, None]).astype(np.int64))

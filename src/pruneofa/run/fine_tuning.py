@@ -20,12 +20,14 @@ from pruneofa.formats.hub import local_folder
 from pruneofa.recipe import RESOURCES_ONLY
 from pruneofa.run.stage import Job, Model, Outcome
 from pruneofa.train.callbacks import LockCallback, QuantizeCallback
+from pruneofa.train.device import prepare_models, processes
 from pruneofa.train.epochs import EpochCallback
 from pruneofa.train.evaluate import label_order, load_task_model
 from pruneofa.train.models import load_for_task, load_tokenizer, reorder_classes, set_dropout
 from pruneofa.train.objective import INPUTS, TransferObjective
 from pruneofa.train.quantize import FakeQuantizer
 from pruneofa.train.schedule import linear_lr
+from pruneofa.train.teacher_logits import with_teacher_logits
 from pruneofa.train.trainer import batches, train
 
 CALIBRATION_BATCH = 32
@@ -127,6 +129,7 @@ def fine_tune(
     transformers.set_seed(settings.seed)
     objective = transfer_objective(model.path, teacher and teacher.path, settings.losses, task)
     prepare_student(objective.student, settings)
+    task, spent = _run_teacher_once(objective, settings, job, task, settings.epochs)
     assert task.train is not None
     data = task.train.train_dataset(settings.batch, settings.seed, settings.epochs)
     callbacks: list[Any] = [LockCallback(skip_zeros=settings.skip_zeros)] if settings.locked else []
@@ -135,6 +138,7 @@ def fine_tune(
         epochs = EpochCallback(task, data.steps_per_epoch, job.work, job.emit, job.name)
         callbacks.append(epochs)
     clock = _train(objective, settings, job, task, data, len(data) // settings.batch, callbacks)
+    clock["seconds"] += spent
     return Outcome(objective.student, load_tokenizer(model.path), epochs=epochs and epochs.found(), **clock)
 
 
@@ -151,10 +155,13 @@ def quantize_aware(
     objective = transfer_objective(student, teacher and teacher.path, training.losses, task)
     prepare_student(student, training)
     quantizer = FakeQuantizer(student, **numerics(settings))
+    passes = training.epochs * (1.0 if settings.rows is None else settings.rows / len(task.train))
+    task, spent = _run_teacher_once(objective, training, job, task, passes)
     data, steps = qat_dataset(settings, task)
     freeze = 1.0 if settings.freeze is None else settings.freeze
     callbacks = [LockCallback(skip_zeros=False), QuantizeCallback(quantizer, freeze)]
     clock = _train(objective, training, job, task, data, steps, callbacks)
+    clock["seconds"] += spent
     return _quantized(student, quantizer, model, **clock)
 
 
@@ -248,6 +255,26 @@ def transfer_objective(
     if task.kind == "classification":
         reorder_classes(loaded, label_order(loaded.config, task))
     return TransferObjective(student, loaded, kind=task.kind, **asdict(losses))
+
+
+def _run_teacher_once(
+    objective: TransferObjective, settings: FineTuneSettings, job: Job, task: task_data.Task, passes: float
+) -> tuple[task_data.Task, float]:
+    """Compute the teacher's logits before training and release it, where they suffice and are used more than once.
+
+    Args:
+        passes: over the training features.
+
+    Returns:
+        The task that is to be trained on, and the seconds that this took.
+    """
+    if objective.teacher is None or objective.hidden or passes <= 1:
+        return task, 0.0
+    prepare_models(objective.student, objective.teacher, settings.precision)
+    teacher = objective.teacher.to(processes().device)
+    task, seconds = with_teacher_logits(task, teacher, job.work, settings.precision, job.name)
+    objective.distil_from_batches()
+    return task, seconds
 
 
 def _train(

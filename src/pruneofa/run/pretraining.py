@@ -23,7 +23,7 @@ from pruneofa.run.one_shot import one_shot_schedule, prune_at_once, score_tokens
 from pruneofa.run.stage import Job, Model, Outcome, unused
 from pruneofa.train.callbacks import Blocks, LockCallback, PruningCallback
 from pruneofa.train.curvature import EXAMPLES, fisher_blocks
-from pruneofa.train.device import processes
+from pruneofa.train.device import processes, shared_progress
 from pruneofa.train.models import load_for_pretraining, load_tokenizer, set_dropout
 from pruneofa.train.objective import PretrainingObjective
 from pruneofa.train.prune import GradualPruner
@@ -319,9 +319,11 @@ def validate(
     counts = torch.stack([objective.counts(batch) for batch in held_out]).sum(0)
     objective.eval()
     totals: dict[str, float] = {}
-    for batch in held_out:
-        with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-            parts = objective(batch, counts)
-        for name, value in parts.items():
-            totals[name] = totals.get(name, 0.0) + float(value)
+    with shared_progress("validation", len(held_out)) as advance:
+        for batch in held_out:
+            with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+                parts = objective(batch, counts)
+            for name, value in parts.items():
+                totals[name] = totals.get(name, 0.0) + float(value)
+            advance()
     return totals

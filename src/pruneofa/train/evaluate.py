@@ -164,7 +164,7 @@ def evaluate_model(
         count = sum(map(len, task.evaluations.values()))
         notice(f"{name}: {count:,} inputs, about {clock(seconds)} (minutes:seconds)")
     rows = batch_size or evaluation_rows(next(model.parameters()).device)
-    with _evaluating(model):
+    with evaluating(model):
         return _metrics(task, columns, lambda data: _forward(model, task, data, rows, precision, name))
 
 
@@ -178,12 +178,12 @@ def evaluation_seconds(model: torch.nn.Module, task: Task, *, precision: TorchPr
     rows = np.argsort(data.lengths, kind="stable")
     length = int(data.lengths[rows[len(rows) // 2]])
     seconds = 0.0
-    with _evaluating(model):
+    with evaluating(model):
         for count in (1, 1, max(1, _PROBE_TOKENS // length)):  # the first call includes one-time allocations
             middle = max(0, len(rows) // 2 - count // 2)
             chosen = rows[middle : middle + count]
             start = time.perf_counter()
-            _logits(model, task, [data[int(row)] for row in chosen], precision)
+            logits_of(model, task, [data[int(row)] for row in chosen], precision)
             seconds = (time.perf_counter() - start) / int(data.lengths[chosen].sum()) * total
             if seconds <= ANNOUNCED:
                 break
@@ -307,14 +307,14 @@ def _forward(
     """
     with shared_progress(name, len(data)) as advance:
         for rows in evaluation_batches(data.lengths, batch_size):
-            yield rows, _logits(model, task, [data[int(row)] for row in rows], precision)
+            yield rows, logits_of(model, task, [data[int(row)] for row in rows], precision)
             advance(len(rows))
 
 
-def _logits(
+def logits_of(
     model: torch.nn.Module, task: Task, items: list[Any], precision: TorchPrecision
 ) -> tuple[NDArray[np.float32], ...]:
-    """Logits of these features: see `_forward`."""
+    """Logits of features in one batch, float32: (batch, classes), or of answer starts and ends (batch, tokens)."""
     device = next(model.parameters()).device
     known = inspect.signature(model.forward).parameters
     batch = task.collate(items)
@@ -339,7 +339,7 @@ def _engine_forward(engine: Engine, task: Task, data: TaskData) -> Iterator[Batc
 
 
 @contextlib.contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """eval() and no_grad inside the block; the training mode is restored afterwards."""
     training = model.training
     model.eval()

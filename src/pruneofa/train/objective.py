@@ -259,12 +259,22 @@ class TransferObjective(_Objective):
             if got != wanted:
                 raise InputError(f"the teacher has {got} classes but the task has {wanted}; use a teacher of this task")
 
+    def distil_from_batches(self) -> None:
+        """Take the teacher's logits from the batches from now on, and release the teacher.
+
+        Raises InputError where hidden states are distilled.
+        """
+        if self.hidden:
+            raise InputError("hidden is above 0, so the teacher is needed in every step; set hidden: 0, or keep it")
+        self._outside = ()
+
     def forward(self, batch: Batch, counts: Tensor) -> dict[str, Tensor]:
         """Losses of a micro-batch as its share of an optimizer step.
 
         Args:
             batch: input_ids, attention_mask (batch, seq), token_type_ids where the model has them, and labels
-                (batch), or start_positions and end_positions (batch).
+                (batch), or start_positions and end_positions (batch); after `distil_from_batches` also
+                teacher_logits (batch, classes), or (batch, seq, 2).
             counts: `counts` of all micro-batches of the step, added up.
 
         Returns:
@@ -289,10 +299,15 @@ class TransferObjective(_Objective):
         if self.teacher is not None:
             with torch.no_grad():
                 targets = self.teacher(**inputs, **options)
-        if self.teacher is not None and self.kd:
+        if self.kd:
+            if self.teacher is not None:
+                wanted = [targets[name] for name in self._names()]
+            else:
+                kept = batch["teacher_logits"]
+                wanted = kept.unbind(-1) if self.kind == "qa" else (kept,)
             terms = [
-                kd_terms(outputs[name], targets[name], self.temperature, classes=classes).sum()
-                for name in self._names()
+                kd_terms(outputs[name], logits, self.temperature, classes=classes).sum()
+                for name, logits in zip(self._names(), wanted, strict=True)
             ]
             parts["kd"] = torch.stack(terms).mean() / items
             loss = loss + self.kd * parts["kd"]

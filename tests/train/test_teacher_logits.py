@@ -1,0 +1,162 @@
+"""The teacher's logits computed before training: those of running it in every step."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification
+
+from pruneofa import recipe
+from pruneofa.data.tasks import load_task
+from pruneofa.errors import InputError
+from pruneofa.run import fine_tuning, single
+from pruneofa.train import teacher_logits
+from pruneofa.train.models import set_dropout
+from pruneofa.train.objective import TransferObjective
+from pruneofa.train.teacher_logits import FILE, with_teacher_logits
+from tests.data.task_files import write
+from tests.small import write_task
+from tests.tiny import HIDDEN, half_pruned, tiny_bert, tiny_tokenizer, write_model
+
+LOSSES = {"hard": 0.5, "kd": 1.0, "temperature": 2.0}
+
+
+def sentences(root):
+    write_task(root / "t.csv", 90)
+    write_task(root / "v.csv", 20, 1)
+    files = {"data": str(root / "t.csv"), "validation": str(root / "v.csv"), "text": "sentence", "label": "verdict"}
+    spec = recipe.Task(**files, epochs=2, batch=16, max_length=32, lr=1e-3, dropout=0.0)
+    return "mine", spec.resolved("mine"), AutoModelForSequenceClassification
+
+
+def questions(root):
+    rows = [
+        {"id": str(n), "question": "what", "context": "a film " + "and a book " * (n % 7) + f"of {n}",
+         "answers": {"text": ["film"], "answer_start": [2]}}
+        for n in range(40)
+    ]  # fmt: skip
+    write(root / "train.jsonl", rows)
+    write(root / "validation.jsonl", rows[:4])
+    spec = recipe.Task(data=str(root), epochs=2, batch=8, max_length=24, stride=4, lr=1e-3, dropout=0.0)
+    return "squad", spec.resolved("squad"), AutoModelForQuestionAnswering
+
+
+@pytest.fixture(params=[sentences, questions])
+def case(request, tmp_path):
+    """(task, its name and settings, a folder with the models `student` and `teacher`)."""
+    name, spec, auto = request.param(tmp_path)
+    task = load_task(name, spec, tiny_tokenizer())
+    for seed, folder in enumerate(("student", "teacher")):
+        write_model(tmp_path / "bare", tiny_bert(seed=seed))
+        torch.manual_seed(seed)
+        model = auto.from_pretrained(tmp_path / "bare", **task.model_kwargs())
+        write_model(tmp_path / folder, half_pruned(model, seed=seed))
+    return task, name, spec, tmp_path
+
+
+def transfer(case, out):
+    _, name, spec, root = case
+    options = {"data_root": None, "seed": 0, "precision": "fp32"}
+    spec = spec.model_copy(update={"teacher": str(root / "teacher")})
+    single.transfer(str(root / "student"), out, name, spec, **options)
+    return load_file(out / "model.safetensors")
+
+
+def models(case):
+    task, _, _, root = case
+    auto = AutoModelForQuestionAnswering if task.kind == "qa" else AutoModelForSequenceClassification
+    loaded = [auto.from_pretrained(root / name) for name in ("student", "teacher")]
+    set_dropout(loaded[0], 0.0)
+    return loaded
+
+
+def test_loss_and_gradients_are_those_of_running_the_teacher(case, tmp_path):
+    task = case[0]
+    student, teacher = models(case)
+    kept, _ = with_teacher_logits(task, teacher.eval(), tmp_path / "work", "fp32", "stage")
+    batches = [data.collate([data.train[i] for i in range(9)]) for data in (task, kept)]
+    results = []
+    for batch, released in zip(batches, (False, True), strict=True):
+        objective = TransferObjective(student, teacher, kind=task.kind, **LOSSES)
+        if released:
+            objective.distil_from_batches()
+            assert objective.teacher is None
+        student.zero_grad()
+        losses = objective(batch, objective.counts(batch))
+        losses["loss"].backward()
+        results.append((losses, {name: weight.grad.clone() for name, weight in student.named_parameters()
+                                 if weight.grad is not None}))  # fmt: skip
+    (by_teacher, wanted), (by_logits, found) = results
+    assert batches[0]["attention_mask"].min() == 0  # there is padding
+    assert by_teacher["kd"] > 0.01
+    torch.testing.assert_close(by_logits, by_teacher, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_a_transfer_runs_the_teacher_once_and_ends_with_the_same_weights(case, tmp_path, monkeypatch):
+    seen = []
+    logits_of = teacher_logits.logits_of
+    monkeypatch.setattr(
+        teacher_logits, "logits_of", lambda *given: seen.append(len(given[2])) or logits_of(*given)
+    )  # fmt: skip
+    found = transfer(case, tmp_path / "once")
+    assert sum(seen) == len(case[0].train)
+    monkeypatch.setattr(fine_tuning, "_run_teacher_once", lambda objective, settings, job, task, passes: (task, 0.0))
+    wanted = transfer(case, tmp_path / "each-step")
+    begun = load_file(case[3] / "student/model.safetensors")
+    moved, apart = (sum(np.abs(wanted[name] - other[name]).sum() for name in wanted) for other in (begun, found))
+    assert apart < 0.002 * moved  # Adam multiplies rounding where gradients are near 0
+
+
+def test_what_a_kill_left_is_used_and_the_bits_are_the_same(case, tmp_path, monkeypatch):
+    monkeypatch.setattr(teacher_logits, "evaluation_rows", lambda device: 1)  # several batches
+    wanted = transfer(case, tmp_path / "whole")
+    seen = []
+    logits_of = teacher_logits.logits_of
+
+    def killed(*given):
+        if len(seen) == 1:
+            raise MemoryError("killed")
+        seen.append(len(given[2]))
+        return logits_of(*given)
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(teacher_logits, "logits_of", killed)
+        transfer(case, tmp_path / "killed")
+    (file,) = (tmp_path / "killed").parent.rglob(FILE)
+    begun = np.load(file)
+    assert np.isnan(begun).any() and not np.isnan(begun).all()
+    monkeypatch.setattr(teacher_logits, "logits_of", lambda *given: seen.append(len(given[2])) or logits_of(*given))
+    found = transfer(case, tmp_path / "killed")
+    assert sum(seen) == len(case[0].train)
+    for name, weight in wanted.items():
+        np.testing.assert_array_equal(found[name], weight)
+
+
+@pytest.mark.parametrize("damage", [b"", b"not an array", None])
+def test_a_file_that_is_damaged_or_of_other_data_is_made_again(case, tmp_path, damage):
+    task, teacher = case[0], models(case)[1].eval()
+    wanted, _ = with_teacher_logits(task, teacher, tmp_path / "work", "fp32", "stage")
+    file = tmp_path / "work" / FILE
+    if damage is None:
+        np.save(file, np.zeros((3, 2), np.float32))
+    else:
+        file.write_bytes(damage)
+    found, _ = with_teacher_logits(task, teacher, tmp_path / "work", "fp32", "stage")
+    np.testing.assert_array_equal(found.train.teacher_logits, wanted.train.teacher_logits)
+    cut = file.read_bytes()[:-8]
+    file.write_bytes(cut)
+    found, _ = with_teacher_logits(task, teacher, tmp_path / "work", "fp32", "stage")
+    np.testing.assert_array_equal(found.train.teacher_logits, wanted.train.teacher_logits)
+
+
+@pytest.mark.parametrize("fields", [{"hidden": 1.0}, {"epochs": 1}])
+def test_the_teacher_runs_in_every_step_where_that_is_needed_or_costs_nothing(case, tmp_path, monkeypatch, fields):
+    task, name, spec, root = case
+    monkeypatch.setattr(teacher_logits, "logits_of", None)
+    transfer((task, name, spec.model_copy(update=fields), root), tmp_path / "out")
+    student, teacher = models(case)
+    objective = TransferObjective(student, teacher, kind=task.kind, **LOSSES, hidden=1.0)
+    assert student.config.hidden_size == HIDDEN
+    with pytest.raises(InputError, match="hidden is above 0, so the teacher is needed in every step"):
+        objective.distil_from_batches()
