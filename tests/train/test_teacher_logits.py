@@ -203,3 +203,20 @@ def test_the_teacher_runs_in_every_step_where_that_is_needed_or_costs_nothing(ca
     assert student.config.hidden_size == HIDDEN
     with pytest.raises(InputError, match="hidden is above 0, so the teacher is needed in every step"):
         objective.distil_from_batches()
+
+
+@pytest.mark.parametrize(("epochs", "share", "once"), [(1, 100, False), (2, 0.75, True), (2, 0.5, False)])
+def test_passes_of_quantization_aware_training_are_over_the_rows_that_it_uses(
+    case, tmp_path, monkeypatch, epochs, share, once
+):
+    task, name, spec, root = case
+    seen = []
+    logits_of = teacher_logits.logits_of
+    monkeypatch.setattr(teacher_logits, "logits_of", lambda *given: seen.append(1) or logits_of(*given))
+    rows = int(share * task.train.rows.num_rows)
+    spec = spec.model_copy(
+        update={"teacher": str(root / "teacher"), "qat_epochs": epochs, "qat_lr": 1e-3, "qat_rows": rows}
+    )
+    options = {"data_root": None, "seed": 0, "precision": "fp32"}
+    single.quantize(str(root / "student"), tmp_path / "out", name, spec, recipe.Quantize(ptq=False), **options)
+    assert bool(seen) == once

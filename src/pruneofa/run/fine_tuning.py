@@ -155,9 +155,9 @@ def quantize_aware(
     objective = transfer_objective(student, teacher and teacher.path, training.losses, task)
     prepare_student(student, training)
     quantizer = FakeQuantizer(student, **numerics(settings))
-    passes = training.epochs * (1.0 if settings.rows is None else settings.rows / len(task.train))
-    task, spent = _run_teacher_once(objective, training, job, task, passes)
     data, steps = qat_dataset(settings, task)
+    task, spent = _run_teacher_once(objective, training, job, task, steps / data.dataset.steps_per_epoch)
+    data, _ = qat_dataset(settings, task)  # with the logits
     freeze = 1.0 if settings.freeze is None else settings.freeze
     callbacks = [LockCallback(skip_zeros=False), QuantizeCallback(quantizer, freeze)]
     clock = _train(objective, training, job, task, data, steps, callbacks)
