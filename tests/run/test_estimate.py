@@ -3,12 +3,14 @@
 import json
 
 import pytest
+from transformers import BertForSequenceClassification
 
 from pruneofa.errors import InputError
 from pruneofa.run import estimate as estimates
 from pruneofa.run.inputs import Inputs
 from pruneofa.run.plan import plan
 from tests.small import small_recipe
+from tests.tiny import half_pruned, tiny_bert, write_model
 
 
 @pytest.fixture
@@ -91,6 +93,19 @@ def test_what_a_run_would_refuse_a_dry_run_refuses(costs, tmp_path, override, me
     with pytest.raises(InputError, match=message):
         costs(override)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("key", ["tasks.mine.teacher", "dense_model"])
+def test_a_dense_model_that_is_too_short_for_the_inputs_is_refused(costs, tmp_path, key):
+    classes = {} if key == "dense_model" else {"id2label": {0: "bad", 1: "good"}, "label2id": {"bad": 0, "good": 1}}
+    short = tiny_bert(BertForSequenceClassification, max_position_embeddings=6, **classes)
+    write_model(tmp_path / "short", short)
+    write_model(tmp_path / "sparse", half_pruned(tiny_bert()))
+    sparse = ["model_is_sparse=true", "teacher=null", "prune=null", "corpus=null", f"model={tmp_path / 'sparse'}"]
+    with pytest.raises(
+        InputError, match=r"tasks.mine: an input has \d+ tokens but .*/short has 6 positions; lower max_"
+    ):
+        costs(f"{key}={tmp_path / 'short'}", *sparse)
 
 
 def test_the_corpus_is_not_tokenized(costs, monkeypatch):
