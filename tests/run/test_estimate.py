@@ -128,5 +128,33 @@ def test_the_time_of_a_step_is_that_of_the_weights_that_are_trained(tmp_path):
     settings.tasks["mine"].freeze_embeddings = True
     inputs = Inputs(settings)
     stage = next(step for step in plan(settings, inputs, tmp_path / "run") if str(step.id).endswith("/transfer"))
-    objective, _ = estimates._task_probe(settings, inputs, "mine", stage.settings, 256.0)
+    objective, _ = estimates._task_probe(settings, inputs.task("mine"), stage.settings, 256.0)
     assert not objective.student.get_input_embeddings().weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("fields", "seconds"),
+    [
+        ({"epochs": 4}, 1 + 8 / 4),
+        ({"epochs": 4, "hidden": 1.0}, 100),
+        ({"epochs": 1}, 100),
+    ],
+)
+def test_a_teacher_that_runs_once_costs_one_pass(tmp_path, monkeypatch, fields, seconds):
+    """A step with the teacher takes 100 seconds, without it one, the teacher alone 8."""
+    settings = small_recipe(tmp_path / "data")
+    settings.tasks["mine"] = settings.tasks["mine"].model_copy(update=fields)
+    inputs = Inputs(settings)
+    stage = next(step for step in plan(settings, inputs, tmp_path / "run") if str(step.id).endswith("/transfer"))
+    sizes = []
+
+    def time(objective, batch, precision):
+        sizes.append(int(batch["attention_mask"].sum()))
+        objective(batch, objective.counts(batch))
+        return 1.0 if objective.teacher is None else 100.0
+
+    monkeypatch.setattr(estimates, "_time", time)
+    monkeypatch.setattr(estimates, "_time_teacher", lambda *_: 8.0)
+    _, steps, tokens = estimates._size(inputs, stage)
+    found = estimates._seconds_per_token(settings, inputs, stage, steps, tokens)
+    assert found * sizes[0] == pytest.approx(seconds)

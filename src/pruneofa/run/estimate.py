@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from pruneofa import families
+from pruneofa.data.tasks import Task
 from pruneofa.progress import progress
 from pruneofa.recipe import Corpus, Prune, Recipe, Teacher
 from pruneofa.run.checks import check
@@ -19,6 +21,7 @@ from pruneofa.run.fine_tuning import (
     numerics,
     prepare_student,
     qat_dataset,
+    runs_teacher_once,
     transfer_objective,
 )
 from pruneofa.run.folder import check_folder
@@ -38,7 +41,7 @@ from pruneofa.train.checkpoints import last_checkpoint
 from pruneofa.train.device import default_device, split_batch
 from pruneofa.train.evaluate import evaluation_seconds
 from pruneofa.train.models import load_for_pretraining, load_for_task
-from pruneofa.train.objective import INPUTS
+from pruneofa.train.objective import INPUTS, TransferObjective
 from pruneofa.train.quantize import FakeQuantizer
 
 PROBE_STEPS = 5
@@ -79,7 +82,7 @@ def _stage_row(recipe: Recipe, inputs: Inputs, stage: Stage, timed: dict[Any, fl
     row = {"stage": str(stage.id), "status": status, "steps": steps, "tokens": tokens, "minutes": 0.0}
     if status != "done" and tokens:
         if kind not in timed:
-            timed[kind] = _seconds_per_token(recipe, inputs, stage, tokens / max(steps, 1))
+            timed[kind] = _seconds_per_token(recipe, inputs, stage, steps, tokens)
         left = 1 - done / steps if status == "resume" else 1
         row["minutes"] = round(timed[kind] * tokens / 60 * left, 1)
     return row
@@ -137,18 +140,26 @@ def _size(inputs: Inputs, stage: Stage) -> tuple[Any, int, int]:
     return None, 0, 0
 
 
-def _seconds_per_token(recipe: Recipe, inputs: Inputs, stage: Stage, tokens_per_step: float) -> float:
-    settings = stage.settings
+def _seconds_per_token(recipe: Recipe, inputs: Inputs, stage: Stage, steps: int, tokens: int) -> float:
+    settings, before = stage.settings, 0.0
     if isinstance(settings, TeacherSettings):
         objective, batch = _pretraining_probe(recipe, settings.teacher, settings.corpus)
     elif isinstance(settings, PruneSettings | ControlSettings):
         objective, batch = _pretraining_probe(recipe, settings.prune, settings.corpus)
     else:
         training = settings.training if isinstance(settings, QuantizeSettings) else settings
-        objective, batch = _task_probe(recipe, inputs, str(stage.id.task), training, tokens_per_step)
+        task = inputs.task(str(stage.id.task))
+        objective, batch = _task_probe(recipe, task, training, tokens / max(steps, 1))
         if isinstance(settings, QuantizeSettings):
             FakeQuantizer(objective.student, **numerics(settings))
-    return _time(objective, batch, recipe.precision) / int(batch["attention_mask"].sum())
+        assert task.train is not None
+        passes = steps / task.train.train_dataset(training.batch, training.seed, 1).steps_per_epoch
+        if runs_teacher_once(objective, passes):
+            before = _time_teacher(objective, batch, recipe.precision) / passes
+            shape = (*batch["input_ids"].shape, 2) if task.kind == "qa" else (len(batch["input_ids"]), len(task.labels))
+            batch["teacher_logits"] = torch.zeros(shape)
+            objective.distil_from_batches()
+    return (_time(objective, batch, recipe.precision) + before) / int(batch["attention_mask"].sum())
 
 
 def _seconds_to_evaluate(recipe: Recipe, inputs: Inputs, name: str, int8: dict[str, Any] | None) -> float:
@@ -179,9 +190,8 @@ def _pretraining_probe(
 
 
 def _task_probe(
-    recipe: Recipe, inputs: Inputs, name: str, settings: FineTuneSettings, tokens_per_step: float
-) -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    task = inputs.task(name)
+    recipe: Recipe, task: Task, settings: FineTuneSettings, tokens_per_step: float
+) -> tuple[TransferObjective, dict[str, torch.Tensor]]:
     # Timing needs a teacher of the right size, not a trained one.
     has_teacher = settings.losses is not None
     teacher = load_for_task(recipe.model, task.kind, **task.model_kwargs()) if has_teacher else None
@@ -202,22 +212,45 @@ def _random_batch(objective: nn.Module, rows: int, length: int) -> dict[str, tor
 
 
 def _time(objective: nn.Module, batch: dict[str, torch.Tensor], precision: str) -> float:
-    """Median seconds of a full optimizer step; the first step, which allocates, is not counted."""
+    """Median seconds of a full optimizer step."""
     device = default_device()
     objective.to(device).train()
     batch = {name: value.to(device) for name, value in batch.items()}
     trained = (parameter for parameter in objective.parameters() if parameter.requires_grad)
     optimizer = torch.optim.AdamW(trained, lr=0.0, fused=True)  # as in training
     counts = objective.counts(batch)
-    seconds = []
-    for _ in range(PROBE_STEPS):
-        start = time.perf_counter()
+
+    def step() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             loss = objective(batch, counts)["loss"]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if device.type == "cuda":
+
+    return _median_seconds(step)
+
+
+@torch.no_grad()
+def _time_teacher(objective: TransferObjective, batch: dict[str, torch.Tensor], precision: str) -> float:
+    """Median seconds of the teacher's forward pass."""
+    device = default_device()
+    objective.to(device)
+    inputs = {name: value.to(device) for name, value in batch.items() if name in INPUTS}
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            objective.teacher(**inputs)
+
+    return _median_seconds(step)
+
+
+def _median_seconds(step: Callable[[], None]) -> float:
+    """Median seconds of a call on the default device; the first one, which allocates, is not counted."""
+    seconds = []
+    for _ in range(PROBE_STEPS):
+        start = time.perf_counter()
+        step()
+        if default_device().type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[1:])

@@ -257,18 +257,19 @@ def transfer_objective(
     return TransferObjective(student, loaded, kind=task.kind, **asdict(losses))
 
 
+def runs_teacher_once(objective: TransferObjective, passes: float) -> bool:
+    """Whether the teacher's logits suffice and training passes over its features more than once."""
+    return objective.teacher is not None and not objective.hidden and passes > 1
+
+
 def _run_teacher_once(
     objective: TransferObjective, settings: FineTuneSettings, job: Job, task: task_data.Task, passes: float
 ) -> tuple[task_data.Task, float]:
-    """Compute the teacher's logits before training and release it, where they suffice and are used more than once.
+    """Compute the teacher's logits before training and release it, where `runs_teacher_once`.
 
-    Args:
-        passes: over the training features.
-
-    Returns:
-        The task that is to be trained on, and the seconds that this took.
+    Returns the task that is to be trained on, and the seconds that this took.
     """
-    if objective.teacher is None or objective.hidden or passes <= 1:
+    if not runs_teacher_once(objective, passes):
         return task, 0.0
     prepare_models(objective.student, objective.teacher, settings.precision)
     teacher = objective.teacher.to(processes().device)
