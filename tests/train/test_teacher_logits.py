@@ -151,6 +151,15 @@ def test_what_was_not_written_so_is_computed_again(case, tmp_path, monkeypatch):
         np.testing.assert_array_equal(found.train.teacher_logits, wanted.train.teacher_logits)
 
 
+def test_a_teacher_without_numbers_is_refused_before_training(case, tmp_path):
+    task, teacher = case[0], models(case)[1].eval()
+    with torch.no_grad():
+        teacher.get_input_embeddings().weight[int(task.train.ids[1])] = float("nan")
+    message = r"stage: \d+ of \d+ logits of the teacher are NaN or infinite, wanted numbers; train it again"
+    with pytest.raises(InputError, match=message):
+        with_teacher_logits(task, teacher, tmp_path / "work", "fp32", "stage")
+
+
 def test_seconds_are_those_of_all_attempts(case, tmp_path, monkeypatch):
     task, teacher = case[0], models(case)[1].eval()
     monkeypatch.setattr(teacher_logits, "ROWS", 1)

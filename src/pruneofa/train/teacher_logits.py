@@ -18,6 +18,7 @@ from torch import nn
 
 from pruneofa.data.features import TaskData, evaluation_batches
 from pruneofa.data.tasks import Task
+from pruneofa.errors import InputError
 from pruneofa.train.device import ROWS, processes, shared_progress
 from pruneofa.train.evaluate import TorchPrecision, evaluating, logits_of
 
@@ -37,6 +38,8 @@ def with_teacher_logits(
         teacher: a model with the task's head, its classes in the task's order, on the device that computes.
         precision: bf16 computes under autocast, as training does.
         name: of the stage, for the progress bar.
+
+    Raises InputError when a logit is NaN or infinite.
     """
     data = task.train
     assert data is not None
@@ -57,6 +60,11 @@ def with_teacher_logits(
                     raise OSError(errno.EIO, "what was written cannot be read back", str(file))
                 logits[places] = found[:-1].reshape(len(places), -1)
                 seconds += float(found[-1]) if each == rank else 0.0
+    if bad := logits.size - np.count_nonzero(np.isfinite(logits)):
+        raise InputError(
+            f"{name}: {bad} of {logits.size} logits of the teacher are NaN or infinite, wanted numbers; train it "
+            "again, or use precision: fp32"
+        )
     return dataclasses.replace(task, train=dataclasses.replace(data, teacher_logits=logits)), seconds
 
 
