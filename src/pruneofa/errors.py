@@ -39,14 +39,20 @@ def gpu_failure(error: BaseException | None) -> str | None:
     """One line for an error of a GPU or of the connection between several, no fault of the program; else None."""
     while error is not None:
         # By name: torch is not imported here, and only torch has such errors.
-        if (kind := type(error).__name__) in ("AcceleratorError", "DistBackendError"):
-            what = "the GPU failed" if kind == "AcceleratorError" else "the connection of the GPUs failed"
+        kind, text = type(error).__name__, first_line(error)
+        gpu = kind == "AcceleratorError"
+        if kind == "OutOfMemoryError" or (gpu and "out of memory" in text):
+            return f"the GPU is out of memory: {text}; free it, or lower the batch size or max_length"
+        if kind == "DistBackendError" or (gpu and not any(words in text for words in _PROGRAM_FAULTS)):
+            what = "the GPU failed" if gpu else "the connection of the GPUs failed"
             do = "check it with nvidia-smi, the same command resumes from the last checkpoint"
-            return f"{what}: {first_line(error)}; {do}"
-        if kind == "OutOfMemoryError":
-            return f"the GPU is out of memory: {first_line(error)}; free it, or lower the batch size or max_length"
+            return f"{what}: {text}; {do}"
         error = error.__cause__ or error.__context__
     return None
+
+
+# What a GPU says of a program that asks for what does not exist: the place in the program is needed.
+_PROGRAM_FAULTS = ("device-side assert", "invalid ", "no kernel image", "not supported")
 
 
 def short(value: Any) -> str:

@@ -60,3 +60,23 @@ def test_memory_that_no_smaller_batch_helps_is_a_line(command, monkeypatch, caps
     assert main(command) == 3
     wanted = "pruneofa: error: the GPU is out of memory: CUDA out of memory. Tried to allocate 2.00 GiB."
     assert capsys.readouterr().err.splitlines()[-1].startswith(wanted)
+
+
+def test_memory_that_a_library_of_the_gpu_lacks_is_a_line_too(command, monkeypatch, capsys):
+    def fails(*_):
+        raise torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be")
+
+    monkeypatch.setattr("pruneofa.run.fine_tuning.prepare_student", fails)
+    assert main(command) == 3
+    assert "the GPU is out of memory: CUDA error: out of memory; free it" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("reason", ["device-side assert triggered", "invalid argument"])
+def test_a_fault_of_the_program_keeps_its_traceback(command, monkeypatch, capsys, reason):
+    def fails(*_):
+        raise torch.AcceleratorError(f"CUDA error: {reason}")
+
+    monkeypatch.setattr("pruneofa.run.fine_tuning.prepare_student", fails)
+    assert main(command) == 3
+    said = capsys.readouterr().err
+    assert "Traceback" in said and "nvidia-smi" not in said

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from transformers import BertForSequenceClassification
 
 from pruneofa.errors import InputError
 from pruneofa.run import estimate as estimates
@@ -11,6 +12,7 @@ from pruneofa.run.plan import plan
 from pruneofa.run.stage import Stage
 from pruneofa.train import sparse_linear
 from tests.small import small_recipe
+from tests.tiny import half_pruned, tiny_bert, write_model
 
 
 @pytest.fixture
@@ -95,6 +97,19 @@ def test_what_a_run_would_refuse_a_dry_run_refuses(costs, tmp_path, override, me
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("key", ["tasks.mine.teacher", "dense_model"])
+def test_a_dense_model_that_is_too_short_for_the_inputs_is_refused(costs, tmp_path, key):
+    classes = {} if key == "dense_model" else {"id2label": {0: "bad", 1: "good"}, "label2id": {"bad": 0, "good": 1}}
+    short = tiny_bert(BertForSequenceClassification, max_position_embeddings=6, **classes)
+    write_model(tmp_path / "short", short)
+    write_model(tmp_path / "sparse", half_pruned(tiny_bert()))
+    sparse = ["model_is_sparse=true", "teacher=null", "prune=null", "corpus=null", f"model={tmp_path / 'sparse'}"]
+    with pytest.raises(
+        InputError, match=r"tasks.mine: an input has \d+ tokens but .*/short has 6 positions; lower max_"
+    ):
+        costs(f"{key}={tmp_path / 'short'}", *sparse)
+
+
 def test_the_corpus_is_not_tokenized(costs, monkeypatch):
     monkeypatch.setattr("pruneofa.data.corpus.build_corpus", lambda *_, **__: pytest.fail("tokenized"))
     costs()
@@ -141,5 +156,33 @@ def test_the_time_of_a_step_is_that_of_the_weights_that_are_trained(tmp_path):
     settings.tasks["mine"].freeze_embeddings = True
     inputs = Inputs(settings)
     stage = next(step for step in plan(settings, inputs, tmp_path / "run") if str(step.id).endswith("/transfer"))
-    objective, _ = estimates._task_probe(settings, inputs, "mine", stage.settings, 256.0)
+    objective, _ = estimates._task_probe(settings, inputs.task("mine"), stage.settings, 256.0)
     assert not objective.student.get_input_embeddings().weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("fields", "seconds"),
+    [
+        ({"epochs": 4}, 1 + 8 / 4),
+        ({"epochs": 4, "hidden": 1.0}, 100),
+        ({"epochs": 1}, 100),
+    ],
+)
+def test_a_teacher_that_runs_once_costs_one_pass(tmp_path, monkeypatch, fields, seconds):
+    """A step with the teacher takes 100 seconds, without it one, the teacher alone 8."""
+    settings = small_recipe(tmp_path / "data")
+    settings.tasks["mine"] = settings.tasks["mine"].model_copy(update=fields)
+    inputs = Inputs(settings)
+    stage = next(step for step in plan(settings, inputs, tmp_path / "run") if str(step.id).endswith("/transfer"))
+    sizes = []
+
+    def time(objective, batch, precision):
+        sizes.append(int(batch["attention_mask"].sum()))
+        objective(batch, objective.counts(batch))
+        return 1.0 if objective.teacher is None else 100.0
+
+    monkeypatch.setattr(estimates, "_time", time)
+    monkeypatch.setattr(estimates, "_time_teacher", lambda *_: 8.0)
+    _, steps, tokens = estimates._size(inputs, stage)
+    found = estimates._seconds_per_token(settings, inputs, stage, steps, tokens)
+    assert found * sizes[0] == pytest.approx(seconds)

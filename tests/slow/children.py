@@ -25,7 +25,7 @@ ROWS = ["--text", "sentence", "--rows", "16", "--threads", "1"]
 VERBS = {
     "prune": ["prune", "model", "OUT", *TEXT, "--precision", "fp32", *STEPS, *SCHEDULE],
     "transfer": ["transfer", "sparse", "OUT", *TASK, "--epochs", "2", "--lr", "1e-3"],
-    "quantize": ["quantize", "transfer", "OUT", *TASK, "--qat_epochs", "1"],
+    "quantize": ["quantize", "transfer", "OUT", *TASK, "--qat_epochs", "2", "--teacher", "transfer"],
     "pack": ["pack", "transfer", "OUT", "--compress"],
     "unpack": ["unpack", "pack", "OUT"],
     "export": ["export", "quantize", "OUT", "--to", "compressed-tensors"],

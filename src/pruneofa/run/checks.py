@@ -43,6 +43,8 @@ def check(recipe: Recipe, inputs: Inputs, steps: Iterable[Step], *, tokenize: bo
     for name in recipe.tasks:
         if any(stage.task == name for stage in pending):
             check_task(recipe.model, recipe.tasks[name].resolved(name), inputs.task(name))
+            if recipe.dense_model is not None:
+                check_positions(recipe.dense_model, inputs.task(name))
 
 
 def check_engine(recipe: Recipe) -> None:
@@ -100,6 +102,7 @@ def check_task(model: str, spec: Task, task: task_data.Task) -> None:
     transfer_objective(model, spec.teacher, losses(spec), task)
     if spec.teacher is not None:
         check_vocabulary(model, spec.teacher)
+        check_positions(spec.teacher, task)
     split_batch(spec.batch or 1, None)
 
 
@@ -110,4 +113,15 @@ def check_vocabulary(model: str, other: str) -> None:
         raise InputError(
             f"{other}: its vocabulary ({len(got)} tokens) differs from that of {model} ({len(wanted)}), but both "
             "models get the same token ids; use a model with the same tokenizer"
+        )
+
+
+def check_positions(model: str, task: task_data.Task) -> None:
+    """Raises InputError when a dense model of a task is too small for inputs that were cut for the sparse one."""
+    longest = max(int(data.lengths.max()) for data in (task.train, *task.evaluations.values()) if data is not None)
+    positions = task_data.longest_input(load_config(model))
+    if longest > positions:
+        raise InputError(
+            f"tasks.{task.name}: an input has {longest} tokens but {model} has {positions} positions; lower max_length "
+            f"to {positions}, or use another model"
         )

@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pruneofa import families
+from pruneofa.data.tasks import Task
 from pruneofa.progress import progress
 from pruneofa.recipe import Corpus, Prune, Recipe, Teacher
 from pruneofa.run.checks import check
@@ -20,6 +22,7 @@ from pruneofa.run.fine_tuning import (
     numerics,
     prepare_student,
     qat_dataset,
+    runs_teacher_once,
     transfer_objective,
 )
 from pruneofa.run.folder import check_folder
@@ -41,7 +44,7 @@ from pruneofa.train.device import default_device, processes, split_batch
 from pruneofa.train.evaluate import evaluation_seconds
 from pruneofa.train.lock import PatternLock
 from pruneofa.train.models import load_for_pretraining, load_for_task
-from pruneofa.train.objective import INPUTS
+from pruneofa.train.objective import INPUTS, TransferObjective
 from pruneofa.train.quantize import FakeQuantizer
 from pruneofa.train.sparse_linear import note_zeroed, skip_locked_zeros
 
@@ -83,7 +86,7 @@ def _stage_row(recipe: Recipe, inputs: Inputs, stage: Stage, timed: dict[Any, fl
     row = {"stage": str(stage.id), "status": status, "steps": steps, "tokens": tokens, "minutes": 0.0}
     if status != "done" and tokens:
         if kind not in timed:
-            timed[kind] = _seconds_per_token(*_probe(recipe, inputs, stage, tokens / max(steps, 1)), recipe.precision)
+            timed[kind] = _seconds_per_token(recipe, inputs, stage, steps, tokens)
         left = 1 - done / steps if status == "resume" else 1
         row["minutes"] = round(timed[kind] * tokens / 60 * left, 1)
     return row
@@ -141,6 +144,22 @@ def _size(inputs: Inputs, stage: Stage) -> tuple[Any, int, int]:
     return None, 0, 0
 
 
+def _seconds_per_token(recipe: Recipe, inputs: Inputs, stage: Stage, steps: int, tokens: int) -> float:
+    objective, batch = _probe(recipe, inputs, stage, tokens / max(steps, 1))
+    before = 0.0
+    if isinstance(objective, TransferObjective):
+        settings, task = stage.settings, inputs.task(str(stage.id.task))
+        training = settings.training if isinstance(settings, QuantizeSettings) else settings
+        assert task.train is not None
+        passes = steps / task.train.train_dataset(training.batch, training.seed, 1).steps_per_epoch
+        if runs_teacher_once(objective, passes):
+            before = _time_teacher(objective, batch, recipe.precision) / passes
+            shape = (*batch["input_ids"].shape, 2) if task.kind == "qa" else (len(batch["input_ids"]), len(task.labels))
+            batch["teacher_logits"] = torch.zeros(shape)
+            objective.distil_from_batches()
+    return (_time(objective, batch, recipe.precision) + before) / int(batch["attention_mask"].sum())
+
+
 def _probe(
     recipe: Recipe, inputs: Inputs, stage: Stage, tokens_per_step: float
 ) -> tuple[nn.Module, dict[str, torch.Tensor]]:
@@ -152,7 +171,7 @@ def _probe(
         objective, batch = _pretraining_probe(recipe, settings.prune, settings.corpus)
     else:
         training = settings.training if isinstance(settings, QuantizeSettings) else settings
-        objective, batch = _task_probe(recipe, inputs, str(stage.id.task), training, tokens_per_step)
+        objective, batch = _task_probe(recipe, inputs.task(str(stage.id.task)), training, tokens_per_step)
         if isinstance(settings, QuantizeSettings):
             FakeQuantizer(objective.student, **numerics(settings))
     alone = processes().num_processes == 1 and default_device().type == "cpu"
@@ -211,9 +230,8 @@ def _pretraining_probe(
 
 
 def _task_probe(
-    recipe: Recipe, inputs: Inputs, name: str, settings: FineTuneSettings, tokens_per_step: float
-) -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    task = inputs.task(name)
+    recipe: Recipe, task: Task, settings: FineTuneSettings, tokens_per_step: float
+) -> tuple[TransferObjective, dict[str, torch.Tensor]]:
     # Timing needs a teacher of the right size, not a trained one.
     has_teacher = settings.losses is not None
     teacher = load_for_task(recipe.model, task.kind, **task.model_kwargs()) if has_teacher else None
@@ -233,24 +251,47 @@ def _random_batch(objective: nn.Module, rows: int, length: int) -> dict[str, tor
     return batch | ({"token_type_ids": torch.zeros_like(ids)} if typed else {})
 
 
-def _seconds_per_token(objective: nn.Module, batch: dict[str, torch.Tensor], precision: str) -> float:
-    """Median seconds of a full optimizer step per token; the first step, which allocates, is not counted."""
+def _time(objective: nn.Module, batch: dict[str, torch.Tensor], precision: str) -> float:
+    """Median seconds of a full optimizer step."""
     device = default_device()
     objective.to(device).train()
     batch = {name: value.to(device) for name, value in batch.items()}
     trained = (parameter for parameter in objective.parameters() if parameter.requires_grad)
     optimizer = torch.optim.AdamW(trained, lr=0.0, fused=True)  # as in training
     counts = objective.counts(batch)
-    seconds = []
-    for _ in range(PROBE_STEPS):
-        start = time.perf_counter()
+
+    def step() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             loss = objective(batch, counts)["loss"]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         note_zeroed(objective.modules())  # the step has changed nothing, as lr is 0
-        if device.type == "cuda":
+
+    return _median_seconds(step)
+
+
+@torch.no_grad()
+def _time_teacher(objective: TransferObjective, batch: dict[str, torch.Tensor], precision: str) -> float:
+    """Median seconds of the teacher's forward pass."""
+    device = default_device()
+    objective.to(device)
+    inputs = {name: value.to(device) for name, value in batch.items() if name in INPUTS}
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            objective.teacher(**inputs)
+
+    return _median_seconds(step)
+
+
+def _median_seconds(step: Callable[[], None]) -> float:
+    """Median seconds of a call on the default device; the first one, which allocates, is not counted."""
+    seconds = []
+    for _ in range(PROBE_STEPS):
+        start = time.perf_counter()
+        step()
+        if default_device().type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:]) / int(batch["attention_mask"].sum())
+    return statistics.median(seconds[1:])

@@ -155,9 +155,9 @@ def quantize_aware(
     objective = transfer_objective(student, teacher and teacher.path, training.losses, task)
     prepare_student(student, training)
     quantizer = FakeQuantizer(student, **numerics(settings))
-    passes = training.epochs * (1.0 if settings.rows is None else settings.rows / len(task.train))
-    task, spent = _run_teacher_once(objective, training, job, task, passes)
     data, steps = qat_dataset(settings, task)
+    task, spent = _run_teacher_once(objective, training, job, task, steps / data.dataset.steps_per_epoch)
+    data, _ = qat_dataset(settings, task)  # with the logits
     freeze = 1.0 if settings.freeze is None else settings.freeze
     callbacks = [LockCallback(skip_zeros=False), QuantizeCallback(quantizer, freeze)]
     clock = _train(objective, training, job, task, data, steps, callbacks)
@@ -257,18 +257,19 @@ def transfer_objective(
     return TransferObjective(student, loaded, kind=task.kind, **asdict(losses))
 
 
+def runs_teacher_once(objective: TransferObjective, passes: float) -> bool:
+    """Whether the teacher's logits suffice and training passes over its features more than once."""
+    return objective.teacher is not None and not objective.hidden and passes > 1
+
+
 def _run_teacher_once(
     objective: TransferObjective, settings: FineTuneSettings, job: Job, task: task_data.Task, passes: float
 ) -> tuple[task_data.Task, float]:
-    """Compute the teacher's logits before training and release it, where they suffice and are used more than once.
+    """Compute the teacher's logits before training and release it, where `runs_teacher_once`.
 
-    Args:
-        passes: over the training features.
-
-    Returns:
-        The task that is to be trained on, and the seconds that this took.
+    Returns the task that is to be trained on, and the seconds that this took.
     """
-    if objective.teacher is None or objective.hidden or passes <= 1:
+    if not runs_teacher_once(objective, passes):
         return task, 0.0
     prepare_models(objective.student, objective.teacher, settings.precision)
     teacher = objective.teacher.to(processes().device)
