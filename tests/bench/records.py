@@ -2,7 +2,7 @@
 
 import pytest
 
-from pruneofa.bench import measure
+from pruneofa.bench import figures, measure
 from pruneofa.bench.models import Case
 from pruneofa.bench.peers import PEERS, PRUNEOFA
 from pruneofa.engine import engine
@@ -14,7 +14,7 @@ def runner(name: str, milliseconds: float, **fields) -> dict:
     peer = PEERS.get(name, PEERS[PRUNEOFA])
     known = {"name": name, "peer": peer.name, "kind": peer.kind, "dense": peer.dense, "error": 0.01, "verified": True}
     sizes = {"tolerance": 0.1, "peak": 3e6, "baseline": 1e6, "disk": 2e6, "load": 0.1, "first_answer": 0.2}
-    return known | sizes | measure.statistics([milliseconds / 1e3] * 3) | fields
+    return known | sizes | figures.statistics([milliseconds / 1e3] * 3) | fields
 
 
 def limits(before: float = 14, after: float | None = 14, memory: float = 20) -> dict:
@@ -28,7 +28,7 @@ def limits(before: float = 14, after: float | None = 14, memory: float = 20) -> 
 
 
 def record(*runners: dict, case: Case | None = None, ceilings: dict | None = None, **fields) -> dict:
-    row = measure.summary(case or Case("1x128", (128,)), 10**9, list(runners), None, ceilings or limits())
+    row = figures.summary(case or Case("1x128", (128,)), 10**9, list(runners), None, ceilings or limits())
     model = {
         "name": PRUNEOFA,
         "family": "bert",

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from pruneofa.data import sources
+from pruneofa.data import articles, sources
 from pruneofa.errors import InputError
 
 ARTICLES = ["First article.\nIts second line.", "Zweiter Artikel: äöü.", "Third."]
@@ -61,7 +61,7 @@ def test_jsonl_and_parquet_take_any_column_and_skip_nulls(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv"])
 def test_an_article_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(sources, "LONGEST", 1000)
+    monkeypatch.setattr(articles, "LONGEST", 1000)
     for length in (1000, 1001):
         text = "x" * length
         whole = {"a.txt": text, "a.jsonl": json.dumps({"body": text}), "a.csv": f"body\n{text}\n"}[name]

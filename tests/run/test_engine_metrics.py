@@ -11,7 +11,7 @@ from pruneofa.report.schema import check_results
 from pruneofa.run import engine_metrics, results
 from pruneofa.run.engine_metrics import FILE, measure_by_engine
 from pruneofa.run.fine_tuning import GivenSettings, use_given
-from pruneofa.run.stage import Data, Evaluation, Stage, StageId
+from pruneofa.run.stage import Evaluation, LazyData, Stage, StageId
 from pruneofa.train.evaluate import evaluate
 from tests.small import small_recipe
 from tests.tiny import tiny_tokenizer
@@ -46,7 +46,7 @@ def run(tmp_path):
         stages.append(made)
     for made in stages:
         write_json(made.folder / "stage.json", RECORD | vars(made.id))
-    data = Data(task.evaluation_fingerprint, lambda: task)
+    data = LazyData(task.evaluation_fingerprint, lambda: task)
     return recipe, tmp_path / "run", [*stages, *(Evaluation(made, made.model, data) for made in stages[1:])]
 
 

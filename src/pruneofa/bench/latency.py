@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from pruneofa.bench.figures import statistics
 from pruneofa.bench.machine import machine
-from pruneofa.bench.measure import ROUNDS, SETTLE, Bench, statistics
+from pruneofa.bench.measure import ROUNDS, SETTLE, Bench
 from pruneofa.bench.models import Case, Settings
 from pruneofa.bench.peers import PEERS, REFERENCE
 from pruneofa.bench.workers import Worker

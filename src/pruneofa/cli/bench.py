@@ -96,7 +96,7 @@ def describe(verb: argparse.ArgumentParser) -> None:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from pruneofa.bench import measure, tables
+    from pruneofa.bench import figures, measure, tables
 
     if options.picture:
         tables.check_picture(options.picture)
@@ -120,7 +120,7 @@ def _bench(options: argparse.Namespace) -> int:
     if options.picture:
         tables.picture(record, options.picture)
     if options.at_least is not None:
-        measure.check_ratio(record, options.at_least)
+        figures.check_ratio(record, options.at_least)
     return 0
 
 

@@ -113,7 +113,7 @@ def with_option_names(message: str, options: argparse.Namespace) -> str:
 
 
 def read_task(options: argparse.Namespace) -> tuple[str, Any]:
-    """The task's name and its section of a recipe, defaults filled in."""
+    """The task's name and its section of a recipe, defaults filled in. Raises InputError where options are missing."""
     from pruneofa.recipe import KNOWN_TASKS, Task, check_task_name, validate
 
     values = read_fields(options, Task, "")

@@ -256,7 +256,13 @@ def _write(parts: Iterator[Encoded], folder: Path, counts: dict[str, int]) -> No
 
 
 def split_articles(hashes: np.ndarray, share: float, nsp: bool) -> dict[str, np.ndarray]:
-    """Article numbers of each split, by hash; in a very small corpus each split still gets some articles."""
+    """Article numbers of each split, int64, by hash; in a very small corpus each split still gets some articles.
+
+    Args:
+        hashes: uint64 (articles,), of their texts.
+        share: fraction of the articles that is held out.
+        nsp: whether a split needs two articles, for pairs.
+    """
     held_out = is_held_out(hashes, share)
     least = min(2 if nsp else 1, len(hashes) // 2)
     if not least <= held_out.sum() <= len(hashes) - least:

@@ -118,7 +118,15 @@ def truncated(first: int, second: int, longest: int) -> tuple[int, int]:
 
 
 def segment(tokens: np.ndarray, starts: np.ndarray, low: int, high: int, target: int, draw: float) -> np.ndarray:
-    """From a random sentence of sentences [low, high) on, as many as reach `target` tokens (at least one)."""
+    """Ids (n,) of as many sentences as reach `target` tokens, at least one, from a random one of [low, high) on.
+
+    Args:
+        tokens: ids of all articles, (tokens,).
+        starts: first token of each sentence, int64 (sentences + 1,).
+        low: the first sentence to choose from; `high` is the one after the last.
+        target: number of tokens.
+        draw: which sentence is first, uniform in [0, 1).
+    """
     first = low + int(draw * (high - low))
     begin = int(starts[first])
     last = first + 1 + int(np.searchsorted(starts[first + 1 : high + 1], begin + max(target, 1)))
@@ -150,7 +158,10 @@ def splitmix64(value: int) -> int:
 
 
 def is_held_out(hashes: np.ndarray, share: float) -> np.ndarray:
-    """Which articles are for validation, by the hash of their text, independent of their order and the machine."""
+    """Which articles are for validation, bool (articles,), by the hashes of their texts, uint64 (articles,).
+
+    Independent of their order and of the machine.
+    """
     return hashes < np.uint64(min(int(share * 2**64), 2**64 - 1))
 
 
@@ -213,7 +224,7 @@ class Store:
 
 
 def mapped(path: Path, dtype: np.dtype) -> np.ndarray:
-    """A flat file as a memory-mapped array."""
+    """A flat file as a memory-mapped array, (elements,) of `dtype`."""
     return np.asarray(np.memmap(path, dtype, mode="r"))  # plain arrays index several times faster than memmap
 
 
@@ -292,7 +303,10 @@ class PretrainingDataset(Dataset[Item]):
 
 
 def split_point(first: int, last: int, draws: np.ndarray) -> int:
-    """The sentence at which segment B would start: at least one sentence before it and, if possible, after it."""
+    """The sentence at which segment B would start: at least one sentence before it and, if possible, after it.
+
+    `draws`: uniforms of the item, of which the second decides.
+    """
     return last if last - first == 1 else first + 1 + int(draws[1] * (last - first - 1))
 
 

@@ -74,7 +74,10 @@ def load_splits(
 
 
 def read(path: Path, where: str) -> pa.Table:
-    """Read one file by its suffix; CSV and TSV columns are all strings."""
+    """Read one file by its suffix; CSV and TSV columns are all strings.
+
+    Raises InputError for a file that is missing, of another kind, damaged or without rows; `where` begins the message.
+    """
     if not path.is_file():
         raise InputError(f"{where}: {path}: no such file; check {where}.data, {where}.validation and data_root")
     if path.suffix not in SUFFIXES:
@@ -117,7 +120,7 @@ def column(table: pa.Table, name: str, role: str, where: str) -> pa.ChunkedArray
 
 
 def text_column(table: pa.Table, name: str, where: str) -> pa.ChunkedArray:
-    """The column `name`, which has to hold a string in every row."""
+    """The column `name`. Raises InputError unless it holds a string in every row, not all of them blank."""
     values = column(table, name, "text", where)
     if pa.types.is_dictionary(values.type):
         values = values.cast(values.type.value_type)

@@ -115,11 +115,55 @@ def load_task(
     column = spec.label or "label"
     if kind == "classification" and column in text:
         raise InputError(f"{where}.label is the text column {column!r}, wanted the column of the classes; set it")
+    splits, held_out = _read_splits(name, spec, text, column, where, train=train, whole=whole, data_root=data_root)
+    names: list[str] = []
+    of_model = False
+    if kind == "classification":
+        if not 1 <= len(text) <= 2:
+            raise InputError(f"{where}.text names {len(text)} columns, wanted one or two")
+        given = labels_of_model(labels, _values(splits[""], column, where), column, where) if labels else None
+        of_model, named = given is not None, given or list(_LABELS.get(name, ()))
+        names = named or distinct(_values(splits.get("train", splits[""]), column, where), column, where)
+    if train and spec.check_epochs:
+        chosen = splits["train"].slice(0, spec.train_rows)
+        splits["train"], splits[EPOCH_ROWS] = rows.hold_out(chosen, *_key(name, text, column), where, part=1)
+
+    def tokenized(split: str, table: pa.Table) -> TaskData:
+        if split != EPOCH_ROWS:
+            table = table.slice(0, spec.train_rows if split == "train" else spec.validation_rows)
+        if kind == "qa":
+            return _question_answering(table, spec, tokenizer, split, where)
+        called = _SPLITS.get(split, f"validation{split}")
+        targets = class_ids(_values(table, column, where), column, names, called, name in _LABELS, where, of_model)
+        return _classification(table, text, targets, tokenizer, max_length, where)
+
+    features = {split: tokenized(split, table) for split, table in splits.items() if train or split != "train"}
+    trained, epoch_rows = features.pop("train", None), features.pop(EPOCH_ROWS, None)
+    if trained is not None and kind == "classification" and len(np.unique(trained.targets)) < 2:
+        only = names[int(trained.targets[0])] if trained.targets is not None else ""
+        raise InputError(f"{where}: all {len(trained)} training rows have the label {only!r}, wanted at least two")
+    prints = [_fingerprint(kind, names, used, where) for used in ({"train": trained}, features)]
+    pad = tokenizer.pad_token_id or 0
+    return Task(name, kind, names, trained, features, *prints, tuple(text), pad, held_out, epoch_rows)
+
+
+def _read_splits(
+    name: str,
+    spec: recipe.Task,
+    text: Sequence[str],
+    column: str,
+    where: str,
+    *,
+    train: bool,
+    whole: bool,
+    data_root: str | Path | None,
+) -> tuple[dict[str, pa.Table], tuple[int, int] | None]:
+    """The rows of each split, and (rows held out for evaluation, rows in all) of data without evaluation rows."""
     evaluations = {"": ("validation",)}
     if name == "mnli":
         evaluations = {"": ("validation_matched", "validation"), "_mm": ("validation_mismatched",)}
     splits = rows.load_splits(
-        spec.data or ("rajpurkar/squad" if kind == "qa" else _GLUE),
+        spec.data or ("rajpurkar/squad" if name == "squad" else _GLUE),
         where=where,
         evaluations=evaluations,
         config=name if name in recipe.GLUE and spec.data in (None, _GLUE) else None,
@@ -128,43 +172,16 @@ def load_task(
         whole=whole and not train,
         data_root=data_root,
     )
-    held_out = None
-    key, label = (("context",), None) if kind == "qa" else (text, column)
-    if "" not in splits:
-        total = splits["train"].num_rows
-        splits["train"], splits[""] = rows.hold_out(splits["train"], key, label, where)
-        held_out = (splits[""].num_rows, total)
-    if kind == "classification":
-        if not 1 <= len(text) <= 2:
-            raise InputError(f"{where}.text names {len(text)} columns, wanted one or two")
-        given = labels_of_model(labels, _values(splits[""], column, where), column, where) if labels else None
-        named = given or list(_LABELS.get(name, ()))
-        names = named or distinct(_values(splits.get("train", splits[""]), column, where), column, where)
-    else:
-        names = []
-    if train and spec.check_epochs:
-        chosen = splits["train"].slice(0, spec.train_rows)
-        splits["train"], splits[EPOCH_ROWS] = rows.hold_out(chosen, key, label, where, part=1)
-    features: dict[str, TaskData] = {}
-    for split, table in splits.items():
-        if split == "train" and not train:
-            continue
-        if split != EPOCH_ROWS:
-            table = table.slice(0, spec.train_rows if split == "train" else spec.validation_rows)
-        if kind == "qa":
-            features[split] = _question_answering(table, spec, tokenizer, split, where)
-        else:
-            known, of_model = name in _LABELS, given is not None
-            called = _SPLITS.get(split, f"validation{split}")
-            targets = class_ids(_values(table, column, where), column, names, called, known, where, of_model)
-            features[split] = _classification(table, text, targets, tokenizer, max_length, where)
-    trained, epoch_rows = features.pop("train", None), features.pop(EPOCH_ROWS, None)
-    if trained is not None and kind == "classification" and len(np.unique(trained.targets)) < 2:
-        only = names[int(trained.targets[0])] if trained.targets is not None else ""
-        raise InputError(f"{where}: all {len(trained)} training rows have the label {only!r}, wanted at least two")
-    prints = [_fingerprint(kind, names, used, where) for used in ({"train": trained}, features)]
-    pad = tokenizer.pad_token_id or 0
-    return Task(name, kind, names, trained, features, *prints, tuple(text), pad, held_out, epoch_rows)
+    if "" in splits:
+        return splits, None
+    total = splits["train"].num_rows
+    splits["train"], splits[""] = rows.hold_out(splits["train"], *_key(name, text, column), where)
+    return splits, (splits[""].num_rows, total)
+
+
+def _key(name: str, text: Sequence[str], column: str) -> tuple[Sequence[str], str | None]:
+    """The columns by which rows are held out, those of one context together, and the column of the classes."""
+    return (("context",), None) if name == "squad" else (text, column)
 
 
 def _names(value: str | list[str] | None) -> tuple[str, ...]:

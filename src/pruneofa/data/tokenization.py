@@ -132,7 +132,7 @@ def _start_worker(tokenizer_json: str) -> None:
     _encoder = Encoder(tokenizer_json)
 
 
-def _work(texts: list[str]) -> Encoded:
+def _encode_in_worker(texts: list[str]) -> Encoded:
     assert _encoder is not None
     return _encoder(texts)
 
@@ -150,7 +150,7 @@ def encode_batches(batches: Iterable[list[str]], tokenizer_json: str, processes:
     try:
         in_progress: collections.deque[concurrent.futures.Future[Encoded]] = collections.deque()
         for batch in batches:
-            in_progress.append(pool.submit(_work, batch))
+            in_progress.append(pool.submit(_encode_in_worker, batch))
             if len(in_progress) >= 2 * processes:
                 yield in_progress.popleft().result()
         while in_progress:

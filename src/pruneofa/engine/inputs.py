@@ -106,7 +106,10 @@ def check_range(rows: Sequence[NDArray[Any]], size: int, name: str, what: str) -
 
 
 def finite(values: NDArray[np.float32], where: str = "the batch") -> NDArray[np.float32]:
-    """The values. Raises InputError for NaN and infinity: every weight is finite, but sums of products can overflow."""
+    """The values, of any shape. Raises InputError for NaN and infinity.
+
+    Every weight is finite, but sums of products can overflow.
+    """
     if not np.isfinite(values).all():
         raise InputError(
             f"{where}: its result is NaN or infinite, wanted numbers: the model's weights are too large for float32; "

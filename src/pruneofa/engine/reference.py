@@ -83,7 +83,7 @@ ACTIVATIONS: Mapping[str, Callable[[Float], Float]] = {
 
 
 def softmax(x: NDArray[Any]) -> NDArray[Any]:
-    """Exponentials of the last axis, divided by their sum; the greatest is subtracted first against overflow."""
+    """Exponentials of the last axis, (..., n), by their sum; the greatest is subtracted first against overflow."""
     exponentials = np.exp(x - x.max(axis=-1, keepdims=True))
     return exponentials / exponentials.sum(axis=-1, keepdims=True)
 
@@ -170,7 +170,10 @@ class Linear:
         self.choice = "dense: the reference multiplies by the zeros too"
 
     def accumulate(self, x: NDArray[np.uint8]) -> NDArray[np.int32]:
-        """Integer sums x W^T of an int8 weight: (m, k) uint8 to (m, n) int32, exact; no zero point, no bias."""
+        """Integer sums x W^T: (m, k) uint8 to (m, n) int32, exact; no zero point, no bias.
+
+        Raises ValueError for a float32 weight.
+        """
         if self._scale is None:
             raise ValueError("a float32 Linear has no integer sums; use forward")
         # float64 holds every sum exactly (they are below 2**53) and, unlike integers, has a fast product

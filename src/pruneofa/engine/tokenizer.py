@@ -51,7 +51,7 @@ class Tokens:
     text: int = 0
 
     def keep(self, kept: NDArray[np.bool_] | NDArray[np.intp]) -> "Tokens":
-        """The tokens that a mask or an array of indices selects."""
+        """The tokens that a mask, (tokens,) bool, or an array of indices selects."""
         segments, chars = self.segments, self.chars
         return Tokens(
             self.ids[kept],

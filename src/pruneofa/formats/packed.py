@@ -141,7 +141,7 @@ def read(path: str | Path) -> Packed:
 
 
 def read_with(folder: Path, manifest: Manifest) -> Packed:
-    """`read` of a folder whose manifest is known."""
+    """`read` of a folder whose manifest is known. Raises as it does."""
     config = read_config(folder, manifest)
     if not (folder / "tokenizer.json").is_file():
         raise InputError(f"{folder}: no tokenizer.json in it; {AGAIN}")

@@ -17,7 +17,10 @@ _BUFFERS = ("position_ids", "token_type_ids")  # integer buffers that transforme
 
 
 def source_tensors(folder: Path) -> Source:
-    """{canonical name: (name in the source, location)} of every floating-point tensor."""
+    """{canonical name: (name in the source, location)} of every floating-point tensor.
+
+    Raises InputError for a tensor of another dtype, an empty one, and two of one canonical name.
+    """
     found: Source = {}
     for file in weight_files(folder):
         for original, stored in tensors_of(file):
@@ -38,7 +41,10 @@ def source_tensors(folder: Path) -> Source:
 
 
 def source_prefix(folder: Path, found: Source) -> str:
-    """The prefix of the names of the encoder's linears in the source: that of the base model."""
+    """The prefix of the names of the encoder's linears in the source: that of the base model.
+
+    Raises InputError for a source without them.
+    """
     for name, (original, stored) in sorted(found.items()):
         if name != POOLER and kind_of(name, len(stored.shape)) == "linear":
             return original.removesuffix(name)
@@ -59,6 +65,6 @@ def read_float(original: str, stored: StoredTensor) -> np.ndarray:
 
 
 def refuse_non_finite(name: str, weight: np.ndarray) -> None:
-    """Raises InputError, beginning with `name`, if a weight is NaN or infinite."""
+    """Raises InputError, beginning with `name`, if a value of `weight`, of any shape, is NaN or infinite."""
     if count := weight.size - int(np.count_nonzero(np.isfinite(weight))):
         raise InputError(f"{name} has {count} NaN or infinite values; wanted finite numbers: train again")

@@ -22,7 +22,10 @@ _CHUNK = 1 << 20  # bytes read at a time, because a decompressor returns copies
 
 
 def read_arrays(file: Path, manifest: Manifest) -> dict[str, np.ndarray]:
-    """Every tensor of the file as an array with its own memory."""
+    """Every tensor of the file, by name: an array of the dtype and shape of its slot, with its own memory.
+
+    bfloat16 is uint16, its bits. Raises InputError for a file that is damaged or not the one of the manifest.
+    """
     slots = layout(manifest.tensors, manifest.precision)
     size = manifest.sizes.file
     with _opened(file, manifest) as raw:

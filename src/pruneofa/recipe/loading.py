@@ -73,7 +73,10 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse_override(text: str) -> dict[str, Any]:
-    """`a.b=value` as a nested mapping; the value is YAML, so numbers and lists keep their types."""
+    """`a.b=value` as a nested mapping; the value is YAML, so numbers and lists keep their types.
+
+    Raises InputError for a text of another form, and for a value that is not valid YAML.
+    """
     key, equals, value = text.partition("=")
     if not equals or not all(key.split(".")) or key.count(".") > MAX_DEPTH:
         raise InputError(f"--set {_short(text)}: wanted key=value, such as prune.final=0.85")

@@ -19,10 +19,10 @@ from pruneofa.run.stage import (
     METRICS,
     RECORD,
     ROWS,
-    Data,
     Emit,
     Evaluation,
     Job,
+    LazyData,
     Model,
     Stage,
     Step,
@@ -59,7 +59,7 @@ def make(stage: Stage, emit: Emit) -> None:
     start = stage.inputs.get("model")
     if isinstance(start, Model):
         check_pattern(stage.pattern, start.path)
-    inputs = {name: value.read() if isinstance(value, Data) else value for name, value in stage.inputs.items()}
+    inputs = {name: value.read() if isinstance(value, LazyData) else value for name, value in stage.inputs.items()}
     with naming_disk(stage.work):
         outcome = stage.make(stage.settings, Job(str(stage.id), stage.work, emit), **inputs)
     if state.is_main_process:

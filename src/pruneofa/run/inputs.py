@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pruneofa.data import corpus, tasks
 from pruneofa.recipe import Recipe
 from pruneofa.run.pretraining import Text, read_text
-from pruneofa.run.stage import Data, Model
+from pruneofa.run.stage import LazyData, Model
 from pruneofa.train.models import load_config, load_tokenizer, model_fingerprint
 
 
@@ -26,10 +26,10 @@ class Inputs:
             self._models[path] = Model(path, model_fingerprint(path))
         return self._models[path]
 
-    def text(self) -> Data:
+    def text(self) -> LazyData:
         """The corpus, tokenized when it is read."""
         assert self.recipe.corpus is not None
-        return Data(corpus.source_fingerprint(self.recipe.corpus, data_root=self.recipe.data_root), self._read_text)
+        return LazyData(corpus.source_fingerprint(self.recipe.corpus, data_root=self.recipe.data_root), self._read_text)
 
     def _read_text(self) -> Text:
         if self._text is None:
@@ -50,12 +50,12 @@ class Inputs:
             )
         return self._tasks[name]
 
-    def training_rows(self, name: str) -> Data:
+    def training_rows(self, name: str) -> LazyData:
         """The task, for training."""
         task = self.task(name)
-        return Data(task.train_fingerprint, lambda: task)
+        return LazyData(task.train_fingerprint, lambda: task)
 
-    def validation_rows(self, name: str) -> Data:
+    def validation_rows(self, name: str) -> LazyData:
         """The task, for evaluation."""
         task = self.task(name)
-        return Data(task.evaluation_fingerprint, lambda: task)
+        return LazyData(task.evaluation_fingerprint, lambda: task)

@@ -32,7 +32,7 @@ def prune(recipe: Recipe, out: Path, *, redo: bool = False) -> dict[str, float]:
     Returns the sparse model's validation losses. Raises as `run` does.
     """
     out = output_folder(out)
-    inputs, work = Inputs(recipe), _work(out)
+    inputs, work = Inputs(recipe), _work_folder(out)
     steps: list[Step] = []
     model = inputs.model(recipe.model)
     if recipe.teacher:
@@ -71,7 +71,7 @@ def transfer(
     teacher = inputs.model(spec.teacher) if spec.teacher else None
     id = StageId(name, seed, "transfer")
     _note_held_out(inputs.task(name))
-    stage = transfer_stage(recipe, inputs, id, inputs.model(sparse), teacher, _work(out))
+    stage = transfer_stage(recipe, inputs, id, inputs.model(sparse), teacher, _work_folder(out))
     return _execute(recipe, inputs, with_evaluation(replace(stage, folder=out), inputs), out, redo)
 
 
@@ -109,7 +109,7 @@ def quantize(
     sparse = sparse_of_run(Path(model))
     check_pattern(sparse, model)
     teacher = inputs.model(spec.teacher) if spec.teacher else None
-    stages = int8_stages(recipe, inputs, name, seed, inputs.model(model), teacher, sparse, _work(out))
+    stages = int8_stages(recipe, inputs, name, seed, inputs.model(model), teacher, sparse, _work_folder(out))
     stage = next(stage for stage in stages if stage.id.variant == ("ptq" if settings.ptq else "quantize"))
     return _execute(recipe, inputs, with_evaluation(replace(stage, folder=out), inputs), out, redo)
 
@@ -120,7 +120,7 @@ def _note_held_out(task: task_data.Task) -> None:
         notice(f"no --validation: {held_out:,} of {rows:,} rows held out")
 
 
-def _work(out: Path) -> Path:
+def _work_folder(out: Path) -> Path:
     """Parent of the working folders of the stages that lead to `out`, removed when `out` is complete."""
     return out.with_name(f".{out.name}.pruneofa-work")
 
@@ -130,7 +130,7 @@ def _execute(recipe: Recipe, inputs: Inputs, steps: Sequence[Step], out: Path, r
     for stage in stages:
         if stage.folder.exists() and not (stage.folder / RECORD).exists():
             raise InputError(f"{stage.folder}: exists, but this command did not make it; choose another OUT")
-    work = _work(out)
+    work = _work_folder(out)
     fresh = not work.exists()
     if fresh:  # nothing may be written before this check
         refuse_changes(steps, out, redo, "OUT")

@@ -79,7 +79,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Data:
+class LazyData:
     """Text or task data that a stage reads: the fingerprint of their contents, and a function that loads them."""
 
     fingerprint: str
@@ -186,7 +186,7 @@ class Stage:
     id: StageId
     make: Callable[..., Outcome]
     settings: Any
-    inputs: Mapping[str, Model | Data | None]
+    inputs: Mapping[str, Model | LazyData | None]
     folder: Path
     work: Path
     pattern: str | None = None
@@ -251,7 +251,7 @@ class Evaluation:
 
     stage: Stage
     model: Model  # the model of the stage, or the given teacher
-    task: Data
+    task: LazyData
 
     @property
     def id(self) -> StageId:

@@ -61,7 +61,10 @@ def describe(path: Path) -> tuple[list[str], int]:
 
 
 def batches(path: Path, rows: int) -> Iterator[pa.RecordBatch]:
-    """The file in batches of at most `rows`, the same every time; one without rows if there are none."""
+    """The file in batches of at most `rows`, the same every time; one without rows if there are none.
+
+    Raises InputError for a file that is not readable as parquet.
+    """
     with _open(path) as file:
         try:
             if not file.metadata.num_rows:

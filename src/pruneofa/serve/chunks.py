@@ -132,7 +132,7 @@ class _Worker:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")  # a fork would copy threads of native code that hold locks
         self.connection, theirs = context.Pipe()
-        self._process = context.Process(target=_work, args=(theirs, self._job), daemon=True)
+        self._process = context.Process(target=_worker, args=(theirs, self._job), daemon=True)
         self._process.start()
         theirs.close()  # now the process alone holds its end: if either of us ends, the other reads the end of the pipe
 
@@ -170,7 +170,7 @@ class _Worker:
         self.connection.close()
 
 
-def _work(connection: Connection, job: Job) -> None:
+def _worker(connection: Connection, job: Job) -> None:
     """The life of a process: load, then a part for every chunk, until the pipe ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first process, which then ends the others
     os.environ.setdefault("RAYON_NUM_THREADS", str(job.settings["threads"]))  # of the tokenizer

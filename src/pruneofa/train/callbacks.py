@@ -61,7 +61,10 @@ class PruningCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Attach to the model; on resume, load masks and dense values from the checkpoint."""
+        """Attach to the model; on resume, load masks and dense values from the checkpoint.
+
+        Raises InputError for score obs without `blocks`, and for a checkpoint without the pruner's state.
+        """
         if self.pruner is not None:
             self.pruner.release()
         self._saved = None

@@ -41,7 +41,10 @@ def shared_progress(description: str, total: int) -> AbstractContextManager[Call
 
 
 def split_batch(batch: int, micro_batch: int | None) -> tuple[int, int]:
-    """(examples per forward pass, forward passes per step) for `batch` examples per step over all processes."""
+    """(examples per forward pass, forward passes per step) for `batch` examples per step over all processes.
+
+    Raises InputError when processes and micro-batches do not divide the batch.
+    """
     world = processes().num_processes
     micro = min(micro_batch or batch // world, batch // world)
     if micro == 0 or batch % (micro * world):

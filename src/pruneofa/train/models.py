@@ -232,7 +232,10 @@ def reorder_classes(model: PreTrainedModel, order: list[int]) -> None:
 
 
 def model_fingerprint(path: str) -> str:
-    """Content hash of a local model folder, including the tokenizer; for a hub id, its current commit."""
+    """Content hash of a local model folder, including the tokenizer; for a hub id, its current commit.
+
+    Raises InputError for what is neither a folder nor a model of the hub.
+    """
     folder = Path(path)
     if folder.is_dir():
         files = sorted(p for p in folder.iterdir() if p.name in IDENTITY or p.suffix in (".safetensors", ".bin"))
