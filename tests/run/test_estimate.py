@@ -144,8 +144,8 @@ def test_locked_stages_are_timed_as_they_train(tmp_path, monkeypatch, override, 
     for stage in plan(settings, inputs, tmp_path / "run"):
         if isinstance(stage, Stage) and estimates._size(inputs, stage)[2]:
             products.clear()
-            objective, batch = estimates._probe(settings, inputs, stage, 256.0)
-            assert estimates._seconds_per_token(objective, batch, "fp32") > 0
+            _, *size = estimates._size(inputs, stage)
+            assert estimates._seconds_per_token(settings, inputs, stage, *size) > 0
             found[str(stage.id)] = len(products)
     assert {stage for stage, count in found.items() if count} == skipping
     assert all(found[stage] % estimates.PROBE_STEPS == 0 for stage in skipping)  # in every step
