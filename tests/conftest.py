@@ -1,3 +1,4 @@
+import gc
 import os
 import signal
 
@@ -5,6 +6,10 @@ import pytest
 
 # A shell ignores SIGINT in background jobs, and children inherit that: tests of Ctrl-C would wait for ever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# The Trainer collects garbage in every training. What is imported and collected, a million objects, is none: looking
+# through it takes longer than to train a tiny model.
+gc.disable()
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -30,3 +35,8 @@ def peers_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with short tests last: several processes, which take a file each, then end at about the same time."""
     items.sort(key=lambda item: item.nodeid.startswith(("tests/formats/", "tests/kernels/")))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
