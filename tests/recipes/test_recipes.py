@@ -211,6 +211,7 @@ def _check(file: Path, run: Path) -> None:
     assert (run / "table.md").exists() and (run / "report.html").exists() and (run / "sparse" / "README.md").exists()
 
 
+@pytest.mark.usefixtures("peers_without_torch")
 @pytest.mark.parametrize("name", ["bert-base-90", "distilbert-90"])
 def test_it_runs_from_text_to_table_at_tiny_size(name: str, tmp_path: Path) -> None:
     write_model(tmp_path / "model", tiny_distilbert() if "distil" in name else tiny_bert())
