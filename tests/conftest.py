@@ -7,9 +7,7 @@ import pytest
 # A shell ignores SIGINT in background jobs, and children inherit that: tests of Ctrl-C would wait for ever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# The Trainer collects garbage in every training. What is imported and collected, a million objects, is none: looking
-# through it takes longer than to train a tiny model.
-gc.disable()
+gc.disable()  # until all tests are collected
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -40,3 +38,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     gc.freeze()
     gc.enable()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imports_are_no_garbage() -> None:
+    """Leave what is there before a file's tests, a million objects of libraries, out of its garbage collections.
+
+    The Trainer collects in every training: looking through them takes longer than to train a tiny model.
+    """
+    gc.collect()
+    gc.freeze()

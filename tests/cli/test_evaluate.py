@@ -1,10 +1,7 @@
 """`evaluate` by the engine, of packed folders and others; by torch it is in test_verbs.py."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 from transformers import BertForSequenceClassification
