@@ -19,6 +19,8 @@ EMULATED := $(VENV)/emulated
 # pip builds the extension in an environment of its own, which -c does not reach in every version of pip.
 export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
+# Bytecode is written where it is imported: a process without it compiles torch, and tests start many.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test test-slow sanitize emulate lint docs readme-table install clean
 .DELETE_ON_ERROR:

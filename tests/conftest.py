@@ -1,3 +1,4 @@
+import gc
 import os
 import signal
 
@@ -5,6 +6,8 @@ import pytest
 
 # A shell ignores SIGINT in background jobs, and children inherit that: tests of Ctrl-C would wait for ever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+gc.disable()  # until all tests are collected
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -30,3 +33,18 @@ def peers_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with short tests last: several processes, which take a file each, then end at about the same time."""
     items.sort(key=lambda item: item.nodeid.startswith(("tests/formats/", "tests/kernels/")))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imports_are_no_garbage() -> None:
+    """Leave what is there before a file's tests, a million objects of libraries, out of its garbage collections.
+
+    The Trainer collects in every training: looking through them takes longer than to train a tiny model.
+    """
+    gc.collect()
+    gc.freeze()

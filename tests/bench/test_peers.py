@@ -51,10 +51,30 @@ def test_long_runs_need_no_run_before_them(monkeypatch):
         assert len(ran) == runs
 
 
+@pytest.fixture(scope="module")
+def outputs_of_torch():
+    return {}
+
+
+@pytest.fixture
+def one_reference(outputs_of_torch, monkeypatch):
+    """What torch computes of an input with some weights is asked for once, since its process takes long to start."""
+    reference = measure.Bench._reference
+
+    def once(bench, job, root):
+        key = Path(job["inputs"]).name, (Path(job["folder"]) / "model.safetensors").read_bytes()
+        if key not in outputs_of_torch:
+            outputs_of_torch[key] = reference(bench, job, root)
+        return outputs_of_torch[key]
+
+    monkeypatch.setattr(measure.Bench, "_reference", once)
+
+
 @needs_kernels
 @pytest.mark.parametrize(  # every process of torch takes seconds to start
     "peers", [("torch-int8",), pytest.param(("torch-fp32", "torch-bf16", "torch-int8"), marks=pytest.mark.slow)]
 )
+@pytest.mark.usefixtures("one_reference")
 def test_torch_and_a_second_model_are_verified_timed_and_described(folder, tmp_path, peers):
     pytest.importorskip("torch", reason="outputs are verified against torch, which is not installed")
     dies = {} if PEERS["deepsparse"].missing(elsewhere=True) else {"deepsparse": "/bin/false"}
@@ -79,30 +99,16 @@ def test_torch_and_a_second_model_are_verified_timed_and_described(folder, tmp_p
     assert found["left_out"] == {}
 
 
-@pytest.fixture(scope="module")
-def outputs_of_torch():
-    """What torch computes of an input, by the input's bytes: asked for once, since its process takes long to start."""
-    return {}
-
-
 @needs_kernels
+@pytest.mark.usefixtures("one_reference")
 @pytest.mark.parametrize(
     "names",
     [("onnxruntime", "onnxruntime-int8"), ("openvino",), ("openvino-int8",), ("deepsparse",)],
     ids=lambda names: names[0],
 )
-def test_a_peer_that_takes_an_export_gives_what_torch_gives(folder, names, outputs_of_torch, monkeypatch):
+def test_a_peer_that_takes_an_export_gives_what_torch_gives(folder, names):
     if missing := PEERS[names[-1]].missing():
         pytest.skip(f"{names[-1]} needs {', '.join(missing)}, not installed")
-    reference = measure.Bench._reference
-
-    def once(bench, job, root):
-        key = Path(job["inputs"]).name, (Path(job["folder"]) / "model.safetensors").read_bytes()
-        if key not in outputs_of_torch:
-            outputs_of_torch[key] = reference(bench, job, root)
-        return outputs_of_torch[key]
-
-    monkeypatch.setattr(measure.Bench, "_reference", once)
     found = measure.run(Settings(path=str(folder), mixed=("3x4-9",), threads=1, repeats=1, peers=names))
     assert found["left_out"] == {}
     assert [one["verified"] for one in found["rows"][0]["runners"]] == [True] * (1 + len(names))

@@ -1,10 +1,7 @@
 """`evaluate` by the engine, of packed folders and others; by torch it is in test_verbs.py."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 from transformers import BertForSequenceClassification
@@ -48,23 +45,20 @@ def test_the_same_numbers_from_torch_and_the_engine(made, call):
     assert said.code == 0 and "by the engine in int8 on " in said.err and "accuracy" in said.out
 
 
-def test_a_hub_id_is_looked_at_where_its_snapshot_lies(made, tmp_path):
-    """Both kinds of folder, in one process: where the cache lies is read when huggingface_hub is imported."""
+def test_a_hub_id_is_looked_at_where_its_snapshot_lies(made, call, tmp_path, monkeypatch):
     root, data = made
     for name in ("int8", "model"):
         repository = tmp_path / f"models--org--{name}"
         shutil.copytree(root / name, repository / "snapshots" / "0")
         (repository / "refs").mkdir()
         (repository / "refs" / "main").write_text("0")
-    hub = {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1", "PRUNEOFA_ISA": "scalar", "OMP_NUM_THREADS": "1"}
-    called = "main(['evaluate', f'org/{name}', *sys.argv[1:]]) for name in ('int8', 'model')"
-    program = f"import sys; from pruneofa.cli.main import main; sys.exit(max({called}))"
-    command = [sys.executable, "-c", program, *map(str, data), "--json"]
-    said = subprocess.run(command, env=os.environ | hub, capture_output=True, text=True)
-    assert said.returncode == 0, said.stderr
-    for how in (", by the engine in int8 on scalar", ""):
-        assert f"evaluate custom: 96 rows{how}\n" in said.stderr
-    assert said.stdout.count('"accuracy"') == said.stdout.count('"f1"') == 2
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))  # the variable was read at import
+    monkeypatch.setenv("PRUNEOFA_ISA", "scalar")
+    for name, how in (("int8", ", by the engine in int8 on scalar"), ("model", "")):
+        said = call("evaluate", f"org/{name}", *data, "--json")
+        assert said.code == 0, said.err
+        assert f"evaluate custom: 96 rows{how}\n" in said.err
+        assert set(json.loads(said.out)) == {"accuracy", "f1"}
 
 
 def test_what_does_not_fit_is_one_line(made, refused, tmp_path):

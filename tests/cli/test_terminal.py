@@ -34,8 +34,8 @@ def folder(tmp_path):
     return tmp_path / "model"
 
 
-@pytest.mark.parametrize("verb", [["inspect"], ["inspect", "--json"], ["verify"], ["pack"], ["bench"], ["export"],
-                                  ["evaluate"]])  # fmt: skip
+@pytest.mark.parametrize("verb", [["inspect"], ["inspect", "--json"], ["verify"], ["pack"], ["bench"], ["evaluate"],
+                                  pytest.param(["export"], marks=pytest.mark.slow)])  # fmt: skip
 def test_hostile_names_are_escaped(verb, folder, tmp_path, call):
     name, *options = verb
     more = {"verify": [folder], "pack": [tmp_path / "out"], "export": [tmp_path / "out", "--to", "onnx"],

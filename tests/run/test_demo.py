@@ -139,6 +139,7 @@ def test_the_running_environment_fills_every_topic(tmp_path: Path) -> None:
     assert len(every) == len(set(every))
 
 
+@pytest.mark.usefixtures("peers_without_torch")
 def test_the_demo_ends_with_baselines_a_verified_model_and_its_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

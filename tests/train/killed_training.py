@@ -1,8 +1,8 @@
-"""A training that is killed while a checkpoint is written; `test_checkpoints.py` runs it as a process of its own."""
+"""A training that is killed while a checkpoint is written, in a process that `test_checkpoints.py` forks."""
 
 import os
 import signal
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ def kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def kill_in_a_file(state: object, path: str | Path) -> None:
+def kill_in_a_file(state: object, path: str | Path, save: Callable[..., None] = torch.save) -> None:
     """Instead of torch.save: kill when half of the optimizer's state is in its file."""
     save(state, path)
     file = Path(path)
@@ -28,16 +28,15 @@ def kill_in_a_file(state: object, path: str | Path) -> None:
         kill()
 
 
-def kill_before_the_marker(checkpoint: Path) -> None:
+def kill_before_the_marker(checkpoint: Path, sync: Callable[..., None] = checkpoints.sync_tree) -> None:
     """Instead of sync_tree: kill when all files are written and none is checked."""
     if checkpoint.name == KILLED_AT:
         kill()
     sync(checkpoint)
 
 
-if __name__ == "__main__":
-    where, root = sys.argv[1], Path(sys.argv[2])
-    save, sync = torch.save, checkpoints.sync_tree
+def killed_training(where: str, root: Path) -> None:
+    """Train until the kill."""
     if where == "in a file":
         torch.save = kill_in_a_file
     else:

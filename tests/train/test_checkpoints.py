@@ -1,7 +1,5 @@
-import os
+import multiprocessing
 import signal
-import subprocess
-import sys
 import threading
 import time
 import weakref
@@ -15,6 +13,7 @@ from pruneofa.train import PruningCallback, checkpoints, trainer
 from pruneofa.train.checkpoints import BackgroundWriter, Snapshot, last_checkpoint
 from tests.tiny import tiny_bert
 from tests.train.fits import SCHEDULE, fit, objective, small_text
+from tests.train.killed_training import killed_training
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +32,10 @@ def straight(text, tmp_path_factory):
 
 @pytest.mark.parametrize("where", ["in a file", "before the marker"])
 def test_killed_while_a_checkpoint_is_written_it_resumes_from_the_one_before(straight, tmp_path, where):
-    command = [sys.executable, "-m", "tests.train.killed_training", where, str(tmp_path)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    killed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    killed = multiprocessing.get_context("fork").Process(target=killed_training, args=(where, tmp_path))
+    killed.start()
+    killed.join(250)
+    assert killed.exitcode == -signal.SIGKILL
     assert (tmp_path / "work" / "checkpoint-6").is_dir()
     assert last_checkpoint(tmp_path / "work").name == "checkpoint-3"
     events, resumed = [], objective(dropout=0.1)

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -70,6 +71,14 @@ def flip_a_bit(file):
     file.write_bytes(data)
 
 
+@pytest.fixture(scope="module")
+def pruned(text, tmp_path_factory):
+    """The checkpoints of steps 3 and 6, to be copied."""
+    folder = tmp_path_factory.mktemp("pruned")
+    fit(objective(), text, folder, steps=6, save_steps=3, callbacks=[PruningCallback(**SCHEDULE)])
+    return folder
+
+
 @pytest.mark.parametrize(
     ("name", "damage"),
     [  # every file, and every kind of damage
@@ -84,9 +93,9 @@ def flip_a_bit(file):
         ("config.json", cut),
     ],
 )
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(text, tmp_path, capsys, name, damage):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(text, pruned, tmp_path, capsys, name, damage):
     options = {"steps": 6, "save_steps": 3}
-    fit(objective(), text, tmp_path, callbacks=[PruningCallback(**SCHEDULE)], **options)
+    shutil.copytree(pruned, tmp_path, dirs_exist_ok=True)
     damage(tmp_path / "checkpoint-6" / name)
     capsys.readouterr()
     events = []
