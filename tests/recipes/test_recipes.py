@@ -182,9 +182,9 @@ def _overrides(file: Path, root: Path) -> list[str]:
     settings = [f"model={root / 'model'}", f"data_root={root}", "seeds=[0]", "precision=fp32", *FEW_STEPS]
     for task in recipe.load([file]).tasks:
         short = {"data": task, "epochs": 1, "dense_epochs": 1, "batch": 8, "max_length": 32, "train_rows": 16,
-                 "qat_epochs": 1}  # fmt: skip
+                 "qat_epochs": 1} | ({"stride": 8, "max_length": 48} if task == "squad" else {})  # fmt: skip
         settings += [f"tasks.{task}.{key}={value}" for key, value in short.items()]
-    return [*settings, "tasks.squad.stride=8", "tasks.squad.max_length=48"]
+    return settings
 
 
 def _command(file: Path, root: Path) -> list[str]:
