@@ -35,10 +35,11 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize("verb", [["inspect"], ["inspect", "--json"], ["verify"], ["pack"], ["bench"], ["evaluate"],
-                                  pytest.param(["export"], marks=pytest.mark.slow)])  # fmt: skip
+                                  ["export", "--to", "compressed-tensors"],
+                                  pytest.param(["export", "--to", "onnx"], marks=pytest.mark.slow)])  # fmt: skip
 def test_hostile_names_are_escaped(verb, folder, tmp_path, call):
     name, *options = verb
-    more = {"verify": [folder], "pack": [tmp_path / "out"], "export": [tmp_path / "out", "--to", "onnx"],
+    more = {"verify": [folder], "pack": [tmp_path / "out"], "export": [tmp_path / "out"],
             "evaluate": ["--task", "sst2"], "bench": ["--peers", "pruneofa"]}.get(name, [])  # fmt: skip
     said = call(name, folder, *more, *options)
     assert harmless(said.out) and harmless(said.err)
