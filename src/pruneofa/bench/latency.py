@@ -17,6 +17,7 @@ from pruneofa.bench.measure import ROUNDS, SETTLE, Bench
 from pruneofa.bench.models import Case, Settings
 from pruneofa.bench.peers import PEERS, REFERENCE
 from pruneofa.bench.workers import Worker
+from pruneofa.progress import progress
 
 REPEATS = 30
 
@@ -43,6 +44,7 @@ def latency(runners: Sequence[Runner], *, tokens: int, vocabulary: int, repeats:
         inputs: dict[str, Any] = dict(Case("", (tokens,)).inputs(vocabulary, 0))
         np.savez(root / "inputs.npz", **inputs)
         workers: list[tuple[Runner, Worker]] = []
+        advance = stack.enter_context(progress(f"timing one sequence of {tokens} tokens", len(runners) * (1 + rounds)))
         for runner in runners:
             folder = str(runner.folder.absolute())
             job = {"folder": folder, "packed": folder, "inputs": str(root / "inputs.npz"), "threads": bench.threads,
@@ -51,12 +53,14 @@ def latency(runners: Sequence[Runner], *, tokens: int, vocabulary: int, repeats:
             for step in ("start", "build"):
                 worker.ask(step, peer=runner.peer, job=job)
             workers.append((runner, worker))
+            advance()
         seconds: dict[str, list[float]] = {runner.name: [] for runner in runners}
         for _ in range(rounds):
             for runner, worker in workers:
                 time.sleep(SETTLE)
                 count = math.ceil(repeats / rounds)
                 seconds[runner.name] += worker.ask("time", key=runner.peer, count=count)["seconds"]
+                advance()
     setting = {"batch": 1, "tokens": tokens, "threads": bench.threads, "isa": bench.isa, "repeats": repeats}
     found: dict[str, Any] = {"setting": setting | {"cpu": machine()["cpu"]}}
     for name, runs in seconds.items():
