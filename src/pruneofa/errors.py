@@ -4,6 +4,7 @@ import errno
 import importlib.util
 import os
 import re
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -35,11 +36,18 @@ def is_panic(error: BaseException) -> bool:
     return type(error).__name__ == "PanicException"
 
 
-def gpu_failure(error: BaseException | None) -> str | None:
-    """One line for an error of a GPU or of the connection between several, no fault of the program; else None."""
+def _with_causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, and what it was raised from or while handling: libraries wrap errors of others."""
     while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def gpu_failure(error: BaseException) -> str | None:
+    """One line for an error of a GPU or of the connection between several, no fault of the program; else None."""
+    for each in _with_causes(error):
         # By name: torch is not imported here, and only torch has such errors.
-        kind, text = type(error).__name__, first_line(error)
+        kind, text = type(each).__name__, first_line(each)
         gpu = kind == "AcceleratorError"
         if kind == "OutOfMemoryError" or (gpu and "out of memory" in text):
             return f"the GPU is out of memory: {text}; free it, or lower the batch size or max_length"
@@ -47,7 +55,6 @@ def gpu_failure(error: BaseException | None) -> str | None:
             what = "the GPU failed" if gpu else "the connection of the GPUs failed"
             do = "check it with nvidia-smi, the same command resumes from the last checkpoint"
             return f"{what}: {text}; {do}"
-        error = error.__cause__ or error.__context__
     return None
 
 
@@ -71,12 +78,10 @@ UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIS
 def disk_is_full(error: BaseException | None) -> bool:
     """Whether this error or one of its causes says that the disk is full: libraries wrap the system's errors."""
     messages = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
-    while error is not None:
-        text = str(error)
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(m in text for m in messages):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+    return any(
+        getattr(each, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(m in str(each) for m in messages)
+        for each in _with_causes(error)
+    )
 
 
 def system_error(error: BaseException | None) -> int | None:
@@ -92,15 +97,14 @@ def system_error(error: BaseException | None) -> int | None:
 
 def torch_could_not_write(error: BaseException | None) -> bool:
     """Whether this error or one of its causes is that of torch.save for a file; it does not tell the system's error."""
-    while error is not None:
-        text = str(error)
-        if isinstance(error, RuntimeError) and (
+    for each in _with_causes(error):
+        text = str(each)
+        if isinstance(each, RuntimeError) and (
             "iostream error" in text
             or "PytorchStreamWriter" in text
             or ("inline_container.cc" in text and any(words in text for words in _TORCH_WRITES))
         ):
             return True
-        error = error.__cause__ or error.__context__
     return False
 
 

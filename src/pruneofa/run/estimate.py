@@ -148,8 +148,7 @@ def _seconds_per_token(recipe: Recipe, inputs: Inputs, stage: Stage, steps: int,
     objective, batch = _probe(recipe, inputs, stage, tokens / max(steps, 1))
     before = 0.0
     if isinstance(objective, TransferObjective):
-        settings, task = stage.settings, inputs.task(str(stage.id.task))
-        training = settings.training if isinstance(settings, QuantizeSettings) else settings
+        training, task = _training(stage), inputs.task(str(stage.id.task))
         assert task.train is not None
         passes = steps / task.train.train_dataset(training.batch, training.seed, 1).steps_per_epoch
         if runs_teacher_once(objective, passes):
@@ -158,6 +157,11 @@ def _seconds_per_token(recipe: Recipe, inputs: Inputs, stage: Stage, steps: int,
             batch["teacher_logits"] = torch.zeros(shape)
             objective.distil_from_batches()
     return (_time(objective, batch, recipe.precision) + before) / int(batch["attention_mask"].sum())
+
+
+def _training(stage: Stage) -> FineTuneSettings:
+    """How a stage of a task is trained."""
+    return stage.settings.training if isinstance(stage.settings, QuantizeSettings) else stage.settings
 
 
 def _probe(
@@ -170,8 +174,7 @@ def _probe(
     elif isinstance(settings, PruneSettings | ControlSettings):
         objective, batch = _pretraining_probe(recipe, settings.prune, settings.corpus)
     else:
-        training = settings.training if isinstance(settings, QuantizeSettings) else settings
-        objective, batch = _task_probe(recipe, inputs.task(str(stage.id.task)), training, tokens_per_step)
+        objective, batch = _task_probe(recipe, inputs.task(str(stage.id.task)), _training(stage), tokens_per_step)
         if isinstance(settings, QuantizeSettings):
             FakeQuantizer(objective.student, **numerics(settings))
     alone = processes().num_processes == 1 and default_device().type == "cpu"
