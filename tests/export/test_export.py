@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from pruneofa import Engine, recipe
 from pruneofa.errors import InputError
@@ -20,6 +20,7 @@ from pruneofa.export.export import export, summary
 from pruneofa.export.source import read_source
 from pruneofa.formats import scales as quantization
 from tests.export.folders import CLASSIFIER, FAMILIES, HEADS, KEY, QUERY, VALUE, save
+from tests.quantized import quantize_folder
 from tests.small import write_task
 
 
@@ -174,6 +175,19 @@ def test_equal_layers_that_the_exporter_stores_once(written):
     zeros = int((load_file(folder / "model.safetensors")[f"bert.{QUERY}"] == 0).sum())
     for layer in (QUERY, KEY, VALUE):
         assert report["layers"][layer] == {"before": zeros, "after": zeros, "lost": 0} and zeros > 500
+
+
+@pytest.mark.slow
+def test_equal_layers_without_a_weight(tmp_path):
+    folder = save(tmp_path / "model", int8=False)
+    tensors = load_file(folder / "model.safetensors")
+    layer = "bert.encoder.layer.0.attention.self."
+    tensors[f"{layer}key.weight"] = tensors[f"{layer}value.weight"] = tensors[f"{layer}query.weight"] * 0
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    quantize_folder(folder)
+    report = good(export(folder, tmp_path / "out", to="onnx"))
+    assert report["layers"][QUERY.replace("query", "value")] == {"before": 1024, "after": 1024, "lost": 0}
+    assert report["executed"] == {"MatMulIntegerToFloat": 7}
 
 
 # Seen on a CPU with AVX2 only: OpenVINO's outputs differ by 2 % there. 16-bit sums that saturate are the likely cause.
