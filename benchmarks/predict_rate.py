@@ -1,11 +1,11 @@
 """Rows per second and memory of `pruneofa predict`, beside the engine alone on the same texts.
 
-    python benchmarks/predict_rate.py [--model FOLDER] [--rows 20000] [--threads 2] [--rounds 3] [--out FILE.json]
+    python benchmarks/predict_rate.py [--model FOLDER] [--rows 20000] [--alone N] [--threads 2] [--rounds 3] [--out FILE]
 
 Without --model: random weights of MiniLM at sparsity 0.9. Texts have 4 to 30 words. The engine alone gets lists of the
-same texts, 512 at a time, already in memory. `predict` reads and writes CSV in a process of its own; its rate is taken
-from the first part on, so that neither counts the start. On a busy machine the processor seconds per row are the fairer
-ratio, with one thread.
+same texts, 512 at a time, already in memory: all, or the first N, before and after `predict`, which reads and writes
+CSV in a process of its own; its rate is taken from the first part on, so that neither counts the start. On a busy
+machine the processor seconds per row are the fairer ratio, with one thread.
 """
 
 import argparse
@@ -99,6 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--rows", type=int, default=20_000)
+    parser.add_argument("--alone", type=int, metavar="N", help="texts that the engine alone gets; default: all")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path)
@@ -110,8 +111,11 @@ def main() -> None:
         texts = write_texts(Path(temporary) / "in.csv", options.rows)
         rounds = []
         for _ in range(options.rounds):
-            alone, alone_processor = engine_rate(model, texts, options.threads)
+            some = texts[: options.alone]
+            before = engine_rate(model, some, options.threads)
             files, files_processor, memory = predict_rate(model, Path(temporary) / "in.csv", options.threads)
+            after = engine_rate(model, some, options.threads)
+            alone, alone_processor = map(statistics.harmonic_mean, zip(before, after, strict=True))
             rounds.append(
                 {
                     "engine_rows_per_second": round(alone, 1),

@@ -109,6 +109,29 @@ def test_vectors_are_lists_of_fixed_size(models, tmp_path):
     assert [list(row) for row in read(tmp_path / "out.jsonl")] == [["id", "text", "embedding"]] * ROWS
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_vectors_are_one_field_of_delimited_text(models, tmp_path, suffix):
+    given = rows()
+    given[3]["text"] = ""  # skipped
+    file, out = write(tmp_path / "in.jsonl", given), tmp_path / f"out{suffix}"
+    assert predict(models["vectors"], [file], out, skip_bad=True)["skipped"] == 1
+    with open(out, newline="", encoding="utf-8") as lines:
+        found = list(csv.DictReader(lines, delimiter="\t" if suffix == ".tsv" else ",", strict=True))
+    fields = [row.pop("embedding") for row in found]
+    assert found == given
+    assert fields.pop(3) == ""
+    expected = Engine.from_pretrained(models["vectors"], threads=1).predict([r["text"] for r in given if r["text"]])
+    np.testing.assert_array_equal(np.array([json.loads(field) for field in fields], np.float32), expected)
+
+
+def test_texts_alone_come_out_with_vectors(models, tmp_path):
+    (tmp_path / "in.csv").write_text('text\n"a, film"\n""\na film\n', encoding="utf-8")
+    predict(models["vectors"], [tmp_path / "in.csv"], tmp_path / "out.csv", skip_bad=True)
+    with open(tmp_path / "out.csv", newline="", encoding="utf-8") as lines:
+        found = list(csv.reader(lines, strict=True))
+    assert [(row[0], row[1][:1]) for row in found] == [("text", "e"), ("a, film", "["), ("", ""), ("a film", "[")]
+
+
 @pytest.mark.parametrize("target", [".parquet", ".jsonl"])
 def test_answers_entities_and_masks(models, tmp_path, target):
     questions = [{"q": "what is it?", "p": row["text"]} for row in rows(5)]
