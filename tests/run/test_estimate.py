@@ -98,16 +98,20 @@ def test_what_a_run_would_refuse_a_dry_run_refuses(costs, tmp_path, override, me
 
 
 @pytest.mark.parametrize("key", ["tasks.mine.teacher", "dense_model"])
-def test_a_dense_model_that_is_too_short_for_the_inputs_is_refused(costs, tmp_path, key):
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"max_position_embeddings": 6}, r"an input has \d+ tokens but .*/other has 6 positions; lower max_"),
+        ({"type_vocab_size": 1}, r"an input has 2 token types but .*/other has 1; use another model"),
+    ],
+)
+def test_a_dense_model_that_is_too_small_for_the_inputs_is_refused(costs, tmp_path, key, config, message):
     classes = {} if key == "dense_model" else {"id2label": {0: "bad", 1: "good"}, "label2id": {"bad": 0, "good": 1}}
-    short = tiny_bert(BertForSequenceClassification, max_position_embeddings=6, **classes)
-    write_model(tmp_path / "short", short)
+    write_model(tmp_path / "other", tiny_bert(BertForSequenceClassification, **config, **classes))
     write_model(tmp_path / "sparse", half_pruned(tiny_bert()))
     sparse = ["model_is_sparse=true", "teacher=null", "prune=null", "corpus=null", f"model={tmp_path / 'sparse'}"]
-    with pytest.raises(
-        InputError, match=r"tasks.mine: an input has \d+ tokens but .*/short has 6 positions; lower max_"
-    ):
-        costs(f"{key}={tmp_path / 'short'}", *sparse)
+    with pytest.raises(InputError, match=f"tasks.mine: {message}"):
+        costs(f"{key}={tmp_path / 'other'}", "tasks.mine.text=[sentence,sentence]", *sparse)
 
 
 def test_the_corpus_is_not_tokenized(costs, monkeypatch):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoTokenizer,
     BertForMaskedLM,
     BertForPreTraining,
     BertForQuestionAnswering,
@@ -195,6 +196,24 @@ def test_tokens_added_without_word_embeddings(tmp_path):
     tokenizer.save_pretrained(path)
     with pytest.raises(InputError, match="167 tokens with ids up to 166, .* vocab_size 165, .*embeddings not resized"):
         load_tokenizer(str(path))
+
+
+@pytest.mark.parametrize("make", [tiny_bert, tiny_distilbert, tiny_roberta, tiny_mpnet])
+def test_a_model_of_one_token_type_gets_none(tmp_path, make):
+    config = {"type_vocab_size": 1} if make is tiny_bert else {}
+    path = str(write_model(tmp_path / "m", make(**config)))
+    tokenizer = load_tokenizer(path)
+    assert "token_type_ids" not in tokenizer("the king", "a river")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert "token_type_ids" not in AutoTokenizer.from_pretrained(tmp_path / "saved")("the king", "a river")
+    assert tokenizer.get_vocab() == tiny_tokenizer().get_vocab()
+
+
+def test_one_token_type_is_too_few_for_next_sentences(tmp_path):
+    path = str(write_model(tmp_path / "m", tiny_bert(type_vocab_size=1)))
+    with pytest.raises(InputError, match=r"corpus.nsp is true but .*/m has 1 token type, wanted 2; set"):
+        load_for_pretraining(path, nsp=True)
+    load_for_pretraining(path, nsp=False)
 
 
 def test_other_architectures_are_refused(tmp_path):

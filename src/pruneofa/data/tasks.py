@@ -197,6 +197,11 @@ def longest_input(config: Any) -> int:
     return config.max_position_embeddings - families.of(config.model_type).first_position(config.pad_token_id)
 
 
+def token_types(config: Any) -> int:
+    """Number of token types of a transformers model; 0 if it has no embeddings of them."""
+    return config.type_vocab_size if families.of(config.model_type).token_types else 0
+
+
 def _check_length(max_length: int | None, tokenizer: Any, max_positions: int | None, where: str) -> int:
     assert max_length is not None  # resolved() fills it
     if max_length > tokenizer.model_max_length:

@@ -44,7 +44,7 @@ def check(recipe: Recipe, inputs: Inputs, steps: Iterable[Step], *, tokenize: bo
         if any(stage.task == name for stage in pending):
             check_task(recipe.model, recipe.tasks[name].resolved(name), inputs.task(name))
             if recipe.dense_model is not None:
-                check_positions(recipe.dense_model, inputs.task(name))
+                check_inputs(recipe.dense_model, inputs.task(name))
 
 
 def check_engine(recipe: Recipe) -> None:
@@ -102,7 +102,7 @@ def check_task(model: str, spec: Task, task: task_data.Task) -> None:
     transfer_objective(model, spec.teacher, losses(spec), task)
     if spec.teacher is not None:
         check_vocabulary(model, spec.teacher)
-        check_positions(spec.teacher, task)
+        check_inputs(spec.teacher, task)
     split_batch(spec.batch or 1, None)
 
 
@@ -116,10 +116,17 @@ def check_vocabulary(model: str, other: str) -> None:
         )
 
 
-def check_positions(model: str, task: task_data.Task) -> None:
-    """Raises InputError when a dense model of a task is too small for inputs that were cut for the sparse one."""
-    longest = max(int(data.lengths.max()) for data in (task.train, *task.evaluations.values()) if data is not None)
-    positions = task_data.longest_input(load_config(model))
+def check_inputs(model: str, task: task_data.Task) -> None:
+    """Raises InputError when a dense model of a task is too small for inputs that were made for the sparse one."""
+    splits = [data for data in (task.train, *task.evaluations.values()) if data is not None]
+    config = load_config(model)
+    used = max((int(data.types.max()) + 1 for data in splits if data.types is not None), default=0)
+    if 0 < (types := task_data.token_types(config)) < used:  # a model without any ignores them
+        raise InputError(
+            f"tasks.{task.name}: an input has {used} token types but {model} has {types}; use another model"
+        )
+    longest = max(int(data.lengths.max()) for data in splits)
+    positions = task_data.longest_input(config)
     if longest > positions:
         raise InputError(
             f"tasks.{task.name}: an input has {longest} tokens but {model} has {positions} positions; lower max_length "

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from transformers.utils import cached_file
 
 from pruneofa import families
+from pruneofa.data.tasks import token_types
 from pruneofa.errors import InputError, first_line, is_panic
 from pruneofa.families import base_name
 from pruneofa.formats.architecture import check_layers
@@ -54,7 +55,7 @@ def load_config(path: str) -> Any:
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The fast tokenizer in the model folder.
+    """The fast tokenizer in the model folder; it gives no token types if the model has at most one, as in the engine.
 
     Raises InputError when its files are missing, because transformers would then create a vocabulary of a few tokens,
     or when it has ids without a word embedding in the model.
@@ -62,8 +63,9 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     config = load_config(str(path))
     if (file := _file(path, "tokenizer.json")) is not None:
         read_limited(file)  # the loader has no limits
+    inputs = {} if token_types(config) > 1 else {"model_input_names": ["input_ids", "attention_mask"]}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **inputs)
         used = [*tokenizer("a", "b")["input_ids"], *tokenizer("a")["input_ids"]]
     except BaseException as error:  # the loader's errors have no common type
         if not isinstance(error, Exception) and not is_panic(error):
@@ -113,6 +115,8 @@ def load_for_pretraining(path: str, *, nsp: bool, trained_head: bool = False) ->
     next_sentence = families.of(config.model_type).next_sentence
     if nsp and next_sentence is None:
         raise InputError(f"corpus.nsp is true but {config.model_type} has no next-sentence head; set corpus.nsp=false")
+    if nsp and (types := token_types(config)) < 2:
+        raise InputError(f"corpus.nsp is true but {path} has {types} token type, wanted 2; set corpus.nsp=false")
     new = () if trained_head else _heads(config)
     if next_sentence is None:
         return _load(transformers.AutoModelForMaskedLM, path, new)
