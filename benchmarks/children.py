@@ -28,7 +28,8 @@ def _end(child: subprocess.Popen[str]) -> None:
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Exit with the code that `main` returns; at Ctrl-C with one line and code 130."""
+    """Exit with the code that `main` returns; at Ctrl-C with one line and code 130; SIGTERM ends the children too."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # `atexit` is not called otherwise
     try:
         sys.exit(main())
     except KeyboardInterrupt:

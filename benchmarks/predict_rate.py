@@ -1,6 +1,6 @@
 """Rows per second and memory of `pruneofa predict`, beside the engine alone on the same texts.
 
-    python benchmarks/predict_rate.py [--model FOLDER] [--rows 20000] [--alone N] [--threads 2] [--rounds 3] [--out FILE]
+    python benchmarks/predict_rate.py [--model FOLDER] [--rows N] [--alone N] [--threads 2] [--rounds 3] [--out FILE]
 
 Without --model: random weights of MiniLM at sparsity 0.9. Texts have 4 to 30 words. The engine alone gets lists of the
 same texts, 512 at a time, already in memory: all, or the first N, before and after `predict`, which reads and writes

@@ -17,7 +17,6 @@ The client runs on the same CPUs; its share is in the record. Pin everything wit
 
 import argparse
 import asyncio
-import base64
 import itertools
 import json
 import os
@@ -25,62 +24,26 @@ import random
 import signal
 import socket
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import children
 import numpy as np
 import peer_server
 import uvloop
+from peer_loads import LEAST, OURS, Server, Turn, answer, closed_loop, open_loop, take_turn
 from peer_server import BACKENDS, INFINITY, PEERS
-from serve_load import Connection, percentiles, processor_seconds, resident, start, unit
+from serve_load import Connection, resident, start, unit
 
 from pruneofa.engine.engine import Engine
 from pruneofa.engine.hardware import processor
 from pruneofa.engine.threads import physical_cores
 
-OURS = "pruneofa"
 COLUMNS = {"sst2": ("sentence",), "qnli": ("question", "sentence"), "squad": ("context",)}
 COMMON = 0.8  # of the best peer's saturation: the arrivals that every server gets
-LEAST = {"fp32": 0.999, "int8": 0.9, OURS: 0.98}  # cosine of a vector with that of the float model
-
-Turn = dict[str, Any]
-
-
-@dataclass
-class Server:
-    """A server that runs.
-
-    Attributes:
-        requests: bodies of requests and the texts in each, by (name of the texts, texts per request).
-    """
-
-    name: str
-    process: subprocess.Popen[Any]
-    port: int
-    requests: dict[tuple[str, int], list[tuple[bytes, list[int]]]]
-
-    @property
-    def path(self) -> str:
-        """Of the route."""
-        return "/embeddings" if self.name in INFINITY else "/embed"
-
-    def body(self, texts: list[str]) -> bytes:
-        """Of a request; infinity answers faster in base64."""
-        if self.name in INFINITY:
-            return json.dumps({"model": "model", "input": texts, "encoding_format": "base64"}).encode()
-        return json.dumps({"inputs": texts}).encode()
-
-    def vectors(self, answer: bytes) -> np.ndarray:
-        """Of an answer, (texts, hidden), scaled to length 1."""
-        rows = json.loads(answer)
-        if self.name in INFINITY:
-            rows = [np.frombuffer(base64.b64decode(row["embedding"]), np.float32) for row in rows["data"]]
-        return unit(np.array(rows, np.float32))
 
 
 def read_texts(data: Path, name: str, count: int, tokenizer: Any, longest: int) -> list[str]:
@@ -110,7 +73,7 @@ def start_peer(name: str, options: argparse.Namespace) -> Server:
     python = options.infinity if name in INFINITY else options.st
     words, variables = peer_server.command(name, python, options.work, port, options.threads, options.batch)
     with (options.work / f"{name}.log").open("wb") as log:
-        process = subprocess.Popen(words, env=os.environ | variables, stdout=log, stderr=log)
+        process = children.start(words, env=os.environ | variables, stdout=log, stderr=log)
     return Server(name, process, port, {})
 
 
@@ -130,84 +93,6 @@ async def try_once(server: Server) -> int:
         return (await answer(Connection(server.port), server, server.body(["ready?"])))[0]
     except (ConnectionError, asyncio.IncompleteReadError):
         return 0
-
-
-async def answer(connection: Connection, server: Server, body: bytes) -> tuple[int, bytes]:
-    """Status and body of the answer to one request."""
-    await connection.send(server.path, body)
-    return await connection.receive()
-
-
-async def closed_loop(server: Server, key: tuple[str, int], clients: int, seconds: float) -> tuple[Turn, list[Any]]:
-    """`clients` connections with one request each in flight; ends when the requests begun in `seconds` are answered."""
-    requests = itertools.cycle(server.requests[key])
-    latencies: list[float] = []
-    last: list[Any] = []
-    begin = time.perf_counter()
-
-    async def client() -> None:
-        connection = Connection(server.port)
-        while (sent := time.perf_counter()) < begin + seconds:
-            body, chosen = next(requests)
-            status, content = await answer(connection, server, body)
-            latencies.append(time.perf_counter() - sent)
-            assert status == 200, content[:300]
-        last.append((content, chosen))
-        connection.leave()
-
-    await asyncio.gather(*(client() for _ in range(clients)))
-    return {"texts": len(latencies) * key[1], "s": time.perf_counter() - begin, "ms": percentiles(latencies)}, last
-
-
-def arrivals(rate: float, seconds: float, seed: int) -> list[float]:
-    """Times of a Poisson process, in seconds from the begin."""
-    gaps = np.random.default_rng(seed).exponential(1 / rate, int(2 * rate * seconds) + 20)
-    times = np.cumsum(gaps)
-    return times[times < seconds].tolist()
-
-
-async def open_loop(server: Server, key: tuple[str, int], rate: float, seconds: float) -> tuple[Turn, list[Any]]:
-    """Requests at random times, on as many connections as it takes; ends when all are answered."""
-    requests, idle = itertools.cycle(server.requests[key]), [Connection(server.port)]
-    latencies: list[float] = []
-    last: list[Any] = []
-    due = arrivals(rate, seconds, int(1000 * rate))
-    begin = time.perf_counter()
-
-    async def request(moment: float, body: bytes, chosen: list[int]) -> None:
-        connection = idle.pop() if idle else Connection(server.port)
-        status, content = await answer(connection, server, body)
-        latencies.append(time.perf_counter() - begin - moment)
-        assert status == 200, content[:300]
-        idle.append(connection)
-        last[:] = [(content, chosen)]
-
-    async with asyncio.TaskGroup() as group:
-        for moment in due:
-            await asyncio.sleep(max(0, begin + moment - time.perf_counter()))
-            group.create_task(request(moment, *next(requests)))
-    took = time.perf_counter() - begin
-    for connection in idle:
-        connection.leave()
-    return {"texts": len(due), "s": took, "offered": round(len(due) / seconds, 2), "ms": percentiles(latencies)}, last
-
-
-def take_turn(server: Server, load: Coroutine[Any, Any, tuple[Turn, list[Any]]], expected: np.ndarray) -> Turn:
-    """Let one server run, load it, and compare the last answers with vectors of the same texts."""
-    os.kill(server.process.pid, signal.SIGCONT)
-    used, own = processor_seconds(server.process.pid), time.process_time()
-    turn, last = uvloop.run(load)
-    turn["texts/s"] = round(turn["texts"] / turn["s"], 2)
-    used = processor_seconds(server.process.pid) - used
-    turn["server's CPU ms per text"] = round(1000 * used / turn["texts"], 3)
-    turn["client's share of a CPU"] = round((time.process_time() - own) / turn["s"], 3)
-    os.kill(server.process.pid, signal.SIGSTOP)
-    cosines = [np.sum(server.vectors(content) * expected[chosen], axis=1).min() for content, chosen in last]
-    turn["least cosine"] = round(float(min(cosines)), 5)
-    # `expected` is int8 too: a peer may differ from it by both errors.
-    assert turn["least cosine"] > (LEAST["fp32"] if server.name == OURS else LEAST["int8"] - 0.1), (server.name, turn)
-    turn["s"] = round(turn["s"], 3)
-    return turn
 
 
 def check(servers: Sequence[Server], work: Path, texts: list[str], st: str, engine: Engine) -> dict[str, Any]:
@@ -321,8 +206,8 @@ def measure(servers: list[Server], texts: str, expected: np.ndarray, options: ar
         print(f"{texts:6} {label}", {name: (turn["texts/s"], turn["ms"]["p99"]) for name, turn in found.items()})
 
 
-def main() -> None:
-    """Prepare, check, measure and record."""
+def arguments() -> argparse.Namespace:
+    """Those of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--data", type=Path, required=True)
@@ -349,7 +234,11 @@ def main() -> None:
             f"--threads is {options.threads}, but infinity computes ONNX files with a thread for each of the "
             f"machine's {cores} cores, whatever it is told: choose --threads {cores}, or --peers without infinity-onnx"
         )
+    return options
 
+
+def prepare(options: argparse.Namespace) -> tuple[dict[str, list[str]], dict[str, Any]]:
+    """Make the files that the servers load; returns the sets of texts by name, and what the record begins with."""
     from tokenizers import Tokenizer
 
     options.work.mkdir(parents=True, exist_ok=True)
@@ -360,7 +249,6 @@ def main() -> None:
     calibration = [text for texts in sets.values() for text in texts[options.count :]]
     sets = {name: spread(texts[: options.count]) for name, texts in sets.items()}
     peer_server.prepare(options.model, options.tokenizer, options.work, options.st, calibration)
-    engine = Engine.from_pretrained(options.work / "packed", threads=options.threads)
     lengths = {name: [len(tokenizer.encode(text).ids) for text in texts] for name, texts in sets.items()}
     record: dict[str, Any] = {
         "model": options.model, "cpu": processor(), "threads": options.threads, "load average": os.getloadavg(),
@@ -368,35 +256,46 @@ def main() -> None:
                                        for name, values in lengths.items()},
         "closed": [], "saturation": {}, "open": [],
     }  # fmt: skip
-    servers: list[Server] = []
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no stopped server is left
-    try:
-        process, port, _ = start(str(options.work / "packed"), options.threads, 4096)
-        servers.append(Server(OURS, process, port, {}))
-        servers += [start_peer(name, options) for name in options.peers]
-        for server in servers:
-            wait_ready(server, options.work)
-        some = [text for texts in sets.values() for text in texts[: 32 // len(sets)]]
-        record["check"] = check(servers, options.work, some, options.st, engine)
-        sizes = sorted({int(cell.split("x")[1]) for cell in options.cells} | {1})  # texts of a request
-        for name, texts in sets.items():
-            expected = unit(engine.predict(texts))
-            for server, size in itertools.product(servers, sizes):
-                parts = [list(range(first, first + size)) for first in range(0, len(texts) - size + 1, size)]
-                bodies = [server.body([texts[index] for index in part]) for part in parts]
-                server.requests[name, size] = list(zip(bodies, parts, strict=True))
-            for server, size in itertools.product(servers, sizes):  # warm up
-                take_turn(server, closed_loop(server, (name, size), 8, options.seconds / 2), expected)
-            measure(servers, name, expected, options, record)
-            options.record.parent.mkdir(parents=True, exist_ok=True)
-            options.record.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    finally:
-        for server in servers:
-            server.process.kill()
-            server.process.wait()
+    return sets, record
+
+
+def start_all(options: argparse.Namespace) -> list[Server]:
+    """Ours and the peers, ready and stopped."""
+    process, port, _ = start(str(options.work / "packed"), options.threads, 4096)
+    servers = [Server(OURS, process, port, {}), *(start_peer(name, options) for name in options.peers)]
+    for server in servers:
+        wait_ready(server, options.work)
+    return servers
+
+
+def warm_up(servers: list[Server], name: str, texts: list[str], expected: np.ndarray, options: Any) -> None:
+    """Make the requests of one set of texts, and answer some of each size."""
+    sizes = sorted({int(cell.split("x")[1]) for cell in options.cells} | {1})  # texts of a request
+    for server, size in itertools.product(servers, sizes):
+        parts = [list(range(first, first + size)) for first in range(0, len(texts) - size + 1, size)]
+        bodies = [server.body([texts[index] for index in part]) for part in parts]
+        server.requests[name, size] = list(zip(bodies, parts, strict=True))
+    for server, size in itertools.product(servers, sizes):
+        take_turn(server, closed_loop(server, (name, size), 8, options.seconds / 2), expected)
+
+
+def main() -> None:
+    """Prepare, check, measure and record."""
+    options = arguments()
+    sets, record = prepare(options)
+    engine = Engine.from_pretrained(options.work / "packed", threads=options.threads)
+    servers = start_all(options)
+    some = [text for texts in sets.values() for text in texts[: 32 // len(sets)]]
+    record["check"] = check(servers, options.work, some, options.st, engine)
+    for name, texts in sets.items():
+        expected = unit(engine.predict(texts))
+        warm_up(servers, name, texts, expected, options)
+        measure(servers, name, expected, options, record)
+        options.record.parent.mkdir(parents=True, exist_ok=True)
+        options.record.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     options.record.with_suffix(".md").write_text(table(record), encoding="utf-8")
     print(table(record))
 
 
 if __name__ == "__main__":
-    main()
+    children.run(main)
