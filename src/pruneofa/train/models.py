@@ -251,3 +251,13 @@ def model_fingerprint(path: str) -> str:
         return Path(hf_hub_download(path, "config.json")).parent.name
     except Exception as error:  # hub, HTTP and validation errors have no common type
         raise not_on_hub(path, error, "model ") from None
+
+
+def recompute_activations(student: PreTrainedModel) -> None:
+    """Compute activations again in the backward pass. Raises InputError for a model that cannot."""
+    if not student.supports_gradient_checkpointing:
+        raise InputError(
+            f"checkpoint_activations is true, which transformers' {type(student).__name__} does not support; set it to "
+            "false, and a smaller micro_batch if memory is short"
+        )
+    student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

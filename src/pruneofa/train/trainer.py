@@ -32,8 +32,20 @@ from pruneofa.train.checkpoints import (
 )
 from pruneofa.train.device import prepare_models, processes, split_batch, trainer_options
 from pruneofa.train.micro_batches import Batch, StepCollate, split
+from pruneofa.train.models import recompute_activations
 from pruneofa.train.sparse_linear import compute_densely
 
+OPTIONS: dict[str, Any] = {  # of the Trainer, in every stage
+    "logging_nan_inf_filter": False,
+    "save_total_limit": None,  # the Trainer would delete the oldest by time, before the new one is complete
+    "train_sampling_strategy": "sequential",
+    "average_tokens_across_devices": False,
+    "remove_unused_columns": False,
+    "dataloader_drop_last": True,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "log_level": "error",
+}
 AGREEMENT_STEPS = 10  # several processes agree on stops and checkpoints every so many steps: asking makes a GPU wait
 
 
@@ -337,25 +349,12 @@ def train(
         max_grad_norm=max_grad_norm,
         seed=seed,
         logging_steps=max(1, min(50, steps // 100)),
-        logging_nan_inf_filter=False,
         save_steps=save_steps or steps,  # the Trainer saves at the end too
-        save_total_limit=None,  # the Trainer would delete the oldest by time, before the new one is complete
-        train_sampling_strategy="sequential",
-        average_tokens_across_devices=False,
-        remove_unused_columns=False,
-        dataloader_drop_last=True,
-        report_to="none",
-        disable_tqdm=True,
-        log_level="error",
+        **OPTIONS,
         **trainer_options(precision),
     )
     if checkpoint_activations:
-        if not objective.student.supports_gradient_checkpointing:
-            raise InputError(
-                f"checkpoint_activations is true, which transformers' {type(objective.student).__name__} does not "
-                "support; set it to false, and a smaller micro_batch if memory is short"
-            )
-        objective.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute_activations(objective.student)
     writer = BackgroundWriter()
     bookkeeping = _StageCallback(stage, emit, float("inf") if save_steps else 60 * save_minutes)
     trainer = StageTrainer(
