@@ -10,8 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from pruneofa import families
-from pruneofa.data.tasks import Task
+from pruneofa.data.tasks import Task, token_types
 from pruneofa.progress import progress
 from pruneofa.recipe import Corpus, Prune, Recipe, Teacher
 from pruneofa.run.checks import check
@@ -249,8 +248,7 @@ def _task_probe(
 def _random_batch(objective: nn.Module, rows: int, length: int) -> dict[str, torch.Tensor]:
     ids = torch.randint(0, objective.student.config.vocab_size, (rows, length))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    config = objective.student.config
-    typed = families.of(config.model_type).token_types and config.type_vocab_size > 1
+    typed = token_types(objective.student.config) > 1
     return batch | ({"token_type_ids": torch.zeros_like(ids)} if typed else {})
 
 
