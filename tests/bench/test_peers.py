@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -15,6 +14,8 @@ from pruneofa.bench.workers import TimeLimitError, Worker, WorkerError
 from pruneofa.errors import InputError
 from tests.bench.records import needs_kernels
 from tests.tiny import write_folder
+
+EXPORTED = ("onnxruntime", "onnxruntime-int8", "openvino", "openvino-int8", "deepsparse")
 
 
 def test_a_process_that_dies_says_how(tmp_path):
@@ -51,33 +52,15 @@ def test_long_runs_need_no_run_before_them(monkeypatch):
         assert len(ran) == runs
 
 
-@pytest.fixture(scope="module")
-def outputs_of_torch():
-    return {}
-
-
-@pytest.fixture
-def one_reference(outputs_of_torch, monkeypatch):
-    """What torch computes of an input with some weights is asked for once, since its process takes long to start."""
-    reference = measure.Bench._reference
-
-    def once(bench, job, root):
-        key = Path(job["inputs"]).name, (Path(job["folder"]) / "model.safetensors").read_bytes()
-        if key not in outputs_of_torch:
-            outputs_of_torch[key] = reference(bench, job, root)
-        return outputs_of_torch[key]
-
-    monkeypatch.setattr(measure.Bench, "_reference", once)
-
-
 @needs_kernels
-@pytest.mark.parametrize(  # every process of torch takes seconds to start
-    "peers", [("torch-int8",), pytest.param(("torch-fp32", "torch-bf16", "torch-int8"), marks=pytest.mark.slow)]
+@pytest.mark.parametrize(  # in one run: every process takes seconds to start, and every export to make
+    "torch", [("torch-int8",), pytest.param(("torch-fp32", "torch-bf16", "torch-int8"), marks=pytest.mark.slow)]
 )
-@pytest.mark.usefixtures("one_reference")
-def test_torch_and_a_second_model_are_verified_timed_and_described(folder, tmp_path, peers):
+@pytest.mark.timeout(900)
+def test_peers_and_a_second_model_are_verified_timed_and_described(folder, tmp_path, torch):
     pytest.importorskip("torch", reason="outputs are verified against torch, which is not installed")
     dies = {} if PEERS["deepsparse"].missing(elsewhere=True) else {"deepsparse": "/bin/false"}
+    peers = (*torch, *(name for name in EXPORTED if name not in dies and not PEERS[name].missing()))
     also = (str(write_folder(tmp_path / "other", "Model")),)
     settings = Settings(
         path=str(folder), also=also, mixed=("3x4-9",), threads=1, repeats=2, peers=(*peers, *dies), pythons=dies
@@ -87,9 +70,9 @@ def test_torch_and_a_second_model_are_verified_timed_and_described(folder, tmp_p
     [row] = found["rows"]
     assert (row["case"], row["fastest"] in (PRUNEOFA, *peers)) == ("3x4-9", True)
     assert [one["name"] for one in row["runners"]] == [PRUNEOFA, f"{PRUNEOFA} 2: other", *peers]
-    ours, other, torch, *_ = row["runners"]
+    ours, other, first, *_ = row["runners"]
     assert 0 < ours["error"] < 0.15 and other["error"] == ours["error"]
-    assert torch["error"] == 0 if peers[0] == "torch-fp32" else 0 < torch["error"] < 0.15
+    assert first["error"] == 0 if torch[0] == "torch-fp32" else 0 < first["error"] < 0.15
     for one in row["runners"]:
         assert one["verified"] and len(one["seconds"]) == 2 and 0 < one["p10_ms"] <= one["median_ms"] <= one["p90_ms"]
         assert one["peak"] >= one["baseline"] > 1e6 and one["first_answer"] >= one["load"] > 0 and one["disk"] > 1e3
@@ -99,21 +82,5 @@ def test_torch_and_a_second_model_are_verified_timed_and_described(folder, tmp_p
     assert found["left_out"] == {}
 
 
-@needs_kernels
-@pytest.mark.usefixtures("one_reference")
-@pytest.mark.parametrize(
-    "names",
-    [("onnxruntime", "onnxruntime-int8"), ("openvino",), ("openvino-int8",), ("deepsparse",)],
-    ids=lambda names: names[0],
-)
-def test_a_peer_that_takes_an_export_gives_what_torch_gives(folder, names):
-    if missing := PEERS[names[-1]].missing():
-        pytest.skip(f"{names[-1]} needs {', '.join(missing)}, not installed")
-    found = measure.run(Settings(path=str(folder), mixed=("3x4-9",), threads=1, repeats=1, peers=names))
-    assert found["left_out"] == {}
-    assert [one["verified"] for one in found["rows"][0]["runners"]] == [True] * (1 + len(names))
-
-
 def test_all_peers_are_among_those_tests():
-    exported = {"onnxruntime", "onnxruntime-int8", "openvino", "openvino-int8", "deepsparse"}
-    assert set(PEERS) == {PRUNEOFA, "torch-fp32", "torch-bf16", "torch-int8"} | exported
+    assert set(PEERS) == {PRUNEOFA, "torch-fp32", "torch-bf16", "torch-int8", *EXPORTED}
