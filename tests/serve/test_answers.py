@@ -1,8 +1,11 @@
 """Entities, answers and masked words over HTTP are the engine's."""
 
 import pytest
+from starlette.testclient import TestClient
 
 from pruneofa.engine.entities import find_entities
+from pruneofa.serve.app import create_app
+from pruneofa.serve.settings import Settings
 
 TEXT = "the king of music and the queen of film"
 
@@ -57,6 +60,43 @@ def test_masked_words_are_the_engines(client, models):
     two = post(client, "/fill_mask", inputs="the [MASK] of [MASK]")
     assert len(two) == 2 and len(two[0]) == len(found)
     assert "[MASK]" in post(client, "/fill_mask", 422, inputs="the king")["error"]
+
+
+def test_what_is_cut_off_is_told(models):
+    long = "music " * 200
+    settings = Settings(access_log=False, auto_truncate=False)
+    with TestClient(create_app(list(models.values()), settings)) as strict:
+        assert "tokens" in post(strict, "/fill_mask", 422, inputs=f"the [MASK] {long}")["error"]
+        assert "question" in post(strict, "/answer", 422, inputs={"question": long, "context": "a"})["error"]
+        post(strict, "/answer", inputs={"question": "who", "context": long})
+        post(strict, "/classify_tokens", inputs=long)
+    with TestClient(create_app([models["words"]], Settings(access_log=False))) as client:
+        assert len(post(client, "/fill_mask", inputs=f"the [MASK] {long}")) == 5
+        assert "its [MASK] behind the" in post(client, "/fill_mask", 422, inputs=f"{long} [MASK]")["error"]
+
+
+@pytest.mark.parametrize(
+    ("path", "inputs"), [("/classify_tokens", TEXT), ("/answer", {"question": "who", "context": TEXT})]
+)
+def test_no_text_is_read_beyond_a_length(client, monkeypatch, path, inputs):
+    monkeypatch.setattr("pruneofa.serve.model.MAX_CONTEXT", len(TEXT) - 1)
+    assert f"wanted at most {len(TEXT) - 1}" in post(client, path, 422, inputs=inputs)["error"]
+    monkeypatch.undo()
+    post(client, path, inputs=inputs)
+
+
+def test_windows_count_as_inputs(models):
+    windows = {"entities": 1 + 4000 // (4 * models["entities"].engine.tokenizer.limit), "vectors": 0}
+    assert windows["entities"] > 10
+    assert {name: models[name].windows_of(["a" * 4000]) for name in windows} == windows
+    settings = Settings(access_log=False, max_concurrent_requests=10)
+    with TestClient(create_app([models["entities"]], settings)) as client:
+        post(client, "/classify_tokens", inputs="music " * 600)  # more windows than places: all of these
+        batcher = client.app.state.serving.batcher
+        assert batcher.in_flight == 0
+        batcher.acquire(1)
+        post(client, "/classify_tokens", 429, inputs="music " * 600)
+        post(client, "/classify_tokens", inputs=["music"] * 9)
 
 
 @pytest.mark.parametrize(

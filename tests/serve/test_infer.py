@@ -1,10 +1,13 @@
 """The Open Inference Protocol: health, metadata, and the same results in JSON and in binary."""
 
+import asyncio
 import json
 import struct
 
 import numpy as np
 import pytest
+
+from pruneofa.serve import infer as module
 
 TEXTS = ["the king", "water"]
 
@@ -101,6 +104,19 @@ def test_binary_tensors_both_ways(client):
 def test_only_the_outputs_that_are_wanted(client):
     assert list(outputs(infer(client, "topics", text(), outputs=[{"name": "label"}]))) == ["label"]
     assert "scores, label" in infer(client, "topics", text(), outputs=[{"name": "none"}], status=422)["error"]
+    assert "twice" in infer(client, "topics", text(), outputs=[{"name": "label"}] * 2, status=422)["error"]
+
+
+def test_large_tensors_are_written_by_a_thread(client, monkeypatch):
+    def no_event_loop(array):
+        with pytest.raises(RuntimeError, match="no running event loop"):
+            asyncio.get_running_loop()
+        return b"1234"
+
+    monkeypatch.setattr(module, "to_bytes", no_event_loop)
+    monkeypatch.setattr("pruneofa.serve.call._INLINE", 30)
+    body = {"inputs": [text()], "parameters": {"binary_data_output": True}}
+    assert client.post("/v2/models/vectors/infer", json=body).content.endswith(b"1234")
 
 
 @pytest.mark.parametrize(
@@ -109,8 +125,12 @@ def test_only_the_outputs_that_are_wanted(client):
         ([], "text is missing"),
         ([text(), text()], "given twice"),
         ([text() | {"shape": [3]}], "has 2 elements"),
-        ([text() | {"shape": [-1]}], "shape is"),
-        ([text() | {"shape": [10**9]}], "at most"),
+        ([text() | {"shape": [-1]}], "shape: Input should be greater than or equal to 0"),
+        ([text() | {"shape": [10**9]}], "shape: Input should be less than or equal to 10000000"),
+        ([text() | {"shape": [10**4000] * 3}], "shape: Input should be less"),
+        ([text() | {"shape": [10**7, 2]}], "at most 10000000 elements"),
+        ([text("text", []) | {"shape": [0, 10**7, 10**7]}], "at most 10000000 elements"),
+        ([text("text", ["a"]) | {"shape": [1] * 70}], "shape: List should have at most 8 items"),
         ([text() | {"data": [1, 2]}], "wanted strings"),
         ([text() | {"data": ["a", ["b"]]}], "wanted strings"),
         ([text() | {"data": [["a"], "b"]}], "mixed"),
@@ -125,7 +145,8 @@ def test_only_the_outputs_that_are_wanted(client):
     ],
 )
 def test_tensors_that_are_not_what_they_say(client, inputs, message):
-    assert message in infer(client, "vectors", *inputs, status=422)["error"]
+    error = infer(client, "vectors", *inputs, status=422)["error"]
+    assert message in error and len(error) < 200
 
 
 @pytest.mark.parametrize("tail", [b"\x05\0\0\0ab", b"\x05\0", b"\x02\0\0\0\xff\xfe", elements(b"a")])

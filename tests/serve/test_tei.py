@@ -1,9 +1,14 @@
 """The routes of text-embeddings-inference answer with the engine's own numbers, in its shapes."""
 
+import asyncio
 import time
 
 import numpy as np
 import pytest
+from starlette.testclient import TestClient
+
+from pruneofa.serve.app import create_app
+from pruneofa.serve.settings import Settings
 
 TEXTS = ["the king of music", "a great film", "water"]
 
@@ -107,6 +112,40 @@ def test_tokens_and_back(client):
     assert post(client, "/decode", ids=[token["id"] for token in plain]) == ["the king"]
     ids = [token["id"] for token in tokens]
     assert post(client, "/decode", ids=[ids], skip_special_tokens=False)[0].startswith("[CLS]")
+
+
+def test_texts_that_only_fill_memory_are_not_tokenized(client, models):
+    most = 128 * models["vectors"].engine.tokenizer.limit
+    assert f"wanted at most {most}" in post(client, "/tokenize", 422, inputs=["a", "a" * (most + 1)])["error"]
+    assert post(client, "/tokenize", inputs="a " * (most // 2))
+
+
+def test_instances_that_are_too_many_together_are_refused_at_once(models):
+    with TestClient(create_app([models["vectors"]], Settings(access_log=False, max_concurrent_requests=50))) as client:
+        error = post(client, "/vertex", 422, instances=[{"inputs": ["a"] * 20}] * 3)["error"]
+        assert error == "batch size 60 > maximum concurrent requests 50"
+        assert len(post(client, "/embed", inputs=["a"] * 32)) == 32  # the others were cancelled
+        assert len(post(client, "/vertex", instances=[{"inputs": ["a"] * 20}] * 2)["predictions"]) == 2
+
+
+def test_inputs_are_in_flight_until_the_response_is_sent(models):
+    app, seen = create_app([models["vectors"]], Settings(access_log=False)), []
+    body = [{"type": "http.request", "body": b'{"inputs": ["a", "b"]}'}]
+
+    async def receive():
+        return body.pop() if body else await asyncio.Event().wait()
+
+    async def send(message):
+        seen.append((message["type"], app.state.serving.batcher.in_flight))
+
+    async def request():
+        scope = {"type": "http", "method": "POST", "path": "/embed", "query_string": b"", "headers": []}
+        async with app.router.lifespan_context(app):
+            await app(scope, receive, send)
+            assert app.state.serving.batcher.in_flight == 0
+
+    asyncio.run(request())
+    assert seen == [("http.response.start", 2), ("http.response.body", 2)]
 
 
 def test_prompts_are_put_before_texts(tmp_path, client):

@@ -41,9 +41,14 @@ class MaskedLM:
             raise InputError(
                 "the tokenizer has no mask token, which a masked-LM needs; set mask_token in tokenizer_config.json"
             )
-        for sequence, name in zip(tokens, names, strict=True):
+        mask = tokenizer.token(tokenizer.mask_id)
+        for text, sequence, name in zip(texts, tokens, names, strict=True):
             if not (sequence.ids == tokenizer.mask_id).any():
-                mask = tokenizer.token(tokenizer.mask_id)
+                if mask in text:
+                    raise InputError(
+                        f"{name} has its {mask} behind the {tokenizer.limit} tokens that the model takes, where it "
+                        "was cut off; shorten it"
+                    )
                 raise InputError(
                     f"{name} has no {mask}, wanted at least one; put {mask} where the model has to fill in a word"
                 )

@@ -1,8 +1,9 @@
 """One queue of token sequences for all requests, and the two threads that fill and empty it.
 
 First in, first out, by slices: a request is tokenized a slice of inputs at a time, and has its next slice tokenized,
-behind what has come since, when its last one is taken. So a long request delays a short one by a slice at most, and
-what waits is bounded by the inputs that are accepted. Either thread tokenizes. When sequences wait and nobody computes,
+behind what has come since, when its last one is taken. Where inputs are read in windows, a request that has had a slice
+of them computed goes behind what has come since, too. So a long request delays a short one by a slice at most, and what
+waits is bounded by the inputs that are accepted. Either thread tokenizes. When sequences wait and nobody computes,
 it computes, until none is left, while the other thread tokenizes on: a request that comes alone changes threads once.
 Sequences are not padded: a batch costs the sum of its tokens. The event loop only waits.
 """
@@ -28,7 +29,7 @@ from pruneofa.progress import notice
 from pruneofa.serve.model import Item, Model
 from pruneofa.serve.refusal import Refused
 
-SLICE = 32  # inputs of a request that wait to be computed at a time
+SLICE = 32  # inputs of a request that wait to be computed at a time, and sequences that are taken in a turn
 
 
 @dataclass(eq=False)
@@ -70,6 +71,7 @@ class Job:
     _tokenized: int = 0  # inputs
     _ready: float = 0.0  # when the last slice was tokenized
     _pending: list[int] = field(default_factory=list)  # sequences that wait to be computed, long ones first
+    _turn: int = 0  # sequences that were taken since it came to the end of the queue
     _cancelled: bool = False
     _future: "asyncio.Future[None] | None" = None
 
@@ -91,6 +93,7 @@ class Job:
         # Sequences of similar length together fill the vector lanes.
         order = sorted(range(begin, len(self.sequences)), key=lambda index: -len(self.sequences[index].ids))
         self._pending = order + self._pending
+        self._turn = 0
         self._tokenized = min(self._tokenized + SLICE, len(self.items))  # last: `complete` reads it first
 
     def cancel(self, error: Exception) -> None:
@@ -116,10 +119,11 @@ class Job:
 
 
 class Batcher:
-    """The queue and its threads; `run` is called from one event loop.
+    """The queue and its threads; `acquire`, `release` and `run` are called from one event loop.
 
     Attributes:
         in_flight: inputs that were accepted and not yet answered.
+        limit: how many may be.
     """
 
     def __init__(
@@ -130,7 +134,7 @@ class Batcher:
         observe: Callable[[int, int], None] = lambda sequences, tokens: None,
     ) -> None:
         """Start both threads; `observe` is told the sequences and tokens of every batch by `report`."""
-        self._max_tokens, self._max_inputs, self._observe = max_batch_tokens, max_concurrent_requests, observe
+        self._max_tokens, self.limit, self._observe = max_batch_tokens, max_concurrent_requests, observe
         self.in_flight = 0
         self._computed: deque[tuple[int, int]] = deque()  # batches that `observe` was not told of
         self._untokenized: SimpleQueue[Job | None] = SimpleQueue()
@@ -153,15 +157,22 @@ class Batcher:
         with self._lock:
             return sum(len(job._pending) for job in self._waiting)
 
+    def acquire(self, inputs: int) -> None:
+        """Accept inputs, which are in flight until `release`. Raises Refused if too many are already."""
+        if self.in_flight + inputs > self.limit:
+            raise Refused("Overloaded", "Model is overloaded")
+        self.in_flight += inputs
+
+    def release(self, inputs: int) -> None:
+        """Inputs are answered."""
+        self.in_flight -= inputs
+
     async def run(self, job: Job) -> None:
         """Compute a job; when this is cancelled, what was not computed yet is dropped.
 
         Raises:
-            Refused: too many inputs are in flight already, an input cannot be tokenized, or the engine failed.
+            Refused: an input cannot be tokenized, or the engine failed.
         """
-        if self.in_flight + len(job.items) > self._max_inputs:
-            raise Refused("Overloaded", "Model is overloaded")
-        self.in_flight += len(job.items)
         loop = asyncio.get_running_loop()
         try:
             job._future = loop.create_future()
@@ -169,7 +180,6 @@ class Batcher:
             await job._future
         finally:
             job._cancelled = True
-            self.in_flight -= len(job.items)
             if not loop.is_closed():
                 loop.call_soon(self.report)
 
@@ -236,7 +246,7 @@ def next_batch(waiting: deque[Job], most: int) -> list[tuple[Job, int]]:
     """Take the next sequences to compute together, at most `most` tokens, first come, first served.
 
     All are of the model of the job that waited longest. Jobs that were cancelled, and those whose sequences are all
-    taken, leave the queue.
+    taken, leave the queue; one that has had SLICE sequences taken in its turn goes to the end.
 
     Returns:
         Pairs of a job and the index of its sequence; none if nothing waits.
@@ -247,16 +257,22 @@ def next_batch(waiting: deque[Job], most: int) -> list[tuple[Job, int]]:
     for job in jobs:
         if job.model is not jobs[0].model:
             continue
-        while job._pending:
+        while job._pending and job._turn < SLICE:
             length = len(job.sequences[job._pending[-1]].ids)
             if batch and tokens + length > most:
                 break
             batch.append((job, job._pending.pop()))
+            job._turn += 1
             tokens += length
-        if job._pending:
+        if job._pending and job._turn < SLICE:
             break
+    left = [job for job in jobs if job._pending]
     waiting.clear()
-    waiting.extend(job for job in jobs if job._pending)
+    waiting.extend(job for job in left if job._turn < SLICE)
+    for job in left:
+        if job._turn == SLICE:
+            job._turn = 0
+            waiting.append(job)
     return batch
 
 

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 from pydantic import ValidationError
@@ -16,12 +16,13 @@ from pruneofa.engine.tokenizer import Side
 from pruneofa.serve.batching import Batcher, Job
 from pruneofa.serve.bodies import Body
 from pruneofa.serve.metrics import Family, Method, Metrics
-from pruneofa.serve.model import Item, Model
+from pruneofa.serve.model import Item, Model, characters
 from pruneofa.serve.overdue import Overdue
 from pruneofa.serve.refusal import Refused, invalid
 from pruneofa.serve.settings import Settings
 
 BINARY_HEADER = "inference-header-content-length"  # bytes of JSON in a body that goes on with tensors
+T = TypeVar("T")
 _INLINE = 16_384  # numbers in a response that are written by the event loop; more by a thread
 
 
@@ -46,12 +47,14 @@ class Call:
     Attributes:
         serving: what all requests share.
         jobs: what was computed for it so far.
+        places: inputs that it has in flight, until its response is sent.
         binary: the bytes behind the JSON of its body, in the Open Inference Protocol.
     """
 
     def __init__(self, scope: Scope, receive: Receive) -> None:
         self.serving: Serving = scope["app"].state.serving
         self.jobs: list[Job] = []
+        self.places = 0
         self.binary = b""
         self._scope, self._receive = scope, receive
         self._begin = time.perf_counter()
@@ -83,6 +86,21 @@ class Call:
         if inputs > most:
             message = f"batch size {inputs} > maximum allowed batch size {most}"
             raise Refused("Validation", message, cause="batch_size")
+
+    def acquire(self, inputs: int, windows: int = 0) -> None:
+        """Count inputs as in flight until the response is sent: as many as the windows that they are read in.
+
+        More windows than inputs may be in flight count as these: such a request is computed when it is alone.
+
+        Raises Refused: too many are in flight already, or the parts of this request are together too many.
+        """
+        batcher = self.serving.batcher
+        places = max(inputs, min(windows, batcher.limit))
+        if self.places and self.places + places > batcher.limit:
+            message = f"batch size {self.places + places} > maximum concurrent requests {batcher.limit}"
+            raise Refused("Validation", message, cause="batch_size")
+        batcher.acquire(places)
+        self.places += places
 
     async def run(
         self,
@@ -119,6 +137,7 @@ class Call:
         family: Family = "embed" if model.does("embedding") else "predict"
         method: Method = "single" if single else "batch"
         metrics.accepted(method, family, len(items))
+        self.acquire(len(items), model.windows_of(items))
         job = Job(
             model=model,
             items=items,
@@ -131,7 +150,7 @@ class Call:
         )
         await self._run_while_connected(job)
         self.jobs.append(job)
-        self._characters += sum(map(_characters, items))
+        self._characters += sum(map(characters, items))
         duration = time.perf_counter() - self._begin
 
         def count() -> None:
@@ -172,7 +191,7 @@ class Call:
 
     async def respond(self, send: Send, value: Any, size: int = 0) -> None:
         """Send `value`, which may hold arrays, as JSON; `size` is about how many numbers are in it."""
-        body = await asyncio.to_thread(to_json, value) if size > _INLINE else to_json(value)
+        body = await made(lambda: to_json(value), size)
         headers = {"content-length": str(len(body)), "content-type": "application/json", **self.headers()}
         encoded = [(name.encode(), text.encode()) for name, text in headers.items()]
         await send({"type": "http.response.start", "status": 200, "headers": encoded})
@@ -211,6 +230,12 @@ class Post:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request; errors are left to the application."""
         call = Call(scope, receive)
+        try:
+            await self._answer(call, scope, receive, send)
+        finally:
+            call.serving.batcher.release(call.places)
+
+    async def _answer(self, call: Call, scope: Scope, receive: Receive, send: Send) -> None:
         content = scope["state"]["body"]
         length = dict(scope["headers"]).get(BINARY_HEADER.encode(), b"")
         if length.isdigit() and len(length) < 10:
@@ -235,15 +260,14 @@ def wrong_body(error: ValidationError) -> Refused:
     return invalid(f"{place}: {first['msg']}" if place else first["msg"])
 
 
+async def made(make: Callable[[], T], size: int) -> T:
+    """What `make` returns, which a thread calls if there are many numbers in it: the event loop is not to wait."""
+    return await asyncio.to_thread(make) if size > _INLINE else make()
+
+
 def to_json(value: Any) -> bytes:
     """JSON of a value that may hold numpy arrays; a number that is not finite becomes null."""
     return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
-
-
-def _characters(item: Item) -> int:
-    if isinstance(item, dict):
-        return sum(map(len, item.values()))
-    return sum(map(len, item)) if isinstance(item, tuple) else len(item)
 
 
 def _milliseconds(seconds: float) -> str:

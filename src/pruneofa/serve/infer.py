@@ -13,7 +13,7 @@ from pruneofa.engine.inputs import row_lengths
 from pruneofa.errors import InputError
 from pruneofa.serve import answers
 from pruneofa.serve.bodies import Body, Many
-from pruneofa.serve.call import BINARY_HEADER, Call, Post, to_json
+from pruneofa.serve.call import BINARY_HEADER, Call, Post, made, to_json
 from pruneofa.serve.model import Item, Model
 from pruneofa.serve.refusal import invalid
 from pruneofa.serve.scoring import scores, vectors
@@ -90,10 +90,25 @@ async def infer(call: Call, body: InferRequest) -> tuple[Response, int]:
     inputs = read(body.inputs, call.binary)
     found = await _compute(call, model, inputs)
     wanted = body.outputs if body.outputs is not None else [RequestedOutput(name=name) for name in found]
-    missing = next((output.name for output in wanted if output.name not in found), None)
-    if missing is not None:
+    names = [output.name for output in wanted]
+    if not found.keys() >= set(names):
         raise invalid(f"outputs are {', '.join(found)}; another one was asked for")
+    if len(set(names)) < len(names):
+        raise invalid("an output is asked for twice")
     as_bytes = bool((body.parameters or {}).get("binary_data_output"))
+    size = sum(found[name].size for name in names)
+    head, tail = await made(lambda: _written(model.name, body.id, found, wanted, as_bytes), size)
+    headers = call.headers()
+    if tail:
+        headers[BINARY_HEADER] = str(len(head))
+    kind = "application/octet-stream" if tail else "application/json"
+    return Response(head + tail, headers=headers, media_type=kind), 0
+
+
+def _written(
+    name: str, request: str | None, found: Arrays, wanted: list[RequestedOutput], as_bytes: bool
+) -> tuple[bytes, bytes]:
+    """The JSON of a response, and the bytes of tensors behind it."""
     described, tail = [], b""
     for output in wanted:
         array = found[output.name]
@@ -105,13 +120,8 @@ async def infer(call: Call, body: InferRequest) -> tuple[Response, int]:
         else:
             entry["data"] = array.ravel().tolist()
         described.append(entry)
-    value = {"model_name": model.name, "model_version": "1", "id": body.id, "outputs": described}
-    head = to_json({key: item for key, item in value.items() if item is not None})
-    headers = call.headers()
-    if tail:
-        headers[BINARY_HEADER] = str(len(head))
-    kind = "application/octet-stream" if tail else "application/json"
-    return Response(head + tail, headers=headers, media_type=kind), 0
+    value = {"model_name": name, "model_version": "1", "id": request, "outputs": described}
+    return to_json({key: item for key, item in value.items() if item is not None}), tail
 
 
 async def _compute(call: Call, model: Model, inputs: Arrays) -> Arrays:

@@ -1,6 +1,6 @@
 """A served model: an engine, what it is called, and the two steps of a request that need it: tokenize and compute."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,13 @@ from numpy.typing import NDArray
 from pruneofa.engine.engine import Engine
 from pruneofa.engine.heads import Classification, Embedding, TokenClassification
 from pruneofa.engine.inputs import as_row, check_item, finite
-from pruneofa.engine.tokenizer import Side, Tokens, check_text
+from pruneofa.engine.tokenizer import MAX_CONTEXT, Side, Tokens, check_text
 from pruneofa.errors import InputError
 from pruneofa.serve.refusal import Refused, invalid
 
 Item = str | tuple[str, str] | list[int] | dict[str, str]
+
+CHARACTERS_PER_TOKEN = 4  # about, in English
 
 _NOT = {
     "embedding": "Model is not an embedding model",
@@ -51,6 +53,15 @@ class Model:
         if not self.does(task):
             raise Refused("Backend", f"Backend error: {_NOT[task]}", cause="model_type")
 
+    def windows(self, lengths: Iterable[int]) -> int:
+        """About how many windows of the model's length texts of so many characters fill."""
+        return sum(1 + length // (CHARACTERS_PER_TOKEN * self.engine.tokenizer.limit) for length in lengths)
+
+    def windows_of(self, items: Sequence[Item]) -> int:
+        """About how many windows inputs are read in; 0 for a task that reads no more of an input than one."""
+        in_windows = self.engine.task in ("token classification", "question answering")
+        return self.windows(map(characters, items)) if in_windows else 0
+
     def prompt(self, name: str | None) -> str | None:
         """The text of a prompt by its name; None for None. Raises Refused for an unknown one."""
         if name is None:
@@ -73,12 +84,17 @@ class Model:
                 raise Refused("Empty", "Input validation error: `inputs` cannot be empty")
         try:
             if self.engine.task == "token classification":
+                for item, name in zip(items, names, strict=True):
+                    _check_windows(item, name)
                 texts = [check_text(item, name) for item, name in zip(items, names, strict=True)]
                 return self.engine.tokenizer.text_windows(texts)
             if self.engine.task in ("question answering", "masked-LM"):
                 checked = [check_item(item, name, self.engine.task) for item, name in zip(items, names, strict=True)]
+                if self.engine.task == "question answering":
+                    for (_, context), name in zip(checked, names, strict=True):
+                        _check_windows(context, f"{name}.context")
                 head: Any = self.engine.head
-                return head.prepare(self.engine.tokenizer, checked, names, truncate=True)
+                return head.prepare(self.engine.tokenizer, checked, names, truncate=truncate)
             return self._sequences(items, names, truncate=truncate, side=side, prompt=prompt)
         except InputError as error:
             raise invalid(str(error).replace(str(self.engine.tokenizer.folder), self.name), "tokenization") from None
@@ -132,6 +148,18 @@ class Model:
         own = [name for index, name in enumerate(names) if index not in ids]
         found = iter(tokenizer.sequences(texts, own, truncate=truncate, side=side, prompt=prompt) if texts else [])
         return [ids[index] if index in ids else next(found) for index in range(len(items))]
+
+
+def characters(item: Item) -> int:
+    """Of a text, a pair or a question with its context; numbers of token ids."""
+    if isinstance(item, dict):
+        return sum(map(len, item.values()))
+    return sum(map(len, item)) if isinstance(item, tuple) else len(item)
+
+
+def _check_windows(text: Any, name: str) -> None:
+    if len(text) > MAX_CONTEXT:
+        raise invalid(f"{name} has {len(text)} characters, wanted at most {MAX_CONTEXT}; divide it", "tokenization")
 
 
 def load(name: str, path: str | Path, **settings: Any) -> Model:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from pruneofa.engine.tokenizer import check_text
+from pruneofa.engine.tokenizer import CHARACTERS, check_text
 from pruneofa.errors import InputError
 from pruneofa.serve import answers
 from pruneofa.serve.batching import Job
@@ -27,6 +27,8 @@ from pruneofa.serve.call import Call, Post
 from pruneofa.serve.model import Item, Model
 from pruneofa.serve.refusal import Refused, invalid
 from pruneofa.serve.scoring import relevance, scores, vectors
+
+_NUMBERS = 5  # values of a token in the answer of /tokenize
 
 
 async def embed(call: Call, body: EmbedRequest) -> tuple[Any, int]:
@@ -121,6 +123,10 @@ async def tokenize(call: Call, body: TokenizeRequest) -> tuple[Any, int]:
     prompt = model.prompt(body.prompt_name)
     if "" in texts:
         raise Refused("Empty", "Input validation error: `inputs` cannot be empty", cause="tokenization")
+    most = CHARACTERS * model.engine.tokenizer.limit
+    if (longest := max(map(len, texts))) > most:
+        raise invalid(f"`inputs` has {longest} characters, wanted at most {most}; divide it", "tokenization")
+    call.acquire(len(texts), model.windows(map(len, texts)))
 
     def tokens() -> list[list[dict[str, Any]]]:
         found = []
@@ -135,7 +141,8 @@ async def tokenize(call: Call, body: TokenizeRequest) -> tuple[Any, int]:
             found.append(_simple_tokens(whole, encoding))
         return found
 
-    return await asyncio.to_thread(tokens), 0
+    found = await asyncio.to_thread(tokens)
+    return found, _NUMBERS * sum(map(len, found))
 
 
 def _simple_tokens(text: str, encoding: Any) -> list[dict[str, Any]]:
@@ -156,17 +163,20 @@ def _simple_tokens(text: str, encoding: Any) -> list[dict[str, Any]]:
 
 async def decode(call: Call, body: DecodeRequest) -> tuple[Any, int]:
     """The texts of token ids."""
-    tokenizer = call.model().engine.tokenizer
+    model = call.model()
+    tokenizer = model.engine.tokenizer
     single = is_single(body.ids)
     sequences: Any = [body.ids] if single else body.ids
     call.check_size(len(sequences), "ids")
     if not all(sequences):
         raise Refused("Empty", "Input validation error: `input_ids` cannot be empty", cause="tokenization")
 
+    call.acquire(len(sequences), sum(1 + len(ids) // tokenizer.limit for ids in sequences))
+
     def texts() -> list[str]:
         return [tokenizer.decode(ids, skip_special_tokens=body.skip_special_tokens) for ids in sequences]
 
-    return await asyncio.to_thread(texts), 0
+    return await asyncio.to_thread(texts), sum(map(len, sequences))
 
 
 async def vertex(call: Call, body: VertexRequest) -> tuple[Any, int]:
@@ -183,7 +193,13 @@ async def vertex(call: Call, body: VertexRequest) -> tuple[Any, int]:
             for started in work:
                 started.close()
             raise invalid(f"instances[{index}]: {error.errors()[0]['msg']}") from None
-    found = await asyncio.gather(*work)
+    tasks = [asyncio.ensure_future(started) for started in work]
+    try:
+        found = await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        raise
     return {"predictions": [value for value, _ in found]}, sum(size for _, size in found)
 
 

@@ -2,10 +2,11 @@
 
 import math
 import struct
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from pruneofa.serve.bodies import Body
 from pruneofa.serve.refusal import invalid
@@ -22,13 +23,14 @@ TYPES = {
     "FP32": "<f4",
 }
 _MOST = 10_000_000  # elements of a tensor; its shape is only a claim
+_DIMENSIONS = 8
 
 
 class Tensor(Body):
     """A tensor; without `data` it is among the bytes behind the JSON, `binary_data_size` of them."""
 
     name: str
-    shape: list[int]
+    shape: list[Annotated[int, Field(ge=0, le=_MOST)]] = Field(max_length=_DIMENSIONS)
     datatype: str
     data: list[Any] | None = None
     parameters: dict[str, Any] | None = None
@@ -45,7 +47,7 @@ def read(tensors: list[Tensor], binary: bytes) -> dict[str, NDArray[Any]]:
         if tensor.name in found:
             raise invalid(f"the input {tensor.name} is given twice")
         count = math.prod(tensor.shape)
-        if min(tensor.shape, default=0) < 0 or count > _MOST:
+        if math.prod(size or 1 for size in tensor.shape) > _MOST:  # NumPy has no shape of that size, empty or not
             raise invalid(f"{tensor.name}: shape is {tensor.shape}, wanted at most {_MOST} elements")
         size = (tensor.parameters or {}).get("binary_data_size")
         if size is None:
