@@ -234,6 +234,27 @@ def test_a_wrong_request_gets_its_own_error(client, path, body, status, kind):
     assert set(response.json()) == {"error", "error_type"} and response.json()["error_type"] == kind
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [
+        ("/embed", {"inputs": 5}, "inputs: Input should be a valid string or a valid array"),
+        ("/embed", {"inputs": [1, 2.5]}, "inputs.1: Input should be a valid integer"),
+        ("/embed", {"inputs": ["a", 3.5]}, "inputs.1: Input should be a valid string or a valid array"),
+        ("/answer", {"inputs": [{"question": "a"}]}, "inputs.0.context: Field required"),
+        ("/decode", {"ids": [[1, -1]]}, "ids.0.1: Input should be greater than or equal to 0"),
+        (
+            "/vertex",
+            {"instances": [{"inputs": 5}]},
+            "instances.0.inputs: Input should be a valid string or a",
+        ),
+        ("/embed", [1], "Input should be an object"),
+    ],
+)
+def test_an_error_names_the_place_and_what_is_accepted(client, path, body, message):
+    error = client.post(path, json=body).json()["error"]
+    assert error.removeprefix("Input validation error: ").startswith(message)
+
+
 def test_broken_json_is_400(client):
     for content in (b'{"inputs": ', b"", b"\xff\xfe", b"[NaN"):
         response = client.post("/embed", content=content, headers={"content-type": "application/json"})

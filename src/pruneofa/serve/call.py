@@ -1,6 +1,7 @@
 """One HTTP request: which model answers, the queue, the client that may leave, and the headers of the response."""
 
 import asyncio
+import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -253,11 +254,25 @@ class Post:
 
 def wrong_body(error: ValidationError) -> Refused:
     """JSON that is broken is 400; JSON of another form 422, as in text-embeddings-inference."""
-    first = error.errors(include_url=False, include_input=False)[0]
-    if first["type"] == "json_invalid":
+    if error.errors(include_url=False, include_input=False)[0]["type"] == "json_invalid":
         return Refused("Validation", "the request's body is not valid JSON", status=400)
-    place = ".".join(str(part) for part in first["loc"][:3])
-    return invalid(f"{place}: {first['msg']}" if place else first["msg"])
+    return invalid(explained(error))
+
+
+def explained(error: ValidationError) -> str:
+    """What is wrong, and where, in one line."""
+    found = error.errors(include_url=False, include_input=False)
+    # Where several types are accepted, there is an error for each: those that went furthest tell most.
+    places = [[str(part) for part in one["loc"] if not _is_type(part)] for one in found]
+    furthest = max(places, key=lambda place: (len(place), [int(part) for part in place if part.isdecimal()]))
+    first, *others = dict.fromkeys(one["msg"] for one, place in zip(found, places, strict=True) if place == furthest)
+    message = " or ".join([first, *(other.removeprefix("Input should be ") for other in others)])
+    return f"{'.'.join(furthest)}: {message}" if furthest else message
+
+
+def _is_type(part: Any) -> bool:
+    """Whether a part of an error's place is one of the types that are accepted there, such as list[str] or Question."""
+    return isinstance(part, str) and (part in ("str", "int") or bool(re.search(r"[\[A-Z-]", part)))
 
 
 async def made(make: Callable[[], T], size: int) -> T:

@@ -23,7 +23,7 @@ from pruneofa.serve.bodies import (
     VertexRequest,
     is_single,
 )
-from pruneofa.serve.call import Call, Post
+from pruneofa.serve.call import Call, Post, explained
 from pruneofa.serve.model import Item, Model
 from pruneofa.serve.refusal import Refused, invalid
 from pruneofa.serve.scoring import relevance, scores, vectors
@@ -192,7 +192,7 @@ async def vertex(call: Call, body: VertexRequest) -> tuple[Any, int]:
         except ValidationError as error:
             for started in work:
                 started.close()
-            raise invalid(f"instances[{index}]: {error.errors()[0]['msg']}") from None
+            raise invalid(f"instances.{index}.{explained(error)}") from None
     tasks = [asyncio.ensure_future(started) for started in work]
     try:
         found = await asyncio.gather(*tasks)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from pruneofa.serve.bodies import Body
+from pruneofa.serve.bodies import Body, Many
 from pruneofa.serve.refusal import invalid
 
 TYPES = {
@@ -30,7 +30,7 @@ class Tensor(Body):
     """A tensor; without `data` it is among the bytes behind the JSON, `binary_data_size` of them."""
 
     name: str
-    shape: list[Annotated[int, Field(ge=0, le=_MOST)]] = Field(max_length=_DIMENSIONS)
+    shape: Many[Annotated[int, Field(ge=0, le=_MOST)]] = Field(max_length=_DIMENSIONS)
     datatype: str
     data: list[Any] | None = None
     parameters: dict[str, Any] | None = None
