@@ -89,14 +89,15 @@ def test_windows_count_as_inputs(models):
     windows = {"entities": 1 + 4000 // (4 * models["entities"].engine.tokenizer.limit), "vectors": 0}
     assert windows["entities"] > 10
     assert {name: models[name].windows_of(["a" * 4000]) for name in windows} == windows
-    settings = Settings(access_log=False, max_concurrent_requests=10)
+    settings = Settings(access_log=False, max_concurrent_requests=40)
     with TestClient(create_app([models["entities"]], settings)) as client:
-        post(client, "/classify_tokens", inputs="music " * 600)  # more windows than places: all of these
         batcher = client.app.state.serving.batcher
-        assert batcher.in_flight == 0
-        batcher.acquire(1)
-        post(client, "/classify_tokens", 429, inputs="music " * 600)
+        batcher.acquire(31)
+        post(client, "/classify_tokens", 429, inputs="music " * 600)  # a quarter of 40
         post(client, "/classify_tokens", inputs=["music"] * 9)
+        batcher.release(1)
+        post(client, "/classify_tokens", inputs="music " * 600)
+        assert batcher.in_flight == 30
 
 
 @pytest.mark.parametrize(

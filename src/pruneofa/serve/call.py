@@ -91,12 +91,12 @@ class Call:
     def acquire(self, inputs: int, windows: int = 0) -> None:
         """Count inputs as in flight until the response is sent: as many as the windows that they are read in.
 
-        More windows than inputs may be in flight count as these: such a request is computed when it is alone.
+        Windows count as at most a quarter of what may be in flight, so that one request leaves room for others.
 
         Raises Refused: too many are in flight already, or the parts of this request are together too many.
         """
         batcher = self.serving.batcher
-        places = max(inputs, min(windows, batcher.limit))
+        places = max(inputs, min(windows, batcher.limit // 4))
         if self.places and self.places + places > batcher.limit:
             message = f"batch size {self.places + places} > maximum concurrent requests {batcher.limit}"
             raise Refused("Validation", message, cause="batch_size")
