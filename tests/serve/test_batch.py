@@ -434,14 +434,6 @@ def test_a_full_disk_is_not_called_wrong_input(models, tmp_path, monkeypatch):
         predict(models["classifier"], [write(tmp_path / "in.jsonl", rows(2))], tmp_path / "out.parquet")
 
 
-def test_the_name_of_a_folder_is_no_column(models, tmp_path):
-    folder = tmp_path / "id=7"
-    folder.mkdir()
-    file = write(folder / "in.parquet", rows(2))
-    predict(models["classifier"], [file], folder / "out.parquet")
-    assert pq.ParquetFile(folder / "out.parquet").read().column("id").to_pylist() == ["0", "1"]
-
-
 BAD_PARQUET = [
     (
         {"text": ["a"], "a": [1], "b": [2]},

@@ -239,10 +239,10 @@ class Types:
                     f"column {field.name!r} is {_shown(field.type)}, {_shown(before)} in other rows; parquet needs one"
                 )
             if common != field.type:
-                _cast(_read(part), field.name, common)
+                _cast(pq.read_table(part), field.name, common)
             if _is_converted(before, common):
                 for other in self._parts:
-                    _cast(_read(other), field.name, common)
+                    _cast(pq.read_table(other), field.name, common)
             types[field.name] = common
         self._types = types
         self._parts.append(part)
@@ -257,11 +257,6 @@ def _is_converted(before: pa.DataType, after: pa.DataType) -> bool:
         given = [before.field(index) for index in range(before.num_fields)]
         return any(_is_converted(field.type, fields.get(field.name, field.type)) for field in given)
     return True
-
-
-def _read(part: Path) -> pa.Table:
-    with pq.ParquetFile(part) as file:  # read_table would read columns from the names of folders, such as year=2024
-        return file.read()
 
 
 def _cast(table: pa.Table, name: str, wanted: pa.DataType) -> pa.ChunkedArray:
@@ -289,6 +284,6 @@ def join(parts: Sequence[Path], file: Any) -> None:
         raise InputError(f"a column mixes types, which parquet cannot hold ({first_line(error)}); {_JSON}") from None
     with pq.ParquetWriter(file, schema) as writer:
         for part in parts:
-            table = _read(part)
+            table = pq.read_table(part)
             columns = [_cast(table, field.name, field.type) for field in schema]
             writer.write_table(pa.Table.from_arrays(columns, schema=schema))
