@@ -41,7 +41,7 @@ class Predictor:
     """A model, the columns that it reads, and the names of those that it adds. Loaded once, called for every batch.
 
     Under Ray Data: `dataset.map_batches(Predictor, fn_constructor_kwargs={"model": "packed"},
-    compute=ActorPoolStrategy(size=2))`.
+    compute=ActorPoolStrategy(size=2), batch_format="pyarrow")`, where every block then has the same types.
 
     Attributes:
         engine: the model.
