@@ -35,6 +35,12 @@ def test_the_summary_is_json_and_the_rows_are_in_the_file(here, call):
     assert [list(row) for row in rows] == [["id", "review", "label", "score", "scores"]] * 2
 
 
+def test_another_delimiter_is_named(here, refused):
+    (here / "semi.csv").write_text("text;n\na;1\n")
+    said = refused("predict", "model", "semi.csv", "--text", "text", "--out", "out.csv")
+    assert "no column 'text' among 'text;n': the delimiter looks like ';', wanted ',' in .csv; write the file" in said
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

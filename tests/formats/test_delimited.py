@@ -8,7 +8,7 @@ import pytest
 
 from pruneofa.errors import InputError
 from pruneofa.formats import delimited
-from pruneofa.formats.delimited import literal_quotes, read_fields, read_rows
+from pruneofa.formats.delimited import literal_quotes, other_delimiter, read_fields, read_rows
 
 
 def lines(text):
@@ -72,6 +72,26 @@ def test_the_wrong_row_of_a_quoted_tsv_is_named():
     text = 'a\tb\n"Great" film\ty\nwrong\ty\tz\n'
     with pytest.raises(InputError, match="t: line 3 has 3 fields, the header 2"):
         list(read_fields(lines(text), "t", tabs=True, literal=literal_quotes(lines(text))))
+
+
+@pytest.mark.parametrize(
+    ("header", "suffix", "found"),
+    [
+        (["a;b"], ".csv", "';', wanted ','"),
+        (["a\tb"], ".csv", r"'\t', wanted ','"),
+        (["a,b"], ".tsv", r"',', wanted '\t'"),
+        (["a|b"], ".tsv", r"'|', wanted '\t'"),
+        (["a"], ".csv", None),
+        (["a;b", "c"], ".csv", None),
+        (["a;b"], ".parquet", None),
+        ([], ".csv", None),
+    ],
+)
+def test_a_header_of_one_name_with_another_delimiter_in_it(header, suffix, found):
+    said = other_delimiter(header, suffix)
+    assert (
+        said is None if found is None else said == f"the delimiter looks like {found} in {suffix}; write the file again"
+    )
 
 
 def test_columns_at_the_end_without_a_name_are_left_out():

@@ -1,8 +1,11 @@
 """Files of texts: every format, every task, rows neither lost nor repeated, and what is refused."""
 
 import csv
+import errno
+import functools
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -336,12 +339,141 @@ def test_two_at_once_are_refused(models, tmp_path):
     process.communicate()
 
 
+@pytest.mark.parametrize("target", tables.SUFFIXES)
+def test_a_jsonl_without_rows_adds_none(models, tmp_path, target):
+    given = rows(2)
+    full, empty = write(tmp_path / "full.jsonl", given), write(tmp_path / "empty.jsonl", [])
+    for number, files in enumerate([[full, empty], [empty, full]]):
+        out = tmp_path / f"out{number}{target}"
+        assert predict(models["classifier"], files, out, text="text")["rows"] == 2
+        found = read(out)
+        assert [list(row) for row in found] == [["id", "text", "label", "score", "scores"]] * 2
+        assert [row["id"] for row in found] == ["0", "1"]
+
+
+@pytest.mark.parametrize("target", [".csv", ".jsonl"])
+def test_what_json_has_no_notation_for(models, tmp_path, target):
+    table = {
+        "text": ["a", "b"],
+        "x": [math.nan, math.inf],
+        "nested": [{"l": [1.0, -math.inf], "b": b"\xff"}, {"l": [], "b": b"ok"}],
+        "b": [b"\xff\x00", "é".encode()],
+    }
+    pq.write_table(pa.table(table), tmp_path / "in.parquet")
+    predict(models["classifier"], [tmp_path / "in.parquet"], tmp_path / f"out{target}")
+    found = read(tmp_path / f"out{target}")
+    nested = [row["nested"] if target == ".jsonl" else json.loads(row["nested"]) for row in found]
+    assert nested == [{"l": [1.0, None], "b": "/w=="}, {"l": [], "b": "ok"}]
+    assert [row["b"] for row in found] == ["/wA=", "é"]
+    assert [row["x"] for row in found] == ([None, None] if target == ".jsonl" else ["nan", "inf"])
+
+
+def test_numbers_of_jsonl_that_are_none_become_null(models, tmp_path):
+    lines = ['{"text": "a", "x": 1e400}', '{"text": "a", "x": [NaN, "\\ud800", {"y": -Infinity, "z": 1}]}']
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    predict(models["classifier"], [tmp_path / "in.jsonl"], tmp_path / "out.jsonl")
+    assert "NaN" not in (tmp_path / "out.jsonl").read_text()
+    assert [row["x"] for row in read(tmp_path / "out.jsonl")] == [None, [None, "\ud800", {"y": None, "z": 1}]]
+
+
+BIG = 2**60 + 1  # no float64
+UNFIT = [
+    ([{"x": BIG}, {"x": 1.5}], 9, "row 1: column 'x' has a value .* beside|row 2: column 'x' has a value .* beside"),
+    ([{"x": BIG}, {"x": 1.5}], 1, "row 2 and those after it: column 'x' is int64 in some rows and double"),
+    ([{"x": {"y": [BIG]}}, {"x": {"y": [1.5], "z": 1}}], 1, "row 2 and those after it: column 'x' is struct"),
+    ([{"x": 1.5}, {"x": BIG}], 1, "row 2 and those after it: column 'x' is int64 in some rows and double"),
+    ([{}, {"x": {}}], 9, "row 2: column 'x' has a value .*no child field"),
+    ([{}, {"x": functools.reduce(lambda x, _: [x], range(900))}], 9, "row 2: column 'x' has a value .*deeply nested"),
+    ([{"x": None}, {"x": 5}, {"x": [1]}], 9, "row 3: column 'x' has a value .*list.* beside"),
+    ([{"x": 5}, {"x": 2**70}], 9, "row 2: column 'x' has a value .*too large"),
+    ([{}, {"x": ["\ud800"]}], 9, "row 2: column 'x' has half of a surrogate pair"),
+    ([{}, {"\ud800": 1}], 9, r"row 1: column '\\ud800' has half of a surrogate pair"),
+    ([{"x": 1}, {"x": "b"}, {"x": 2}], 1, "row 2 and those after it: column 'x' is string, int64 in other rows"),
+]
+
+
+@pytest.mark.parametrize(("given", "size", "message"), UNFIT)
+def test_what_parquet_cannot_hold_is_named_and_its_part_is_not_kept(models, tmp_path, given, size, message):
+    file, out = write(tmp_path / "in.jsonl", [{"text": "a"} | row for row in given]), tmp_path / "out.parquet"
+    for _ in range(2):
+        with pytest.raises(InputError, match=f"in.jsonl: ({message}).*choose a .jsonl --out"):
+            predict(models["classifier"], [file], out, rows=size)
+        assert [part.start for part in parts(out)] == ([0] if size == 1 else [])
+    assert predict(models["classifier"], [file], tmp_path / "out.jsonl", rows=size)["rows"] == len(given)
+    write(file, [{"text": "a"}])
+    assert predict(models["classifier"], [file], out, rows=size, redo=True)["rows"] == 1
+
+
+def test_types_of_files_are_compared_before_any_row_is_computed(models, tmp_path, monkeypatch):
+    (tmp_path / "a.csv").write_text("text,n\na,1\n")
+    write(tmp_path / "b.parquet", [{"text": "a", "n": 1}])
+    write(tmp_path / "c.parquet", [{"text": "a", "n": 1.5}])
+    monkeypatch.setattr(batch, "compute", None)
+    with pytest.raises(InputError, match=r"b.parquet: column 'n' is int64, string in \S+a.csv; .*choose a folder or"):
+        predict(models["classifier"], [tmp_path / "a.csv", tmp_path / "b.parquet"], tmp_path / "out.parquet")
+    monkeypatch.undo()
+    predict(models["classifier"], [tmp_path / "b.parquet", tmp_path / "c.parquet"], tmp_path / "out.parquet")
+    assert [row["n"] for row in read(tmp_path / "out.parquet")] == [1.0, 1.5]
+
+
+def test_texts_that_are_none_come_out_as_json_where_they_are_skipped(models, tmp_path):
+    given = [{"text": "a film"}, {"text": None}, {"text": 5}, {"text": [1, "b"]}]
+    file = write(tmp_path / "in.jsonl", given)
+    for size in (9, 1):
+        out = tmp_path / f"{size}.parquet"
+        assert predict(models["classifier"], [file], out, rows=size, skip_bad=True)["skipped"] == 3
+        assert [row["text"] for row in read(out)] == ["a film", None, "5", '[1, "b"]']
+
+
+def test_a_full_disk_is_not_called_wrong_input(models, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pq, "write_table", full)
+    with pytest.raises(OSError, match="No space left"):
+        predict(models["classifier"], [write(tmp_path / "in.jsonl", rows(2))], tmp_path / "out.parquet")
+
+
+BAD_PARQUET = [
+    (
+        {"text": ["a"], "a": [1], "b": [2]},
+        ["text", "a", "a"],
+        "in.parquet: the name 'a' is that of two columns; rename",
+    ),
+    ({"text": ["a"], "b": ["b"]}, ["text", "text"], "in.parquet: the name 'text' is that of two columns; rename one"),
+    (
+        {"text": ["a"], "b": pa.array([2**62], pa.timestamp("us"))},
+        None,
+        "in.parquet: row 1: column 'b' is not readable",
+    ),
+    (
+        {"text": ["a"], "b": pa.array([b"\xff"]).view(pa.string())},
+        None,
+        "in.parquet: row 1: column 'b' is not readable",
+    ),
+    ({"text": pa.array([b"\xff"]).view(pa.string())}, None, "in.parquet: row 1: column 'text' is not readable"),
+]
+
+
+@pytest.mark.parametrize(("table", "names", "message"), BAD_PARQUET)
+def test_a_wrong_parquet_is_refused(models, tmp_path, table, names, message):
+    table = pa.table(table)
+    pq.write_table(table.rename_columns(names or table.column_names), tmp_path / "in.parquet")
+    with pytest.raises(InputError, match=message):
+        predict(models["classifier"], [tmp_path / "in.parquet"], tmp_path / "out.jsonl")
+    assert [path.name for path in tmp_path.iterdir()] == ["in.parquet"]
+
+
 BAD = [
     ("in.csv", 'text\na\n"b', "line 3: unexpected end of data"),
     ("in.csv", "id,text\n1,a\n2\n", "line 3 has 1 fields, the header 2"),
     ("in.csv", "", "no header"),
     ("in.csv", "a,a\n1,2\n", "has a name twice"),
     ("in.csv", "a,b\n1,2\n", "which column of 'a', 'b' has the texts"),
+    ("in.csv", "text;n\na;1\n", "which column of 'text;n' has the texts.* looks like ';', wanted ',' in .csv"),
+    ("in.csv", "label\n", "has a column 'label' already; .*--prefix predicted_"),
+    ("in.jsonl", '{"text": "a"}\n{"text": "a", "label": 1}\n', "row 2: has a column 'label' already; .*--prefix"),
+    ("in.jsonl", '{"text": "a", "\\ud800": 1}\n', "the name of a column has half of a surrogate pair"),
     ("in.csv", "text,score\na,1\n", "has a column 'score' already; .*--prefix predicted_"),
     ("in.jsonl", '{"text": "a"}\nnonsense\n', "row 2 is not JSON"),
     ("in.jsonl", '{"text": "a"}\n[1]\n', "row 2 is a JSON list, wanted an object"),

@@ -45,6 +45,41 @@ def test_a_row_without_text_is_named_or_skipped(model):
     assert list(Predictor(model, threads=1, skip_bad=True)(frame)["label"].isna()) == [False, True]
 
 
+BATCHES = [["a film"] * 2, ["a film", None], [None, None], []]
+
+
+@pytest.mark.parametrize("task", ["classification", "answers", "vectors"])
+def test_columns_have_one_type_whatever_is_in_the_batch(model, tmp_path, task):
+    heads = {"answers": "ForQuestionAnswering", "vectors": "Model"}
+    folder = write_folder(tmp_path / task, heads[task]) if task in heads else model
+    columns = ["question", "context"] if task == "answers" else ["text"]
+    predictor = Predictor(str(folder), threads=1, skip_bad=True)
+    arrays, frames, tables = [], [], []
+    for texts in BATCHES:
+        arrays.append(predictor({name: np.array(texts, object) for name in columns}))
+        frames.append(predictor(pd.DataFrame({name: texts for name in columns}, index=[7] * len(texts), dtype=object)))
+        tables.append(predictor(pa.table({name: pa.array(texts, pa.string()) for name in columns})))
+    assert len({tuple((array.dtype, array.shape[1:]) for array in batch.values()) for batch in arrays}) == 1
+    assert [frame.dtypes.to_list() for frame in frames] == [frames[0].dtypes.to_list()] * 4
+    assert [table.schema for table in tables] == [tables[0].schema] * 4
+    for name in predictor.added:
+        assert [len(batch[name]) for batch in arrays] == [2, 2, 2, 0]
+        assert list(frames[1][name].isna()) == [False, True]
+    if task == "vectors":
+        assert arrays[1]["embedding"].dtype == np.float32 and arrays[3]["embedding"].shape == (0, 32)
+        assert np.isnan(arrays[1]["embedding"]).all(1).tolist() == [False, True]
+    elif task == "answers":
+        assert arrays[1]["start"].dtype == np.int64 and arrays[1]["end"][1] == -1
+    else:
+        assert np.isnan(arrays[1]["score"]).tolist() == [False, True] and arrays[1]["label"][1] is None
+
+
+def test_a_column_of_texts_that_is_there_twice_is_refused(model):
+    table = pa.table([["a"], ["b"]], names=["text", "text"])
+    with pytest.raises(InputError, match="the table: the name 'text' is that of two columns; rename one"):
+        Predictor(model, threads=1)(table)
+
+
 def test_entities_are_groups_of_tokens():
     text = "Ada Lovelace met Bo in Paris"
     words = [("Ada", "B-PER"), ("Lovelace", "I-PER"), ("met", "O"), ("Bo", "B-PER"), ("in", "O"), ("Paris", "I-LOC")]

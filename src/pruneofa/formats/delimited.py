@@ -1,7 +1,7 @@
 """Rows of CSV and TSV text with a header, for tasks, the corpus and predictions; row by row, in constant memory."""
 
 import csv
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from pruneofa.errors import InputError
@@ -54,6 +54,15 @@ def read_fields(lines: Iterable[str], where: object, *, tabs: bool, literal: boo
                 yield fields[: len(header)]
     except csv.Error as error:
         raise InputError(f"{where}: line {reader.line_num}: {error}; write the file again") from None
+
+
+def other_delimiter(header: Sequence[str], suffix: str) -> str | None:
+    """What to say of the header of a .csv or .tsv whose one name looks like several; None if it does not."""
+    wanted = {".csv": ",", ".tsv": "\t"}.get(suffix)
+    if wanted is None or len(header) != 1:
+        return None
+    found = next((character for character in ",;\t|" if character in header[0]), None)
+    return found and f"the delimiter looks like {found!r}, wanted {wanted!r} in {suffix}; write the file again"
 
 
 def read_rows(lines: Iterable[str], where: object, *, tabs: bool, literal: bool = False) -> Iterator[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """Results as Arrow columns, and parquet files by batches of rows. Needs pyarrow, of the extra predict."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,10 @@ try:
     import pyarrow.parquet as pq
 except ImportError:
     raise ImportError("parquet needs pyarrow: pip install 'pruneofa[predict]'") from None
+
+# What Arrow raises for values and types; errors of the disk and of memory are others.
+_WRONG = (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, pa.ArrowCapacityError, pa.ArrowKeyError)
+_JSON = "choose a .jsonl --out"
 
 
 def result_array(column: str, values: Sequence[Any], labels: Sequence[str], dimension: int) -> pa.Array:
@@ -55,9 +59,59 @@ def _open(path: Path) -> pq.ParquetFile:
 
 
 def describe(path: Path) -> tuple[list[str], int]:
-    """Names of the columns, and the number of rows."""
+    """Names of the columns, and the number of rows. Raises InputError if two columns have one name."""
     with _open(path) as file:
-        return file.schema_arrow.names, file.metadata.num_rows
+        names, count = _schema(file, path).names, file.metadata.num_rows
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InputError(f"{path}: the name {twice!r} is that of two columns; rename one")
+    return names, count
+
+
+def _schema(file: pq.ParquetFile, path: Path) -> pa.Schema:
+    try:
+        return file.schema_arrow
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path}: not readable as parquet ({first_line(error)})") from None
+
+
+def check_types(files: Mapping[Path, tuple[Sequence[str], int]]) -> None:
+    """Raises InputError if a column of parquet and CSV files has types that have none in common.
+
+    Args:
+        files: columns and number of rows of each, as `tables.describe` returns them. What is in a .jsonl is known
+            only when it is read: see `Types`.
+    """
+    known: dict[str, tuple[pa.DataType, Path]] = {}
+    for path, (columns, count) in files.items():
+        fields = []
+        if path.suffix == ".parquet":
+            with _open(path) as file:
+                fields = [(field.name, field.type) for field in _schema(file, path)]
+        elif path.suffix != ".jsonl" and count:
+            fields = [(name, pa.string()) for name in columns]
+        for name, given in fields:
+            before, where = known.get(name, (given, path))
+            common = _common(before, given)
+            if common is None:
+                raise InputError(
+                    f"{path}: column {name!r} is {_shown(given)}, {_shown(before)} in {where}; parquet needs one type: "
+                    "choose a folder or .jsonl as --out"
+                )
+            known[name] = common, where if common == before else path
+
+
+def _shown(given: pa.DataType) -> str:
+    return str(given)[:60]
+
+
+def _common(one: pa.DataType, two: pa.DataType) -> pa.DataType | None:
+    """The type that holds the values of both, as far as types tell; None if there is none."""
+    schemas = [pa.schema([("column", each)]) for each in (one, two)]
+    try:
+        return pa.unify_schemas(schemas, promote_options="permissive").field(0).type
+    except _WRONG:
+        return None
 
 
 def batches(path: Path, rows: int) -> Iterator[pa.RecordBatch]:
@@ -68,28 +122,155 @@ def batches(path: Path, rows: int) -> Iterator[pa.RecordBatch]:
     with _open(path) as file:
         try:
             if not file.metadata.num_rows:
-                yield pa.RecordBatch.from_pylist([], file.schema_arrow)
+                yield pa.RecordBatch.from_pylist([], _schema(file, path))
             yield from (batch for batch in file.iter_batches(batch_size=rows) if len(batch))
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{path}: not readable as parquet ({first_line(error)})") from None
 
 
-def write_part(path: Path, given: Any, results: dict[str, pa.Array]) -> None:
+def column(batch: pa.RecordBatch, name: str, rows: Sequence[str]) -> list[Any]:
+    """The values of a column as Python objects.
+
+    Args:
+        batch: rows of a file.
+        name: of the column.
+        rows: what messages call each row.
+
+    Raises:
+        InputError: a value has no counterpart in Python, such as text that is not UTF-8, or a date after 9999.
+    """
+    values = batch.column(name)
+    try:
+        return values.to_pylist()
+    except (*_WRONG, ValueError, OverflowError, KeyError) as whole:
+        for row, value in zip(rows, values, strict=True):
+            try:
+                value.as_py()
+            except (*_WRONG, ValueError, OverflowError, KeyError) as error:
+                raise InputError(
+                    f"{row}: column {name!r} is not readable ({first_line(error)}); write the file again without it"
+                ) from None
+        raise whole
+
+
+def rows(batch: pa.RecordBatch, names: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of a batch as dicts. Raises InputError as `column` does; `names` are what messages call each row."""
+    keys = batch.schema.names
+    columns = [column(batch, key, names) for key in keys]
+    return [dict(zip(keys, values, strict=True)) for values in zip(*columns, strict=True)]
+
+
+def write_part(path: Path, given: Any, results: dict[str, pa.Array], names: Sequence[str]) -> None:
     """Write rows, a record batch or a list of dicts, with the columns of results beside them.
 
-    Raises InputError if a column of dicts mixes types.
+    Raises InputError for a row whose value parquet cannot hold, or not beside those before it; `names` are what
+    messages call each row.
     """
-    if isinstance(given, pa.RecordBatch):
-        table = pa.Table.from_batches([given])
-    else:
-        try:
-            names = dict.fromkeys(chain.from_iterable(given))
-            table = pa.table({name: [row.get(name) for row in given] for name in names})
-        except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
-            raise InputError(f"a column mixes types, which parquet cannot hold ({first_line(error)})") from None
-    for name, values in results.items():
-        table = table.append_column(name, values)
-    pq.write_table(table.replace_schema_metadata(), path)  # metadata of other tools would not know the new columns
+    batch = isinstance(given, pa.RecordBatch)
+    try:
+        if batch:
+            table = pa.Table.from_batches([given])
+        else:
+            keys = dict.fromkeys(chain.from_iterable(given))
+            table = pa.table({key: [row.get(key) for row in given] for key in keys})
+        for name, values in results.items():
+            table = table.append_column(name, values)
+        pq.write_table(table.replace_schema_metadata(), path)  # other tools' metadata would not know the new columns
+    except (*_WRONG, TypeError, ValueError, OverflowError) as error:
+        raise _refusal(given, names, error) from None
+    if batch:
+        return  # its types were in a parquet file already
+    try:
+        pq.read_schema(path)
+    except OSError as error:
+        if error.errno:  # of the disk
+            raise
+        raise _refusal(given, names, error) from None  # types that are nested too deeply are written, but not read
+
+
+def _refusal(given: Any, names: Sequence[str], error: Exception) -> InputError:
+    """The error for rows that parquet does not hold: it names the first row, and the column."""
+    keys = [] if isinstance(given, pa.RecordBatch) else dict.fromkeys(chain.from_iterable(given))
+    for key in keys:
+        values = [row.get(key) for row in given]
+        if _reason(key, values) is None:
+            continue
+        good, bad = 0, len(values)  # numbers of rows that can be written, and that cannot
+        while bad - good > 1:
+            middle = (good + bad) // 2
+            good, bad = (middle, bad) if _reason(key, values[:middle]) is None else (good, middle)
+        alone = _reason(key, values[bad - 1 : bad])
+        found = alone or f"{_reason(key, values[:bad])} beside the values before it"
+        return InputError(f"{names[bad - 1]}: column {key!r} has {found}; {_JSON}")
+    return InputError(f"{names[0]} and those after it: parquet cannot hold them ({first_line(error)}); {_JSON}")
+
+
+def _reason(name: str, values: Sequence[Any]) -> str | None:
+    """What parquet cannot hold of a column; None if it can hold all of it."""
+    sink = pa.BufferOutputStream()
+    try:
+        pq.write_table(pa.table({name: values}), sink)
+        pq.read_schema(pa.BufferReader(sink.getvalue()))
+    except UnicodeEncodeError:
+        return "half of a surrogate pair, which .parquet cannot hold"
+    except (*_WRONG, TypeError, ValueError, OverflowError, OSError) as error:
+        return f"a value that .parquet cannot hold ({first_line(error)})"
+    return None
+
+
+class Types:
+    """The types of the columns of the parts so far: those that `join` will give to every row."""
+
+    def __init__(self) -> None:
+        self._types: dict[str, pa.DataType] = {}
+        self._parts: list[Path] = []
+
+    def add(self, part: Path) -> None:
+        """Raises InputError, beginning with the column, if its values here and in other parts have no type in common.
+
+        Then the part does not count.
+        """
+        types = dict(self._types)
+        for field in pq.read_schema(part):
+            before = types.get(field.name, field.type)
+            common = _common(before, field.type)
+            if common is None:
+                raise InputError(
+                    f"column {field.name!r} is {_shown(field.type)}, {_shown(before)} in other rows; parquet needs one"
+                )
+            if common != field.type:
+                _cast(pq.read_table(part), field.name, common)
+            if _is_converted(before, common):
+                for other in self._parts:
+                    _cast(pq.read_table(other), field.name, common)
+            types[field.name] = common
+        self._types = types
+        self._parts.append(part)
+
+
+def _is_converted(before: pa.DataType, after: pa.DataType) -> bool:
+    """Whether values of the first type become others in the second, which is `_common` of it and another type."""
+    if before == after or pa.types.is_null(before):
+        return False
+    if before.num_fields != 0 and after.num_fields != 0:
+        fields = {after.field(index).name: after.field(index).type for index in range(after.num_fields)}
+        given = [before.field(index) for index in range(before.num_fields)]
+        return any(_is_converted(field.type, fields.get(field.name, field.type)) for field in given)
+    return True
+
+
+def _cast(table: pa.Table, name: str, wanted: pa.DataType) -> pa.ChunkedArray:
+    """A column of a part, nulls if it has none. Raises InputError, beginning with the column, for a lossy cast."""
+    if name not in table.column_names:
+        return pa.nulls(table.num_rows, wanted)
+    values = table.column(name)
+    try:
+        return values.cast(wanted)
+    except _WRONG as error:
+        raise InputError(
+            f"column {name!r} is {_shown(values.type)} in some rows and {_shown(wanted)} in others, which loses values "
+            f"({first_line(error)})"
+        ) from None
 
 
 def join(parts: Sequence[Path], file: Any) -> None:
@@ -99,15 +280,10 @@ def join(parts: Sequence[Path], file: Any) -> None:
     """
     try:
         schema = pa.unify_schemas([pq.read_schema(part) for part in parts], promote_options="permissive")
-    except pa.ArrowException as error:
-        raise InputError(f"a column mixes types, which parquet cannot hold ({first_line(error)})") from None
+    except _WRONG as error:
+        raise InputError(f"a column mixes types, which parquet cannot hold ({first_line(error)}); {_JSON}") from None
     with pq.ParquetWriter(file, schema) as writer:
         for part in parts:
             table = pq.read_table(part)
-            columns = [
-                table.column(field.name).cast(field.type)
-                if field.name in table.column_names
-                else pa.nulls(table.num_rows, field.type)
-                for field in schema
-            ]
+            columns = [_cast(table, field.name, field.type) for field in schema]
             writer.write_table(pa.Table.from_arrays(columns, schema=schema))

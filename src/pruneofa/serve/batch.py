@@ -4,7 +4,7 @@ import glob
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from pruneofa.formats.hub import FILES, local_folder
 from pruneofa.formats.locks import exclusive
 from pruneofa.progress import progress
 from pruneofa.serve import tables
-from pruneofa.serve.chunks import Chunk, Job, compute, find_parts
+from pruneofa.serve.chunks import Chunk, Job, Part, compute, find_parts
 
 ROWS = 4096  # per part: what a kill loses, and what a process holds in memory
 _RECORD = "prediction.json"
@@ -177,11 +177,15 @@ def _predict(target: Path, paths: Sequence[Path], job: Job, processes: int, reco
     begun = time.monotonic()
     described = [tables.describe(path) for path in paths]
     counts = [count for _, count in described]
-    job = job._replace(tables={path: columns for path, (columns, n) in zip(paths, described, strict=True) if n})
+    job = job._replace(tables=dict(zip(paths, described, strict=True)))
     headers = [columns for columns, _ in described]
     if not _is_folder(target):
         headers = _one_header(target, paths, headers)
-    done = {(part.file, part.start): part.rows for part in find_parts(job.work)}
+    check = _type_check(target, paths, job)
+    found = find_parts(job.work)
+    for part in found:
+        check(part)
+    done = {(part.file, part.start): part.rows for part in found}
     resumed, total = sum(done.values()), sum(counts)
 
     def left() -> Iterator[Chunk]:
@@ -195,6 +199,7 @@ def _predict(target: Path, paths: Sequence[Path], job: Job, processes: int, reco
         with progress("predict", total, completed=resumed) as advance:
             if resumed < total or len({file for file, _ in done}) < len(paths):
                 for part in compute(job, left(), processes):
+                    check(part)
                     advance(part.rows)
     except KeyboardInterrupt:
         kept = sum(part.rows for part in find_parts(job.work))
@@ -215,14 +220,44 @@ def _predict(target: Path, paths: Sequence[Path], job: Job, processes: int, reco
 
 
 def _one_header(target: Path, paths: Sequence[Path], columns: Sequence[Sequence[str]]) -> list[Sequence[str]]:
-    """The columns of the first file, for all. Raises InputError if a file has others and the format needs the same."""
-    for path, found in zip(paths, columns, strict=True):
-        if target.suffix in (".csv", ".tsv") and set(found) != set(columns[0]):
+    """The columns of the first file, for all. Raises InputError if a file has others and the format needs the same.
+
+    A .jsonl without rows has no columns, and counts for none of this.
+    """
+    known = [(path, found) for path, found in zip(paths, columns, strict=True) if found]
+    first, header = known[0] if known else (target, [])
+    for path, found in known:
+        if target.suffix in (".csv", ".tsv") and set(found) != set(header):
             raise InputError(
-                f"{path}: has the columns {', '.join(map(repr, found))}, {paths[0]} {', '.join(map(repr, columns[0]))};"
+                f"{path}: has the columns {', '.join(map(repr, found))}, {first} {', '.join(map(repr, header))};"
                 f" {target.suffix} needs the same: choose a folder or .jsonl as --out"
             )
-    return [columns[0]] * len(paths)
+    return [header] * len(paths)
+
+
+def _type_check(target: Path, paths: Sequence[Path], job: Job) -> Callable[[Part], None]:
+    """What to call with every part: it raises InputError if parquet cannot hold its rows beside those of the others.
+
+    Such a part is removed: kept, it would count as done. Raises InputError for files whose types differ already.
+    """
+    if target.suffix != ".parquet":
+        return lambda part: None
+    from pruneofa.serve import arrow
+
+    arrow.check_types(job.tables)
+    types = arrow.Types()
+
+    def check(part: Part) -> None:
+        try:
+            types.add(part.path)
+        except InputError as error:
+            part.path.unlink()
+            raise InputError(
+                f"{paths[part.file]}: row {part.start + 1} and those after it: {error}: choose a .jsonl --out, or "
+                "correct the rows and start anew with --redo"
+            ) from None
+
+    return check
 
 
 def _join(target: Path, paths: Sequence[Path], work: Path, counts: Sequence[int]) -> int:
@@ -250,8 +285,10 @@ def _join(target: Path, paths: Sequence[Path], work: Path, counts: Sequence[int]
             (work / _JOINED).touch()
     else:
         with new_file(target) as temporary:
+            # A .jsonl without rows has no columns: it would put those of the results first.
+            filled = [part for part in found if part.rows or paths[part.file].suffix != ".jsonl"]
             with open(temporary, "wb") as file:
-                tables.join([part.path for part in found], file)
+                tables.join([part.path for part in filled or found], file)
             (work / _JOINED).touch()  # killed from here on, the same command joins again, although OUT exists
     remove_folder(work)
     return sum(part.skipped for part in found)

@@ -57,26 +57,30 @@ def find_parts(work: Path) -> list[Part]:
 
 
 class Job(NamedTuple):
-    """What a process needs: the arguments of `Predictor`, the columns of every file, and the folder of parts."""
+    """What a process needs: the arguments of `Predictor`, what `tables.describe` says of every file, and the folder."""
 
     settings: Mapping[str, Any]
-    tables: Mapping[Path, Sequence[str]]
+    tables: Mapping[Path, tuple[Sequence[str], int]]
     work: Path
 
 
 def load(job: Job) -> Predictor:
-    """The model. Raises InputError if a file lacks a column, before the first is read."""
+    """The model. Raises InputError if a file lacks a column, or has one of results already, before any is read."""
     predictor = Predictor(**job.settings)
-    for path, columns in job.tables.items():
-        predictor.columns(columns, str(path))
+    for path, (columns, count) in job.tables.items():
+        predictor.check_added(columns, str(path))
+        if count:  # without rows it may lack the columns
+            predictor.columns(columns, str(path))
     return predictor
 
 
 def write(predictor: Predictor, chunk: Chunk, work: Path) -> Part:
     """Predict a chunk and write its part; returns the part. Raises InputError for a row that is wrong."""
     rows = Rows(chunk.rows, chunk.path, chunk.start, chunk.columns)
-    columns = predictor.columns(chunk.columns, str(chunk.path))
-    results = predictor.results([rows.column(name) for name in columns], rows.names)
+    results: list[dict[str, Any] | None] = []
+    if rows.names:
+        columns = predictor.columns(chunk.columns, str(chunk.path))
+        results = predictor.results([rows.column(name) for name in columns], rows.names)
     skipped = sum(result is None for result in results)
     part = work / f"{chunk.file:06}-{chunk.start:012}-{len(results)}-{skipped}{chunk.suffix}"
     with new_file(part) as temporary:

@@ -4,14 +4,17 @@ import difflib
 import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pruneofa.engine.engine import Engine
 from pruneofa.engine.entities import group_tokens
 from pruneofa.engine.inputs import WANTED, check_item
 from pruneofa.errors import InputError
+from pruneofa.formats.delimited import other_delimiter
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,6 +28,7 @@ COLUMNS = {
     "masked-LM": ("masks",),
     "embedding": ("embedding",),
 }
+_NUMBERS = {"score": (np.float64, np.nan), "start": (np.int64, -1), "end": (np.int64, -1)}  # type, and null of NumPy
 _ENTITY = "array<struct<label: string, score: double, word: string, start: bigint, end: bigint>>"
 _SPARK = {
     "label": "string", "score": "double", "scores": "map<string, double>", "answer": "string", "start": "bigint",
@@ -37,7 +41,7 @@ class Predictor:
     """A model, the columns that it reads, and the names of those that it adds. Loaded once, called for every batch.
 
     Under Ray Data: `dataset.map_batches(Predictor, fn_constructor_kwargs={"model": "packed"},
-    compute=ActorPoolStrategy(size=2))`.
+    compute=ActorPoolStrategy(size=2), batch_format="pyarrow")`, where every block then has the same types.
 
     Attributes:
         engine: the model.
@@ -98,22 +102,30 @@ class Predictor:
     def columns(self, found: Sequence[str], where: str = "the table") -> list[str]:
         """The one or two columns to read, of a table with the columns `found`.
 
-        Raises InputError if one is missing, or a column of results is there already; messages begin with `where`.
+        Raises InputError if one is missing, or is there twice, or a column of results is there already; messages
+        begin with `where`.
         """
         first, second = self._names
+        shown, wrong = ", ".join(map(repr, found)) or "none", other_delimiter(found, Path(where).suffix)
         if first is None:
-            if "text" not in found and len(found) != 1:
-                shown = ", ".join(map(repr, found)) or "none"
-                raise InputError(f"{where}: which column of {shown} has the texts? Name it with --text")
+            if "text" not in found and (len(found) != 1 or wrong):
+                do = f"{wrong}, or name the column" if wrong else "Name it"
+                raise InputError(f"{where}: which column of {shown} has the texts? {do} with --text")
             first = "text" if "text" in found else found[0]
         for name in (first, second):
             if name is not None and name not in found:
                 near = difflib.get_close_matches(name, found, 1)
                 hint = f"; did you mean {near[0]!r}?" if near else "; name another column"
-                raise InputError(f"{where}: no column {name!r} among {', '.join(map(repr, found))}{hint}")
+                raise InputError(f"{where}: no column {name!r} among {shown}{f': {wrong}' if wrong else hint}")
+            if list(found).count(name) > 1:
+                raise InputError(f"{where}: the name {name!r} is that of two columns; rename one")
+        self.check_added(found, where)
+        return [first] if second is None else [first, second]
+
+    def check_added(self, found: Iterable[str], where: str) -> None:
+        """Raise InputError, beginning with `where`, if a column of results is among the columns `found`."""
         if taken := [name for name in self.added if name in found]:
             raise InputError(f"{where}: has a column {taken[0]!r} already; rename the results with --prefix predicted_")
-        return [first] if second is None else [first, second]
 
     def results(self, columns: Sequence[Sequence[Any]], rows: Sequence[str]) -> list[dict[str, Any] | None]:
         """The results of each row by the names in `added`; None for a row that is skipped.
@@ -179,6 +191,11 @@ class Predictor:
     def __call__(self, batch: Any) -> Any:
         """The batch with the columns of results: a dict of arrays, a pandas DataFrame or a pyarrow Table, as given.
 
+        The types of these columns are the same for every batch, whatever is in it. In a Table and a DataFrame the
+        results of a row that is skipped are null (`start` and `end` are Int64). NumPy has no null for numbers: in a
+        dict of arrays `score` (float64) is NaN, `start` and `end` (int64) are -1, `embedding` (float32, of shape
+        (rows, dimension)) is NaN; other columns are arrays of objects, in which None stands for null.
+
         Raises InputError as `columns` and `results` do; rows are counted from 1 within the batch.
         """
         names = list(getattr(batch, "column_names", batch))  # those of a Table; else its keys
@@ -188,10 +205,17 @@ class Predictor:
             for name, values in self.arrow_columns(results).items():
                 batch = batch.append_column(name, values)
             return batch
-        added = self._columns(results)
+        added = dict(zip(COLUMNS[self.engine.task], self._columns(results).items(), strict=True))
         if isinstance(batch, Mapping):
-            return {**batch, **{name: _array(values) for name, values in added.items()}}
-        return batch.assign(**added)
+            dimension = self.dimension if "embedding" in added else 0
+            return {**batch, **{name: _array(column, each, dimension) for column, (name, each) in added.items()}}
+        import pandas as pd
+
+        types = {"label": "str", "answer": "str", "score": "float64", "start": "Int64", "end": "Int64"}
+        columns = {
+            name: pd.Series(each, batch.index, types.get(column, object)) for column, (name, each) in added.items()
+        }
+        return batch.assign(**columns)
 
 
 def predict_frames(frames: Iterable["pd.DataFrame"], *, model: str, **settings: Any) -> Iterator["pd.DataFrame"]:
@@ -239,10 +263,15 @@ def _listed(values: Any) -> list[Any]:
     return values.to_pylist() if hasattr(values, "to_pylist") else list(values)
 
 
-def _array(values: list[Any]) -> Any:
-    """Values of a column for NumPy: numbers and vectors as they are, anything else as objects."""
-    if values and all(isinstance(value, int | float | np.ndarray) for value in values):
-        return np.asarray(values)
+def _array(column: str, values: list[Any], dimension: int) -> NDArray[Any]:
+    """The values of a column of results for NumPy, with the type of that column whatever the values are."""
+    if column == "embedding":
+        nulls = np.full(dimension, np.nan, np.float32)
+        rows = [nulls if value is None else value for value in values]
+        return np.asarray(rows, np.float32).reshape(len(rows), dimension)
+    if column in _NUMBERS:
+        kind, null = _NUMBERS[column]
+        return np.array([null if value is None else value for value in values], kind)
     array = np.empty(len(values), object)
     for index, value in enumerate(values):  # not array[:] = values, which would look into lists
         array[index] = value

@@ -1,5 +1,6 @@
 """Files of rows, read by chunks and written by parts that are joined: CSV and TSV, JSON lines, parquet."""
 
+import base64
 import csv
 import json
 import shutil
@@ -78,6 +79,7 @@ class Rows:
     def __init__(self, chunk: Any, path: Path, start: int, columns: Sequence[str]) -> None:
         """`columns` are those of `describe`. Raises InputError for a line that is not a JSON object."""
         self.names = [f"{path}: row {start + number}" for number in range(1, len(chunk) + 1)]
+        self._path, self._columns = path, columns
         self._batch = None
         if path.suffix == ".parquet":
             self._batch = chunk
@@ -87,9 +89,11 @@ class Rows:
             self._rows = [dict(zip(columns, fields, strict=True)) for fields in chunk]
 
     def column(self, name: str) -> list[Any]:
-        """The values of a column; None where a JSON object lacks it."""
+        """The values of a column; None where a JSON object lacks it. Raises InputError for one that is not readable."""
         if self._batch is not None:
-            return self._batch.column(name).to_pylist()
+            from pruneofa.serve import arrow
+
+            return arrow.column(self._batch, name, self.names)
         return [row.get(name) for row in self._rows]
 
     def write(
@@ -102,25 +106,50 @@ class Rows:
     ) -> None:
         """Write the rows with their results to a file in the format of `suffix`; `header` orders the columns of CSV.
 
-        Raises InputError for rows that the format cannot hold.
+        Raises InputError for rows that the format cannot hold, or that have a column of results already.
         """
+        if self._path.suffix == ".jsonl":  # whose rows need not have the columns of the first
+            for name, row in zip(self.names, self._rows, strict=True):
+                predictor.check_added(row, name)
         empty = dict.fromkeys(predictor.added)
         filled = [empty if result is None else result for result in results]
         if suffix == ".parquet":
             from pruneofa.serve import arrow
 
-            given = self._rows if self._batch is None else self._batch
-            arrow.write_part(part, given, predictor.arrow_columns(results))
+            given = self._readable(predictor, results) if self._batch is None else self._batch
+            arrow.write_part(part, given, predictor.arrow_columns(results), self.names)
             return
-        given = self._rows if self._batch is None else self._batch.to_pylist()
+        given = self._rows if self._batch is None else self._batch_rows()
         with open(part, "w", encoding="utf-8", newline="") as file:
             if suffix == ".jsonl":
                 file.writelines(f"{_object(row | result)}\n" for row, result in zip(given, filled, strict=True))
             else:
-                csv.writer(file, delimiter=_DELIMITERS[suffix], lineterminator="\n").writerow(
-                    [*header, *predictor.added]
-                )
+                self._write_header(file, suffix, [*header, *predictor.added])
                 self._write_fields(file, suffix, header, given, filled)
+
+    def _batch_rows(self) -> list[dict[str, Any]]:
+        from pruneofa.serve import arrow
+
+        return arrow.rows(self._batch, self.names)
+
+    def _readable(self, predictor: "Predictor", results: Sequence[dict[str, Any] | None]) -> list[dict[str, Any]]:
+        """The rows, for parquet: in a column of texts it needs one type, so other values of skipped rows are JSON."""
+        if None not in results:
+            return self._rows
+        texts = predictor.columns(self._columns, str(self._path))
+        return [
+            row | {name: _json(row[name]) for name in texts if not isinstance(row.get(name), str | None)}
+            for row in self._rows
+        ]
+
+    def _write_header(self, file: Any, suffix: str, names: Sequence[str]) -> None:
+        try:
+            csv.writer(file, delimiter=_DELIMITERS[suffix], lineterminator="\n").writerow(names)
+        except UnicodeEncodeError:
+            raise InputError(
+                f"{self._path}: the name of a column has half of a surrogate pair, which {suffix} cannot hold; "
+                "choose a .jsonl --out"
+            ) from None
 
     def _write_fields(self, file: Any, suffix: str, header: Sequence[str], given: Any, results: Any) -> None:
         delimiter = _DELIMITERS[suffix]
@@ -205,17 +234,32 @@ def _object(row: dict[str, Any]) -> str:
 
 
 def _json(value: Any) -> str:
-    # What JSON has no type for, such as dates and decimals, is written as text.
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=_plain)
+    except ValueError:  # NaN or infinite, for which JSON has no notation
+        value = json.loads(json.dumps(value, default=_plain), parse_constant=lambda _: None)
+        text = json.dumps(value, ensure_ascii=False)
     try:
         text.encode()
     except UnicodeEncodeError:  # half of a surrogate pair, which only an escape can write
-        return json.dumps(value, default=str)
+        return json.dumps(value, default=_plain)
     return text
+
+
+def _plain(value: Any) -> str:
+    """A value as text that JSON has no type for, such as dates and decimals; bytes are base64 unless they are UTF-8."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return base64.b64encode(value).decode()
+    return str(value)
 
 
 def _cell(value: Any) -> Any:
     """A value as CSV has it: lists and objects as JSON, nothing for None."""
+    if isinstance(value, bytes):
+        return _plain(value)
     text = _json(value) if isinstance(value, dict | list) else value
     if isinstance(text, str):
         text.encode()
