@@ -107,6 +107,22 @@ def test_unknown_routes_and_methods_answer_in_json(client):
     assert response.status_code == 405 and response.headers["allow"] == "POST"
 
 
+@pytest.mark.parametrize(
+    ("path", "keys"),
+    [
+        ("/embed/", {"error", "error_type"}),
+        ("/v1/embeddings/", {"message", "code", "type"}),
+        ("/v1/rerank/", {"message"}),
+        ("/v2/models/vectors/infer/", {"error"}),
+        ("/v2/nothing", {"error"}),
+    ],
+)
+def test_a_slash_too_many_is_no_redirect_to_where_the_client_says(client, path, keys):
+    response = client.post(path, json={}, headers={"host": "elsewhere.example"}, follow_redirects=False)
+    assert response.status_code == 404 and "location" not in response.headers
+    assert set(response.json()) == keys
+
+
 def test_the_schema_names_every_route(client):
     paths = client.get("/api-doc/openapi.json").json()["paths"]
     assert {"/embed", "/predict", "/rerank", "/v1/embeddings", "/v2/rerank", "/models/{model}/embed"} <= set(paths)

@@ -1,6 +1,7 @@
 """The program: its start, its end, its workers, and clients that misbehave on real connections."""
 
 import gzip
+import http.client
 import http.server
 import itertools
 import json
@@ -95,6 +96,33 @@ def test_half_a_request_and_garbage_do_no_harm(start, folders):
         long.sendall(b"POST /embed HTTP/1.1\r\nhost: x\r\ncontent-length: 99999999\r\n\r\n")
         assert long.recv(1000).startswith(b"HTTP/1.1 413")
         assert ask(server, inputs="water")[0] == 200
+    assert ask(server, inputs="water")[0] == 200
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_who_sends_too_much_gets_to_read_the_answer(start, folders, chunked):
+    server = start(folders["vectors"], PRUNEOFA_API_KEY="secret")
+    content = b"x" * 10_000_000
+    for key, status in (("secret", 413), ("wrong", 401)) * 3:
+        connection = http.client.HTTPConnection(*server.address, timeout=30)
+        body = iter([content]) if chunked else content
+        headers = {"authorization": f"Bearer {key}"}
+        connection.request("POST", "/v1/embeddings", body, headers, encode_chunked=chunked)
+        response = connection.getresponse()
+        assert response.status == status and json.load(response)["code"] == status
+        assert connection.sock is None  # the connection is closed
+
+
+def test_who_sends_far_too_much_is_cut_off(start, folders):
+    server = start(folders["vectors"])
+    sent = 0
+    with server.connect() as connection:
+        connection.sendall(b"POST /embed HTTP/1.1\r\nhost: x\r\ncontent-length: 100000000\r\n\r\n")
+        assert connection.recv(1000).startswith(b"HTTP/1.1 413")
+        with pytest.raises(ConnectionError):
+            while sent < 100_000_000:
+                sent += connection.send(b"x" * 100_000)
+    assert 10_000_000 < sent < 60_000_000
     assert ask(server, inputs="water")[0] == 200
 
 
