@@ -1,6 +1,8 @@
 """Which connections are closed because nothing moves on them, on real sockets."""
 
 import asyncio
+import contextlib
+import json
 import os
 import socket
 
@@ -152,6 +154,57 @@ def test_a_request_that_the_server_does_not_read_yet_is_not_late():
         request = HEAD.replace(b"/", b"/never", 1)
         await connect(request + request + HEAD[:20])  # reading pauses while a second request waits
         assert [await look() for _ in range(3)] == [1, 1, 1]
+
+    served(test)
+
+
+async def answered_in_json(reader):
+    head, _, body = (await asyncio.wait_for(reader.read(), 5)).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ") and b"content-type: application/json" in head
+    assert set(json.loads(body)) == {"error", "error_type"}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\0\1\2 nothing like HTTP\r\n\r\n",
+        b"GET http://[ HTTP/1.1\r\n\r\n",
+        b"POST / HTTP/1.1\r\ncontent-length: -1\r\n\r\n",
+        b"POST /late HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nno length\r\n",
+        b"\x16\x03\x01" + b"a" * 700_000,  # more than is read at once: it is not reset before the answer is read
+        b"GET / HTTP/1.1\r\nx: " + b"a" * 700_000,
+    ],
+    ids=["garbage", "address", "length", "chunk", "TLS", "head"],
+)
+def test_what_is_no_http_is_answered_in_json(content):
+    async def test(connect, look):
+        reader, writer = await connect(content)
+        await writer.drain()
+        await answered_in_json(reader)
+        writer.close()
+        await asyncio.sleep(0.1)
+        assert await look() == 0
+
+    served(test)
+
+
+def test_garbage_without_end_is_cut_off():
+    async def test(connect, look):
+        _, writer = await connect(b"\0")
+        with pytest.raises(ConnectionError):
+            for _ in range(1000):
+                writer.write(b"a" * 65536)
+                await writer.drain()
+        assert await look() == 0
+
+    served(test)
+
+
+def test_garbage_behind_an_unanswered_request_is_not_its_answer():
+    async def test(connect, look):
+        reader, _ = await connect(HEAD.replace(b"/", b"/never", 1) + b"\0\1\r\n\r\n")
+        with contextlib.suppress(ConnectionError):
+            assert await asyncio.wait_for(reader.read(), 5) == b""
 
     served(test)
 
