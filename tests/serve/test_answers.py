@@ -77,7 +77,9 @@ def test_masked_words_are_those_of_transformers(folders):
             expected = fill(text)
             found = post(exact, "/fill_mask", inputs=text)
             joined |= "##" in str(expected)  # a part of a word, which joins the word before it
-            for ours, theirs in zip(*([rows] if "score" in rows[0] else rows for rows in (found, expected)), strict=True):
+            for ours, theirs in zip(
+                *([rows] if "score" in rows[0] else rows for rows in (found, expected)), strict=True
+            ):
                 assert ours == [row | {"score": pytest.approx(row["score"], abs=1e-5)} for row in theirs]
     assert joined
 

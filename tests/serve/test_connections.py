@@ -23,6 +23,14 @@ async def app(scope, receive, send):
         while (await receive()).get("more_body"):
             pass
         await asyncio.sleep(0.3)
+    if scope["path"] == "/echo":
+        body, more = b"", True
+        while more:
+            message = await receive()
+            body, more = body + message["body"], message["more_body"]
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
+        await send({"type": "http.response.body", "body": body})
+        return
     size = LARGE if scope["path"] == "/large" else 2
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % size)]})
     await send({"type": "http.response.body", "body": b"a" * size})
@@ -158,6 +166,23 @@ def test_a_request_that_the_server_does_not_read_yet_is_not_late():
     served(test)
 
 
+def test_an_offer_to_upgrade_is_declined_and_the_body_read():
+    async def test(connect, look):
+        offer = b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAMAAABk\r\n"
+        request = b"POST /echo HTTP/1.1\r\n" + offer + b"content-length: 4\r\n\r\nbody"
+        reader, writer = await connect(request + request + HEAD + request[:-2])
+        writer.write(request[-2:] + b"GET / HTTP/1.1\r\n" + offer + b"\r\n")
+        answers = b""
+        while not answers.endswith(b"aa") or answers.count(b"\r\n\r\n") < 5:
+            part = await asyncio.wait_for(reader.read(1000), 5)
+            assert part, answers
+            answers += part
+        bodies = [answer.partition(b"\r\n\r\n")[2] for answer in answers.split(b"HTTP/1.1 ")[1:]]
+        assert bodies == [b"body", b"body", b"aa", b"body", b"aa"]
+
+    served(test)
+
+
 async def answered_in_json(reader):
     head, _, body = (await asyncio.wait_for(reader.read(), 5)).partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 400 ") and b"content-type: application/json" in head
@@ -205,6 +230,18 @@ def test_garbage_behind_an_unanswered_request_is_not_its_answer():
         reader, _ = await connect(HEAD.replace(b"/", b"/never", 1) + b"\0\1\r\n\r\n")
         with contextlib.suppress(ConnectionError):
             assert await asyncio.wait_for(reader.read(), 5) == b""
+
+    served(test)
+
+
+def test_thousands_of_offers_to_upgrade_at_once():
+    async def test(connect, look):
+        reader, _ = await connect(b"GET / HTTP/1.1\r\nconnection: upgrade\r\nupgrade: a\r\n\r\n" * 3000)
+        answers = b""
+        while answers.count(b"aa") < 3000:
+            part = await asyncio.wait_for(reader.read(1 << 16), 5)
+            assert part
+            answers += part
 
     served(test)
 

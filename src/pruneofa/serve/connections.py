@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 if sys.platform == "linux":
@@ -42,6 +43,8 @@ class Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Called by the parser behind the head."""
+        if self._upgrades():
+            return
         self.partial = False
         super().on_headers_complete()
 
@@ -52,6 +55,8 @@ class Connection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """Called by the parser behind the request."""
+        if self._upgrades():
+            return
         self._extra = None
         super().on_message_complete()
 
@@ -64,13 +69,39 @@ class Connection(HttpToolsProtocol):
             return
         if self._extra is not None:
             self._extra += len(data)  # the parser sets it again where there is a body or another request
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        self._parse(data)
         if self._extra is None or self._extra <= MAX_HEAD or self.transport.is_closing():
             return
         if self.partial:
             self.send_400_response(f"The request's head has more than {MAX_HEAD} bytes.")
         else:
             self.transport.abort()
+
+    def _upgrades(self) -> bool:
+        """Whether the client offers another protocol, as Java's client and curl offer HTTP/2."""
+        return bool(self.parser.should_upgrade()) and self.parser.get_method() != b"CONNECT"
+
+    def _parse(self, data: bytes) -> None:
+        rest = memoryview(data)
+        try:
+            while True:
+                try:
+                    self.parser.feed_data(rest)
+                    return
+                except httptools.HttpParserUpgrade as stop:
+                    if not self._upgrades():
+                        return  # CONNECT: what follows is for nobody
+                    rest = rest[stop.args[0] :]
+                # The parser leaves the body unread for the other protocol. The offer is not taken: parse without it.
+                line = self.parser.get_method() + b" " + self.url + b" HTTP/" + self.parser.get_http_version().encode()
+                headers = [name + b": " + value for name, value in self.headers if name != b"upgrade"]
+                self.parser = httptools.HttpRequestParser(self)
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
+                self.parser.feed_data(b"\r\n".join([line, *headers, b"", b""]))
+        except httptools.HttpParserError:
+            self.logger.warning("Invalid HTTP request received.")
+            self.send_400_response("Invalid HTTP request received.")
 
     def send_400_response(self, msg: str) -> None:
         """Called where the parser fails: say so in JSON, and read on for a while, as in `access`."""
