@@ -6,6 +6,7 @@ import json
 import pytest
 from starlette.testclient import TestClient
 
+from pruneofa.errors import InputError
 from pruneofa.serve.access import Access
 from pruneofa.serve.app import create_app
 from pruneofa.serve.settings import Settings
@@ -55,6 +56,25 @@ def test_without_the_key_other_protocols_get_their_own_error(served, path, keys)
     response = served(api_key="secret").post(path, json={"input": "a"})
     assert response.status_code == 401 and set(response.json()) == keys
     assert "Authorization: Bearer" in str(response.json())
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("max_batch_tokens", 0),
+        ("payload_limit", -1),
+        ("body_timeout", 0.0),
+        ("body_timeout", float("nan")),
+        ("body_timeout", float("inf")),
+        ("api_key", ""),
+        ("api_key", "abc\ndef"),
+        ("api_key", "schlüssel"),
+        ("api_key", " a"),
+    ],
+)
+def test_settings_with_which_nothing_can_be_served_are_refused(setting, value):
+    with pytest.raises(InputError, match=setting):
+        Settings(**{setting: value})
 
 
 def test_refusals_before_the_routes_are_counted(served):

@@ -50,6 +50,11 @@ class Access:
             await self._answer(scope, receive, send_and_see)
         except ClientLeft:
             status = 499  # as in nginx's log; nobody receives it
+        except asyncio.CancelledError:  # the server ends, and waits no longer
+            if not status:
+                self._refused("ending")
+                refused = Refused("Unhealthy", "the server is ending")
+                await _refusal(scope["path"], refused)(scope, receive, send_and_see)
         except Exception:
             status = status or 500  # what the application sends outside of this
             raise

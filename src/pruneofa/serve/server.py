@@ -40,9 +40,11 @@ def bind(host: str, port: int) -> socket.socket:
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind((host, port))
-    except OSError as error:
-        reason = error.strerror or error
-        raise InputError(f"cannot listen on {host}, port {port}: {reason}; give another --host or --port") from None
+    except (OSError, UnicodeError) as error:
+        reason = "no name of a host" if isinstance(error, UnicodeError) else error.strerror or error
+        raise InputError(
+            f"cannot listen on {host or 'no host'}, port {port}: {reason}; give another --host or --port"
+        ) from None
     bound.set_inheritable(True)
     return bound
 
