@@ -198,8 +198,9 @@ async def answered_in_json(reader):
         b"POST /late HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nno length\r\n",
         b"\x16\x03\x01" + b"a" * 700_000,  # more than is read at once: it is not reset before the answer is read
         b"GET / HTTP/1.1\r\nx: " + b"a" * 700_000,
+        b"GET / HTTP/1.1\r\nx: " + b"a" * 100_000 + b"\0\r\n\r\n",
     ],
-    ids=["garbage", "address", "length", "chunk", "TLS", "head"],
+    ids=["garbage", "address", "length", "chunk", "TLS", "head", "both"],
 )
 def test_what_is_no_http_is_answered_in_json(content):
     async def test(connect, look):

@@ -71,7 +71,7 @@ class Connection(HttpToolsProtocol):
             self._extra += len(data)  # the parser sets it again where there is a body or another request
         self._unset_keepalive_if_required()
         self._parse(data)
-        if self._extra is None or self._extra <= MAX_HEAD or self.transport.is_closing():
+        if self._dropped is not None or self._extra is None or self._extra <= MAX_HEAD or self.transport.is_closing():
             return
         if self.partial:
             self.send_400_response(f"The request's head has more than {MAX_HEAD} bytes.")

@@ -96,10 +96,10 @@ def serve(
         from pruneofa.serve.tracing import traced
 
         loaded = [load(name, folder, **(engine or {})) for (name, _), folder in zip(models, folders, strict=True)]
-        app: Any = create_app(loaded, settings)
         for (_, path), folder, state in zip(models, folders, begun, strict=True):
             if workers > 1 and _state(folder) != state:  # the other workers have loaded another model
                 raise InputError(f"{path}: changed since the server started; restart it")
+        app: Any = create_app(loaded, settings)
         if otlp_endpoint is not None:
             app = traced(app, otlp_endpoint)
         _run(app, bound, grace, started)
