@@ -113,7 +113,7 @@ class Access:
         """
 
         async def send_without_end(message: Message) -> None:
-            await send(message | {"more_body": True} if message["type"] == "http.response.body" else message)
+            await send({**message, "more_body": True} if message["type"] == "http.response.body" else message)
 
         await response(scope, receive, send_without_end)
         with contextlib.suppress(TimeoutError):
