@@ -40,6 +40,18 @@ def test_the_container_of_the_manifest_has_probes_resources_and_its_volumes() ->
     assert {mount["name"] for mount in container["volumeMounts"]} == volumes
 
 
+def test_what_was_accepted_is_answered_before_anything_is_killed() -> None:
+    grace = cli._parser(["serve", "model"]).grace
+    pod = next(yaml.safe_load_all(_block("yaml")))["spec"]["template"]["spec"]
+    container = _container()
+    *_, before = container["lifecycle"]["preStop"]["exec"]["command"]
+    assert int(before) >= 5 and pod["terminationGracePeriodSeconds"] >= int(before) + grace + 5
+    assert all(container[probe]["timeoutSeconds"] == 5 for probe in ("startupProbe", "readinessProbe", "livenessProbe"))
+    for option in (r"^TimeoutStopSec=(\d+)$", r"^docker run .*--stop-timeout (\d+) "):
+        [seconds] = re.findall(option, PAGE, re.MULTILINE)
+        assert int(seconds) >= grace + 5
+
+
 def test_what_the_image_the_manifest_and_the_unit_call_is_what_the_parser_takes() -> None:
     [default] = re.findall(r"^CMD (\[.*\])$", DOCKERFILE, re.MULTILINE)
     [unit] = re.findall(r"^ExecStart=\S+/pruneofa (.*)$", _block("ini"), re.MULTILINE)

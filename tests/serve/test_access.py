@@ -6,6 +6,7 @@ import json
 import pytest
 from starlette.testclient import TestClient
 
+from pruneofa.errors import InputError
 from pruneofa.serve.access import Access
 from pruneofa.serve.app import create_app
 from pruneofa.serve.settings import Settings
@@ -29,15 +30,60 @@ def served(models):
 def test_a_key_is_asked_for_except_by_health_and_metrics(served):
     client = served(api_key="secret")
     for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "secret"}, {"authorization": "Bearer "}):
-        for path in ("/embed", "/v1/embeddings", "/nothing"):
+        for path in ("/embed", "/nothing"):  # as text-embeddings-inference answers
             response = client.post(path, json={"inputs": "a"}, headers=headers)
             assert (response.status_code, response.content) == (401, b"")
+            assert response.headers["www-authenticate"] == "Bearer"
         assert client.get("/info", headers=headers).status_code == 401
     for path in ("/health", "/ping", "/metrics", "/"):
         assert client.get(path).status_code == 200
-    right = {"authorization": "Bearer secret"}
-    assert client.post("/embed", json={"inputs": "a"}, headers=right).status_code == 200
+    for scheme in ("Bearer", "bearer", "BEARER"):
+        right = {"authorization": f"{scheme} secret"}
+        assert client.post("/embed", json={"inputs": "a"}, headers=right).status_code == 200
     assert client.post("/", json={"inputs": "a"}).status_code == 401
+
+
+@pytest.mark.parametrize(
+    ("path", "keys"),
+    [
+        ("/v1/embeddings", {"message", "code", "type"}),
+        ("/v1/models", {"message", "code", "type"}),
+        ("/v2/rerank", {"message"}),
+        ("/v2/models/vectors/infer", {"error"}),
+    ],
+)
+def test_without_the_key_other_protocols_get_their_own_error(served, path, keys):
+    response = served(api_key="secret").post(path, json={"input": "a"})
+    assert response.status_code == 401 and set(response.json()) == keys
+    assert "Authorization: Bearer" in str(response.json())
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("max_batch_tokens", 0),
+        ("payload_limit", -1),
+        ("body_timeout", 0.0),
+        ("body_timeout", float("nan")),
+        ("body_timeout", float("inf")),
+        ("api_key", ""),
+        ("api_key", "abc\ndef"),
+        ("api_key", "schlüssel"),
+        ("api_key", " a"),
+    ],
+)
+def test_settings_with_which_nothing_can_be_served_are_refused(setting, value):
+    with pytest.raises(InputError, match=setting):
+        Settings(**{setting: value})
+
+
+def test_refusals_before_the_routes_are_counted(served):
+    client = served(api_key="secret", payload_limit=100)
+    client.post("/embed", json={"inputs": "a"})
+    client.post("/embed", content=b"x" * 101, headers={"authorization": "Bearer secret"})
+    text = client.get("/metrics").text
+    for cause in ("unauthorized", "payload"):
+        assert f'te_request_failure{{err="{cause}"}} 1.0' in text
 
 
 def test_a_body_that_is_too_long_is_refused(served):
@@ -106,8 +152,9 @@ def test_a_client_that_sends_its_body_too_slowly_is_told_so():
         raise AssertionError("the route is not reached")
 
     scope = {"type": "http", "method": "POST", "path": "/embed", "headers": []}
-    asyncio.run(Access(app, Settings(body_timeout=0.05, access_log=False))(scope, receive, send))
-    assert sent[0]["status"] == 408
+    causes = []
+    asyncio.run(Access(app, Settings(body_timeout=0.05, access_log=False), causes.append)(scope, receive, send))
+    assert sent[0]["status"] == 408 and causes == ["timeout"]
     assert json.loads(sent[1]["body"]) == {"error": "the request's body took too long", "error_type": "Validation"}
 
 

@@ -1,6 +1,8 @@
 """Which connections are closed because nothing moves on them, on real sockets."""
 
 import asyncio
+import contextlib
+import json
 import os
 import socket
 
@@ -21,6 +23,14 @@ async def app(scope, receive, send):
         while (await receive()).get("more_body"):
             pass
         await asyncio.sleep(0.3)
+    if scope["path"] == "/echo":
+        body, more = b"", True
+        while more:
+            message = await receive()
+            body, more = body + message["body"], message["more_body"]
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
+        await send({"type": "http.response.body", "body": body})
+        return
     size = LARGE if scope["path"] == "/large" else 2
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % size)]})
     await send({"type": "http.response.body", "body": b"a" * size})
@@ -152,6 +162,87 @@ def test_a_request_that_the_server_does_not_read_yet_is_not_late():
         request = HEAD.replace(b"/", b"/never", 1)
         await connect(request + request + HEAD[:20])  # reading pauses while a second request waits
         assert [await look() for _ in range(3)] == [1, 1, 1]
+
+    served(test)
+
+
+def test_an_offer_to_upgrade_is_declined_and_the_body_read():
+    async def test(connect, look):
+        offer = b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAMAAABk\r\n"
+        request = b"POST /echo HTTP/1.1\r\n" + offer + b"content-length: 4\r\n\r\nbody"
+        reader, writer = await connect(request + request + HEAD + request[:-2])
+        writer.write(request[-2:] + b"GET / HTTP/1.1\r\n" + offer + b"\r\n")
+        answers = b""
+        while not answers.endswith(b"aa") or answers.count(b"\r\n\r\n") < 5:
+            part = await asyncio.wait_for(reader.read(1000), 5)
+            assert part, answers
+            answers += part
+        bodies = [answer.partition(b"\r\n\r\n")[2] for answer in answers.split(b"HTTP/1.1 ")[1:]]
+        assert bodies == [b"body", b"body", b"aa", b"body", b"aa"]
+
+    served(test)
+
+
+async def answered_in_json(reader):
+    head, _, body = (await asyncio.wait_for(reader.read(), 5)).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ") and b"content-type: application/json" in head
+    assert set(json.loads(body)) == {"error", "error_type"}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\0\1\2 nothing like HTTP\r\n\r\n",
+        b"GET http://[ HTTP/1.1\r\n\r\n",
+        b"POST / HTTP/1.1\r\ncontent-length: -1\r\n\r\n",
+        b"POST /late HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nno length\r\n",
+        b"\x16\x03\x01" + b"a" * 700_000,  # more than is read at once: it is not reset before the answer is read
+        b"GET / HTTP/1.1\r\nx: " + b"a" * 700_000,
+        b"GET / HTTP/1.1\r\nx: " + b"a" * 100_000 + b"\0\r\n\r\n",
+    ],
+    ids=["garbage", "address", "length", "chunk", "TLS", "head", "both"],
+)
+def test_what_is_no_http_is_answered_in_json(content):
+    async def test(connect, look):
+        reader, writer = await connect(content)
+        await writer.drain()
+        await answered_in_json(reader)
+        writer.close()
+        await asyncio.sleep(0.1)
+        assert await look() == 0
+
+    served(test)
+
+
+def test_garbage_without_end_is_cut_off():
+    async def test(connect, look):
+        _, writer = await connect(b"\0")
+        with pytest.raises(ConnectionError):
+            for _ in range(1000):
+                writer.write(b"a" * 65536)
+                await writer.drain()
+        assert await look() == 0
+
+    served(test)
+
+
+def test_garbage_behind_an_unanswered_request_is_not_its_answer():
+    async def test(connect, look):
+        reader, _ = await connect(HEAD.replace(b"/", b"/never", 1) + b"\0\1\r\n\r\n")
+        with contextlib.suppress(ConnectionError):
+            assert await asyncio.wait_for(reader.read(), 5) == b""
+
+    served(test)
+
+
+def test_thousands_of_offers_to_upgrade_at_once():
+    async def test(connect, look):
+        reader, _ = await connect(b"GET / HTTP/1.1\r\nconnection: upgrade\r\nupgrade: a\r\n\r\n" * 3000)
+        answers = b""
+        while answers.count(b"aa") < 3000:
+            part = await asyncio.wait_for(reader.read(1 << 16), 5)
+            assert part
+            answers += part
 
     served(test)
 

@@ -38,7 +38,10 @@ def test_health_and_metadata(client):
     found = client.get("/v2/models/topics").json()
     assert found["inputs"] == [{"name": "text", "datatype": "BYTES", "shape": [-1]}]
     assert [output["name"] for output in found["outputs"]] == ["scores", "label"]
-    assert client.get("/v2/models/none").status_code == 404
+    for path in ("/v2/models/none", "/v2/models/topics/versions/7", "/v2/models/topics/versions/7/ready"):
+        assert client.get(path).status_code == 404
+    assert client.post("/v2/models/topics/versions/7/infer", json={"inputs": [text()]}).status_code == 404
+    assert client.post("/v2/models/topics/versions/1/infer", json={"inputs": [text()]}).status_code == 200
     assert set(client.get("/v2/models/none/ready").json()) == {"error"}
 
 

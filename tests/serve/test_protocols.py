@@ -5,6 +5,11 @@ import re
 
 import numpy as np
 import pytest
+from starlette.testclient import TestClient
+
+from pruneofa.serve.app import create_app
+from pruneofa.serve.model import Model
+from pruneofa.serve.settings import Settings
 
 
 def test_openai_embeddings(client):
@@ -39,6 +44,23 @@ def test_openai_errors_are_flat(client, body, status, kind):
     assert response.status_code == status
     assert set(response.json()) == {"message", "code", "type"}
     assert (response.json()["code"], response.json()["type"]) == (status, kind)
+
+
+def test_one_model_answers_for_any_name_and_of_several_one_must_be_named(client, models):
+    asked = [("/v1/embeddings", {"input": "water"}), ("/v2/rerank", {"query": "who", "documents": ["water"]})]
+    for path, body in asked:
+        assert client.post(path, json=body | {"model": "text-embedding-3-small"}).status_code == 200
+    twice = [Model(name, models[task].engine) for task in ("vectors", "ranks") for name in (task, f"{task} too")]
+    with TestClient(create_app([*twice, models["topics"]], Settings(access_log=False))) as several:
+        for (path, body), task in zip(asked, ("vectors", "ranks"), strict=True):
+            for name in (None, task, f"{task} too"):
+                answer = several.post(path, json=body | {"model": name})
+                assert answer.status_code == 200 and answer.json()["model"] == (name or task)
+            for name in ("nope", ""):
+                answer = several.post(path, json=body | {"model": name})
+                assert answer.status_code == 404
+                assert answer.json()["message"] == f"no such model; wanted one of {task}, {task} too"
+            assert several.post(path, json=body | {"model": "topics"}).status_code == 424
 
 
 def test_openai_lists_the_models(client, models):
@@ -105,6 +127,22 @@ def test_unknown_routes_and_methods_answer_in_json(client):
     assert client.get("/nothing").json() == {"error": "Not Found", "error_type": "NotFound"}
     response = client.get("/embed")
     assert response.status_code == 405 and response.headers["allow"] == "POST"
+
+
+@pytest.mark.parametrize(
+    ("path", "keys"),
+    [
+        ("/embed/", {"error", "error_type"}),
+        ("/v1/embeddings/", {"message", "code", "type"}),
+        ("/v1/rerank/", {"message"}),
+        ("/v2/models/vectors/infer/", {"error"}),
+        ("/v2/nothing", {"error"}),
+    ],
+)
+def test_a_slash_too_many_is_no_redirect_to_where_the_client_says(client, path, keys):
+    response = client.post(path, json={}, headers={"host": "elsewhere.example"}, follow_redirects=False)
+    assert response.status_code == 404 and "location" not in response.headers
+    assert set(response.json()) == keys
 
 
 def test_the_schema_names_every_route(client):

@@ -1,6 +1,8 @@
 """The program: its start, its end, its workers, and clients that misbehave on real connections."""
 
+import argparse
 import gzip
+import http.client
 import http.server
 import itertools
 import json
@@ -18,6 +20,8 @@ import urllib.request
 
 import pytest
 
+from pruneofa.cli import serve
+from pruneofa.cli.main import main
 from pruneofa.engine.engine import Engine
 from pruneofa.serve.server import _state
 
@@ -71,6 +75,22 @@ def test_requests_that_were_accepted_are_answered_after_sigterm(start, folders):
     assert server.process.wait(20) == 0
 
 
+def test_what_is_not_answered_in_time_after_sigterm_is_refused(start, folders):
+    limits = ("--max-client-batch-size", 20_000, "--max-concurrent-requests", 20_000)
+    server = start(folders["vectors"], *limits, "--grace", 0)
+    found = []
+    asking = threading.Thread(target=lambda: found.append(ask(server, inputs=["the king of music"] * 20_000)))
+    asking.start()
+    end = time.monotonic() + 20
+    while not metric(server, "te_batch_next_size_count"):
+        assert time.monotonic() < end
+    server.process.send_signal(signal.SIGTERM)
+    asking.join()
+    assert found == [(503, {"error": "the server is ending", "error_type": "Unhealthy"})]
+    assert server.process.wait(20) == 0
+    assert "Traceback" not in server.process.stderr.read()
+
+
 def test_clients_that_leave_cost_nothing_more(start, folders):
     server = start(folders["vectors"], "--max-client-batch-size", 20_000, "--max-concurrent-requests", 20_001)
     body = json.dumps({"inputs": ["the king of music and water"] * 20_000}).encode()
@@ -98,6 +118,33 @@ def test_half_a_request_and_garbage_do_no_harm(start, folders):
     assert ask(server, inputs="water")[0] == 200
 
 
+@pytest.mark.parametrize("chunked", [False, True])
+def test_who_sends_too_much_gets_to_read_the_answer(start, folders, chunked):
+    server = start(folders["vectors"], PRUNEOFA_API_KEY="secret")
+    content = b"x" * 10_000_000
+    for key, status in (("secret", 413), ("wrong", 401)) * 3:
+        connection = http.client.HTTPConnection(*server.address, timeout=30)
+        body = iter([content]) if chunked else content
+        headers = {"authorization": f"Bearer {key}"}
+        connection.request("POST", "/v1/embeddings", body, headers, encode_chunked=chunked)
+        response = connection.getresponse()
+        assert response.status == status and json.load(response)["code"] == status
+        assert connection.sock is None  # the connection is closed
+
+
+def test_who_sends_far_too_much_is_cut_off(start, folders):
+    server = start(folders["vectors"])
+    sent = 0
+    with server.connect() as connection:
+        connection.sendall(b"POST /embed HTTP/1.1\r\nhost: x\r\ncontent-length: 100000000\r\n\r\n")
+        assert connection.recv(1000).startswith(b"HTTP/1.1 413")
+        with pytest.raises(ConnectionError):
+            while sent < 100_000_000:
+                sent += connection.send(b"x" * 100_000)
+    assert 10_000_000 < sent < 60_000_000
+    assert ask(server, inputs="water")[0] == 200
+
+
 def test_the_key_comes_from_a_file_or_the_environment(start, folders, tmp_path):
     (tmp_path / "key").write_text("secret\n")
     for server in (
@@ -116,12 +163,35 @@ def test_wrong_input_is_one_line(folders, tmp_path):
         port = taken.getsockname()[1]
         assert f"cannot listen on 127.0.0.1, port {port}: Address already in use" in refused(model, "--port", port)
     assert "no such folder" in refused(tmp_path / "none", "--port", 0)
+    assert "no such folder" in refused(f"{tmp_path / 'none'}/", "--port", 0)
+    assert "give it another" in refused("a\tb=model")
     assert "no such folder" in refused(tmp_path / "none", "--port", 0, "--workers", 2)
     assert "give each a name of its own" in refused(model, model)
     assert "would always refuse" in refused(model, "--max-client-batch-size", 600)
-    assert "wanted at least 1" in refused(model, "--workers", 0)
-    (tmp_path / "empty").write_text("\n")
-    assert "is empty" in refused(model, "--api-key-file", tmp_path / "empty")
+    (tmp_path / "key").write_text("\n")
+    assert "is empty" in refused(model, "--api-key-file", tmp_path / "key")
+    (tmp_path / "key").write_text("secret\nother\n")
+    said = refused(model, "--api-key-file", tmp_path / "key")
+    assert "no header can carry" in said and "secret" not in said
+    for name in ("a..b", "x" * 80):
+        assert f"cannot listen on {name}, port 0: no name of a host" in refused(model, "--port", 0, "--host", name)
+
+
+def test_every_number_has_a_range(capsys):
+    parser = argparse.ArgumentParser()
+    serve.describe(parser)
+    for action in parser._actions:
+        if action.type is int:
+            option = action.option_strings[0]
+            for value in ("-1", "9" * 30):
+                assert main(["serve", "model", option, value]) == 2
+                assert (
+                    f"{option} is {value}, wanted {'0' if option in ('--port', '--grace') else '1'} to"
+                    in capsys.readouterr().err
+                )
+            with pytest.raises(SystemExit, match="2"):
+                main(["serve", "model", option, "nan"])
+            assert "invalid int value: 'nan'" in capsys.readouterr().err
 
 
 def test_without_the_extra_its_name_is_said(folders):

@@ -6,9 +6,20 @@ from pathlib import Path
 
 from pruneofa.cli.options import ISAS
 from pruneofa.cli.show import say
-from pruneofa.errors import InputError
+from pruneofa.errors import InputError, short
 
 KEY = "PRUNEOFA_API_KEY"
+_MOST = 1 << 40
+_RANGES = {
+    "port": (0, 65_535),
+    "workers": (1, 1024),
+    "threads": (1, 1024),
+    "max_batch_tokens": (1, _MOST),
+    "max_concurrent_requests": (1, _MOST),
+    "max_client_batch_size": (1, _MOST),
+    "payload_limit": (1, _MOST),
+    "grace": (0, 86_400),
+}
 
 
 def describe(verb: argparse.ArgumentParser) -> None:
@@ -47,16 +58,15 @@ def _call(options: argparse.Namespace) -> int:
     names = [name for name, _ in models]
     if len(set(names)) < len(names):
         raise InputError(f"models are named {', '.join(names)}; give each a name of its own, as in NAME=MODEL")
-    for name in ("workers", "max_batch_tokens", "max_concurrent_requests", "max_client_batch_size", "payload_limit"):
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} is {getattr(options, name)}, wanted at least 1")
+    for name, (least, most) in _RANGES.items():
+        value = getattr(options, name)
+        if value is not None and not least <= value <= most:
+            raise InputError(f"--{name.replace('_', '-')} is {short(value)}, wanted {least} to {most}")
     if options.max_client_batch_size > options.max_concurrent_requests:
         raise InputError(
             f"--max-client-batch-size is {options.max_client_batch_size}, which --max-concurrent-requests "
             f"{options.max_concurrent_requests} would always refuse; raise that too"
         )
-    if not 0 <= options.port < 65536:
-        raise InputError(f"--port is {options.port}, wanted 0 to 65535")
     key = _key(options.api_key_file)
     # Each worker's engine computes in its own threads; a second pool in the tokenizer would only compete with it.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -96,25 +106,31 @@ def _named(given: str) -> tuple[str, str]:
     """The name and the path of NAME=MODEL, or of MODEL alone."""
     name, equals, path = given.partition("=")
     if not equals or os.path.exists(given):
-        name, path = Path(given).resolve().name if os.path.exists(given) else given.rpartition("/")[2], given
+        path = given
+        name = Path(given).resolve().name if os.path.exists(given) else given.rstrip("/").rpartition("/")[2]
     if not name or "/" in name or not path:
         raise InputError(f"{given}: wanted a model, or NAME=MODEL with a name without a slash")
+    if not name.isprintable():
+        raise InputError(f"{given}: clients cannot ask for a model of this name; give it another, as in NAME=MODEL")
     return name, path
 
 
 def _key(file: Path | None) -> str | None:
     """The bearer token of a file, or of the environment."""
+    from pruneofa.serve.settings import check_key
+
     if file is None:
-        found = os.environ.get(KEY)
-        if found is not None and not found.strip():
-            raise InputError(f"{KEY} is empty; unset it, or give a key")
-        return found.strip() if found else None
-    try:
-        key = file.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--api-key-file {file}: cannot be read ({error}); name a text file with the key") from None
-    if not key:
-        raise InputError(f"--api-key-file {file} is empty; write the key into it")
+        key, name = os.environ.get(KEY), KEY
+        if key is None:
+            return None
+    else:
+        name = f"--api-key-file {file}"
+        try:
+            key = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{name}: cannot be read ({error}); name a text file with the key") from None
+    key = key.strip()
+    check_key(key, name)
     return key
 
 

@@ -62,8 +62,12 @@ class MaskedLM:
         self, reduced: Sequence[Float], tokens: Sequence[Tokens], texts: Sequence[Any]
     ) -> list[list[dict[str, Any]]]:
         """For each text a list with {"label", "score", "scores": {token: score}} of each mask, best tokens first."""
-        probabilities = iter(reference.softmax(self._logits(np.concatenate(reduced))))
-        return [[self._best_tokens(next(probabilities)) for _ in masks] for masks in reduced]
+        return [[self._best_tokens(scores) for scores in masks] for masks in self.probabilities(reduced)]
+
+    def probabilities(self, reduced: Sequence[Float]) -> list[Float]:
+        """The probabilities of all tokens at the masks of each text, (masks, vocabulary)."""
+        found = reference.softmax(self._logits(np.concatenate(reduced)))
+        return np.split(found, np.cumsum([len(masks) for masks in reduced])[:-1])
 
     def _logits(self, x: Float) -> Float:
         x = reference.layer_norm(self._activation(self._dense.forward(x)), *self._norm, self._epsilon)

@@ -126,10 +126,6 @@ class TextTokenizer:
         """The text of one token."""
         return self._tokenizer.decode([index], skip_special_tokens=False)
 
-    def id(self, token: str) -> int | None:
-        """The id of one token, None if there is none."""
-        return self._tokenizer.token_to_id(token)
-
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         """The text of token ids; an id outside the vocabulary gives nothing."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)

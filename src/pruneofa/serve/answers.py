@@ -6,12 +6,15 @@ Bodies and responses are those of Hugging Face's inference API, so its client wo
 import asyncio
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 
 from pruneofa.engine.entities import Aggregation, find_entities
 from pruneofa.engine.heads import TokenClassification
-from pruneofa.engine.masked_lm import MaskedLM
+from pruneofa.engine.masked_lm import TOP_TOKENS, MaskedLM
 from pruneofa.engine.question_answering import QuestionAnswering
+from pruneofa.engine.tokenizer import TextTokenizer
 from pruneofa.serve.bodies import Body, Many
 from pruneofa.serve.call import Call, Post
 
@@ -101,21 +104,33 @@ async def fill_mask(call: Call, body: FillMaskRequest) -> tuple[Any, int]:
     model = call.model("masked-LM")
     job = await call.run(model, texts, single=single)
     head, tokenizer = model.engine.head, model.engine.tokenizer
-    assert isinstance(head, MaskedLM) and tokenizer.mask_id is not None
-    mask = tokenizer.token(tokenizer.mask_id)
-    results = [job.results[index] for index in range(len(texts))]
-    filled = await asyncio.to_thread(head.results, results, job.sequences, texts)
-    found = []
-    for text, masks in zip(texts, filled, strict=True):
-        words = [
-            [
-                {"score": score, "token": tokenizer.id(word), "token_str": word, "sequence": text.replace(mask, word)}
-                for word, score in best["scores"].items()
-            ]
-            for best in masks
-        ]
-        found.append(words[0] if len(words) == 1 else words)
+    assert isinstance(head, MaskedLM)
+
+    def fill() -> list[Any]:
+        probabilities = head.probabilities([job.results[index] for index in range(len(texts))])
+        return [_filled(tokenizer, tokens.ids, rows) for tokens, rows in zip(job.sequences, probabilities, strict=True)]
+
+    found = await asyncio.to_thread(fill)
     return (found[0] if single else found), 0
+
+
+def _filled(tokenizer: TextTokenizer, ids: NDArray[np.int32], probabilities: NDArray[np.float32]) -> list[Any]:
+    """The likeliest tokens at each mask of a text, or at its only one, as transformers' pipeline returns them.
+
+    `sequence` has one mask filled: the others are still there, and then so are all special tokens.
+    """
+    masks = np.flatnonzero(ids == tokenizer.mask_id)
+    found = []
+    for position, scores in zip(masks, probabilities, strict=True):
+        words = []
+        for token in np.argsort(-scores, kind="stable")[:TOP_TOKENS].tolist():
+            filled = ids.copy()
+            filled[position] = token
+            sequence = tokenizer.decode(filled.tolist(), skip_special_tokens=len(masks) == 1)
+            word = tokenizer.token(token)
+            words.append({"score": scores[token], "token": token, "token_str": word, "sequence": sequence})
+        found.append(words)
+    return found[0] if len(masks) == 1 else found
 
 
 POSTS = [

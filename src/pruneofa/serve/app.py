@@ -37,9 +37,10 @@ def create_app(models: Sequence[Model], settings: Settings | None = None) -> Sta
     if not names or len(set(names)) < len(names):
         raise InputError(f"models are named {', '.join(names) or 'nothing'}; give at least one, each a name of its own")
 
+    metrics = Metrics()
+
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        metrics = Metrics()
         batcher = Batcher(
             max_batch_tokens=settings.max_batch_tokens,
             max_concurrent_requests=settings.max_concurrent_requests,
@@ -76,12 +77,14 @@ def create_app(models: Sequence[Model], settings: Settings | None = None) -> Sta
         Route("/api-doc/openapi.json", openapi),
         *(Route(path, function) for path, function in infer.GETS.items()),
     ]
-    return Starlette(
+    app = Starlette(
         routes=[*(post.route() for post in posts), *gets],
         lifespan=lifespan,
-        middleware=[Middleware(Access, settings=settings)],
+        middleware=[Middleware(Access, settings=settings, refused=metrics.refused)],
         exception_handlers={Refused: _refused, HTTPException: _wrong_route, Exception: _unforeseen},
     )
+    app.router.redirect_slashes = False  # the address that it would send clients to is made of what they sent
+    return app
 
 
 async def _refused(request: Request, error: Exception) -> Response:

@@ -4,11 +4,13 @@ The times of bodies and of idle connections between requests are limited by `acc
 """
 
 import contextlib
+import json
 import struct
 import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 if sys.platform == "linux":
@@ -16,6 +18,8 @@ if sys.platform == "linux":
     import termios
 
 MAX_HEAD = 1 << 16  # bytes of a request that are no body: its line, headers and trailers; uvicorn has no limit
+_MOST_DROPPED = 1 << 20  # bytes that are read behind what is no HTTP, so that the client gets to read the answer
+_LINGER = 5  # seconds for the same
 INTERVAL = 30  # seconds between two looks for connections on which nothing moves
 
 State = tuple[RequestResponseCycle | None, int, int]  # the last request, and the unread bytes here and in the kernel
@@ -29,6 +33,7 @@ class Connection(HttpToolsProtocol):
     """
 
     partial = False
+    _dropped: int | None = None  # bytes since the client was told that it does not speak HTTP
     _extra: int | None = None  # bytes since the request began, or since its last body, with that read left out
 
     def on_message_begin(self) -> None:
@@ -38,6 +43,8 @@ class Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Called by the parser behind the head."""
+        if self._upgrades():
+            return
         self.partial = False
         super().on_headers_complete()
 
@@ -48,20 +55,70 @@ class Connection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """Called by the parser behind the request."""
+        if self._upgrades():
+            return
         self._extra = None
         super().on_message_complete()
 
     def data_received(self, data: bytes) -> None:
         """Called by the event loop with what the client sent."""
+        if self._dropped is not None:
+            self._dropped += len(data)
+            if self._dropped > _MOST_DROPPED:
+                self.transport.abort()
+            return
         if self._extra is not None:
             self._extra += len(data)  # the parser sets it again where there is a body or another request
-        super().data_received(data)
-        if self._extra is None or self._extra <= MAX_HEAD or self.transport.is_closing():
+        self._unset_keepalive_if_required()
+        self._parse(data)
+        if self._dropped is not None or self._extra is None or self._extra <= MAX_HEAD or self.transport.is_closing():
             return
-        if self.partial and (self.cycle is None or self.cycle.response_complete):
+        if self.partial:
             self.send_400_response(f"The request's head has more than {MAX_HEAD} bytes.")
-        else:  # the client would take a 400 for the answer to an earlier request
+        else:
             self.transport.abort()
+
+    def _upgrades(self) -> bool:
+        """Whether the client offers another protocol, as Java's client and curl offer HTTP/2."""
+        return bool(self.parser.should_upgrade()) and self.parser.get_method() != b"CONNECT"
+
+    def _parse(self, data: bytes) -> None:
+        rest = memoryview(data)
+        try:
+            while True:
+                try:
+                    self.parser.feed_data(rest)
+                    return
+                except httptools.HttpParserUpgrade as stop:
+                    if not self._upgrades():
+                        return  # CONNECT: what follows is for nobody
+                    rest = rest[stop.args[0] :]
+                # The parser leaves the body unread for the other protocol. The offer is not taken: parse without it.
+                line = self.parser.get_method() + b" " + self.url + b" HTTP/" + self.parser.get_http_version().encode()
+                headers = [name + b": " + value for name, value in self.headers if name != b"upgrade"]
+                self.parser = httptools.HttpRequestParser(self)
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
+                self.parser.feed_data(b"\r\n".join([line, *headers, b"", b""]))
+        except httptools.HttpParserError:
+            self.logger.warning("Invalid HTTP request received.")
+            self.send_400_response("Invalid HTTP request received.")
+
+    def send_400_response(self, msg: str) -> None:
+        """Called where the parser fails: say so in JSON, and read on for a while, as in `access`."""
+        cycle = self.cycle
+        if cycle is not None and not cycle.response_complete:
+            if self.pipeline or self.partial or not cycle.more_body or cycle.response_started:
+                self.transport.abort()  # the client would take it for the answer to an earlier request, or a part of it
+                return
+            cycle.disconnected = True  # the application gets no more of this body, and need not answer
+            cycle.message_event.set()
+        body = json.dumps({"error": msg, "error_type": "Validation"}).encode()
+        head = b"HTTP/1.1 400 Bad Request\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: %d"
+        self.transport.write(head % len(body) + b"\r\n\r\n" + body)
+        self.transport.write_eof()
+        self.flow.resume_reading()
+        self._dropped = 0
+        self.timeout_keep_alive_task = self.loop.call_later(_LINGER, self.timeout_keep_alive_handler)
 
 
 def close_stalled(connections: Iterable[Any], seen: Mapping[Any, tuple[State, int]]) -> dict[Any, tuple[State, int]]:

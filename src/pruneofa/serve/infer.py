@@ -191,16 +191,17 @@ def _objects(values: Any) -> NDArray[Any]:
 
 
 _MODEL = "/v2/models/{model}"
+_VERSION = f"{_MODEL}/versions/1"  # the only one
 GETS: dict[str, Callable[..., Any]] = {
     "/v2": server,
     "/v2/health/live": health,
     "/v2/health/ready": health,
     _MODEL: metadata,
     f"{_MODEL}/ready": ready,
-    f"{_MODEL}/versions/{{version}}": metadata,
-    f"{_MODEL}/versions/{{version}}/ready": ready,
+    _VERSION: metadata,
+    f"{_VERSION}/ready": ready,
 }
 POSTS = [
     Post(f"{_MODEL}/infer", InferRequest, infer),
-    Post(f"{_MODEL}/versions/{{version}}/infer", InferRequest, infer),
+    Post(f"{_VERSION}/infer", InferRequest, infer),
 ]

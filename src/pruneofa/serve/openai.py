@@ -8,6 +8,7 @@ from starlette.responses import Response
 
 from pruneofa.serve.bodies import Body, Input, Many, is_single
 from pruneofa.serve.call import Call, Post, Serving, to_json
+from pruneofa.serve.names import named
 from pruneofa.serve.scoring import vectors
 
 
@@ -22,9 +23,9 @@ class EmbeddingsRequest(Body):
 
 
 async def embeddings(call: Call, body: EmbeddingsRequest) -> tuple[Any, int]:
-    """Vectors of texts; the first embedding model answers for a name that is not served."""
+    """Vectors of texts."""
     finish = vectors(dimensions=body.dimensions)
-    model = call.model("embedding", body.model if body.model in call.serving.models else None)
+    model = named(call, "embedding", body.model)
     single = is_single(body.input)
     items: Any = [body.input] if single else body.input
     job = await call.run(model, items, single=single, field="input", finish=finish)

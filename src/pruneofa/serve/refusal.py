@@ -2,10 +2,13 @@
 
 from typing import Any, Literal
 
-Kind = Literal["Empty", "Validation", "Tokenizer", "Backend", "Overloaded", "Unhealthy", "NotFound", "Internal"]
+Kind = Literal[
+    "Empty", "Unauthorized", "NotFound", "Validation", "Tokenizer", "Backend", "Overloaded", "Internal", "Unhealthy"
+]
 
 STATUS: dict[Kind, int] = {
     "Empty": 400,
+    "Unauthorized": 401,
     "NotFound": 404,
     "Validation": 422,
     "Tokenizer": 422,
@@ -40,10 +43,11 @@ def invalid(message: str, cause: str = "validation") -> Refused:
 
 def error_body(path: str, refused: Refused) -> dict[str, Any]:
     """The body of the response to a refused request, in the form of the protocol that its path belongs to."""
-    if path.startswith(("/v2/models/", "/v2/health/")):  # Open Inference Protocol
-        return {"error": refused.message}
+    path = path.rstrip("/")
     if path.endswith(("/v1/rerank", "/v2/rerank")):  # Cohere and Jina
         return {"message": refused.message}
+    if f"{path}/".startswith("/v2/"):  # Open Inference Protocol
+        return {"error": refused.message}
     if path.endswith("/embeddings") or "/v1/" in path:  # OpenAI, as text-embeddings-inference answers
         return {"message": refused.message, "code": refused.status, "type": refused.kind}
     return {"error": refused.message, "error_type": refused.kind}

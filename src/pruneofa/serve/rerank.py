@@ -7,6 +7,7 @@ import numpy as np
 
 from pruneofa.serve.bodies import Body, Many
 from pruneofa.serve.call import Call, Post
+from pruneofa.serve.names import named
 from pruneofa.serve.refusal import invalid
 from pruneofa.serve.scoring import relevance
 
@@ -31,7 +32,7 @@ async def rank(call: Call, body: RankRequest) -> tuple[Any, int]:
     """Documents by how well they answer the query, best first."""
     if body.top_n is not None and body.top_n < 1:
         raise invalid("top_n should be positive")
-    model = call.model("reranking", body.model if body.model in call.serving.models else None)
+    model = named(call, "reranking", body.model)
     texts = [document if isinstance(document, str) else document.text for document in body.documents]
     found = await relevance(call, model, body.query, texts, field="documents")
     results = []

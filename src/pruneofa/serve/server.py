@@ -40,9 +40,11 @@ def bind(host: str, port: int) -> socket.socket:
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind((host, port))
-    except OSError as error:
-        reason = error.strerror or error
-        raise InputError(f"cannot listen on {host}, port {port}: {reason}; give another --host or --port") from None
+    except (OSError, UnicodeError) as error:
+        reason = "no name of a host" if isinstance(error, UnicodeError) else error.strerror or error
+        raise InputError(
+            f"cannot listen on {host or 'no host'}, port {port}: {reason}; give another --host or --port"
+        ) from None
     bound.set_inheritable(True)
     return bound
 
@@ -94,10 +96,10 @@ def serve(
         from pruneofa.serve.tracing import traced
 
         loaded = [load(name, folder, **(engine or {})) for (name, _), folder in zip(models, folders, strict=True)]
-        app: Any = create_app(loaded, settings)
         for (_, path), folder, state in zip(models, folders, begun, strict=True):
             if workers > 1 and _state(folder) != state:  # the other workers have loaded another model
                 raise InputError(f"{path}: changed since the server started; restart it")
+        app: Any = create_app(loaded, settings)
         if otlp_endpoint is not None:
             app = traced(app, otlp_endpoint)
         _run(app, bound, grace, started)

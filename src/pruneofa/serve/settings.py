@@ -1,6 +1,11 @@
 """What a server can be told: limits and who may call."""
 
+import math
 from dataclasses import dataclass
+
+from pruneofa.errors import InputError
+
+_COUNTS = ("max_batch_tokens", "max_concurrent_requests", "max_client_batch_size", "payload_limit")
 
 
 @dataclass(frozen=True)
@@ -17,6 +22,9 @@ class Settings:
         body_timeout: seconds that a client may take to send its request's body.
         api_key: what clients must send as a bearer token; None: nothing.
         access_log: write one line of JSON per request to stderr.
+
+    Raises:
+        InputError: a limit is not positive, or no client could send the key.
     """
 
     max_batch_tokens: int = 2048
@@ -27,3 +35,22 @@ class Settings:
     body_timeout: float = 30.0
     api_key: str | None = None
     access_log: bool = True
+
+    def __post_init__(self) -> None:
+        for name in _COUNTS:
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}, wanted at least 1")
+        if not 0 < self.body_timeout < math.inf:
+            raise InputError(f"body_timeout is {self.body_timeout}, wanted a positive number of seconds")
+        if self.api_key is not None:
+            check_key(self.api_key, "api_key")
+
+
+def check_key(key: str, name: str) -> None:
+    """Raise InputError unless clients can send the key in a header; the key itself is not said."""
+    if not key:
+        raise InputError(f"{name} is empty; give a key")
+    if not (key.isascii() and key.isprintable() and key == key.strip()):
+        raise InputError(
+            f"{name} has a key that no header can carry, wanted one line of letters, digits and signs of ASCII"
+        )
