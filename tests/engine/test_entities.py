@@ -36,7 +36,7 @@ def engine(folder):
 def entities(engine, text, **options):
     head = engine.head
     assert isinstance(head, TokenClassification)
-    windows = engine.tokenizer.text_windows([text])
+    windows = engine.tokenizer.text_windows([text], ["text"])
     hidden = dict(engine.hidden(windows))
     scores = [head.reduce(hidden[index], window) for index, window in enumerate(windows)]
     return find_entities(head, engine.tokenizer, text, windows, scores, **options)
@@ -70,7 +70,7 @@ def test_offsets_fit_hyphens_accents_and_unknown_characters(engine):
 
 def test_words_end_at_hyphens_and_not_at_accents(engine):
     text = "cafe\u0301 bad-team"
-    (tokens,) = engine.tokenizer.text_windows([text])
+    (tokens,) = engine.tokenizer.text_windows([text], ["text"])
     own = tokens.keep(tokens.segments == 0)
     begins = ~engine.tokenizer.continues_word(own, text)
     assert [text[start:end] for start, end in own.chars[begins]] == ["c", "bad", "-", "team"]
@@ -79,7 +79,7 @@ def test_words_end_at_hyphens_and_not_at_accents(engine):
 def test_a_long_text_is_computed_in_windows_without_gaps_or_repeats(engine):
     words = [("king", "queen", "water", "film", "music")[i % 5] for i in range(300)]
     text = " ".join(words)
-    windows = engine.tokenizer.text_windows([text])
+    windows = engine.tokenizer.text_windows([text], ["text"])
     assert len(windows) > 5 and max(len(window.ids) for window in windows) == POSITIONS
     found = entities(engine, text, aggregation="none", ignore=[])
     assert [one["word"] for one in found] == words
@@ -89,7 +89,7 @@ def test_a_long_text_is_computed_in_windows_without_gaps_or_repeats(engine):
 def test_scores_of_an_overlap_come_from_the_window_with_more_context(engine):
     text = " ".join(["king"] * 150)
     head = engine.head
-    windows = engine.tokenizer.text_windows([text])
+    windows = engine.tokenizer.text_windows([text], ["text"])
     room = POSITIONS - 2
     # Each window gives every token its own number as the score of a label.
     scores = [np.full((len(window.ids), 5), 0, np.float32) for window in windows]

@@ -1,10 +1,15 @@
 """Entities, answers and masked words over HTTP are the engine's."""
 
+import asyncio
+import time
+from types import SimpleNamespace
+
 import pytest
 from starlette.testclient import TestClient
 
 from pruneofa.engine.entities import find_entities
 from pruneofa.serve.app import create_app
+from pruneofa.serve.call import Call, ClientLeft
 from pruneofa.serve.model import load
 from pruneofa.serve.settings import Settings
 from tests.serve.conftest import QUIET
@@ -20,7 +25,7 @@ def post(client, path, status=200, **body):
 
 def engine_entities(model, text, **options):
     engine = model.engine
-    windows = engine.tokenizer.text_windows([text])
+    windows = engine.tokenizer.text_windows([text], ["text"])
     scores = model.compute(windows, [False] * len(windows))
     return find_entities(engine.head, engine.tokenizer, text, windows, scores, **options)
 
@@ -83,6 +88,43 @@ def test_no_text_is_read_beyond_a_length(client, monkeypatch, path, inputs):
     assert f"wanted at most {len(TEXT) - 1}" in post(client, path, 422, inputs=inputs)["error"]
     monkeypatch.undo()
     post(client, path, inputs=inputs)
+
+
+def test_masks_count_as_inputs_and_are_limited(models, monkeypatch):
+    assert models["words"].windows_of(["[MASK] [MASK]", "[MASK]"]) == 3
+    monkeypatch.setattr("pruneofa.serve.model.MAX_MASKS", 3)
+    with TestClient(create_app([models["words"]], Settings(**QUIET))) as client:
+        assert len(post(client, "/fill_mask", inputs="[MASK] " * 3)) == 3
+        assert "has 4 masks, wanted at most 3" in post(client, "/fill_mask", 422, inputs="[MASK] " * 4)["error"]
+
+
+def test_a_question_that_leaves_windows_of_few_tokens(client, models, monkeypatch):
+    monkeypatch.setattr("pruneofa.engine.tokenizer.MAX_WINDOWS", 10)
+    inputs = {"question": "who", "context": "music " * 300}
+    post(client, "/answer", inputs=inputs)
+    question = "music " * (models["answers"].engine.tokenizer.limit - 25)
+    error = post(client, "/answer", 422, inputs=inputs | {"question": question})["error"]
+    assert "windows of" in error and "wanted at most 10" in error
+
+
+def test_nothing_more_is_done_for_a_client_that_has_left():
+    done = []
+
+    async def left():
+        gone = asyncio.Event()
+
+        async def receive():
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        call = Call({"app": SimpleNamespace(state=SimpleNamespace(serving=None))}, receive)
+        assert await call.each(str, 3) == ["0", "1", "2"]
+        gone.set()
+        with pytest.raises(ClientLeft):
+            await call.each(lambda index: (time.sleep(0.01), done.append(index)), 3)
+
+    asyncio.run(left())
+    assert len(done) < 3
 
 
 def test_windows_count_as_inputs(models):

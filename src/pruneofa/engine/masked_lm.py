@@ -62,12 +62,11 @@ class MaskedLM:
         self, reduced: Sequence[Float], tokens: Sequence[Tokens], texts: Sequence[Any]
     ) -> list[list[dict[str, Any]]]:
         """For each text a list with {"label", "score", "scores": {token: score}} of each mask, best tokens first."""
-        return [[self._best_tokens(scores) for scores in masks] for masks in self.probabilities(reduced)]
+        return [[self._best_tokens(scores) for scores in self.probabilities(masks)] for masks in reduced]
 
-    def probabilities(self, reduced: Sequence[Float]) -> list[Float]:
-        """The probabilities of all tokens at the masks of each text, (masks, vocabulary)."""
-        found = reference.softmax(self._logits(np.concatenate(reduced)))
-        return np.split(found, np.cumsum([len(masks) for masks in reduced])[:-1])
+    def probabilities(self, masks: Float) -> Float:
+        """The probabilities of all tokens, (masks, vocabulary), at what `reduce` returned of one text."""
+        return reference.softmax(self._logits(masks))
 
     def _logits(self, x: Float) -> Float:
         x = reference.layer_norm(self._activation(self._dense.forward(x)), *self._norm, self._epsilon)

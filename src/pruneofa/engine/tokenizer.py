@@ -4,6 +4,7 @@ Objects are immutable after loading, so that any number of threads may tokenize 
 the tokenizers library keeps as state, are therefore switched off there; truncation is implemented here.
 """
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ WINDOW, STRIDE = 384, 128  # tokens, for question answering, as in the official 
 CHARACTERS = 128  # per token of the longest sequence: what is beyond is not tokenized; a longer word is unknown anyway
 _SLICE = 1024  # texts per call of the tokenizer
 MAX_CONTEXT = 1 << 20  # characters of a context of question answering, which is read in windows
+MAX_WINDOWS = 4096  # of a text: more than MAX_CONTEXT takes, unless a long question leaves each but a few tokens
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half of a surrogate pair, which is not valid text
 _MIN_CONTEXT = 16  # minimum number of context tokens per window; a question that leaves fewer is too long
 
@@ -207,7 +209,7 @@ class TextTokenizer:
 
         Raises:
             InputError: a question leaves no room for its context or a context is longer than MAX_CONTEXT (`truncate`
-                cuts both), or a context has no tokens.
+                cuts both), or a context has no tokens, or takes more than MAX_WINDOWS.
         """
         most = CHARACTERS * self.limit, MAX_CONTEXT
         cut = [_bounded(pair, most, name, truncate) for pair, name in zip(questions, names, strict=True)]
@@ -219,17 +221,20 @@ class TextTokenizer:
             windows += [replace(window, text=index) for window in found]
         return windows
 
-    def text_windows(self, texts: Sequence[str]) -> list[Tokens]:
+    def text_windows(self, texts: Sequence[str], names: Sequence[str]) -> list[Tokens]:
         """Every text in as many windows of the model's length as it needs, each sharing tokens with the next.
 
         Returns:
             The windows in order, with `segments` and `chars`, each with the index of its text.
+
+        Raises:
+            InputError: a text takes more than MAX_WINDOWS.
         """
         windows: list[Tokens] = []
         encodings = self._encoded(self._tokenizer.encode_batch, texts)
         for index, encoding in enumerate(encodings):
             tokens = self._tokens(encoding, chars=True)
-            found = _cut(tokens, 0, self.limit) if len(tokens.ids) > self.limit else [tokens]
+            found = _cut(tokens, 0, self.limit, names[index]) if len(tokens.ids) > self.limit else [tokens]
             windows += [replace(window, text=index) for window in found]
         return windows
 
@@ -342,14 +347,16 @@ def _windows(tokens: Tokens, length: int, *, truncate: bool, where: str) -> list
             )
         tokens = tokens.keep((tokens.segments != 0) | _kept(tokens.segments, 0, most, "right"))
         return _windows(tokens, length, truncate=False, where=where)
-    return _cut(tokens, 1, length)
+    return _cut(tokens, 1, length, where)
 
 
-def _cut(tokens: Tokens, segment: int, length: int) -> list[Tokens]:
+def _cut(tokens: Tokens, segment: int, length: int, where: str) -> list[Tokens]:
     """Windows of at most `length` tokens, each with a part of one segment and with everything else."""
     inside = np.flatnonzero(tokens.segments == segment)
     room = length - (len(tokens.ids) - len(inside))
     step = room - overlap(room)
+    if (count := 1 + math.ceil((len(inside) - room) / step)) > MAX_WINDOWS:
+        raise InputError(f"{where}: takes {count} windows of {room} tokens, wanted at most {MAX_WINDOWS}; divide it")
     before, after = np.arange(inside[0]), np.arange(inside[-1] + 1, len(tokens.ids))
     windows = []
     for begin in range(0, len(inside), step):

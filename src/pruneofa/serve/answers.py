@@ -3,7 +3,7 @@
 Bodies and responses are those of Hugging Face's inference API, so its client works.
 """
 
-import asyncio
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from pruneofa.engine.heads import TokenClassification
 from pruneofa.engine.masked_lm import TOP_TOKENS, MaskedLM
 from pruneofa.engine.question_answering import QuestionAnswering
 from pruneofa.engine.tokenizer import TextTokenizer
+from pruneofa.serve.batching import Job
 from pruneofa.serve.bodies import Body, Many
 from pruneofa.serve.call import Call, Post
 
@@ -60,27 +61,30 @@ async def classify_tokens(call: Call, body: TokensRequest) -> tuple[Any, int]:
     model = call.model("token classification")
     job = await call.run(model, texts, single=single)
 
-    def entities() -> list[list[dict[str, Any]]]:
-        head = model.engine.head
-        assert isinstance(head, TokenClassification)
-        windows: list[list[int]] = [[] for _ in texts]
-        for index, sequence in enumerate(job.sequences):
-            windows[sequence.text].append(index)
-        return [
-            find_entities(
-                head,
-                model.engine.tokenizer,
-                text,
-                [job.sequences[index] for index in own],
-                [job.results[index] for index in own],
-                aggregation=options.aggregation_strategy,
-                ignore=options.ignore_labels,
-            )
-            for text, own in zip(texts, windows, strict=True)
-        ]
+    head, windows = model.engine.head, windows_by_text(job)
+    assert isinstance(head, TokenClassification)
 
-    found = await asyncio.to_thread(entities)
+    def entities(index: int) -> list[dict[str, Any]]:
+        return find_entities(
+            head,
+            model.engine.tokenizer,
+            texts[index],
+            [job.sequences[window] for window in windows[index]],
+            [job.results[window] for window in windows[index]],
+            aggregation=options.aggregation_strategy,
+            ignore=options.ignore_labels,
+        )
+
+    found = await call.each(entities, len(texts))
     return (found[0] if single else found), sum(map(len, found))
+
+
+def windows_by_text(job: Job) -> dict[int, list[int]]:
+    """The indices of the sequences of each input, by its number."""
+    found: dict[int, list[int]] = {}
+    for index, sequence in enumerate(job.sequences):
+        found.setdefault(sequence.text, []).append(index)
+    return found
 
 
 async def answer(call: Call, body: AnswerRequest) -> tuple[Any, int]:
@@ -89,11 +93,16 @@ async def answer(call: Call, body: AnswerRequest) -> tuple[Any, int]:
     questions = [body.inputs] if isinstance(body.inputs, Question) else body.inputs
     model = call.model("question answering")
     job = await call.run(model, [question.model_dump() for question in questions], single=single)
-    head = model.engine.head
+    head, windows = model.engine.head, windows_by_text(job)
     assert isinstance(head, QuestionAnswering)
-    pairs = [(question.question, question.context) for question in questions]
-    results = [job.results[index] for index in range(len(job.sequences))]
-    found = await asyncio.to_thread(head.results, results, job.sequences, pairs)
+
+    def best(index: int) -> dict[str, Any]:
+        results = [job.results[window] for window in windows[index]]
+        sequences = [replace(job.sequences[window], text=0) for window in windows[index]]
+        [found] = head.results(results, sequences, [(questions[index].question, questions[index].context)])
+        return found
+
+    found = await call.each(best, len(questions))
     return (found[0] if single else found), len(found)
 
 
@@ -106,12 +115,11 @@ async def fill_mask(call: Call, body: FillMaskRequest) -> tuple[Any, int]:
     head, tokenizer = model.engine.head, model.engine.tokenizer
     assert isinstance(head, MaskedLM)
 
-    def fill() -> list[Any]:
-        probabilities = head.probabilities([job.results[index] for index in range(len(texts))])
-        return [_filled(tokenizer, tokens.ids, rows) for tokens, rows in zip(job.sequences, probabilities, strict=True)]
+    def fill(index: int) -> list[Any]:
+        return _filled(tokenizer, job.sequences[index].ids, head.probabilities(job.results[index]))
 
-    found = await asyncio.to_thread(fill)
-    return (found[0] if single else found), 0
+    found = await call.each(fill, len(texts))
+    return (found[0] if single else found), sum(map(len, texts))
 
 
 def _filled(tokenizer: TextTokenizer, ids: NDArray[np.int32], probabilities: NDArray[np.float32]) -> list[Any]:

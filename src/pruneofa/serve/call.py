@@ -11,7 +11,7 @@ import orjson
 from pydantic import ValidationError
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from pruneofa.engine.tokenizer import Side
 from pruneofa.serve.batching import Batcher, Job
@@ -24,6 +24,7 @@ from pruneofa.serve.settings import Settings
 
 BINARY_HEADER = "inference-header-content-length"  # bytes of JSON in a body that goes on with tensors
 T = TypeVar("T")
+_STORED = 65_536  # bytes of an answer that a connection stores without waiting for its client
 _INLINE = 16_384  # numbers in a response that are written by the event loop; more by a thread
 
 
@@ -198,6 +199,24 @@ class Call:
         await send({"type": "http.response.start", "status": 200, "headers": encoded})
         await send({"type": "http.response.body", "body": body})
 
+    async def each(self, function: Callable[[int], T], count: int) -> list[T]:
+        """What `function` returns for 0 to `count` - 1, by a thread, one after the other.
+
+        Threads are few: between two, others have their turn, and nothing is done for a client that has left.
+
+        Raises ClientLeft.
+        """
+        leaving = asyncio.ensure_future(self._receive())
+        try:
+            found = []
+            for index in range(count):
+                if leaving.done():
+                    raise ClientLeft
+                found.append(await asyncio.to_thread(function, index))
+            return found
+        finally:
+            leaving.cancel()
+
     async def _run_while_connected(self, job: Job) -> None:
         """Run a job, which is cancelled when the client leaves."""
         watching: list[asyncio.Future[Any]] = []
@@ -232,7 +251,7 @@ class Post:
         """Answer a request; errors are left to the application."""
         call = Call(scope, receive)
         try:
-            await self._answer(call, scope, receive, send)
+            await self._answer(call, scope, receive, _until_read(send))
         finally:
             call.serving.batcher.release(call.places)
 
@@ -250,6 +269,18 @@ class Post:
             await value(scope, receive, send)
         else:
             await call.respond(send, value, size)
+
+
+def _until_read(send: Send) -> Send:
+    """`send`, which returns behind a long body when its client has read it; by itself it returns when it is stored."""
+
+    async def send_and_wait(message: Message) -> None:
+        if message["type"] == "http.response.body" and len(message.get("body", b"")) > _STORED:
+            await send({**message, "more_body": True})
+            message = {"type": "http.response.body"}  # before it is sent, what is stored has to be less
+        await send(message)
+
+    return send_and_wait
 
 
 def wrong_body(error: ValidationError) -> Refused:

@@ -96,13 +96,18 @@ async def infer(call: Call, body: InferRequest) -> tuple[Response, int]:
     if len(set(names)) < len(names):
         raise invalid("an output is asked for twice")
     as_bytes = bool((body.parameters or {}).get("binary_data_output"))
-    size = sum(found[name].size for name in names)
+    size = sum(_size(found[name]) for name in names)
     head, tail = await made(lambda: _written(model.name, body.id, found, wanted, as_bytes), size)
     headers = call.headers()
     if tail:
         headers[BINARY_HEADER] = str(len(head))
     kind = "application/octet-stream" if tail else "application/json"
     return Response(head + tail, headers=headers, media_type=kind), 0
+
+
+def _size(array: NDArray[Any]) -> int:
+    """About how many numbers it is as long as, in JSON."""
+    return sum(map(len, array.ravel())) // 8 if array.dtype == object else array.size
 
 
 def _written(
@@ -152,7 +157,7 @@ async def _compute(call: Call, model: Model, inputs: Arrays) -> Arrays:
             found, _ = await answers.classify_tokens(call, tokens)
         case _:
             found, _ = await answers.fill_mask(call, answers.FillMaskRequest(inputs=_texts(inputs, "text")))
-    return {"json": _objects(to_json(one).decode() for one in found)}
+    return {"json": _objects(await call.each(lambda index: to_json(found[index]).decode(), len(found)))}
 
 
 def _items(inputs: Arrays) -> list[Item]:

@@ -17,6 +17,7 @@ from pruneofa.serve.refusal import Refused, invalid
 Item = str | tuple[str, str] | list[int] | dict[str, str]
 
 CHARACTERS_PER_TOKEN = 4  # about, in English
+MAX_MASKS = 64  # of a text: each costs a product with the whole vocabulary
 
 _NOT = {
     "embedding": "Model is not an embedding model",
@@ -58,9 +59,15 @@ class Model:
         return sum(1 + length // (CHARACTERS_PER_TOKEN * self.engine.tokenizer.limit) for length in lengths)
 
     def windows_of(self, items: Sequence[Item]) -> int:
-        """About how many windows inputs are read in; 0 for a task that reads no more of an input than one."""
+        """About how many windows inputs are read in, or masks they have; 0 for a task that has neither."""
+        if self.engine.task == "masked-LM":
+            return sum(map(self._masks, items))
         in_windows = self.engine.task in ("token classification", "question answering")
         return self.windows(map(characters, items)) if in_windows else 0
+
+    def _masks(self, text: Any) -> int:
+        tokenizer = self.engine.tokenizer
+        return 0 if tokenizer.mask_id is None else text.count(tokenizer.token(tokenizer.mask_id))
 
     def prompt(self, name: str | None) -> str | None:
         """The text of a prompt by its name; None for None. Raises Refused for an unknown one."""
@@ -87,12 +94,16 @@ class Model:
                 for item, name in zip(items, names, strict=True):
                     _check_windows(item, name)
                 texts = [check_text(item, name) for item, name in zip(items, names, strict=True)]
-                return self.engine.tokenizer.text_windows(texts)
+                return self.engine.tokenizer.text_windows(texts, names)
             if self.engine.task in ("question answering", "masked-LM"):
                 checked = [check_item(item, name, self.engine.task) for item, name in zip(items, names, strict=True)]
                 if self.engine.task == "question answering":
                     for (_, context), name in zip(checked, names, strict=True):
                         _check_windows(context, f"{name}.context")
+                if self.engine.task == "masked-LM":
+                    for text, name in zip(checked, names, strict=True):
+                        if (masks := self._masks(text)) > MAX_MASKS:
+                            raise invalid(f"{name} has {masks} masks, wanted at most {MAX_MASKS}", "tokenization")
                 head: Any = self.engine.head
                 return head.prepare(self.engine.tokenizer, checked, names, truncate=truncate)
             return self._sequences(items, names, truncate=truncate, side=side, prompt=prompt)
