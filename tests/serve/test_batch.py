@@ -416,6 +416,26 @@ def test_types_of_files_are_compared_before_any_row_is_computed(models, tmp_path
     assert [row["n"] for row in read(tmp_path / "out.parquet")] == [1.0, 1.5]
 
 
+def test_a_csv_without_rows_keeps_its_columns_before_the_results(models, tmp_path):
+    (tmp_path / "empty.csv").write_text("id,text\n")
+    empty, one = tmp_path / "empty.csv", write(tmp_path / "one.csv", rows(1))
+    for number, files in enumerate([[empty], [empty, one], [one, empty]]):
+        out = tmp_path / f"{number}.parquet"
+        predict(models["classifier"], files, out)
+        schema = pq.read_schema(out)
+        assert schema.names == ["id", "text", "label", "score", "scores"]
+        assert schema.types[:2] == [pa.string()] * 2
+
+
+@pytest.mark.parametrize("size", [1, 9])
+def test_rows_without_any_key_get_null_results_in_parquet(models, tmp_path, size):
+    file, out = write(tmp_path / "in.jsonl", [{"text": "a b"}, {}, {}, {"text": "c"}]), tmp_path / "out.parquet"
+    assert predict(models["classifier"], [file], out, text="text", rows=size, skip_bad=True)["skipped"] == 2
+    assert [(row["text"], row["label"] is None) for row in read(out)] == [
+        ("a b", False), (None, True), (None, True), ("c", False),
+    ]  # fmt: skip
+
+
 def test_texts_that_are_none_come_out_as_json_where_they_are_skipped(models, tmp_path):
     given = [{"text": "a film"}, {"text": None}, {"text": 5}, {"text": [1, "b"]}]
     file = write(tmp_path / "in.jsonl", given)

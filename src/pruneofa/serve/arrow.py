@@ -160,21 +160,32 @@ def rows(batch: pa.RecordBatch, names: Sequence[str]) -> list[dict[str, Any]]:
     return [dict(zip(keys, values, strict=True)) for values in zip(*columns, strict=True)]
 
 
-def write_part(path: Path, given: Any, results: dict[str, pa.Array], names: Sequence[str]) -> None:
-    """Write rows, a record batch or a list of dicts, with the columns of results beside them.
+def write_part(
+    path: Path, given: Any, columns: Sequence[str], results: dict[str, pa.Array], names: Sequence[str]
+) -> None:
+    """Write rows with the columns of results beside them.
 
-    Raises InputError for a row whose value parquet cannot hold, or not beside those before it; `names` are what
-    messages call each row.
+    Args:
+        path: the file to write.
+        given: a record batch, or a list of dicts.
+        columns: those of a list without rows; they hold texts.
+        results: the columns of results by name.
+        names: what messages call each row.
+
+    Raises:
+        InputError: parquet cannot hold a value of a row, or not beside those before it.
     """
     batch = isinstance(given, pa.RecordBatch)
     try:
         if batch:
             table = pa.Table.from_batches([given])
-        else:
+            for name, values in results.items():
+                table = table.append_column(name, values)
+        elif given:  # at once: a table without columns has no rows, and takes no column that has
             keys = dict.fromkeys(chain.from_iterable(given))
-            table = pa.table({key: [row.get(key) for row in given] for key in keys})
-        for name, values in results.items():
-            table = table.append_column(name, values)
+            table = pa.table({key: [row.get(key) for row in given] for key in keys} | results)
+        else:
+            table = pa.table({name: pa.array([], pa.string()) for name in columns} | results)
         pq.write_table(table.replace_schema_metadata(), path)  # other tools' metadata would not know the new columns
     except (*_WRONG, TypeError, ValueError, OverflowError) as error:
         raise _refusal(given, names, error) from None
