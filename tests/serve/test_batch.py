@@ -416,6 +416,79 @@ def test_types_of_files_are_compared_before_any_row_is_computed(models, tmp_path
     assert [row["n"] for row in read(tmp_path / "out.parquet")] == [1.0, 1.5]
 
 
+def test_a_csv_without_rows_keeps_its_columns_before_the_results(models, tmp_path):
+    (tmp_path / "empty.csv").write_text("id,text\n")
+    empty, one = tmp_path / "empty.csv", write(tmp_path / "one.csv", rows(1))
+    for number, files in enumerate([[empty], [empty, one], [one, empty]]):
+        out = tmp_path / f"{number}.parquet"
+        predict(models["classifier"], files, out)
+        schema = pq.read_schema(out)
+        assert schema.names == ["id", "text", "label", "score", "scores"]
+        assert schema.types[:2] == [pa.string()] * 2
+
+
+def test_types_of_parquet_without_rows_do_not_matter(models, tmp_path):
+    times, numbers = (
+        pa.schema([("text", pa.string()), ("t", kind)]) for kind in (pa.timestamp("us", "UTC"), pa.int64())
+    )
+    pq.write_table(times.empty_table(), tmp_path / "times.parquet")
+    pq.write_table(numbers.empty_table(), tmp_path / "numbers.parquet")
+    files = [tmp_path / "times.parquet", tmp_path / "numbers.parquet"]
+    predict(models["classifier"], files, tmp_path / "none.parquet")
+    assert pq.read_schema(tmp_path / "none.parquet").names == ["text", "t", "label", "score", "scores"]
+    files.append(write(tmp_path / "full.parquet", [{"text": "a", "t": 5}]))
+    predict(models["classifier"], files, tmp_path / "out.parquet")
+    schema = pq.read_schema(tmp_path / "out.parquet")
+    assert schema.names == ["text", "t", "label", "score", "scores"] and schema.field("t").type == pa.int64()
+    assert [row["t"] for row in read(tmp_path / "out.parquet")] == [5]
+
+
+def test_categories_and_texts_are_one_column(models, tmp_path):
+    categories = pa.array(["x", None, "y"]).dictionary_encode()
+    pq.write_table(pa.table({"text": ["a"] * 3, "kind": categories}), tmp_path / "a.parquet")
+    write(tmp_path / "b.parquet", [{"text": "a", "kind": "z"}])
+    for number, names in enumerate(["ab", "ba"]):
+        out = tmp_path / f"{number}.parquet"
+        predict(models["classifier"], [tmp_path / f"{name}.parquet" for name in names], out)
+        assert pq.read_schema(out).field("kind").type == pa.string()
+        assert [row["kind"] for row in read(out)] == (["x", None, "y", "z"] if names == "ab" else ["z", "x", None, "y"])
+    ordered = categories.cast(pa.dictionary(pa.int32(), pa.string(), ordered=True))
+    pq.write_table(pa.table({"text": ["a"] * 3, "kind": ordered}), tmp_path / "o.parquet")
+    predict(models["classifier"], [tmp_path / "a.parquet", tmp_path / "o.parquet"], tmp_path / "both.parquet")
+    assert [row["kind"] for row in read(tmp_path / "both.parquet")] == ["x", None, "y"] * 2
+    predict(models["classifier"], [tmp_path / "a.parquet"], tmp_path / "alone.parquet", rows=1)
+    assert pa.types.is_dictionary(pq.read_schema(tmp_path / "alone.parquet").field("kind").type)
+
+
+def test_a_required_column_that_another_file_lacks_has_nulls(models, tmp_path):
+    schema = pa.schema([("text", pa.string()), pa.field("n", pa.int64(), nullable=False)])
+    pq.write_table(pa.table({"text": ["a"], "n": [1]}, schema), tmp_path / "a.parquet")
+    files = [tmp_path / "a.parquet", write(tmp_path / "b.csv", [{"text": "a"}])]
+    predict(models["classifier"], files, tmp_path / "out.parquet")
+    assert [row["n"] for row in read(tmp_path / "out.parquet")] == [1, None]
+
+
+@pytest.mark.parametrize("size", [1, 9])
+def test_rows_without_any_key_get_null_results_in_parquet(models, tmp_path, size):
+    file, out = write(tmp_path / "in.jsonl", [{"text": "a b"}, {}, {}, {"text": "c"}]), tmp_path / "out.parquet"
+    assert predict(models["classifier"], [file], out, text="text", rows=size, skip_bad=True)["skipped"] == 2
+    assert [(row["text"], row["label"] is None) for row in read(out)] == [
+        ("a b", False), (None, True), (None, True), ("c", False),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [1, 9])
+def test_objects_without_keys_are_written_beside_others_of_their_part(models, tmp_path, size):
+    given, out = [{"text": "a", "x": {"y": 1}}, {"text": "a", "x": {}}], tmp_path / "out.parquet"
+    file = write(tmp_path / "in.jsonl", given)
+    if size == 1:
+        with pytest.raises(InputError, match="row 2: column 'x' has a value .*no child field"):
+            predict(models["classifier"], [file], out, rows=size)
+    else:
+        predict(models["classifier"], [file], out, rows=size)
+        assert [row["x"] for row in read(out)] == [{"y": 1}, {"y": None}]
+
+
 def test_texts_that_are_none_come_out_as_json_where_they_are_skipped(models, tmp_path):
     given = [{"text": "a film"}, {"text": None}, {"text": 5}, {"text": [1, "b"]}]
     file = write(tmp_path / "in.jsonl", given)

@@ -1,7 +1,8 @@
 """Results as Arrow columns, and parquet files by batches of rows. Needs pyarrow, of the extra predict."""
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
+from itertools import chain, compress
 from pathlib import Path
 from typing import Any
 
@@ -80,15 +81,17 @@ def check_types(files: Mapping[Path, tuple[Sequence[str], int]]) -> None:
 
     Args:
         files: columns and number of rows of each, as `tables.describe` returns them. What is in a .jsonl is known
-            only when it is read: see `Types`.
+            only when it is read: see `Types`. A file without rows has no values whose type could matter.
     """
     known: dict[str, tuple[pa.DataType, Path]] = {}
     for path, (columns, count) in files.items():
+        if not count:
+            continue
         fields = []
         if path.suffix == ".parquet":
             with _open(path) as file:
                 fields = [(field.name, field.type) for field in _schema(file, path)]
-        elif path.suffix != ".jsonl" and count:
+        elif path.suffix != ".jsonl":
             fields = [(name, pa.string()) for name in columns]
         for name, given in fields:
             before, where = known.get(name, (given, path))
@@ -107,11 +110,12 @@ def _shown(given: pa.DataType) -> str:
 
 def _common(one: pa.DataType, two: pa.DataType) -> pa.DataType | None:
     """The type that holds the values of both, as far as types tell; None if there is none."""
-    schemas = [pa.schema([("column", each)]) for each in (one, two)]
-    try:
-        return pa.unify_schemas(schemas, promote_options="permissive").field(0).type
-    except _WRONG:
-        return None
+    values = [each.value_type if pa.types.is_dictionary(each) else each for each in (one, two)]
+    for types in ([one, two], values):  # a dictionary, pandas' categories, has no type in common with plain values
+        schemas = [pa.schema([("column", each)]) for each in types]
+        with contextlib.suppress(*_WRONG):
+            return pa.unify_schemas(schemas, promote_options="permissive").field(0).type
+    return None
 
 
 def batches(path: Path, rows: int) -> Iterator[pa.RecordBatch]:
@@ -160,21 +164,32 @@ def rows(batch: pa.RecordBatch, names: Sequence[str]) -> list[dict[str, Any]]:
     return [dict(zip(keys, values, strict=True)) for values in zip(*columns, strict=True)]
 
 
-def write_part(path: Path, given: Any, results: dict[str, pa.Array], names: Sequence[str]) -> None:
-    """Write rows, a record batch or a list of dicts, with the columns of results beside them.
+def write_part(
+    path: Path, given: Any, columns: Sequence[str], results: dict[str, pa.Array], names: Sequence[str]
+) -> None:
+    """Write rows with the columns of results beside them.
 
-    Raises InputError for a row whose value parquet cannot hold, or not beside those before it; `names` are what
-    messages call each row.
+    Args:
+        path: the file to write.
+        given: a record batch, or a list of dicts.
+        columns: those of a list without rows; they hold texts.
+        results: the columns of results by name.
+        names: what messages call each row.
+
+    Raises:
+        InputError: parquet cannot hold a value of a row, or not beside those before it.
     """
     batch = isinstance(given, pa.RecordBatch)
     try:
         if batch:
             table = pa.Table.from_batches([given])
-        else:
+            for name, values in results.items():
+                table = table.append_column(name, values)
+        elif given:  # at once: a table without columns has no rows, and takes no column that has
             keys = dict.fromkeys(chain.from_iterable(given))
-            table = pa.table({key: [row.get(key) for row in given] for key in keys})
-        for name, values in results.items():
-            table = table.append_column(name, values)
+            table = pa.table({key: [row.get(key) for row in given] for key in keys} | results)
+        else:
+            table = pa.table({name: pa.array([], pa.string()) for name in columns} | results)
         pq.write_table(table.replace_schema_metadata(), path)  # other tools' metadata would not know the new columns
     except (*_WRONG, TypeError, ValueError, OverflowError) as error:
         raise _refusal(given, names, error) from None
@@ -273,17 +288,38 @@ def _cast(table: pa.Table, name: str, wanted: pa.DataType) -> pa.ChunkedArray:
         ) from None
 
 
+def _fields(schemas: Sequence[pa.Schema]) -> dict[str, pa.Field]:
+    """The columns of parts by name, with types that hold the values of all. Raises InputError as `join` does."""
+    fields: dict[str, pa.Field] = {}
+    for field in chain.from_iterable(schemas):
+        before = fields.get(field.name, field)
+        common = _common(before.type, field.type)
+        if common is None:
+            raise InputError(
+                f"column {field.name!r} mixes {_shown(before.type)} and {_shown(field.type)}, which parquet cannot "
+                f"hold; {_JSON}"
+            )
+        fields[field.name] = before.with_type(common).with_nullable(before.nullable or field.nullable)
+    everywhere = set(fields).intersection(*(schema.names for schema in schemas))
+    return {name: field if name in everywhere else field.with_nullable(True) for name, field in fields.items()}
+
+
 def join(parts: Sequence[Path], file: Any) -> None:
     """Write the rows of all parts, in order, to an open binary file; one part at a time is in memory.
 
+    A part without rows adds columns, whose types count where no other part has them.
+
     Raises InputError if a column has types in different parts that have none in common.
     """
-    try:
-        schema = pa.unify_schemas([pq.read_schema(part) for part in parts], promote_options="permissive")
-    except _WRONG as error:
-        raise InputError(f"a column mixes types, which parquet cannot hold ({first_line(error)}); {_JSON}") from None
+    schemas = [pq.read_schema(part) for part in parts]
+    filled = [pq.read_metadata(part).num_rows > 0 for part in parts]
+    fields = _fields(list(compress(schemas, filled)))
+    for field in chain.from_iterable(schemas):
+        fields.setdefault(field.name, field.with_nullable(field.nullable or any(filled)))
+    names = dict.fromkeys(chain.from_iterable(each.names for each in schemas))
+    schema = pa.schema([fields[name] for name in names])
     with pq.ParquetWriter(file, schema) as writer:
-        for part in parts:
+        for part in compress(parts, filled):
             table = pq.read_table(part)
             columns = [_cast(table, field.name, field.type) for field in schema]
             writer.write_table(pa.Table.from_arrays(columns, schema=schema))

@@ -248,6 +248,8 @@ def _type_check(target: Path, paths: Sequence[Path], job: Job) -> Callable[[Part
     types = arrow.Types()
 
     def check(part: Part) -> None:
+        if not part.rows:
+            return
         try:
             types.add(part.path)
         except InputError as error:

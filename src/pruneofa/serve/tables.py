@@ -117,7 +117,7 @@ class Rows:
             from pruneofa.serve import arrow
 
             given = self._readable(predictor, results) if self._batch is None else self._batch
-            arrow.write_part(part, given, predictor.arrow_columns(results), self.names)
+            arrow.write_part(part, given, self._columns, predictor.arrow_columns(results), self.names)
             return
         given = self._rows if self._batch is None else self._batch_rows()
         with open(part, "w", encoding="utf-8", newline="") as file:
