@@ -167,7 +167,7 @@ def test_wrong_input_is_one_line(folders, tmp_path):
     assert "give it another" in refused("a\tb=model")
     assert "no such folder" in refused(tmp_path / "none", "--port", 0, "--workers", 2)
     assert "give each a name of its own" in refused(model, model)
-    assert "would always refuse" in refused(model, "--max-client-batch-size", 600)
+    assert "or raise --max-concurrent-requests\n" in refused(model, "--max-client-batch-size", 600)
     (tmp_path / "key").write_text("\n")
     assert "is empty" in refused(model, "--api-key-file", tmp_path / "key")
     (tmp_path / "key").write_text("secret\nother\n")
