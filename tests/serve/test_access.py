@@ -171,6 +171,31 @@ def test_a_client_that_sends_its_body_too_slowly_is_told_so():
     assert json.loads(sent[1]["body"]) == {"error": "the request's body took too long", "error_type": "Validation"}
 
 
+@pytest.mark.parametrize("expect", [None, b"100-continue"])
+def test_a_refused_body_that_does_not_come_holds_nothing_up(expect):
+    sent, asked = [], []
+
+    async def receive():
+        asked.append(1)
+        await asyncio.sleep(60)
+
+    async def send(message):
+        sent.append(message)
+
+    async def run():
+        headers = [(b"content-length", b"3000000")] + ([(b"expect", expect)] if expect else [])
+        scope = {"type": "http", "method": "POST", "path": "/embed", "headers": headers}
+        access = Access(None, Settings(access_log=False), lambda cause: None)
+        answering = asyncio.create_task(access(scope, receive, send))
+        await asyncio.sleep(0.05)
+        assert answering.done() == bool(expect)
+        answering.cancel()  # as at the end of the server
+        await asyncio.wait([answering])
+
+    asyncio.run(run())
+    assert sent[0]["status"] == 413 and not sent[-1].get("more_body") and len(asked) == (not expect)
+
+
 def test_no_other_origin_is_let_in(served):
     response = served().post("/embed", json={"inputs": "a"}, headers={"origin": "https://elsewhere.example"})
     assert not [name for name in response.headers if name.startswith("access-control")]
