@@ -137,7 +137,7 @@ class Connection(HttpToolsProtocol):
             self._half_close()
             return
         if broken and self.pipeline:
-            self.pipeline[0] = (cycle, _refusing(msg))
+            self.pipeline[0] = (cycle, _refusing(msg))  # type: ignore[assignment]
         self._end_refused_body()
         cycle.keep_alive = False
         cycle.transport = _Open(self.transport, self._half_close)  # type: ignore[assignment]
