@@ -63,6 +63,8 @@ def test_without_the_key_other_protocols_get_their_own_error(served, path, keys)
     [
         ("max_batch_tokens", 0),
         ("payload_limit", -1),
+        ("max_client_batch_size", 0),
+        ("max_client_batch_size", 600),
         ("body_timeout", 0.0),
         ("body_timeout", float("nan")),
         ("body_timeout", float("inf")),
@@ -75,6 +77,15 @@ def test_without_the_key_other_protocols_get_their_own_error(served, path, keys)
 def test_settings_with_which_nothing_can_be_served_are_refused(setting, value):
     with pytest.raises(InputError, match=setting):
         Settings(**{setting: value})
+
+
+def test_a_request_may_have_as_many_inputs_as_all(served):
+    assert Settings().max_client_batch_size == Settings(max_concurrent_requests=32).max_client_batch_size == 32
+    client = served(max_concurrent_requests=16)
+    assert client.get("/info").json()["max_client_batch_size"] == 16
+    assert client.post("/embed", json={"inputs": ["a"] * 17}).status_code == 422
+    with pytest.raises(InputError, match="would always refuse; lower it, or raise max_concurrent_requests"):
+        Settings(max_client_batch_size=17, max_concurrent_requests=16)
 
 
 def test_refusals_before_the_routes_are_counted(served):
@@ -98,10 +109,12 @@ def test_a_body_that_is_too_long_is_refused(served):
 
 def test_more_inputs_than_may_be_in_flight_are_refused(served):
     client = served(max_concurrent_requests=3)
-    response = client.post("/embed", json={"inputs": ["a"] * 4})
+    client.app.state.serving.batcher.acquire(1)
+    response = client.post("/embed", json={"inputs": ["a"] * 3})
     assert response.status_code == 429
     assert response.json() == {"error": "Model is overloaded", "error_type": "Overloaded"}
-    assert client.post("/v1/embeddings", json={"input": ["a"] * 4}).json()["type"] == "Overloaded"
+    assert client.post("/v1/embeddings", json={"input": ["a"] * 3}).json()["type"] == "Overloaded"
+    client.app.state.serving.batcher.release(1)
     assert client.post("/embed", json={"inputs": ["a"] * 3}).status_code == 200
     assert 'te_request_failure{err="overloaded"} 2.0' in client.get("/metrics").text
 
@@ -156,6 +169,31 @@ def test_a_client_that_sends_its_body_too_slowly_is_told_so():
     asyncio.run(Access(app, Settings(body_timeout=0.05, access_log=False), causes.append)(scope, receive, send))
     assert sent[0]["status"] == 408 and causes == ["timeout"]
     assert json.loads(sent[1]["body"]) == {"error": "the request's body took too long", "error_type": "Validation"}
+
+
+@pytest.mark.parametrize("expect", [None, b"100-continue"])
+def test_a_refused_body_that_does_not_come_holds_nothing_up(expect):
+    sent, asked = [], []
+
+    async def receive():
+        asked.append(1)
+        await asyncio.sleep(60)
+
+    async def send(message):
+        sent.append(message)
+
+    async def run():
+        headers = [(b"content-length", b"3000000")] + ([(b"expect", expect)] if expect else [])
+        scope = {"type": "http", "method": "POST", "path": "/embed", "headers": headers}
+        access = Access(None, Settings(access_log=False), lambda cause: None)
+        answering = asyncio.create_task(access(scope, receive, send))
+        await asyncio.sleep(0.05)
+        assert answering.done() == bool(expect)
+        answering.cancel()  # as at the end of the server
+        await asyncio.wait([answering])
+
+    asyncio.run(run())
+    assert sent[0]["status"] == 413 and not sent[-1].get("more_body") and len(asked) == (not expect)
 
 
 def test_no_other_origin_is_let_in(served):

@@ -1,7 +1,6 @@
 """Which connections are closed because nothing moves on them, on real sockets."""
 
 import asyncio
-import contextlib
 import json
 import os
 import socket
@@ -13,12 +12,20 @@ from uvicorn.server import ServerState
 from pruneofa.serve.connections import MAX_HEAD, Connection, close_stalled
 
 HEAD = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n"
+LATE = HEAD.replace(b"/", b"/late", 1)
 LARGE = 1 << 25  # bytes, more than the system keeps for a client that does not read
 
 
 async def app(scope, receive, send):
     if scope["path"] == "/never":
         await asyncio.sleep(60)
+    if scope["path"] == "/early":
+        await send({"type": "http.response.start", "status": 413, "headers": [(b"connection", b"close")]})
+        await send({"type": "http.response.body", "body": b"long", "more_body": True})
+        while (await receive()).get("more_body"):
+            pass
+        await send({"type": "http.response.body"})
+        return
     if scope["path"] == "/late":
         while (await receive()).get("more_body"):
             pass
@@ -34,6 +41,13 @@ async def app(scope, receive, send):
     size = LARGE if scope["path"] == "/large" else 2
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % size)]})
     await send({"type": "http.response.body", "body": b"a" * size})
+
+
+def statuses(answers):
+    """The status of each answer; the last one must say that the connection is closed."""
+    *_, last = answers.split(b"HTTP/1.1 ")
+    assert b"\r\nconnection: close\r\n" in last and answers.count(b"connection: close") == 1
+    return [answer[:3] for answer in answers.split(b"HTTP/1.1 ")[1:]]
 
 
 def served(test):
@@ -58,6 +72,11 @@ def served(test):
             await asyncio.sleep(0.1)
             return len(state.connections)
 
+        def shutdown():
+            for connection in list(state.connections):
+                connection.shutdown()
+
+        look.shutdown = shutdown
         await asyncio.wait_for(test(connect, look), 20)
         for writer in opened:
             writer.transport.abort()
@@ -118,7 +137,9 @@ def test_an_answer_that_is_read_slowly():
     ],
     ids=["head", "trailers"],
 )
-def test_headers_without_end_are_refused(begun):
+def test_headers_without_end_are_refused(begun, monkeypatch):
+    monkeypatch.setattr("pruneofa.serve.connections._LINGER", 0.5)
+
     async def test(connect, look):
         _, writer = await connect(begun)
         with pytest.raises(ConnectionError):
@@ -148,11 +169,10 @@ def test_a_pipelined_request_whose_head_comes_in_parts_behind_a_large_body():
 
 def test_an_unanswered_request_is_not_answered_by_the_error_of_the_next():
     async def test(connect, look):
-        reader, writer = await connect(HEAD.replace(b"/", b"/never", 1) + HEAD[:-2])
+        reader, writer = await connect(LATE + HEAD[:-2])
         for _ in range(2):
             writer.write(b"x: " + b"a" * (MAX_HEAD // 2) + b"\r\n")
-            await asyncio.sleep(0.2)  # until it is read, as a reset would drop an answer
-        assert await asyncio.wait_for(reader.read(), 5) == b""
+        assert statuses(await asyncio.wait_for(reader.read(), 5)) == [b"200"]
 
     served(test)
 
@@ -183,10 +203,10 @@ def test_an_offer_to_upgrade_is_declined_and_the_body_read():
     served(test)
 
 
-async def answered_in_json(reader):
+async def answered_in_json(reader, message=""):
     head, _, body = (await asyncio.wait_for(reader.read(), 5)).partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 400 ") and b"content-type: application/json" in head
-    assert set(json.loads(body)) == {"error", "error_type"}
+    assert set(json.loads(body)) == {"error", "error_type"} and message in json.loads(body)["error"]
 
 
 @pytest.mark.parametrize(
@@ -214,7 +234,9 @@ def test_what_is_no_http_is_answered_in_json(content):
     served(test)
 
 
-def test_garbage_without_end_is_cut_off():
+def test_garbage_without_end_is_cut_off(monkeypatch):
+    monkeypatch.setattr("pruneofa.serve.connections._LINGER", 0.5)
+
     async def test(connect, look):
         _, writer = await connect(b"\0")
         with pytest.raises(ConnectionError):
@@ -229,8 +251,96 @@ def test_garbage_without_end_is_cut_off():
 def test_garbage_behind_an_unanswered_request_is_not_its_answer():
     async def test(connect, look):
         reader, _ = await connect(HEAD.replace(b"/", b"/never", 1) + b"\0\1\r\n\r\n")
-        with contextlib.suppress(ConnectionError):
-            assert await asyncio.wait_for(reader.read(), 5) == b""
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(reader.read(), 0.5)
+        assert [await look() for _ in range(3)] == [1, 1, 1]
+
+    served(test)
+
+
+BROKEN = b"POST /late HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nno length\r\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (LATE.replace(b": 0", b": 4") + b"body}", [b"200"]),
+        (LATE.replace(b": 0", b": 5") + "caf\u00e9\u00e9".encode(), [b"200"]),
+        (LATE + b"\0", [b"200"]),
+        (LATE + HEAD + LATE + b"}" * 1000, [b"200"] * 3),
+        (LATE + b"}" * 700_000, [b"200"]),  # more than is read at once: no reset before the answer is read
+        (LATE + b"}" * 3_000_000, [b"200"]),
+        (LATE + BROKEN, [b"200", b"400"]),
+        (LATE + HEAD + BROKEN + HEAD, [b"200", b"200", b"400"]),
+    ],
+    ids=["byte", "characters", "garbage", "several", "much", "more", "body", "third body"],
+)
+def test_what_was_accepted_before_garbage_is_answered(content, expected, monkeypatch):
+    monkeypatch.setattr("pruneofa.serve.connections._LINGER", 1)
+
+    async def test(connect, look):
+        reader, writer = await connect(content)
+        answers = b""
+        while part := await asyncio.wait_for(reader.read(1000), 5):
+            answers += part
+        assert statuses(answers) == expected
+        writer.transport.abort()
+        await asyncio.sleep(1.2 if len(content) > 2_000_000 else 0.1)
+        assert await look() == 0
+
+    served(test)
+
+
+def test_garbage_in_a_body_that_is_refused_already():
+    async def test(connect, look):
+        chunked = b"transfer-encoding: chunked"
+        reader, writer = await connect(HEAD.replace(b"/", b"/early", 1).replace(b"content-length: 0", chunked))
+        writer.write(b"no length\r\n")
+        assert statuses(await asyncio.wait_for(reader.read(), 5)) == [b"413"]
+
+    served(test)
+
+
+def test_garbage_that_follows_an_answer_later():
+    async def test(connect, look):
+        reader, writer = await connect(HEAD)
+        writer.write(b"}")
+        assert statuses(await asyncio.wait_for(reader.read(), 5)) == [b"200", b"400"]
+
+    served(test)
+
+
+@pytest.mark.parametrize("end", [b"\r\n\r\n", b"", b"\r\n\r\n" + HEAD])
+def test_a_long_head_that_is_read_at_once(end):
+    async def test(connect, look):
+        reader, _ = await connect(b"GET / HTTP/1.1\r\nx: " + b"a" * (MAX_HEAD + 5000) + end)
+        await answered_in_json(reader, "has more than 65536 bytes")
+
+    served(test)
+
+
+def test_a_head_that_is_just_short_enough():
+    async def test(connect, look):
+        request = HEAD[:-2] + b"x: " + b"a" * (MAX_HEAD - 100) + b"\r\n\r\n"
+        reader, writer = await connect(request)
+        assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+        writer.write((request * 3).replace(b": 0", b": 9", 1).replace(b"\r\n\r\n", b"\r\n\r\nsome body", 1))
+        answers = b""
+        while answers.count(b"aa") < 4:
+            part = await asyncio.wait_for(reader.read(1000), 5)
+            assert part, answers
+            answers += part
+
+    served(test)
+
+
+@pytest.mark.parametrize("expecting", [b"", b"expect: 100-continue\r\n"])
+def test_a_server_that_ends_waits_for_no_body_that_is_refused(expecting):
+    async def test(connect, look):
+        length = expecting + b"content-length: 9"
+        reader, _ = await connect(HEAD.replace(b"/", b"/early", 1).replace(b"content-length: 0", length))
+        look.shutdown()
+        assert statuses(await asyncio.wait_for(reader.read(), 5)) == [b"413"]
 
     served(test)
 

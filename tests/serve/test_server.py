@@ -91,6 +91,18 @@ def test_what_is_not_answered_in_time_after_sigterm_is_refused(start, folders):
     assert "Traceback" not in server.process.stderr.read()
 
 
+@pytest.mark.parametrize("expect", ["", "expect: 100-continue\r\n"])
+def test_a_refused_body_that_does_not_come_is_not_waited_for_after_sigterm(start, folders, expect):
+    server = start(folders["vectors"], "--max-concurrent-requests", 16)
+    with server.connect() as connection:
+        connection.sendall(f"POST /embed HTTP/1.1\r\nhost: x\r\ncontent-length: 3000000\r\n{expect}\r\n".encode())
+        assert connection.recv(1000).startswith(b"HTTP/1.1 413")
+        begin = time.monotonic()
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(20) == 0 and time.monotonic() - begin < 10
+    assert "without completing" not in server.process.stderr.read()
+
+
 def test_clients_that_leave_cost_nothing_more(start, folders):
     server = start(folders["vectors"], "--max-client-batch-size", 20_000, "--max-concurrent-requests", 20_001)
     body = json.dumps({"inputs": ["the king of music and water"] * 20_000}).encode()
@@ -167,7 +179,7 @@ def test_wrong_input_is_one_line(folders, tmp_path):
     assert "give it another" in refused("a\tb=model")
     assert "no such folder" in refused(tmp_path / "none", "--port", 0, "--workers", 2)
     assert "give each a name of its own" in refused(model, model)
-    assert "would always refuse" in refused(model, "--max-client-batch-size", 600)
+    assert "or raise --max-concurrent-requests\n" in refused(model, "--max-client-batch-size", 600)
     (tmp_path / "key").write_text("\n")
     assert "is empty" in refused(model, "--api-key-file", tmp_path / "key")
     (tmp_path / "key").write_text("secret\nother\n")

@@ -40,7 +40,8 @@ def describe(verb: argparse.ArgumentParser) -> None:
     add("--max-batch-tokens", type=int, default=2048, metavar="N", help="tokens computed together (default 2048)")
     add("--max-concurrent-requests", type=int, default=512, metavar="N",
         help="inputs in flight; more are refused with 429 (default 512)")  # fmt: skip
-    add("--max-client-batch-size", type=int, default=32, metavar="N", help="inputs of one request (default 32)")
+    add("--max-client-batch-size", type=int, metavar="N",
+        help="inputs of one request (default 32, or --max-concurrent-requests where that is less)")  # fmt: skip
     add("--payload-limit", type=int, default=2_000_000, metavar="BYTES", help="of a request's body (default 2000000)")
     add("--no-auto-truncate", action="store_true",
         help="refuse inputs that are too long unless the request says truncate")  # fmt: skip
@@ -54,6 +55,8 @@ def describe(verb: argparse.ArgumentParser) -> None:
 
 
 def _call(options: argparse.Namespace) -> int:
+    from pruneofa.serve.settings import choose_client_batch_size
+
     models = [_named(given) for given in options.models]
     names = [name for name, _ in models]
     if len(set(names)) < len(names):
@@ -62,11 +65,11 @@ def _call(options: argparse.Namespace) -> int:
         value = getattr(options, name)
         if value is not None and not least <= value <= most:
             raise InputError(f"--{name.replace('_', '-')} is {short(value)}, wanted {least} to {most}")
-    if options.max_client_batch_size > options.max_concurrent_requests:
-        raise InputError(
-            f"--max-client-batch-size is {options.max_client_batch_size}, which --max-concurrent-requests "
-            f"{options.max_concurrent_requests} would always refuse; raise that too"
-        )
+    batch_size = choose_client_batch_size(
+        options.max_client_batch_size,
+        options.max_concurrent_requests,
+        ("--max-client-batch-size", "--max-concurrent-requests"),
+    )
     key = _key(options.api_key_file)
     # Each worker's engine computes in its own threads; a second pool in the tokenizer would only compete with it.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -78,7 +81,7 @@ def _call(options: argparse.Namespace) -> int:
     settings = Settings(
         max_batch_tokens=options.max_batch_tokens,
         max_concurrent_requests=options.max_concurrent_requests,
-        max_client_batch_size=options.max_client_batch_size,
+        max_client_batch_size=batch_size,
         auto_truncate=not options.no_auto_truncate,
         payload_limit=options.payload_limit,
         api_key=key,

@@ -65,10 +65,12 @@ class Access:
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = dict(scope["headers"])  # of repeated headers the last
-        unread = True
+        # A client that expects 100 sends no body before it is asked for one, which the first `receive` does.
+        unread = headers.get(b"expect", b"").lower() != b"100-continue"
 
         async def receive_and_see() -> Message:
             nonlocal unread
+            unread = True
             message = await receive()
             unread = message.get("more_body", False)  # http.disconnect has none
             return message
@@ -116,7 +118,9 @@ class Access:
             await send({**message, "more_body": True} if message["type"] == "http.response.body" else message)
 
         await response(scope, receive, send_without_end)
-        with contextlib.suppress(TimeoutError):
+        with contextlib.suppress(
+            TimeoutError, asyncio.CancelledError
+        ):  # cancelled: the server ends, and waits no longer
             await self._in_time(_drop(receive))
         await send({"type": "http.response.body"})
 

@@ -3,14 +3,17 @@
 The times of bodies and of idle connections between requests are limited by `access` and by uvicorn.
 """
 
+import asyncio
 import contextlib
 import json
 import struct
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import httptools
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 if sys.platform == "linux":
@@ -18,9 +21,12 @@ if sys.platform == "linux":
     import termios
 
 MAX_HEAD = 1 << 16  # bytes of a request that are no body: its line, headers and trailers; uvicorn has no limit
-_MOST_DROPPED = 1 << 20  # bytes that are read behind what is no HTTP, so that the client gets to read the answer
+_PIECE = 1 << 14  # bytes that are parsed together, and so the precision with which a head without end is measured
+_MOST_DROPPED = 1 << 20  # bytes that are read behind what is no HTTP, so that the client gets to read its answers
 _LINGER = 5  # seconds for the same
 INTERVAL = 30  # seconds between two looks for connections on which nothing moves
+
+_LONG_HEAD = f"The request's head has more than {MAX_HEAD} bytes."
 
 State = tuple[RequestResponseCycle | None, int, int]  # the last request, and the unread bytes here and in the kernel
 
@@ -33,18 +39,20 @@ class Connection(HttpToolsProtocol):
     """
 
     partial = False
-    _dropped: int | None = None  # bytes since the client was told that it does not speak HTTP
-    _extra: int | None = None  # bytes since the request began, or since its last body, with that read left out
+    _dropped: int | None = None  # bytes behind what is no HTTP; nothing is parsed any more
+    _extra = 0  # bytes since the last body, or the last complete request, with the piece in which that ended left out
 
     def on_message_begin(self) -> None:
         """Called by the parser at the first byte of a request."""
         super().on_message_begin()
-        self.partial, self._extra = True, 0
+        self.partial = True
 
     def on_headers_complete(self) -> None:
         """Called by the parser behind the head."""
         if self._upgrades():
             return
+        if self._long_head():
+            raise ValueError("long head")  # ends the parser, which may hold the whole head from one read
         self.partial = False
         super().on_headers_complete()
 
@@ -57,30 +65,34 @@ class Connection(HttpToolsProtocol):
         """Called by the parser behind the request."""
         if self._upgrades():
             return
-        self._extra = None
+        self._extra = 0
         super().on_message_complete()
 
     def data_received(self, data: bytes) -> None:
         """Called by the event loop with what the client sent."""
-        if self._dropped is not None:
-            self._dropped += len(data)
-            if self._dropped > _MOST_DROPPED:
-                self.transport.abort()
-            return
-        if self._extra is not None:
-            self._extra += len(data)  # the parser sets it again where there is a body or another request
-        self._unset_keepalive_if_required()
-        self._parse(data)
-        if self._dropped is not None or self._extra is None or self._extra <= MAX_HEAD or self.transport.is_closing():
-            return
-        if self.partial:
-            self.send_400_response(f"The request's head has more than {MAX_HEAD} bytes.")
-        else:
-            self.transport.abort()
+        if self._dropped is None:
+            self._unset_keepalive_if_required()
+        for begin in range(0, len(data), _PIECE):
+            piece = data[begin : begin + _PIECE]
+            if self._dropped is not None:
+                self._drop(len(data) - begin)
+                return
+            self._extra += len(piece)  # the parser sets it to 0 where there is a body, or a request is complete
+            self._parse(piece)
+            if self._dropped is None and self._extra > MAX_HEAD and not self.transport.is_closing():
+                self.send_400_response(_LONG_HEAD)
+
+    def shutdown(self) -> None:
+        """Called by the server when it ends: wait for the answers, but for no body that is refused."""
+        super().shutdown()
+        self._end_refused_body()
 
     def _upgrades(self) -> bool:
         """Whether the client offers another protocol, as Java's client and curl offer HTTP/2."""
         return bool(self.parser.should_upgrade()) and self.parser.get_method() != b"CONNECT"
+
+    def _long_head(self) -> bool:
+        return len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers) > MAX_HEAD
 
     def _parse(self, data: bytes) -> None:
         rest = memoryview(data)
@@ -101,24 +113,81 @@ class Connection(HttpToolsProtocol):
                 self.parser.feed_data(b"\r\n".join([line, *headers, b"", b""]))
         except httptools.HttpParserError:
             self.logger.warning("Invalid HTTP request received.")
-            self.send_400_response("Invalid HTTP request received.")
+            long = self.partial and self._long_head()
+            self.send_400_response(_LONG_HEAD if long else "Invalid HTTP request received.")
 
     def send_400_response(self, msg: str) -> None:
-        """Called where the parser fails: say so in JSON, and read on for a while, as in `access`."""
+        """Called where the parser fails: say so in JSON, and read on for a while, as in `access`.
+
+        The requests before are answered first. Where there are any, the connection is closed behind the last answer: a
+        client could take a 400 that it did not wait for as the answer to another request.
+        """
         cycle = self.cycle
-        if cycle is not None and not cycle.response_complete:
-            if self.pipeline or self.partial or not cycle.more_body or cycle.response_started:
-                self.transport.abort()  # the client would take it for the answer to an earlier request, or a part of it
-                return
-            cycle.disconnected = True  # the application gets no more of this body, and need not answer
+        answered = cycle is None or cycle.response_complete
+        broken = not answered and cycle.more_body and not self.partial  # this request, in its body
+        self._dropped, self.partial = 0, False
+        self.timeout_keep_alive = _LINGER
+        if answered or (broken and not self.pipeline and not cycle.response_started):
+            if broken:
+                cycle.disconnected = True  # the application gets no more of this body, and need not answer
+                cycle.message_event.set()
+            body = _error(msg)
+            head = b"HTTP/1.1 400 Bad Request\r\nconnection: close\r\ncontent-type: application/json\r\n"
+            self.transport.write(head + b"content-length: %d\r\n\r\n" % len(body) + body)
+            self._half_close()
+            return
+        if broken and self.pipeline:
+            self.pipeline[0] = (cycle, _refusing(msg))  # type: ignore[assignment]
+        self._end_refused_body()
+        cycle.keep_alive = False
+        cycle.transport = _Open(self.transport, self._half_close)  # type: ignore[assignment]
+
+    def _drop(self, size: int) -> None:
+        """Count what is read behind what is no HTTP; read no more once it is _MOST_DROPPED bytes."""
+        self._dropped = (self._dropped or 0) + size
+        if self._dropped > _MOST_DROPPED:
+            self.flow.pause_reading()
+
+    def _end_refused_body(self) -> None:
+        """Wait for no more of a body whose request is answered already; nothing but a refusal is sent so early."""
+        cycle = self.cycle
+        if cycle is not None and cycle.response_started and cycle.more_body and not cycle.response_complete:
+            cycle.more_body = False
             cycle.message_event.set()
-        body = json.dumps({"error": msg, "error_type": "Validation"}).encode()
-        head = b"HTTP/1.1 400 Bad Request\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: %d"
-        self.transport.write(head % len(body) + b"\r\n\r\n" + body)
-        self.transport.write_eof()
-        self.flow.resume_reading()
-        self._dropped = 0
-        self.timeout_keep_alive_task = self.loop.call_later(_LINGER, self.timeout_keep_alive_handler)
+
+    def _half_close(self) -> None:
+        """Send no more, and read on for a while, as a client that still sends would see a reset before the answer."""
+        if not self.transport.is_closing():
+            self.transport.write_eof()
+            self.flow.resume_reading()
+            self._unset_keepalive_if_required()
+            self.timeout_keep_alive_task = self.loop.call_later(_LINGER, self.timeout_keep_alive_handler)
+
+
+class _Open:
+    """A transport for the last answer of a connection, which does not close it at once as uvicorn would.
+
+    Attributes:
+        write: of the transport.
+        is_closing: of the transport.
+        close: what to do in place of its own.
+    """
+
+    def __init__(self, transport: asyncio.Transport, close: Callable[[], None]) -> None:
+        self.write, self.is_closing, self.close = transport.write, transport.is_closing, close
+
+
+def _error(message: str) -> bytes:
+    return json.dumps({"error": message, "error_type": "Validation"}).encode()
+
+
+def _refusing(message: str) -> ASGIApp:
+    """An application that answers a request with 400 when its turn has come."""
+
+    async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
+        await Response(_error(message), 400, media_type="application/json")(scope, receive, send)
+
+    return refuse
 
 
 def close_stalled(connections: Iterable[Any], seen: Mapping[Any, tuple[State, int]]) -> dict[Any, tuple[State, int]]:
