@@ -61,8 +61,11 @@ def test_it_serves_until_sigterm(start, folders):
         server.connect()
 
 
-def test_requests_that_were_accepted_are_answered_after_sigterm(start, folders):
-    server = start(folders["vectors"], "--max-client-batch-size", 20_000, "--max-concurrent-requests", 20_000)
+MANY = ("--max-client-batch-size", 20_000, "--max-concurrent-requests", 20_000)
+
+
+def answers_of_a_long_request_after_sigterm(server):
+    """What the client of a request gets that is being computed when SIGTERM comes."""
     found = []
     asking = threading.Thread(target=lambda: found.append(ask(server, inputs=["the king of music"] * 20_000)))
     asking.start()
@@ -71,21 +74,19 @@ def test_requests_that_were_accepted_are_answered_after_sigterm(start, folders):
         assert time.monotonic() < end
     server.process.send_signal(signal.SIGTERM)
     asking.join()
-    assert found[0][0] == 200 and len(found[0][1]) == 20_000
+    return found
+
+
+def test_requests_that_were_accepted_are_answered_after_sigterm(start, folders):
+    server = start(folders["vectors"], *MANY)
+    [found] = answers_of_a_long_request_after_sigterm(server)
+    assert found[0] == 200 and len(found[1]) == 20_000
     assert server.process.wait(20) == 0
 
 
 def test_what_is_not_answered_in_time_after_sigterm_is_refused(start, folders):
-    limits = ("--max-client-batch-size", 20_000, "--max-concurrent-requests", 20_000)
-    server = start(folders["vectors"], *limits, "--grace", 0)
-    found = []
-    asking = threading.Thread(target=lambda: found.append(ask(server, inputs=["the king of music"] * 20_000)))
-    asking.start()
-    end = time.monotonic() + 20
-    while not metric(server, "te_batch_next_size_count"):
-        assert time.monotonic() < end
-    server.process.send_signal(signal.SIGTERM)
-    asking.join()
+    server = start(folders["vectors"], *MANY, "--grace", 0)
+    found = answers_of_a_long_request_after_sigterm(server)
     assert found == [(503, {"error": "the server is ending", "error_type": "Unhealthy"})]
     assert server.process.wait(20) == 0
     assert "Traceback" not in server.process.stderr.read()

@@ -118,9 +118,8 @@ class Access:
             await send({**message, "more_body": True} if message["type"] == "http.response.body" else message)
 
         await response(scope, receive, send_without_end)
-        with contextlib.suppress(
-            TimeoutError, asyncio.CancelledError
-        ):  # cancelled: the server ends, and waits no longer
+        # Cancelled when the server ends, and waits no longer.
+        with contextlib.suppress(TimeoutError, asyncio.CancelledError):
             await self._in_time(_drop(receive))
         await send({"type": "http.response.body"})
 

@@ -61,7 +61,7 @@ async def classify_tokens(call: Call, body: TokensRequest) -> tuple[Any, int]:
     model = call.model("token classification")
     job = await call.run(model, texts, single=single)
 
-    head, windows = model.engine.head, windows_by_text(job)
+    head, windows = model.engine.head, _windows_by_text(job)
     assert isinstance(head, TokenClassification)
 
     def entities(index: int) -> list[dict[str, Any]]:
@@ -79,7 +79,7 @@ async def classify_tokens(call: Call, body: TokensRequest) -> tuple[Any, int]:
     return (found[0] if single else found), sum(map(len, found))
 
 
-def windows_by_text(job: Job) -> dict[int, list[int]]:
+def _windows_by_text(job: Job) -> dict[int, list[int]]:
     """The indices of the sequences of each input, by its number."""
     found: dict[int, list[int]] = {}
     for index, sequence in enumerate(job.sequences):
@@ -93,7 +93,7 @@ async def answer(call: Call, body: AnswerRequest) -> tuple[Any, int]:
     questions = [body.inputs] if isinstance(body.inputs, Question) else body.inputs
     model = call.model("question answering")
     job = await call.run(model, [question.model_dump() for question in questions], single=single)
-    head, windows = model.engine.head, windows_by_text(job)
+    head, windows = model.engine.head, _windows_by_text(job)
     assert isinstance(head, QuestionAnswering)
 
     def best(index: int) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from pruneofa.serve.refusal import Refused, error_body
+
 if sys.platform == "linux":
     import fcntl
     import termios
@@ -178,7 +180,8 @@ class _Open:
 
 
 def _error(message: str) -> bytes:
-    return json.dumps({"error": message, "error_type": "Validation"}).encode()
+    # Not `call.to_json`: prometheus_client, which call imports, wants to know of the workers first.
+    return json.dumps(error_body("/", Refused("Validation", message))).encode()
 
 
 def _refusing(message: str) -> ASGIApp:
