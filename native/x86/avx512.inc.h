@@ -1,4 +1,4 @@
-// What the AVX-512 path and the AMX path share: vectors of 64 bytes and products of words. Included as lanes.inc.h is.
+// What the AVX-512 paths and the AMX path share: vectors of 64 bytes and products of words. Included as lanes.inc.h is.
 #define PRUNEOFA_REGISTER 64
 #define PRUNEOFA_MIN(a, b) _mm512_maskz_min_ps(0xffff, (__m512)(a), (__m512)(b))
 #define PRUNEOFA_MAX(a, b) _mm512_maskz_max_ps(0xffff, (__m512)(a), (__m512)(b))

@@ -12,7 +12,7 @@ namespace pruneofa {
 namespace {
 
 struct Cpu {
-  bool avx2 = false, avxvnni = false, avx512vnni = false, amx = false;
+  bool avx2 = false, avxvnni = false, avx512vnni = false, avx512bf16 = false, amx = false;
 };
 
 // Register state that the operating system saves: without it an instruction faults although cpuid lists it.
@@ -42,15 +42,20 @@ Cpu detect() {
   const uint32_t subleaves = a;  // of leaf 7, beside this one
   cpu.avx2 = ymm && fma && (b >> 5 & 1);
 #if defined(PRUNEOFA_EMULATE)
-  cpu.avxvnni = cpu.avx512vnni = cpu.amx = cpu.avx2;
+  cpu.avxvnni = cpu.avx512vnni = cpu.avx512bf16 = cpu.amx = cpu.avx2;
   return cpu;
 #endif
   const bool f = b >> 16 & 1, dq = b >> 17 & 1, bw = b >> 30 & 1, vl = b >> 31 & 1, vnni = c >> 11 & 1;
   cpu.avx512vnni = cpu.avx2 && zmm && f && dq && bw && vl && vnni;
-  const bool vbmi = c >> 1 & 1, vbmi2 = c >> 6 & 1, bf16 = d >> 22 & 1, fp16 = d >> 23 & 1, tile = d >> 24 & 1,
+  const bool vbmi = c >> 1 & 1, vbmi2 = c >> 6 & 1, amx_bf16 = d >> 22 & 1, fp16 = d >> 23 & 1, tile = d >> 24 & 1,
              int8 = d >> 25 & 1;
-  cpu.amx = cpu.avx512vnni && tiles && popcnt && vbmi && vbmi2 && bf16 && fp16 && tile && int8 && may_use_tiles();
-  if (subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) cpu.avxvnni = cpu.avx2 && (a >> 4 & 1);
+  bool bf16 = false;
+  if (subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) {
+    cpu.avxvnni = cpu.avx2 && (a >> 4 & 1);
+    bf16 = a >> 5 & 1;
+  }
+  cpu.avx512bf16 = cpu.avx512vnni && bf16;
+  cpu.amx = cpu.avx512bf16 && tiles && popcnt && vbmi && vbmi2 && amx_bf16 && fp16 && tile && int8 && may_use_tiles();
   return cpu;
 }
 
@@ -64,6 +69,7 @@ const Cpu& this_cpu() {
 bool cpu_has_avx2() { return this_cpu().avx2; }
 bool cpu_has_avxvnni() { return this_cpu().avxvnni; }
 bool cpu_has_avx512vnni() { return this_cpu().avx512vnni; }
+bool cpu_has_avx512bf16() { return this_cpu().avx512bf16; }
 bool cpu_has_amx() { return this_cpu().amx; }
 
 }  // namespace pruneofa

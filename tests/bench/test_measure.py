@@ -38,6 +38,7 @@ def test_what_is_not_installed_is_listed_or_refused(monkeypatch):
     ("cap", "out"),
     [
         (None, set()),
+        ("avx512bf16", {"onnxruntime", "onnxruntime-int8"}),
         ("avx512vnni", {"onnxruntime", "onnxruntime-int8"}),
         ("avxvnni", {"onnxruntime", "onnxruntime-int8", "openvino", "openvino-int8", "deepsparse"}),
         ("avx2", {"onnxruntime", "onnxruntime-int8", "openvino", "openvino-int8"}),

@@ -6,6 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PATHS = {
     "AMX": "x86/amx",
+    "AVX-512 VNNI and BF16": "x86/avx512bf16",
     "AVX-512 VNNI": "x86/avx512vnni",
     "AVX-VNNI": "x86/avxvnni",
     "AVX2": "x86/avx2",

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-X86 = ("scalar", "avx2", "avxvnni", "avx512vnni", "amx")
+X86 = ("scalar", "avx2", "avxvnni", "avx512vnni", "avx512bf16", "amx")
 ARM = ("scalar", "neon", "neon_i8mm")  # on other machines: test_arm.py
 # Every row of the dispatch table, worst first.
 TABLE = ARM if platform.machine() in ("aarch64", "arm64") else X86

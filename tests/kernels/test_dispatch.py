@@ -20,9 +20,11 @@ NEEDS = {
     "avx2": {"avx2", "fma"},
     "avxvnni": {"avx2", "fma", "avx_vnni"},
     "avx512vnni": AVX512VNNI,
+    "avx512bf16": AVX512VNNI | {"avx512_bf16"},
     "neon": {"asimddp"},
     "neon_i8mm": {"asimddp", "i8mm"},
-    "amx": AVX512VNNI | {"amx_tile", "amx_int8", "amx_bf16", "avx512vbmi", "avx512_vbmi2", "avx512_fp16", "popcnt"},
+    "amx": AVX512VNNI
+    | {"avx512_bf16", "amx_tile", "amx_int8", "amx_bf16", "avx512vbmi", "avx512_vbmi2", "avx512_fp16", "popcnt"},
 }
 
 
@@ -88,15 +90,15 @@ def test_each_path_says_which_layouts_it_takes(isa):
 @pytest.mark.parametrize(
     ("fill", "sparsity", "layouts"),
     [
-        ("4x1", 0.8, dict.fromkeys((*X86[1:4], *ARM[1:]), "sparse blocks of 4 outputs")),
-        ("1x4", 0.8, dict.fromkeys((*X86[:4], *ARM[1:]), "consecutive inputs")),
+        ("4x1", 0.8, dict.fromkeys((*X86[1:5], *ARM[1:]), "sparse blocks of 4 outputs")),
+        ("1x4", 0.8, dict.fromkeys((*X86[:5], *ARM[1:]), "consecutive inputs")),
         (
             "random",
             0.9,
             {
                 "scalar": "4 consecutive inputs",
                 "avx2": "2 gathered inputs",
-                **dict.fromkeys(("avxvnni", "avx512vnni", "neon", "neon_i8mm"), "4 gathered inputs"),
+                **dict.fromkeys(("avxvnni", "avx512vnni", "avx512bf16", "neon", "neon_i8mm"), "4 gathered inputs"),
             },
         ),
         ("random", 0.1, dict.fromkeys(TABLE, "dense")),

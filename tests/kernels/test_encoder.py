@@ -4,9 +4,9 @@ Stated tolerances, for outputs of a LayerNorm, whose size is about 1:
 - float weights: FLOAT for each value. The sums of float32 in another order, and the polynomials of docs/kernels.md.
 - int8 weights: where no code comes out one off, FLOAT as well. But a float that differs in its last bit may take the
   next code, one 255th of a token's range further, and a changed code changes floats: RMS and LARGEST for such a batch.
-- int8 weights with inputs quantized by the token, on AMX: attention rounds its operands to bfloat16 where heads are a
-  multiple of 32, and GELU is in half precision, which changes codes everywhere. All that they may add to the distance
-  from float weights, which int8 makes, is ROUGH of it.
+- int8 weights with inputs quantized by the token: on AMX and AVX-512 with BF16 attention rounds its operands
+  to bfloat16 where heads are a multiple of 32, and on AMX GELU is in half precision, which changes codes everywhere.
+  All that they may add to the distance from float weights, which int8 makes, is ROUGH of it.
 """
 
 import dataclasses

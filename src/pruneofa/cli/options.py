@@ -10,7 +10,7 @@ from pruneofa.errors import InputError
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-ISAS = "amx, avx512vnni, avxvnni or avx2, on ARM neon_i8mm or neon, or scalar"
+ISAS = "amx, avx512bf16, avx512vnni, avxvnni or avx2, on ARM neon_i8mm or neon, or scalar"
 CUSTOM = "custom"  # the name of a task that has only --data
 # The fields of a task's section that evaluation uses.
 EVALUATED = ("data", "validation", "text", "label", "max_length", "stride", "validation_rows", "skip_bad_answers")

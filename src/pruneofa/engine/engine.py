@@ -165,7 +165,7 @@ class Engine:
     def available_isas() -> list[str]:
         """Kernels that this CPU and operating system can run, fastest last.
 
-        x86-64: scalar, avx2, avxvnni, avx512vnni, amx. ARM: scalar, neon, neon_i8mm.
+        x86-64: scalar, avx2, avxvnni, avx512vnni, avx512bf16, amx. ARM: scalar, neon, neon_i8mm.
         """
         return list(native.available_isas()) if native else []
 
