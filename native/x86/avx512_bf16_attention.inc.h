@@ -6,10 +6,11 @@ constexpr __mmask32 kPairs = 0xffffffff;
 
 // Words (a[t], b[t]): two rows of 16 floats, rounded and interleaved.
 static inline void store_pairs(const lanes::Floats& a, const lanes::Floats& b, void* to) {
-  const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
-                                              21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  alignas(64) static constexpr int16_t kInterleave[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                          8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   const __m512bh rounded = _mm512_maskz_cvtne2ps_pbh(kPairs, reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(a));
-  _mm512_store_si512(to, _mm512_maskz_permutexvar_epi16(kPairs, interleave, reinterpret_cast<__m512i>(rounded)));
+  _mm512_store_si512(to, _mm512_maskz_permutexvar_epi16(kPairs, _mm512_load_si512(kInterleave),
+                                                            reinterpret_cast<__m512i>(rounded)));
 }
 
 // 16 sums += pairs, a word per lane, times 16 words, one for each sum.
