@@ -3,7 +3,8 @@
     python benchmarks/lanes.py [--model minilm@0.9] [--threads 1 2 16] [--turns 20] [--lanes 1 2] [--before CHECKOUT]
                                [--case "1x32" ...] [--out FILE.json]
 
-Cases: one text of 32 and of 128 tokens, and 32 texts of 8 to 128 tokens, which are timed by numbers of lanes, too; then
+Cases: one text of 32, of 128 and of 384 tokens, and 32 and 256 texts of 8 to 128 tokens, which are timed by numbers of
+lanes, too; then
 one text and the 32 with the process pinned to one CPU. Every setting is an engine in a process of its own; they take
 turns, one call each, in random order, so that what else runs on the machine meets all. `--before` adds the engine of
 another checkout, which has been installed (`make install`). Times of a busy machine are only good for ratios within a
@@ -52,7 +53,9 @@ for line in sys.stdin:
 CASES = {
     "1x32": [1, 32, 32, 0],
     "1x128": [1, 128, 128, 0],
+    "1x384": [1, 384, 384, 0],
     "32x8-128": [32, 8, 128, 0],
+    "256x8-128": [256, 8, 128, 0],
     "1x32 on one CPU": [1, 32, 32, 1],
     "32x8-128 on one CPU": [32, 8, 128, 1],
 }
