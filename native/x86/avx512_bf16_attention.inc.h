@@ -13,15 +13,22 @@ static inline void store_pairs(const lanes::Floats& a, const lanes::Floats& b, v
                                                             reinterpret_cast<__m512i>(rounded)));
 }
 
+constexpr int32_t kOnes = 0x3f803f80;
+
+// Sum of a lane + the products of its pair with that of the word.
+static inline lanes::Floats add_pair(const lanes::Floats& sum, const void* pairs, int32_t word) {
+  return reinterpret_cast<lanes::Floats>(
+      _mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(_mm512_load_si512(pairs)),
+                       reinterpret_cast<__m512bh>(_mm512_set1_epi32(word))));
+}
+
 // 16 sums += pairs, a word per lane, times 16 words, one for each sum.
 static inline void add_pairs(lanes::Floats (&sum)[16], const void* pairs, const char* words, std::ptrdiff_t stride) {
-  const __m512bh left = reinterpret_cast<__m512bh>(_mm512_load_si512(pairs));
   PRUNEOFA_UNROLL
   for (int i = 0; i < 16; ++i) {
     int32_t word;
     __builtin_memcpy(&word, words + i * stride, sizeof word);
-    sum[i] = reinterpret_cast<lanes::Floats>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum[i]), left,
-                                                              reinterpret_cast<__m512bh>(_mm512_set1_epi32(word))));
+    sum[i] = add_pair(sum[i], pairs, word);
   }
 }
 
@@ -109,7 +116,7 @@ static inline void rounded_attention(const Attention& a) {
                                 ? lanes::exponential_below(lanes::load(scores + (2 * pair + 1) * kLanes) - top)
                                 : lanes::broadcast(0.0f);
       store_pairs(first, second, r.weights + std::ptrdiff_t{pair} * 64);
-      total = total + first + second;
+      total = add_pair(total, r.weights + std::ptrdiff_t{pair} * 64, kOnes);  // as rounded, so that they sum to 1
     }
     const Floats inverse = 1.0f / total;
     const lanes::Ints in_sequence = lanes::sequence_mask(a, panel);

@@ -14,8 +14,8 @@ Floats = NDArray[np.float32]
 Table = tuple[NDArray[np.int8], Floats] | tuple[Floats, None]  # rows of an embedding: int8 and a scale each, or float32
 
 def built_isas() -> list[str]:
-    """Paths of this build, slowest first; a subset of "scalar", "avx2", "avxvnni", "avx512vnni", "amx", "neon" and
-    "neon_i8mm"."""
+    """Paths of this build, slowest first; a subset of "scalar", "avx2", "avxvnni", "avx512vnni", "avx512bf16", "amx",
+    "neon" and "neon_i8mm"."""
 
 def available_isas() -> list[str]:
     """The built paths that this CPU and operating system can run, slowest first."""

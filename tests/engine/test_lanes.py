@@ -49,13 +49,15 @@ BERT, MINILM = (121, 84_934_656), (61, 10_616_832)
 def test_a_small_model_on_a_fast_path_is_worth_fewer_threads():
     widths = {
         (isa, size): plan([128], 64, meeting=meeting_cost(*size, isa, "int8")).width
-        for isa in ("amx", "avx512vnni", "avx2")
+        for isa in ("amx", "avx512bf16", "avx512vnni", "avx2")
         for size in (BERT, MINILM)
     }
     assert widths["amx", BERT] == plan([128], 64).width >= 8
     assert all(2 <= widths[isa, MINILM] <= widths[isa, BERT] for isa in ("amx", "avx512vnni", "avx2"))
     for size in (BERT, MINILM):
-        assert widths["amx", size] <= widths["avx512vnni", size] <= widths["avx2", size] < 64
+        assert (
+            widths["amx", size] <= widths["avx512bf16", size] <= widths["avx512vnni", size] <= widths["avx2", size] < 64
+        )
     assert meeting_cost(73, BERT[1], "amx", "int8") < meeting_cost(*BERT, "amx", "int8")
     for isa in ("amx", "avx512vnni", "avx2"):  # floats use no tiles
         assert meeting_cost(*BERT, isa, "fp32") == meeting_cost(*BERT, "avx2", "int8")
