@@ -26,17 +26,10 @@ Run = Callable[[], np.ndarray]
 
 # Variables that limit the ISA of a library. They are removed from the environment of the user's shell.
 CAPPING = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "NM_ARCH")
+_AVX512 = {"ATEN_CPU_CAPABILITY": "avx512", "MKL_ENABLE_INSTRUCTIONS": "AVX512"}
 _TORCH_CAPS = {
-    "avx512bf16": {
-        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16",
-        "ATEN_CPU_CAPABILITY": "avx512",
-        "MKL_ENABLE_INSTRUCTIONS": "AVX512",
-    },
-    "avx512vnni": {
-        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI",
-        "ATEN_CPU_CAPABILITY": "avx512",
-        "MKL_ENABLE_INSTRUCTIONS": "AVX512",
-    },
+    "avx512bf16": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16", **_AVX512},
+    "avx512vnni": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI", **_AVX512},
     "avxvnni": {"ONEDNN_MAX_CPU_ISA": "AVX2_VNNI", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
     "avx2": {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
 }
@@ -44,11 +37,7 @@ _OPENVINO_CAPS = {
     "avx512bf16": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"},
     "avx512vnni": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"},
 }
-_DEEPSPARSE_CAPS = {
-    "avx512bf16": {"NM_ARCH": "avx512"},
-    "avx512vnni": {"NM_ARCH": "avx512"},
-    "avx2": {"NM_ARCH": "avx2"},
-}
+_DEEPSPARSE_CAPS = {isa: {"NM_ARCH": "avx512"} for isa in ("avx512bf16", "avx512vnni")} | {"avx2": {"NM_ARCH": "avx2"}}
 
 
 @dataclass(frozen=True)
