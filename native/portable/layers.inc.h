@@ -146,6 +146,19 @@ static inline Ints sequence_mask(const Attention& a, int panel) {
   return load(mask);
 }
 
+// Stores the score of a query panel and a key, from the sum of their products. A score that is infinite or NaN makes its
+// query's output NaN, by `spoiled`; the largest, `top`, is over the others, so that no power leaves the range of integers.
+static inline void store_score(const Attention& a, int panel, int token, const Floats& sum, float* to, Floats& top,
+                               Floats& spoiled) {
+  Floats score = sum * a.scale;
+  if (a.bias != nullptr) score = score + load_unaligned(a.bias + (panel * kLanes - token));
+  store(to, score);
+  if (token >= a.begin && token < a.end) {
+    top = maximum(score, top);
+    spoiled = spoiled + score * 0.0f;
+  }
+}
+
 // softmax(scale * q k^T + bias) v for the query panels of one head of one sequence. Two passes over the scores of a
 // panel, which fit the second-level cache, instead of an online softmax.
 static inline void attention(const Attention& a) {
@@ -154,8 +167,6 @@ static inline void attention(const Attention& a) {
   const int first = a.begin / kLanes, last = (a.end - 1) / kLanes;
   for (int panel = first; panel <= last; ++panel) {
     const float* q = a.query + panel * a.stride;
-    // A score that is infinite or NaN makes its query's output NaN; the largest is over the others, so that no power leaves
-    // the range of integers.
     Floats top = broadcast(-3.0e38f), spoiled = broadcast(0.0f);
     for (int p = first; p <= last; ++p) {
       const float* k = a.key + p * a.stride;
@@ -171,13 +182,7 @@ static inline void attention(const Attention& a) {
         PRUNEOFA_UNROLL
         for (int s = 0; s < kBlock; ++s) {
           const int token = p * kLanes + s0 + s;
-          Floats score = sum[s] * a.scale;
-          if (a.bias != nullptr) score = score + load_unaligned(a.bias + (panel * kLanes - token));
-          store(scores + (token - first * kLanes) * kLanes, score);
-          if (token >= a.begin && token < a.end) {
-            top = maximum(score, top);
-            spoiled = spoiled + score * 0.0f;
-          }
+          store_score(a, panel, token, sum[s], scores + (token - first * kLanes) * kLanes, top, spoiled);
         }
       }
     }

@@ -1,5 +1,5 @@
-// Attention with operands rounded to bfloat16, as dense runtimes do on this hardware: VDPBF16PS multiplies two pairs per
-// 32-bit lane and adds both products to a float. Included by avx512bf16.cc.
+// Attention with operands rounded to bfloat16, as dense runtimes do on this hardware: VDPBF16PS multiplies two pairs
+// per 32-bit lane and adds both products to a float. Included by avx512bf16.cc.
 
 // Mask of all lanes: for the intrinsics without a mask GCC warns of undefined values.
 constexpr __mmask32 kPairs = 0xffffffff;
@@ -58,8 +58,8 @@ static inline Rounded round_operands(const Attention& a) {
   r.length = a.end - a.begin;
   r.pairs = (r.length + 1) / 2;
   r.depth = a.size / 2;
-  // A panel's tokens before and after the sequence are stored with it: 16 of each fit. An odd number of cache lines lets
-  // sixteen features be read at once without meeting in the same sets.
+  // A panel's tokens before and after the sequence are stored with it: 16 of each fit. An odd number of cache lines
+  // lets sixteen features be read at once without meeting in the same sets.
   r.value_bytes = (std::ptrdiff_t{r.length} * 2 + 2 * 32 + 63) / 64 * 64 | 64;
   const int panels = r.last - r.first + 1;
   char* next = static_cast<char*>(a.scratch);
@@ -84,8 +84,8 @@ static inline Rounded round_operands(const Attention& a) {
   return r;
 }
 
-// As lanes::attention, whose softmax this is. Pairs of tokens are counted from the sequence's first, wherever in its panel
-// that is: the order of the sums, and so the result, depends on nothing else.
+// As lanes::attention, whose softmax this is. Pairs of tokens are counted from the sequence's first, wherever in its
+// panel that is: the order of the sums, and so the result, depends on nothing else.
 static inline void rounded_attention(const Attention& a) {
   using lanes::Floats;
   const Rounded r = round_operands(a);
@@ -99,13 +99,7 @@ static inline void rounded_attention(const Attention& a) {
       PRUNEOFA_UNROLL
       for (int s = 0; s < kLanes; ++s) {
         const int token = p * kLanes + s;
-        Floats score = sum[s] * a.scale;
-        if (a.bias != nullptr) score = score + lanes::load_unaligned(a.bias + (panel * kLanes - token));
-        lanes::store(r.scores + (token - r.first * kLanes) * kLanes, score);
-        if (token >= a.begin && token < a.end) {
-          top = lanes::maximum(score, top);
-          spoiled = spoiled + score * 0.0f;
-        }
+        lanes::store_score(a, panel, token, sum[s], r.scores + (token - r.first * kLanes) * kLanes, top, spoiled);
       }
     }
     Floats total = spoiled;

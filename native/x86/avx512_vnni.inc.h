@@ -1,4 +1,5 @@
-// Sparse int8 weights on AVX-512 with VNNI. Included by the paths that have it, after avx512.inc.h.
+// What the two AVX-512 paths without tiles share beside avx512.inc.h: sparse int8 weights by VNNI, and the row of the
+// table of paths.
 
 // Gathered words from rows of 64 bytes per input. Four rows are interleaved to the codes of up to four panels by eight
 // shuffles. Tokens 4 l .. 4 l + 3 of panel q lie at bytes 16 l + 4 q of a row, which makes them come out in order.
@@ -87,3 +88,35 @@ struct Gather {
     w.shared == 4 ? multiply_shared<4>(w, o, n, p, count, rows) : multiply_shared<1>(w, o, n, p, count, rows);
   }
 };
+
+// Constant, so that nothing of the path runs before the CPU is known.
+constexpr Kernels path(const char* isa, bool (*supported)(), void (*attention)(const Attention&)) {
+  return {
+      .isa = isa,
+      .supported = supported,
+      .lay_out = lay_out_words,
+      .group_int8 = 4,
+      .block_int8 = 4,
+      .block_float = 4,
+      .sparse_above = 0.7f,
+      .sparse_above_float = 0.6f,
+      .gathered = 1.7f,
+      .gathered_by_4 = 3.0f,
+      .begin = no_op,
+      .end = no_op,
+      .linear_int8 = linear_or_gathered<Int8, Gather>,
+      .linear_float = linear<Float>,
+      .range = lanes::range,
+      .scales = lanes::scales,
+      .encode = lanes::encode_words<4>,
+      .moments = lanes::moments,
+      .normalize = lanes::normalize,
+      .attention = attention,
+      .train_tokens = kTrainTokens,
+      .multiply_entries = multiply_entries<Avx>,
+      .sample_entries = sample_rows<Avx>,
+      .multiply_cached_int8 = multiply_cached<Int8, 4, 4>,
+      .multiply_cached_float = multiply_cached<Float, 4, 4>,
+      .read_all = read_all,
+  };
+}
