@@ -1,12 +1,13 @@
 """Milliseconds of one engine by threads and lanes in one alternating run, and what waiting costs where CPUs are few.
 
     python benchmarks/lanes.py [--model minilm@0.9] [--threads 1 2 16] [--turns 20] [--lanes 1 2] [--before CHECKOUT]
-                               [--case "1x32" ...] [--out FILE.json]
+                               [--case "1x32" ...] [--pause 0.05] [--out FILE.json]
 
 Cases: one text of 32, of 128 and of 384 tokens, and 32 and 256 texts of 8 to 128 tokens, which are timed by numbers of
 lanes, too; then one text and the 32 with the process pinned to one CPU. Every setting is an engine in a process of its
 own; they take turns, one call each, in random order, so that what else runs on the machine meets all. `--before` adds
-the engine of another checkout, which has been installed (`make install`). Times of a busy machine are only good for
+the engine of another checkout, which has been installed (`make install`). `--pause`: seconds of rest before each call,
+as between the requests of a server. Times of a busy machine are only good for
 ratios within a row; the load is recorded.
 """
 
@@ -18,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import children
@@ -80,12 +82,13 @@ class Runner:
         return json.loads(self.process.stdout.readline())
 
 
-def measure(runners: list[Runner], case: list[int], turns: int) -> dict[str, dict[str, float]]:
-    """Median and least milliseconds by label; the first turn does not count."""
+def measure(runners: list[Runner], case: list[int], turns: int, pause: float) -> dict[str, dict[str, float]]:
+    """Median and least milliseconds by label, of calls after `pause` seconds of rest; the first turn does not count."""
     times: dict[str, list[float]] = {runner.label: [] for runner in runners}
     for _ in range(turns + 1):
         random.shuffle(runners)
         for runner in runners:
+            time.sleep(pause)
             times[runner.label].append(1e3 * runner.call(case))
     return {
         label: {"median": round(statistics.median(found[1:]), 3), "least": round(min(found[1:]), 3)}
@@ -101,6 +104,7 @@ def main() -> None:
     parser.add_argument("--lanes", type=int, nargs="*", default=[1, 2])
     parser.add_argument("--case", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--turns", type=int, default=20)
+    parser.add_argument("--pause", type=float, default=0.0)
     parser.add_argument("--before", type=Path, help="a checkout of an earlier commit, installed")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -130,8 +134,9 @@ def main() -> None:
                 "case": name,
                 "cpus": pinned or cpus,
                 "turns": args.turns,
+                "pause": args.pause,
                 "load_average": round(load, 2),
-                "ms": measure(list(some), case, args.turns),
+                "ms": measure(list(some), case, args.turns, args.pause),
             }
             rows.append(row)
             print(json.dumps(row), flush=True)

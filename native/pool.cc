@@ -15,9 +15,12 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// Phases last microseconds and waking a thread that sleeps about as long, so threads spin first. A thread that another
-// one keeps off its CPU is waited for in sleep, which leaves it the CPU.
+// Phases last microseconds and waking a thread that sleeps about as long, so threads spin first.
 constexpr std::chrono::microseconds kSpin{50};
+// Threads that compute together then offer their CPU to others for a while before they sleep. A thread that is woken late
+// is late at the next barrier too, where the others fall asleep in turn: one late thread would make all of them sleep at
+// every barrier until the end of the pass.
+constexpr std::chrono::microseconds kOffer{200};
 
 inline void cpu_pause() {
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -27,22 +30,22 @@ inline void cpu_pause() {
 #endif
 }
 
-// Returns a value of `atomic` other than `old` as soon as it has one.
+// Returns as soon as `atomic` has a value other than `old`: whether this thread slept meanwhile.
 template <class T>
-T wait_while(const std::atomic<T>& atomic, T old) {
-  Clock::time_point end{};
+bool wait_while(const std::atomic<T>& atomic, T old, std::chrono::microseconds offer) {
+  Clock::time_point spun{};
   for (;;) {
     for (int i = 0; i < 16; ++i) {
-      const T now = atomic.load(std::memory_order_acquire);
-      if (now != old) return now;
+      if (atomic.load(std::memory_order_acquire) != old) return false;
       cpu_pause();
     }
     const Clock::time_point now = Clock::now();
-    if (end == Clock::time_point{}) end = now + kSpin;
-    if (now >= end) break;
+    if (spun == Clock::time_point{}) spun = now + kSpin;
+    if (now >= spun + offer) break;
+    if (now >= spun) std::this_thread::yield();
   }
   atomic.wait(old, std::memory_order_acquire);
-  return atomic.load(std::memory_order_acquire);
+  return true;
 }
 
 int current_cpu() {
@@ -53,9 +56,11 @@ int current_cpu() {
 #endif
 }
 
-// Moves this thread to a CPU other than the given one, if it may run on another.
+// Moves this thread off `cpu`, that of a thread it works with, if it is there and may run elsewhere: the scheduler often
+// wakes a thread on the CPU of the one that wakes it and leaves both there for some milliseconds, longer than a pass.
 void move_away_from([[maybe_unused]] int cpu) {
 #if defined(__linux__)
+  if (cpu < 0 || current_cpu() != cpu) return;
   cpu_set_t allowed;
   if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
   cpu_set_t others = allowed;
@@ -82,10 +87,11 @@ void Barrier::wait() {
   const uint32_t phase = phase_.load(std::memory_order_relaxed);
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads_ - 1) {
     arrived_.store(0, std::memory_order_relaxed);
+    cpu_.store(current_cpu(), std::memory_order_relaxed);
     phase_.store(phase + 1);  // in order with what notify_all reads: whether anyone sleeps
     phase_.notify_all();
-  } else {
-    wait_while(phase_, phase);
+  } else if (wait_while(phase_, phase, kOffer)) {
+    move_away_from(cpu_.load(std::memory_order_relaxed));
   }
 }
 
@@ -175,7 +181,7 @@ void Pool::Share::run(int threads, bool optional, const std::function<void(int)>
       if (!begun.exchange(true)) job->running.fetch_sub(1);
     }
   }
-  for (int left = job->running; left != 0;) left = wait_while(job->running, left);
+  for (int left = job->running; left != 0; left = job->running) wait_while(job->running, left, kOffer);
 }
 
 void Pool::give_back(Worker*& worker) {
@@ -191,7 +197,8 @@ bool Pool::needs(int threads) {
 
 void Pool::work_loop(Worker& worker) {
   for (uint32_t seen = 0;;) {
-    seen = wait_while(worker.turn, seen);
+    wait_while(worker.turn, seen, {});
+    seen = worker.turn;
     if (stop_) return;
     std::shared_ptr<Job> job;
     int thread;
@@ -202,9 +209,7 @@ void Pool::work_loop(Worker& worker) {
     }
     // It may have been dropped before this worker woke, and the next one taken in its place.
     if (job == nullptr || job->begun[thread - 1].exchange(true)) continue;
-    // The scheduler may wake two threads on one CPU and leave them there for some milliseconds, longer than a forward
-    // pass. Of the CPUs in use only the caller's is known.
-    if (job->cpu >= 0 && current_cpu() == job->cpu) move_away_from(job->cpu);
+    move_away_from(job->cpu);  // of the CPUs in use only the caller's is known
     job->work(thread);
     if (waiting_ > 0) {
       {

@@ -31,6 +31,7 @@ class Barrier {
   // Each on a cache line of its own: threads spin on the one while others write the next.
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<uint32_t> phase_{0};
+  std::atomic<int> cpu_{-1};  // of the last to arrive
 };
 
 // `threads` threads, shared by the threads that make calls at the same time: each caller is one of them, the others are

@@ -1,6 +1,8 @@
 """How a batch is divided among threads: every sequence once, evenly, and with the same results however."""
 
+import statistics
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -8,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pruneofa import Engine
+from pruneofa.bench.random_folder import write_random
 from pruneofa.engine import engine as engine_module
 from pruneofa.engine.lanes import _cost, groups, meeting_cost, plan
+from pruneofa.engine.threads import allowed_cpus
 from pruneofa.errors import InputError
 from tests.tiny import write_folder
 
@@ -170,3 +174,26 @@ def test_a_long_batch_returns_before_it_is_done(tmp_path):
         parts=np.arange(count + 1, dtype=np.int32),
     )  # fmt: skip
     assert 0 < len(hidden) < len(ids) and len(hidden) % 60 == 0
+
+
+@pytest.mark.skipif(len(allowed_cpus()) < 2, reason="NOT TESTED: two threads after a pause; this process has one CPU")
+def test_after_a_pause_two_threads_are_no_slower_than_one(tmp_path):
+    """A thread that woke late made the others sleep at each barrier: a pass took twice as long as with one thread."""
+    write_random(tmp_path, "minilm", 0.9)
+    engines = [Engine.from_pretrained(tmp_path, threads=threads) for threads in (1, 2)]
+    ids = np.arange(1000, 1128)[None]
+    for engine in engines:
+        engine.encode(ids)
+    ratios = []
+    for _ in range(5):  # others may want the CPUs for a while
+        times = [[], []]
+        for _ in range(9):
+            for engine, found in zip(engines, times, strict=True):
+                time.sleep(0.05)
+                begin = time.perf_counter()
+                engine.encode(ids)
+                found.append(time.perf_counter() - begin)
+        ratios.append(statistics.median(times[1]) / statistics.median(times[0]))
+        if ratios[-1] < 1.4:
+            return
+    raise AssertionError(f"two threads took {ratios} times as long as one")
