@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <ctime>
 
 #if defined(__linux__)
 #include <sched.h>
@@ -30,22 +31,44 @@ inline void cpu_pause() {
 #endif
 }
 
+double cpu_seconds() {
+#if defined(CLOCK_THREAD_CPUTIME_ID)
+  timespec time;
+  if (clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time) == 0) {
+    return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
+  }
+#endif
+  return std::chrono::duration<double>(Clock::now().time_since_epoch()).count();
+}
+
+thread_local double long_waits = 0;  // CPU time of this thread after it had spun
+// Whether this thread is a worker of a pool: the affinity of a thread that calls is the caller's own.
+thread_local bool is_worker = false;
+
 // Returns as soon as `atomic` has a value other than `old`: whether this thread slept meanwhile.
 template <class T>
 bool wait_while(const std::atomic<T>& atomic, T old, std::chrono::microseconds offer) {
-  Clock::time_point spun{};
-  for (;;) {
+  const auto changed = [&] {
     for (int i = 0; i < 16; ++i) {
-      if (atomic.load(std::memory_order_acquire) != old) return false;
+      if (atomic.load(std::memory_order_acquire) != old) return true;
       cpu_pause();
     }
-    const Clock::time_point now = Clock::now();
-    if (spun == Clock::time_point{}) spun = now + kSpin;
-    if (now >= spun + offer) break;
-    if (now >= spun) std::this_thread::yield();
+    return false;
+  };
+  if (changed()) return false;
+  const Clock::time_point spun = Clock::now() + kSpin, end = spun + offer;
+  while (Clock::now() < spun) {
+    if (changed()) return false;
   }
-  atomic.wait(old, std::memory_order_acquire);
-  return true;
+  const double begin = cpu_seconds();
+  bool awake = false;
+  while (!awake && Clock::now() < end) {
+    std::this_thread::yield();
+    awake = changed();
+  }
+  long_waits += cpu_seconds() - begin;
+  if (!awake) atomic.wait(old, std::memory_order_acquire);
+  return !awake;
 }
 
 int current_cpu() {
@@ -60,7 +83,7 @@ int current_cpu() {
 // wakes a thread on the CPU of the one that wakes it and leaves both there for some milliseconds, longer than a pass.
 void move_away_from([[maybe_unused]] int cpu) {
 #if defined(__linux__)
-  if (cpu < 0 || current_cpu() != cpu) return;
+  if (!is_worker || cpu < 0 || current_cpu() != cpu) return;
   cpu_set_t allowed;
   if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
   cpu_set_t others = allowed;
@@ -79,6 +102,8 @@ std::atomic<uint32_t> fork_count{0};
 #endif
 
 }  // namespace
+
+double busy_seconds() { return cpu_seconds() - long_waits; }
 
 uint32_t forks() { return fork_count.load(std::memory_order_relaxed); }
 
@@ -196,6 +221,7 @@ bool Pool::needs(int threads) {
 }
 
 void Pool::work_loop(Worker& worker) {
+  is_worker = true;
   for (uint32_t seen = 0;;) {
     wait_while(worker.turn, seen, {});
     seen = worker.turn;

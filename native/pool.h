@@ -17,6 +17,10 @@ namespace pruneofa {
 // do not exist.
 uint32_t forks();
 
+// CPU time of this thread in seconds without that of long waits; where the system does not tell it, the time that has
+// passed.
+double busy_seconds();
+
 class Barrier {
  public:
   // Not while a thread waits.
@@ -30,8 +34,8 @@ class Barrier {
   int threads_ = 1;
   // Each on a cache line of its own: threads spin on the one while others write the next.
   alignas(64) std::atomic<int> arrived_{0};
-  alignas(64) std::atomic<uint32_t> phase_{0};
   std::atomic<int> cpu_{-1};  // of the last to arrive
+  alignas(64) std::atomic<uint32_t> phase_{0};
 };
 
 // `threads` threads, shared by the threads that make calls at the same time: each caller is one of them, the others are

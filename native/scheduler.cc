@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <ctime>
 #include <stdexcept>
 #include <utility>
 
@@ -13,17 +12,6 @@ using Clock = std::chrono::steady_clock;
 constexpr std::chrono::milliseconds kSlice{250};
 
 double seconds(Clock::time_point time) { return std::chrono::duration<double>(time.time_since_epoch()).count(); }
-
-// CPU time of this thread; where the system does not tell it, the time that has passed.
-double busy_seconds() {
-#if defined(CLOCK_THREAD_CPUTIME_ID)
-  timespec time;
-  if (clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time) == 0) {
-    return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
-  }
-#endif
-  return seconds(Clock::now());
-}
 
 Sequences sequences_of(const Batch& batch) {
   Sequences all;
