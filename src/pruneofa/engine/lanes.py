@@ -24,7 +24,7 @@ _BASE_BARRIERS, _BASE_WEIGHTS = 121, 84_934_656
 # Time of a token on AMX, relative to that on another path: there a barrier takes as long, and so costs fewer tokens.
 # 12 layers of 768, 128 tokens, int8 (benchmarks/records/*-engine); paths that were not timed there, and fp32, which
 # uses neither tiles nor VNNI, count as AVX2.
-_SPEED = {"amx": 1.0, "avx512bf16": 0.42, "avx512vnni": 0.42}
+_SPEED = {"amx": 1.0, "avx512bf16": 0.42, "avx512vnni": 0.42, "avxvnni": 0.25}
 _OTHER_SPEED = 0.2
 
 
