@@ -7,8 +7,8 @@ Cases: one text of 32, of 128 and of 384 tokens, and 32 and 256 texts of 8 to 12
 lanes, too; then one text and the 32 with the process pinned to one CPU. Every setting is an engine in a process of its
 own; they take turns, one call each, in random order, so that what else runs on the machine meets all. `--before` adds
 the engine of another checkout, which has been installed (`make install`). `--pause`: seconds of rest before each call,
-as between the requests of a server. Times of a busy machine are only good for
-ratios within a row; the load is recorded.
+as between the requests of a server. Times of a busy machine are only good for ratios within a row;
+the load is recorded.
 """
 
 import argparse
