@@ -64,6 +64,7 @@ $(SANITIZED)/.installed $(EMULATED)/.installed: $(READY) $(shell find src -name 
 lint: install
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyrefly check --python-interpreter-path $(VENV)/bin/python
 
 # The documentation as a site, in build/site. Pages are copied to where their links to each other hold; zensical.toml names
 # the copy. --strict: a link or a name of the API that leads nowhere is an error.

@@ -26,7 +26,8 @@ from torch import Tensor
 from transformers import BertConfig, BertForPreTraining
 
 from pruneofa.train.distill import fused_head_losses
-from pruneofa.train.objective import PretrainingObjective, vocabulary_head
+from pruneofa.train.heads import vocabulary_head
+from pruneofa.train.objective import PretrainingObjective
 
 ITEMS, LENGTH, TEMPERATURE = 32, 128, 2.0
 TARGETS = {"head": 1.5, "step": 1.25, "memory": 0.5}  # two speed-ups at least, one ratio at most

@@ -19,8 +19,8 @@ from pruneofa.train.checkpoints import last_checkpoint
 from pruneofa.train.curvature import fisher_blocks
 from pruneofa.train.device import split_batch
 from pruneofa.train.masks import prunable
+from pruneofa.train.micro_batches import batches
 from pruneofa.train.objective import PretrainingObjective
-from pruneofa.train.trainer import batches
 from tests.small import write_text
 from tests.tiny import tiny_bert, tiny_mpnet, tiny_tokenizer
 from tests.train.fits import SCHEDULE, fit, losses, objective, small_text

@@ -114,7 +114,7 @@ class Model:
 def describe(model: Model) -> dict[str, Any]:
     """The description of a model in a record."""
     kept = {name: getattr(model.manifest, name) for name in ("architecture", "sparsity", "pattern_hash", "precision")}
-    patterns = sorted({tensor.pattern for tensor in model.linears})
+    patterns = sorted({str(tensor.pattern) for tensor in model.linears})
     family = model.architecture.family.model_type
     sizes = {"layers": len(model.linears) // 6, "hidden": model.hidden}
     return {"name": model.label, "family": family, **kept, "patterns": patterns, **sizes}

@@ -54,8 +54,12 @@ exit codes: 0 done, 1 a check failed, 2 wrong input, 3 anything else (disk full,
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `pruneofa`; returns the exit code."""
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: say(f"warning: {message}", 0)
+        warnings.showwarning = _show_warning
         return _main(sys.argv[1:] if arguments is None else arguments)
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    say(f"warning: {message}", 0)
 
 
 def _main(arguments: Sequence[str]) -> int:
@@ -123,7 +127,7 @@ def _parser(arguments: Sequence[str]) -> argparse.Namespace:
             if name not in LOCAL:
                 verb.add_argument("--offline", action="store_true", help=OFFLINE)
     options, unknown = parser.parse_known_args(arguments)
-    if unknown:
+    if unknown and called:
         verb = verbs.choices[called]
         shown = [action for action in verb._actions if action.help is not argparse.SUPPRESS]
         flags = [flag for action in shown for flag in action.option_strings]

@@ -43,7 +43,9 @@ def add_fields(
         if not (field.is_required() or field.default is None or "(default" in text):
             text += f" (default {field.default})"
         several = name in ("text", "data", "source", "skip")
-        values = {"nargs": "+"} if several else {"nargs": "?", "const": "true"} if field.annotation is bool else {}
+        values: dict[str, Any] = {"nargs": "+"} if several else {}
+        if field.annotation is bool:
+            values = {"nargs": "?", "const": "true"}
         choices = get_origin(field.annotation) is Literal
         metavar = f"{{{','.join(get_args(field.annotation))}}}" if choices else name.upper()
         key = f"{prefix}{name}"

@@ -15,7 +15,7 @@ import functools
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -238,7 +238,7 @@ def _batches(readers: list[Reader], column: str, unit: int, moved: Callable[[int
         yield batch
 
 
-def _write(parts: Iterator[Encoded], folder: Path, counts: dict[str, int]) -> None:
+def _write(parts: Generator[Encoded], folder: Path, counts: dict[str, int]) -> None:
     """Append every part to the flat files, keeping `counts` up to date."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.closing(parts))

@@ -264,13 +264,13 @@ class PretrainingDataset(Dataset[Item]):
         epoch += self.epoch0
         return epoch, permuted(index, len(self._spans), splitmix64(self.seed) + splitmix64(epoch))
 
-    def __getitem__(self, position: int) -> Item:
-        if not 0 <= position < self.size:
-            raise IndexError(f"position {position} of {self.size}")
-        epoch, index = self.place(position)
-        draws = self.form.uniforms(self.seed, epoch, index)
+    def __getitem__(self, index: int) -> Item:
+        if not 0 <= index < self.size:
+            raise IndexError(f"position {index} of {self.size}")
+        epoch, example = self.place(index)
+        draws = self.form.uniforms(self.seed, epoch, example)
         starts, tokens = self.store.sentences, self.store.tokens
-        first, last = self._spans[index].tolist()
+        first, last = self._spans[example].tolist()
         begin, end = int(starts[first]), int(starts[last])
         if not self.form.spec.nsp:
             return self.form.item(tokens[begin:end], None, False, draws)
@@ -279,7 +279,7 @@ class PretrainingDataset(Dataset[Item]):
         random_second = bool(draws[0] < 0.5) or last - first == 1
         if random_second:
             low, high = self._other_article(first, draws)
-            target = int(self._targets[index]) - (cut - begin)
+            target = int(self._targets[example]) - (cut - begin)
             second = segment(tokens, starts, low, high, target, float(draws[3]))
         else:
             second = tokens[cut:end]

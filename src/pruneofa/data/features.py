@@ -88,11 +88,11 @@ class TrainDataset(torch.utils.data.Dataset[Item]):
     def __len__(self) -> int:
         return self.epochs * self.steps_per_epoch * self.batch
 
-    def __getitem__(self, position: int) -> Item:
-        if not 0 <= position < len(self):
-            raise IndexError(f"position {position} of {len(self)}")
-        epoch, index = divmod(position, self.steps_per_epoch * self.batch)
-        return self.data[int(self.order(epoch)[index])]
+    def __getitem__(self, index: int) -> Item:
+        if not 0 <= index < len(self):
+            raise IndexError(f"position {index} of {len(self)}")
+        epoch, position = divmod(index, self.steps_per_epoch * self.batch)
+        return self.data[int(self.order(epoch)[position])]
 
     def order(self, epoch: int) -> NDArray[np.int64]:
         """Feature indices of one epoch, (steps_per_epoch · batch,) int64."""

@@ -85,7 +85,7 @@ class Hub:
         import datasets
 
         with self._explained():
-            data = datasets.load_dataset(self.name, self.config, split="train", streaming=self.streaming)
+            data: Any = datasets.load_dataset(self.name, self.config, split="train", streaming=self.streaming)
         need_column(self.name, column, data.column_names or next(iter(data), {}))
         found = False
         for batch in data.select_columns([column]).iter(ROWS):

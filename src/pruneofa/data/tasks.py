@@ -139,12 +139,23 @@ def load_task(
 
     features = {split: tokenized(split, table) for split, table in splits.items() if train or split != "train"}
     trained, epoch_rows = features.pop("train", None), features.pop(EPOCH_ROWS, None)
-    if trained is not None and kind == "classification" and len(np.unique(trained.targets)) < 2:
-        only = names[int(trained.targets[0])] if trained.targets is not None else ""
-        raise InputError(f"{where}: all {len(trained)} training rows have the label {only!r}, wanted at least two")
-    prints = [_fingerprint(kind, names, used, where) for used in ({"train": trained}, features)]
-    pad = tokenizer.pad_token_id or 0
-    return Task(name, kind, names, trained, features, *prints, tuple(text), pad, held_out, epoch_rows)
+    targets = None if trained is None or kind == "qa" else trained.targets
+    if targets is not None and len(np.unique(targets)) < 2:
+        only = names[int(targets[0])]
+        raise InputError(f"{where}: all {len(targets)} training rows have the label {only!r}, wanted at least two")
+    return Task(
+        name,
+        kind,
+        labels=names,
+        train=trained,
+        evaluations=features,
+        train_fingerprint=_fingerprint(kind, names, {"train": trained}, where),
+        evaluation_fingerprint=_fingerprint(kind, names, features, where),
+        text=tuple(text),
+        pad_token_id=tokenizer.pad_token_id or 0,
+        held_out=held_out,
+        epoch_rows=epoch_rows,
+    )
 
 
 def _read_splits(

@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -137,7 +137,7 @@ def _encode_in_worker(texts: list[str]) -> Encoded:
     return _encoder(texts)
 
 
-def encode_batches(batches: Iterable[list[str]], tokenizer_json: str, processes: int) -> Iterator[Encoded]:
+def encode_batches(batches: Iterable[list[str]], tokenizer_json: str, processes: int) -> Generator[Encoded]:
     """Encode batches in order, at most two per process at a time, so memory does not grow with the corpus."""
     if processes <= 1:
         yield from map(Encoder(tokenizer_json), batches)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pruneofa.engine.heads import TokenClassification
 from pruneofa.engine.load import Float
@@ -40,7 +41,7 @@ def find_entities(
     """
     tokens, probabilities = _joined(windows, scores)
     assert tokens.chars is not None
-    spans = tokens.chars
+    spans: NDArray[np.int32] = tokens.chars
     if aggregation in ("first", "average", "max"):
         begins = np.flatnonzero(~tokenizer.continues_word(tokens, text) | (np.arange(len(spans)) == 0))
         parts = np.split(np.arange(len(spans)), begins[1:]) if len(spans) else []
@@ -54,7 +55,12 @@ def find_entities(
 
 
 def group_tokens(
-    text: str, labels: Sequence[str], scores: Sequence[float], spans: Sequence[Sequence[int]], *, separate: bool = False
+    text: str,
+    labels: Sequence[str],
+    scores: Sequence[float] | Float,
+    spans: Sequence[Sequence[int]] | NDArray[np.int32],
+    *,
+    separate: bool = False,
 ) -> list[dict[str, Any]]:
     """Neighbouring tokens of one kind as one entity, unless a B- begins another; `separate`: every token as it is.
 

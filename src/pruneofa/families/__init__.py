@@ -39,8 +39,12 @@ def by_class(name: object) -> tuple[Family, Task] | None:
 
 def classes() -> dict[str, tuple[Family, Task]]:
     """{transformers class: its family and task}."""
-    found = {name: (family, task) for family in FAMILIES for task, name in family.classes.items()}
-    return found | {family.pretraining: (family, "masked-LM") for family in FAMILIES if family.pretraining}
+    found: dict[str, tuple[Family, Task]] = {}
+    for family in FAMILIES:
+        found |= {name: (family, task) for task, name in family.classes.items()}
+        if family.pretraining:
+            found[family.pretraining] = (family, "masked-LM")
+    return found
 
 
 def model_types() -> tuple[str, ...]:

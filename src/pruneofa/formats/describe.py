@@ -58,13 +58,7 @@ def describe(
     pattern_hash, pooler_hash = model.hashes()
     numbers = figures(tensors, model.precision)
     bits, encoder = numbers["bits_per_weight"], int(numbers["encoder"])
-    compressed = {}
-    if file.compressed is not None and file.compressed_encoder is not None:
-        compressed = {
-            "compressed": file.compressed,
-            "compressed_encoder": file.compressed_encoder,
-            "compressed_bits_per_weight": file.compressed_encoder / encoder * bits,
-        }
+    compressed_bits = None if file.compressed_encoder is None else file.compressed_encoder / encoder * bits
     return Manifest(
         precision=model.precision,
         architecture=architecture(model.config, model.folder / "config.json"),
@@ -76,9 +70,17 @@ def describe(
         quantized=model.quantized and model.input_scales is None,  # static activations imply it
         source=_source_hash(found, advance),
         pruneofa=__version__,
-        compression="zstd" if compressed else None,
+        compression=None if file.compressed is None else "zstd",
         checksum=file.checksum,
-        sizes=Sizes(file.size, encoder, bits, numbers["entropy_bound"], **compressed),
+        sizes=Sizes(
+            file.size,
+            encoder,
+            bits,
+            numbers["entropy_bound"],
+            file.compressed,
+            file.compressed_encoder,
+            compressed_bits,
+        ),
         tensors=tensors,
     )
 

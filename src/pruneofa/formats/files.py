@@ -15,8 +15,9 @@ import secrets
 import shutil
 import stat
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from pruneofa.errors import (
     UNWRITABLE,
@@ -70,7 +71,7 @@ def naming_disk(path: Path) -> Iterator[None]:
         if code is None and torch_could_not_write(error):
             code = errno.ENOSPC if _free(path) < _FULL else errno.EIO
         nameless = () if isinstance(error, OSError) else UNWRITABLE
-        if isinstance(error, InputError) or code not in (errno.ENOSPC, errno.EIO, *nameless):
+        if code is None or isinstance(error, InputError) or code not in (errno.ENOSPC, errno.EIO, *nameless):
             raise
         # Of a copy, the second name is the one that was written.
         name = getattr(error, "filename2", None) or getattr(error, "filename", None) or path
@@ -155,7 +156,7 @@ def parse_json(raw: bytes, where: str, advice: str = _AGAIN) -> dict[str, Any]:
     return _parse(raw, where, advice, dict)
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """Open a regular file for reading. Raises OSError for anything else; a FIFO or a device is not waited for."""
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
     file = open(path, "rb", opener=lambda name, _: os.open(name, flags))  # noqa: SIM115 - for the caller to close

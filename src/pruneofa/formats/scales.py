@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 
@@ -188,7 +188,7 @@ def read(folder: Path) -> Quantization | None:
     arguments = _arguments(settings, path)
     if not where.is_file():
         raise InputError(f"{folder}: {SETTINGS} is there, but {SCALES} is missing; copy it too, or {_AGAIN}")
-    parts: dict[str, dict[str, Any]] = {part: {} for part in _PARTS}
+    parts: dict[str, Any] = {part: {} for part in _PARTS}
     for key, stored in tensors_of(where):
         name, _, part = key.rpartition(".")
         dtype, scalar = _PARTS.get(part, (None, False))
@@ -213,13 +213,13 @@ def write(folder: Path, quantization: Quantization) -> None:
     """Write both files into a folder, for `read`."""
     from safetensors.numpy import save_file
 
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     for name, scale in quantization.weight_scale.items():
         arrays[f"{name}_scale"] = scale
     for name, scale in quantization.input_scale.items():
         layer = name.removesuffix(".weight")
-        arrays[f"{layer}.input_scale"] = np.float32([scale])
-        arrays[f"{layer}.input_zero_point"] = np.uint8([quantization.input_zero_point[name]])
+        arrays[f"{layer}.input_scale"] = np.array([scale], np.float32)
+        arrays[f"{layer}.input_zero_point"] = np.array([quantization.input_zero_point[name]], np.uint8)
     arrays = {name: np.ascontiguousarray(arrays[name]) for name in sorted(arrays)}
     with new_file(folder / SCALES) as temporary:
         save_file(arrays, temporary)
@@ -254,7 +254,7 @@ def _arguments(settings: dict[str, Any], path: Path) -> dict[str, Any]:
             continue
         if not isinstance(value, dict):
             raise InputError(f"{path}: {field} is {short(value)}; wanted an object; {_AGAIN}")
-        fields = {field.name: field.type for field in dataclasses.fields(QuantizationArgs)}
+        fields = get_type_hints(QuantizationArgs)
         _keys(value, f"{path}: {field}", fields)
         for key, wanted in fields.items():
             if type(value[key]) is not wanted:

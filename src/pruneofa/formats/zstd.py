@@ -35,7 +35,7 @@ class Frame:
 
     def __init__(self, raw: BinaryIO, largest_window: int) -> None:
         self._raw = raw
-        limit = {DecompressionParameter.window_log_max: largest_window.bit_length() - 1}
+        limit = {int(DecompressionParameter.window_log_max): largest_window.bit_length() - 1}
         self._frame = ZstdDecompressor(options=limit)
 
     def readinto(self, view: memoryview) -> int:

@@ -18,6 +18,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # the seeds that NumPy's generator accepts
 Names = str | list[str]
+Precision = Literal["bf16", "fp32"]
 RESOURCES_ONLY: dict[str, Any] = {"in_fingerprint": False}  # marks a field that affects time or memory but not results
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"  # names of runs and tasks, which become parts of paths
 SAVE_MINUTES = 5.0  # training that a kill can cost; copying the state for a checkpoint stops training for a moment
@@ -355,7 +356,7 @@ class Recipe(Section):
     seeds: Annotated[list[Seed], Field(min_length=1)] = [0, 1]
     seed: Seed = Field(0, description="seed of teacher preparation and pruning")
     control: Control | bool = False
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Precision = "bf16"
     card: Card = Card()
 
     @model_validator(mode="after")

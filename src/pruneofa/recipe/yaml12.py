@@ -17,11 +17,11 @@ class Loader(yaml.SafeLoader):
     A key that is given twice is an error, which PyYAML would resolve to the last one.
     """
 
-    def fetch_flow_collection_start(self, token: type[yaml.Token]) -> None:
+    def fetch_flow_collection_start(self, TokenClass: type[yaml.Token]) -> None:  # noqa: N803 - PyYAML's name
         """Begin a `[` or `{`. The time that PyYAML takes grows with the square of the depth."""
         if self.flow_level > MAX_DEPTH:
             raise yaml.YAMLError("nested too deeply")
-        super().fetch_flow_collection_start(token)
+        super().fetch_flow_collection_start(TokenClass)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """The mapping of a node."""

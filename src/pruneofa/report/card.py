@@ -47,13 +47,14 @@ def write_card(
     heads = config.get("architectures") or []
     fill_mask = not heads or any(head.endswith(("ForMaskedLM", "ForPreTraining")) for head in heads)
     evaluations = _evaluations(results, recipe)
+    base_model = stated.base_model or (recipe["model"] if is_hub_id(recipe["model"]) else None)
     data = ModelCardData(
         language=stated.language,
         license=stated.license,
         library_name="transformers",
         pipeline_tag="fill-mask" if fill_mask else "feature-extraction",
         tags=["sparse", "prune-once-for-all", "pruning", *([config["model_type"]] if "model_type" in config else [])],
-        base_model=stated.base_model or (recipe["model"] if is_hub_id(recipe["model"]) else None),
+        base_model=base_model,
         datasets=[source for source in _sources(recipe) if is_hub_id(source)] or None,
         metrics=list(dict.fromkeys(e.metric_type for e in evaluations)) or None,
         model_name=recipe["name"],
@@ -70,8 +71,8 @@ def write_card(
         fill_mask=fill_mask,
         license=stated.license,
         authors=stated.authors or "Not stated by whoever ran the recipe",
-        linked=bool(data.base_model and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", data.base_model)),
-        base_model=data.base_model,
+        linked=bool(base_model and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base_model)),
+        base_model=base_model,
         version=stated.version,
         date=date or datetime.datetime.now(datetime.UTC).date().isoformat(),
         sparsity=results["sparsity"],

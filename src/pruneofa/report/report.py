@@ -67,7 +67,9 @@ def write_report(
         ],
         rewound=bool(recipe.get("prune")) and recipe["prune"]["rewind"] != "none",
         charts={name: _script(chart) for name, chart in charts.items() if chart is not None},
-        vega=vl_convert.javascript_bundle(vl_version=vl_version_for_vl_convert()),
+        vega=vl_convert.javascript_bundle(  # pyrefly: ignore[missing-argument]
+            vl_version=vl_version_for_vl_convert()
+        ),
         font=FONT,
     )
     write_text(path, page)

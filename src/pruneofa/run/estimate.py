@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from pruneofa.data.tasks import Task, token_types
@@ -43,7 +42,7 @@ from pruneofa.train.device import default_device, processes, split_batch
 from pruneofa.train.evaluate import evaluation_seconds
 from pruneofa.train.lock import PatternLock
 from pruneofa.train.models import load_for_pretraining, load_for_task
-from pruneofa.train.objective import INPUTS, TransferObjective
+from pruneofa.train.objective import INPUTS, Objective, TransferObjective
 from pruneofa.train.quantize import FakeQuantizer
 from pruneofa.train.sparse_linear import note_zeroed, skip_locked_zeros
 
@@ -64,12 +63,14 @@ def estimate(recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
     inputs = Inputs(recipe)
     steps = plan(recipe, inputs, folder)
     check(recipe, inputs, steps, tokenize=False)
-    rows = []
+    rows: list[dict[str, Any]] = []
     with progress("timing a few batches of each stage", len(steps)) as advance:
         timed: dict[Any, float] = {}
         for step in steps:
-            row = _stage_row if isinstance(step, Stage) else _evaluation_row
-            rows.append(row(recipe, inputs, step, timed))
+            if isinstance(step, Stage):
+                rows.append(_stage_row(recipe, inputs, step, timed))
+            else:
+                rows.append(_evaluation_row(recipe, inputs, step, timed))
             advance()
     total = sum(row["minutes"] for row in rows)
     return [*rows, {"stage": "total", "status": "", "steps": None, "tokens": None, "minutes": round(total, 1)}]
@@ -165,7 +166,7 @@ def _training(stage: Stage) -> FineTuneSettings:
 
 def _probe(
     recipe: Recipe, inputs: Inputs, stage: Stage, tokens_per_step: float
-) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+) -> tuple[Objective, dict[str, torch.Tensor]]:
     """The objective of a stage that trains, with the arithmetic of its training, and a batch of random tokens."""
     settings = stage.settings
     if isinstance(settings, TeacherSettings):
@@ -207,18 +208,18 @@ def _lock(student: PreTrainedModel, prune: Prune | None) -> None:
 def _seconds_to_evaluate(recipe: Recipe, inputs: Inputs, name: str, int8: dict[str, Any] | None) -> float:
     task = inputs.task(name)
     model = load_for_task(recipe.model, task.kind, **task.model_kwargs())
-    model.to(default_device())
+    model.to(default_device())  # pyrefly: ignore[bad-argument-type]
     if int8 is not None:
         data = next(iter(task.evaluations.values()))
         batch = task.collate([data[index] for index in range(min(8, len(data)))])
-        inputs = {key: value.to(model.device) for key, value in batch.items() if key in INPUTS}
-        FakeQuantizer(model, **int8).calibrate([inputs])
+        given = {key: value.to(model.device) for key, value in batch.items() if key in INPUTS}
+        FakeQuantizer(model, **int8).calibrate([given])
     return evaluation_seconds(model, task)
 
 
 def _pretraining_probe(
     recipe: Recipe, settings: Teacher | Prune, corpus: Corpus
-) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+) -> tuple[Objective, dict[str, torch.Tensor]]:
     if isinstance(settings, Prune):
         objective = student_objective(recipe.model, settings, recipe.distill, nsp=corpus.nsp)
     else:
@@ -245,14 +246,14 @@ def _task_probe(
     return objective, batch | dict.fromkeys(keys, answers)
 
 
-def _random_batch(objective: nn.Module, rows: int, length: int) -> dict[str, torch.Tensor]:
+def _random_batch(objective: Objective, rows: int, length: int) -> dict[str, torch.Tensor]:
     ids = torch.randint(0, objective.student.config.vocab_size, (rows, length))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     typed = token_types(objective.student.config) > 1
     return batch | ({"token_type_ids": torch.zeros_like(ids)} if typed else {})
 
 
-def _time(objective: nn.Module, batch: dict[str, torch.Tensor], precision: str) -> float:
+def _time(objective: Objective, batch: dict[str, torch.Tensor], precision: str) -> float:
     """Median seconds of a full optimizer step."""
     device = default_device()
     objective.to(device).train()
@@ -275,13 +276,14 @@ def _time(objective: nn.Module, batch: dict[str, torch.Tensor], precision: str) 
 @torch.no_grad()
 def _time_teacher(objective: TransferObjective, batch: dict[str, torch.Tensor], precision: str) -> float:
     """Median seconds of the teacher's forward pass."""
-    device = default_device()
+    device, teacher = default_device(), objective.teacher
+    assert teacher is not None
     objective.to(device)
     inputs = {name: value.to(device) for name, value in batch.items() if name in INPUTS}
 
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            objective.teacher(**inputs)
+            teacher(**inputs)
 
     return _median_seconds(step)
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from pruneofa.errors import CheckFailed, InputError
 from pruneofa.formats import scales
@@ -70,7 +71,7 @@ def make(stage: Stage, emit: Emit) -> None:
             check_pattern(stage.pattern, str(folder))
             if outcome.metrics is not None:
                 write_json(folder / METRICS, outcome.metrics)
-            record = {
+            record: dict[str, Any] = {
                 "format": FORMAT,
                 "stage": str(stage.id),
                 "task": stage.id.task,

@@ -18,17 +18,19 @@ from pruneofa.errors import InputError
 from pruneofa.formats import scales
 from pruneofa.formats.hub import local_folder
 from pruneofa.recipe import RESOURCES_ONLY
+from pruneofa.recipe.model import Precision
 from pruneofa.run.stage import Job, Model, Outcome
 from pruneofa.train.callbacks import LockCallback, QuantizeCallback
-from pruneofa.train.device import prepare_models, processes
+from pruneofa.train.device import prepare_models, training_device
 from pruneofa.train.epochs import EpochCallback
-from pruneofa.train.evaluate import label_order, load_task_model
+from pruneofa.train.evaluate import class_names, label_order, load_task_model
+from pruneofa.train.micro_batches import batches
 from pruneofa.train.models import load_for_task, load_tokenizer, reorder_classes, set_dropout
 from pruneofa.train.objective import INPUTS, TransferObjective
 from pruneofa.train.quantize import FakeQuantizer
 from pruneofa.train.schedule import linear_lr
 from pruneofa.train.teacher_logits import with_teacher_logits
-from pruneofa.train.trainer import batches, train
+from pruneofa.train.trainer import train
 
 CALIBRATION_BATCH = 32
 
@@ -71,7 +73,7 @@ class FineTuneSettings:
     freeze_embeddings: bool
     locked: bool
     seed: int
-    precision: str
+    precision: Precision
     revision: int
     save_minutes: float = field(metadata=RESOURCES_ONLY)
     skip_zeros: bool = field(metadata=RESOURCES_ONLY)
@@ -127,7 +129,7 @@ def fine_tune(
     Without a teacher only the task's own loss is used; dense task teachers are trained like this.
     """
     transformers.set_seed(settings.seed)
-    objective = transfer_objective(model.path, teacher and teacher.path, settings.losses, task)
+    objective = transfer_objective(model.path, teacher.path if teacher else None, settings.losses, task)
     prepare_student(objective.student, settings)
     task, spent = _run_teacher_once(objective, settings, job, task, settings.epochs)
     assert task.train is not None
@@ -139,7 +141,7 @@ def fine_tune(
         callbacks.append(epochs)
     clock = _train(objective, settings, job, task, data, len(data) // settings.batch, callbacks)
     clock["seconds"] += spent
-    return Outcome(objective.student, load_tokenizer(model.path), epochs=epochs and epochs.found(), **clock)
+    return Outcome(objective.student, load_tokenizer(model.path), epochs=epochs.found() if epochs else None, **clock)
 
 
 def quantize_aware(
@@ -152,7 +154,7 @@ def quantize_aware(
     training = settings.training
     transformers.set_seed(training.seed)
     student = task_student(model.path, task)
-    objective = transfer_objective(student, teacher and teacher.path, training.losses, task)
+    objective = transfer_objective(student, teacher.path if teacher else None, training.losses, task)
     prepare_student(student, training)
     quantizer = FakeQuantizer(student, **numerics(settings))
     data, steps = qat_dataset(settings, task)
@@ -178,7 +180,7 @@ def calibrate(settings: CalibrationSettings, job: Job, *, model: Model, task: ta
         drawn = np.random.default_rng(settings.seed).permutation(len(task.train))[: settings.calibration]
         device = next(student.parameters()).device
         drawn = drawn[np.argsort(task.train.lengths[drawn], kind="stable")]  # so that batches need little padding
-        chosen = Subset(task.train, list(map(int, drawn)))
+        chosen = [task.train[row] for row in drawn.tolist()]
         inputs = (
             {name: value.to(device) for name, value in batch.items() if name in INPUTS}
             for batch in batches(chosen, task.collate, CALIBRATION_BATCH)
@@ -235,7 +237,8 @@ def task_student(model: str, task: task_data.Task) -> PreTrainedModel:
     if task.kind == "classification":
         order = label_order(student.config, task)
         reorder_classes(student, order)
-        names = [student.config.id2label[index] for index in order]
+        old = class_names(student.config)
+        names = [old[index] for index in order]
         student.config.id2label = dict(enumerate(names))
         student.config.label2id = {name: index for index, name in enumerate(names)}
     return student
@@ -269,10 +272,11 @@ def _run_teacher_once(
 
     Returns the task that is to be trained on, and the seconds that this took.
     """
-    if not runs_teacher_once(objective, passes):
+    teacher = objective.teacher
+    if teacher is None or not runs_teacher_once(objective, passes):
         return task, 0.0
-    prepare_models(objective.student, objective.teacher, settings.precision)
-    teacher = objective.teacher.to(processes().device)
+    prepare_models(objective.student, teacher, settings.precision)
+    teacher.to(training_device())  # pyrefly: ignore[bad-argument-type]
     task, seconds = with_teacher_logits(task, teacher, job.work, settings.precision, job.name)
     objective.distil_from_batches()
     return task, seconds

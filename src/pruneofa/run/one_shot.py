@@ -12,7 +12,7 @@ from pruneofa.data.examples import IGNORED
 from pruneofa.progress import progress
 from pruneofa.recipe import Prune
 from pruneofa.train.curvature import EXAMPLES, fisher_blocks, fisher_diagonal
-from pruneofa.train.device import processes
+from pruneofa.train.device import training_device
 from pruneofa.train.layerwise import prune_layerwise
 from pruneofa.train.micro_batches import Batch
 from pruneofa.train.objective import PretrainingObjective
@@ -43,7 +43,7 @@ def prune_at_once(
     Raises as `prune_layerwise` and `fisher_blocks`.
     """
     begun = time.monotonic()
-    device = processes().device
+    device = training_device()
     student = objective.to(device).student
     tokens = 0
 
@@ -57,7 +57,7 @@ def prune_at_once(
         given = [_unmasked(batch, device) for batch in counted(settings.calibration, BATCH)]
         earlier = prune_layerwise(
             student,
-            load_dense().to(device),
+            load_dense().to(device),  # pyrefly: ignore[bad-argument-type]
             given,
             final=settings.final,
             pattern=settings.pattern,

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from pruneofa.recipe import Control, Quantize, Recipe, Task
+from pruneofa.recipe.model import Precision
 from pruneofa.run.fine_tuning import (
     CalibrationSettings,
     FineTuneSettings,
@@ -168,7 +169,7 @@ def losses(spec: Task) -> Losses:
 
 
 def _fine_tuning(
-    spec: Task, id: StageId, precision: str, *, has_teacher: bool, locked: bool = True
+    spec: Task, id: StageId, precision: Precision, *, has_teacher: bool, locked: bool = True
 ) -> FineTuneSettings:
     assert spec.epochs and spec.lr and spec.batch and spec.max_length and id.seed is not None  # resolved() fills them
     answers = id.task == "squad" and (spec.hard > 0 or not has_teacher)
@@ -194,7 +195,7 @@ def _fine_tuning(
 
 
 def _quantization(
-    quantize: Quantize, spec: Task, id: StageId, precision: str, *, has_teacher: bool
+    quantize: Quantize, spec: Task, id: StageId, precision: Precision, *, has_teacher: bool
 ) -> QuantizeSettings:
     spec = spec.model_copy(update={"epochs": spec.qat_epochs, "lr": spec.qat_lr})
     return QuantizeSettings(

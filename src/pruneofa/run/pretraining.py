@@ -23,12 +23,13 @@ from pruneofa.run.one_shot import one_shot_schedule, prune_at_once, score_tokens
 from pruneofa.run.stage import Job, Model, Outcome, unused
 from pruneofa.train.callbacks import Blocks, LockCallback, PruningCallback
 from pruneofa.train.curvature import EXAMPLES, fisher_blocks
-from pruneofa.train.device import processes, shared_progress
+from pruneofa.train.device import processes, shared_progress, training_device
+from pruneofa.train.micro_batches import batches
 from pruneofa.train.models import load_for_pretraining, load_tokenizer, set_dropout
 from pruneofa.train.objective import PretrainingObjective
 from pruneofa.train.prune import GradualPruner
 from pruneofa.train.schedule import cyclic_lr, linear_lr, rewound_lr
-from pruneofa.train.trainer import batches, train
+from pruneofa.train.trainer import train
 
 VALIDATION_EXAMPLES = 512
 CLOCK = "clock.json"  # beside a model pruned in one shot: the seconds and tokens that it took
@@ -114,7 +115,7 @@ def prune_student(settings: PruneSettings, job: Job, *, teacher: Model, text: Te
     """
     transformers.set_seed(settings.seed)
     objective = student_objective(teacher.path, settings.prune, settings.distill, nsp=text.spec.nsp)
-    clock = {"seconds": 0.0, "tokens": 0}
+    clock: dict[str, Any] = {"seconds": 0.0, "tokens": 0}
     if settings.prune.at_once:
         clock = _prune_at_once(objective, teacher, settings, text, job.work / "pruned")
         pruning: Any = LockCallback(skip_zeros=settings.prune.skip_zeros)
@@ -154,7 +155,7 @@ def _prune_at_once(
         while damage(folder) is not None:
             time.sleep(1)
     processes().wait_for_everyone()
-    objective.to(processes().device)
+    objective.to(training_device())
     pruned = load_for_pretraining(str(folder), nsp=text.spec.nsp)
     objective.student.load_state_dict(pruned.state_dict())
     clock = folder / CLOCK  # which earlier versions did not write

@@ -64,7 +64,7 @@ def collect(recipe: Recipe, folder: Path, steps: Iterable[Step]) -> dict[str, An
 
 def _add_runs(measured: dict[str, Any], stage: StageId, by: str, metrics: dict[str, float]) -> None:
     for metric, value in metrics.items():
-        variants = measured.setdefault(stage.task, {}).setdefault(metric, {})
+        variants = measured.setdefault(str(stage.task), {}).setdefault(metric, {})
         entry = variants.setdefault(f"{stage.variant}{by}", {"mean": 0.0, "runs": []})
         entry["runs"].append({"seed": stage.seed, "value": value})
         entry["mean"] = statistics.fmean(run["value"] for run in entry["runs"])

@@ -200,7 +200,7 @@ class Stage:
     @property
     def input_fingerprints(self) -> dict[str, str | None]:
         """The fingerprint of every input."""
-        return {name: value and value.fingerprint for name, value in self.inputs.items()}
+        return {name: value.fingerprint if value else None for name, value in self.inputs.items()}
 
     @property
     def model(self) -> Model:

@@ -113,7 +113,9 @@ class Predictor:
                 raise InputError(f"{where}: which column of {shown} has the texts? {do} with --text")
             first = "text" if "text" in found else found[0]
         for name in (first, second):
-            if name is not None and name not in found:
+            if name is None:
+                continue
+            if name not in found:
                 near = difflib.get_close_matches(name, found, 1)
                 hint = f"; did you mean {near[0]!r}?" if near else "; name another column"
                 raise InputError(f"{where}: no column {name!r} among {shown}{f': {wrong}' if wrong else hint}")

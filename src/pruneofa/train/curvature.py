@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from pruneofa.errors import CheckFailed, InputError
 from pruneofa.train.device import processes, refuse_more_than_free, shared_progress
-from pruneofa.train.objective import INPUTS, UNLABELLED, PretrainingObjective, vocabulary_head
+from pruneofa.train.heads import vocabulary_head
+from pruneofa.train.objective import INPUTS, UNLABELLED, PretrainingObjective
 from pruneofa.train.scores import CHUNK, block_size, to_blocks
 
 EXAMPLES = 4  # per gradient: the noise of the examples is independent, so the mean square is the sum of theirs

@@ -33,6 +33,13 @@ def processes() -> PartialState:
     return PartialState(cpu=not torch.cuda.is_available())
 
 
+def training_device() -> torch.device:
+    """Where this process trains: its GPU, or the CPU."""
+    device = processes().device
+    assert device is not None
+    return device
+
+
 def shared_progress(description: str, total: int) -> AbstractContextManager[Callable[..., None]]:
     """`progress` of work that every process does: one of them shows it."""
     if processes().is_main_process:
@@ -107,7 +114,7 @@ def _free_on(device: torch.device) -> int:
 def free_memory(root: Path = Path("/")) -> tuple[int, str]:
     """(bytes that are free where models are trained, its name): this GPU's, or what this process may still use."""
     if torch.cuda.is_available():
-        return _free_on(processes().device), "this GPU"
+        return _free_on(training_device()), "this GPU"
     lines = _text(root / "proc/meminfo").splitlines()
     found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
     for limit, used, details, prefix in (

@@ -238,21 +238,23 @@ class _FusedHead(torch.autograd.Function):
             # The gradient of a chunk is (p_student - p_teacher) + ratio·(p - onehot); `factor` is applied to
             # the summed gradients in backward, which saves a pass over every chunk of logits.
             factor, ratio = hard_scale * temperature, 1.0
+            scaled = teacher_logits = None
             if teacher is not None:
                 factor, ratio = kd_scale * temperature**2, hard_scale / (kd_scale * temperature)
-                teacher_x, teacher_w, teacher_b = _scaled(*teacher, temperature, dtype)
+                scaled = _scaled(*teacher, temperature, dtype)
                 teacher_logits = torch.empty_like(logits)
             sums = torch.zeros(2, dtype=torch.float64, device=x.device)
             grad_x = grad_w = grad_b = None
             if needs_grad:
                 grad_x = torch.empty_like(x, dtype=kind)
                 grad_w = torch.zeros_like(w, dtype=kind) if weight.requires_grad else None
-                grad_b = torch.zeros_like(b) if bias is not None and bias.requires_grad else None
+                grad_b = torch.zeros_like(b) if b is not None and bias is not None and bias.requires_grad else None
             for start in range(0, len(x), chunk_rows):
                 rows = slice(start, start + chunk_rows)
                 z = torch.mm(x[rows], w.t(), out=logits[: len(x[rows])])
                 targets = None
-                if teacher is not None:
+                if scaled is not None and teacher_logits is not None:
+                    teacher_x, teacher_w, teacher_b = scaled
                     part = teacher_x[rows]
                     targets = (torch.mm(part, teacher_w.t(), out=teacher_logits[: len(part)]), teacher_b)
                 wanted = None if labels is None else labels[rows]
@@ -271,7 +273,9 @@ class _FusedHead(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, _hard: Tensor, _kd: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyrefly: ignore[bad-override]
+        ctx: Any, grad_loss: Tensor, _hard: Tensor, _kd: Tensor
+    ) -> tuple[Tensor | None, ...]:
         grad_x, grad_w, grad_b = ctx.saved_tensors
         scale = (grad_loss * ctx.factor).to(grad_x.dtype)
         hidden_dtype, weight_dtype = ctx.dtypes
@@ -317,6 +321,7 @@ def _replace_by_gradient(
                 gradient = p
             else:
                 gradient[: len(wanted)] += p.mul_(ratio)
+        assert gradient is not None, "neither labels nor a teacher"
         logits[rows] = gradient
         if grad_bias is not None:
             grad_bias += gradient.sum(0)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers import PreTrainedModel
 
 from pruneofa import __version__, recipe
 from pruneofa.data import squad
@@ -24,12 +25,12 @@ from pruneofa.formats.manifest import Manifest, is_packed
 from pruneofa.formats.pack import pack
 from pruneofa.formats.tensors import weights_folder
 from pruneofa.progress import clock, notice, progress
+from pruneofa.recipe.model import Precision as TorchPrecision
 from pruneofa.train.device import default_device, evaluation_rows, processes, shared_progress
 from pruneofa.train.metrics import Measured, classification_metrics, squad_metrics
 from pruneofa.train.models import check_encoder, load_tokenizer, read_model
 from pruneofa.train.quantize import FakeQuantizer
 
-TorchPrecision = Literal["fp32", "bf16"]
 # Features, and the logits of each: one (classes,) row, or start and end of at least as many tokens as it has.
 Batch = tuple[NDArray[np.int64], tuple[Sequence[NDArray[np.float32]] | NDArray[np.float32], ...]]
 _ENGINE_ROWS = 256  # rows per step of the progress bar; the engine forms its own batches
@@ -114,7 +115,7 @@ def _read_task(
     return task
 
 
-def load_task_model(path: str | Path, kind: Literal["classification", "qa"]) -> torch.nn.Module:
+def load_task_model(path: str | Path, kind: Literal["classification", "qa"]) -> PreTrainedModel:
     """Load a fine-tuned model onto the GPU if there is one, in float32.
 
     Raises:
@@ -132,7 +133,7 @@ def load_task_model(path: str | Path, kind: Literal["classification", "qa"]) -> 
             f"{path}: not fine-tuned for {purpose}: {len(missing)} weights "
             f"such as {missing[-1]} are missing; make a task model with `pruneofa transfer`"
         )
-    return model.to(default_device()).eval()
+    return model.to(default_device()).eval()  # pyrefly: ignore[bad-argument-type]
 
 
 def evaluate_model(

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -116,7 +116,8 @@ def prune_layerwise(
     base, other = student.base_model, teacher.base_model
     first = other.get_submodule(f"{family.layers}.0")
     calls = [_Call(_capture(other, batch, first), batch["attention_mask"].bool()) for batch in batches]
-    pairs = list(zip(base.get_submodule(family.layers), other.get_submodule(family.layers), strict=True))
+    layers, dense_layers = (cast(nn.ModuleList, model.get_submodule(family.layers)) for model in (base, other))
+    pairs = list(zip(layers, dense_layers, strict=True))
     earlier = 0.0
     with progress("pruning layer by layer", len(pairs)) as advance:
         student_hidden = [call.arguments.hidden for call in calls]
@@ -314,8 +315,8 @@ def _fit_linear(linear: nn.Module, rows: list[tuple[Tensor, Tensor]], select: Se
     """Set the sparse weight and the bias of a linear by least squares on pairs (input, target output)."""
     assert isinstance(linear, nn.Linear)
     count = sum(len(x) for x, _ in rows)
-    inputs = sum(x.float().sum(0) for x, _ in rows) / count
-    outputs = sum(y.float().sum(0) for _, y in rows) / count
+    inputs = torch.stack([x.float().sum(0) for x, _ in rows]).sum(0) / count
+    outputs = torch.stack([y.float().sum(0) for _, y in rows]).sum(0) / count
     # The means are taken off first: a difference of large products would lose the variance of nearly constant inputs.
     moments = torch.zeros(len(inputs), len(inputs), device=inputs.device)
     products = torch.zeros(len(inputs), len(outputs), device=inputs.device)

@@ -110,7 +110,7 @@ class PatternLock:
         A product with 0 can be -0.0, and adding 0 makes that +0.0. On a CPU this is three times as fast as filling by
         a bool mask, and on a GPU it takes a few kernels for all weights together. A kept -0.0 becomes +0.0 too.
         """
-        weights = list(self.weights.values())
+        weights: list[Tensor] = list(self.weights.values())
         torch._foreach_mul_(weights, [self._kept_like(name, weight) for name, weight in self.weights.items()])
         torch._foreach_add_(weights, 0.0)
 

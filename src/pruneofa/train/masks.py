@@ -7,6 +7,7 @@ upper 16 bits, then one of the lower 16 bits of the scores in the threshold's bi
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ def prunable(model: nn.Module, skip: Iterable[str] = ()) -> dict[str, nn.Paramet
         adapter = any(name.startswith(a) and not name.startswith(f"{a}base_layer.") for a in adapted)
         if wanted and not adapter and isinstance(module, nn.Linear) and id(module.weight) not in seen:
             seen.add(id(module.weight))
-            found[f"{path}{name}"] = module.weight
+            found[f"{path}{name}"] = cast(nn.Parameter, module.weight)
     if not any(canonical_name(name) != POOLER for name in found):
         raise InputError(
             f"{type(model).__name__}: no Linear layer named {families.layer_name()}, so there is "

@@ -7,6 +7,7 @@ are answered alike. The terms of the rows keep what is needed for that.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,7 +87,7 @@ def _means(rows: dict[str, NDArray[np.float64]]) -> Measured:
 def save_rows(file: Path, measured: Measured) -> None:
     """Write the terms of the rows as .npz, one array per metric; the file is whole, or the one before it stays."""
     with new_file(file) as temporary, temporary.open("wb") as stream:
-        np.savez_compressed(stream, **measured.rows)
+        np.savez_compressed(stream, **cast(dict[str, Any], measured.rows))
 
 
 def load_rows(file: Path) -> dict[str, Rows]:

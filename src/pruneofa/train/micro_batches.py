@@ -1,10 +1,12 @@
-"""The micro-batches of an optimizer step: how they are made, and how they are divided when memory runs out."""
+"""The micro-batches of an optimizer step, how they are divided when memory runs out, and batches without training."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils.data import IterableDataset
 
 Batch = dict[str, torch.Tensor]
 
@@ -44,3 +46,10 @@ def split(batch: Batch, rows: int) -> list[Batch]:
     """A batch in parts of at most `rows` rows."""
     parts = {name: values.split(rows) for name, values in batch.items()}
     return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
+
+
+def batches(dataset: Any, collate: Callable[[list[Any]], dict[str, torch.Tensor]], size: int) -> Iterator[Any]:
+    """Collated batches of a dataset, in its order."""
+    items = iter(dataset) if isinstance(dataset, IterableDataset) else (dataset[i] for i in range(len(dataset)))
+    while taken := list(itertools.islice(items, size)):
+        yield collate(taken)

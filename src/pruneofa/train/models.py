@@ -3,7 +3,7 @@
 import pickle
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -65,7 +65,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         read_limited(file)  # the loader has no limits
     inputs = {} if token_types(config) > 1 else {"model_input_names": ["input_ids", "attention_mask"]}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **inputs)
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **inputs)
         used = [*tokenizer("a", "b")["input_ids"], *tokenizer("a")["input_ids"]]
     except BaseException as error:  # the loader's errors have no common type
         if not isinstance(error, Exception) and not is_panic(error):
@@ -230,7 +230,7 @@ def set_dropout(model: nn.Module, probability: float) -> None:
 @torch.no_grad()
 def reorder_classes(model: PreTrainedModel, order: list[int]) -> None:
     """Permute the last layer of a classifier so that its i-th logit is the former `order[i]`-th."""
-    last = model.get_submodule(families.of(model.config.model_type).classification.output)
+    last = cast(nn.Linear, model.get_submodule(families.of(model.config.model_type).classification.output))
     last.weight.copy_(last.weight[order].clone())
     last.bias.copy_(last.bias[order].clone())
 

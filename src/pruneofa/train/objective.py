@@ -8,25 +8,26 @@ change only rounding. (DDP averages gradients: the trainer multiplies the loss b
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.activations import ACT2FN
 
-from pruneofa import families
 from pruneofa.errors import InputError
 from pruneofa.train.distill import fused_head_losses, hidden_loss, kd_terms
+from pruneofa.train.heads import next_sentence_head, next_sentence_logits, vocabulary_head
 from pruneofa.train.micro_batches import Batch
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 UNLABELLED = -100
 
 
-class _Objective(nn.Module):
+class Objective(nn.Module):
     """A student and a frozen teacher; the teacher follows the module's device but is not in its state_dict."""
+
+    counts: Callable[[Batch], Tensor]
 
     def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
         super().__init__()
@@ -39,13 +40,13 @@ class _Objective(nn.Module):
         """The teacher, in eval mode and without gradients; None when nothing is distilled."""
         return self._outside[0] if self._outside else None
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         for teacher in self._outside:
             teacher._apply(fn, recurse)
         return super()._apply(fn, recurse)
 
 
-class PretrainingObjective(_Objective):
+class PretrainingObjective(Objective):
     """MLM (+ NSP), distillation of their logits, distillation of hidden states.
 
     `loss = hard·(mlm + nsp) + kd·(kd + kd_nsp) + hidden·mse`. Vocabulary logits are computed only at the
@@ -97,7 +98,7 @@ class PretrainingObjective(_Objective):
         for model in (student, self.teacher):
             if model is not None and (hard or kd):
                 vocabulary_head(model)
-                if nsp and _nsp_head(model) is None:
+                if nsp and next_sentence_head(model) is None:
                     raise InputError(
                         f"{type(model).__name__} has no next-sentence head but corpus.nsp is true; "
                         "set corpus.nsp: false, or load a model for pre-training"
@@ -179,15 +180,15 @@ class PretrainingObjective(_Objective):
     def _next_sentence(
         self, batch: Batch, states: Any, targets: Any, items: Tensor, parts: dict[str, Tensor]
     ) -> Tensor:
-        logits = _nsp_logits(self.student, states)
+        logits = next_sentence_logits(self.student, states.pooler_output)
         loss = logits.new_zeros((), dtype=torch.float32)
         if self.hard:
             labels = batch["next_sentence_label"]
             parts["nsp"] = F.cross_entropy(logits.float(), labels, reduction="sum") / items
             loss = loss + self.hard * parts["nsp"]
-        if self.kd:
+        if self.kd and self.teacher is not None:
             with torch.no_grad():
-                teacher_logits = _nsp_logits(self.teacher, targets)
+                teacher_logits = next_sentence_logits(self.teacher, targets.pooler_output)
             parts["kd_nsp"] = kd_terms(logits, teacher_logits, self.temperature).sum() / items
             loss = loss + self.kd * parts["kd_nsp"]
         return loss
@@ -196,8 +197,9 @@ class PretrainingObjective(_Objective):
         layers = len(states.hidden_states)
         relative = self.hidden_norm
         mse = hidden_loss(states.hidden_states, targets.hidden_states, mask, relative=relative) / tokens
-        if _pooled(states) is not None and _pooled(targets) is not None:
-            mse = mse + hidden_loss([_pooled(states)], [_pooled(targets)], relative=relative) / (items * layers)
+        pooled, wanted = _pooled(states), _pooled(targets)
+        if pooled is not None and wanted is not None:
+            mse = mse + hidden_loss([pooled], [wanted], relative=relative) / (items * layers)
         return mse
 
     def _freeze_unused(self) -> None:
@@ -206,7 +208,7 @@ class PretrainingObjective(_Objective):
         if not heads:
             unused |= _ids(self.student) - _ids(self.student.base_model)  # a tied decoder is the embedding
         elif not self.nsp:
-            unused |= _ids(_nsp_head(self.student))
+            unused |= _ids(next_sentence_head(self.student))
         pooler_distilled = self.hidden and self.teacher is not None and _ids(_pooler(self.teacher))
         if not (heads and self.nsp) and not pooler_distilled:
             unused |= _ids(_pooler(self.student))
@@ -215,7 +217,7 @@ class PretrainingObjective(_Objective):
                 parameter.requires_grad_(False)
 
 
-class TransferObjective(_Objective):
+class TransferObjective(Objective):
     """A task's own loss and distillation from a dense task teacher: `hard·hard + kd·kd + hidden·mse`.
 
     `hidden` compares the embedding output and every layer's output, as in `PretrainingObjective`.
@@ -296,11 +298,12 @@ class TransferObjective(_Objective):
             terms = [F.cross_entropy(each, batch[key], reduction="sum") for each, key in zip(logits, keys, strict=True)]
             parts["hard"] = torch.stack(terms).mean() / items
             loss = loss + self.hard * parts["hard"]
+        targets: Any = None
         if self.teacher is not None:
             with torch.no_grad():
                 targets = self.teacher(**inputs, **options)
         if self.kd:
-            if self.teacher is not None:
+            if targets is not None:
                 wanted = [targets[name] for name in self._names()]
             else:
                 kept = batch["teacher_logits"]
@@ -311,7 +314,7 @@ class TransferObjective(_Objective):
             ]
             parts["kd"] = torch.stack(terms).mean() / items
             loss = loss + self.kd * parts["kd"]
-        if self.teacher is not None and self.hidden:
+        if targets is not None and self.hidden:
             parts["hidden"] = hidden_loss(outputs.hidden_states, targets.hidden_states, _mask(batch)) / tokens
             loss = loss + self.hidden * parts["hidden"]
         return {"loss": loss, **{name: part.detach() for name, part in parts.items()}}
@@ -335,33 +338,6 @@ def transfer_counts(batch: Batch) -> Tensor:
     mask = _mask(batch)
     tokens = mask.sum()
     return torch.stack([tokens.new_tensor(mask.shape[0]), tokens]).double()
-
-
-def vocabulary_head(model: PreTrainedModel) -> tuple[Callable[[Tensor], Tensor], nn.Linear]:
-    """The two halves of a masked-language head: what comes before the decoder, and the decoder itself.
-
-    Raises:
-        InputError: `model` has no such head.
-    """
-    family = families.of(model.config.model_type)
-    head = family.masked_lm
-    try:
-        dense, norm, decoder = (model.get_submodule(name) for name in (head.dense, head.norm, head.decoder))
-    except AttributeError:
-        raise InputError(
-            f"{type(model).__name__} has no masked-language head ({head.decoder}); load it with AutoModelForPreTraining"
-        ) from None
-    activation = ACT2FN[head.activation or getattr(model.config, family.keys.activation)]
-    return (lambda hidden: norm(activation(dense(hidden)))), decoder
-
-
-def _nsp_head(model: PreTrainedModel) -> nn.Linear | None:
-    name = families.of(model.config.model_type).next_sentence
-    return dict(model.named_modules()).get(name) if name else None
-
-
-def _nsp_logits(model: PreTrainedModel, states: Any) -> Tensor:
-    return _nsp_head(model)(states.pooler_output)
 
 
 def _pooler(model: PreTrainedModel) -> nn.Module | None:

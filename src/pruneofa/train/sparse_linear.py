@@ -7,7 +7,7 @@ rounding, and where an input is infinite or NaN: a pruned weight does not spread
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -139,4 +139,4 @@ def compute_densely(modules: Iterable[nn.Module]) -> None:
     for module in modules:
         if type(module) is SparseLinear:
             _patterns.pop(module, None)
-            module.__class__ = nn.Linear
+            cast(Any, module).__class__ = nn.Linear

@@ -19,15 +19,16 @@ from torch import nn
 from pruneofa.data.features import TaskData, evaluation_batches
 from pruneofa.data.tasks import Task
 from pruneofa.errors import InputError
+from pruneofa.recipe.model import Precision
 from pruneofa.train.device import ROWS, processes, shared_progress
-from pruneofa.train.evaluate import TorchPrecision, evaluating, logits_of
+from pruneofa.train.evaluate import evaluating, logits_of
 
 # For each batch of a process's share: logits and the seconds that they took, float32, and the CRC-32 of both.
 FILE = "teacher_logits-{rank}-of-{world}"
 
 
 def with_teacher_logits(
-    task: Task, teacher: nn.Module, work: Path, precision: TorchPrecision, name: str
+    task: Task, teacher: nn.Module, work: Path, precision: Precision, name: str
 ) -> tuple[Task, float]:
     """`task` with the logits of `teacher` in its training features, and the seconds that this took in all attempts.
 
@@ -74,7 +75,7 @@ def _compute(
     teacher: nn.Module,
     share: list[NDArray[np.int64]],
     file: Path,
-    precision: TorchPrecision,
+    precision: Precision,
     name: str,
 ) -> None:
     """Complete the file of these batches from the first one that it does not hold as it was written."""
@@ -95,7 +96,7 @@ def _compute(
 
 
 def _logits(
-    task: Task, data: TaskData, teacher: nn.Module, features: NDArray[np.int64], precision: TorchPrecision
+    task: Task, data: TaskData, teacher: nn.Module, features: NDArray[np.int64], precision: Precision
 ) -> NDArray[np.float32]:
     """Logits of a batch, (features, classes); in question answering of its tokens without padding, (tokens, 2)."""
     heads = logits_of(teacher, task, [data[int(feature)] for feature in features], precision)

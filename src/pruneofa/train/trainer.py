@@ -1,19 +1,17 @@
 """Training of one stage: the Trainer subclass, progress bar, checkpoints, and `train`, which resumes."""
 
-import itertools
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import safetensors.torch
 import torch
 import torch.distributed
 from torch import nn
-from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pruneofa.errors import InputError
@@ -33,6 +31,7 @@ from pruneofa.train.checkpoints import (
 from pruneofa.train.device import prepare_models, processes, split_batch, trainer_options
 from pruneofa.train.micro_batches import Batch, StepCollate, split
 from pruneofa.train.models import recompute_activations
+from pruneofa.train.objective import Objective
 from pruneofa.train.sparse_linear import compute_densely
 
 OPTIONS: dict[str, Any] = {  # of the Trainer, in every stage
@@ -61,7 +60,7 @@ class StageTrainer(Trainer):
 
     def __init__(
         self,
-        objective: nn.Module,
+        objective: Objective,
         *,
         stage: str,
         args: TrainingArguments,
@@ -71,10 +70,11 @@ class StageTrainer(Trainer):
         callbacks: Sequence[TrainerCallback],
         writer: BackgroundWriter,
     ) -> None:
+        self.student = objective.student
         self.rate = rate
         self.writer = writer
         self.stage = stage
-        self.micro_batch = collate.micro_batch
+        self.micro_batch = self.largest_micro_batch = collate.micro_batch
         self.clock = {"seconds": 0.0, "tokens": 0}
         self.snapshot: Snapshot | None = None
         self._tokens = torch.zeros((), dtype=torch.float64)
@@ -91,7 +91,8 @@ class StageTrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """A learning-rate multiple that is a pure function of the step."""
         if self.lr_scheduler is None:
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, self.rate)
+            made = cast(torch.optim.Optimizer, optimizer or self.optimizer)
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(made, self.rate)
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
@@ -182,7 +183,7 @@ class StageTrainer(Trainer):
 
     def progress_state(self, seconds: float) -> dict[str, Any]:
         """`read_clock`, and the "micro_batch" if memory ran out with a larger one: what `resume` takes."""
-        lowered = self.micro_batch < self.data_collator.micro_batch
+        lowered = self.micro_batch < self.largest_micro_batch
         return self.read_clock(seconds) | ({"micro_batch": self.micro_batch} if lowered else {})
 
     def resume(self, state: dict[str, Any]) -> None:
@@ -202,16 +203,16 @@ class StageTrainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         self._save_rng_state(str(folder))
         if self.args.should_save:
-            self.model.student.config.save_pretrained(folder)
+            self.student.config.save_pretrained(folder)
             self.state.save_to_json(str(folder / "trainer_state.json"))
             self.writer.wait()  # memory need not hold two snapshots
-            self.snapshot = Snapshot.of(self.model.student, self.optimizer, self.lr_scheduler)
+            self.snapshot = Snapshot.of(self.student, self.optimizer, self.lr_scheduler)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         state = safetensors.torch.load_file(Path(resume_from_checkpoint) / MODEL)
-        result = self.model.student.load_state_dict(state, strict=False)
+        result = self.student.load_state_dict(state, strict=False)
         # Tied weights are stored once; all other weights must exist.
-        tied = set(getattr(self.model.student, "all_tied_weights_keys", {}) or {})
+        tied = set(getattr(self.student, "all_tied_weights_keys", {}) or {})
         wrong = [name for name in result.missing_keys if name not in tied] + list(result.unexpected_keys)
         if wrong:
             raise InputError(f"{resume_from_checkpoint}: does not fit the model ({wrong[0]}); delete it to start again")
@@ -301,14 +302,14 @@ class _StageCallback(TrainerCallback):
     def close(self) -> None:
         """Close the progress bar and restore the handler of Ctrl-C; also called after an error."""
         if hasattr(self, "stack"):
-            stop = KeyboardInterrupt() if self.interrupted else None
+            stop = (KeyboardInterrupt, KeyboardInterrupt(), None) if self.interrupted else (None, None, None)
             with suppress(KeyboardInterrupt):  # the bar must not say that it is done
-                self.stack.__exit__(stop and type(stop), stop, None)
+                self.stack.__exit__(*stop)
             signal.signal(signal.SIGINT, self.handler)
 
 
 def train(
-    objective: nn.Module,
+    objective: Objective,
     *,
     stage: str,
     work: Path,
@@ -390,10 +391,3 @@ def _silence(trainer: Trainer) -> None:
     from transformers.trainer_callback import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
-
-
-def batches(dataset: Any, collate: Callable[[list[Any]], dict[str, torch.Tensor]], size: int) -> Iterator[Any]:
-    """Collated batches of a dataset, in its order."""
-    items = iter(dataset) if isinstance(dataset, IterableDataset) else (dataset[i] for i in range(len(dataset)))
-    while taken := list(itertools.islice(items, size)):
-        yield collate(taken)
