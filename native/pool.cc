@@ -165,10 +165,12 @@ Pool::Share::Share(Pool& pool, int wanted) : pool_(pool) {
   ++pool.callers_;
   ++pool.waiting_;
   const auto part = [&] { return std::min(wanted, std::max(1, pool.threads_ / pool.callers_)); };
+  if (ticket != pool.serving_) pool.freed_.notify_all();  // the part of the first that waits is smaller now
   pool.freed_.wait(lock, [&] {
     if (ticket != pool.serving_) return false;
-    pool.missing_ = part() - pool.free_;
-    return pool.missing_ <= 0;
+    const int missing = part() - pool.free_;
+    pool.missing_ = missing;  // not to be read again here: `needs` lowers it at any time
+    return missing <= 0;
   });
   ++pool.serving_;
   --pool.waiting_;

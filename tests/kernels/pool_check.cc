@@ -3,6 +3,8 @@
 #include "crowding.h"
 #include "pool.h"
 
+#include <atomic>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <thread>
@@ -34,7 +36,6 @@ void call(Pool& pool, int wanted, int rounds) {
       for (int other = 0; other < threads; ++other) expect(done[other * 16] == round, "a thread ran past a barrier");
       barrier.wait();
     }
-    pool.needs(1);
   });
 }
 
@@ -76,10 +77,18 @@ int main(int, char** arguments) {
       for (int i = 0; i < calls; ++i) {
         call(pool, 1 + (c + i) % (threads + 1), 5);
         take(pool, 1 + i % (threads + 1), 3);
+        // So that the next call often comes while another one has all threads, which it took when it was alone.
+        std::this_thread::sleep_for(std::chrono::microseconds((c * 131 + i * 17) % 97));
       }
     });
   }
+  std::atomic<bool> over{false};
+  std::thread asking([&] {  // at any moment, and for more threads than a waiting call may have
+    while (!over) pool.needs(threads);
+  });
   for (std::thread& one : all) one.join();
+  over = true;
+  asking.join();
   Pool::Share share(pool, threads);
   expect(share.threads() == threads, "threads were not given back");
   std::puts("done");

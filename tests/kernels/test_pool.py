@@ -35,7 +35,8 @@ def pool_check(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("threads", "callers", "calls"), [(1, 1, 20), (1, 4, 50), (2, 1, 200), (2, 3, 100), (4, 6, 50), (16, 2, 10)]
+    ("threads", "callers", "calls"),
+    [(1, 1, 20), (1, 4, 50), (2, 1, 200), (2, 3, 100), (4, 2, 500), (4, 6, 50), (16, 2, 10)],
 )
 def test_calls_share_the_threads(pool_check, threads, callers, calls):
     done = pool_check(threads, callers, calls)
