@@ -113,7 +113,7 @@ static inline Floats activate(const Floats& x, Activation kind) {
   if (kind == Activation::kNone) return x;
   if (kind == Activation::kGelu) return gelu(x);
   if (kind == Activation::kGeluTanh) return gelu_tanh(x);
-  return maximum(x, broadcast(0.0f));
+  return select(x < broadcast(0.0f), broadcast(0.0f), x);  // keeps NaN, which `maximum` may not
 }
 
 }  // namespace lanes

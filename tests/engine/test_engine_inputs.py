@@ -12,7 +12,7 @@ from pruneofa.engine.load import Weights
 from pruneofa.errors import InputError
 from pruneofa.formats.pack import pack
 from pruneofa.formats.packed import Packed, PackedLinear
-from tests.tiny import POSITIONS, VOCABULARY, write_folder
+from tests.tiny import POSITIONS, VOCABULARY, tiny_roberta, write_folder, write_model
 
 
 @pytest.fixture(autouse=True)
@@ -286,6 +286,24 @@ def test_a_layer_that_is_too_wide_for_the_kernels_is_named(tmp_path):
     )
     with pytest.raises(InputError, match=f"{name}.weight: 131072 inputs .*; use a narrower model"):
         Weights(packed, reference, "scalar").linear(name)
+
+
+def test_positions_that_begin_behind_their_table(tmp_path):
+    folder = write_model(tmp_path / "folder", tiny_roberta())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"pad_token_id": 1000}))
+    told = "config.json has pad_token_id 1000, so positions begin at 1001, wanted less than the .* rows of their table"
+    with pytest.raises(InputError, match=told):
+        Engine.from_pretrained(folder)
+    with pytest.raises(InputError, match=told):
+        pack(folder, tmp_path / "packed")
+
+
+def test_windows_without_room_for_a_token(tmp_path):
+    tokenizer = Engine.from_pretrained(write_folder(tmp_path, "ForTokenClassification")).tokenizer
+    tokenizer.limit = 2
+    with pytest.raises(InputError, match="a: no window of 2 tokens, which the model takes, has room beside 2 special"):
+        tokenizer.text_windows(["the king"], ["a"])
 
 
 def test_a_task_without_its_weights(tmp_path):

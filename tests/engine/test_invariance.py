@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from pruneofa import Engine
 from pruneofa.engine import engine as engine_module
+from pruneofa.engine.heads import Embedding
 from pruneofa.errors import InputError
 from tests.tiny import WORDS, half_pruned, tiny_bert, tiny_distilbert, tiny_mpnet, tiny_roberta, write_model
 
@@ -72,3 +73,23 @@ def test_weights_too_large_for_float32_are_an_error_and_never_a_nan(tmp_path, pr
     engine = Engine.from_pretrained(write_model(tmp_path, model), precision=precision)
     with pytest.raises(InputError, match="NaN or infinite, wanted numbers: the model's weights are too large"):
         engine.predict("the great film")
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp32"])
+def test_one_token_that_overflows_is_an_error_for_all_that_attend_to_it(tmp_path, precision):
+    """In int8 a token of NaN has finite codes: the first token, which is classified, would be finite and wrong."""
+    model = tiny_bert(transformers.BertForSequenceClassification)
+    with torch.no_grad():
+        rows = model.bert.embeddings.position_embeddings.weight[4:]
+        rows[:, 0::2], rows[:, 1::2] = 2.5e38, -2.5e38
+    engine = Engine.from_pretrained(write_model(tmp_path, model), precision=precision)
+    assert engine.predict("the")["label"]
+    with pytest.raises(InputError, match="sequence 1 of the batch: its result is NaN or infinite"):
+        engine.predict(["the", "the great film of the king"])
+
+
+def test_a_vector_whose_square_overflows_is_normalized():
+    head = Embedding("mean", normalize=True, dimensions=None)
+    vector = head.reduce(np.full((3, 4), 1e30, np.float32), None)
+    np.testing.assert_allclose(vector, 0.5, rtol=1e-6)
+    assert vector.dtype == np.float32

@@ -53,6 +53,7 @@ class Engine:
         task: what `predict` does: "classification", "question answering", "token classification",
             "masked-LM" or "embedding".
         max_length: maximum number of tokens of a sequence, including special tokens.
+        width: numbers of a token's hidden state.
         sparsity: fraction of zeros in the encoder's linear weights, the pooler excluded.
         labels: for classification the names of the classes by class id; otherwise empty.
         tokenizer: the folder's tokenizer.
@@ -82,6 +83,7 @@ class Engine:
         self._architecture, self._folder = architecture, folder.absolute()
         self._vocabulary = len(words)
         self.max_length = len(positions) - architecture.first_position
+        self.width: int = architecture.hidden
         self.tokenizer = TextTokenizer(
             folder,
             vocabulary=self._vocabulary,
@@ -203,7 +205,7 @@ class Engine:
         )
         result = np.zeros((*ids.shape, self._architecture.hidden), np.float32)
         for row, hidden in self.hidden(sequences):
-            result[row, : len(hidden)] = finite(hidden, f"row {row} of the batch")
+            result[row, : len(hidden)] = hidden
         return result
 
     def predict(self, x: Any, *, batch_size: int = 32, truncate: bool = False) -> Any:
@@ -317,7 +319,8 @@ class Engine:
     def hidden(self, sequences: Sequence[Tokens]) -> Iterator[tuple[int, NDArray[np.float32]]]:
         """Yield (index, hidden states (tokens, hidden)) of every sequence, in the order they are computed.
 
-        The sequences come from `tokenizer`, or from `checked_ids`.
+        The sequences come from `tokenizer`, or from `checked_ids`. Raises InputError where a state of any token is NaN
+        or infinite: in int8, attention to such a token can give the others finite states, which are wrong.
         """
         lengths = [len(sequence.ids) for sequence in sequences]
         for group in groups(lengths):
@@ -338,7 +341,8 @@ class Engine:
                 )
                 done = [bounds[end] for end in part_bounds].index(len(hidden))
                 for position in range(part_bounds[done]):
-                    yield order[position], hidden[bounds[position] : bounds[position + 1]]
+                    states = hidden[bounds[position] : bounds[position + 1]]
+                    yield order[position], finite(states, f"sequence {order[position]} of the batch")
                 parts = parts[done:]
 
 

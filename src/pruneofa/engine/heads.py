@@ -148,7 +148,8 @@ class Embedding:
         """
         vector = self.pool(hidden)
         if self._normalize:
-            vector = vector / max(np.linalg.norm(vector), np.float32(1e-12))
+            square = np.vecdot(vector, vector, dtype=np.float64)  # in float32 it may overflow, and all would be 0
+            vector = (vector / np.sqrt(max(square, 1e-24))).astype(np.float32)
         return vector[: self.dimensions]
 
     def pool(self, hidden: Float) -> Float:

@@ -354,6 +354,11 @@ def _cut(tokens: Tokens, segment: int, length: int, where: str) -> list[Tokens]:
     """Windows of at most `length` tokens, each with a part of one segment and with everything else."""
     inside = np.flatnonzero(tokens.segments == segment)
     room = length - (len(tokens.ids) - len(inside))
+    if room < 1:
+        raise InputError(
+            f"{where}: no window of {length} tokens, which the model takes, has room beside {length - room} special "
+            "tokens; copy the tokenizer files of the model it was made from"
+        )
     step = room - overlap(room)
     if (count := 1 + math.ceil((len(inside) - room) / step)) > MAX_WINDOWS:
         raise InputError(f"{where}: takes {count} windows of {room} tokens, wanted at most {MAX_WINDOWS}; divide it")

@@ -165,6 +165,12 @@ def check_tensors(architecture: Architecture, shapes: Mapping[str, Shape], where
             raise InputError(
                 f"{where}: {name} has shape {_text(shapes[name])}, config.json wants {_text(shape)}; {_SAVE_AGAIN}"
             )
+    rows, first = shapes[architecture.tables["position"]][0], architecture.first_position
+    if rows <= first:
+        raise InputError(
+            f"{where}: config.json has pad_token_id {architecture.pad_id}, so positions begin at {first}, wanted less "
+            f"than the {rows} rows of their table; correct pad_token_id"
+        )
     check_layers(architecture.family, architecture.layers, shapes, where)
     if head and architecture.task in ("classification", "token classification"):
         rows = shapes[_classifier(architecture)][0]
