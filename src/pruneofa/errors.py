@@ -12,6 +12,10 @@ class InputError(ValueError):
     """The user's input is wrong: one line that says what, got, wanted and what to do (exit code 2)."""
 
 
+class NotNow(InputError):  # noqa: N818 - it says what to do, as all these do
+    """The input may be right, but something outside is not available: trying again may help (exit code 3)."""
+
+
 class CheckFailed(RuntimeError):  # noqa: N818 - it is the result of a check, not a malfunction
     """A check was performed and failed (exit code 1)."""
 

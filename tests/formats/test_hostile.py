@@ -1,5 +1,6 @@
 """Folders whose author wants harm: everything ends in one line, at once, and with little memory."""
 
+import base64
 import json
 import os
 import shutil
@@ -260,6 +261,26 @@ def test_more_special_tokens_than_the_model_takes(folder):
     change_tokenizer(folder, post_processor=template)
     engine = Engine.from_pretrained(folder)
     assert "adds 100 special tokens" in refused(lambda: engine.predict("film", truncate=True))
+
+
+@pytest.mark.parametrize("name", ["single", "pair"])
+def test_templates_that_multiply_their_special_tokens(folder, name):
+    special = {"[X]": {"id": "[X]", "ids": [1] * 100, "tokens": ["[X]"] * 100}}
+    template = {"type": "TemplateProcessing", "single": [SEQUENCE], "pair": [SEQUENCE], "special_tokens": special}
+    template[name] = [{"SpecialToken": {"id": "[X]", "type_id": 0}}] * 3 + [SEQUENCE]
+    change_tokenizer(folder, post_processor=template)
+    message = refused(lambda: Engine.from_pretrained(folder))
+    assert "a template of 300 special tokens; wanted at most 256" in message
+
+
+def test_a_character_map_with_long_replacements(folder):
+    def table(replacement):
+        raw = (8).to_bytes(4, "little") + bytes(8) + b"a\0" + replacement + b"\0"
+        return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(raw).decode()}
+
+    tokenizer_file._check(json.dumps({"normalizer": table(b"b" * 256)}).encode(), "tokenizer.json")
+    change_tokenizer(folder, normalizer=table(b"b" * 257))
+    assert "long replacements" in refused(lambda: Engine.from_pretrained(folder))
 
 
 def test_limits_of_tokenizers_allow_those_of_real_models():

@@ -1,10 +1,28 @@
 """Names of models: local folders, hub ids, and typos of paths that must not reach the hub."""
 
+from types import SimpleNamespace
+
 import pytest
 
-from pruneofa.errors import InputError
+from pruneofa.errors import InputError, NotNow
 from pruneofa.formats import hub
 from pruneofa.formats.hub import could_be_hub_id, local_folder
+
+
+def raising(error):
+    def fail(*_, **__):
+        raise OSError("cannot load") from error
+
+    return fail
+
+
+def hub_error(status):
+    error = OSError(f"status {status}")
+    error.response = SimpleNamespace(status_code=status)
+    return error
+
+
+NO_ROUTE = type("ConnectError", (Exception,), {"__module__": "httpx2"})("no route")
 
 
 @pytest.mark.parametrize("name", ["a/b/c", "./a", "/a", "~/a", "..", "runs/spase", "", "a//b"])
@@ -35,6 +53,14 @@ def test_a_hub_id_is_said_once_and_a_wrong_one_names_what_was_looked_for(tmp_pat
     assert (
         capsys.readouterr().err == "some-org/model: not on this machine by that name; the Hugging Face hub is asked\n"
     )
+    for error in (NO_ROUTE, ConnectionResetError("reset"), hub_error(503), hub_error(429)):
+        monkeypatch.setattr("huggingface_hub.snapshot_download", raising(error))
+        with pytest.raises(NotNow, match="the hub could not be asked"):
+            local_folder("some-org/model")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", raising(hub_error(404)))
+    with pytest.raises(InputError, match="the hub has no such model") as error:
+        local_folder("some-org/model")
+    assert not isinstance(error.value, NotNow)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(InputError, match="no such model in the cache of the hub, which is not asked"):
         local_folder("other-org/model")

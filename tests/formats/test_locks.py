@@ -1,5 +1,6 @@
 """One process at a time: the others are told, or wait; a kill releases the lock; no lock is taken twice."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -27,6 +28,17 @@ def test_the_second_is_told_in_one_line(tmp_path):
     assert list(tmp_path.iterdir()) == []
     with exclusive(tmp_path / "packed"), exclusive(tmp_path / "other"):
         pass
+
+
+@pytest.mark.parametrize("kind", ["link", "fifo", "folder"])
+def test_a_lock_that_is_no_file_of_ours_is_refused_at_once(tmp_path, kind):
+    """A folder from someone else may have one that leads to another file, which would be emptied, or blocks."""
+    other, lock = tmp_path / "other", tmp_path / ".packed.pruneofa-lock"
+    other.write_text("mine")
+    {"link": lambda: lock.symlink_to(other), "fifo": lambda: os.mkfifo(lock), "folder": lock.mkdir}[kind]()
+    with pytest.raises(InputError, match="is no regular file, wanted a lock"), exclusive(tmp_path / "packed"):
+        pass
+    assert other.read_text() == "mine"
 
 
 @pytest.mark.parametrize("processes", [2, 4])

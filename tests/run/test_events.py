@@ -7,6 +7,7 @@ import os
 
 import pytest
 
+from pruneofa.errors import InputError
 from pruneofa.run import events
 from pruneofa.run.events import append_event, read_events
 
@@ -15,6 +16,14 @@ TORN = [b'{"event": "lo', b"\0" * 100, b'{"event": "\xc3', b'{"event": "log"}' +
 
 def steps(log):
     return [event["step"] for event in read_events(log)]
+
+
+def test_a_log_that_is_a_link_is_refused(tmp_path):
+    (tmp_path / "other").write_text("mine")
+    (tmp_path / "log.jsonl").symlink_to("other")
+    with pytest.raises(InputError, match="is a link, wanted the log"):
+        append_event(tmp_path / "log.jsonl", {"step": 1})
+    assert (tmp_path / "other").read_text() == "mine"
 
 
 @pytest.mark.parametrize("torn", TORN)
@@ -56,7 +65,7 @@ def test_a_full_disk_names_the_log_and_leaves_whole_lines(tmp_path, monkeypatch)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return super().write(data[:-5])
 
-    monkeypatch.setattr(events, "open", lambda path, mode, buffering: Full(path, mode), raising=False)
+    monkeypatch.setattr(events, "_opened", lambda path: Full(path, "ab+"))
     with pytest.raises(OSError, match=r"No space left on device: '.*log\.jsonl'"):
         append_event(log, {"step": 2})
     monkeypatch.undo()

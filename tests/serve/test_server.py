@@ -5,6 +5,7 @@ import gzip
 import http.client
 import http.server
 import json
+import re
 import shutil
 import signal
 import socket
@@ -19,13 +20,14 @@ import pytest
 
 from pruneofa.cli import serve
 from pruneofa.cli.main import main
+from pruneofa.serve.tracing import EXCLUDED
 from tests.serve.asking import ask, metric
 
 
-def refused(*arguments):
+def refused(*arguments, code=2):
     command = [sys.executable, "-m", "pruneofa", "serve", *map(str, arguments)]
     said = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert said.returncode == 2 and said.stdout == "" and len(said.stderr.splitlines()) == 1, said.stderr
+    assert said.returncode == code and said.stdout == "" and len(said.stderr.splitlines()) == 1, said.stderr
     return said.stderr
 
 
@@ -154,7 +156,8 @@ def test_wrong_input_is_one_line(folders, tmp_path):
     model = folders["vectors"]
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        assert f"cannot listen on 127.0.0.1, port {port}: Address already in use" in refused(model, "--port", port)
+        said = refused(model, "--port", port, code=3)  # which a supervisor tries again
+        assert f"cannot listen on 127.0.0.1, port {port}: Address already in use" in said
     assert "no such folder" in refused(tmp_path / "none", "--port", 0)
     assert "no such folder" in refused(f"{tmp_path / 'none'}/", "--port", 0)
     assert "give it another" in refused("a\tb=model")
@@ -168,6 +171,23 @@ def test_wrong_input_is_one_line(folders, tmp_path):
     assert "no header can carry" in said and "secret" not in said
     for name in ("a..b", "x" * 80):
         assert f"cannot listen on {name}, port 0: no name of a host" in refused(model, "--port", 0, "--host", name)
+
+
+@pytest.mark.parametrize(
+    ("path", "traced"),
+    [
+        ("/health", False),
+        ("/ping", False),
+        ("/metrics?x=1", False),
+        ("/v2/health/ready", False),
+        ("/models/shopping/embed", True),
+        ("/v2/models/healthcare/infer", True),
+        ("/v2/models/ping", True),
+        ("/embed?next=/health", True),
+    ],
+)
+def test_traces_leave_out_health_and_metrics_only(path, traced):
+    assert (re.search(EXCLUDED, f"http://127.0.0.1:3000{path}") is None) == traced
 
 
 def test_every_number_has_a_range(capsys):

@@ -32,6 +32,7 @@ from pruneofa.errors import (
     UNWRITABLE,
     CheckFailed,
     InputError,
+    NotNow,
     disk_is_full,
     first_line,
     gpu_failure,
@@ -72,7 +73,8 @@ def _main(arguments: Sequence[str]) -> int:
         sys.stdout.flush()
         return code
     except InputError as error:
-        return say(f"error: {with_option_names(str(error), options)}", 3 if disk_is_full(error) else 2)
+        code = 3 if isinstance(error, NotNow) or disk_is_full(error) else 2
+        return say(f"error: {with_option_names(str(error), options)}", code)
     except CheckFailed as error:
         return say(f"failed: {error}", 1)
     except KeyboardInterrupt as stop:

@@ -5,7 +5,7 @@ import os
 import re
 from pathlib import Path
 
-from pruneofa.errors import InputError, first_line
+from pruneofa.errors import InputError, NotNow, first_line
 from pruneofa.progress import notice
 
 # The files of a model folder that may be needed, with weights that are not pickles.
@@ -63,10 +63,26 @@ def check_model_name(name: str, label: str = "") -> None:
 
 def not_on_hub(name: str, error: Exception, label: str = "") -> InputError:
     """The error for a name that is neither a local folder nor, by `error`, a model on the hub."""
-    hub = f"the hub has no such model ({first_line(error)})"
+    missing = f"{label}{name}: no such folder in {Path.cwd()}"
     if offline():
         hub = "no such model in the cache of the hub, which is not asked (--offline or HF_HUB_OFFLINE)"
-    return InputError(f"{label}{name}: no such folder in {Path.cwd()}, and {hub}; check the path")
+    elif not _answered(error):
+        return NotNow(f"{missing}, and the hub could not be asked ({first_line(error)}); check the path, or try again")
+    else:
+        hub = f"the hub has no such model ({first_line(error)})"
+    return InputError(f"{missing}, and {hub}; check the path")
+
+
+def _answered(error: BaseException | None) -> bool:
+    """Whether the hub said no, by an error or what it came from: no server was without an answer, busy or broken."""
+    while error is not None:
+        if (status := getattr(getattr(error, "response", None), "status_code", None)) is not None:
+            return status < 429
+        library = type(error).__module__  # the hub's has changed, and with it the types of errors
+        if isinstance(error, ConnectionError | TimeoutError) or library.startswith(("httpx", "requests")):
+            return False
+        error = error.__cause__ or error.__context__
+    return True
 
 
 def offline() -> bool:

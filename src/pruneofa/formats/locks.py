@@ -5,11 +5,13 @@ happens. The file is removed by its owner, so whoever locked it checks that it i
 """
 
 import contextlib
+import errno
 import fcntl
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO
 
 from pruneofa.errors import InputError
 
@@ -44,7 +46,7 @@ def _locked(path: Path, wait: bool) -> Iterator[bool]:
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            file = open(path, "w")  # noqa: SIM115 - closed below, once it is known to be there
+            file = _own_file(path)
         except FileNotFoundError:  # another process has just removed the folder; or, as in /proc, no file can be made
             if (missing := missing + 1) < _TRIES:
                 continue
@@ -65,8 +67,23 @@ def _locked(path: Path, wait: bool) -> Iterator[bool]:
             return
 
 
-def _is_at(file: TextIO, path: Path) -> bool:
+def _own_file(path: Path) -> BinaryIO:
+    """Open or create a lock. Raises InputError for what another program made: the folder may be someone else's."""
     try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+        # A link is not followed, and a FIFO not waited for.
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise
+    else:
+        if stat.S_ISREG(os.fstat(file).st_mode):
+            return os.fdopen(file, "r+b")
+        os.close(file)
+    raise InputError(f"{path}: is no regular file, wanted a lock that pruneofa makes itself; remove it")
+
+
+def _is_at(file: BinaryIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.lstat())
     except FileNotFoundError:
         return False

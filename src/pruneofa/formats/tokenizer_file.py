@@ -23,6 +23,7 @@ MAX_DEPTH = 16  # of components within components
 MAX_PATTERN = 1000  # characters of a regular expression
 MAX_GROWTH = 256  # times as long as the text that replacements may make it
 MAX_PREFIX = 64  # characters that a component may put before a text
+MAX_SPECIAL = 256  # tokens that a template may put around a text
 _COMPONENTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 _AGAIN = "copy the file of the original model"
 
@@ -81,7 +82,10 @@ def _check(raw: bytes, file: Path) -> None:
         if isinstance(prefix, str):
             want(len(prefix) <= MAX_PREFIX, "a prefix", f"{len(prefix)} characters", f"at most {MAX_PREFIX}")
         if isinstance(table := component.get("precompiled_charsmap"), str):
-            want(_holds(table), "a character map", "another size than it states", "a complete one")
+            want(_holds(table), "a character map", "another size than it states, or long replacements", "another one")
+        if component.get("type") == "TemplateProcessing":
+            special = max(_special_tokens(component, name) for name in ("single", "pair"))
+            want(special <= MAX_SPECIAL, "a template", f"{special} special tokens", f"at most {MAX_SPECIAL}")
 
 
 def _components(nested: Any, file: Path) -> Iterator[dict[str, Any]]:
@@ -100,9 +104,29 @@ def _inner(value: Any) -> list[Any]:
 
 
 def _holds(table: str) -> bool:
-    """Whether a map of SentencePiece is as long as it states: the library allocates what is stated."""
+    """Whether a map of SentencePiece is as long as it states, and no replacement is too long.
+
+    The library allocates what is stated for the trie; behind it are the replacements, each up to a NUL.
+    """
     try:
         raw = base64.b64decode(table, validate=True)
     except (ValueError, binascii.Error):
         return False
-    return len(raw) >= 4 and int.from_bytes(raw[:4], "little") <= len(raw) - 4
+    trie = int.from_bytes(raw[:4], "little")
+    if len(raw) < 4 or trie > len(raw) - 4:
+        return False
+    return max(map(len, raw[4 + trie :].split(b"\0"))) <= MAX_GROWTH
+
+
+def _special_tokens(template: dict[str, Any], name: str) -> int:
+    """How many token ids the special tokens of a template's single or pair have together."""
+    stated, pieces = template.get("special_tokens"), template.get(name)
+    if not isinstance(stated, dict) or not isinstance(pieces, list):
+        return 0
+    count = 0
+    for piece in pieces:
+        token = piece.get("SpecialToken") if isinstance(piece, dict) else None
+        entry = stated.get(str(token.get("id"))) if isinstance(token, dict) else None
+        ids = entry.get("ids") if isinstance(entry, dict) else None
+        count += len(ids) if isinstance(ids, list) else 0
+    return count

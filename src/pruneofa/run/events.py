@@ -1,10 +1,14 @@
 """The events of a run, one JSON object per line of its log.jsonl."""
 
+import errno
+import io
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
 
+from pruneofa.errors import InputError
 from pruneofa.formats.files import naming_disk
 
 LOG = "log.jsonl"
@@ -13,7 +17,7 @@ LOG = "log.jsonl"
 def append_event(log: Path, event: dict[str, Any]) -> None:
     """Append an event to a log; a last line that a kill or a full disk left unfinished is removed first."""
     line = json.dumps({"time": round(time.time(), 1), **event}) + "\n"
-    with naming_disk(log), open(log, "ab+", buffering=0) as file:
+    with naming_disk(log), _opened(log) as file:
         end = _end_of_lines(file)
         file.truncate(end)
         data = line.encode()
@@ -23,6 +27,17 @@ def append_event(log: Path, event: dict[str, Any]) -> None:
         except BaseException:
             file.truncate(end)
             raise
+
+
+def _opened(log: Path) -> io.FileIO:
+    """Open a log to append. Raises InputError for a link: the folder may be someone else's, and the target anything."""
+    try:
+        file = os.open(log, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        return io.FileIO(file, "ab+")
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise InputError(f"{log}: is a link, wanted the log that pruneofa makes itself; remove it") from None
 
 
 def read_events(log: Path) -> list[dict[str, Any]]:

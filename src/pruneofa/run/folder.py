@@ -95,7 +95,12 @@ def exclusive(targets: Sequence[Path], *, name: Path, out: str = "--out") -> Ite
 
 
 def clear_work(work: Path) -> None:
-    """Remove the working folders of stages below `work`, and the folders that are empty then; nothing else."""
+    """Remove the working folders of stages below `work`, and the folders that are empty then; nothing else.
+
+    Raises InputError if `work` is a link: what is behind it may not be a run's.
+    """
+    if work.is_symlink():
+        raise InputError(f"{work}: is a link, wanted the folder that pruneofa makes itself; remove it")
     for mark in sorted(work.rglob(MARK)):
         remove_folder(mark.parent)
     recover_all(work)

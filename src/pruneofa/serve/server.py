@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 import gc
 import os
 import signal
@@ -16,12 +17,13 @@ from typing import Any
 
 import uvicorn
 
-from pruneofa.errors import InputError
+from pruneofa.errors import InputError, NotNow
 from pruneofa.formats.hub import FILES, local_folder
 from pruneofa.progress import notice
 from pruneofa.serve.connections import INTERVAL, Connection, close_stalled
 from pruneofa.serve.settings import Settings
 
+_NOT_NOW = (errno.EADDRINUSE, errno.EADDRNOTAVAIL, socket.EAI_AGAIN)  # a network that is not up yet, an old server
 _ENDING = (signal.SIGTERM, signal.SIGINT)
 _LOOK = 0.1  # seconds between two looks for workers that ended, while another waits to be started
 _PAUSE = 0.2  # seconds before a worker that ended is replaced
@@ -32,7 +34,7 @@ _SHORT_LIFE = 10.0  # seconds
 def bind(host: str, port: int) -> socket.socket:
     """A socket on an address, not yet listening: clients are refused until a model is ready.
 
-    Raises InputError if the address is in use or not ours.
+    Raises InputError: NotNow if the address is in use or not (yet) ours, or its name cannot be looked up now.
     """
     try:
         family, kind, protocol, _, _ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -42,7 +44,8 @@ def bind(host: str, port: int) -> socket.socket:
         bound.bind((host, port))
     except (OSError, UnicodeError) as error:
         reason = "no name of a host" if isinstance(error, UnicodeError) else error.strerror or error
-        raise InputError(
+        wrong = NotNow if getattr(error, "errno", None) in _NOT_NOW else InputError
+        raise wrong(
             f"cannot listen on {host or 'no host'}, port {port}: {reason}; give another --host or --port"
         ) from None
     bound.set_inheritable(True)

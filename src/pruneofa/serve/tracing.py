@@ -2,6 +2,9 @@
 
 from starlette.types import ASGIApp
 
+# Searched for in the whole address, which may have these words in the name of a model or in the query.
+EXCLUDED = r"^\w+://[^/]*/(health|ping|metrics|v2/health/(live|ready))(\?|$)"
+
 
 def traced(app: ASGIApp, endpoint: str) -> ASGIApp:
     """The application, with a span of every request but those for health and metrics.
@@ -27,5 +30,5 @@ def traced(app: ASGIApp, endpoint: str) -> ASGIApp:
     provider = TracerProvider(resource=Resource.create({"service.name": "pruneofa"}))
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(f"{endpoint.rstrip('/')}/v1/traces")))
     return OpenTelemetryMiddleware(
-        app, excluded_urls="health,ping,metrics", tracer_provider=provider, exclude_spans=["receive", "send"]
+        app, excluded_urls=EXCLUDED, tracer_provider=provider, exclude_spans=["receive", "send"]
     )
