@@ -67,6 +67,34 @@ def test_masked_words_are_the_engines(client, models):
     assert "[MASK]" in post(client, "/fill_mask", 422, inputs="the king")["error"]
 
 
+def test_words_are_as_many_and_those_that_are_asked_for(client):
+    text = "the [MASK] of music"
+    every = post(client, "/fill_mask", inputs=text, parameters={"top_k": 100})
+    assert post(client, "/fill_mask", inputs=text, parameters={"top_k": 2, "targets": None}) == every[:2]
+    found = post(client, "/fill_mask", inputs=text, parameters={"targets": ["water", "king", "king"]})
+    assert sorted(word["token_str"] for word in found) == ["king", "water"]
+    assert found[0]["score"] > found[1]["score"]
+    assert [word for word in every if word["token_str"] in ("king", "water")] == [one for one in found if one in every]
+    assert post(client, "/fill_mask", inputs=text, parameters={"targets": "king", "top_k": 1})[0]["token_str"] == "king"
+    for targets, message in (([], "cannot be empty"), (["the king"], "has 2 tokens"), ([""], "has 0 tokens")):
+        assert message in post(client, "/fill_mask", 400 if not targets else 422, inputs=text,
+                               parameters={"targets": targets})["error"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("path", "inputs", "parameters"),
+    [
+        ("/fill_mask", "the [MASK]", {"top_p": 1}),
+        ("/fill_mask", "the [MASK]", {"top_k": 0}),
+        ("/answer", {"question": "who", "context": TEXT}, {"top_k": 3}),
+        ("/answer", {"question": "who", "context": TEXT}, {"handle_impossible_answer": True}),
+        ("/classify_tokens", TEXT, {"stride": 3}),
+    ],
+)
+def test_a_parameter_that_would_change_nothing_is_refused(client, path, inputs, parameters):
+    assert next(iter(parameters)) in post(client, path, 422, inputs=inputs, parameters=parameters)["error"]
+
+
 def test_what_is_cut_off_is_told(models):
     long = "music " * 200
     settings = Settings(access_log=False, auto_truncate=False)

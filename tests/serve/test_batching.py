@@ -119,6 +119,16 @@ def test_every_input_gets_its_own_result(batcher):
     assert batcher.waiting == 0
 
 
+def test_what_waits_is_told_after_each_job():
+    """Each worker stores it, since the one that is asked for metrics cannot know the others' queues."""
+    told = []
+    batcher = Batcher(max_batch_tokens=100, max_concurrent_requests=100, queued=told.append)
+    asyncio.run(batcher.run(job([3, 4], FakeModel())))
+    batcher.report()
+    batcher.close()
+    assert told and told[-1] == 0
+
+
 def test_too_many_inputs_are_refused(batcher):
     batcher.acquire(90)
     with pytest.raises(Refused, match="overloaded"):

@@ -59,6 +59,43 @@ def test_vectors_of_texts_and_of_token_ids(client):
     np.testing.assert_allclose(np.reshape(found["data"], (2, 32)), expected, atol=1e-6)
 
 
+def test_token_types_are_those_of_the_request(client, models):
+    pairs = [("the king", "water"), ("music", "a great film")]
+    tokens = models["topics"].engine.tokenizer.sequences(pairs, ["a", "b"], truncate=False)
+    longest = max(len(one.ids) for one in tokens)
+    rows = {
+        "input_ids": [one.ids for one in tokens],
+        "attention_mask": [np.ones(len(one.ids), int) for one in tokens],
+        "token_type_ids": [one.types for one in tokens],
+    }
+    inputs = [
+        {"name": name, "datatype": "INT64", "shape": [2, longest],
+         "data": [[*row.tolist(), *[0] * (longest - len(row))] for row in given]}
+        for name, given in rows.items()
+    ]  # fmt: skip
+    texts = [text(values=[first for first, _ in pairs]), text("text_pair", [second for _, second in pairs])]
+    expected = outputs(infer(client, "topics", *texts))["scores"]["data"]
+    found = outputs(infer(client, "topics", *inputs))["scores"]["data"]
+    assert found == pytest.approx(expected, abs=1e-6)
+    assert outputs(infer(client, "topics", *inputs[:2]))["scores"]["data"] != pytest.approx(expected, abs=1e-4)
+    inputs[2]["data"][0][0] = 2
+    assert "token_type_ids[0, 0] is 2" in infer(client, "topics", *inputs, status=422)["error"]
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "wanted"),
+    [
+        ("topics", [text(), text("text_pairs")], "text, text_pair, or input_ids, attention_mask, token_type_ids"),
+        ("topics", [text(), {"name": "input_ids", "datatype": "INT64", "shape": [1, 1], "data": [2]}], "wanted only"),
+        ("topics", [{"name": "attention_mask", "datatype": "INT64", "shape": [1, 1], "data": [1]}], "input_ids is mis"),
+        ("entities", [text(), text("text_pair")], "the inputs are text, text_pair; wanted only text"),
+        ("answers", [text("question"), text("context"), text()], "wanted only question, context"),
+    ],
+)
+def test_an_input_that_would_not_be_used_is_refused(client, model, inputs, wanted):
+    assert wanted in infer(client, model, *inputs, status=422)["error"]
+
+
 def test_other_tasks(client):
     found = outputs(infer(client, "topics", text(), text("text_pair", ["a", "b"])))
     pairs = client.post("/predict", json={"inputs": [["the king", "a"], ["water", "b"]]}).json()

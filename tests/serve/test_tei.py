@@ -118,6 +118,36 @@ def test_texts_that_only_fill_memory_are_not_tokenized(client, models):
     most = 128 * models["vectors"].engine.tokenizer.limit
     assert f"wanted at most {most}" in post(client, "/tokenize", 422, inputs=["a", "a" * (most + 1)])["error"]
     assert post(client, "/tokenize", inputs="a " * (most // 2))
+    assert len(post(client, "/tokenize", inputs=["a " * (most // 2)] * 4)) == 4
+    assert "together" in post(client, "/tokenize", 422, inputs=["a " * (most // 2)] * 5)["error"]
+
+
+def test_hidden_states_count_as_what_they_take_in_memory(models, monkeypatch):
+    monkeypatch.setattr("pruneofa.serve.model.STATES", 64)  # two tokens of 32
+    model = models["vectors"]
+    assert model.states_of(["a" * 8, [1, 2, 3, 4]]) == 6
+    with TestClient(create_app([model], Settings(access_log=False, max_concurrent_requests=40))) as client:
+        client.app.state.serving.batcher.acquire(31)
+        post(client, "/embed_all", 429, inputs="the king of music and water")  # a quarter of 40
+        post(client, "/embed", inputs="the king of music and water")
+
+
+def test_one_text_of_a_pair_may_be_empty(client):
+    ranks = post(client, "/rerank", query="who", texts=["the king", "", "water"])
+    assert sorted(rank["index"] for rank in ranks) == [0, 1, 2]
+    assert len(post(client, "/predict", inputs=[["", "water"], ["water", ""]])) == 2
+    assert post(client, "/predict", 400, inputs=[["", ""]])["error_type"] == "Empty"
+    assert "NUL" in post(client, "/predict", 422, inputs=[["", "a\0"]])["error"]
+
+
+def test_every_model_has_the_routes_of_the_first(client):
+    text = "the king of music"
+    for path in ("/models/topics", "/models/topics/", "/models/topics/invocations"):
+        assert post(client, path, inputs=text) == post(client, "/models/topics/predict", inputs=text)
+    found = post(client, "/models/topics/vertex", instances=[{"inputs": text}])
+    assert found["predictions"] == [post(client, "/models/topics/predict", inputs=text)]
+    assert post(client, "/models/ranks", query="a", texts=["b"])[0]["index"] == 0
+    post(client, "/models/none", 404, inputs=text)
 
 
 def test_instances_that_are_too_many_together_are_refused_at_once(models):

@@ -4,7 +4,7 @@ Bodies and responses are those of Hugging Face's inference API, so its client wo
 """
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,11 +16,12 @@ from pruneofa.engine.masked_lm import TOP_TOKENS, MaskedLM
 from pruneofa.engine.question_answering import QuestionAnswering
 from pruneofa.engine.tokenizer import TextTokenizer
 from pruneofa.serve.batching import Job
-from pruneofa.serve.bodies import Body, Many
+from pruneofa.serve.bodies import Body, Many, Parameters
 from pruneofa.serve.call import Call, Post
+from pruneofa.serve.refusal import invalid
 
 
-class TokensParameters(Body):
+class TokensParameters(Parameters):
     """How tokens become entities."""
 
     aggregation_strategy: Aggregation = "simple"
@@ -41,16 +42,31 @@ class Question(Body):
     context: str
 
 
+class AnswerParameters(Parameters):
+    """There is one answer to a question."""
+
+    top_k: Literal[1] = 1
+
+
 class AnswerRequest(Body):
     """Questions, one or a list."""
 
     inputs: Question | Many[Question]
+    parameters: AnswerParameters | None = None
+
+
+class FillMaskParameters(Parameters):
+    """How many words to return for each mask, and which words may be among them: all if None."""
+
+    top_k: int = Field(default=TOP_TOKENS, ge=1, le=100)
+    targets: str | Many[str] | None = None
 
 
 class FillMaskRequest(Body):
     """Texts with mask tokens, one or a list."""
 
     inputs: str | Many[str]
+    parameters: FillMaskParameters | None = None
 
 
 async def classify_tokens(call: Call, body: TokensRequest) -> tuple[Any, int]:
@@ -110,28 +126,52 @@ async def fill_mask(call: Call, body: FillMaskRequest) -> tuple[Any, int]:
     """The likeliest words at the masks of texts; a list per mask where a text has several."""
     single = isinstance(body.inputs, str)
     texts = [body.inputs] if isinstance(body.inputs, str) else body.inputs
-    model = call.model("masked-LM")
+    model, options = call.model("masked-LM"), body.parameters or FillMaskParameters()
+    tokenizer, targets = model.engine.tokenizer, None
+    if options.targets is not None:
+        words = [options.targets] if isinstance(options.targets, str) else options.targets
+        call.check_size(len(words), "parameters.targets")
+        targets = _targets(tokenizer, words)
     job = await call.run(model, texts, single=single)
-    head, tokenizer = model.engine.head, model.engine.tokenizer
+    head = model.engine.head
     assert isinstance(head, MaskedLM)
 
     def fill(index: int) -> list[Any]:
-        return _filled(tokenizer, job.sequences[index].ids, head.probabilities(job.results[index]))
+        probabilities = head.probabilities(job.results[index])
+        return _filled(tokenizer, job.sequences[index].ids, probabilities, options.top_k, targets)
 
     found = await call.each(fill, len(texts))
     return (found[0] if single else found), sum(map(len, texts))
 
 
-def _filled(tokenizer: TextTokenizer, ids: NDArray[np.int32], probabilities: NDArray[np.float32]) -> list[Any]:
+def _targets(tokenizer: TextTokenizer, words: list[str]) -> NDArray[np.int64]:
+    """The ids of words that are one token each, in order, without repetitions. Raises Refused for another."""
+    ids: dict[int, None] = {}
+    for index, word in enumerate(words):
+        _, encoding = tokenizer.encoding(word, add_special_tokens=False, prompt="")
+        if len(encoding.ids) != 1:
+            raise invalid(f"parameters.targets[{index}] has {len(encoding.ids)} tokens, wanted a word of one token")
+        ids[encoding.ids[0]] = None
+    return np.array(list(ids))
+
+
+def _filled(
+    tokenizer: TextTokenizer,
+    ids: NDArray[np.int32],
+    probabilities: NDArray[np.float32],
+    count: int,
+    targets: NDArray[np.int64] | None,
+) -> list[Any]:
     """The likeliest tokens at each mask of a text, or at its only one, as transformers' pipeline returns them.
 
     `sequence` has one mask filled: the others are still there, and then so are all special tokens.
     """
     masks = np.flatnonzero(ids == tokenizer.mask_id)
+    allowed = np.arange(probabilities.shape[1]) if targets is None else targets
     found = []
     for position, scores in zip(masks, probabilities, strict=True):
         words = []
-        for token in np.argsort(-scores, kind="stable")[:TOP_TOKENS].tolist():
+        for token in allowed[np.argsort(-scores[allowed], kind="stable")[:count]].tolist():
             filled = ids.copy()
             filled[position] = token
             sequence = tokenizer.decode(filled.tolist(), skip_special_tokens=len(masks) == 1)

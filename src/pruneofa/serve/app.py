@@ -45,6 +45,7 @@ def create_app(models: Sequence[Model], settings: Settings | None = None) -> Sta
             max_batch_tokens=settings.max_batch_tokens,
             max_concurrent_requests=settings.max_concurrent_requests,
             observe=metrics.batch,
+            queued=metrics.queued,
         )
         # A request that is answered sooner is not worth a look whether somebody waits for it.
         late = Overdue(0.02)
@@ -60,6 +61,7 @@ def create_app(models: Sequence[Model], settings: Settings | None = None) -> Sta
         *infer.POSTS,
         *tei.defaults(models[0]),
         *(Post(f"/models/{{model}}{post.path}", post.body, post.answer) for post in by_model),
+        *(post for model in models for post in tei.defaults(model, f"/models/{model.name}")),
     ]
     described = to_json(schema.describe(posts))
 

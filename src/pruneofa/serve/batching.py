@@ -132,9 +132,11 @@ class Batcher:
         max_batch_tokens: int,
         max_concurrent_requests: int,
         observe: Callable[[int, int], None] = lambda sequences, tokens: None,
+        queued: Callable[[int], None] = lambda sequences: None,
     ) -> None:
-        """Start both threads; `observe` is told the sequences and tokens of every batch by `report`."""
-        self._max_tokens, self.limit, self._observe = max_batch_tokens, max_concurrent_requests, observe
+        """Start both threads; `report` tells `observe` sequences and tokens of every batch, `queued` what waits."""
+        self._max_tokens, self.limit = max_batch_tokens, max_concurrent_requests
+        self._observe, self._queued = observe, queued
         self.in_flight = 0
         self._computed: deque[tuple[int, int]] = deque()  # batches that `observe` was not told of
         self._untokenized: SimpleQueue[Job | None] = SimpleQueue()
@@ -192,9 +194,10 @@ class Batcher:
             thread.join()
 
     def report(self) -> None:
-        """Tell `observe` of the batches since the last call; by the event loop only. Called after each job too."""
+        """Tell of batches since the last call, and of what waits; by the event loop only. Called after each job too."""
         while self._computed:
             self._observe(*self._computed.popleft())
+        self._queued(self.waiting)
 
     def _work(self) -> None:
         while (job := self._untokenized.get()) is not None:

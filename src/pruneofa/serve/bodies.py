@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 T = TypeVar("T")
 Many = Annotated[list[T], Field(fail_fast=True)]  # one error is told, so a hundred thousand need not be collected
@@ -16,6 +16,17 @@ class Body(BaseModel):
     """The body of a request: no conversions between types; unknown fields are ignored."""
 
     model_config = ConfigDict(strict=True, protected_namespaces=())
+
+
+class Parameters(Body):
+    """The options of a request to Hugging Face's inference API: one that is not known would change the answer there."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _given(cls, value: Any) -> Any:
+        return {name: one for name, one in value.items() if one is not None} if isinstance(value, dict) else value
 
 
 Input = str | Ids

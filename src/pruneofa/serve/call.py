@@ -139,7 +139,7 @@ class Call:
         family: Family = "embed" if model.does("embedding") else "predict"
         method: Method = "single" if single else "batch"
         metrics.accepted(method, family, len(items))
-        self.acquire(len(items), model.windows_of(items))
+        self.acquire(len(items), model.states_of(items) if whole else model.windows_of(items))
         job = Job(
             model=model,
             items=items,
@@ -237,11 +237,15 @@ class Call:
 
 @dataclass(frozen=True)
 class Post:
-    """A POST route: its path, the body that it takes, and the function that answers with a value and its size."""
+    """A POST route: its path, the body that it takes, and the function that answers with a value and its size.
+
+    `model` is the name of the one that answers, where the path does not have it as a parameter.
+    """
 
     path: str
     body: type[Body]
     answer: Callable[[Call, Any], Awaitable[tuple[Any, int]]]
+    model: str | None = None
 
     def route(self) -> Route:
         """The route for the application."""
@@ -249,6 +253,8 @@ class Post:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request; errors are left to the application."""
+        if self.model is not None:
+            scope["path_params"] = {"model": self.model}
         call = Call(scope, receive)
         try:
             await self._answer(call, scope, receive, _until_read(send))

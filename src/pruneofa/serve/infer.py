@@ -9,12 +9,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from pruneofa import __version__
-from pruneofa.engine.inputs import row_lengths
+from pruneofa.engine.inputs import as_matrix, row_lengths
 from pruneofa.errors import InputError
 from pruneofa.serve import answers
 from pruneofa.serve.bodies import Body, Many
 from pruneofa.serve.call import BINARY_HEADER, Call, Post, made, to_json
-from pruneofa.serve.model import Item, Model
+from pruneofa.serve.model import Item, Model, TokenIds
 from pruneofa.serve.refusal import invalid
 from pruneofa.serve.scoring import scores, vectors
 from pruneofa.serve.status import check_health
@@ -24,6 +24,7 @@ Arrays = dict[str, NDArray[Any]]
 
 # Names and types by task: inputs, and what comes out for each.
 _TEXT, _JSON = {"text": "BYTES"}, {"json": "BYTES"}
+_IDS = ("input_ids", "attention_mask", "token_type_ids")
 _INPUTS = {"question answering": {"question": "BYTES", "context": "BYTES"}}
 _OUTPUTS = {
     "embedding": {"embedding": "FP32"},
@@ -88,6 +89,7 @@ async def infer(call: Call, body: InferRequest) -> tuple[Response, int]:
     """Tensors of results for tensors of texts or token ids."""
     model = call.model()
     inputs = read(body.inputs, call.binary)
+    _check_names(model, inputs)
     found = await _compute(call, model, inputs)
     wanted = body.outputs if body.outputs is not None else [RequestedOutput(name=name) for name in found]
     names = [output.name for output in wanted]
@@ -160,17 +162,33 @@ async def _compute(call: Call, model: Model, inputs: Arrays) -> Arrays:
     return {"json": _objects(await call.each(lambda index: to_json(found[index]).decode(), len(found)))}
 
 
+def _check_names(model: Model, inputs: Arrays) -> None:
+    """Raise Refused for an input that would not be used: a misspelled text_pair would score the text alone."""
+    task = model.engine.task
+    wanted: list[tuple[str, ...]] = [tuple(_INPUTS.get(task, _TEXT))]
+    if task in ("embedding", "classification"):
+        wanted = [("text", "text_pair"), _IDS]
+    if not any(inputs.keys() <= set(names) for names in wanted):
+        either = ", or ".join(", ".join(names) for names in wanted)
+        raise invalid(f"the inputs are {', '.join(inputs)}; wanted only {either}")
+
+
 def _items(inputs: Arrays) -> list[Item]:
     """Texts, pairs of texts, or token ids."""
-    if "input_ids" in inputs and "text" not in inputs:
+    if inputs.keys() & set(_IDS):
+        if "input_ids" not in inputs:
+            raise invalid("the input input_ids is missing")
         ids = inputs["input_ids"]
         if ids.dtype.kind not in "iu" or ids.ndim != 2:
             raise invalid("input_ids: wanted integers (batch, seq)")
         try:
             lengths = row_lengths(inputs.get("attention_mask"), ids.shape)
+            types = np.zeros_like(ids)
+            if "token_type_ids" in inputs:
+                types = as_matrix(inputs["token_type_ids"], "token_type_ids", ids.shape)
         except InputError as error:
             raise invalid(str(error)) from None
-        return [ids[row, :length].tolist() for row, length in enumerate(lengths)]
+        return [TokenIds(ids[row, :length], types[row, :length]) for row, length in enumerate(lengths)]
     texts = _texts(inputs, "text")
     if "text_pair" not in inputs:
         return list(texts)

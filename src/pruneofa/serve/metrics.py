@@ -85,9 +85,12 @@ class Metrics:
             self._durations[part if part == "duration" else f"{part}_duration"].observe(value)
             self._families[family][part].observe(value)
 
-    def text(self, waiting: int) -> bytes:
-        """Everything in Prometheus' text format; `waiting` sequences are in the queue now."""
-        self._queue.set(waiting)
+    def queued(self, sequences: int) -> None:
+        """So many sequences wait in the queue of this process: what is stored counts when another one is asked."""
+        self._queue.set(sequences)
+
+    def text(self) -> bytes:
+        """Everything in Prometheus' text format, of all workers."""
         registry = self._registry
         if "PROMETHEUS_MULTIPROC_DIR" in os.environ:  # the folder that all workers share
             registry = CollectorRegistry()

@@ -1,6 +1,7 @@
 """A served model: an engine, what it is called, and the two steps of a request that need it: tokenize and compute."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,24 @@ from numpy.typing import NDArray
 from pruneofa.engine.engine import Engine
 from pruneofa.engine.heads import Classification, Embedding, TokenClassification
 from pruneofa.engine.inputs import as_row, check_item, finite
-from pruneofa.engine.tokenizer import MAX_CONTEXT, Side, Tokens, check_text
+from pruneofa.engine.tokenizer import MAX_CONTEXT, Side, Text, Tokens, check_text
 from pruneofa.errors import InputError
 from pruneofa.serve.refusal import Refused, invalid
 
-Item = str | tuple[str, str] | list[int] | dict[str, str]
-
 CHARACTERS_PER_TOKEN = 4  # about, in English
+STATES = 65_536  # numbers of hidden states that count as one input in flight: about 1 MB with their JSON
 MAX_MASKS = 64  # of a text: each costs a product with the whole vocabulary
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """Token ids (tokens,) with their token types."""
+
+    ids: NDArray[Any]
+    types: NDArray[Any]
+
+
+Item = str | tuple[str, str] | list[int] | dict[str, str] | TokenIds
 
 _NOT = {
     "embedding": "Model is not an embedding model",
@@ -57,6 +68,11 @@ class Model:
     def windows(self, lengths: Iterable[int]) -> int:
         """About how many windows of the model's length texts of so many characters fill."""
         return sum(1 + length // (CHARACTERS_PER_TOKEN * self.engine.tokenizer.limit) for length in lengths)
+
+    def states_of(self, items: Sequence[Item]) -> int:
+        """How many places the hidden states of inputs need in memory, one place for STATES numbers."""
+        tokens = sum(min(characters(item), self.engine.tokenizer.limit) for item in items)
+        return tokens * self.engine.width // STATES
 
     def windows_of(self, items: Sequence[Item]) -> int:
         """About how many windows inputs are read in, or masks they have; 0 for a task that has neither."""
@@ -148,23 +164,34 @@ class Model:
         ids = {}
         texts: list[Any] = []
         for index, item in enumerate(items):
-            if isinstance(item, list) and prompt is None:
-                row = as_row(item, names[index])
-                if truncate:
-                    row = row[:limit] if side == "right" else row[-limit:]
-                ids[index] = self.engine.checked_ids([row], None)[0]
+            if isinstance(item, TokenIds) or (isinstance(item, list) and prompt is None):
+                row, types = (
+                    (item.ids, item.types) if isinstance(item, TokenIds) else (as_row(item, names[index]), None)
+                )
+                kept = slice(None) if not truncate else slice(limit) if side == "right" else slice(-limit, None)
+                ids[index] = self.engine.checked_ids([row[kept]], None if types is None else [types[kept]])[0]
             else:
                 text = tokenizer.decode(item, skip_special_tokens=True) if isinstance(item, list) else item
-                texts.append(check_item(text, names[index], self.engine.task))
+                texts.append(_check_pair(text, names[index], self.engine.task))
         own = [name for index, name in enumerate(names) if index not in ids]
         found = iter(tokenizer.sequences(texts, own, truncate=truncate, side=side, prompt=prompt) if texts else [])
         return [ids[index] if index in ids else next(found) for index in range(len(items))]
+
+
+def _check_pair(item: Any, name: str, task: str) -> Text:
+    """`check_item`, but one text of a pair may be empty, as in text-embeddings-inference."""
+    if isinstance(item, tuple) and len(item) == 2 and "" in item:
+        first, second = (text and check_text(text, f"{name}[{index}]") for index, text in enumerate(item))
+        return first, second
+    return check_item(item, name, task)
 
 
 def characters(item: Item) -> int:
     """Of a text, a pair or a question with its context; numbers of token ids."""
     if isinstance(item, dict):
         return sum(map(len, item.values()))
+    if isinstance(item, TokenIds):
+        return len(item.ids)
     return sum(map(len, item)) if isinstance(item, tuple) else len(item)
 
 

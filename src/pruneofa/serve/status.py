@@ -23,7 +23,7 @@ async def metrics(request: Request) -> Response:
     """Metrics for Prometheus."""
     serving: Serving = request.app.state.serving
     serving.batcher.report()
-    return Response(serving.metrics.text(serving.batcher.waiting), media_type=CONTENT_TYPE_LATEST)
+    return Response(serving.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
 async def info(request: Request) -> Response:

@@ -4,6 +4,7 @@ import asyncio
 from typing import Any
 
 import numpy as np
+import orjson
 from pydantic import ValidationError
 
 from pruneofa.engine.tokenizer import CHARACTERS, check_text
@@ -23,12 +24,12 @@ from pruneofa.serve.bodies import (
     VertexRequest,
     is_single,
 )
-from pruneofa.serve.call import Call, Post, explained
+from pruneofa.serve.call import Call, Post, explained, to_json
 from pruneofa.serve.model import Item, Model
 from pruneofa.serve.refusal import Refused, invalid
 from pruneofa.serve.scoring import relevance, scores, vectors
 
-_NUMBERS = 5  # values of a token in the answer of /tokenize
+_TEXTS = 4  # of the longest length may be in a request to /tokenize, or more that are shorter
 
 
 async def embed(call: Call, body: EmbedRequest) -> tuple[Any, int]:
@@ -126,23 +127,22 @@ async def tokenize(call: Call, body: TokenizeRequest) -> tuple[Any, int]:
     most = CHARACTERS * model.engine.tokenizer.limit
     if (longest := max(map(len, texts))) > most:
         raise invalid(f"`inputs` has {longest} characters, wanted at most {most}; divide it", "tokenization")
+    if (together := sum(map(len, texts))) > _TEXTS * most:
+        message = f"`inputs` have {together} characters together, wanted at most {_TEXTS * most}; divide them"
+        raise invalid(message, "tokenization")
     call.acquire(len(texts), model.windows(map(len, texts)))
 
-    def tokens() -> list[list[dict[str, Any]]]:
-        found = []
-        for index, text in enumerate(texts):
-            try:
-                check_text(text, f"inputs[{index}]")
-            except InputError as error:
-                raise invalid(str(error), "tokenization") from None
-            whole, encoding = model.engine.tokenizer.encoding(
-                text, add_special_tokens=body.add_special_tokens, prompt=prompt
-            )
-            found.append(_simple_tokens(whole, encoding))
-        return found
+    def tokens(index: int) -> orjson.Fragment:
+        try:
+            check_text(texts[index], f"inputs[{index}]")
+        except InputError as error:
+            raise invalid(str(error), "tokenization") from None
+        whole, encoding = model.engine.tokenizer.encoding(
+            texts[index], add_special_tokens=body.add_special_tokens, prompt=prompt
+        )
+        return orjson.Fragment(to_json(_simple_tokens(whole, encoding)))  # a fifth of the memory
 
-    found = await asyncio.to_thread(tokens)
-    return found, _NUMBERS * sum(map(len, found))
+    return await call.each(tokens, len(texts)), 0
 
 
 def _simple_tokens(text: str, encoding: Any) -> list[dict[str, Any]]:
@@ -220,10 +220,12 @@ def default(model: Model) -> tuple[Any, type[Body]]:
             return embed, EmbedRequest
 
 
-def defaults(model: Model) -> list[Post]:
-    """POST / and the paths of SageMaker and Vertex, for the model's task."""
+def defaults(model: Model, prefix: str = "") -> list[Post]:
+    """POST / and the paths of SageMaker and Vertex behind a prefix, for the model's task."""
     answer, body = default(model)
-    return [Post("/", body, answer), Post("/invocations", body, answer), Post("/vertex", VertexRequest, vertex)]
+    name = model.name if prefix else None
+    paths = [*({prefix} - {""}), f"{prefix}/", f"{prefix}/invocations"]
+    return [*(Post(path, body, answer, name) for path in paths), Post(f"{prefix}/vertex", VertexRequest, vertex, name)]
 
 
 POSTS = [
