@@ -132,6 +132,17 @@ def test_what_another_version_other_kernels_or_other_rows_gave_is_measured_again
     assert asked == ["teacher"] and read_json(file)[changed] == before[changed]
 
 
+def test_what_the_engine_gave_on_other_rows_is_no_result(run, monkeypatch):
+    """As when quantization is left out and the rows change: torch evaluates again, and the engine does not."""
+    recipe, folder, steps = run
+    monkeypatch.setattr("pruneofa.bench.latency.latency", lambda *_, **__: {"setting": {}})
+    measure_by_engine(evaluations(steps))
+    file = steps[1].folder / FILE
+    write_json(file, read_json(file) | {"evaluation": "of other rows"})
+    found = results.collect(recipe, folder, steps)["tasks"]["mine"]["accuracy"]
+    assert "dense_engine" not in found and {"dense", "transfer_engine"} <= set(found)
+
+
 def test_a_new_stage_is_measured_and_all_are_timed_again_beside_it(run, monkeypatch):
     _, _, steps = run
     timed = []

@@ -79,6 +79,8 @@ def test_other_rows_are_evaluated_on_a_finished_folder_without_redo(transfer, tm
     )
     few = transfer(validation_rows=3)
     assert transfer(validation_rows=3) == few and rows == [3]  # the second time there was nothing to do
+    events = [json.loads(line)["event"] for line in (out / "log.jsonl").read_text().splitlines()]
+    assert "log" in events and events.count("evaluated") == 2  # what training logged is still there
     assert read_json(out / "evaluation.json")["fingerprint"] != record["fingerprint"]
     assert transfer() == whole and rows == [3, 40]
     assert read_json(out / "evaluation.json")["fingerprint"] == record["fingerprint"]

@@ -12,14 +12,14 @@ from pruneofa.formats.files import read_json
 from pruneofa.run import single
 from pruneofa.run.checks import check
 from pruneofa.run.estimate import estimate
-from pruneofa.run.folder import RUN, exclusive, refuse_changes
+from pruneofa.run.folder import RUN, clear_work, exclusive, refuse_changes
 from pruneofa.run.inputs import Inputs
 from pruneofa.run.plan import plan
 from pruneofa.run.results import verify_run
 from pruneofa.run.run import run
 from pruneofa.run.stage import StageId
 from tests.small import small_recipe, write_task
-from tests.tiny import tiny_bert, write_model
+from tests.tiny import half_pruned, tiny_bert, write_model
 
 
 @pytest.fixture(scope="module")
@@ -207,6 +207,32 @@ def test_a_teacher_without_a_trained_head_is_refused_before_anything_is_written(
     with pytest.raises(InputError, match="head is missing"):
         checked(settings.model_copy(update={"model": str(headless), "teacher": None}))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dense_model_of_another_depth_is_refused_before_it_is_trained(tmp_path):
+    settings = small_recipe(tmp_path / "data")
+    deep = write_model(tmp_path / "deep", tiny_bert(num_hidden_layers=3))
+    changed = {"model_is_sparse": True, "dense_model": str(deep), "teacher": None, "prune": None, "control": False}
+    given = settings.model_copy(update=changed, deep=True)
+    given.model = str(write_model(tmp_path / "sparse", half_pruned(tiny_bert())))
+    given.tasks["mine"].hidden = 1.0
+    with pytest.raises(InputError, match=r"tasks.mine.hidden is above 0, but num_hidden_layers .* is 3, wanted .* 2"):
+        run(given, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_control_for_no_task_is_none(tmp_path):
+    settings = small_recipe(tmp_path / "data", "control={tasks: []}")
+    names = {str(step) for step in steps_of(settings, tmp_path / "run")}
+    assert "control" in names and not any(name.endswith("/control") for name in names)
+
+
+def test_a_folder_of_work_that_is_a_link_is_left_alone(tmp_path):
+    (tmp_path / "mine" / "empty").mkdir(parents=True)
+    (tmp_path / ".work").symlink_to("mine")
+    with pytest.raises(InputError, match="is a link, wanted the folder"):
+        clear_work(tmp_path / ".work")
+    assert (tmp_path / "mine" / "empty").exists()
 
 
 def test_a_model_that_the_engine_cannot_run_is_refused_before_int8_work(tmp_path):

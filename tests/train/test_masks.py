@@ -195,5 +195,10 @@ def test_prunable_skips_lists_tied_weights_once_and_refuses_other_models():
     assert not [n for n in prunable(model, [r"\.key\.", "pooler"]) if "key" in n or "pooler" in n]
     with pytest.raises(InputError, match=r"skip: '\(' is not a regular expression"):
         prunable(model, ["("])
+    with pytest.raises(
+        InputError, match=r"skip: 'layer\\\\\.12' matches no layer, wanted part of a name such as bert\.enc"
+    ):
+        prunable(model, ["key", r"layer\.12"])
+    assert prunable(tiny_distilbert(), ["pooler"])  # recipes for all families name it
     with pytest.raises(InputError, match=r"Linear: no Linear layer named encoder\.layer\.N"):
         prunable(torch.nn.Linear(4, 4))

@@ -154,11 +154,12 @@ def source_fingerprint(spec: Corpus, *, data_root: str | Path | None = None) -> 
 
 
 def _content(readers: list[Reader], spec: Corpus) -> list[Any]:
-    if spec.streaming:  # reading everything first would defeat the purpose: sizes and the first articles
+    if spec.streaming:  # reading everything first would defeat the purpose: revisions or sizes, and the first articles
         first = list(itertools.islice(_texts(readers, spec.column), 2))
         if len(first) < 2:
             raise _too_few(spec, len(first))
-        return [[reader.size for reader in readers], first]
+        hub = [reader.fingerprint(spec.column) for reader in readers if isinstance(reader, sources.Hub)]
+        return [[reader.size for reader in readers], first, *hub]
     plain = all(isinstance(reader, sources.Files) and reader.plain for reader in readers)
     return [[reader.fingerprint(spec.column) for reader in readers], "" if plain else spec.column]
 

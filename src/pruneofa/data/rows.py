@@ -181,6 +181,7 @@ def _folder(folder: Path, where: str, wanted: Mapping[str, Sequence[str]], requi
                 if path.suffix in SUFFIXES and re.fullmatch(rf"{name}(-\d+-of-\d+)?", path.stem)
             )
             if paths:
+                _check_complete(paths, where)
                 return _concatenate([read(path, where) for path in paths], where)
         return None
 
@@ -190,6 +191,18 @@ def _folder(folder: Path, where: str, wanted: Mapping[str, Sequence[str]], requi
             here = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
             raise InputError(f"{where}: {folder}: no split {names[0]!r} (wanted {names[0]}.parquet), found {here}")
     return found
+
+
+def _check_complete(paths: Sequence[Path], where: str) -> None:
+    """Raise InputError unless the files of a split are one, or all shards of one: others repeat rows or lack some."""
+    shards = [re.fullmatch(r".*-(\d+)-of-(\d+)", path.stem) for path in paths]
+    found = [shard and (int(shard[1]), int(shard[2]), path.suffix) for shard, path in zip(shards, paths, strict=True)]
+    if found not in ([None], [(index, len(paths), paths[0].suffix) for index in range(len(paths))]):
+        names = ", ".join(path.name for path in paths[:4]) + (", ..." if len(paths) > 4 else "")
+        raise InputError(
+            f"{where}: {paths[0].parent}: got {names}, wanted one file of the split, or as many shards as their names "
+            "say; download the missing ones, or remove the others"
+        )
 
 
 def _hub(

@@ -148,6 +148,8 @@ class Prune(_Optimization):
         self.interval = self.interval or max(1, self.steps // (10 if self.score == "obs" else 100))
         if self.score == "hessian" and self.one_shot is False:
             raise ValueError("score hessian prunes at once; set one_shot to true or null, or choose another score")
+        if self.one_shot == (self.score == "hessian"):
+            self.one_shot = None  # the default written out is no other setting: what was made with it stays
         if self.steps == 0 and not self.at_once:
             raise ValueError("steps is 0 but pruning is gradual; raise steps, or set one_shot: true")
         self._check_schedule()
@@ -173,6 +175,8 @@ class Prune(_Optimization):
             return
         if not self.begin < self.end:
             raise ValueError(f"begin is {self.begin} but must be below end ({self.end})")
+        if not self.end < self.steps:  # the last step begins at steps - 1: nothing would be selected at end
+            raise ValueError(f"end is {self.end} but must be below steps ({self.steps})")
         if not self.end <= self.stop <= self.steps:
             raise ValueError(f"stop is {self.stop} but must be between end ({self.end}) and steps ({self.steps})")
         if self.initial > self.final:

@@ -55,7 +55,7 @@ def training_rows(results: dict[str, Any]) -> Rows:
 
 def training_note(results: dict[str, Any]) -> str:
     """What the table of `training_rows` shows."""
-    note = "Mean over the seeds. Tokens are those that were trained on, without padding."
+    note = "Mean over the seeds. Tokens are those trained on, without padding, and those scores were computed from."
     if any(costs.get("epochs") for costs in results["stages"].values()):
         note += (
             " After each epoch the model was evaluated on training rows that were held out (check_epochs), and "

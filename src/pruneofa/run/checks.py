@@ -45,6 +45,19 @@ def check(recipe: Recipe, inputs: Inputs, steps: Iterable[Step], *, tokenize: bo
             check_task(recipe.model, recipe.tasks[name].resolved(name), inputs.task(name))
             if recipe.dense_model is not None:
                 check_inputs(recipe.dense_model, inputs.task(name))
+                if recipe.tasks[name].teacher is None and recipe.tasks[name].hidden > 0:
+                    _check_hidden(recipe.model, recipe.dense_model, f"tasks.{name}.hidden")
+
+
+def _check_hidden(model: str, dense_model: str, field: str) -> None:
+    """Raises InputError unless both have hidden states of one size, as `field` needs them."""
+    for key in ("num_hidden_layers", "hidden_size"):
+        wanted, got = (getattr(load_config(path), key) for path in (model, dense_model))
+        if got != wanted:
+            raise InputError(
+                f"{field} is above 0, but {key} of dense_model {dense_model} is {got}, wanted the model's {wanted}; "
+                f"set {field}: 0, or give the dense model that was pruned"
+            )
 
 
 def check_engine(recipe: Recipe) -> None:

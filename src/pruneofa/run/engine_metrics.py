@@ -70,13 +70,19 @@ def _add_latency(folders: dict[str, Path]) -> None:
         write_json(folder / FILE, records[variant] | {"latency": found})
 
 
-def engine_columns(models: Sequence[tuple[str, Path]]) -> dict[str, dict[str, Any]]:
-    """Sizes and latency for results.json, from the first of the task models (variant, folder) that has them.
+def read_engine(evaluation: Evaluation) -> dict[str, Any] | None:
+    """What engine.json of an evaluated model holds; None without it, or if it is of other rows, or of another model."""
+    file = evaluation.folder / FILE
+    record = read_json(file) if file.exists() else {}
+    return record if record.get("evaluation") == evaluation.fingerprint else None
+
+
+def engine_columns(records: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Sizes and latency for results.json, from the first of the records (variant, engine.json) that has them.
 
     Sizes are preferably those of a model from quantization-aware training.
     """
-    kept = [(variant, read_json(folder / FILE)) for variant, folder in models if (folder / FILE).exists()]
-    sized = [record["sizes"] for wanted in ("quantize", "ptq") for variant, record in kept
+    sized = [record["sizes"] for wanted in ("quantize", "ptq") for variant, record in records
              if variant == wanted and "sizes" in record]  # fmt: skip
-    timed = [record["latency"] for _, record in kept if "latency" in record]
+    timed = [record["latency"] for _, record in records if "latency" in record]
     return {"sizes": next(iter(sized), {}), "latency": next(iter(timed), {})}

@@ -95,7 +95,12 @@ def task_steps(
         teacher = steps[0].model
     for variant, start in starts.items():
         control = recipe.control
-        if variant == "control" and isinstance(control, Control) and name not in (control.tasks or recipe.tasks):
+        if (
+            variant == "control"
+            and isinstance(control, Control)
+            and control.tasks is not None
+            and name not in control.tasks
+        ):
             continue
         transfer = transfer_stage(recipe, inputs, StageId(name, seed, variant), start, teacher, root)
         steps += with_evaluation(transfer, inputs)

@@ -15,9 +15,8 @@ from pruneofa.errors import CheckFailed
 from pruneofa.formats import pattern
 from pruneofa.formats.files import read_json, write_text
 from pruneofa.recipe import Recipe
-from pruneofa.run.engine_metrics import FILE as ENGINE_FILE
 from pruneofa.run.engine_metrics import ROWS as ENGINE_ROWS
-from pruneofa.run.engine_metrics import engine_columns
+from pruneofa.run.engine_metrics import engine_columns, read_engine
 from pruneofa.run.events import LOG, read_events
 from pruneofa.run.lineage import SPARSE, lost_pattern, stage_of
 from pruneofa.run.stage import METRICS, RECORD, ROWS, Stage, StageId, Step, read_record
@@ -35,21 +34,21 @@ def collect(recipe: Recipe, folder: Path, steps: Iterable[Step]) -> dict[str, An
     made_with = versions()
     measured: dict[str, Any] = {}
     rows: RowsOf = {}
-    models: list[tuple[str, Path]] = []
+    by_engine: list[tuple[str, dict[str, Any]]] = []
     for step in steps:
         if isinstance(step, Stage):
             record = read_record(step.folder, ("versions", "tokens", "seconds"))
             made_with = record["versions"]
             costs[str(step.id)] = {key: record[key] for key in COSTS if key in record}
             continue
-        models.append((step.id.variant, step.folder))
         _add_runs(measured, step.id, "", read_json(step.folder / METRICS))
         _add_rows(rows, step.id, "", load_rows(step.folder / ROWS))
-        if (by_engine := step.folder / ENGINE_FILE).exists():
-            _add_runs(measured, step.id, "_engine", read_json(by_engine)["metrics"])
+        if (record := read_engine(step)) is not None:
+            by_engine.append((step.id.variant, record))
+            _add_runs(measured, step.id, "_engine", record["metrics"])
             _add_rows(rows, step.id, "_engine", load_rows(step.folder / ENGINE_ROWS))
     _add_lost(measured, rows)
-    of_engine = engine_columns(models)
+    of_engine = engine_columns(by_engine)
     inspection = pattern.inspect(sparse_folder(recipe, folder))
     return {
         "recipe": publishable(recipe),

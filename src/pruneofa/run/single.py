@@ -1,6 +1,5 @@
 """Single stages of the method, for the commands that take a model instead of a recipe."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -9,7 +8,7 @@ from typing import Literal
 
 from pruneofa.data import tasks as task_data
 from pruneofa.errors import InputError
-from pruneofa.formats.files import output_folder, read_json, recover_all
+from pruneofa.formats.files import output_folder, read_json, recover_all, write_text
 from pruneofa.progress import notice
 from pruneofa.recipe import KNOWN_TASKS, Quantize, Recipe, Task
 from pruneofa.run.checks import check, check_pattern
@@ -146,7 +145,9 @@ def _execute(recipe: Recipe, inputs: Inputs, steps: Sequence[Step], out: Path, r
             recover_all(work)
         execute_steps(steps, partial(append_event, work / LOG))
         if processes().is_main_process:
-            if (work / LOG).exists():
-                os.replace(work / LOG, out / LOG)
+            if (work / LOG).exists():  # after the events of earlier commands, such as the losses of training
+                earlier = (out / LOG).read_text() if (out / LOG).exists() else ""
+                write_text(out / LOG, earlier + (work / LOG).read_text())
+                (work / LOG).unlink()
             clear_work(work)
     return read_json(out / METRICS)

@@ -32,7 +32,7 @@ def prunable(model: nn.Module, skip: Iterable[str] = ()) -> dict[str, nn.Paramet
     The encoder may be inside a wrapper (sentence-transformers, PEFT, torch.compile). A tied weight is listed
     once; names that match a regular expression of `skip` are left out. Adapters beside a weight are not listed.
     Raises InputError for a model without encoder linears, or with several encoders, or a `skip` that is not a
-    regular expression.
+    regular expression or matches nothing.
     """
     found: dict[str, nn.Parameter] = {}
     seen: set[int] = set()
@@ -51,10 +51,20 @@ def prunable(model: nn.Module, skip: Iterable[str] = ()) -> dict[str, nn.Paramet
             f"{type(model).__name__}: no Linear layer named {families.layer_name()}, so there is "
             f"nothing to prune; wanted a {families.titles()} model"
         )
+    kept = dict(found)
     try:
-        return {name: w for name, w in found.items() if not any(re.search(rule, name) for rule in skip)}
+        for rule in skip:
+            skipped = [name for name in found if re.search(rule, name)]
+            if not skipped and not re.search(rule, f"{POOLER}.weight"):  # which some models lack
+                raise InputError(
+                    f"skip: {rule!r} matches no layer, wanted part of a name such as {next(iter(found))}; correct it, "
+                    "or leave it out"
+                )
+            for name in skipped:
+                kept.pop(name, None)
     except re.error as error:
         raise InputError(f"skip: {error.pattern!r} is not a regular expression ({error}); correct it") from None
+    return kept
 
 
 def canonical_name(name: str) -> str:

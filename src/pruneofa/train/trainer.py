@@ -354,6 +354,9 @@ def train(
         **OPTIONS,
         **trainer_options(precision),
     )
+    if args.n_gpu > 1:  # the Trainer would divide the batches, and what is counted in them, with DataParallel
+        notice(f"{stage}: training on one of {args.n_gpu} GPUs; torchrun --nproc-per-node {args.n_gpu} uses all")
+        args._n_gpu = 1
     if checkpoint_activations:
         recompute_activations(objective.student)
     writer = BackgroundWriter()
