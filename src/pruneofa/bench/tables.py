@@ -1,6 +1,7 @@
 """Records of `pruneofa bench` as tables for the terminal and the documentation, and as a chart."""
 
 import importlib.util
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -130,20 +131,21 @@ def break_even_remark(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def read_records(paths: Iterable[Path]) -> list[dict[str, Any]]:
-    """Records from files of `pruneofa bench --json`. Raises InputError for other files."""
+    """Records from files of `pruneofa bench --json`, with the name of their "folder". Raises InputError for others."""
     records = []
     for path in paths:
         record = read_json(path)
         if not isinstance(record, dict) or record.get("format") != "pruneofa-bench":
             raise InputError(f"{path}: wanted a file that `pruneofa bench --json` or --record wrote")
-        records.append(record)
+        records.append(record | {"folder": path.parent.name})
     return records
 
 
 def speed_table(records: Iterable[Mapping[str, Any]]) -> str:
     """The table (Markdown) of records for docs/results.md: one line per model, kernels and case."""
-    head = ["Model", "Kernels", "Batch", "Ours", "Fastest dense peer", "Speed-up", "DeepSparse", "Share of peak"]
-    lines = ["| " + " | ".join(head) + " |", "| --- | --- | --- " + "| --: " * (len(head) - 3) + "|"]
+    head = ["Model", "Kernels", "Record", "Batch"]
+    head += ["Ours", "Fastest dense peer", "Speed-up", "DeepSparse", "Share of peak"]
+    lines = ["| " + " | ".join(head) + " |", "| --- | --- | --- | --- " + "| --: " * (len(head) - 4) + "|"]
     for record in records:
         for row in record["rows"]:
             by_name = {runner["name"]: runner for runner in row["runners"]}
@@ -157,6 +159,7 @@ def speed_table(records: Iterable[Mapping[str, Any]]) -> str:
                     + " | ".join([
                         _model(model),
                         record["isa"] + (" (capped)" if record["capped"] else ""),
+                        _machine(record),
                         _batch(row),
                         *speed,
                         f"{sparse['median_ms'] / engine['median_ms']:.2f}×" if sparse else "-",
@@ -165,6 +168,13 @@ def speed_table(records: Iterable[Mapping[str, Any]]) -> str:
                     + " |"
                 )  # fmt: skip
     return "\n".join(lines) + "\n"
+
+
+def _machine(record: Mapping[str, Any]) -> str:
+    """A link to the record's folder, named after its machine: 2026-11-30-zen5-engine is zen5."""
+    folder = record.get("folder", "")
+    name = re.sub(r"^[\d-]+-|-engine$", "", folder)
+    return f"[{name}](../benchmarks/records/{folder}/README.md)" if name else "-"
 
 
 def _against(peer: Mapping[str, Any] | None, engine: Mapping[str, Any], row: Mapping[str, Any]) -> list[str]:
