@@ -68,13 +68,16 @@ def test_the_table_of_the_readme_comes_from_records(tmp_path):
         record(runner(PRUNEOFA, 2), runner("openvino-int8", 7), runner("deepsparse", 9)),
         record(runner(PRUNEOFA, 40), runner("onnxruntime-int8", 130), case=mixed, isa="avx2", capped=True),
     ]
+    folder = tmp_path / "2026-11-30-zen5-engine"
+    folder.mkdir()
     for index, one in enumerate(found):
-        (tmp_path / f"{index}.json").write_text(json.dumps(one))
-    text = tables.speed_table(tables.read_records(sorted(tmp_path.iterdir())))
+        (folder / f"{index}.json").write_text(json.dumps(one))
+    text = tables.speed_table(tables.read_records(sorted(folder.iterdir())))
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
-    assert lines[2] == ["BERT-Base, 90 %, int8", "amx", "1 × 128 tokens", "2 ms", "openvino-int8, 7 ms", "**3.50×**",
-                        "4.50×", "4 %"]  # fmt: skip
-    assert lines[3][1:6] == ["avx2 (capped)", "2 × 8–128 tokens", "50 seq/s", "onnxruntime-int8, 15.4 seq/s",
+    link = "[zen5](../benchmarks/records/2026-11-30-zen5-engine/README.md)"
+    assert lines[2] == ["BERT-Base, 90 %, int8", "amx", link, "1 × 128 tokens", "2 ms", "openvino-int8, 7 ms",
+                        "**3.50×**", "4.50×", "4 %"]  # fmt: skip
+    assert lines[3][1:7] == ["avx2 (capped)", link, "2 × 8–128 tokens", "50 seq/s", "onnxruntime-int8, 15.4 seq/s",
                              "**3.25×**"]  # fmt: skip
     (tmp_path / "0.json").write_text("{}")
     with pytest.raises(InputError, match="wanted a file that `pruneofa bench --json` or --record wrote"):

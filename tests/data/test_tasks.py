@@ -122,23 +122,6 @@ def test_mnli_has_two_evaluations_and_shards_are_joined(tmp_path, tokenizer):
     assert {suffix: len(data) for suffix, data in task.evaluations.items()} == {"": 1, "_mm": 2}
 
 
-@pytest.mark.parametrize(
-    "names",
-    [
-        ["train-00000-of-00003.parquet"],
-        ["train-00000-of-00002.parquet", "train-00002-of-00002.parquet"],
-        ["train.csv", "train.jsonl"],
-        ["train.parquet", "train-00000-of-00001.parquet"],
-        ["train-00000-of-00001.parquet", "train-00000-of-00001.jsonl"],
-    ],
-)
-def test_a_split_that_lacks_shards_or_is_there_twice(tmp_path, tokenizer, names):
-    for name in [*names, "validation.jsonl"]:
-        write(tmp_path / name, [{"sentence": "a film", "label": 0}, {"sentence": "a book", "label": 1}])
-    with pytest.raises(InputError, match=f"got {', '.join(sorted(names))}, wanted one file of the split, or as many"):
-        load_task("sst2", recipe.Task(data=".", max_length=16), tokenizer, data_root=tmp_path)
-
-
 def test_evaluation_only_uses_the_labels_of_the_model(tmp_path, tokenizer):
     write(tmp_path / "d.jsonl", ROWS)
     spec = own(data="d.jsonl", validation="d.jsonl")
@@ -200,22 +183,6 @@ def test_rows_of_one_split_are_no_part_of_the_others_fingerprint(tmp_path, token
     assert fewer[0] == train and fewer[1] != evaluation
     fewer = fingerprints(train_rows=len(ROWS) - 1)
     assert fewer[0] != train and fewer[1] == evaluation
-
-
-def test_rows_that_are_evaluated_after_each_epoch_are_part_of_the_fingerprint(tmp_path, tokenizer):
-    rows = [{"text": f"film {n}", "label": "neg" if n % 2 else "pos"} for n in range(60)]
-
-    def made(rows):
-        write(tmp_path / "d.jsonl", rows)
-        spec = own(data="d.jsonl", validation="d.jsonl", check_epochs=True)
-        return load_task("mine", spec, tokenizer, data_root=tmp_path)
-
-    task = made(rows)
-    held_out = task.epoch_rows.rows.column("text")[0].as_py()
-    other = [
-        row | {"label": "neg" if row["label"] == "pos" else "pos"} if row["text"] == held_out else row for row in rows
-    ]
-    assert made(other).train_fingerprint != task.train_fingerprint == made(rows).train_fingerprint
 
 
 def lengthy(tmp_path, tokenizer, count):

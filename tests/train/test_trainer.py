@@ -233,7 +233,6 @@ def test_a_loss_that_is_not_a_number_stops_the_run(text, tmp_path):
 
 
 def test_of_several_gpus_without_torchrun_one_is_used(text, tmp_path, monkeypatch, capsys):
-    """The Trainer would divide a step's batches, and the counts of its losses, with DataParallel."""
     found = property(lambda args: args._n_gpu if args._n_gpu > 0 else 2)
     monkeypatch.setattr("pruneofa.train.trainer.TrainingArguments.n_gpu", found)
     fit(objective(), text, tmp_path)

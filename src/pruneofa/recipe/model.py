@@ -26,10 +26,7 @@ RATE_WARNING = 1.2  # multiple of lr above which to warn; the published schedule
 
 
 class Section(BaseModel):
-    """A section of the recipe.
-
-    Unknown keys, NaN, infinity and values of another type are errors, except an integer for a float.
-    """
+    """A section. Unknown keys, NaN, infinity and values of another type are errors, except an integer for a float."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True, strict=True, allow_inf_nan=False)
 
@@ -148,8 +145,8 @@ class Prune(_Optimization):
         self.interval = self.interval or max(1, self.steps // (10 if self.score == "obs" else 100))
         if self.score == "hessian" and self.one_shot is False:
             raise ValueError("score hessian prunes at once; set one_shot to true or null, or choose another score")
-        if self.one_shot == (self.score == "hessian"):
-            self.one_shot = None  # the default written out is no other setting: what was made with it stays
+        # The default written out is no other setting: what was made with it stays.
+        self.one_shot = None if self.one_shot == (self.score == "hessian") else self.one_shot
         if self.steps == 0 and not self.at_once:
             raise ValueError("steps is 0 but pruning is gradual; raise steps, or set one_shot: true")
         self._check_schedule()

@@ -55,7 +55,10 @@ def training_rows(results: dict[str, Any]) -> Rows:
 
 def training_note(results: dict[str, Any]) -> str:
     """What the table of `training_rows` shows."""
-    note = "Mean over the seeds. Tokens are those trained on, without padding, and those scores were computed from."
+    note = "Mean over the seeds. Tokens are those that were trained on, without padding."
+    prune = results["recipe"].get("prune") or {}
+    if prune.get("score", "magnitude") != "magnitude":
+        note += " Those that the scores of pruning were computed from are added."
     if any(costs.get("epochs") for costs in results["stages"].values()):
         note += (
             " After each epoch the model was evaluated on training rows that were held out (check_epochs), and "

@@ -1,0 +1,47 @@
+"""The files of a split, and the rows of it that are held out for every epoch."""
+
+import pytest
+
+from pruneofa import recipe
+from pruneofa.data.tasks import load_task
+from pruneofa.errors import InputError
+from tests.data.task_files import own, write
+from tests.tiny import tiny_tokenizer
+
+
+@pytest.fixture
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["train-00000-of-00003.parquet"],
+        ["train-00000-of-00002.parquet", "train-00002-of-00002.parquet"],
+        ["train.csv", "train.jsonl"],
+        ["train.parquet", "train-00000-of-00001.parquet"],
+        ["train-00000-of-00001.parquet", "train-00000-of-00001.jsonl"],
+    ],
+)
+def test_a_split_that_lacks_shards_or_is_there_twice(tmp_path, tokenizer, names):
+    for name in [*names, "validation.jsonl"]:
+        write(tmp_path / name, [{"sentence": "a film", "label": 0}, {"sentence": "a book", "label": 1}])
+    with pytest.raises(InputError, match=f"got {', '.join(sorted(names))}, wanted one file of the split, or as many"):
+        load_task("sst2", recipe.Task(data=".", max_length=16), tokenizer, data_root=tmp_path)
+
+
+def test_rows_that_are_evaluated_after_each_epoch_are_part_of_the_fingerprint(tmp_path, tokenizer):
+    rows = [{"text": f"film {n}", "label": "neg" if n % 2 else "pos"} for n in range(60)]
+
+    def made(rows):
+        write(tmp_path / "d.jsonl", rows)
+        spec = own(data="d.jsonl", validation="d.jsonl", check_epochs=True)
+        return load_task("mine", spec, tokenizer, data_root=tmp_path)
+
+    task = made(rows)
+    held_out = task.epoch_rows.rows.column("text")[0].as_py()
+    other = [
+        row | {"label": "neg" if row["label"] == "pos" else "pos"} if row["text"] == held_out else row for row in rows
+    ]
+    assert made(other).train_fingerprint != task.train_fingerprint == made(rows).train_fingerprint
