@@ -4,8 +4,9 @@ import pytest
 
 from pruneofa import recipe
 from pruneofa.data.tasks import load_task
-from pruneofa.errors import InputError
+from pruneofa.errors import InputError, NotNow
 from tests.data.task_files import own, write
+from tests.formats.test_hub import raising
 from tests.tiny import tiny_tokenizer
 
 
@@ -45,3 +46,13 @@ def test_rows_that_are_evaluated_after_each_epoch_are_part_of_the_fingerprint(tm
         row | {"label": "neg" if row["label"] == "pos" else "pos"} if row["text"] == held_out else row for row in rows
     ]
     assert made(other).train_fingerprint != task.train_fingerprint == made(rows).train_fingerprint
+
+
+def test_a_hub_that_does_not_answer_is_told_from_a_data_set_that_is_not_there(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    spec = recipe.Task(data="some/where", max_length=16)
+    for error, now in ((ConnectionError("cannot reach the hub"), False), (FileNotFoundError("no such data set"), True)):
+        monkeypatch.setattr("datasets.get_dataset_split_names", raising(error))
+        with pytest.raises(InputError, match="'some/where' is neither a file or folder") as found:
+            load_task("sst2", spec, tokenizer, data_root=tmp_path)
+        assert isinstance(found.value, NotNow) != now

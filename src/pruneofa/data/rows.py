@@ -18,7 +18,7 @@ from pruneofa.data.labels import as_text, refuse_row_ids
 from pruneofa.data.root import root_folder
 from pruneofa.errors import InputError, first_line
 from pruneofa.formats.delimited import literal_quotes, read_rows
-from pruneofa.formats.hub import announce, could_be_hub_id
+from pruneofa.formats.hub import announce, could_be_hub_id, kind_of_failure
 from pruneofa.formats.json_lines import parse_line
 
 SUFFIXES = (".parquet", ".jsonl", ".csv", ".tsv")
@@ -229,7 +229,7 @@ def _hub(
     except InputError:
         raise
     except (OSError, ValueError, RuntimeError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
-        raise InputError(
+        raise kind_of_failure(error)(
             f"{where}: {name!r} is neither a file or folder in {root} nor a readable hub data set "
             f"({type(error).__name__}: {first_line(error)}); set {where}.data or data_root"
         ) from None

@@ -24,7 +24,7 @@ from pruneofa.data.articles import (
 )
 from pruneofa.data.root import root_folder
 from pruneofa.errors import InputError
-from pruneofa.formats.hub import announce, could_be_hub_id
+from pruneofa.formats.hub import announce, could_be_hub_id, kind_of_failure
 
 WANTED = ".parquet, .jsonl, .txt, .csv or .tsv (all but the first also .gz or .zst)"
 
@@ -116,7 +116,7 @@ class Hub:
             yield
         except (ValueError, OSError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:300]
-            raise InputError(
+            raise kind_of_failure(error)(
                 f"corpus source {self.name!r}: no such local file or folder, and it cannot be read as a hub data "
                 f"set ({reason}); check corpus.source, corpus.config, data_root and the network"
             ) from None

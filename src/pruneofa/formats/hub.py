@@ -63,14 +63,20 @@ def check_model_name(name: str, label: str = "") -> None:
 
 def not_on_hub(name: str, error: Exception, label: str = "") -> InputError:
     """The error for a name that is neither a local folder nor, by `error`, a model on the hub."""
-    missing = f"{label}{name}: no such folder in {Path.cwd()}"
+    kind = kind_of_failure(error)
     if offline():
         hub = "no such model in the cache of the hub, which is not asked (--offline or HF_HUB_OFFLINE)"
-    elif not _answered(error):
-        return NotNow(f"{missing}, and the hub could not be asked ({first_line(error)}); check the path, or try again")
+    elif kind is NotNow:
+        hub = f"the hub could not be asked ({first_line(error)})"
     else:
         hub = f"the hub has no such model ({first_line(error)})"
-    return InputError(f"{missing}, and {hub}; check the path")
+    do = "check the path, or try again" if kind is NotNow else "check the path"
+    return kind(f"{label}{name}: no such folder in {Path.cwd()}, and {hub}; {do}")
+
+
+def kind_of_failure(error: BaseException) -> type[InputError]:
+    """NotNow if the hub could not be asked, by an error of its libraries; InputError if it said no, or is not asked."""
+    return InputError if offline() or _answered(error) else NotNow
 
 
 def _answered(error: BaseException | None) -> bool:
