@@ -15,6 +15,15 @@ def tokenizer():
     return tiny_tokenizer()
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_shards_are_joined_however_they_are_numbered(tmp_path, tokenizer, first):
+    for index in range(12):
+        write(tmp_path / f"train-{index + first}-of-12.jsonl", [{"sentence": f"film {index}", "label": index % 2}])
+    write(tmp_path / "validation.jsonl", [{"sentence": "a film", "label": 0}])
+    task = load_task("sst2", recipe.Task(data=".", max_length=16), tokenizer, data_root=tmp_path)
+    assert len(task.train) == 12
+
+
 @pytest.mark.parametrize(
     "names",
     [

@@ -1,5 +1,7 @@
 """Names of models: local folders, hub ids, and typos of paths that must not reach the hub."""
 
+import errno
+import socket
 from types import SimpleNamespace
 
 import pytest
@@ -53,7 +55,8 @@ def test_a_hub_id_is_said_once_and_a_wrong_one_names_what_was_looked_for(tmp_pat
     assert (
         capsys.readouterr().err == "some-org/model: not on this machine by that name; the Hugging Face hub is asked\n"
     )
-    for error in (NO_ROUTE, ConnectionResetError("reset"), hub_error(503), hub_error(429)):
+    no_name, unreachable = socket.gaierror(socket.EAI_AGAIN, "no name"), OSError(errno.EHOSTUNREACH, "unreachable")
+    for error in (NO_ROUTE, ConnectionResetError("reset"), no_name, unreachable, *map(hub_error, (408, 429, 503))):
         monkeypatch.setattr("huggingface_hub.snapshot_download", raising(error))
         with pytest.raises(NotNow, match="the hub could not be asked"):
             local_folder("some-org/model")

@@ -63,13 +63,6 @@ def test_what_is_left_out_follows_the_steps():
     assert (tiny.end, tiny.stop, tiny.interval) == (1, 2, 1)
 
 
-def test_the_default_of_one_shot_written_out_is_the_default():
-    for score, default in (("magnitude", "false"), ("hessian", "true")):
-        made = make(f"prune={{score: {score}, one_shot: {default}}}").prune
-        assert made.one_shot is None and made == make(f"prune={{score: {score}}}").prune
-    assert make("prune={score: magnitude, one_shot: true}").prune.one_shot is True
-
-
 def test_defaults_of_the_tasks_are_the_published_ones():
     loaded = make("tasks={sst2: {}, squad: {}}")
     sst2, squad = (loaded.tasks[name].resolved(name) for name in ("sst2", "squad"))

@@ -12,7 +12,7 @@ from pruneofa.formats.files import read_json
 from pruneofa.run import single
 from pruneofa.run.checks import check
 from pruneofa.run.estimate import estimate
-from pruneofa.run.folder import RUN, clear_work, exclusive, refuse_changes
+from pruneofa.run.folder import RUN, exclusive, refuse_changes
 from pruneofa.run.inputs import Inputs
 from pruneofa.run.plan import plan
 from pruneofa.run.results import verify_run
@@ -227,12 +227,15 @@ def test_a_control_for_no_task_is_none(tmp_path):
     assert "control" in names and not any(name.endswith("/control") for name in names)
 
 
-def test_a_folder_of_work_that_is_a_link_is_left_alone(tmp_path):
-    (tmp_path / "mine" / "empty").mkdir(parents=True)
-    (tmp_path / ".work").symlink_to("mine")
-    with pytest.raises(InputError, match="is a link, wanted the folder"):
-        clear_work(tmp_path / ".work")
-    assert (tmp_path / "mine" / "empty").exists()
+@pytest.mark.parametrize("link", [".work", ".work/teacher", ".work/tasks"])
+def test_a_folder_of_work_that_is_a_link_is_refused_before_anything_is_written(tmp_path, link):
+    settings = small_recipe(tmp_path / "data")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "run" / link).parent.mkdir(parents=True)
+    (tmp_path / "run" / link).symlink_to(tmp_path / "mine")
+    with pytest.raises(InputError, match=rf"{link}: is a link, wanted a folder that pruneofa makes itself"):
+        run(settings, tmp_path / "run")
+    assert not list((tmp_path / "mine").iterdir())
 
 
 def test_a_model_that_the_engine_cannot_run_is_refused_before_int8_work(tmp_path):

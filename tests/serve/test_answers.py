@@ -76,7 +76,8 @@ def test_words_are_as_many_and_those_that_are_asked_for(client):
     assert found[0]["score"] > found[1]["score"]
     assert [word for word in every if word["token_str"] in ("king", "water")] == [one for one in found if one in every]
     assert post(client, "/fill_mask", inputs=text, parameters={"targets": "king", "top_k": 1})[0]["token_str"] == "king"
-    for targets, message in (([], "cannot be empty"), (["the king"], "has 2 tokens"), ([""], "has 0 tokens")):
+    wrong = (["the king"], "has 2 tokens"), ([""], "has 0 tokens"), ("king " * 60, "has 300 characters")
+    for targets, message in (([], "cannot be empty"), *wrong):
         assert message in post(client, "/fill_mask", 400 if not targets else 422, inputs=text,
                                parameters={"targets": targets})["error"]  # fmt: skip
 
@@ -87,12 +88,18 @@ def test_words_are_as_many_and_those_that_are_asked_for(client):
         ("/fill_mask", "the [MASK]", {"top_p": 1}),
         ("/fill_mask", "the [MASK]", {"top_k": 0}),
         ("/answer", {"question": "who", "context": TEXT}, {"top_k": 3}),
-        ("/answer", {"question": "who", "context": TEXT}, {"handle_impossible_answer": True}),
+        ("/answer", {"question": "who", "context": TEXT}, {"top_k": 1, "handle_impossible_answer": True}),
         ("/classify_tokens", TEXT, {"stride": 3}),
     ],
 )
 def test_a_parameter_that_would_change_nothing_is_refused(client, path, inputs, parameters):
-    assert next(iter(parameters)) in post(client, path, 422, inputs=inputs, parameters=parameters)["error"]
+    assert list(parameters)[-1] in post(client, path, 422, inputs=inputs, parameters=parameters)["error"]
+
+
+def test_parameters_with_the_values_that_hold_anyway(client):
+    question = {"question": "who", "context": TEXT}
+    given = {"top_k": 1, "align_to_words": True, "handle_impossible_answer": False, "doc_stride": None}
+    assert post(client, "/answer", inputs=question, parameters=given) == post(client, "/answer", inputs=question)
 
 
 def test_what_is_cut_off_is_told(models):

@@ -78,6 +78,8 @@ def test_token_types_are_those_of_the_request(client, models):
     found = outputs(infer(client, "topics", *inputs))["scores"]["data"]
     assert found == pytest.approx(expected, abs=1e-6)
     assert outputs(infer(client, "topics", *inputs[:2]))["scores"]["data"] != pytest.approx(expected, abs=1e-4)
+    empty = {"name": "input_ids", "datatype": "INT64", "shape": [2, 0], "data": []}
+    assert "cannot be empty" in infer(client, "topics", empty, status=400)["error"]
     inputs[2]["data"][0][0] = 2
     assert "token_type_ids[0, 0] is 2" in infer(client, "topics", *inputs, status=422)["error"]
 

@@ -196,8 +196,10 @@ def _folder(folder: Path, where: str, wanted: Mapping[str, Sequence[str]], requi
 def _check_complete(paths: Sequence[Path], where: str) -> None:
     """Raise InputError unless the files of a split are one, or all shards of one: others repeat rows or lack some."""
     shards = [re.fullmatch(r".*-(\d+)-of-(\d+)", path.stem) for path in paths]
-    found = [shard and (int(shard[1]), int(shard[2]), path.suffix) for shard, path in zip(shards, paths, strict=True)]
-    if found not in ([None], [(index, len(paths), paths[0].suffix) for index in range(len(paths))]):
+    indices = sorted(int(shard[1]) for shard in shards if shard)
+    of = {(int(shard[2]), path.suffix) for shard, path in zip(shards, paths, strict=True) if shard}
+    every = [list(range(first, first + len(paths))) for first in (0, 1)]
+    if [*shards] != [None] and not (indices in every and of == {(len(paths), paths[0].suffix)}):
         names = ", ".join(path.name for path in paths[:4]) + (", ..." if len(paths) > 4 else "")
         raise InputError(
             f"{where}: {paths[0].parent}: got {names}, wanted one file of the split, or as many shards as their names "

@@ -1,13 +1,16 @@
 """The local folder of a model: the given folder, or a snapshot of a hub model."""
 
+import errno
 import functools
 import os
 import re
+import socket
 from pathlib import Path
 
 from pruneofa.errors import InputError, NotNow, first_line
 from pruneofa.progress import notice
 
+_LIBRARIES = ("httpx", "requests", "aiohttp")  # of the hub's clients, whose errors are those of the network
 # The files of a model folder that may be needed, with weights that are not pickles.
 FILES = ("*.json", "*.safetensors", "*.zst", "*.txt", "*.model")
 
@@ -83,9 +86,11 @@ def _answered(error: BaseException | None) -> bool:
     """Whether the hub said no, by an error or what it came from: no server was without an answer, busy or broken."""
     while error is not None:
         if (status := getattr(getattr(error, "response", None), "status_code", None)) is not None:
-            return status < 429
+            return status < 429 and status != 408
         library = type(error).__module__  # the hub's has changed, and with it the types of errors
-        if isinstance(error, ConnectionError | TimeoutError) or library.startswith(("httpx", "requests")):
+        if isinstance(error, ConnectionError | TimeoutError | socket.gaierror) or library.startswith(_LIBRARIES):
+            return False
+        if isinstance(error, OSError) and error.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN):
             return False
         error = error.__cause__ or error.__context__
     return True

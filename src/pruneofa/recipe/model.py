@@ -145,8 +145,6 @@ class Prune(_Optimization):
         self.interval = self.interval or max(1, self.steps // (10 if self.score == "obs" else 100))
         if self.score == "hessian" and self.one_shot is False:
             raise ValueError("score hessian prunes at once; set one_shot to true or null, or choose another score")
-        # The default written out is no other setting: what was made with it stays.
-        self.one_shot = None if self.one_shot == (self.score == "hessian") else self.one_shot
         if self.steps == 0 and not self.at_once:
             raise ValueError("steps is 0 but pruning is gradual; raise steps, or set one_shot: true")
         self._check_schedule()

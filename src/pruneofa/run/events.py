@@ -16,11 +16,22 @@ LOG = "log.jsonl"
 
 def append_event(log: Path, event: dict[str, Any]) -> None:
     """Append an event to a log; a last line that a kill or a full disk left unfinished is removed first."""
-    line = json.dumps({"time": round(time.time(), 1), **event}) + "\n"
+    _append(log, (json.dumps({"time": round(time.time(), 1), **event}) + "\n").encode())
+
+
+def append_events(log: Path, other: Path) -> None:
+    """Move the events of another log to the end of a log."""
+    if not log.exists() and not log.is_symlink():
+        os.replace(other, log)
+        return
+    _append(log, other.read_bytes())
+    other.unlink()
+
+
+def _append(log: Path, data: bytes) -> None:
     with naming_disk(log), _opened(log) as file:
         end = _end_of_lines(file)
         file.truncate(end)
-        data = line.encode()
         try:
             while data:
                 data = data[file.write(data) :]

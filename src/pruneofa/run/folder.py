@@ -79,6 +79,14 @@ def refuse_other_work(stages: Iterable[Stage], work: Path, redo: bool) -> None:
         )
 
 
+def refuse_links(stages: Iterable[Stage], work: Path) -> None:
+    """Raises InputError when `work` or a working folder of a stage in it is a link: it could lead anywhere."""
+    for stage in stages:
+        for folder in (stage.work, *stage.work.parents):
+            if folder.is_relative_to(work) and folder.is_symlink():
+                raise InputError(f"{folder}: is a link, wanted a folder that pruneofa makes itself; remove it")
+
+
 @contextlib.contextmanager
 def exclusive(targets: Sequence[Path], *, name: Path, out: str = "--out") -> Iterator[None]:
     """Hold the locks of folders for all the processes that train together, and undo what killed calls left there.
@@ -95,12 +103,7 @@ def exclusive(targets: Sequence[Path], *, name: Path, out: str = "--out") -> Ite
 
 
 def clear_work(work: Path) -> None:
-    """Remove the working folders of stages below `work`, and the folders that are empty then; nothing else.
-
-    Raises InputError if `work` is a link: what is behind it may not be a run's.
-    """
-    if work.is_symlink():
-        raise InputError(f"{work}: is a link, wanted the folder that pruneofa makes itself; remove it")
+    """Remove the working folders of stages below `work`, and the folders that are empty then; nothing else."""
     for mark in sorted(work.rglob(MARK)):
         remove_folder(mark.parent)
     recover_all(work)

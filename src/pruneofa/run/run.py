@@ -12,11 +12,11 @@ from pruneofa.run.checks import check, check_engine
 from pruneofa.run.engine_metrics import measure_by_engine
 from pruneofa.run.events import LOG, append_event
 from pruneofa.run.execute import execute_steps
-from pruneofa.run.folder import RUN, check_folder, clear_work, exclusive, refuse_changes
+from pruneofa.run.folder import RUN, check_folder, clear_work, exclusive, refuse_changes, refuse_links
 from pruneofa.run.inputs import Inputs
 from pruneofa.run.plan import plan
 from pruneofa.run.results import collect, environment, write_reports
-from pruneofa.run.stage import WORK, Evaluation
+from pruneofa.run.stage import WORK, Evaluation, Stage
 from pruneofa.train.device import processes
 
 
@@ -58,6 +58,7 @@ def run(
         write_reports(recipe, folder, results)
         return results
 
+    refuse_links((step for step in steps if isinstance(step, Stage)), folder / WORK)
     with exclusive([folder / RUN], name=folder):
         if main:
             recover_all(folder)

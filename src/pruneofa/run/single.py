@@ -8,14 +8,14 @@ from typing import Literal
 
 from pruneofa.data import tasks as task_data
 from pruneofa.errors import InputError
-from pruneofa.formats.files import output_folder, read_json, recover_all, write_text
+from pruneofa.formats.files import output_folder, read_json, recover_all
 from pruneofa.progress import notice
 from pruneofa.recipe import KNOWN_TASKS, Quantize, Recipe, Task
 from pruneofa.run.checks import check, check_pattern
-from pruneofa.run.events import LOG, append_event
+from pruneofa.run.events import LOG, append_event, append_events
 from pruneofa.run.execute import execute_steps
 from pruneofa.run.fine_tuning import task_student
-from pruneofa.run.folder import clear_work, exclusive, refuse_changes, refuse_other_work
+from pruneofa.run.folder import clear_work, exclusive, refuse_changes, refuse_links, refuse_other_work
 from pruneofa.run.inputs import Inputs
 from pruneofa.run.lineage import sparse_of_run
 from pruneofa.run.plan import int8_stages, prune_stage, teacher_stage, transfer_stage, with_evaluation
@@ -130,6 +130,7 @@ def _execute(recipe: Recipe, inputs: Inputs, steps: Sequence[Step], out: Path, r
         if stage.folder.exists() and not (stage.folder / RECORD).exists():
             raise InputError(f"{stage.folder}: exists, but this command did not make it; choose another OUT")
     work = _work_folder(out)
+    refuse_links(stages, work)
     fresh = not work.exists()
     if fresh:  # nothing may be written before this check
         refuse_changes(steps, out, redo, "OUT")
@@ -146,8 +147,6 @@ def _execute(recipe: Recipe, inputs: Inputs, steps: Sequence[Step], out: Path, r
         execute_steps(steps, partial(append_event, work / LOG))
         if processes().is_main_process:
             if (work / LOG).exists():  # after the events of earlier commands, such as the losses of training
-                earlier = (out / LOG).read_text() if (out / LOG).exists() else ""
-                write_text(out / LOG, earlier + (work / LOG).read_text())
-                (work / LOG).unlink()
+                append_events(out / LOG, work / LOG)
             clear_work(work)
     return read_json(out / METRICS)

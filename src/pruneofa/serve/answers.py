@@ -20,6 +20,8 @@ from pruneofa.serve.bodies import Body, Many, Parameters
 from pruneofa.serve.call import Call, Post
 from pruneofa.serve.refusal import invalid
 
+_LONGEST = 256  # characters of a target: no token is longer
+
 
 class TokensParameters(Parameters):
     """How tokens become entities."""
@@ -43,9 +45,11 @@ class Question(Body):
 
 
 class AnswerParameters(Parameters):
-    """There is one answer to a question."""
+    """What the API does by itself: one answer to a question, of whole words, even if none fits."""
 
     top_k: Literal[1] = 1
+    align_to_words: Literal[True] = True
+    handle_impossible_answer: Literal[False] = False
 
 
 class AnswerRequest(Body):
@@ -148,6 +152,8 @@ def _targets(tokenizer: TextTokenizer, words: list[str]) -> NDArray[np.int64]:
     """The ids of words that are one token each, in order, without repetitions. Raises Refused for another."""
     ids: dict[int, None] = {}
     for index, word in enumerate(words):
+        if len(word) > _LONGEST:
+            raise invalid(f"parameters.targets[{index}] has {len(word)} characters, wanted a word of one token")
         _, encoding = tokenizer.encoding(word, add_special_tokens=False, prompt="")
         if len(encoding.ids) != 1:
             raise invalid(f"parameters.targets[{index}] has {len(encoding.ids)} tokens, wanted a word of one token")

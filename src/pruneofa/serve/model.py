@@ -103,7 +103,7 @@ class Model:
             Refused: an input that is empty, too long, or not what the task takes.
         """
         for item in items:
-            if item in ("", ("", "")) or (isinstance(item, list) and not item):
+            if item in ("", ("", "")) or (isinstance(item, list | TokenIds) and not characters(item)):
                 raise Refused("Empty", "Input validation error: `inputs` cannot be empty")
         try:
             if self.engine.task == "token classification":

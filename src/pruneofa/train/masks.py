@@ -52,10 +52,13 @@ def prunable(model: nn.Module, skip: Iterable[str] = ()) -> dict[str, nn.Paramet
             f"nothing to prune; wanted a {families.titles()} model"
         )
     kept = dict(found)
+    # Rules for all families may name the pooler, which some models lack, and layers that are dense anyway.
+    base = getattr(model, "base_model_prefix", "")
+    known = [f"{POOLER}.weight", f"{base}.{POOLER}.weight", *(name for name, _ in model.named_parameters())]
     try:
         for rule in skip:
             skipped = [name for name in found if re.search(rule, name)]
-            if not skipped and not re.search(rule, f"{POOLER}.weight"):  # which some models lack
+            if not skipped and not any(re.search(rule, name) for name in known):
                 raise InputError(
                     f"skip: {rule!r} matches no layer, wanted part of a name such as {next(iter(found))}; correct it, "
                     "or leave it out"
