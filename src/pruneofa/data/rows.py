@@ -199,7 +199,7 @@ def _check_complete(paths: Sequence[Path], where: str) -> None:
     indices = sorted(int(shard[1]) for shard in shards if shard)
     of = {(int(shard[2]), path.suffix) for shard, path in zip(shards, paths, strict=True) if shard}
     every = [list(range(first, first + len(paths))) for first in (0, 1)]
-    if [*shards] != [None] and not (indices in every and of == {(len(paths), paths[0].suffix)}):
+    if shards != [None] and not (indices in every and of == {(len(paths), paths[0].suffix)}):
         names = ", ".join(path.name for path in paths[:4]) + (", ..." if len(paths) > 4 else "")
         raise InputError(
             f"{where}: {paths[0].parent}: got {names}, wanted one file of the split, or as many shards as their names "

@@ -139,7 +139,6 @@ def load_task(
 
     features = {split: tokenized(split, table) for split, table in splits.items() if train or split != "train"}
     trained, epoch_rows = features.pop("train", None), features.pop(EPOCH_ROWS, None)
-    epochs = {} if epoch_rows is None else {EPOCH_ROWS: epoch_rows}
     targets = None if trained is None or kind == "qa" else trained.targets
     if targets is not None and len(np.unique(targets)) < 2:
         only = names[int(targets[0])]
@@ -150,7 +149,7 @@ def load_task(
         labels=names,
         train=trained,
         evaluations=features,
-        train_fingerprint=_fingerprint(kind, names, {"train": trained} | epochs, where),
+        train_fingerprint=_fingerprint(kind, names, {"train": trained, EPOCH_ROWS: epoch_rows}, where),
         evaluation_fingerprint=_fingerprint(kind, names, features, where),
         text=tuple(text),
         pad_token_id=tokenizer.pad_token_id or 0,

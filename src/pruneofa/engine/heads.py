@@ -148,8 +148,7 @@ class Embedding:
         """
         vector = self.pool(hidden)
         if self._normalize:
-            square = np.vecdot(vector, vector, dtype=np.float64)  # in float32 it may overflow, and all would be 0
-            vector = (vector / np.sqrt(max(square, 1e-24))).astype(np.float32)
+            vector = reference.unit(vector)
         return vector[: self.dimensions]
 
     def pool(self, hidden: Float) -> Float:

@@ -88,6 +88,12 @@ def softmax(x: NDArray[Any]) -> NDArray[Any]:
     return exponentials / exponentials.sum(axis=-1, keepdims=True)
 
 
+def unit(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Vectors of the last axis, (..., n), at length 1. In float32 the sum of squares could overflow, and give zeros."""
+    squares = np.vecdot(x, x, dtype=np.float64)[..., None]
+    return (x / np.sqrt(np.maximum(squares, 1e-24))).astype(np.float32)
+
+
 def attention(
     query: Float, key: Float, value: Float, heads: int, offsets: NDArray[np.int32], bias: Float | None = None
 ) -> Float:

@@ -51,8 +51,9 @@ def check(recipe: Recipe, inputs: Inputs, steps: Iterable[Step], *, tokenize: bo
 
 def _check_hidden(model: str, dense_model: str, field: str) -> None:
     """Raises InputError unless both have hidden states of one size, as `field` needs them."""
+    configs = [load_config(path) for path in (model, dense_model)]
     for key in ("num_hidden_layers", "hidden_size"):
-        wanted, got = (getattr(load_config(path), key) for path in (model, dense_model))
+        wanted, got = (getattr(config, key) for config in configs)
         if got != wanted:
             raise InputError(
                 f"{field} is above 0, but {key} of dense_model {dense_model} is {got}, wanted the model's {wanted}; "

@@ -35,8 +35,7 @@ def measure_by_engine(evaluations: Iterable[Evaluation]) -> bool:
     now = {"pruneofa": __version__, "isa": choose_isa(None)}
     for model in models:
         wanted = {"evaluation": model.fingerprint, **now}
-        known = read_json(model.folder / FILE) if (model.folder / FILE).exists() else {}
-        if not wanted.items() <= known.items():
+        if not wanted.items() <= (read_engine(model) or {}).items():
             measured, how = evaluate_by_engine(model.folder, model.task.read(), PRECISIONS[model.id.variant])
             (model.folder / FILE).unlink(missing_ok=True)  # it would vouch for the rows of another measurement
             save_rows(model.folder / ROWS, measured)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from pruneofa.engine import reference
 from pruneofa.engine.heads import Classification, Embedding
 from pruneofa.engine.tokenizer import Side
 from pruneofa.serve.batching import Job
@@ -30,10 +31,7 @@ def _vectors(job: Job, normalize: bool, dimensions: int | None) -> NDArray[np.fl
     if dimensions is not None and dimensions > vectors.shape[1]:
         raise invalid("`dimensions` should be smaller than the maximum embedding dimension.")
     vectors = np.ascontiguousarray(vectors[:, : dimensions or head.dimensions])
-    if not normalize:
-        return vectors
-    squares = np.vecdot(vectors, vectors, dtype=np.float64)
-    return (vectors / np.sqrt(np.maximum(squares, 1e-24))[:, None]).astype(np.float32)
+    return reference.unit(vectors) if normalize else vectors
 
 
 async def scores(
