@@ -31,7 +31,7 @@
 #elif defined(__GNUC__)
 #define PRUNEOFA_UNROLL _Pragma("GCC unroll 16")
 #else
-#define PRUNEOFA_UNROLL
+#error "GCC or Clang is needed: vectors are their vector types"
 #endif
 
 namespace pruneofa {

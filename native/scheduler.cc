@@ -95,10 +95,13 @@ int Scheduler::forward(const Batch& batch, int teams, int width, float* out) {
   } borrowed{workers, {}};
   {
     const std::lock_guard<std::mutex> lock(workers.mutex);
-    workers.idle.reserve(threads_);
     borrowed.teams.reserve(teams);
     for (int t = 0; t < teams; ++t) {
-      if (workers.idle.empty()) workers.idle.push_back(std::make_unique<Team>());
+      if (workers.idle.empty()) {
+        workers.idle.reserve(workers.made + 1);  // so that giving them back, in a destructor, needs no memory
+        workers.idle.push_back(std::make_unique<Team>());
+        ++workers.made;
+      }
       borrowed.teams.push_back(std::move(workers.idle.back()));
       workers.idle.pop_back();
     }
@@ -107,7 +110,8 @@ int Scheduler::forward(const Batch& batch, int teams, int width, float* out) {
 
   std::atomic<int> next{0};
   const Clock::time_point begin = Clock::now(), end = begin + kSlice;
-  const double busy = busy_seconds();
+  const double busy_before = busy_seconds();
+  double left = 0, busy = 0;  // when thread 0 has no more parts: what it then waits for is other teams, not its own
   const auto take = [&](bool first_team) {
     if (!first_team && workers.pool.needs(width)) return count;
     if (next.load(std::memory_order_relaxed) > 0 && Clock::now() > end) return count;
@@ -123,12 +127,18 @@ int Scheduler::forward(const Batch& batch, int teams, int width, float* out) {
         if (team.part < count) team.panels = round_up(parts.parts[team.part].tokens, kLanes) / kLanes;
       }
       team.barrier.wait();
-      if (team.part == count) return;
+      if (team.part == count) {
+        if (thread == 0) {
+          left = seconds(Clock::now());
+          busy = busy_seconds() - busy_before;
+        }
+        return;
+      }
       const std::ptrdiff_t first = parts.begins[team.part];
       encoder_.pass(team, member, parts.parts[team.part], out + first * encoder_.options().hidden);
     }
   });
-  workers.crowding.saw(width, seconds(begin), seconds(Clock::now()), busy_seconds() - busy);
+  workers.crowding.saw(width, seconds(begin), left, busy);
   return std::min(next.load(), count);
 }
 

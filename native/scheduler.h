@@ -47,8 +47,9 @@ class Scheduler {
     const uint32_t forked = forks();
     Pool pool;
     Crowding crowding;
-    std::mutex mutex;
+    std::mutex mutex;  // of the next two
     std::vector<std::unique_ptr<Team>> idle;
+    std::size_t made = 0;  // teams, idle or not
   };
   Workers& workers();
 

@@ -1,7 +1,7 @@
 // Vectors of sixteen floats or int32, one per token.
 //
 // PRUNEOFA_REGISTER is the size in bytes of the vector registers of the path; sixteen lanes are one register of 64
-// bytes, a pair of 32, or a pair of pairs of 16. Compilers without vector types get pairs down to single floats.
+// bytes, a pair of 32, or a pair of pairs of 16.
 // Included once per path, inside its namespace and its target attribute, so that no function of one path can be linked
 // into another.
 #include "kernels.h"
@@ -13,7 +13,6 @@ struct Pair {
   Half low, high;
 };
 
-#if defined(__GNUC__)
 typedef float FloatRegister __attribute__((vector_size(PRUNEOFA_REGISTER)));
 typedef int32_t IntRegister __attribute__((vector_size(PRUNEOFA_REGISTER)));
 static inline FloatRegister to_floats(IntRegister v) { return __builtin_convertvector(v, FloatRegister); }
@@ -31,27 +30,6 @@ static inline FloatRegister maximum(FloatRegister a, FloatRegister b) { return a
 #endif
 static inline IntRegister minimum(IntRegister a, IntRegister b) { return a < b ? a : b; }
 static inline IntRegister maximum(IntRegister a, IntRegister b) { return a < b ? b : a; }
-#else
-typedef float FloatRegister;
-typedef int32_t IntRegister;
-static inline float to_floats(int32_t v) { return static_cast<float>(v); }
-static inline int32_t truncate(float v) { return static_cast<int32_t>(v); }
-static inline int32_t as_ints(float v) {
-  int32_t b;
-  memcpy(&b, &v, sizeof b);
-  return b;
-}
-static inline float as_floats(int32_t v) {
-  float f;
-  memcpy(&f, &v, sizeof f);
-  return f;
-}
-static inline float select(int32_t mask, float a, float b) { return mask ? a : b; }
-static inline float minimum(float a, float b) { return a < b ? a : b; }
-static inline float maximum(float a, float b) { return a > b ? a : b; }
-static inline int32_t minimum(int32_t a, int32_t b) { return a < b ? a : b; }
-static inline int32_t maximum(int32_t a, int32_t b) { return a < b ? b : a; }
-#endif
 
 template <class V, int Bytes>
 struct Sixteen {

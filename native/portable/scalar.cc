@@ -1,4 +1,4 @@
-// The path for any CPU and compiler, and the definition that the others are tested against.
+// The path for any CPU, and the definition that the others are tested against.
 #include "kernels.h"
 
 namespace pruneofa {

@@ -15,13 +15,11 @@ inline Vector load_vector(const float* p) { return lanes::Memory<Vector>::load(p
 // Asks for the columns of an entry that comes kEntriesAhead later: they are in the second-level cache, and the CPU does
 // not look far enough ahead to hide the time that they take from there. About 15 % of `multiply_tokens`.
 template <int Vectors>
-inline void prefetch_entry([[maybe_unused]] const float* columns, [[maybe_unused]] uint16_t index) {
-#if defined(__GNUC__)
+inline void prefetch_entry(const float* columns, uint16_t index) {
   constexpr int width = Vectors * kVectorLanes;
   const float* const place = columns + static_cast<std::ptrdiff_t>(index) * width;
   PRUNEOFA_UNROLL
   for (int i = 0; i < width; i += 16) __builtin_prefetch(place + i);
-#endif
 }
 
 // For paths without better instructions.

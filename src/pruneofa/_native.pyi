@@ -204,7 +204,7 @@ class Encoder:
 
     @property
     def barriers(self) -> int:
-        """How often the threads of a lane meet in a pass: 10 times a layer with dynamic scales, otherwise 6."""
+        """How often the threads of a lane meet in a pass: 1 + 10 times a layer with dynamic scales, otherwise 1 + 6."""
 
     def choices(self) -> list[tuple[str, str]]:
         """("layer.0.query", choice) and so on: `Linear.choice` of every linear layer."""

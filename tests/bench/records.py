@@ -2,9 +2,10 @@
 
 import pytest
 
-from pruneofa.bench import figures, measure
+from pruneofa.bench import figures
 from pruneofa.bench.models import Case
 from pruneofa.bench.peers import PEERS, PRUNEOFA
+from pruneofa.bench.records import FORMAT
 from pruneofa.engine import engine
 
 needs_kernels = pytest.mark.skipif(engine.native is None, reason="the native kernels were not built")
@@ -38,7 +39,7 @@ def record(*runners: dict, case: Case | None = None, ceilings: dict | None = Non
         "hidden": 768,
     }
     return {
-        "format": measure.FORMAT, "threads": 2, "isa": "amx", "capped": False, "rows": [row], "left_out": {},
+        "format": FORMAT, "threads": 2, "isa": "amx", "capped": False, "rows": [row], "left_out": {},
         "break_even": [],
         "models": [model | {"precision": "int8"}], "machine": {"load_average": [0, 0], "cpus": 2},
     } | fields  # fmt: skip

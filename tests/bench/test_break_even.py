@@ -1,5 +1,8 @@
 """From which sparsity on a layer is faster than the dense peer's."""
 
+import numpy as np
+import pytest
+
 from pruneofa.bench import measure, models, tables
 from pruneofa.bench.break_even import SPARSITIES, pays_from
 from pruneofa.bench.models import Settings
@@ -47,6 +50,27 @@ def test_break_even_goes_on_without_a_dense_peer_that_fails(folder, tmp_path, mo
     rows = list(break_even.break_even(bench, model, [4]))
     assert len(rows) == 3 and all(row["dense_us"] is None for row in rows)
     assert bench.left_out == {break_even.ONE_LAYER: "break-even: no such engine"}
+
+
+@needs_kernels
+def test_a_dense_peer_with_wrong_products_is_not_compared_with(folder, tmp_path, monkeypatch):
+    from pruneofa.bench import break_even
+
+    if PEERS[break_even.DENSE].missing():
+        pytest.skip("the peer is not installed")
+    ask = Worker.ask
+
+    def saturate(self, command, **options):
+        answer = ask(self, command, **options)
+        if command == "save" and self.peer == break_even.DENSE:
+            np.save(options["path"], np.load(options["path"]).clip(-0.01, 0.01))
+        return answer
+
+    monkeypatch.setattr(Worker, "ask", saturate)
+    bench = measure.Bench(Settings(path=str(folder), threads=1, repeats=1, peers=()))
+    rows = list(break_even.break_even(bench, next(models.read_models(bench.settings, tmp_path)), [4]))
+    assert all(row["dense_us"] is None and row["pays_from"] is None for row in rows)
+    assert "wanted at most 0.05; it was not timed" in bench.left_out[break_even.ONE_LAYER]
 
 
 def break_even_row(pays: float | None, dense: float | None = 25.0) -> dict:

@@ -50,9 +50,9 @@ def test_accumulators_are_exact_integer_sums(n, k):
 
 def test_the_widest_layer_does_not_overflow():
     k = reference.MAX_INPUTS
-    bitmask = np.full((1, k // 8), 255, np.uint8)
-    linear = Linear(bitmask, np.full(k, -127, np.int8), np.ones(1, np.float32), None, k, "scalar")
-    assert linear.accumulate(np.full((1, k), 255, np.uint8)).item() == -255 * 127 * k
+    bitmask = np.packbits(np.ones((1, k), bool), axis=1, bitorder="little")
+    linear = Linear(bitmask, np.full(k, -128, np.int8), np.ones(1, np.float32), None, k, "scalar")
+    assert linear.accumulate(np.full((1, k), 255, np.uint8)).item() == -255 * 128 * k
 
 
 def test_a_kept_weight_may_round_to_zero():

@@ -1,4 +1,5 @@
 import json
+from datetime import UTC, datetime
 
 import pytest
 import torch
@@ -9,9 +10,11 @@ from pruneofa import recipe
 from pruneofa.errors import InputError
 from pruneofa.formats import pattern
 from pruneofa.formats.files import read_json
+from pruneofa.run import results as run_results
 from pruneofa.run import single
 from pruneofa.run.checks import check
 from pruneofa.run.estimate import estimate
+from pruneofa.run.events import LOG, read_events
 from pruneofa.run.folder import RUN, exclusive, refuse_changes
 from pruneofa.run.inputs import Inputs
 from pruneofa.run.plan import plan
@@ -115,6 +118,17 @@ def test_running_again_does_nothing(done):
     times = {file: file.stat().st_mtime_ns for file in folder.rglob("model.safetensors")}
     assert run(settings, folder) == results
     assert times == {file: file.stat().st_mtime_ns for file in folder.rglob("model.safetensors")}
+
+
+def test_the_card_says_with_what_and_when_the_model_was_made_not_when_it_was_written(done, monkeypatch):
+    settings, folder, results = done
+    card = (folder / "sparse" / "README.md").read_text()
+    (made,) = [event for event in read_events(folder / LOG) if (event["event"], event["stage"]) == ("done", "prune")]
+    assert f"| Date | {datetime.fromtimestamp(made['time'], UTC).date()} |" in card
+    monkeypatch.setattr(run_results, "versions", lambda: {"pruneofa": "9.9"})
+    monkeypatch.setattr(run_results, "_date", lambda events, date=run_results._date: date([*events, later]))
+    later = {"time": made["time"] + 1e8, "event": "written", "stage": None}
+    assert run(settings, folder) == results and (folder / "sparse" / "README.md").read_text() == card
 
 
 def test_dry_run_says_what_would_be_skipped(done):

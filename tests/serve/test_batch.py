@@ -134,6 +134,15 @@ def test_several_processes_keep_the_order_and_replace_one_that_is_killed(models,
     assert multiprocessing.active_children() == []
 
 
+def test_a_process_that_ends_by_itself_was_not_killed(models, tmp_path, monkeypatch):
+    file = write(tmp_path / "in.jsonl", rows())
+    monkeypatch.setattr(chunks, "_worker", os._exit)  # which takes other arguments
+    with pytest.raises(
+        InputError, match=r'ended by themselves at row \d+ \(exit code 1\); .*if __name__ == "__main__":'
+    ):
+        predict(models["classifier"], [file], tmp_path / "out.jsonl", processes=2)
+
+
 def start(models, file, out, *more):
     command = [sys.executable, "-m", "pruneofa", "predict", models["classifier"], file, "--out", out]
     command += ["--rows", "8", "--threads", "2", *more]

@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 from pruneofa.train import PruningCallback, checkpoints, trainer
 from pruneofa.train.checkpoints import BackgroundWriter, Snapshot, last_checkpoint
+from pruneofa.train.masks import prunable
 from tests.tiny import tiny_bert
 from tests.train.fits import SCHEDULE, fit, objective, small_text
 from tests.train.killed_training import killed_training
@@ -28,6 +29,13 @@ def straight(text, tmp_path_factory):
     trained = objective(dropout=0.1)
     clock = fit(trained, text, tmp_path_factory.mktemp("straight"), callbacks=[PruningCallback(**SCHEDULE)])
     return trained.student, clock["tokens"]
+
+
+def test_pruned_weights_can_be_trained_when_the_training_that_pruned_them_has_ended(straight):
+    for name, weight in prunable(straight[0]).items():
+        assert (weight == 0).any(), name
+        (gradient,) = torch.autograd.grad((weight - 1).square().sum(), weight)
+        assert (gradient != 0).all(), name
 
 
 @pytest.mark.parametrize("where", ["in a file", "before the marker"])

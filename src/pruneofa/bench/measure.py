@@ -1,4 +1,4 @@
-"""Measure the engine and the installed peers with the same weights, inputs and threads; outputs are verified first.
+"""Time the engine and the installed peers on a case: same weights, inputs and threads; outputs are verified first.
 
 Every runner has its own process (`peers.py`) and runs only on request. Runs alternate between the processes, so that
 other load on the machine affects all of them equally. No torch in this process.
@@ -18,56 +18,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pruneofa import __version__
-from pruneofa.bench.break_even import break_even as break_even_rows
 from pruneofa.bench.figures import TOLERANCES, error_of, statistics, summary
 from pruneofa.bench.machine import buffers, ceilings, machine, versions
-from pruneofa.bench.models import DEFAULT_MIXED, Case, Model, Settings, describe, read_cases, read_models
+from pruneofa.bench.models import DEFAULT_MIXED, Case, Model, Settings
 from pruneofa.bench.peers import CAPPING, PEERS, PRUNEOFA, REFERENCE, Peer
 from pruneofa.bench.workers import TimeLimitError, Worker, WorkerError
 from pruneofa.errors import CheckFailed, InputError
-from pruneofa.formats.files import fingerprint, read_json, write_json
-from pruneofa.progress import progress
+from pruneofa.formats.files import fingerprint, read_json
 
-FORMAT = "pruneofa-bench"
 ROUNDS = 10  # rounds per process; the timed runs are spread over them
 MIN_RUNS, MIN_SECONDS = 3, 20.0  # a runner with this many runs and this many seconds needs no further round
 SETTLE = 0.05  # seconds until the threads of the previous process have stopped spinning
-
-
-def run(
-    settings: Settings, *, break_even: bool = False, keep: Callable[[dict[str, Any]], Any] = lambda record: None
-) -> dict[str, Any]:
-    """Measure every case, and optionally the break-even per layer; returns the record that `--json` prints.
-
-    `keep` is called with the record so far, with "complete" false, whenever a runner has been timed, so that the caller
-    has these results even if a later measurement fails.
-
-    Raises:
-        InputError: a peer, case or model that cannot be measured.
-        CheckFailed: pruneofa's output differs from torch's by more than the tolerance; it is then not timed.
-    """
-    bench = Bench(settings)
-    record = bench.head() | {"models": [], "rows": [], "break_even": [], "left_out": bench.left_out}
-    keep(record)
-    with tempfile.TemporaryDirectory(prefix="pruneofa-bench-") as temporary:
-        root = Path(temporary)
-        models = list(read_models(settings, root))
-        record["models"] = [describe(model) for model in models]
-        cases = read_cases(settings, models[0])
-        total = sum(bench.steps(len(models)) for _ in cases)
-        with progress("bench", total) as advance:
-            for index, case in enumerate(cases):
-                for row in bench.measure(case, models, root, advance):
-                    record["rows"][index:] = [row]
-                    keep(record)
-        tokens = sorted({sum(case.lengths) for case in cases if len(set(case.lengths)) == 1})
-        for row in break_even_rows(bench, models[0], tokens or [128]) if break_even else ():
-            record["break_even"].append(row)
-            keep(record)
-    record["complete"] = True
-    record["machine"]["load_average"][1] = os.getloadavg()[0]
-    keep(record)
-    return record
 
 
 class Bench:
@@ -102,9 +63,6 @@ class Bench:
     def head(self) -> dict[str, Any]:
         """What identifies a record: versions, machine, settings."""
         return {
-            "format": FORMAT,
-            "version": 1,
-            "complete": False,
             "pruneofa": __version__,
             "machine": machine() | {"load_average": [self._load, os.getloadavg()[0]]},
             "versions": versions(),
@@ -274,14 +232,6 @@ class Bench:
         timed = [one for _, one in loaded if seconds[one["name"]] and one["name"] not in self.left_out]
         runners = [one | statistics(seconds[one["name"]]) for one in timed]
         return summary(case, model.operations(case), runners, self.settings.peak, limits)
-
-
-def write_record(record: Mapping[str, Any], path: Path) -> None:
-    """Write the file of `--record`, whole or not at all. Raises InputError where it cannot be written."""
-    try:
-        write_json(path, record)
-    except OSError as error:
-        raise InputError(f"--record {path}: {error.strerror}; choose a file that you may write") from error
 
 
 def settings_of(options: Any) -> Settings:

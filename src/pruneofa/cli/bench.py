@@ -96,7 +96,7 @@ def describe(verb: argparse.ArgumentParser) -> None:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from pruneofa.bench import figures, measure, tables
+    from pruneofa.bench import figures, measure, records, tables
 
     if options.picture:
         tables.check_picture(options.picture)
@@ -105,10 +105,10 @@ def _bench(options: argparse.Namespace) -> int:
     def keep(found: dict[str, Any]) -> None:
         record.update(found)
         if options.record:
-            measure.write_record(found, options.record)
+            records.write_record(found, options.record)
 
     try:
-        measure.run(measure.settings_of(options), break_even=options.break_even, keep=keep)
+        records.run(measure.settings_of(options), break_even=options.break_even, keep=keep)
     except BaseException as error:
         if record.get("rows"):
             _show(record, options.json)

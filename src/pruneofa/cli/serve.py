@@ -77,7 +77,7 @@ def _call(options: argparse.Namespace) -> int:
         from pruneofa.serve.server import serve
         from pruneofa.serve.settings import Settings
     except ImportError as error:
-        raise ImportError(f"serving needs FastAPI and uvicorn ({error}): pip install 'pruneofa[serve]'") from None
+        raise ImportError(f"serving needs Starlette and uvicorn ({error}): pip install 'pruneofa[serve]'") from None
     settings = Settings(
         max_batch_tokens=options.max_batch_tokens,
         max_concurrent_requests=options.max_concurrent_requests,

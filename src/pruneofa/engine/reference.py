@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 Float = NDArray[np.float32]
 Table = tuple[np.ndarray, Float | None]  # rows of an embedding: int8 and a scale per row, or float32 and None
 
-MAX_INPUTS = 2**16  # 255 * 128 * 2**16 < 2**31: an int32 accumulator cannot overflow
+MAX_INPUTS = 2**16 - 1  # 255 * 128 * 2**16 < 2**31: an int32 accumulator cannot overflow; groups have 16 bits
 
 
 def available_isas() -> list[str]:
@@ -300,7 +300,7 @@ class Encoder:
     def choices(self) -> list[tuple[str, str]]:
         """(name, choice) of every Linear, layer by layer."""
         return [
-            (f"{index}.{name}", linear.choice)
+            (f"layer.{index}.{name}", linear.choice)
             for index, layer in enumerate(self._layers)
             for name, linear in layer.items()
             if isinstance(linear, Linear)

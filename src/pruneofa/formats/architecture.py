@@ -158,7 +158,7 @@ def check_tensors(architecture: Architecture, shapes: Mapping[str, Shape], where
         InputError: a tensor is missing or of another shape, there are more layers than config.json says, or the
             classifier has another number of classes than config.json names.
     """
-    for name, shape in [*_encoder(architecture, shapes), *(_head(architecture, shapes) if head else ())]:
+    for name, shape in [*_encoder(architecture), *(_head(architecture, shapes) if head else ())]:
         if name not in shapes:
             raise _missing(name, shapes, architecture, where)
         if not _fits(shapes[name], shape):
@@ -220,7 +220,7 @@ def masked_lm_bias(family: Family, names: Container[str]) -> str:
     return next((name for name in biases if name in names), biases[0])
 
 
-def _encoder(architecture: Architecture, shapes: Mapping[str, Shape]) -> Iterator[tuple[str, Shape]]:
+def _encoder(architecture: Architecture) -> Iterator[tuple[str, Shape]]:
     """(canonical name, shape) of every tensor of the encoder; -1 means any size."""
     hidden = architecture.hidden
     for index in range(architecture.layers):

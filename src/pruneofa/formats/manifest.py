@@ -27,7 +27,7 @@ PRECISIONS = ("int8", "fp32")
 SOURCE_DTYPES = ("F32", "F16", "BF16")
 AGAIN = "copy or download the folder again, or make it again with pruneofa pack"
 
-MAX_COLUMNS = 1 << 16  # 65536 products of 255 · 127 still fit the int32 sum of a kernel
+MAX_COLUMNS = (1 << 16) - 1  # of a kernel: as many products of 255 · 128 fit its int32 sum, and groups have 16 bits
 MAX_RATIO, MAX_SLACK = 64, 1 << 20  # decompressed bytes <= MAX_RATIO * compressed bytes + MAX_SLACK
 MAX_WINDOW = 8 << 20  # bytes: largest window that a decompressor may have to keep
 MIN_INPUT_SCALE = 2.0**-126  # smallest scale of activations: 1 / scale is finite

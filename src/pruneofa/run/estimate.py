@@ -38,7 +38,7 @@ from pruneofa.run.pretraining import (
 from pruneofa.run.stage import Evaluation, Stage
 from pruneofa.train import masks
 from pruneofa.train.checkpoints import last_checkpoint
-from pruneofa.train.device import default_device, processes, split_batch
+from pruneofa.train.device import own_device, processes, split_batch
 from pruneofa.train.evaluate import evaluation_seconds
 from pruneofa.train.lock import PatternLock
 from pruneofa.train.models import load_for_pretraining, load_for_task
@@ -177,7 +177,7 @@ def _probe(
         objective, batch = _task_probe(recipe, inputs.task(str(stage.id.task)), _training(stage), tokens_per_step)
         if isinstance(settings, QuantizeSettings):
             FakeQuantizer(objective.student, **numerics(settings))
-    alone = processes().num_processes == 1 and default_device().type == "cpu"
+    alone = processes().num_processes == 1 and own_device().type == "cpu"
     if _skips_zeros(settings) and alone and recipe.precision == "fp32":  # as LockCallback does
         _lock(objective.student, recipe.prune)
     return objective, batch
@@ -208,7 +208,7 @@ def _lock(student: PreTrainedModel, prune: Prune | None) -> None:
 def _seconds_to_evaluate(recipe: Recipe, inputs: Inputs, name: str, int8: dict[str, Any] | None) -> float:
     task = inputs.task(name)
     model = load_for_task(recipe.model, task.kind, **task.model_kwargs())
-    model.to(default_device())  # pyrefly: ignore[bad-argument-type]
+    model.to(own_device())  # pyrefly: ignore[bad-argument-type]
     if int8 is not None:
         data = next(iter(task.evaluations.values()))
         batch = task.collate([data[index] for index in range(min(8, len(data)))])
@@ -255,7 +255,7 @@ def _random_batch(objective: Objective, rows: int, length: int) -> dict[str, tor
 
 def _time(objective: Objective, batch: dict[str, torch.Tensor], precision: str) -> float:
     """Median seconds of a full optimizer step."""
-    device = default_device()
+    device = own_device()
     objective.to(device).train()
     batch = {name: value.to(device) for name, value in batch.items()}
     trained = (parameter for parameter in objective.parameters() if parameter.requires_grad)
@@ -276,7 +276,7 @@ def _time(objective: Objective, batch: dict[str, torch.Tensor], precision: str) 
 @torch.no_grad()
 def _time_teacher(objective: TransferObjective, batch: dict[str, torch.Tensor], precision: str) -> float:
     """Median seconds of the teacher's forward pass."""
-    device, teacher = default_device(), objective.teacher
+    device, teacher = own_device(), objective.teacher
     assert teacher is not None
     objective.to(device)
     inputs = {name: value.to(device) for name, value in batch.items() if name in INPUTS}
@@ -294,7 +294,7 @@ def _median_seconds(step: Callable[[], None]) -> float:
     for _ in range(PROBE_STEPS):
         start = time.perf_counter()
         step()
-        if default_device().type == "cuda":
+        if own_device().type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[1:])

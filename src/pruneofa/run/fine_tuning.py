@@ -21,7 +21,7 @@ from pruneofa.recipe import RESOURCES_ONLY
 from pruneofa.recipe.model import Precision
 from pruneofa.run.stage import Job, Model, Outcome
 from pruneofa.train.callbacks import LockCallback, QuantizeCallback
-from pruneofa.train.device import prepare_models, training_device
+from pruneofa.train.device import own_device, prepare_models
 from pruneofa.train.epochs import EpochCallback
 from pruneofa.train.evaluate import class_names, label_order, load_task_model
 from pruneofa.train.micro_batches import batches
@@ -276,7 +276,7 @@ def _run_teacher_once(
     if teacher is None or not runs_teacher_once(objective, passes):
         return task, 0.0
     prepare_models(objective.student, teacher, settings.precision)
-    teacher.to(training_device())  # pyrefly: ignore[bad-argument-type]
+    teacher.to(own_device())  # pyrefly: ignore[bad-argument-type]
     task, seconds = with_teacher_logits(task, teacher, job.work, settings.precision, job.name)
     objective.distil_from_batches()
     return task, seconds

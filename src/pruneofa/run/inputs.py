@@ -17,6 +17,7 @@ class Inputs:
         self.recipe = recipe
         self._labels = labels
         self._models: dict[str, Model] = {}
+        self._source: LazyData | None = None
         self._text: Text | None = None
         self._tasks: dict[str, tasks.Task] = {}
 
@@ -28,8 +29,12 @@ class Inputs:
 
     def text(self) -> LazyData:
         """The corpus, tokenized when it is read."""
-        assert self.recipe.corpus is not None
-        return LazyData(corpus.source_fingerprint(self.recipe.corpus, data_root=self.recipe.data_root), self._read_text)
+        if self._source is None:
+            recipe = self.recipe
+            assert recipe.corpus is not None
+            source = corpus.source_fingerprint(recipe.corpus, data_root=recipe.data_root)
+            self._source = LazyData(source, self._read_text)
+        return self._source
 
     def _read_text(self) -> Text:
         if self._text is None:

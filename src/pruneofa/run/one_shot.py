@@ -12,7 +12,7 @@ from pruneofa.data.examples import IGNORED
 from pruneofa.progress import progress
 from pruneofa.recipe import Prune
 from pruneofa.train.curvature import EXAMPLES, fisher_blocks, fisher_diagonal
-from pruneofa.train.device import training_device
+from pruneofa.train.device import own_device
 from pruneofa.train.layerwise import prune_layerwise
 from pruneofa.train.micro_batches import Batch
 from pruneofa.train.objective import PretrainingObjective
@@ -43,7 +43,7 @@ def prune_at_once(
     Raises as `prune_layerwise` and `fisher_blocks`.
     """
     begun = time.monotonic()
-    device = training_device()
+    device = own_device()
     student = objective.to(device).student
     tokens = 0
 

@@ -23,7 +23,7 @@ from pruneofa.run.one_shot import one_shot_schedule, prune_at_once, score_tokens
 from pruneofa.run.stage import Job, Model, Outcome, unused
 from pruneofa.train.callbacks import Blocks, LockCallback, PruningCallback
 from pruneofa.train.curvature import EXAMPLES, fisher_blocks
-from pruneofa.train.device import processes, shared_progress, training_device
+from pruneofa.train.device import own_device, processes, shared_progress
 from pruneofa.train.micro_batches import batches
 from pruneofa.train.models import load_for_pretraining, load_tokenizer, set_dropout
 from pruneofa.train.objective import PretrainingObjective
@@ -155,7 +155,7 @@ def _prune_at_once(
         while damage(folder) is not None:
             time.sleep(1)
     processes().wait_for_everyone()
-    objective.to(training_device())
+    objective.to(own_device())
     pruned = load_for_pretraining(str(folder), nsp=text.spec.nsp)
     objective.student.load_state_dict(pruned.state_dict())
     clock = folder / CLOCK  # which earlier versions did not write

@@ -3,7 +3,8 @@
 import os
 import platform
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -94,8 +95,16 @@ def write_reports(recipe: Recipe, folder: Path, results: dict[str, Any]) -> None
     write_text(folder / "table.md", write_table([results]) + cost_tables(results))
     shown = publishable(recipe)
     if recipe.prune:
-        write_card(folder / "sparse", results=results, recipe=shown, inspection=inspection, versions=versions())
+        made = read_record(folder / "sparse", ("versions",))["versions"]  # which may not be the versions of now
+        date = _date(events)
+        write_card(folder / "sparse", results=results, recipe=shown, inspection=inspection, versions=made, date=date)
     write_report(folder / "report.html", results=results, recipe=shown, inspection=inspection, events=events)
+
+
+def _date(events: Iterable[Mapping[str, Any]]) -> str | None:
+    """The ISO date (UTC) on which the sparse model was last made; None if the log does not tell."""
+    times = [event["time"] for event in events if (event["event"], event.get("stage")) == ("done", "prune")]
+    return datetime.fromtimestamp(times[-1], UTC).date().isoformat() if times else None
 
 
 def verify_run(recipe: Recipe, folder: Path) -> int:

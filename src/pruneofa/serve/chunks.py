@@ -153,13 +153,21 @@ class _Worker:
         try:
             answer = self.connection.recv()
         except (EOFError, ConnectionError):
+            self._process.join(10)  # it is ending, and its own exit code says why
             self.end()
             self._ended += 1
             chunk = self._chunk
             if self._ended == 2:
+                code = self._process.exitcode or 0
+                at = f"{chunk.path}: two processes"
+                if code >= 0:  # such as a script that starts itself again in every process
+                    raise InputError(
+                        f"{at} ended by themselves at row {chunk.start + 1} (exit code {code}); a program that calls "
+                        'predict_files needs: if __name__ == "__main__":'
+                    ) from None
                 raise InputError(
-                    f"{chunk.path}: two processes were killed at row {chunk.start + 1} and those after it (signal "
-                    f"{-(self._process.exitcode or 0)}); if memory was short, give fewer --processes or --rows"
+                    f"{at} were killed at row {chunk.start + 1} and those after it (signal {-code}); if memory was "
+                    "short, give fewer --processes or --rows"
                 ) from None
             self._start()
             self._send()

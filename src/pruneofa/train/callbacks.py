@@ -109,10 +109,11 @@ class PruningCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Check that the pruned weights are zero in the model that training ends with."""
+        """Check that the pruned weights are zero in the model that training ends with, and let go of its gradients."""
         assert self.pruner is not None
         saved = checkpoint_path(args.output_dir, state.global_step) if self._saved == state.global_step else None
         _verify_end(self.pruner, kwargs["model"], saved)
+        self.pruner.release()
 
 
 class LockCallback(TrainerCallback):

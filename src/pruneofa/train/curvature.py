@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pruneofa.data.examples import IGNORED
 from pruneofa.errors import CheckFailed, InputError
 from pruneofa.train.device import processes, refuse_more_than_free, shared_progress
 from pruneofa.train.heads import vocabulary_head
-from pruneofa.train.objective import INPUTS, UNLABELLED, PretrainingObjective
+from pruneofa.train.objective import INPUTS, PretrainingObjective
 from pruneofa.train.scores import CHUNK, block_size, to_blocks
 
 EXAMPLES = 4  # per gradient: the noise of the examples is independent, so the mean square is the sum of theirs
@@ -180,7 +181,7 @@ def sampled_loss(objective: PretrainingObjective, batch: dict[str, Tensor], gene
         layers += [] if pooled is None else [(pooled, None)]
         terms = [objective.hidden**0.5 * _noisy(state, rows, objective, generator) for state, rows in layers]
     if objective.hard or objective.kd:
-        rows = (batch["labels"] != UNLABELLED) & real
+        rows = (batch["labels"] != IGNORED) & real
         transform, decoder = vocabulary_head(objective.student)
         logits = decoder(transform(states.last_hidden_state[rows])).float()
         words = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(1)

@@ -22,19 +22,14 @@ MOST_ROWS = 2048  # the same on a GPU, where more are no faster either
 BYTES_PER_ROW = 16 << 20  # of GPU memory in such a forward pass: 128 KiB per token, twice what 1024 hidden units need
 
 
-def default_device() -> torch.device:
-    """The GPU if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def processes() -> PartialState:
     """The processes that train together: one, or those that torchrun started."""
     # Without `cpu`, accelerate treats the ranks on a machine without a GPU as independent processes.
     return PartialState(cpu=not torch.cuda.is_available())
 
 
-def training_device() -> torch.device:
-    """Where this process trains: its GPU, or the CPU."""
+def own_device() -> torch.device:
+    """Where this process computes: its GPU, or the CPU."""
     device = processes().device
     assert device is not None
     return device
@@ -114,7 +109,7 @@ def _free_on(device: torch.device) -> int:
 def free_memory(root: Path = Path("/")) -> tuple[int, str]:
     """(bytes that are free where models are trained, its name): this GPU's, or what this process may still use."""
     if torch.cuda.is_available():
-        return _free_on(training_device()), "this GPU"
+        return _free_on(own_device()), "this GPU"
     lines = _text(root / "proc/meminfo").splitlines()
     found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
     for limit, used, details, prefix in (

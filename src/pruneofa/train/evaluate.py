@@ -26,7 +26,7 @@ from pruneofa.formats.pack import pack
 from pruneofa.formats.tensors import weights_folder
 from pruneofa.progress import clock, notice, progress
 from pruneofa.recipe.model import Precision as TorchPrecision
-from pruneofa.train.device import default_device, evaluation_rows, processes, shared_progress
+from pruneofa.train.device import evaluation_rows, own_device, processes, shared_progress
 from pruneofa.train.metrics import Measured, classification_metrics, squad_metrics
 from pruneofa.train.models import check_encoder, load_tokenizer, read_model
 from pruneofa.train.quantize import FakeQuantizer
@@ -133,7 +133,7 @@ def load_task_model(path: str | Path, kind: Literal["classification", "qa"]) -> 
             f"{path}: not fine-tuned for {purpose}: {len(missing)} weights "
             f"such as {missing[-1]} are missing; make a task model with `pruneofa transfer`"
         )
-    return model.to(default_device()).eval()  # pyrefly: ignore[bad-argument-type]
+    return model.to(own_device()).eval()  # pyrefly: ignore[bad-argument-type]
 
 
 def evaluate_model(

@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pruneofa.data.examples import IGNORED
 from pruneofa.errors import InputError
 from pruneofa.train.distill import fused_head_losses, hidden_loss, kd_terms
 from pruneofa.train.heads import next_sentence_head, next_sentence_logits, vocabulary_head
 from pruneofa.train.micro_batches import Batch
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-UNLABELLED = -100
 
 
 class Objective(nn.Module):
@@ -149,7 +149,7 @@ class PretrainingObjective(Objective):
     ) -> Tensor:
         labels = batch["labels"].flatten()
         mask = _mask(batch).flatten()
-        labelled = (labels != UNLABELLED) & mask
+        labelled = (labels != IGNORED) & mask
         rows = labelled.nonzero().squeeze(-1)
         labels = labels[rows]
         if self.kd and self.positions == "all":
@@ -326,7 +326,7 @@ class TransferObjective(Objective):
 def pretraining_counts(batch: Batch, positions: Literal["all", "masked"]) -> Tensor:
     """Float64 (4): masked positions, positions with distilled logits, items, non-padding positions."""
     mask = _mask(batch)
-    labelled = (batch["labels"] != UNLABELLED) & mask if "labels" in batch else torch.zeros_like(mask)
+    labelled = (batch["labels"] != IGNORED) & mask if "labels" in batch else torch.zeros_like(mask)
     masked, tokens = labelled.sum(), mask.sum()
     distilled = masked if positions == "masked" else tokens
     items = masked.new_tensor(mask.shape[0])
