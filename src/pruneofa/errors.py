@@ -12,6 +12,10 @@ class InputError(ValueError):
     """The user's input is wrong: one line that says what, got, wanted and what to do (exit code 2)."""
 
 
+class Diverged(InputError):  # noqa: N818 - it says what to do, as all these do
+    """The loss of a training is NaN or infinite."""
+
+
 class NotNow(InputError):  # noqa: N818 - it says what to do, as all these do
     """The input may be right, but something outside is not available: trying again may help (exit code 3)."""
 

@@ -38,6 +38,44 @@ def batches(count=6):
     return made
 
 
+@pytest.mark.parametrize("layers", [2, 5])
+def test_every_loss_has_its_own_weight_in_the_curvature(layers):
+    """Against second differences of the loss itself, which is smallest where student and teacher are equal."""
+    ids = batches(1)[0]["input_ids"]
+    types = (torch.arange(8) > 3).long().expand_as(ids)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": types, "labels": ids}
+    names = (f"bert.encoder.layer.{layers - 1}.output.dense.weight", "bert.pooler.dense.weight")
+
+    def ratios(**weights):
+        student, teacher = (tiny_bert(num_hidden_layers=layers).double().eval() for _ in range(2))
+        losses = {"hard": 0.0, "kd": 0.0, "hidden": 0.0, "temperature": 1.0, "positions": "all", "nsp": True} | weights
+        made = PretrainingObjective(student, teacher, **losses).double()
+        counts, generator = made.counts(batch), torch.Generator().manual_seed(0)
+        tensors = [prunable(student)[name] for name in names]
+        squares = [torch.zeros_like(tensor) for tensor in tensors]
+        for _ in range(300):
+            found = torch.autograd.grad(sampled_loss(made, batch, generator), tensors)
+            squares = [square + gradient**2 / 300 for square, gradient in zip(squares, found, strict=True)]
+
+        @torch.no_grad()
+        def curvature(tensor, row, column):
+            values, before = [], tensor[row, column].item()
+            for step in (-1e-3, 0, 1e-3):
+                tensor[row, column] = before + step
+                values.append(made(batch, counts)["loss"].item())
+            tensor[row, column] = before
+            return (values[0] - 2 * values[1] + values[2]) / 1e-6
+
+        places = [(row, row) for row in range(24)]
+        return [
+            sum(square[place].item() for place in places) / sum(curvature(tensor, *place) for place in places)
+            for tensor, square in zip(tensors, squares, strict=True)
+        ]
+
+    for weights in ({"kd": 1.0}, {"hidden": 1.0}, {"kd": 0.5, "hidden": 2.0}):
+        assert ratios(**weights) == pytest.approx([1, 1], abs=0.25), weights
+
+
 @pytest.mark.parametrize("relative", [False, True])
 def test_the_mean_square_of_the_sampled_gradients_is_the_curvature_of_the_hidden_states(relative):
     made = objective(hidden_norm=relative).double()
@@ -64,7 +102,8 @@ def test_the_mean_square_of_the_sampled_gradients_is_the_curvature_of_the_hidden
             less = outputs()[0]
             weight[row, column] += 1e-4
         change = zip(more, less, scales, strict=True)
-        exact.append(sum(float((((a - b) / 2e-4 / scale) ** 2).sum()) for a, b, scale in change))
+        squared = sum(float((((a - b) / 2e-4 / scale) ** 2).sum()) for a, b, scale in change)
+        exact.append(2 * squared / 3)  # of the square, in the mean over the states of the embeddings and two layers
         sampled.append(float(squares[row, column]))
     np.testing.assert_allclose(sampled, exact, rtol=0.4)
     assert np.mean(np.array(sampled) / exact) == pytest.approx(1, abs=0.1)

@@ -18,6 +18,13 @@ def test_bf16_only_where_the_processor_computes_in_it(monkeypatch, supported):
     monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: False)
     monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: supported)
     assert fast_precision() == ("bf16" if supported else "fp32")
+    # With a GPU, it alone counts, and not what it emulates.
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: not supported)
+    monkeypatch.setattr(
+        "torch.cuda.is_bf16_supported", lambda including_emulation=True: including_emulation or supported
+    )
+    assert fast_precision() == ("bf16" if supported else "fp32")
 
 
 GIB = 1 << 30

@@ -64,6 +64,15 @@ def test_kd_dropped_classes_count_for_nothing(filler):
     assert (student.grad[classes] != 0).all()
 
 
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_kd_of_a_position_without_any_class_is_zero(temperature):
+    classes = torch.tensor([[True, True, False], [False] * 3])
+    student = torch.randn(2, 3, requires_grad=True)
+    loss = kd_loss(student, torch.randn(2, 3), temperature, classes=classes)
+    loss.backward()
+    assert loss.isfinite() and student.grad.isfinite().all() and (student.grad[1] == 0).all()
+
+
 def test_kd_rows_and_classes_together():
     torch.manual_seed(0)
     student, teacher = torch.randn(2, 3, 4), torch.randn(2, 3, 4)

@@ -28,7 +28,7 @@ class Oracle(torch.nn.Module):
     def __init__(self, labels, answer):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.config = SimpleNamespace(id2label=dict(enumerate(labels)), num_labels=len(labels))
+        self.config = SimpleNamespace(model_type="distilbert", id2label=dict(enumerate(labels)), num_labels=len(labels))
         self.answer, self.shapes = answer, []
 
     def forward(self, input_ids, attention_mask):
@@ -113,6 +113,8 @@ def test_label_order():
     assert order(["b", "a"], ["a", "b"]) == [1, 0]
     assert order(["CONTRADICTION", "NEUTRAL", "ENTAILMENT"], ["entailment", "neutral", "contradiction"]) == [2, 1, 0]
     assert order(["LABEL_0", "LABEL_1"], ["a", "b"]) == [0, 1]
+    eleven = [f"LABEL_{number}" for number in range(11)]
+    assert order(eleven, sorted(eleven)) == [0, 1, 10, *range(2, 10)]  # they are really called so
     assert order(["a", "A"], ["A", "a"]) == [1, 0]
     with pytest.raises(InputError, match="model's labels are x, y, the task's a, b"):
         order(["x", "y"], ["a", "b"])

@@ -14,6 +14,7 @@ from transformers import (
     RobertaTokenizerFast,
 )
 
+from pruneofa import Engine
 from pruneofa.errors import InputError
 from pruneofa.export.source import read_source
 from pruneofa.run.checks import check_vocabulary
@@ -50,6 +51,23 @@ def test_bert_without_nsp_keeps_a_pooler_that_is_there_and_invents_none(tmp_path
     assert torch.equal(kept.bert.pooler.dense.weight, source.bert.pooler.dense.weight)
     none = load_for_pretraining(str(write_model(tmp_path / "b", tiny_bert(BertForMaskedLM))), nsp=False)
     assert isinstance(none, BertForMaskedLM) and none.bert.pooler is None
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        {"problem_type": "regression"},
+        {"problem_type": "multi_label_classification"},
+        {"sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity"}},
+        {"sbert_ce_default_activation_function": "torch.nn.modules.activation.Sigmoid"},
+    ],
+)
+def test_scores_of_the_task_before_do_not_become_those_of_the_new_one(tmp_path, before):
+    path = write_model(tmp_path / "m", tiny_bert(BertForSequenceClassification, num_labels=1, **before))
+    names = {"id2label": {0: "bad", 1: "good"}, "label2id": {"bad": 0, "good": 1}}
+    write_model(tmp_path / "new", load_for_task(str(path), "classification", num_labels=2, **names))
+    (answer,) = Engine.from_pretrained(tmp_path / "new", precision="fp32", threads=1).predict(["a good film"])
+    assert sum(answer["scores"].values()) == pytest.approx(1, abs=1e-5)
 
 
 def test_a_head_that_must_be_trained(tmp_path):

@@ -187,6 +187,18 @@ def test_padding_changes_nothing(model):
     torch.testing.assert_close(logits(model, padded), logits(model, short), rtol=1e-4, atol=1e-4)
 
 
+def test_a_mask_that_is_passed_by_position_counts_too(model):
+    inputs, found = batch(model), []
+    for given, named in [((), inputs), ((inputs["input_ids"], inputs["attention_mask"]), {})]:
+        quantizer = FakeQuantizer(model)
+        model.train()(*given, **named)
+        found.append(quantizer.ranges)
+        quantizer.release()
+    assert found[0].keys() == found[1].keys() != set()
+    for name, ranges in found[0].items():
+        torch.testing.assert_close(found[1][name], ranges)
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_training_through_int8_keeps_every_zero_and_lowers_the_loss(model, settings, bf16):

@@ -42,7 +42,7 @@ from pruneofa.train.device import own_device, processes, split_batch
 from pruneofa.train.evaluate import evaluation_seconds
 from pruneofa.train.lock import PatternLock
 from pruneofa.train.models import load_for_pretraining, load_for_task
-from pruneofa.train.objective import INPUTS, Objective, TransferObjective
+from pruneofa.train.objective import Objective, TransferObjective, model_inputs
 from pruneofa.train.quantize import FakeQuantizer
 from pruneofa.train.sparse_linear import note_zeroed, skip_locked_zeros
 
@@ -98,9 +98,10 @@ def _evaluation_row(recipe: Recipe, inputs: Inputs, step: Evaluation, timed: dic
     row = {"stage": str(step), "status": step.status, "steps": None, "tokens": tokens, "minutes": 0.0}
     if step.status != "done":
         int8 = numerics(settings) if isinstance(settings, QuantizeSettings | CalibrationSettings) else None
-        kind = ("evaluate", name, int8 is not None)
+        model = recipe.model if step.id.variant != "dense" else _dense(recipe, name)
+        kind = ("evaluate", name, model, int8 is not None)
         if kind not in timed:
-            timed[kind] = _seconds_to_evaluate(recipe, inputs, name, int8)
+            timed[kind] = _seconds_to_evaluate(model, inputs, name, int8)
         row["minutes"] = round(timed[kind] / 60, 1)
     return row
 
@@ -205,14 +206,19 @@ def _lock(student: PreTrainedModel, prune: Prune | None) -> None:
     skip_locked_zeros(student, lock.weights, lock.pruned)
 
 
-def _seconds_to_evaluate(recipe: Recipe, inputs: Inputs, name: str, int8: dict[str, Any] | None) -> float:
+def _dense(recipe: Recipe, task: str) -> str:
+    """A model of the size of the dense one that a task is distilled from."""
+    return recipe.tasks[task].teacher or recipe.dense_model or recipe.model
+
+
+def _seconds_to_evaluate(path: str, inputs: Inputs, name: str, int8: dict[str, Any] | None) -> float:
     task = inputs.task(name)
-    model = load_for_task(recipe.model, task.kind, **task.model_kwargs())
+    model = load_for_task(path, task.kind, **task.model_kwargs())
     model.to(own_device())  # pyrefly: ignore[bad-argument-type]
     if int8 is not None:
         data = next(iter(task.evaluations.values()))
         batch = task.collate([data[index] for index in range(min(8, len(data)))])
-        given = {key: value.to(model.device) for key, value in batch.items() if key in INPUTS}
+        given = {name: value.to(model.device) for name, value in model_inputs(model, batch).items()}
         FakeQuantizer(model, **int8).calibrate([given])
     return evaluation_seconds(model, task)
 
@@ -235,10 +241,11 @@ def _pretraining_probe(
 def _task_probe(
     recipe: Recipe, task: Task, settings: FineTuneSettings, tokens_per_step: float
 ) -> tuple[TransferObjective, dict[str, torch.Tensor]]:
-    # Timing needs a teacher of the right size, not a trained one.
-    has_teacher = settings.losses is not None
-    teacher = load_for_task(recipe.model, task.kind, **task.model_kwargs()) if has_teacher else None
-    objective = transfer_objective(recipe.model, teacher, settings.losses, task)
+    # Timing needs models of the right size, not trained ones.
+    trained, dense = recipe.model if settings.locked else _dense(recipe, task.name), None
+    if settings.losses is not None:
+        dense = load_for_task(_dense(recipe, task.name), task.kind, **task.model_kwargs())
+    objective = transfer_objective(trained, dense, settings.losses, task)
     prepare_student(objective.student, settings)
     batch = _random_batch(objective, settings.batch, max(8, round(tokens_per_step / settings.batch)))
     answers = torch.zeros(len(batch["input_ids"]), dtype=torch.long)
@@ -279,7 +286,7 @@ def _time_teacher(objective: TransferObjective, batch: dict[str, torch.Tensor], 
     device, teacher = own_device(), objective.teacher
     assert teacher is not None
     objective.to(device)
-    inputs = {name: value.to(device) for name, value in batch.items() if name in INPUTS}
+    inputs = {name: value.to(device) for name, value in model_inputs(teacher, batch).items()}
 
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):

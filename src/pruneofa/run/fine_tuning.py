@@ -26,7 +26,7 @@ from pruneofa.train.epochs import EpochCallback
 from pruneofa.train.evaluate import class_names, label_order, load_task_model
 from pruneofa.train.micro_batches import batches
 from pruneofa.train.models import load_for_task, load_tokenizer, reorder_classes, set_dropout
-from pruneofa.train.objective import INPUTS, TransferObjective
+from pruneofa.train.objective import TransferObjective, model_inputs
 from pruneofa.train.quantize import FakeQuantizer
 from pruneofa.train.schedule import linear_lr
 from pruneofa.train.teacher_logits import with_teacher_logits
@@ -182,7 +182,7 @@ def calibrate(settings: CalibrationSettings, job: Job, *, model: Model, task: ta
         drawn = drawn[np.argsort(task.train.lengths[drawn], kind="stable")]  # so that batches need little padding
         chosen = [task.train[row] for row in drawn.tolist()]
         inputs = (
-            {name: value.to(device) for name, value in batch.items() if name in INPUTS}
+            {name: value.to(device) for name, value in model_inputs(student, batch).items()}
             for batch in batches(chosen, task.collate, CALIBRATION_BATCH)
         )
         quantizer.calibrate(inputs, settings.percentile)

@@ -59,10 +59,20 @@ def teacher_stage(recipe: Recipe, inputs: Inputs, model: Model, root: Path) -> S
 def prune_stage(recipe: Recipe, inputs: Inputs, teacher: Model, root: Path) -> Stage:
     """Student pruning, which makes the sparse model."""
     assert recipe.prune is not None and recipe.corpus is not None
-    revision = 2 if recipe.prune.score == "fisher" and not recipe.prune.at_once else 1
-    settings = PruneSettings(recipe.prune, recipe.distill, recipe.corpus, recipe.seed, recipe.precision, revision)
+    settings = PruneSettings(
+        recipe.prune, recipe.distill, recipe.corpus, recipe.seed, recipe.precision, _prune_revision(recipe)
+    )
     given = {"teacher": teacher, "text": inputs.text()}
     return _stage(root, StageId(None, None, "prune"), prune_student, settings, given)
+
+
+def _prune_revision(recipe: Recipe) -> int:
+    prune, distill = recipe.prune, recipe.distill
+    assert prune is not None and recipe.corpus is not None
+    by_moments = prune.score == "fisher" and not prune.at_once
+    sampled = prune.score in ("fisher", "obs") and not by_moments
+    several = bool(distill.hard or distill.kd) and bool(distill.hidden or recipe.corpus.nsp)
+    return 2 if by_moments or (sampled and several) else 1
 
 
 def control_stage(recipe: Recipe, inputs: Inputs, teacher: Model, root: Path) -> Stage:

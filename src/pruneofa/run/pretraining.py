@@ -15,6 +15,7 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pruneofa.data import corpus as corpora
+from pruneofa.errors import Diverged, InputError
 from pruneofa.formats.cache import cached_folder, damage
 from pruneofa.formats.files import read_json, remove_folder, write_json
 from pruneofa.progress import notice
@@ -55,7 +56,8 @@ class PruneSettings:
     """How the student is pruned.
 
     Attributes:
-        revision: of the computation: 2 where moments of weights that return count no step at which they were pruned.
+        revision: of the computation: 2 where moments of weights that return count no step at which they were pruned,
+            and where sampled gradients are of several losses, each with its own weight.
     """
 
     prune: Prune
@@ -191,11 +193,16 @@ def _blocks(objective: PretrainingObjective, settings: PruneSettings, text: Text
 def train_control(settings: ControlSettings, job: Job, *, teacher: Model, text: Text) -> Outcome:
     """The control: the teacher pruned in one shot, locked, trained on the prune stage's tokens.
 
-    Every learning rate of the control is tried; the model with the lowest validation loss is kept.
+    Every learning rate of the control is tried; the model with the lowest validation loss is kept. Raises InputError
+    if training diverges with each of them.
     """
     trials = [(_trial(settings, lr, job, teacher, text), trial_folder(job.work, lr)) for lr in settings.rates]
-    best, folder = min(trials, key=lambda trial: trial[0]["metrics"]["loss"])
-    losses = {f"loss_lr_{trial['lr']:g}": trial["metrics"]["loss"] for trial, _ in trials}
+    finished = [(trial, folder) for trial, folder in trials if trial["metrics"] is not None]
+    if not finished:
+        rates = ", ".join(f"{lr:g}" for lr in settings.rates)
+        raise InputError(f"{job.name}: training diverged with every learning rate ({rates}); lower control.lr")
+    best, folder = min(finished, key=lambda trial: trial[0]["metrics"]["loss"])
+    losses = {f"loss_lr_{trial['lr']:g}": trial["metrics"]["loss"] for trial, _ in finished}
     metrics = best["metrics"] | {"lr": best["lr"]} | losses
     student = load_for_pretraining(str(folder / "model"), nsp=text.spec.nsp)
     metrics["tokens_of_all_rates"] = sum(trial["tokens"] for trial, _ in trials)
@@ -209,9 +216,13 @@ def trial_folder(work: Path, lr: float) -> Path:
 
 
 def _trial(settings: ControlSettings, lr: float, job: Job, teacher: Model, text: Text) -> dict[str, Any]:
-    """The control with one learning rate: {"metrics", "lr", "seconds", "tokens"}; its model is in `trial_folder`."""
+    """The control with one learning rate: {"metrics", "lr", "seconds", "tokens"}; its model is in `trial_folder`.
+
+    If training diverges, metrics are None and there is no model.
+    """
     folder, main = trial_folder(job.work, lr), processes().is_main_process
-    if not (folder / "done.json").exists() or damage(folder / "model") is not None:
+    done = read_json(folder / "done.json") if (folder / "done.json").exists() else None
+    if done is None or (done["metrics"] is not None and damage(folder / "model") is not None):
         if main:
             which = f"{settings.rates.index(lr) + 1} of {len(settings.rates)}"
             notice(f"{job.name}: learning rate {lr:g}, {which}")
@@ -225,11 +236,16 @@ def _trial(settings: ControlSettings, lr: float, job: Job, teacher: Model, text:
         # The report draws a curve per peak learning rate.
         trial = Job(job.name, folder, lambda event: job.emit(event | {"peak_lr": lr}))
         lock = LockCallback(skip_zeros=prune.skip_zeros)
-        clock = _train(objective, prune, text, _linear_rate(prune), settings, trial, [lock])
-        metrics = validate(objective, text, settings)
+        metrics, clock = None, {"seconds": 0.0, "tokens": 0}
+        try:
+            clock = _train(objective, prune, text, _linear_rate(prune), settings, trial, [lock])
+            metrics = validate(objective, text, settings)
+        except Diverged as error:
+            notice(f"{error}: left out")
         if main:
             remove_folder(folder / "model")
-            cached_folder(folder / "model", objective.student.save_pretrained)
+            if metrics is not None:
+                cached_folder(folder / "model", objective.student.save_pretrained)
             write_json(folder / "done.json", {"metrics": metrics, "lr": lr, **clock})
             for checkpoint in folder.glob("checkpoint-*"):
                 remove_folder(checkpoint)

@@ -63,7 +63,8 @@ class PruningCallback(TrainerCallback):
     ) -> None:
         """Attach to the model; on resume, load masks and dense values from the checkpoint.
 
-        Raises InputError for score obs without `blocks`, and for a checkpoint without the pruner's state.
+        Raises InputError for score obs without `blocks`, for a training that ends before the pruning does, and for a
+        checkpoint without the pruner's state.
         """
         if self.pruner is not None:
             self.pruner.release()
@@ -73,6 +74,11 @@ class PruningCallback(TrainerCallback):
         if self.schedule.get("score") == "fisher":
             averages = {"decay": moment_decay(kwargs["optimizer"], prunable(model, self.schedule.get("skip", ())))}
         self.pruner = GradualPruner(model, **self.schedule | averages)
+        if (last := state.max_steps - 1) < self.pruner.end:
+            raise InputError(
+                f"pruning reaches its final sparsity at step {self.pruner.end}, but training ends after step {last}; "
+                "wanted an end below the number of steps: lower end, or train longer"
+            )
         if self.pruner.score == "obs" and self.blocks is None:
             raise InputError("score obs: needs a function that computes the blocks of the curvature; pass blocks=")
         if state.global_step == 0:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from pruneofa.data.examples import IGNORED
 from pruneofa.errors import CheckFailed, InputError
 from pruneofa.train.device import processes, refuse_more_than_free, shared_progress
-from pruneofa.train.heads import vocabulary_head
-from pruneofa.train.objective import INPUTS, PretrainingObjective
+from pruneofa.train.heads import next_sentence_logits, vocabulary_head
+from pruneofa.train.objective import PretrainingObjective, model_inputs
 from pruneofa.train.scores import CHUNK, block_size, to_blocks
 
 EXAMPLES = 4  # per gradient: the noise of the examples is independent, so the mean square is the sum of theirs
@@ -164,30 +164,39 @@ def check_memory(weights: Mapping[str, Tensor], block: int, pattern: str) -> Non
 def sampled_loss(objective: PretrainingObjective, batch: dict[str, Tensor], generator: torch.Generator) -> Tensor:
     """A scalar whose gradient g is a sample with mean g g^T = the curvature of the distillation losses.
 
-    Hidden states h with weight c in the loss contribute sqrt(c) <noise, h>, the words at labelled positions the
-    cross-entropy of words drawn from the student's own predictions (at temperature 1). Padding is left out.
+    Hidden states h with weight c in the loss contribute sqrt(2 c) <noise, h>, the words at labelled positions and the
+    next sentences the cross-entropy of what is drawn from the student's own predictions (at temperature 1). Padding is
+    left out.
 
     Args:
         batch: as for `PretrainingObjective.forward`.
         generator: on the device of the batch.
     """
-    inputs = {key: batch[key] for key in INPUTS if key in batch}
-    real = batch["attention_mask"].bool()
+    inputs, real = model_inputs(objective.student, batch), batch["attention_mask"].bool()
     states = objective.student.base_model(**inputs, output_hidden_states=True, return_dict=True)
     pooled = getattr(states, "pooler_output", None)
     terms = []
     if objective.hidden:
         layers = [(state, real) for state in states.hidden_states[1:]]
         layers += [] if pooled is None else [(pooled, None)]
-        terms = [objective.hidden**0.5 * _noisy(state, rows, objective, generator) for state, rows in layers]
+        # The second derivative of a square is twice its weight, and the loss is the mean over all states.
+        scale = (2 * objective.hidden / len(states.hidden_states)) ** 0.5
+        terms = [scale * _noisy(state, rows, objective, generator) for state, rows in layers]
     if objective.hard or objective.kd:
         rows = (batch["labels"] != IGNORED) & real
         transform, decoder = vocabulary_head(objective.student)
-        logits = decoder(transform(states.last_hidden_state[rows])).float()
-        words = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(1)
-        scale = ((objective.hard + objective.kd) / max(len(words), 1)) ** 0.5
-        terms.append(scale * F.cross_entropy(logits, words, reduction="sum"))
+        weight = objective.hard + objective.kd
+        terms.append(_drawn(decoder(transform(states.last_hidden_state[rows])), weight, generator))
+        if objective.nsp:
+            terms.append(_drawn(next_sentence_logits(objective.student, states.pooler_output), weight, generator))
     return torch.stack(terms).sum()
+
+
+def _drawn(logits: Tensor, weight: float, generator: torch.Generator) -> Tensor:
+    """sqrt(weight / rows) times the cross-entropy of (rows, classes) logits with classes drawn from them."""
+    logits = logits.float()
+    classes = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(1)
+    return (weight / max(len(classes), 1)) ** 0.5 * F.cross_entropy(logits, classes, reduction="sum")
 
 
 def _noisy(state: Tensor, rows: Tensor | None, objective: PretrainingObjective, generator: torch.Generator) -> Tensor:

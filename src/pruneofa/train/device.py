@@ -58,9 +58,9 @@ def split_batch(batch: int, micro_batch: int | None) -> tuple[int, int]:
 
 
 def fast_precision() -> Literal["bf16", "fp32"]:
-    """bf16 if this machine has bf16 instructions, else fp32: emulated bf16 is several times slower."""
-    if torch.cuda.is_available() and torch.cuda.is_bf16_supported():
-        return "bf16"
+    """bf16 if the device of training has bf16 instructions, else fp32: emulated bf16 is several times slower."""
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     native = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return "bf16" if any(supported is not None and supported() for supported in native) else "fp32"
 

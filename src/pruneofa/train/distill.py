@@ -47,13 +47,12 @@ def kd_terms(
     if not temperature > 0:
         raise ValueError(f"kd_loss: temperature is {temperature} but must be above 0; 2 is the usual choice")
     kind = _softmax_dtype(student_logits.dtype)
-    student, teacher = student_logits.to(kind), teacher_logits.detach().to(kind)
+    student, teacher = student_logits.to(kind) / temperature, teacher_logits.detach().to(kind) / temperature
     if classes is not None:
         # A finite value, because -inf would give 0·inf = NaN in the backward pass of log_softmax.
         lowest = torch.finfo(kind).min
         student, teacher = student.masked_fill(~classes, lowest), teacher.masked_fill(~classes, lowest)
-    log_student = F.log_softmax(student / temperature, dim=-1)
-    log_teacher = F.log_softmax(teacher / temperature, dim=-1)
+    log_student, log_teacher = F.log_softmax(student, dim=-1), F.log_softmax(teacher, dim=-1)
     difference = log_teacher - log_student
     if classes is not None:
         difference = difference.masked_fill(~classes, 0)

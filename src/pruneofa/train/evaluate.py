@@ -1,7 +1,6 @@
 """Metrics of a model on a task, in percent, by torch or by the engine."""
 
 import contextlib
-import inspect
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +28,7 @@ from pruneofa.recipe.model import Precision as TorchPrecision
 from pruneofa.train.device import evaluation_rows, own_device, processes, shared_progress
 from pruneofa.train.metrics import Measured, classification_metrics, squad_metrics
 from pruneofa.train.models import check_encoder, load_tokenizer, read_model
+from pruneofa.train.objective import model_inputs
 from pruneofa.train.quantize import FakeQuantizer
 
 # Features, and the logits of each: one (classes,) row, or start and end of at least as many tokens as it has.
@@ -36,7 +36,6 @@ Batch = tuple[NDArray[np.int64], tuple[Sequence[NDArray[np.float32]] | NDArray[n
 _ENGINE_ROWS = 256  # rows per step of the progress bar; the engine forms its own batches
 ANNOUNCED = 2.0  # seconds: the expected time of a longer evaluation is printed before it starts
 _PROBE_TOKENS = 1024
-_TARGETS = ("labels", "start_positions", "end_positions")
 
 
 def evaluate(
@@ -254,7 +253,7 @@ def label_order(config: Any, task: Task) -> list[int]:
 
 
 def _order(names: list[str], task: Task) -> list[int]:
-    if _unnamed(names) and len(names) == len(task.labels):
+    if _unnamed(names) and len(names) == len(task.labels) and set(names) != {str(label) for label in task.labels}:
         return list(range(len(names)))
     ids = {name.lower(): index for index, name in enumerate(names)}
     wanted = [label.lower() for label in task.labels]
@@ -317,9 +316,7 @@ def logits_of(
 ) -> tuple[NDArray[np.float32], ...]:
     """Logits of features in one batch, float32: (batch, classes), or of answer starts and ends (batch, tokens)."""
     device = next(model.parameters()).device
-    known = inspect.signature(model.forward).parameters
-    batch = task.collate(items)
-    inputs = {k: v.to(device) for k, v in batch.items() if k in known and k not in _TARGETS}
+    inputs = {name: value.to(device) for name, value in model_inputs(model, task.collate(items)).items()}
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         output = model(**inputs)
     heads = (output.start_logits, output.end_logits) if task.kind == "qa" else (output.logits,)

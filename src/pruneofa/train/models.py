@@ -54,8 +54,10 @@ def load_config(path: str) -> Any:
     return config
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str | Path, *, types: bool | None = None) -> PreTrainedTokenizerBase:
     """The fast tokenizer in the model folder; it gives no token types if the model has at most one, as in the engine.
+
+    `types`: whether it gives them in any case, for another model that gets the same inputs.
 
     Raises InputError when its files are missing, because transformers would then create a vocabulary of a few tokens,
     or when it has ids without a word embedding in the model.
@@ -63,7 +65,9 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     config = load_config(str(path))
     if (file := _file(path, "tokenizer.json")) is not None:
         read_limited(file)  # the loader has no limits
-    inputs = {} if token_types(config) > 1 else {"model_input_names": ["input_ids", "attention_mask"]}
+    own = token_types(config) > 1
+    names = ["input_ids", *(["token_type_ids"] if (own if types is None else types) else []), "attention_mask"]
+    inputs = {} if own and "token_type_ids" in names else {"model_input_names": names}
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **inputs)
         used = [*tokenizer("a", "b")["input_ids"], *tokenizer("a")["input_ids"]]
@@ -137,8 +141,16 @@ def load_for_task(path: str, kind: str, **head: Any) -> PreTrainedModel:
     load_config(path)
     if kind == "qa":
         # Start and end logits, whatever number of classes the head in the folder has.
-        return _load(transformers.AutoModelForQuestionAnswering, path, new_head=True, num_labels=2)
-    return _load(transformers.AutoModelForSequenceClassification, path, new_head=True, **head)
+        architecture, head = transformers.AutoModelForQuestionAnswering, {"num_labels": 2}
+    else:
+        architecture = transformers.AutoModelForSequenceClassification
+    model = _load(architecture, path, new_head=True, **head)
+    # What turned the scores of the task before into its answers would be saved with the new one.
+    model.config.problem_type = None
+    for cross_encoder in ("sentence_transformers", "sbert_ce_default_activation_function"):
+        if hasattr(model.config, cross_encoder):
+            delattr(model.config, cross_encoder)
+    return model
 
 
 def read_model(

@@ -16,12 +16,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pruneofa.data.examples import IGNORED
+from pruneofa.data.tasks import token_types
 from pruneofa.errors import InputError
 from pruneofa.train.distill import fused_head_losses, hidden_loss, kd_terms
 from pruneofa.train.heads import next_sentence_head, next_sentence_logits, vocabulary_head
 from pruneofa.train.micro_batches import Batch
 
-INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+def model_inputs(model: PreTrainedModel, batch: Batch) -> Batch:
+    """What `model` takes of a batch: token types only if it has several, as another model of the batch may."""
+    names = ("input_ids", "attention_mask", *(("token_type_ids",) if token_types(model.config) > 1 else ()))
+    return {name: batch[name] for name in names if name in batch}
 
 
 class Objective(nn.Module):
@@ -118,12 +123,11 @@ class PretrainingObjective(Objective):
             whose weight is not 0.
         """
         masked, distilled, items, tokens = counts.clamp(min=1).to(batch["input_ids"].device, torch.float32).unbind()
-        inputs = {key: batch[key] for key in INPUTS if key in batch}
-        states = self._run(self.student, inputs)
+        states = self._run(self.student, batch)
         targets = None
         if self.teacher is not None:
             with torch.no_grad():
-                targets = self._run(self.teacher, inputs)
+                targets = self._run(self.teacher, batch)
         parts: dict[str, Tensor] = {}
         losses = []
         if self.hard or self.kd:
@@ -135,7 +139,8 @@ class PretrainingObjective(Objective):
             losses.append(self.hidden * parts["hidden"])
         return {"loss": torch.stack(losses).sum(), **{name: part.detach() for name, part in parts.items()}}
 
-    def _run(self, model: PreTrainedModel, inputs: Batch) -> Any:
+    def _run(self, model: PreTrainedModel, batch: Batch) -> Any:
+        inputs = model_inputs(model, batch)
         return model.base_model(**inputs, output_hidden_states=bool(self.hidden), return_dict=True)
 
     def _vocabulary(
@@ -284,9 +289,8 @@ class TransferObjective(Objective):
             not 0.
         """
         items, tokens = counts.clamp(min=1).to(batch["input_ids"].device, torch.float32).unbind()
-        inputs = {key: batch[key] for key in INPUTS if key in batch}
         options = {"return_dict": True, "output_hidden_states": bool(self.hidden)}
-        outputs = self.student(**inputs, **options)
+        outputs = self.student(**model_inputs(self.student, batch), **options)
         classes = _mask(batch) if self.kind == "qa" else None
         parts: dict[str, Tensor] = {}
         loss = outputs[self._names()[0]].new_zeros((), dtype=torch.float32)
@@ -301,7 +305,7 @@ class TransferObjective(Objective):
         targets: Any = None
         if self.teacher is not None:
             with torch.no_grad():
-                targets = self.teacher(**inputs, **options)
+                targets = self.teacher(**model_inputs(self.teacher, batch), **options)
         if self.kd:
             if targets is not None:
                 wanted = [targets[name] for name in self._names()]

@@ -4,6 +4,7 @@ The weights stay ordinary float32 parameters; scales and ranges are kept outside
 do not change.
 """
 
+import inspect
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, Literal
@@ -198,7 +199,7 @@ class FakeQuantizer:
             self.model.train(training)
 
     def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        mask = kwargs.get("attention_mask")
+        mask = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments.get("attention_mask")
         self._mask = mask.bool() if mask is not None and mask.ndim == 2 else None
 
     def _end(self, *_: Any) -> None:

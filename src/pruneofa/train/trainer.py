@@ -14,7 +14,7 @@ import torch.distributed
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from pruneofa.errors import InputError
+from pruneofa.errors import Diverged, InputError
 from pruneofa.formats.files import read_json, write_json
 from pruneofa.progress import notice, progress
 from pruneofa.recipe.model import SAVE_MINUTES
@@ -267,7 +267,7 @@ class _StageCallback(TrainerCallback):
             return
         loss = logs["loss"]
         if loss != loss or abs(loss) == float("inf"):
-            raise InputError(
+            raise Diverged(
                 f"{self.stage}: the loss is {loss} at step {state.global_step}; lower lr, or use precision: fp32"
             )
         if state.is_world_process_zero:

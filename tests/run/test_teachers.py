@@ -1,0 +1,81 @@
+"""Dense models of another family or size than the sparse ones that learn from them, and rates that are too high."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import BertForSequenceClassification
+
+from pruneofa.errors import InputError
+from pruneofa.formats.files import read_json
+from pruneofa.run import estimate as estimates
+from pruneofa.run import fine_tuning
+from pruneofa.run.inputs import Inputs
+from pruneofa.run.plan import losses
+from pruneofa.run.run import run
+from pruneofa.train.evaluate import load_task_model, logits_of
+from pruneofa.train.models import load_tokenizer
+from tests.small import small_recipe
+from tests.tiny import half_pruned, tiny_bert, tiny_distilbert, write_model
+
+SPARSE = ["model_is_sparse=true", "teacher=null", "prune=null", "corpus=null"]
+CLASSES = {"id2label": {0: "bad", 1: "good"}, "label2id": {"bad": 0, "good": 1}}
+
+
+@pytest.fixture
+def given(tmp_path):
+    """A recipe of pairs of texts for a sparse DistilBERT with a BERT as the teacher, of `config`."""
+
+    def made(*overrides, **config):
+        teacher = write_model(
+            tmp_path / "bert", half_pruned(tiny_bert(BertForSequenceClassification, **CLASSES, **config))
+        )
+        sparse = write_model(tmp_path / "distilbert", half_pruned(tiny_distilbert()))
+        pairs = ["tasks.mine.text=[sentence,sentence]", f"tasks.mine.teacher={teacher}", f"model={sparse}"]
+        return small_recipe(tmp_path / "data", *SPARSE, *pairs, *overrides)
+
+    return made
+
+
+def test_a_teacher_sees_its_token_types_where_the_student_has_none(given):
+    settings = given()
+    spec = settings.tasks["mine"].resolved("mine")
+    task = Inputs(settings).task("mine")
+    teacher = load_task_model(spec.teacher, "classification")
+    items = [task.train[row] for row in range(4)]
+    texts = task.train.rows.column("sentence").to_pylist()[:4]
+    wanted = teacher(**load_tokenizer(spec.teacher)(texts, texts, padding=True, return_tensors="pt")).logits
+    with torch.no_grad():
+        found = logits_of(teacher, task, items, "fp32")[0]
+    np.testing.assert_allclose(found, wanted.detach(), rtol=1e-5, atol=1e-6)
+    objective = fine_tuning.transfer_objective(settings.model, teacher, losses(spec), task)
+    batch = task.collate(items)
+    assert batch["token_type_ids"].max() == 1 and not hasattr(objective.student.config, "type_vocab_size")
+    assert objective(batch, objective.counts(batch))["loss"].isfinite()
+
+
+def test_a_run_with_such_a_teacher(given, tmp_path):
+    results = run(given("tasks.mine.epochs=1"), tmp_path / "run")
+    assert set(results["tasks"]["mine"]["accuracy"]) == {"dense", "transfer"}
+
+
+def test_a_teacher_is_timed_at_its_own_size(given, tmp_path, monkeypatch):
+    layers = []
+    monkeypatch.setattr(estimates, "_time_teacher", lambda made, *_: layers.append(_layers(made.teacher)) or 0.0)
+    monkeypatch.setattr(estimates, "evaluation_seconds", lambda model, _: layers.append(_layers(model)) or 1.0)
+    estimates.estimate(given(num_hidden_layers=5), tmp_path / "run")
+    assert sorted(layers) == [2, 5, 5]  # the student is evaluated; the teacher is evaluated and run
+
+
+def _layers(model):
+    return model.config.num_hidden_layers
+
+
+def test_a_rate_of_the_control_that_diverges_is_left_out(tmp_path, capsys):
+    settings = small_recipe(tmp_path / "data", "control={lr: [1e-3, 1e25]}")
+    run(settings, tmp_path / "run")
+    assert "the loss is nan" in capsys.readouterr().err
+    metrics = read_json(tmp_path / "run" / "control" / "metrics.json")
+    assert metrics["lr"] == 1e-3 and "loss_lr_1e+25" not in metrics
+    again = small_recipe(tmp_path / "data", "control={lr: [1e24, 1e25]}")
+    with pytest.raises(InputError, match=r"control: training diverged with every learning rate \(1e\+24, 1e\+25\)"):
+        run(again, tmp_path / "again")
