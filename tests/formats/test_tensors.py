@@ -1,5 +1,6 @@
 """Weights in .bin files: read where torch is installed, refused with a command that works where it is not."""
 
+import json
 import pickle
 import shlex
 import subprocess
@@ -7,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from pruneofa import Engine
 from pruneofa.errors import InputError
@@ -26,10 +27,13 @@ def as_bin(folder, shards=1):
     """Put the weights of a folder in .bin files; returns them."""
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    names = sorted(weights)
+    names, index = sorted(weights), {}
     for shard in range(shards):
         file = "pytorch_model.bin" if shards == 1 else f"pytorch_model-{shard + 1:05d}-of-{shards:05d}.bin"
         torch.save({name: weights[name] for name in names[shard::shards]}, folder / file)
+        index |= dict.fromkeys(names[shard::shards], file)
+    if shards > 1:
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
     return weights
 
 
@@ -47,12 +51,24 @@ def test_a_bin_is_read_by_a_copy_that_is_made_once(shards, tmp_path):
     copy = weights_folder(folder)
     made = (copy / "model.safetensors").stat().st_mtime_ns
     assert weights_folder(folder) == copy != folder and (copy / "model.safetensors").stat().st_mtime_ns == made
-    wanted_files = ["checksums.json", "config.json", "model.safetensors", "tokenizer.json"]
-    assert sorted(path.name for path in copy.iterdir()) == wanted_files
+    wanted_files = {"checksums.json", "config.json", "model.safetensors", "tokenizer.json"}
+    assert {path.name for path in copy.iterdir()} - {"pytorch_model.bin.index.json"} == wanted_files
     found = load_file(copy / "model.safetensors")
     assert found.keys() == weights.keys() and all(torch.equal(found[name], weights[name]) for name in found)
     assert pattern.inspect(folder) == wanted and pattern.verify(folder, folder)["ok"]
     assert not list(folder.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["pytorch_model_backup.bin", "pytorch_model.fp16.bin", "adapter_model.safetensors"])
+def test_other_weights_in_the_folder_are_not_the_models(name, tmp_path):
+    folder = source(tmp_path / "model")
+    wanted = pattern.inspect(folder)
+    other = {key: torch.zeros_like(weight) for key, weight in as_bin(folder).items()}
+    save_file(other, folder / name) if name.endswith("safetensors") else torch.save(other, folder / name)
+    assert pattern.inspect(folder) == wanted
+    (folder / "pytorch_model.bin").unlink()
+    with pytest.raises(InputError, match=rf"no model\.safetensors .* \(got {name}, which nothing says is the model\)"):
+        pattern.inspect(folder)
 
 
 def test_a_bin_is_packed_as_its_safetensors_are(tmp_path):

@@ -78,7 +78,9 @@ def _main(arguments: Sequence[str]) -> int:
     except CheckFailed as error:
         return say(f"failed: {error}", 1)
     except KeyboardInterrupt as stop:
-        after = stop.args[0] if stop.args else "the same command resumes from the last checkpoint"
+        resumes = _verb(arguments) in RESUMED
+        after = "the same command resumes from the last checkpoint" if resumes else "run the same command again"
+        after = stop.args[0] if stop.args else after
         return say(f"interrupted; {after}", 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -120,7 +122,7 @@ def _parser(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    called = next((word for word in arguments if not word.startswith("-")), None)
+    called = _verb(arguments)
     for name, help_text, describe in VERBS:
         verb = verbs.add_parser(name, help=help_text, description=describe.__doc__)
         # Options generated from the recipe's models need pydantic, so only the verb that is called adds its options.
@@ -139,6 +141,11 @@ def _parser(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
+def _verb(arguments: Sequence[str]) -> str | None:
+    return next((word for word in arguments if not word.startswith("-")), None)
+
+
+RESUMED = ("run", "demo", "prune", "transfer", "quantize")  # verbs that write checkpoints
 LOCAL = ("table",)  # verbs that never ask the hub
 OFFLINE = "never ask the Hugging Face hub; models and data sets in its cache are still found by their ids"
 VERBS: list[tuple[str, str, Callable[[argparse.ArgumentParser], None]]] = [

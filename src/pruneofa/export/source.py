@@ -16,7 +16,7 @@ from pruneofa.formats import pattern, scales
 from pruneofa.formats.architecture import Architecture, read_architecture
 from pruneofa.formats.manifest import is_packed, kind_of, read_config
 from pruneofa.formats.scales import Quantization
-from pruneofa.train.models import check_encoder, read_model
+from pruneofa.train.models import check_encoder, read_model, refuse_integers
 
 Arrays = dict[str, NDArray[Any]]
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -135,6 +135,7 @@ def read_source(folder: Path, *, int8: bool | None = None, whole: bool = False) 
             f"`pruneofa quantize {folder} OUT`, or export --precision fp32"
         )
     config = read_config(folder)
+    refuse_integers(folder, config)
     architecture = read_architecture(config, folder)
     model = _load(folder, config, architecture, whole)
     names = {canonical_name(f"{name}.weight"): (name, module) for name, module in model.named_modules()}

@@ -146,7 +146,7 @@ def read_architecture(config: Mapping[str, Any], where: Any) -> Architecture:
 
 
 def check_tensors(architecture: Architecture, shapes: Mapping[str, Shape], where: Any, *, head: bool = True) -> None:
-    """Check that a model has every tensor that its architecture needs, and no further layers.
+    """Check that a model has every tensor that its architecture needs, and nothing else that would be computed.
 
     Args:
         architecture: the settings of its config.json.
@@ -155,8 +155,9 @@ def check_tensors(architecture: Architecture, shapes: Mapping[str, Shape], where
         head: whether to check the task head as well as the encoder.
 
     Raises:
-        InputError: a tensor is missing or of another shape, there are more layers than config.json says, or the
-            classifier has another number of classes than config.json names.
+        InputError: a tensor is missing or of another shape, there are more layers than config.json says or tensors in
+            them that no layer has, the classifier has another number of classes than config.json names, or there is
+            one that config.json does not.
     """
     for name, shape in [*_encoder(architecture), *(_head(architecture, shapes) if head else ())]:
         if name not in shapes:
@@ -172,6 +173,9 @@ def check_tensors(architecture: Architecture, shapes: Mapping[str, Shape], where
             f"than the {rows} rows of their table; correct pad_token_id"
         )
     check_layers(architecture.family, architecture.layers, shapes, where)
+    check_additions({name for name, _ in _encoder(architecture)}, shapes, where)
+    if head and architecture.task == "embedding":
+        _refuse_trained_head(architecture.family, shapes, where)
     if head and architecture.task in ("classification", "token classification"):
         rows = shapes[_classifier(architecture)][0]
         if architecture.labels and len(architecture.labels) != rows:
@@ -211,6 +215,34 @@ def check_layers(family: Family, layers: int, names: Iterable[str], where: Any) 
         raise InputError(
             f"{where}: got the tensor {beyond[0]}, config.json wants {layers} layers ({family.keys.layers}); "
             f"{_SAVE_AGAIN}"
+        )
+
+
+def check_additions(known: Container[str], names: Iterable[str], where: Any) -> None:
+    """Check that encoder layers have no tensors, such as those of adapters, beyond the canonical names `known`.
+
+    Raises InputError naming the first such tensor.
+    """
+    added = sorted(name for name in names if families.layer_index(name) is not None and name not in known)
+    if added:
+        raise InputError(
+            f"{where}: {len(added)} tensors, such as {added[0]}, are in encoder layers but not computed by them, "
+            "wanted the layers of the architecture alone; merge adapters into the weights, and save the model again"
+        )
+
+
+def _refuse_trained_head(family: Family, shapes: Mapping[str, Shape], where: Any) -> None:
+    heads = {
+        "classification": family.classification.output,
+        "token classification": family.token_classification,
+        "question answering": family.question_answering,
+    }
+    found = [f"{module}.weight" for module in heads.values() if f"{module}.weight" in shapes]
+    if found:
+        wanted = " or ".join(family.classes[task] for task in heads)
+        raise InputError(
+            f"{where}: got {found[0]}, a trained head that config.json does not name, wanted its class ({wanted}) in "
+            "architectures; add it to config.json, or remove the head from the weights"
         )
 
 

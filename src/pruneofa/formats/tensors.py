@@ -42,25 +42,16 @@ def weight_files(folder: Path) -> list[Path]:
 
     Raises InputError for a folder without them, that is packed, with only a .bin file, or with a shard missing.
     """
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if index.is_file():
-        shards = read_json(index, "download it again").get("weight_map")
-        if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
-            raise InputError(f"{index}: weight_map is {short(shards)}; wanted file names by tensor; download it again")
-        names = sorted(set(shards.values()))
-        for name in names:
-            plain = os.path.basename(name) == name and name.isprintable() and len(name.encode()) <= 255
-            if not plain or not (folder / name).is_file():
-                raise InputError(f"{index}: names {short(name)}, which is not in {folder}; download the missing shard")
-        return [folder / name for name in names]
+    if found := _whole_or_shards(folder, "model.safetensors"):
+        return found
     if binaries := _binaries(folder):
         raise InputError(_only_binaries(folder, binaries))
     if any(folder.glob("model.packed.*")):
         raise InputError(f"{folder}: is packed; make an ordinary folder first: pruneofa unpack {folder} FOLDER")
     inside = sorted({file.parent.name for file in folder.glob("*/model.safetensors*")})
     hint = f", such as {' or '.join(str(folder / name) for name in inside[:3])}" if inside else ""
+    if others := sorted(file.name for kind in ("*.safetensors", "*.bin") for file in folder.glob(kind)):
+        hint = f" (got {', '.join(others[:3])}, which nothing says is the model)"
     raise InputError(f"{folder}: no model.safetensors in it; wanted a Hugging Face model folder{hint}")
 
 
@@ -72,7 +63,7 @@ def weights_folder(path: str | Path) -> Path:
     that is damaged or contains other objects than weights.
     """
     folder = local_folder(path)
-    if _has_safetensors(folder):
+    if _whole_or_shards(folder, "model.safetensors"):
         return folder
     if not Path(path).expanduser().is_dir():
         folder = local_folder(path, (*FILES, "pytorch_model*.bin"))
@@ -128,12 +119,8 @@ def _read_binaries(folder: Path, binaries: list[Path]) -> dict[str, Any]:
     return weights
 
 
-def _has_safetensors(folder: Path) -> bool:
-    return any(folder.glob("*.safetensors"))
-
-
 def _binaries(folder: Path) -> list[Path]:
-    return sorted(folder.glob("pytorch_model*.bin"))
+    return _whole_or_shards(folder, "pytorch_model.bin")
 
 
 def _only_binaries(folder: Path, binaries: list[Path]) -> str:
@@ -147,6 +134,22 @@ def _only_binaries(folder: Path, binaries: list[Path]) -> str:
         f"{folder}: only a .bin file, which may run code when loaded and needs torch; wanted model.safetensors; where "
         f'torch is installed, convert it with: python -c "{command}" {files}'
     )
+
+
+def _whole_or_shards(folder: Path, name: str) -> list[Path]:
+    """The file of this name, or the shards that its index names, as transformers reads them; no other file counts."""
+    index = folder / f"{name}.index.json"
+    if (folder / name).is_file() or not index.is_file():
+        return [folder / name] if (folder / name).is_file() else []
+    shards = read_json(index, "download it again").get("weight_map")
+    if not isinstance(shards, dict) or not shards or not all(isinstance(file, str) for file in shards.values()):
+        raise InputError(f"{index}: weight_map is {short(shards)}; wanted file names by tensor; download it again")
+    names = sorted(set(shards.values()))
+    for file in names:
+        plain = os.path.basename(file) == file and file.isprintable() and len(file.encode()) <= 255
+        if not plain or not (folder / file).is_file():
+            raise InputError(f"{index}: names {short(file)}, which is not in {folder}; download the missing shard")
+    return [folder / file for file in names]
 
 
 def tensors_of(file: Path) -> list[tuple[str, StoredTensor]]:

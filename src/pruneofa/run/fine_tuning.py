@@ -25,7 +25,14 @@ from pruneofa.train.device import own_device, prepare_models
 from pruneofa.train.epochs import EpochCallback
 from pruneofa.train.evaluate import class_names, label_order, load_task_model
 from pruneofa.train.micro_batches import batches
-from pruneofa.train.models import load_for_task, load_tokenizer, reorder_classes, set_dropout
+from pruneofa.train.models import (
+    load_config,
+    load_for_task,
+    load_tokenizer,
+    refuse_integers,
+    reorder_classes,
+    set_dropout,
+)
 from pruneofa.train.objective import TransferObjective, model_inputs
 from pruneofa.train.quantize import FakeQuantizer
 from pruneofa.train.schedule import linear_lr
@@ -233,6 +240,7 @@ def task_student(model: str, task: task_data.Task) -> PreTrainedModel:
             f"{model}: is already quantized ({scales.SETTINGS} is in it), wanted a float model, because quantizing "
             "twice only loses accuracy; give the folder that it was made from"
         )
+    refuse_integers(model, vars(load_config(model)))
     student = load_task_model(model, task.kind)
     if task.kind == "classification":
         order = label_order(student.config, task)

@@ -2,6 +2,7 @@
 
 import pickle
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ from pruneofa import families
 from pruneofa.data.tasks import token_types
 from pruneofa.errors import InputError, first_line, is_panic
 from pruneofa.families import base_name
-from pruneofa.formats.architecture import check_layers
+from pruneofa.formats.architecture import check_additions, check_layers
 from pruneofa.formats.files import file_fingerprint, fingerprint
 from pruneofa.formats.hub import check_model_name, not_on_hub
 from pruneofa.formats.source import refuse_non_finite
@@ -52,6 +53,18 @@ def load_config(path: str) -> Any:
         wanted = ", ".join(families.model_types())
         raise InputError(f"model {path}: model_type is {config.model_type!r}, wanted one of {wanted}")
     return config
+
+
+def refuse_integers(path: str | Path, config: Mapping[str, Any]) -> None:
+    """Raises InputError for a model whose weights are stored as integers, as `pruneofa export` writes them.
+
+    `config` is what config.json says.
+    """
+    if config.get("quantization_config") is not None:
+        raise InputError(
+            f"model {path}: config.json has a quantization_config, so its weights are integers, wanted floats; give "
+            "the folder that it was made from"
+        )
 
 
 def load_tokenizer(path: str | Path, *, types: bool | None = None) -> PreTrainedTokenizerBase:
@@ -116,6 +129,7 @@ def load_for_pretraining(path: str, *, nsp: bool, trained_head: bool = False) ->
     `trained_head` is required and missing: the logits of a new head are useless for distillation.
     """
     config = load_config(path)
+    refuse_integers(path, vars(config))
     next_sentence = families.of(config.model_type).next_sentence
     if nsp and next_sentence is None:
         raise InputError(f"corpus.nsp is true but {config.model_type} has no next-sentence head; set corpus.nsp=false")
@@ -138,7 +152,7 @@ def load_for_task(path: str, kind: str, **head: Any) -> PreTrainedModel:
 
     Raises InputError when weights of the encoder are missing or not of the shape that config.json gives.
     """
-    load_config(path)
+    refuse_integers(path, vars(load_config(path)))
     if kind == "qa":
         # Start and end logits, whatever number of classes the head in the folder has.
         architecture, head = transformers.AutoModelForQuestionAnswering, {"num_labels": 2}
@@ -187,6 +201,7 @@ def read_model(
         )
     unused = [base_name(name) for name in info["unexpected_keys"]]
     check_layers(families.of(model.config.model_type), model.config.num_hidden_layers, unused, f"model {path}")
+    check_additions((), unused, f"model {path}")
     for name, weight in model.named_parameters():
         refuse_non_finite(f"model {path}: {name}", weight.numpy(force=True))
     return model, info
