@@ -21,7 +21,7 @@ def steps(log):
 def test_a_log_that_is_a_link_is_refused(tmp_path):
     (tmp_path / "other").write_text("mine")
     (tmp_path / "log.jsonl").symlink_to("other")
-    with pytest.raises(InputError, match="is a link, wanted the log"):
+    with pytest.raises(InputError, match="is no regular file, wanted a log"):
         append_event(tmp_path / "log.jsonl", {"step": 1})
     assert (tmp_path / "other").read_text() == "mine"
 
@@ -65,7 +65,7 @@ def test_a_full_disk_names_the_log_and_leaves_whole_lines(tmp_path, monkeypatch)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return super().write(data[:-5])
 
-    monkeypatch.setattr(events, "_opened", lambda path: Full(path, "ab+"))
+    monkeypatch.setattr(events, "own_file", lambda path, _: Full(path, "ab+"))
     with pytest.raises(OSError, match=r"No space left on device: '.*log\.jsonl'"):
         append_event(log, {"step": 2})
     monkeypatch.undo()

@@ -10,8 +10,8 @@ import fcntl
 import os
 import stat
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
 
 from pruneofa.errors import InputError
 
@@ -46,7 +46,7 @@ def _locked(path: Path, wait: bool) -> Iterator[bool]:
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            file = _own_file(path)
+            file = own_file(path, "lock")
         except FileNotFoundError:  # another process has just removed the folder; or, as in /proc, no file can be made
             if (missing := missing + 1) < _TRIES:
                 continue
@@ -67,22 +67,24 @@ def _locked(path: Path, wait: bool) -> Iterator[bool]:
             return
 
 
-def _own_file(path: Path) -> BinaryIO:
-    """Open or create a lock. Raises InputError for what another program made: the folder may be someone else's."""
+def own_file(path: Path, kind: str) -> FileIO:
+    """Open a file to read and append, or create it. Raises InputError for a link or anything else that pruneofa does
+    not make: the folder may be someone else's, and the target anything. `kind` is what the message calls the file.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # no FIFO is waited for
     try:
-        # A link is not followed, and a FIFO not waited for.
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        file = os.open(path, flags, 0o666)
     except OSError as error:
         if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
             raise
     else:
         if stat.S_ISREG(os.fstat(file).st_mode):
-            return os.fdopen(file, "r+b")
+            return FileIO(file, "ab+")
         os.close(file)
-    raise InputError(f"{path}: is no regular file, wanted a lock that pruneofa makes itself; remove it")
+    raise InputError(f"{path}: is no regular file, wanted a {kind} that pruneofa makes itself; remove it")
 
 
-def _is_at(file: BinaryIO, path: Path) -> bool:
+def _is_at(file: FileIO, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.lstat())
     except FileNotFoundError:

@@ -1,15 +1,13 @@
 """The events of a run, one JSON object per line of its log.jsonl."""
 
-import errno
-import io
 import json
 import os
 import time
 from pathlib import Path
 from typing import Any
 
-from pruneofa.errors import InputError
 from pruneofa.formats.files import naming_disk
+from pruneofa.formats.locks import own_file
 
 LOG = "log.jsonl"
 
@@ -29,7 +27,7 @@ def append_events(log: Path, other: Path) -> None:
 
 
 def _append(log: Path, data: bytes) -> None:
-    with naming_disk(log), _opened(log) as file:
+    with naming_disk(log), own_file(log, "log") as file:
         end = _end_of_lines(file)
         file.truncate(end)
         try:
@@ -38,17 +36,6 @@ def _append(log: Path, data: bytes) -> None:
         except BaseException:
             file.truncate(end)
             raise
-
-
-def _opened(log: Path) -> io.FileIO:
-    """Open a log to append. Raises InputError for a link: the folder may be someone else's, and the target anything."""
-    try:
-        file = os.open(log, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-        return io.FileIO(file, "ab+")
-    except OSError as error:
-        if error.errno != errno.ELOOP:
-            raise
-        raise InputError(f"{log}: is a link, wanted the log that pruneofa makes itself; remove it") from None
 
 
 def read_events(log: Path) -> list[dict[str, Any]]:
