@@ -9,6 +9,7 @@ import importlib.util
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,9 @@ def main() -> None:
         assert np.allclose(scores[isa], scores["scalar"], atol=0.02), scores
     command = [sys.executable, "-m", "pruneofa", "inspect", PACKED, "--engine"]
     assert b"pattern" in subprocess.run(command, check=True, capture_output=True).stdout
+    with tempfile.TemporaryDirectory() as folder:
+        for verb, source, out in (("unpack", PACKED, "model"), ("pack", f"{folder}/model", "packed")):
+            subprocess.run([sys.executable, "-m", "pruneofa", verb, source, f"{folder}/{out}"], check=True)
     sys.stdout.write(
         f"Python {sys.version.split()[0]}, {Path(_native.__file__).name}: {', '.join(paths)}; "
         f"torch: {importlib.util.find_spec('torch') is not None}, "

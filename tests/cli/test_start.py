@@ -161,7 +161,15 @@ def test_without_the_train_extra_the_verbs_that_train_name_it_and_the_others_wor
         assert (said.returncode, said.stdout) == (3, "")
         assert said.stderr == "pruneofa: error: recipes need pydantic: pip install 'pruneofa[train]'\n"
     golden = str(Path(__file__).parents[1] / "golden/v1-int8")
-    for given in (["inspect", golden, "--engine"], ["unpack", golden, str(tmp_path / "out")], ["bench", "--help"]):
+    unpacked = str(tmp_path / "out")
+    for given in (
+        ["inspect", golden, "--engine"],
+        ["unpack", golden, unpacked],
+        ["pack", unpacked, str(tmp_path / "again")],
+        ["verify", unpacked, unpacked],
+        ["predict", "--help"],
+        ["bench", "--help"],
+    ):
         said = subprocess.run([sys.executable, "-c", program, *given], capture_output=True, text=True)
         assert said.returncode == 0, said.stderr
 

@@ -11,7 +11,8 @@ from pruneofa.report.schema import check_results
 from pruneofa.run import engine_metrics, results
 from pruneofa.run.engine_metrics import FILE, measure_by_engine
 from pruneofa.run.fine_tuning import GivenSettings, use_given
-from pruneofa.run.stage import Evaluation, LazyData, Stage, StageId
+from pruneofa.run.names import StageId
+from pruneofa.run.stage import Evaluation, LazyData, Stage
 from pruneofa.train.evaluate import evaluate
 from tests.small import small_recipe
 from tests.tiny import tiny_tokenizer

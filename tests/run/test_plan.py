@@ -17,10 +17,10 @@ from pruneofa.run.estimate import estimate
 from pruneofa.run.events import LOG, read_events
 from pruneofa.run.folder import RUN, exclusive, refuse_changes
 from pruneofa.run.inputs import Inputs
+from pruneofa.run.names import StageId
 from pruneofa.run.plan import plan
 from pruneofa.run.results import verify_run
 from pruneofa.run.run import run
-from pruneofa.run.stage import StageId
 from tests.small import small_recipe, write_task
 from tests.tiny import half_pruned, tiny_bert, write_model
 

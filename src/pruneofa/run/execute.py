@@ -12,13 +12,13 @@ from pruneofa.formats.hub import local_folder
 from pruneofa.formats.source import check_finite
 from pruneofa.run.checks import check_pattern
 from pruneofa.run.folder import refuse_foreign
+from pruneofa.run.names import RECORD
 from pruneofa.run.results import hardware, versions
 from pruneofa.run.stage import (
     EVALUATION,
     FORMAT,
     MARK,
     METRICS,
-    RECORD,
     ROWS,
     Emit,
     Evaluation,

@@ -8,7 +8,8 @@ from pruneofa.errors import InputError
 from pruneofa.formats import locks
 from pruneofa.formats.files import recover, recover_all, remove_folder
 from pruneofa.recipe import Recipe, load
-from pruneofa.run.stage import FORMAT, MARK, RECORD, WORK, Stage, Step
+from pruneofa.run.names import RECORD
+from pruneofa.run.stage import FORMAT, MARK, WORK, Stage, Step
 from pruneofa.train.device import processes
 
 RUN = "run"  # the lock of a run's folder is in it, because the folder may be a volume that several machines share

@@ -5,7 +5,7 @@ from pathlib import Path
 from pruneofa.errors import InputError
 from pruneofa.formats import pattern
 from pruneofa.formats.files import read_json
-from pruneofa.run.stage import RECORD, StageId
+from pruneofa.run.names import RECORD, StageId
 
 SPARSE = ("transfer", "ptq", "quantize")  # variants that come from the sparse model
 
@@ -33,11 +33,14 @@ def sparse_of_run(model: Path) -> str | None:
         return str(root / StageId(None, None, "control").path)
     if stage.variant not in SPARSE:
         return None
-    from pruneofa.recipe import load
-
-    recipe = load([root / "recipe.yaml"])
-    if not recipe.prune:
-        return recipe.model
+    try:
+        from pruneofa.recipe import load
+    except ImportError:  # the base install cannot read recipes; most have made their sparse model themselves
+        pass
+    else:
+        recipe = load([root / "recipe.yaml"])
+        if not recipe.prune:
+            return recipe.model
     sparse = root / StageId(None, None, "prune").path
     return str(sparse) if sparse.exists() else None
 

@@ -17,6 +17,7 @@ from pruneofa.run.fine_tuning import (
     use_given,
 )
 from pruneofa.run.inputs import Inputs
+from pruneofa.run.names import StageId
 from pruneofa.run.pretraining import (
     ControlSettings,
     PruneSettings,
@@ -25,7 +26,7 @@ from pruneofa.run.pretraining import (
     prune_student,
     train_control,
 )
-from pruneofa.run.stage import WORK, Evaluation, Model, Stage, StageId, Step
+from pruneofa.run.stage import WORK, Evaluation, Model, Stage, Step
 
 
 def plan(recipe: Recipe, inputs: Inputs, root: Path) -> list[Step]:

@@ -20,7 +20,8 @@ from pruneofa.run.engine_metrics import ROWS as ENGINE_ROWS
 from pruneofa.run.engine_metrics import engine_columns, read_engine
 from pruneofa.run.events import LOG, read_events
 from pruneofa.run.lineage import SPARSE, lost_pattern, stage_of
-from pruneofa.run.stage import METRICS, RECORD, ROWS, Stage, StageId, Step, read_record
+from pruneofa.run.names import RECORD, StageId
+from pruneofa.run.stage import METRICS, ROWS, Stage, Step, read_record
 from pruneofa.train.device import processes
 from pruneofa.train.metrics import Rows, load_rows, lost
 

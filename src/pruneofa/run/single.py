@@ -18,8 +18,9 @@ from pruneofa.run.fine_tuning import task_student
 from pruneofa.run.folder import clear_work, exclusive, refuse_changes, refuse_links, refuse_other_work
 from pruneofa.run.inputs import Inputs
 from pruneofa.run.lineage import sparse_of_run
+from pruneofa.run.names import RECORD, StageId
 from pruneofa.run.plan import int8_stages, prune_stage, teacher_stage, transfer_stage, with_evaluation
-from pruneofa.run.stage import METRICS, RECORD, Stage, StageId, Step
+from pruneofa.run.stage import METRICS, Stage, Step
 from pruneofa.train.device import processes
 from pruneofa.train.evaluate import class_names
 from pruneofa.train.models import load_config

@@ -15,6 +15,7 @@ from pruneofa.errors import InputError, short
 from pruneofa.formats import scales
 from pruneofa.formats.files import fingerprint, read_json
 from pruneofa.recipe import RESOURCES_ONLY, Section
+from pruneofa.run.names import RECORD, StageId
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,7 +37,7 @@ ABSENT: dict[str, Any] = {
     "PruneSettings.revision": 1,
 }
 
-RECORD, METRICS, EVALUATION = "stage.json", "metrics.json", "evaluation.json"
+METRICS, EVALUATION = "metrics.json", "evaluation.json"
 ROWS = "metric_rows.npz"  # the terms of the rows, by which models are compared; see `pruneofa.train.metrics`
 _FIELDS: dict[str, Any] = {
     "format": int, "fingerprint": str, "settings": dict, "inputs": dict, "versions": dict, "tokens": int,
@@ -46,28 +47,6 @@ MARK = "fingerprint"  # file in a stage's working folder: the fingerprint that t
 WORK = ".work"  # folder in a run's folder: the working folders of its stages
 
 Emit = Callable[[dict[str, Any]], None]
-
-
-@dataclass(frozen=True)
-class StageId:
-    """A stage of a run: `variant` of `task` with `seed`; task and seed are None for the stages on plain text.
-
-    Variants are those of results.json. `str()` is its name in bars, logs, errors and results.
-    """
-
-    task: str | None
-    seed: int | None
-    variant: str
-
-    @property
-    def path(self) -> str:
-        """Folder of the stage, relative to the run's folder."""
-        if self.task is None:
-            return "sparse" if self.variant == "prune" else self.variant
-        return f"tasks/{self.task}/seed-{self.seed}/{'teacher' if self.variant == 'dense' else self.variant}"
-
-    def __str__(self) -> str:
-        return self.variant if self.task is None else self.path
 
 
 @dataclass(frozen=True)
