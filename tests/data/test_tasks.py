@@ -45,11 +45,17 @@ def test_features_are_what_the_tokenizer_gives(tmp_path, tokenizer):
     assert len(task.train.ids) == 30 * len(expected["input_ids"])
 
 
-def test_truncates_to_max_length(tmp_path, tokenizer):
-    write(tmp_path / "d.jsonl", [{"text": "film " * 99, "label": n % 2} for n in range(4)])
+def test_truncates_to_max_length_and_says_so(tmp_path, tokenizer):
+    words = [99, 10, 11, 3]  # beside [CLS] and [SEP]
+    write(tmp_path / "d.jsonl", [{"text": "film " * count, "label": n % 2} for n, count in enumerate(words)])
     spec = own(data="d.jsonl", validation="d.jsonl", max_length=12)
     task = load_task("mine", spec, tokenizer, data_root=tmp_path)
-    assert set(task.train.lengths) == {12}
+    assert list(task.train.lengths) == [12, 12, 12, 5]
+    assert task.note_cut().startswith("tasks.mine: 4 of 8 rows are cut to 12 tokens, the rest of them is not seen")
+    whole = load_task("mine", spec.model_copy(update={"max_length": 64}), tokenizer, data_root=tmp_path)
+    assert "2 of 8 rows" in whole.note_cut()
+    write(tmp_path / "d.jsonl", [{"text": "film", "label": n % 2} for n in range(4)])
+    assert load_task("mine", spec, tokenizer, data_root=tmp_path).note_cut() is None
 
 
 def test_quotes_and_newlines_in_csv(tmp_path):

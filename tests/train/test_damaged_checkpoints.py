@@ -13,6 +13,8 @@ from pruneofa.train import PruningCallback, checkpoints
 from pruneofa.train.checkpoints import last_checkpoint
 from tests.train.fits import SCHEDULE, fit, objective, small_text
 
+SHORT = SCHEDULE | {"end": 4, "stop": 4}  # of trainings of six steps
+
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
@@ -75,7 +77,7 @@ def flip_a_bit(file):
 def pruned(text, tmp_path_factory):
     """The checkpoints of steps 3 and 6, to be copied."""
     folder = tmp_path_factory.mktemp("pruned")
-    fit(objective(), text, folder, steps=6, save_steps=3, callbacks=[PruningCallback(**SCHEDULE)])
+    fit(objective(), text, folder, steps=6, save_steps=3, callbacks=[PruningCallback(**SHORT)])
     return folder
 
 
@@ -99,7 +101,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(text, pruned, 
     damage(tmp_path / "checkpoint-6" / name)
     capsys.readouterr()
     events = []
-    fit(objective(), text, tmp_path, callbacks=[PruningCallback(**SCHEDULE)], events=events, **options)
+    fit(objective(), text, tmp_path, callbacks=[PruningCallback(**SHORT)], events=events, **options)
     said = warned(capsys)
     assert len(said) == 1 and f"checkpoint-6: damaged ({name}: " in said[0] and "trying checkpoint-3" in said[0]
     assert events[0]["step"] == 3

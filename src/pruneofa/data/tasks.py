@@ -73,6 +73,17 @@ class Task:
             "label2id": {label: index for index, label in enumerate(self.labels)},
         }
 
+    def note_cut(self) -> str | None:
+        """One line about texts that are longer than `max_length`; None if there are none."""
+        splits = [data for data in (self.train, self.epoch_rows, *self.evaluations.values()) if data is not None]
+        cut, longest = sum(data.cut for data in splits), max(int(data.lengths.max()) for data in splits)
+        if cut == 0:
+            return None
+        return (
+            f"tasks.{self.name}: {cut:,} of {sum(map(len, splits)):,} rows are cut to {longest} tokens, the rest of "
+            "them is not seen; raise max_length for more"
+        )
+
     def collate(self, items: Sequence[Item]) -> dict[str, torch.Tensor]:
         """`collate` with this task's padding token."""
         return collate(items, self.pad_token_id)
@@ -237,6 +248,7 @@ def _classification(
     ids: list[NDArray[np.int32]] = []
     types: list[NDArray[np.uint8]] = []
     lengths: list[int] = []
+    cut = 0
     for begin in range(0, table.num_rows, _CHUNK):
         batch = tokenizer(
             *(column[begin : begin + _CHUNK] for column in texts),
@@ -247,11 +259,12 @@ def _classification(
             return_token_type_ids=typed,
         )
         lengths.extend(map(len, batch["input_ids"]))
+        cut += sum(bool(encoding.overflowing) for encoding in batch.encodings)
         ids.append(np.fromiter(chain.from_iterable(batch["input_ids"]), np.int32))
         if typed:
             types.append(np.fromiter(chain.from_iterable(batch["token_type_ids"]), np.uint8))
     bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    return TaskData(np.concatenate(ids), np.concatenate(types) if typed else None, bounds, targets, table)
+    return TaskData(np.concatenate(ids), np.concatenate(types) if typed else None, bounds, targets, table, cut=cut)
 
 
 def _question_answering(table: pa.Table, spec: recipe.Task, tokenizer: Any, split: str, where: str) -> TaskData:

@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 
 from pruneofa.data import corpus, tasks
+from pruneofa.progress import notice
 from pruneofa.recipe import Recipe
 from pruneofa.run.pretraining import Text, read_text
 from pruneofa.run.stage import LazyData, Model
+from pruneofa.train.device import processes
 from pruneofa.train.models import load_config, load_tokenizer, model_fingerprint
 
 
@@ -56,6 +58,8 @@ class Inputs:
             self._tasks[name] = tasks.load_task(
                 name, spec, tokenizer, data_root=recipe.data_root, labels=self._labels, max_positions=longest
             )
+            if (note := self._tasks[name].note_cut()) and processes().is_main_process:
+                notice(note)
         return self._tasks[name]
 
     def training_rows(self, name: str) -> LazyData:
