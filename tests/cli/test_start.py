@@ -105,6 +105,13 @@ def test_a_wrong_call_is_one_line(refused, arguments):
     assert "--help" in refused(*arguments)
 
 
+def test_a_misspelt_recipe_is_corrected_and_the_shipped_ones_named(refused, call):
+    assert "minilm-90" in call("run", "--help").out
+    said = refused("run", "bert-bse-90")
+    assert said.startswith("bert-bse-90: no such recipe; wanted a file, or one of ") and "minilm-90" in said
+    assert said.endswith("; did you mean bert-base-90?")
+
+
 def test_a_misspelt_option_is_corrected_and_the_help_of_its_verb_named(refused):
     given = ["transfer", "x", "y", "--task", "sst2"]
     said = refused(*given, "--precison", "fp32")

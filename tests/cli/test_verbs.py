@@ -54,6 +54,8 @@ def test_running_again_skips_everything_and_shows_where_things_are(done, again, 
     assert any(row.startswith("| small: Prune Once for All") for row in rows)
     for file in ("results.json", "table.md", "report.html", "sparse/README.md"):
         assert f"{root / 'run' / file}\n" in said.out
+    model = root / "run/tasks/mine/seed-0/transfer"
+    assert f"\nTask models:\n{model}\n" in said.out and said.out.endswith(f"\nNext: pruneofa pack {model} PACKED\n")
     assert before == {path: path.stat().st_mtime_ns for path in root.rglob("model.safetensors")}
 
 
@@ -176,7 +178,9 @@ def test_transfer_on_a_file_of_ones_own(done, call, refused, tmp_path):
     assert result == read_json(tmp_path / "alone" / "metrics.json")
     assert call("verify", sparse, tmp_path / "alone").code == 0
     assert read_json(tmp_path / "alone" / "config.json")["id2label"] == {"0": "bad", "1": "good"}
-    assert call(*command).code == 0
+    again = call(*command)
+    assert again.code == 0 and f"{tmp_path / 'alone'}: is done already, nothing is computed again" in again.err
+    assert (tmp_path / "alone" / "model.safetensors").stat().st_mode & 0o044 == 0o044  # for the user of a server
     assert "--redo" in refused_lines(call(*command, "--seed", "1"))
 
     teacher = tmp_path / "teacher #1"

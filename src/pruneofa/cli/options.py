@@ -126,7 +126,9 @@ def read_task(options: argparse.Namespace) -> tuple[str, Any]:
         )
     check_task_name(name)
     if name not in KNOWN_TASKS and not {"data", "text", "label"} <= set(values):
-        raise InputError(f"--task {name}: not one of {', '.join(KNOWN_TASKS)}, so it needs --data, --text and --label")
+        missing = " and ".join(f"--{key}" for key in ("data", "text", "label") if key not in values)
+        own = f"--task {name}: not one of {', '.join(KNOWN_TASKS)}" if options.task else "--data without --task"
+        raise InputError(f"{own}, so it needs --data, --text and --label; got no {missing}")
     return name, validate(Task, values, f"tasks.{name}").resolved(name)
 
 

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from pruneofa.cli.show import print_results, print_value, recipe_file, table
+from pruneofa.cli.show import print_results, print_value, recipe_file, shipped_recipes, table
 
 
 def describe(verb: argparse.ArgumentParser) -> None:
@@ -16,7 +16,7 @@ def describe(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "recipe",
         nargs="+",
-        help="recipe files, or names of shipped recipes; later ones override earlier ones key by key",
+        help=f"files, or shipped recipes ({', '.join(shipped_recipes())}); later ones override earlier ones key by key",
     )
     verb.add_argument(
         "--set",

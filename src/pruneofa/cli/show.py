@@ -1,8 +1,10 @@
 """Output of the verbs: messages, values, tables, models and results; and the location of shipped recipes."""
 
+import difflib
 import itertools
 import json
 import os
+import shlex
 import shutil
 import sys
 import textwrap
@@ -11,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pruneofa.errors import printable
+from pruneofa.errors import InputError, printable
 from pruneofa.progress import notice
 
 GAP = "  "  # between two columns of a table
@@ -48,15 +50,23 @@ def show_model(found: dict[str, Any], layers: bool = True) -> None:
         table([{"batch": case, "lanes": made} for case, made in found["engine"]["lanes"].items()])
 
 
+def shipped_recipes() -> dict[str, Path]:
+    """{name: file} of the recipes that ship with the package."""
+    package = Path(__file__).parents[1]
+    files = [file for folder in (package, package.parents[1]) for file in sorted((folder / "recipes").glob("*.yaml"))]
+    return {file.stem: file for file in files}
+
+
 def recipe_file(name: str) -> Path:
-    """A path, or the name of a recipe that ships with the package."""
+    """A path, or the name of a recipe that ships with the package. Raises InputError for any other name."""
     if name.endswith((".yaml", ".yml")) or os.sep in name or Path(name).exists():
         return Path(name)
-    package = Path(__file__).parents[1]
-    for folder in (package / "recipes", package.parents[1] / "recipes"):
-        if (folder / f"{name}.yaml").exists():
-            return folder / f"{name}.yaml"
-    return Path(name)
+    shipped = shipped_recipes()
+    if name not in shipped:
+        near = difflib.get_close_matches(name, shipped, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise InputError(f"{name}: no such recipe; wanted a file, or one of {', '.join(shipped)}{hint}")
+    return shipped[name]
 
 
 def print_value(value: Any, as_json: bool, show: Callable[[], Any] | None = None) -> None:
@@ -94,6 +104,10 @@ def print_results(results: dict[str, Any], folder: Path, as_json: bool) -> None:
         sys.stdout.write(printable_lines(write_table([results], drop_empty=True)))
         files = ["results.json", "table.md", "report.html", "sparse/README.md"]
         sys.stdout.write("\n" + "".join(f"{folder / file}\n" for file in files if (folder / file).exists()))
+        made = [model for name in ("transfer", "quantize") for model in sorted(folder.glob(f"tasks/*/seed-*/{name}"))]
+        if made:
+            sys.stdout.write("\nTask models:\n" + "".join(f"{printable(str(model))}\n" for model in made))
+            sys.stdout.write(f"\nNext: pruneofa pack {printable(shlex.quote(str(made[-1])))} PACKED\n")
 
     if results:  # empty in all processes of torchrun except the first
         print_value(results, as_json, show)

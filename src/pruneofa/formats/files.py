@@ -217,10 +217,19 @@ def new_folder(target: Path) -> Iterator[Path]:
     try:
         with naming_disk(target):
             yield temporary
+            _share(temporary)
             sync_tree(temporary)
             _put_in_place(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _share(folder: Path) -> None:
+    """Let others read the files of a folder as far as the umask does: safetensors makes its for the owner alone."""
+    readable = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(path.stat().st_mode | readable)
 
 
 def _put_in_place(temporary: Path, target: Path) -> None:

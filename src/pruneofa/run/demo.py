@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -112,6 +114,7 @@ def closing_notes(results: dict[str, Any], out: Path) -> str:
 
     (name,) = results["tasks"]
     folder = out / "tasks" / name / f"seed-{results['recipe']['seeds'][0]}"
+    command = "pruneofa" if shutil.which("pruneofa") else f"{sys.executable} -m pruneofa"
     return f"""
 Accuracy: topic of a passage of documentation, one of {len(TOPICS)}, in modules that were not used in training.
 Bag of words: logistic regression over TF-IDF of words, trained on the same labelled rows.
@@ -121,7 +124,7 @@ Size: the whole model, embeddings included.
 {out / "report.html"}  {out / "table.md"}  {out / "results.json"}  {out / "sparse" / "README.md"}
 
 Next:
-  pruneofa pack {folder / "quantize"} PACKED            the file to deploy; pruneofa bench PACKED times it
-  pruneofa verify {out / "sparse"} {folder / "quantize"}
-  pruneofa transfer {out / "sparse"} OUT --data FILE.csv --text COLUMN --label COLUMN     your own task
+  {command} pack {folder / "quantize"} PACKED            the file to deploy; bench PACKED times it
+  {command} verify {out / "sparse"} {folder / "quantize"}
+  {command} transfer {out / "sparse"} OUT --data FILE.csv --text COLUMN --label COLUMN     your own task
 """

@@ -127,6 +127,8 @@ def _work_folder(out: Path) -> Path:
 
 def _execute(recipe: Recipe, inputs: Inputs, steps: Sequence[Step], out: Path, redo: bool) -> dict[str, float]:
     stages = [step for step in steps if isinstance(step, Stage)]
+    if all(step.status == "done" for step in steps) and processes().is_main_process:
+        notice(f"{out}: is done already, nothing is computed again; these are its metrics")
     for stage in stages:
         if stage.folder.exists() and not (stage.folder / RECORD).exists():
             raise InputError(f"{stage.folder}: exists, but this command did not make it; choose another OUT")
