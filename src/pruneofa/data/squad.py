@@ -14,6 +14,7 @@ from pruneofa.errors import InputError
 
 _CHUNK = 1000  # rows per call of the tokenizer: enough to use every core, little enough to hold
 _MIN_CONTEXT = 16  # new context tokens per window; a question that leaves fewer is cut
+_TEXTS = (pa.string(), pa.large_string(), pa.string_view(), pa.null())  # null: a file in which every list is empty
 
 
 @dataclass(frozen=True)
@@ -104,17 +105,18 @@ def good_answers(table: pa.Table, *, skip: bool, where: str) -> tuple[pa.Table, 
     Of several answers the first good one counts.
 
     Raises:
-        InputError: a row has no such answer and `skip` is off; it gives their number and the first id.
+        InputError: a row has no such answer and `skip` is off; it gives their number and the first of them.
     """
     answers = _answers(table, where)
     contexts = rows.text_column(table, "context", where).to_pylist()
     spans = [_span(context, answer) for context, answer in zip(contexts, answers, strict=True)]
     bad = [index for index, span in enumerate(spans) if span is None]
     if bad and not skip:
-        name = rows.column(table, "id", "id", where)[bad[0]].as_py()
+        row = f"row {bad[0] + 1}"
+        first = f"{table['id'][bad[0]].as_py()!r} ({row})" if "id" in table.column_names else f"in {row}"
         raise InputError(
             f"{where}: {len(bad)} of {table.num_rows} answers are not found in their context at answer_start, "
-            f"first {name!r} (row {bad[0] + 1}); set {where}.skip_bad_answers=true to train without them"
+            f"first {first}; set {where}.skip_bad_answers=true to train without them"
         )
     kept = [span for span in spans if span is not None]
     if not kept:
@@ -125,18 +127,31 @@ def good_answers(table: pa.Table, *, skip: bool, where: str) -> tuple[pa.Table, 
 
 
 def _answers(table: pa.Table, where: str) -> list[dict[str, list[Any]]]:
+    """The lists text and answer_start of each row; a single string and a single integer are lists of one."""
     answers = rows.column(table, "answers", "answers", where)
-    fields = {field.name for field in answers.type} if pa.types.is_struct(answers.type) else set()
-    if not {"text", "answer_start"} <= fields:
+    fields = {field.name: _element(field.type) for field in answers.type} if pa.types.is_struct(answers.type) else {}
+    texts, starts = (fields.get(name) for name in ("text", "answer_start"))
+    if not (texts in _TEXTS and starts is not None and (pa.types.is_integer(starts) or pa.types.is_null(starts))):
         raise InputError(
-            f"{where}: column 'answers' holds {answers.type}, wanted the lists text and answer_start in each row"
+            f"{where}: column 'answers' holds {answers.type}, wanted in each row the lists text, of strings, and "
+            "answer_start, of integers; write it again"
         )
-    return [answer or {"text": [], "answer_start": []} for answer in answers.to_pylist()]
+    return [
+        {name: _listed((answer or {}).get(name)) for name in ("text", "answer_start")} for answer in answers.to_pylist()
+    ]
+
+
+def _element(kind: pa.DataType) -> pa.DataType:
+    return getattr(kind, "value_type", kind)  # of lists of every kind, and of a dictionary
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _span(context: str, answers: dict[str, list[Any]]) -> tuple[int, int] | None:
     for text, start in zip(answers["text"], answers["answer_start"], strict=False):  # a shorter list: no answer
-        if text and start >= 0 and context[start : start + len(text)] == text:
+        if text and start is not None and start >= 0 and context[start : start + len(text)] == text:
             return start, start + len(text)
     return None
 
@@ -161,7 +176,7 @@ def token_spans(windows: Windows, spans: NDArray[np.int64]) -> NDArray[np.int64]
 
 def gold_answers(table: pa.Table, where: str) -> list[list[str]]:
     """All reference texts of every row. Raises InputError for a row without one (SQuAD v2)."""
-    texts = [answer["text"] for answer in _answers(table, where)]
+    texts = [[text for text in answer["text"] if text is not None] for answer in _answers(table, where)]
     for index, row in enumerate(texts):
         if not row:
             raise InputError(f"{where}: row {index + 1} has no answer; SQuAD v2 is not supported, only v1.1")
