@@ -10,7 +10,7 @@ from pruneofa.data.baseline import baseline
 from pruneofa.data.features import collate, evaluation_batches
 from pruneofa.data.tasks import load_task, longest_input
 from pruneofa.errors import InputError
-from tests.data.task_files import ROWS, own, sst2, write
+from tests.data.task_files import ROWS, not_utf8, own, sst2, write
 from tests.tiny import tiny_bert, tiny_distilbert, tiny_mpnet, tiny_roberta, tiny_tokenizer
 
 
@@ -301,6 +301,12 @@ def test_columns_of_every_type_of_string(tmp_path, tokenizer):
         pa.parquet.write_table(pa.table({"text": pa.array(texts, kind), "label": labels}), tmp_path / "d.parquet")
         task = load_task("mine", own(data="d.parquet", validation="d.parquet"), tokenizer, data_root=tmp_path)
         assert (task.labels, len(task.train)) == (["x", "y"], 8), kind
+
+
+def test_parquet_that_is_not_utf8(tmp_path):
+    pa.parquet.write_table(pa.table({"text": not_utf8(), "label": ["x", "y"]}), tmp_path / "d.parquet")
+    with pytest.raises(InputError, match=r"d\.parquet: not readable as parquet \(.*Invalid UTF8 sequence"):
+        rows.read(tmp_path / "d.parquet", "tasks.mine")
 
 
 def test_missing_split(tmp_path, tokenizer):

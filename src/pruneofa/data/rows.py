@@ -85,6 +85,7 @@ def read(path: Path, where: str) -> pa.Table:
     if path.suffix == ".parquet":
         try:
             table = pq.read_table(path)
+            table.validate(full=True)  # also that strings are UTF-8
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{where}: {path}: not readable as parquet ({first_line(error)})") from None
     else:
@@ -119,15 +120,21 @@ def column(table: pa.Table, name: str, role: str, where: str) -> pa.ChunkedArray
     raise InputError(f"{where}: no {role} column {name!r} among {found}{hint}")
 
 
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds strings, as a dictionary of them does too."""
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
 def text_column(table: pa.Table, name: str, where: str) -> pa.ChunkedArray:
     """The column `name`. Raises InputError unless it holds a string in every row, not all of them blank."""
     values = column(table, name, "text", where)
+    if not is_text(values.type):
+        raise InputError(f"{where}: text column {name!r} holds {values.type}, wanted strings")
     if pa.types.is_dictionary(values.type):
         values = values.cast(values.type.value_type)
     if pa.types.is_string_view(values.type):
         values = values.cast(pa.large_string())
-    if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
-        raise InputError(f"{where}: text column {name!r} holds {values.type}, wanted strings")
     if values.null_count:
         first = int(np.flatnonzero(values.is_null().to_numpy())[0]) + 1
         raise InputError(

@@ -1,5 +1,6 @@
 """SQuAD v1.1: contexts in overlapping windows, answer spans, and n-best selection."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -14,7 +15,6 @@ from pruneofa.errors import InputError
 
 _CHUNK = 1000  # rows per call of the tokenizer: enough to use every core, little enough to hold
 _MIN_CONTEXT = 16  # new context tokens per window; a question that leaves fewer is cut
-_TEXTS = (pa.string(), pa.large_string(), pa.string_view(), pa.null())  # null: a file in which every list is empty
 
 
 @dataclass(frozen=True)
@@ -129,20 +129,20 @@ def good_answers(table: pa.Table, *, skip: bool, where: str) -> tuple[pa.Table, 
 def _answers(table: pa.Table, where: str) -> list[dict[str, list[Any]]]:
     """The lists text and answer_start of each row; a single string and a single integer are lists of one."""
     answers = rows.column(table, "answers", "answers", where)
-    fields = {field.name: _element(field.type) for field in answers.type} if pa.types.is_struct(answers.type) else {}
-    texts, starts = (fields.get(name) for name in ("text", "answer_start"))
-    if not (texts in _TEXTS and starts is not None and (pa.types.is_integer(starts) or pa.types.is_null(starts))):
+    fields = {field.name: field.type for field in answers.type} if pa.types.is_struct(answers.type) else {}
+    wanted = {"text": rows.is_text, "answer_start": pa.types.is_integer}
+    if not all(name in fields and _holds(fields[name], is_wanted) for name, is_wanted in wanted.items()):
         raise InputError(
             f"{where}: column 'answers' holds {answers.type}, wanted in each row the lists text, of strings, and "
             "answer_start, of integers; write it again"
         )
-    return [
-        {name: _listed((answer or {}).get(name)) for name in ("text", "answer_start")} for answer in answers.to_pylist()
-    ]
+    return [{name: _listed((answer or {}).get(name)) for name in wanted} for answer in answers.to_pylist()]
 
 
-def _element(kind: pa.DataType) -> pa.DataType:
-    return getattr(kind, "value_type", kind)  # of lists of every kind, and of a dictionary
+def _holds(kind: pa.DataType, is_wanted: Callable[[pa.DataType], bool]) -> bool:
+    """Whether a type is wanted, or that of lists of such values; lists of no type are empty in every row."""
+    element = getattr(kind, "value_type", kind)
+    return is_wanted(kind) or is_wanted(element) or pa.types.is_null(element)
 
 
 def _listed(value: Any) -> list[Any]:
