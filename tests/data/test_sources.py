@@ -175,6 +175,14 @@ def test_damage_in_the_pages_of_parquet_is_one_line(tmp_path):
         read(path)
 
 
+def test_another_delimiter_is_named(tmp_path):
+    (tmp_path / "a.csv").write_text("text;label\none, two;1\n")
+    with pytest.raises(
+        InputError, match=r"a\.csv: no column 'text': the delimiter looks like ';', wanted ',' in \.csv"
+    ):
+        read(tmp_path / "a.csv")
+
+
 def test_bad_parquet_columns(tmp_path):
     write_parquet(tmp_path / "a.parquet", id=[1], text=["a"])
     with pytest.raises(InputError, match=r"no column 'texts', it has id, text; did you mean 'text'\? set corpus"):

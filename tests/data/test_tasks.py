@@ -34,6 +34,16 @@ def test_every_format_gives_the_same_task(tmp_path, tokenizer, suffix):
     }  # fmt: skip
 
 
+def test_a_suffix_in_capitals_is_the_same(tmp_path, tokenizer):
+    for suffix in (".csv", ".tsv", ".jsonl", ".parquet"):
+        write(tmp_path / f"d{suffix}", ROWS).rename(tmp_path / f"D{suffix.upper()}")
+        assert rows.read(tmp_path / f"D{suffix.upper()}", "t").to_pylist() == ROWS
+        write(tmp_path / suffix / f"d{suffix}", ROWS).rename(tmp_path / suffix / f"train{suffix.upper()}")
+        assert load_task("mine", own(data=suffix), tokenizer, data_root=tmp_path).held_out[1] == len(ROWS)
+    with pytest.raises(InputError, match=r"NOWHERE\.CSV: no such file"):
+        load_task("mine", own(data="NOWHERE.CSV"), tokenizer, data_root=tmp_path)
+
+
 def test_features_are_what_the_tokenizer_gives(tmp_path, tokenizer):
     write(tmp_path / "d.csv", [{"a": "good film", "b": "bad book", "y": n % 2} for n in range(30)])
     spec = own(data="d.csv", validation="d.csv", text=["a", "b"], label="y")
@@ -261,6 +271,9 @@ BAD_FILES = [
     ("d.csv", b"text,label\ngood,1\nb\xe4d,0\n", r"d\.csv: not UTF-8 at line 3"),
     ("d.csv", b"", "no header; its first line"),
     ("d.csv", b"text,label\n", "the file has no rows"),
+    ("d.csv", b"text;label\na;x\nb;y\n", r"d\.csv: the delimiter looks like ';', wanted ',' in \.csv; write the file"),
+    ("d.csv", b"text;label\none, two;x\n", r"d\.csv: the delimiter looks like ';', wanted ',' in \.csv; write the"),
+    ("D.TSV", b"text,label\na,x\n", r"D\.TSV: the delimiter looks like ',', wanted '\\t' in \.tsv; write the file"),
     ("d.csv", b"text,label\na,b,c\n", "line 2 has 3 fields, the header 2"),
     ("d.csv", b"text,lable\na,b\n", "no label column 'label' among 'text', 'lable'; did you mean 'lable'"),
     ("d.csv", b"sentence,label\na,x\nb,y\n", r"no text column 'text' among 'sentence', 'label'; set tasks.mine.text"),

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 
 from pruneofa.data.characters import half_pair, nul
 from pruneofa.errors import InputError, first_line
-from pruneofa.formats.delimited import literal_quotes, read_fields
+from pruneofa.formats.delimited import literal_quotes, other_delimiter, read_fields
 from pruneofa.formats.files import file_fingerprint
 from pruneofa.formats.json_lines import parse_line
 
@@ -191,6 +191,8 @@ def _fields(path: Path, lines: Iterable[str], column: str) -> Iterator[str]:
     tabs = kind_of(path) == ".tsv"
     rows = read_fields(lines, path, tabs=tabs, literal=tabs and _literal_quotes(path))
     header = next(rows)
+    if column not in header and (wrong := other_delimiter(header, kind_of(path))):
+        raise InputError(f"{path}: no column {column!r}: {wrong}")
     need_column(path, column, header)
     index = header.index(column)
     return (checked_text(path, column, row[index]) for row in rows)
