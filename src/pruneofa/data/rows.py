@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import io
+import json
 import re
 from collections.abc import Mapping, Sequence
 from itertools import chain
@@ -118,6 +119,17 @@ def column(table: pa.Table, name: str, role: str, where: str) -> pa.ChunkedArray
     hint = f"; did you mean {near[0]!r}?" if near else f"; set {where}.{role}"
     found = ", ".join(map(repr, table.column_names))
     raise InputError(f"{where}: no {role} column {name!r} among {found}{hint}")
+
+
+def class_labels(table: pa.Table) -> dict[str, list[str]]:
+    """The names by class id of every column of class ids, as `datasets` describes it in the metadata of a table."""
+    try:
+        features = json.loads((table.schema.metadata or {})[b"huggingface"])["info"]["features"]
+        found = {name: feature["names"] for name, feature in features.items() if feature.get("_type") == "ClassLabel"}
+    except (ValueError, KeyError, TypeError, AttributeError):  # there are none, or another program wrote them
+        return {}
+    integers = {field.name for field in table.schema if pa.types.is_integer(field.type)}
+    return {name: list(map(str, names)) for name, names in found.items() if names and name in integers}
 
 
 def is_text(kind: pa.DataType) -> bool:
@@ -250,8 +262,12 @@ def _could_be_hub_id(name: str, root: Path) -> bool:
 
 
 def _concatenate(tables: list[pa.Table], where: str) -> pa.Table:
+    described = [table for table in tables if class_labels(table)]
+    if any(class_labels(table) != class_labels(described[0]) for table in described):
+        raise InputError(f"{where}: the files have different names for their class ids; write them with the same ones")
     try:
-        return pa.concat_tables(tables, promote_options="default")
+        table = pa.concat_tables(tables, promote_options="default")
+        return table.replace_schema_metadata(described[0].schema.metadata) if described else table
     except pa.ArrowException as error:
         raise InputError(f"{where}: the files have different columns ({first_line(error)})") from None
 
