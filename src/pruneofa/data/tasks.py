@@ -106,9 +106,10 @@ def load_task(
         max_positions: longest input of the model (`longest_input`), where it is known already.
 
     Raises:
-        InputError: the data do not fit the task, the tokenizer or the model.
+        InputError: the data do not fit the task, the tokenizer or the model, or a setting is of another kind of task.
     """
     spec, where = spec.resolved(name), f"tasks.{name}"
+    _refuse_unused(name, spec, where)
     max_length = _check_length(spec.max_length, tokenizer, max_positions, where)
     kind: Literal["classification", "qa"] = "qa" if name == "squad" else "classification"
     text = ("question", "context") if kind == "qa" else _names(spec.text) or _TEXT.get(name, ())
@@ -162,6 +163,15 @@ def load_task(
         held_out=held_out,
         epoch_rows=epoch_rows,
     )
+
+
+def _refuse_unused(name: str, spec: recipe.Task, where: str) -> None:
+    """Raises InputError for a setting of the other kind of task, which would have no effect."""
+    squad = name == "squad"
+    reason = "the data of squad have the columns question, context and answers" if squad else "only squad uses it"
+    for key in ("text", "label") if squad else ("stride", "skip_bad_answers"):
+        if (value := getattr(spec, key)) is not None and value is not False:
+            raise InputError(f"{where}.{key} is {value!r}, but {reason}; {'rename the columns, and ' * squad}omit it")
 
 
 def _read_splits(
