@@ -77,33 +77,6 @@ def test_unclosed_quote_in_tsv_is_text(tmp_path):
     assert rows.read(path, "t")["text"].to_pylist() == ['"open, never closed', "plain"]
 
 
-def test_hold_out_follows_the_content_not_the_order(tmp_path, tokenizer):
-    twice = [*ROWS, *ROWS]  # duplicates must not be on both sides
-    table = pa.Table.from_pylist(twice)
-    train, held = rows.hold_out(table, ["text"], "label", "t")
-    assert 0 < held.num_rows < table.num_rows / 3
-    assert not set(train["text"].to_pylist()) & set(held["text"].to_pylist())
-    _, reversed_held = rows.hold_out(table.take(np.arange(len(twice))[::-1]), ["text"], "label", "t")
-    assert sorted(reversed_held["text"].to_pylist()) == sorted(held["text"].to_pylist())
-
-
-def test_hold_out_leaves_a_row_of_every_label_in_training():
-    rare = [{"text": f"rare {n}", "label": f"only {n}"} for n in range(30)]
-    train, held = rows.hold_out(pa.Table.from_pylist([*ROWS, *rare]), ["text"], "label", "t")
-    assert set(held["label"].to_pylist()) <= {"pos", "neg"}
-    assert len(set(train["label"].to_pylist())) == 32
-
-
-def test_hold_out_compares_labels_as_loading_does():
-    ones = pa.Table.from_pylist([{"text": f"text {n}", "label": "1"} for n in range(40)])
-    _, held = rows.hold_out(ones, ["text"], "label", "t")
-    written = [
-        {"text": text, "label": "1.0" if text in held["text"].to_pylist() else "1"} for text in ones["text"].to_pylist()
-    ]
-    _, again = rows.hold_out(pa.Table.from_pylist(written), ["text"], "label", "t")
-    assert again["text"].to_pylist() == held["text"].to_pylist()
-
-
 def test_first_rows_only(tmp_path, tokenizer):
     write(tmp_path / "d.jsonl", ROWS)
     spec = own(data="d.jsonl", validation="d.jsonl", train_rows=5, validation_rows=3)
