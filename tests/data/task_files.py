@@ -38,3 +38,8 @@ def sst2(folder: Path, train=((0, "bad film"), (1, "good film")), validation=((1
     for split, pairs in (("train", train), ("validation", validation)):
         write(folder / f"{split}.parquet", [{"sentence": text, "label": label} for label, text in pairs])
     return folder
+
+
+def not_utf8() -> pa.Array:
+    """A column of strings that are not UTF-8, as programs write that do not check it."""
+    return pa.Array.from_buffers(pa.string(), 2, pa.array([b"good", b"\xff bad"]).buffers())

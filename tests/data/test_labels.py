@@ -1,5 +1,8 @@
 """What the labels of a task are: names, class ids, and what is neither."""
 
+import datasets
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 
 from pruneofa import recipe
@@ -145,3 +148,114 @@ def test_label_names_and_numbers_of_a_known_task_are_the_same(tmp_path, tokenize
     task = load_task("sst2", recipe.Task(data=str(data), max_length=16), tokenizer)
     assert task.train.targets.tolist() == [0, 1]
     assert task.evaluations[""].targets.tolist() == [1]
+
+
+NAMED = {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["positive", "negative"])}
+
+
+def class_labels(path, ids=(0, 1, 1, 0), names=("positive", "negative"), text="text"):
+    """A file as `datasets` writes it: the names of the ids are in its metadata."""
+    kinds = datasets.Features({text: datasets.Value("string"), "label": datasets.ClassLabel(names=list(names))})
+    table = pa.table({text: [f"film {row}" for row in range(len(ids))], "label": pa.array(ids, pa.int64())})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pa.parquet.write_table(table.replace_schema_metadata(kinds.arrow_schema.metadata), path)
+
+
+def targets(tmp_path, tokenizer, labels=None, **values):
+    spec = own(**{"data": "d.parquet", "validation": "d.parquet", **values})
+    options = {"train": False, "labels": labels} if labels else {}
+    task = load_task("mine", spec, tokenizer, data_root=tmp_path, **options)
+    return task.labels, task.evaluations[""].targets.tolist()
+
+
+def test_class_ids_have_the_names_of_the_file(tmp_path, tokenizer, capsys):
+    class_labels(tmp_path / "d.parquet")
+    assert targets(tmp_path, tokenizer) == (["negative", "positive"], [1, 0, 0, 1])
+    for labels, wanted in ((["negative", "positive"], [1, 0, 0, 1]), (["Positive", "Negative"], [0, 1, 1, 0])):
+        assert targets(tmp_path, tokenizer, labels) == (labels, wanted)
+    assert "class ids" not in capsys.readouterr().err
+    with pytest.raises(InputError, match="label 'positive' in validation row 1 is unknown; wanted one of neg, pos"):
+        targets(tmp_path, tokenizer, ["neg", "pos"])
+
+
+@pytest.mark.parametrize("labels", [["LABEL_0", "LABEL_1"], ["0", "1"]])
+def test_class_ids_are_those_of_a_model_that_has_no_names(tmp_path, tokenizer, labels):
+    class_labels(tmp_path / "d.parquet")
+    assert targets(tmp_path, tokenizer, labels) == (labels, [0, 1, 1, 0])
+    class_labels(tmp_path / "d.parquet", names=["1", "2"])  # of stars
+    assert targets(tmp_path, tokenizer, labels) == (labels, [0, 1, 1, 0])
+    assert targets(tmp_path, tokenizer, ["1", "2", "3"]) == (["1", "2", "3"], [0, 1, 1, 0])
+
+
+def test_the_names_of_a_hub_data_set(tokenizer, monkeypatch):
+    data = {"text": ["a film", "a book"] * 2, "label": [0, 1, 1, 0]}
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *_: ["train", "validation"])
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_dict(data, datasets.Features(NAMED))
+    )
+    task = load_task("mine", own(data="some/reviews"), tokenizer)
+    assert (task.labels, task.train.targets.tolist()) == (["negative", "positive"], [1, 0, 0, 1])
+
+
+def test_known_tasks_keep_their_ids(tmp_path, tokenizer):
+    sst2(tmp_path / "plain")
+    plain = load_task("sst2", recipe.Task(data="plain", max_length=16), tokenizer, data_root=tmp_path)
+    for names in (["negative", "positive"], ["neg", "pos"], ["0", "1"]):
+        for split in ("train", "validation"):
+            class_labels(tmp_path / "named" / f"{split}.parquet", names=names, text="sentence")
+        task = load_task("sst2", recipe.Task(data="named", max_length=16), tokenizer, data_root=tmp_path)
+        assert (task.labels, task.train.targets.tolist()) == (plain.labels, [0, 1, 1, 0]), names
+    class_labels(tmp_path / "named" / "train.parquet", text="sentence")  # their names in another order
+    task = load_task("sst2", recipe.Task(data="named", max_length=16), tokenizer, data_root=tmp_path)
+    assert (task.labels, task.train.targets.tolist()) == (plain.labels, [1, 0, 0, 1])
+    class_labels(tmp_path / "named" / "validation.parquet", [-1, -1], ["negative", "positive"], "sentence")
+    with pytest.raises(InputError, match="label -1 in validation row 1: the split has no labels; use another"):
+        load_task("sst2", recipe.Task(data="named", max_length=16), tokenizer, data_root=tmp_path)
+
+
+def test_class_ids_without_a_name(tmp_path, tokenizer):
+    class_labels(tmp_path / "d.parquet", [0, 1, -1])
+    with pytest.raises(InputError, match="label column 'label' is empty in row 3; remove the row"):
+        targets(tmp_path, tokenizer)
+    class_labels(tmp_path / "d.parquet", [0, 2])
+    message = "label 2 in row 2 of column 'label' is none of the ids 0 to 1 of the file's names positive, negative"
+    with pytest.raises(InputError, match=message):
+        targets(tmp_path, tokenizer)
+
+
+def test_files_with_different_names_are_not_joined(tmp_path, tokenizer):
+    for name, names in (("a", ["x", "y"]), ("b", ["y", "x"]), ("c", ["x", "y"])):
+        class_labels(tmp_path / f"{name}.parquet", names=names)
+    write(tmp_path / "plain.parquet", [{"text": "film", "label": 1}])
+    shared = {"validation": "a.parquet"}
+    assert targets(tmp_path, tokenizer, data=["plain.parquet", "a.parquet", "c.parquet"], **shared)[0] == ["x", "y"]
+    with pytest.raises(InputError, match="tasks.mine: the files have different names for their class ids; write them"):
+        targets(tmp_path, tokenizer, data=["a.parquet", "b.parquet"], **shared)
+
+
+@pytest.mark.parametrize("metadata", [b"{", b"[]", b'{"info": {"features": [1]}}', b'{"info": {"features": {"a": 1}}}'])
+def test_metadata_of_another_program_are_left_alone(tmp_path, tokenizer, metadata):
+    table = pa.table({"text": ["a", "b"], "label": [0, 1]}, metadata={b"huggingface": metadata})
+    pa.parquet.write_table(table, tmp_path / "d.parquet")
+    assert targets(tmp_path, tokenizer) == (["0", "1"], [0, 1])
+
+
+def test_numbers_that_are_taken_as_class_ids_are_said(tmp_path, tokenizer, capsys):
+    write(tmp_path / "d.parquet", [{"text": "film", "label": label} for label in (1, 2, 1)])
+    stars = ["1 star", *(f"{count} stars" for count in range(2, 6))]
+    assert targets(tmp_path, tokenizer, stars)[1] == [1, 2, 1]
+    line = "tasks.mine: labels 1, 2 of the validation rows are taken as class ids: 0 = 1 star, 1 = 2 stars, 2 = 3 stars"
+    assert capsys.readouterr().err == f"{line}, 3 = 4 stars, 4 = 5 stars\n"
+    with pytest.raises(InputError, match="label '1' in validation row 1 is unknown; wanted one of bad, good"):
+        targets(tmp_path, tokenizer, ["bad", "good"])
+    targets(tmp_path, tokenizer, ["1", "2"])  # its names
+    targets(tmp_path, tokenizer)  # those of a model to be trained
+    assert capsys.readouterr().err == ""
+
+
+def test_labels_of_bytes(tmp_path, tokenizer):
+    write(tmp_path / "d.parquet", [{"text": "film", "label": label} for label in (b"neg", "schön".encode(), b"neg")])
+    assert targets(tmp_path, tokenizer) == (["neg", "schön"], [0, 1, 0])
+    write(tmp_path / "d.parquet", [{"text": "film", "label": label} for label in (b"neg", b"\xff")])
+    with pytest.raises(InputError, match="'label' holds bytes that are not UTF-8 in row 2, wanted strings or numbers"):
+        targets(tmp_path, tokenizer)

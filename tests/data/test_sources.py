@@ -12,6 +12,7 @@ import zstandard
 
 from pruneofa.data import articles, sources
 from pruneofa.errors import InputError
+from tests.data.task_files import not_utf8
 
 ARTICLES = ["First article.\nIts second line.", "Zweiter Artikel: äöü.", "Third."]
 TEXT = "\n\n".join(ARTICLES) + "\n"
@@ -154,6 +155,32 @@ def test_a_stream_finds_the_byte_that_is_not_utf8_without_a_first_pass(tmp_path)
     (tmp_path / "a.txt").write_bytes(b"good\n\n" * 9 + b"bad \xff")
     with pytest.raises(InputError, match=r"not UTF-8 at byte 58"):
         list(sources.Files((tmp_path / "a.txt",)).articles("text"))
+
+
+def test_parquet_takes_every_type_of_string(tmp_path):
+    for kind in (pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int8(), pa.string())):
+        write_parquet(tmp_path / "a.parquet", body=pa.array(["one", None, "two", "one"], kind))
+        assert read(tmp_path / "a.parquet", "body") == ["one", "", "two", "one"], kind
+
+
+def test_damage_in_the_pages_of_parquet_is_one_line(tmp_path):
+    path = tmp_path / "a.parquet"
+    write_parquet(path, text=[f"an article {n}" for n in range(500)])
+    path.write_bytes(path.read_bytes()[:4] + b"\xff" * 200 + path.read_bytes()[204:])
+    with pytest.raises(InputError, match=r"a\.parquet: not a readable parquet file \(.*\); write it again") as error:
+        read(path)
+    assert "\n" not in str(error.value)
+    write_parquet(path, text=not_utf8())
+    with pytest.raises(InputError, match=r"a\.parquet: not a readable parquet file \('utf-8' codec can't decode"):
+        read(path)
+
+
+def test_another_delimiter_is_named(tmp_path):
+    (tmp_path / "a.csv").write_text("text;label\none, two;1\n")
+    with pytest.raises(
+        InputError, match=r"a\.csv: no column 'text': the delimiter looks like ';', wanted ',' in \.csv"
+    ):
+        read(tmp_path / "a.csv")
 
 
 def test_bad_parquet_columns(tmp_path):

@@ -1,11 +1,14 @@
 """The files of a split, and the rows of it that are held out for every epoch."""
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
 from pruneofa import recipe
+from pruneofa.data import rows
 from pruneofa.data.tasks import load_task
 from pruneofa.errors import InputError, NotNow
-from tests.data.task_files import own, write
+from tests.data.task_files import ROWS, own, write
 from tests.formats.test_hub import raising
 from tests.tiny import tiny_tokenizer
 
@@ -65,3 +68,30 @@ def test_a_hub_that_does_not_answer_is_told_from_a_data_set_that_is_not_there(tm
         with pytest.raises(InputError, match="'some/where' is neither a file or folder") as found:
             load_task("sst2", spec, tokenizer, data_root=tmp_path)
         assert isinstance(found.value, NotNow) != now
+
+
+def test_hold_out_follows_the_content_not_the_order():
+    twice = [*ROWS, *ROWS]  # duplicates must not be on both sides
+    table = pa.Table.from_pylist(twice)
+    train, held = rows.hold_out(table, ["text"], "label", "t")
+    assert 0 < held.num_rows < table.num_rows / 3
+    assert not set(train["text"].to_pylist()) & set(held["text"].to_pylist())
+    _, reversed_held = rows.hold_out(table.take(np.arange(len(twice))[::-1]), ["text"], "label", "t")
+    assert sorted(reversed_held["text"].to_pylist()) == sorted(held["text"].to_pylist())
+
+
+def test_hold_out_leaves_a_row_of_every_label_in_training():
+    rare = [{"text": f"rare {n}", "label": f"only {n}"} for n in range(30)]
+    train, held = rows.hold_out(pa.Table.from_pylist([*ROWS, *rare]), ["text"], "label", "t")
+    assert set(held["label"].to_pylist()) <= {"pos", "neg"}
+    assert len(set(train["label"].to_pylist())) == 32
+
+
+def test_hold_out_compares_labels_as_loading_does():
+    ones = pa.Table.from_pylist([{"text": f"text {n}", "label": "1"} for n in range(40)])
+    _, held = rows.hold_out(ones, ["text"], "label", "t")
+    written = [
+        {"text": text, "label": "1.0" if text in held["text"].to_pylist() else "1"} for text in ones["text"].to_pylist()
+    ]
+    _, again = rows.hold_out(pa.Table.from_pylist(written), ["text"], "label", "t")
+    assert again["text"].to_pylist() == held["text"].to_pylist()

@@ -125,10 +125,37 @@ def test_bad_question_answering_input(tmp_path):
         load(tmp_path, [good], stride=20)
     with pytest.raises(InputError, match="row 1 has no answer; SQuAD v2 is not supported"):
         load(tmp_path, [good], [row("q", "what", [])])
-    with pytest.raises(InputError, match=r"column 'answers' holds .* wanted the lists text and answer_start"):
-        load(tmp_path, [good | {"answers": "Thames"}], [good])
+    for answers in ("Thames", {"text": ["Thames"], "answer_start": [33.0]}, {"text": [33], "answer_start": [33]},
+                    {"text": "Thames", "answer_start": "33"}, [{"text": "Thames", "answer_start": 33}]):  # fmt: skip
+        with pytest.raises(InputError, match=r"column 'answers' holds .* wanted in each row the lists text, of str"):
+            load(tmp_path, [good | {"answers": answers}], [good])
     with pytest.raises(InputError, match="no text column 'context' among"):
         load(tmp_path, [{key: value for key, value in good.items() if key != "context"}], [good])
+
+
+def test_a_single_answer_may_be_without_lists(tmp_path):
+    lists = [row("q", "what river", "Thames"), row("r", "what was first", "The city")]
+    plain = [one | {"answers": {key: values[0] for key, values in one["answers"].items()}} for one in lists]
+    wanted, task = load(tmp_path, lists), load(tmp_path, plain)
+    assert squad.gold_answers(task.evaluations[""].rows, "t") == [["Thames"], ["The city"]]
+    assert task.train_fingerprint == wanted.train_fingerprint
+    assert task.evaluation_fingerprint == wanted.evaluation_fingerprint
+
+
+def test_an_answer_of_null_is_none(tmp_path):
+    good = row("q", "what river", "Thames")
+    for answers in ({"text": [None], "answer_start": [4]}, None):
+        with pytest.raises(InputError, match="row 2 has no answer; SQuAD v2 is not supported"):
+            load(tmp_path, [good], [good, good | {"answers": answers}])
+    with pytest.raises(InputError, match=r"1 of 2 answers are not found .* \(row 2\); set"):
+        load(tmp_path, [good, good | {"answers": {"text": ["Thames"], "answer_start": [None]}}], [good])
+
+
+def test_rows_without_ids_are_named_by_their_number(tmp_path):
+    bad = row("q", "what river", "Thames", start=3)
+    del bad["id"]
+    with pytest.raises(InputError, match=r"1 of 1 answers are not found .*, first in row 1; set tasks.squad.skip_bad"):
+        load(tmp_path, [bad])
 
 
 def test_held_out_contexts_are_not_in_training(tmp_path):

@@ -10,7 +10,7 @@ from pruneofa.data.baseline import baseline
 from pruneofa.data.features import collate, evaluation_batches
 from pruneofa.data.tasks import load_task, longest_input
 from pruneofa.errors import InputError
-from tests.data.task_files import ROWS, own, sst2, write
+from tests.data.task_files import ROWS, not_utf8, own, sst2, write
 from tests.tiny import tiny_bert, tiny_distilbert, tiny_mpnet, tiny_roberta, tiny_tokenizer
 
 
@@ -32,6 +32,16 @@ def test_every_format_gives_the_same_task(tmp_path, tokenizer, suffix):
     assert task.model_kwargs() == {
         "num_labels": 2, "id2label": {0: "neg", 1: "pos"}, "label2id": {"neg": 0, "pos": 1},
     }  # fmt: skip
+
+
+def test_a_suffix_in_capitals_is_the_same(tmp_path, tokenizer):
+    for suffix in (".csv", ".tsv", ".jsonl", ".parquet"):
+        write(tmp_path / f"d{suffix}", ROWS).rename(tmp_path / f"D{suffix.upper()}")
+        assert rows.read(tmp_path / f"D{suffix.upper()}", "t").to_pylist() == ROWS
+        write(tmp_path / suffix / f"d{suffix}", ROWS).rename(tmp_path / suffix / f"train{suffix.upper()}")
+        assert load_task("mine", own(data=suffix), tokenizer, data_root=tmp_path).held_out[1] == len(ROWS)
+    with pytest.raises(InputError, match=r"NOWHERE\.CSV: no such file"):
+        load_task("mine", own(data="NOWHERE.CSV"), tokenizer, data_root=tmp_path)
 
 
 def test_features_are_what_the_tokenizer_gives(tmp_path, tokenizer):
@@ -71,33 +81,6 @@ def test_unclosed_quote_in_tsv_is_text(tmp_path):
     path = tmp_path / "d.tsv"
     path.write_text('text\tlabel\n"open, never closed\tx\nplain\ty\n', encoding="utf-8")
     assert rows.read(path, "t")["text"].to_pylist() == ['"open, never closed', "plain"]
-
-
-def test_hold_out_follows_the_content_not_the_order(tmp_path, tokenizer):
-    twice = [*ROWS, *ROWS]  # duplicates must not be on both sides
-    table = pa.Table.from_pylist(twice)
-    train, held = rows.hold_out(table, ["text"], "label", "t")
-    assert 0 < held.num_rows < table.num_rows / 3
-    assert not set(train["text"].to_pylist()) & set(held["text"].to_pylist())
-    _, reversed_held = rows.hold_out(table.take(np.arange(len(twice))[::-1]), ["text"], "label", "t")
-    assert sorted(reversed_held["text"].to_pylist()) == sorted(held["text"].to_pylist())
-
-
-def test_hold_out_leaves_a_row_of_every_label_in_training():
-    rare = [{"text": f"rare {n}", "label": f"only {n}"} for n in range(30)]
-    train, held = rows.hold_out(pa.Table.from_pylist([*ROWS, *rare]), ["text"], "label", "t")
-    assert set(held["label"].to_pylist()) <= {"pos", "neg"}
-    assert len(set(train["label"].to_pylist())) == 32
-
-
-def test_hold_out_compares_labels_as_loading_does():
-    ones = pa.Table.from_pylist([{"text": f"text {n}", "label": "1"} for n in range(40)])
-    _, held = rows.hold_out(ones, ["text"], "label", "t")
-    written = [
-        {"text": text, "label": "1.0" if text in held["text"].to_pylist() else "1"} for text in ones["text"].to_pylist()
-    ]
-    _, again = rows.hold_out(pa.Table.from_pylist(written), ["text"], "label", "t")
-    assert again["text"].to_pylist() == held["text"].to_pylist()
 
 
 def test_first_rows_only(tmp_path, tokenizer):
@@ -267,6 +250,9 @@ BAD_FILES = [
     ("d.csv", b"text,label\ngood,1\nb\xe4d,0\n", r"d\.csv: not UTF-8 at line 3"),
     ("d.csv", b"", "no header; its first line"),
     ("d.csv", b"text,label\n", "the file has no rows"),
+    ("d.csv", b"text;label\na;x\nb;y\n", r"d\.csv: the delimiter looks like ';', wanted ',' in \.csv; write the file"),
+    ("d.csv", b"text;label\none, two;x\n", r"d\.csv: the delimiter looks like ';', wanted ',' in \.csv; write the"),
+    ("D.TSV", b"text,label\na,x\n", r"D\.TSV: the delimiter looks like ',', wanted '\\t' in \.tsv; write the file"),
     ("d.csv", b"text,label\na,b,c\n", "line 2 has 3 fields, the header 2"),
     ("d.csv", b"text,lable\na,b\n", "no label column 'label' among 'text', 'lable'; did you mean 'lable'"),
     ("d.csv", b"sentence,label\na,x\nb,y\n", r"no text column 'text' among 'sentence', 'label'; set tasks.mine.text"),
@@ -307,6 +293,12 @@ def test_columns_of_every_type_of_string(tmp_path, tokenizer):
         pa.parquet.write_table(pa.table({"text": pa.array(texts, kind), "label": labels}), tmp_path / "d.parquet")
         task = load_task("mine", own(data="d.parquet", validation="d.parquet"), tokenizer, data_root=tmp_path)
         assert (task.labels, len(task.train)) == (["x", "y"], 8), kind
+
+
+def test_parquet_that_is_not_utf8(tmp_path):
+    pa.parquet.write_table(pa.table({"text": not_utf8(), "label": ["x", "y"]}), tmp_path / "d.parquet")
+    with pytest.raises(InputError, match=r"d\.parquet: not readable as parquet \(.*Invalid UTF8 sequence"):
+        rows.read(tmp_path / "d.parquet", "tasks.mine")
 
 
 def test_missing_split(tmp_path, tokenizer):

@@ -50,6 +50,17 @@ def test_files_merge_key_by_key_and_overrides_come_last(tmp_path):
     assert loaded.tasks["sst2"].epochs == 2 and loaded.seeds == [3]
 
 
+def test_a_task_may_be_only_named(tmp_path):
+    (tmp_path / "a.yaml").write_text("name: a\nmodel: m\nmodel_is_sparse: true\ntasks:\n  sst2:\n  qqp: {epochs: 2}\n")
+    (tmp_path / "b.yaml").write_text("tasks:\n  qqp:\n")
+    loaded = recipe.load([tmp_path / "a.yaml", tmp_path / "b.yaml"], ["tasks.qnli=null"])
+    assert list(loaded.tasks) == ["sst2", "qqp", "qnli"]
+    assert (loaded.tasks["sst2"], loaded.tasks["qqp"].epochs) == (recipe.Task(), 2)
+    (tmp_path / "b.yaml").write_text("tasks:\n  mine:\n")
+    with pytest.raises(InputError, match=r"task 'mine' is not one of .*; your own task needs data, text and label"):
+        recipe.load([tmp_path / "a.yaml", tmp_path / "b.yaml"])
+
+
 def test_merge_leaves_its_arguments_alone():
     base, over = {"a": {"b": 1}, "c": [1]}, {"a": {"d": 2}, "c": [2]}
     assert recipe.merge(base, over) == {"a": {"b": 1, "d": 2}, "c": [2]}

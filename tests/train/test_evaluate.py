@@ -16,6 +16,8 @@ from transformers import (
 from pruneofa import recipe
 from pruneofa.data.tasks import load_task
 from pruneofa.errors import InputError
+from pruneofa.run.fine_tuning import Losses, task_student, transfer_objective
+from pruneofa.train import evaluate as evaluation
 from pruneofa.train.evaluate import evaluate, evaluate_model, label_order, load_task_model
 from tests.tiny import tiny_bert, tiny_distilbert, tiny_tokenizer
 
@@ -112,7 +114,6 @@ def test_label_order():
 
     assert order(["b", "a"], ["a", "b"]) == [1, 0]
     assert order(["CONTRADICTION", "NEUTRAL", "ENTAILMENT"], ["entailment", "neutral", "contradiction"]) == [2, 1, 0]
-    assert order(["LABEL_0", "LABEL_1"], ["a", "b"]) == [0, 1]
     eleven = [f"LABEL_{number}" for number in range(11)]
     assert order(eleven, sorted(eleven)) == [0, 1, 10, *range(2, 10)]  # they are really called so
     assert order(["a", "A"], ["A", "a"]) == [1, 0]
@@ -120,6 +121,27 @@ def test_label_order():
         order(["x", "y"], ["a", "b"])
     with pytest.raises(InputError, match="LABEL_0, LABEL_1, LABEL_2, the task's a, b"):
         order(["LABEL_0", "LABEL_1", "LABEL_2"], ["a", "b"])
+
+
+def test_classes_without_names_are_not_guessed(capsys):
+    def order(count, name, task_labels):
+        names = [f"LABEL_{index}" for index in range(count)]
+        config = SimpleNamespace(id2label=dict(enumerate(names)), num_labels=count)
+        return label_order(config, SimpleNamespace(name=name, labels=task_labels))
+
+    evaluation._say.cache_clear()
+    for labels in (["a", "b"], ["1", "2"], ["0", "2"], ["1", "0"]):
+        with pytest.raises(
+            InputError, match=r"no names \(LABEL_0, LABEL_1\), and which .* the data's .*; name them in"
+        ):
+            order(2, "t", labels)
+    assert capsys.readouterr().err == ""
+    assert order(2, "qnli", ["entailment", "not_entailment"]) == [0, 1]
+    assert order(2, "qnli", ["entailment", "not_entailment"]) == [0, 1]
+    said = "the model's classes have no names, they are taken in the task's order: LABEL_0 = "
+    assert capsys.readouterr().err == f"tasks.qnli: {said}entailment, LABEL_1 = not_entailment\n"
+    assert order(3, "t", ["0", "1", "2"]) == [0, 1, 2]
+    assert capsys.readouterr().err == f"tasks.t: {said}0, LABEL_1 = 1, LABEL_2 = 2\n"
 
 
 def save(model, folder):
@@ -220,6 +242,22 @@ def test_unreadable_folders(tmp_path, own):
     weights.write_bytes(weights.read_bytes()[:-1000])
     with pytest.raises(InputError, match="not a loadable model folder"):
         evaluate(folder, "mine", own)
+
+
+@pytest.mark.parametrize("engine", [False, True])
+def test_names_are_not_matched_to_a_model_without_any(tmp_path, own, capsys, engine):
+    folder = save(tiny_bert(BertForSequenceClassification, num_labels=3), tmp_path / "model")
+    with pytest.raises(InputError, match=r"no names \(LABEL_0, .*the data's bad, fine, good is unknown; name them in"):
+        evaluate(folder, "mine", own, engine=engine)
+    task = load_task("mine", own, tiny_tokenizer())
+    with pytest.raises(InputError, match=r"tasks\.mine: the model's classes have no names"):  # as a teacher
+        transfer_objective(str(folder), str(folder), Losses(hard=0.0, kd=1.0, hidden=0.0, temperature=2.0), task)
+    with pytest.raises(InputError, match=r"tasks\.mine: the model's classes have no names"):  # to be quantized
+        task_student(str(folder), task)
+    write(tmp_path / "d.jsonl", [{"text": f"film {row % 3}", "label": row % 3} for row in range(60)])
+    assert "accuracy" in evaluate(folder, "mine", own, engine=engine)
+    said = "labels 0, 1, 2 of the validation rows are taken as class ids: 0 = LABEL_0, 1 = LABEL_1, 2 = LABEL_2\n"
+    assert capsys.readouterr().err.count(said) == 1
 
 
 def test_other_labels_are_refused(tmp_path, own):

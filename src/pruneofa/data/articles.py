@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pruneofa.data.characters import half_pair, nul
-from pruneofa.errors import InputError
-from pruneofa.formats.delimited import literal_quotes, read_fields
+from pruneofa.errors import InputError, first_line
+from pruneofa.formats.delimited import literal_quotes, other_delimiter, read_fields
 from pruneofa.formats.files import file_fingerprint
 from pruneofa.formats.json_lines import parse_line
 
@@ -77,19 +77,20 @@ def _parquet(path: Path, column: str) -> Iterator[Any]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from pruneofa.data.rows import is_text
+
     try:
         with pq.ParquetFile(path, buffer_size=PEEK, pre_buffer=False) as file:
             need_column(path, column, file.schema_arrow.names)
             kind = file.schema_arrow.field(column).type
-            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            if not is_text(kind):
                 raise InputError(f"{path}: column {column!r} is {kind}, wanted strings; set corpus.column")
             if not file.metadata.num_rows:
                 raise InputError(f"{path}: this file has no rows; remove it from the source or write it again")
             yield file
             pa.default_memory_pool().release_unused()
-    except pa.ArrowInvalid as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path}: not a readable parquet file ({reason}); write it again") from None
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a readable parquet file ({first_line(error)}); write it again") from None
 
 
 def checked_text(where: object, column: str, value: object) -> str:
@@ -190,6 +191,8 @@ def _fields(path: Path, lines: Iterable[str], column: str) -> Iterator[str]:
     tabs = kind_of(path) == ".tsv"
     rows = read_fields(lines, path, tabs=tabs, literal=tabs and _literal_quotes(path))
     header = next(rows)
+    if column not in header and (wrong := other_delimiter(header, kind_of(path))):
+        raise InputError(f"{path}: no column {column!r}: {wrong}")
     need_column(path, column, header)
     index = header.index(column)
     return (checked_text(path, column, row[index]) for row in rows)

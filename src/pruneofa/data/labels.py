@@ -82,9 +82,37 @@ def _whole(names: Iterable[str]) -> bool:
     return all(name.lstrip("-").isdecimal() for name in names)
 
 
+def unnamed(labels: Sequence[str]) -> bool:
+    """Whether the classes of a model were never named: transformers calls them LABEL_0, LABEL_1, ..."""
+    return all(name == f"LABEL_{index}" for index, name in enumerate(labels))
+
+
+def named(
+    ids: Sequence[Any], names: Sequence[str], labels: Sequence[str], known: bool, column: str, where: str
+) -> list[Any]:
+    """Class ids by their `names` in the data; -1, which stands for no label, becomes None but for a `known` task.
+
+    They stay numbers where `labels` are not these names and numbers mean them: the labels of a `known` task, and of a
+    model without names or trained on numbers.
+
+    Raises InputError for a number that is not the id of a name.
+    """
+    numbers = unnamed(labels) or list(labels) == [str(index) for index in range(len(labels))]
+    if labels and (known or numbers) and not set(names) <= set(labels):
+        return list(ids)
+    for row, index in enumerate(ids, 1):
+        if index is not None and not -1 <= index < len(names):
+            raise InputError(
+                f"{where}: label {index} in row {row} of column {column!r} is none of the ids 0 to {len(names) - 1} of "
+                f"the file's names {some(names)}; write the file again"
+            )
+    missing = -1 if known else None
+    return [missing if index is None or index < 0 else names[index] for index in ids]
+
+
 def labels_of_model(labels: Sequence[str], values: Sequence[Any], column: str, where: str) -> list[str] | None:
     """The labels of a model; None if they were never named and the column has names."""
-    if any(name != f"LABEL_{index}" for index, name in enumerate(labels)):
+    if not unnamed(labels):
         return list(labels)
     numbers = {str(index) for index in range(len(labels))}
     found = set(label_names(values, column, where, labels))
@@ -108,6 +136,8 @@ def class_ids(
     found = set(names)
     if of_model and found <= set(numbers) and not found & set(ids):
         ids = numbers
+        meant = some([f"{index} = {label}" for index, label in enumerate(labels)])
+        notice(f"{where}: labels {some(sorted(found, key=int))} of the {split} rows are taken as class ids: {meant}")
     elif of_model and len(lower := {label.lower(): index for index, label in enumerate(labels)}) == len(labels):
         ids = {name: lower[name.lower()] for name in found if name.lower() in lower} | ids
     unknown = next(((row, name) for row, name in enumerate(names, 1) if name not in ids), None)
@@ -116,13 +146,25 @@ def class_ids(
     row, name = unknown
     if known and name == "-1":
         raise InputError(f"{where}: label -1 in {split} row {row}: the split has no labels; use another")
-    among = ", ".join(labels[:10]) + (", ..." if len(labels) > 10 else "")
-    raise InputError(f"{where}: label {name!r} in {split} row {row} is unknown; wanted one of {among}")
+    raise InputError(f"{where}: label {name!r} in {split} row {row} is unknown; wanted one of {some(labels)}")
+
+
+def some(names: Sequence[str]) -> str:
+    """The first ten of the names, for a message."""
+    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
 
 
 def _label_name(value: Any, row: int, column: str, where: str) -> str:
     if isinstance(value, list | tuple | dict):
         raise _several(type(value).__name__, row, column, where)
+    if isinstance(value, bytes):
+        try:
+            value = value.decode()
+        except UnicodeDecodeError:
+            raise InputError(
+                f"{where}: label column {column!r} holds bytes that are not UTF-8 in row {row}, wanted strings or "
+                "numbers; write the file again"
+            ) from None
     if value is None or (isinstance(value, float) and math.isnan(value)) or not (name := as_text(value)):
         raise InputError(f"{where}: label column {column!r} is empty in row {row}; remove the row")
     if isinstance(value, float) and not value.is_integer():

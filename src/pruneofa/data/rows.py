@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import io
+import json
 import re
 from collections.abc import Mapping, Sequence
 from itertools import chain
@@ -17,7 +18,7 @@ from pruneofa.data.characters import half_pair, nul
 from pruneofa.data.labels import as_text, refuse_row_ids
 from pruneofa.data.root import root_folder
 from pruneofa.errors import InputError, first_line
-from pruneofa.formats.delimited import literal_quotes, read_rows
+from pruneofa.formats.delimited import literal_quotes, other_delimiter, read_fields, read_rows
 from pruneofa.formats.hub import announce, could_be_hub_id, kind_of_failure
 from pruneofa.formats.json_lines import parse_line
 
@@ -80,16 +81,17 @@ def read(path: Path, where: str) -> pa.Table:
     """
     if not path.is_file():
         raise InputError(f"{where}: {path}: no such file; check {where}.data, {where}.validation and data_root")
-    if path.suffix not in SUFFIXES:
+    if (kind := path.suffix.lower()) not in SUFFIXES:
         raise InputError(f"{where}: {path}: got {path.suffix or 'no suffix'!r}, wanted {', '.join(SUFFIXES)}")
-    if path.suffix == ".parquet":
+    if kind == ".parquet":
         try:
             table = pq.read_table(path)
+            table.validate(full=True)  # also that strings are UTF-8
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{where}: {path}: not readable as parquet ({first_line(error)})") from None
     else:
         text = _decode(path, where)
-        rows = _json_lines(text, path, where) if path.suffix == ".jsonl" else _delimited(text, path, where)
+        rows = _json_lines(text, path, where) if kind == ".jsonl" else _delimited(text, path, where)
         keys = dict.fromkeys(chain.from_iterable(rows))  # of all rows: the first may lack some
         table = pa.table({key: _array([row.get(key) for row in rows], f"{where}: {path}", key) for key in keys})
     if table.num_rows == 0:
@@ -119,15 +121,32 @@ def column(table: pa.Table, name: str, role: str, where: str) -> pa.ChunkedArray
     raise InputError(f"{where}: no {role} column {name!r} among {found}{hint}")
 
 
+def class_labels(table: pa.Table) -> dict[str, list[str]]:
+    """The names by class id of every column of class ids, as `datasets` describes it in the metadata of a table."""
+    try:
+        features = json.loads((table.schema.metadata or {})[b"huggingface"])["info"]["features"]
+        found = {name: feature["names"] for name, feature in features.items() if feature.get("_type") == "ClassLabel"}
+    except (ValueError, KeyError, TypeError, AttributeError):  # there are none, or another program wrote them
+        return {}
+    integers = {field.name for field in table.schema if pa.types.is_integer(field.type)}
+    return {name: list(map(str, names)) for name, names in found.items() if names and name in integers}
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds strings, as a dictionary of them does too."""
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
 def text_column(table: pa.Table, name: str, where: str) -> pa.ChunkedArray:
     """The column `name`. Raises InputError unless it holds a string in every row, not all of them blank."""
     values = column(table, name, "text", where)
+    if not is_text(values.type):
+        raise InputError(f"{where}: text column {name!r} holds {values.type}, wanted strings")
     if pa.types.is_dictionary(values.type):
         values = values.cast(values.type.value_type)
     if pa.types.is_string_view(values.type):
         values = values.cast(pa.large_string())
-    if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
-        raise InputError(f"{where}: text column {name!r} holds {values.type}, wanted strings")
     if values.null_count:
         first = int(np.flatnonzero(values.is_null().to_numpy())[0]) + 1
         raise InputError(
@@ -178,7 +197,7 @@ def _folder(folder: Path, where: str, wanted: Mapping[str, Sequence[str]], requi
             paths = sorted(
                 path
                 for path in folder.iterdir()
-                if path.suffix in SUFFIXES and re.fullmatch(rf"{name}(-\d+-of-\d+)?", path.stem)
+                if path.suffix.lower() in SUFFIXES and re.fullmatch(rf"{name}(-\d+-of-\d+)?", path.stem)
             )
             if paths:
                 _check_complete(paths, where)
@@ -197,9 +216,9 @@ def _check_complete(paths: Sequence[Path], where: str) -> None:
     """Raise InputError unless the files of a split are one, or all shards of one: others repeat rows or lack some."""
     shards = [re.fullmatch(r".*-(\d+)-of-(\d+)", path.stem) for path in paths]
     indices = sorted(int(shard[1]) for shard in shards if shard)
-    of = {(int(shard[2]), path.suffix) for shard, path in zip(shards, paths, strict=True) if shard}
+    of = {(int(shard[2]), path.suffix.lower()) for shard, path in zip(shards, paths, strict=True) if shard}
     every = [list(range(first, first + len(paths))) for first in (0, 1)]
-    if shards != [None] and not (indices in every and of == {(len(paths), paths[0].suffix)}):
+    if shards != [None] and not (indices in every and of == {(len(paths), paths[0].suffix.lower())}):
         names = ", ".join(path.name for path in paths[:4]) + (", ..." if len(paths) > 4 else "")
         raise InputError(
             f"{where}: {paths[0].parent}: got {names}, wanted one file of the split, or as many shards as their names "
@@ -239,12 +258,16 @@ def _hub(
 
 
 def _could_be_hub_id(name: str, root: Path) -> bool:
-    return Path(name).suffix not in SUFFIXES and could_be_hub_id(name, root)
+    return Path(name).suffix.lower() not in SUFFIXES and could_be_hub_id(name, root)
 
 
 def _concatenate(tables: list[pa.Table], where: str) -> pa.Table:
+    described = [table for table in tables if class_labels(table)]
+    if any(class_labels(table) != class_labels(described[0]) for table in described):
+        raise InputError(f"{where}: the files have different names for their class ids; write them with the same ones")
     try:
-        return pa.concat_tables(tables, promote_options="default")
+        table = pa.concat_tables(tables, promote_options="default")
+        return table.replace_schema_metadata(described[0].schema.metadata) if described else table
     except pa.ArrowException as error:
         raise InputError(f"{where}: the files have different columns ({first_line(error)})") from None
 
@@ -271,5 +294,8 @@ def _delimited(text: str, path: Path, where: str) -> list[dict[str, Any]]:
     def lines() -> io.StringIO:
         return io.StringIO(text, newline="")
 
-    tabs = path.suffix == ".tsv"
-    return list(read_rows(lines(), f"{where}: {path}", tabs=tabs, literal=tabs and literal_quotes(lines())))
+    tabs = path.suffix.lower() == ".tsv"
+    how = {"where": f"{where}: {path}", "tabs": tabs, "literal": tabs and literal_quotes(lines())}
+    if wrong := other_delimiter(next(read_fields(lines(), **how)), path.suffix.lower()):
+        raise InputError(f"{where}: {path}: {wrong}")
+    return list(read_rows(lines(), **how))

@@ -1,5 +1,6 @@
 """SQuAD v1.1: contexts in overlapping windows, answer spans, and n-best selection."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -104,17 +105,18 @@ def good_answers(table: pa.Table, *, skip: bool, where: str) -> tuple[pa.Table, 
     Of several answers the first good one counts.
 
     Raises:
-        InputError: a row has no such answer and `skip` is off; it gives their number and the first id.
+        InputError: a row has no such answer and `skip` is off; it gives their number and the first of them.
     """
     answers = _answers(table, where)
     contexts = rows.text_column(table, "context", where).to_pylist()
     spans = [_span(context, answer) for context, answer in zip(contexts, answers, strict=True)]
     bad = [index for index, span in enumerate(spans) if span is None]
     if bad and not skip:
-        name = rows.column(table, "id", "id", where)[bad[0]].as_py()
+        row = f"row {bad[0] + 1}"
+        first = f"{table['id'][bad[0]].as_py()!r} ({row})" if "id" in table.column_names else f"in {row}"
         raise InputError(
             f"{where}: {len(bad)} of {table.num_rows} answers are not found in their context at answer_start, "
-            f"first {name!r} (row {bad[0] + 1}); set {where}.skip_bad_answers=true to train without them"
+            f"first {first}; set {where}.skip_bad_answers=true to train without them"
         )
     kept = [span for span in spans if span is not None]
     if not kept:
@@ -125,18 +127,31 @@ def good_answers(table: pa.Table, *, skip: bool, where: str) -> tuple[pa.Table, 
 
 
 def _answers(table: pa.Table, where: str) -> list[dict[str, list[Any]]]:
+    """The lists text and answer_start of each row; a single string and a single integer are lists of one."""
     answers = rows.column(table, "answers", "answers", where)
-    fields = {field.name for field in answers.type} if pa.types.is_struct(answers.type) else set()
-    if not {"text", "answer_start"} <= fields:
+    fields = {field.name: field.type for field in answers.type} if pa.types.is_struct(answers.type) else {}
+    wanted = {"text": rows.is_text, "answer_start": pa.types.is_integer}
+    if not all(name in fields and _holds(fields[name], is_wanted) for name, is_wanted in wanted.items()):
         raise InputError(
-            f"{where}: column 'answers' holds {answers.type}, wanted the lists text and answer_start in each row"
+            f"{where}: column 'answers' holds {answers.type}, wanted in each row the lists text, of strings, and "
+            "answer_start, of integers; write it again"
         )
-    return [answer or {"text": [], "answer_start": []} for answer in answers.to_pylist()]
+    return [{name: _listed((answer or {}).get(name)) for name in wanted} for answer in answers.to_pylist()]
+
+
+def _holds(kind: pa.DataType, is_wanted: Callable[[pa.DataType], bool]) -> bool:
+    """Whether a type is wanted, or that of lists of such values; lists of no type are empty in every row."""
+    element = getattr(kind, "value_type", kind)
+    return is_wanted(kind) or is_wanted(element) or pa.types.is_null(element)
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _span(context: str, answers: dict[str, list[Any]]) -> tuple[int, int] | None:
     for text, start in zip(answers["text"], answers["answer_start"], strict=False):  # a shorter list: no answer
-        if text and start >= 0 and context[start : start + len(text)] == text:
+        if text and start is not None and start >= 0 and context[start : start + len(text)] == text:
             return start, start + len(text)
     return None
 
@@ -161,7 +176,7 @@ def token_spans(windows: Windows, spans: NDArray[np.int64]) -> NDArray[np.int64]
 
 def gold_answers(table: pa.Table, where: str) -> list[list[str]]:
     """All reference texts of every row. Raises InputError for a row without one (SQuAD v2)."""
-    texts = [answer["text"] for answer in _answers(table, where)]
+    texts = [[text for text in answer["text"] if text is not None] for answer in _answers(table, where)]
     for index, row in enumerate(texts):
         if not row:
             raise InputError(f"{where}: row {index + 1} has no answer; SQuAD v2 is not supported, only v1.1")

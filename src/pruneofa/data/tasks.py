@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pruneofa import families, recipe
 from pruneofa.data import rows, squad
 from pruneofa.data.features import Item, TaskData, collate
-from pruneofa.data.labels import class_ids, distinct, labels_of_model
+from pruneofa.data.labels import class_ids, distinct, labels_of_model, named
 from pruneofa.errors import InputError
 
 EPOCH_ROWS = "epochs"  # key of the rows held out for evaluation after every epoch
@@ -117,9 +117,10 @@ def load_task(
         max_positions: longest input of the model (`longest_input`), where it is known already.
 
     Raises:
-        InputError: the data do not fit the task, the tokenizer or the model.
+        InputError: the data do not fit the task, the tokenizer or the model, or a setting is of another kind of task.
     """
     spec, where = spec.resolved(name), f"tasks.{name}"
+    _refuse_unused(name, spec, where)
     max_length = _check_length(spec.max_length, tokenizer, max_positions, where)
     kind: Literal["classification", "qa"] = "qa" if name == "squad" else "classification"
     text = ("question", "context") if kind == "qa" else _names(spec.text) or _TEXT.get(name, ())
@@ -128,13 +129,19 @@ def load_task(
         raise InputError(f"{where}.label is the text column {column!r}, wanted the column of the classes; set it")
     splits, held_out = _read_splits(name, spec, text, column, where, train=train, whole=whole, data_root=data_root)
     names: list[str] = []
-    of_model = False
+    known, of_model = name in _LABELS, False
+
+    def values(table: pa.Table) -> list[Any]:
+        found = rows.column(table, column, "label", where).to_pylist()
+        by_id = rows.class_labels(table).get(column)
+        return found if by_id is None else named(found, by_id, labels or _LABELS.get(name, ()), known, column, where)
+
     if kind == "classification":
         if not 1 <= len(text) <= 2:
             raise InputError(f"{where}.text names {len(text)} columns, wanted one or two")
-        given = labels_of_model(labels, _values(splits[""], column, where), column, where) if labels else None
-        of_model, named = given is not None, given or list(_LABELS.get(name, ()))
-        names = named or distinct(_values(splits.get("train", splits[""]), column, where), column, where)
+        given = labels_of_model(labels, values(splits[""]), column, where) if labels else None
+        of_model, names = given is not None, given or list(_LABELS.get(name, ()))
+        names = names or distinct(values(splits.get("train", splits[""])), column, where)
     if train and spec.check_epochs:
         chosen = splits["train"].slice(0, spec.train_rows)
         splits["train"], splits[EPOCH_ROWS] = rows.hold_out(chosen, *_key(name, text, column), where, part=1)
@@ -145,7 +152,7 @@ def load_task(
         if kind == "qa":
             return _question_answering(table, spec, tokenizer, split, where)
         called = _SPLITS.get(split, f"validation{split}")
-        targets = class_ids(_values(table, column, where), column, names, called, name in _LABELS, where, of_model)
+        targets = class_ids(values(table), column, names, called, known, where, of_model)
         return _classification(table, text, targets, tokenizer, max_length, where)
 
     features = {split: tokenized(split, table) for split, table in splits.items() if train or split != "train"}
@@ -167,6 +174,15 @@ def load_task(
         held_out=held_out,
         epoch_rows=epoch_rows,
     )
+
+
+def _refuse_unused(name: str, spec: recipe.Task, where: str) -> None:
+    """Raises InputError for a setting of the other kind of task, which would have no effect."""
+    squad = name == "squad"
+    reason = "the data of squad have the columns question, context and answers" if squad else "only squad uses it"
+    for key in ("text", "label") if squad else ("stride", "skip_bad_answers"):
+        if (value := getattr(spec, key)) is not None and value is not False:
+            raise InputError(f"{where}.{key} is {value!r}, but {reason}; {'rename the columns, and ' * squad}omit it")
 
 
 def _read_splits(
@@ -208,10 +224,6 @@ def _key(name: str, text: Sequence[str], column: str) -> tuple[Sequence[str], st
 
 def _names(value: str | list[str] | None) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value or ())
-
-
-def _values(table: pa.Table, column: str, where: str) -> list[Any]:
-    return rows.column(table, column, "label", where).to_pylist()
 
 
 def longest_input(config: Any) -> int:

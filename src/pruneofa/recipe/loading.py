@@ -48,10 +48,18 @@ def load(paths: Iterable[str | Path], overrides: Iterable[str] = ()) -> Recipe:
             raise InputError(
                 f"{path}: got {type(loaded).__name__}, wanted a mapping of keys such as in recipes/demo.yaml"
             )
-        merged = merge(merged, loaded)
+        merged = merge(merged, _with_tasks(loaded))
     for override in overrides:
-        merged = merge(merged, parse_override(override))
+        merged = merge(merged, _with_tasks(parse_override(override)))
     return validate(Recipe, merged)
+
+
+def _with_tasks(values: dict[str, Any]) -> dict[str, Any]:
+    """The values with a task that has only its name, `sst2:` in YAML, as one without settings."""
+    tasks = values.get("tasks")
+    if not isinstance(tasks, dict):
+        return values
+    return values | {"tasks": {name: {} if task is None else task for name, task in tasks.items()}}
 
 
 def _read(path: Path) -> str:

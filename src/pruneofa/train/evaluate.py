@@ -1,6 +1,7 @@
 """Metrics of a model on a task, in percent, by torch or by the engine."""
 
 import contextlib
+import functools
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 from pruneofa import __version__, recipe
 from pruneofa.data import squad
 from pruneofa.data.features import TaskData, evaluation_batches
+from pruneofa.data.labels import some, unnamed
 from pruneofa.data.tasks import Task, load_task, longest_input
 from pruneofa.engine.engine import Engine
 from pruneofa.engine.load import Precision as EnginePrecision
@@ -245,41 +247,51 @@ def _metrics(task: Task, columns: list[int] | None, forward: Callable[[TaskData]
 def label_order(config: Any, task: Task) -> list[int]:
     """The model's class id of each label of the task: `logits[:, order]` follows `task.labels`.
 
-    Names are compared case-insensitively. A model whose labels were never named (LABEL_0, ...) is assumed to have
-    the task's order.
+    Names are compared case-insensitively. The classes of a model that were never named (LABEL_0, ...) are those of GLUE
+    in its order, or the numbers by which the data name them; a notice on stderr says so.
 
     Raises:
-        InputError: the model has other labels.
+        InputError: the model has other labels, or none where those of the data are names.
     """
     return _order(class_names(config), task)
 
 
 def _order(names: list[str], task: Task) -> list[int]:
-    if _unnamed(names) and len(names) == len(task.labels) and set(names) != {str(label) for label in task.labels}:
-        return list(range(len(names)))
+    if unnamed(names) and len(names) == len(task.labels) and set(names) != {str(label) for label in task.labels}:
+        return _order_of_unnamed(names, task)
     ids = {name.lower(): index for index, name in enumerate(names)}
     wanted = [label.lower() for label in task.labels]
     if len(ids) != len(names) or len(set(wanted)) != len(wanted):  # some labels differ only in case
         ids, wanted = {name: index for index, name in enumerate(names)}, task.labels
     if sorted(ids) != sorted(wanted):
         raise InputError(
-            f"tasks.{task.name}: the model's labels are {_some(names)}, the task's {_some(task.labels)}; "
+            f"tasks.{task.name}: the model's labels are {some(names)}, the task's {some(task.labels)}; "
             "evaluate a model of this task, or rename id2label in its config.json"
         )
     return [ids[label] for label in wanted]
 
 
+def _order_of_unnamed(names: list[str], task: Task) -> list[int]:
+    order = list(range(len(names)))
+    if task.name not in recipe.GLUE and task.labels != [str(index) for index in order]:
+        raise InputError(
+            f"tasks.{task.name}: the model's classes have no names ({some(names)}), and which of them are the data's "
+            f"{some(task.labels)} is unknown; name them in id2label of the model's config.json"
+        )
+    meant = some([f"{name} = {label}" for name, label in zip(names, task.labels, strict=True)])
+    _say(f"tasks.{task.name}: the model's classes have no names, they are taken in the task's order: {meant}")
+    return order
+
+
+@functools.cache
+def _say(message: str) -> None:
+    """A notice once: the classes of a model are ordered several times."""
+    notice(message)
+
+
 def class_names(config: Any) -> list[str]:
     """The names of a transformers model's classes, by class id."""
     return [str(config.id2label[index]) for index in range(config.num_labels)]
-
-
-def _unnamed(classes: Sequence[str]) -> bool:
-    return all(name == f"LABEL_{index}" for index, name in enumerate(classes))
-
-
-def _some(labels: Sequence[str]) -> str:
-    return ", ".join(labels[:10]) + (", ..." if len(labels) > 10 else "")
 
 
 def _answers(task: Task, data: TaskData, batches: Iterator[Batch]) -> tuple[list[str], list[list[str]]]:
