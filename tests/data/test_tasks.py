@@ -61,11 +61,16 @@ def test_truncates_to_max_length_and_says_so(tmp_path, tokenizer):
     spec = own(data="d.jsonl", validation="d.jsonl", max_length=12)
     task = load_task("mine", spec, tokenizer, data_root=tmp_path)
     assert list(task.train.lengths) == [12, 12, 12, 5]
-    assert task.note_cut().startswith("tasks.mine: 4 of 8 rows are cut to 12 tokens, the rest of them is not seen")
+    assert list(task.notes()) == [
+        "tasks.mine: 4 of 8 rows are cut to 12 tokens, the rest of them is not seen; raise max_length for more"
+    ]
     whole = load_task("mine", spec.model_copy(update={"max_length": 64}), tokenizer, data_root=tmp_path)
-    assert "2 of 8 rows" in whole.note_cut()
+    assert "2 of 8 rows" in next(whole.notes())
     write(tmp_path / "d.jsonl", [{"text": "film", "label": n % 2} for n in range(4)])
-    assert load_task("mine", spec, tokenizer, data_root=tmp_path).note_cut() is None
+    assert list(load_task("mine", spec, tokenizer, data_root=tmp_path).notes()) == []
+    write(tmp_path / "d.jsonl", [{"text": " " if n == 2 else "film", "label": n % 2} for n in range(4)])
+    (note,) = load_task("mine", spec, tokenizer, data_root=tmp_path).notes()
+    assert note.startswith("tasks.mine: 2 of 8 rows have no text and count; the engine refuses")
 
 
 def test_quotes_and_newlines_in_csv(tmp_path):

@@ -34,6 +34,7 @@ class TaskData:
         rows: the raw table.
         windows: how features relate to the rows of question answering, else None.
         cut: how many features lack the end of their text, which was longer than `max_length`.
+        blank: how many features are of rows without any text.
         teacher_logits: float32, a teacher's for each feature (features, classes), in question answering for each token
             (tokens, 2) that an answer begins or ends there; None where a teacher runs in every step or there is none.
     """
@@ -45,6 +46,7 @@ class TaskData:
     rows: pa.Table
     windows: squad.Windows | None = None
     cut: int = 0
+    blank: int = 0
     teacher_logits: NDArray[np.float32] | None = None
 
     def __len__(self) -> int:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -73,16 +73,17 @@ class Task:
             "label2id": {label: index for index, label in enumerate(self.labels)},
         }
 
-    def note_cut(self) -> str | None:
-        """One line about texts that are longer than `max_length`; None if there are none."""
+    def notes(self) -> Iterator[str]:
+        """A line about rows that are longer than `max_length`, and one about rows without text, if there are any."""
         splits = [data for data in (self.train, self.epoch_rows, *self.evaluations.values()) if data is not None]
-        cut, longest = sum(data.cut for data in splits), max(int(data.lengths.max()) for data in splits)
-        if cut == 0:
-            return None
-        return (
-            f"tasks.{self.name}: {cut:,} of {sum(map(len, splits)):,} rows are cut to {longest} tokens, the rest of "
-            "them is not seen; raise max_length for more"
-        )
+        rows, longest = sum(map(len, splits)), max(int(data.lengths.max()) for data in splits)
+        if cut := sum(data.cut for data in splits):
+            yield (
+                f"tasks.{self.name}: {cut:,} of {rows:,} rows are cut to {longest} tokens, the rest of them is not "
+                "seen; raise max_length for more"
+            )
+        if blank := sum(data.blank for data in splits):
+            yield f"tasks.{self.name}: {blank:,} of {rows:,} rows have no text and count; the engine refuses such a text"
 
     def collate(self, items: Sequence[Item]) -> dict[str, torch.Tensor]:
         """`collate` with this task's padding token."""
@@ -276,7 +277,9 @@ def _classification(
         if typed:
             types.append(np.fromiter(chain.from_iterable(batch["token_type_ids"]), np.uint8))
     bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    return TaskData(np.concatenate(ids), np.concatenate(types) if typed else None, bounds, targets, table, cut=cut)
+    blank = lengths.count(tokenizer.num_special_tokens_to_add(pair=len(texts) == 2))
+    kinds = np.concatenate(types) if typed else None
+    return TaskData(np.concatenate(ids), kinds, bounds, targets, table, cut=cut, blank=blank)
 
 
 def _question_answering(table: pa.Table, spec: recipe.Task, tokenizer: Any, split: str, where: str) -> TaskData:

@@ -232,7 +232,7 @@ def check_additions(known: Container[str], names: Iterable[str], where: Any) -> 
 
 
 def _refuse_trained_head(family: Family, shapes: Mapping[str, Shape], where: Any) -> None:
-    heads = {
+    heads: dict[Task, str] = {
         "classification": family.classification.output,
         "token classification": family.token_classification,
         "question answering": family.question_answering,

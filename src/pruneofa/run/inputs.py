@@ -58,8 +58,9 @@ class Inputs:
             self._tasks[name] = tasks.load_task(
                 name, spec, tokenizer, data_root=recipe.data_root, labels=self._labels, max_positions=longest
             )
-            if (note := self._tasks[name].note_cut()) and processes().is_main_process:
-                notice(note)
+            if processes().is_main_process:
+                for note in self._tasks[name].notes():
+                    notice(note)
         return self._tasks[name]
 
     def training_rows(self, name: str) -> LazyData:

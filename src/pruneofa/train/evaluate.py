@@ -113,7 +113,7 @@ def _read_task(
     task = load_task(name, spec, tokenizer, train=False, labels=labels, max_positions=max_positions, **data)
     counts = " and ".join(f"{split.rows.num_rows:,} rows" for split in task.evaluations.values())
     notice(f"evaluate {name}: {counts}{how}")
-    if note := task.note_cut():
+    for note in task.notes():
         notice(note)
     return task
 

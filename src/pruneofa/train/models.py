@@ -155,10 +155,9 @@ def load_for_task(path: str, kind: str, **head: Any) -> PreTrainedModel:
     refuse_integers(path, vars(load_config(path)))
     if kind == "qa":
         # Start and end logits, whatever number of classes the head in the folder has.
-        architecture, head = transformers.AutoModelForQuestionAnswering, {"num_labels": 2}
+        model = _load(transformers.AutoModelForQuestionAnswering, path, new_head=True, num_labels=2)
     else:
-        architecture = transformers.AutoModelForSequenceClassification
-    model = _load(architecture, path, new_head=True, **head)
+        model = _load(transformers.AutoModelForSequenceClassification, path, new_head=True, **head)
     # What turned the scores of the task before into its answers would be saved with the new one.
     model.config.problem_type = None
     for cross_encoder in ("sentence_transformers", "sbert_ce_default_activation_function"):

@@ -8,7 +8,7 @@ change only rounding. (DDP averages gradients: the trainer multiplies the loss b
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +23,9 @@ from pruneofa.train.heads import next_sentence_head, next_sentence_logits, vocab
 from pruneofa.train.micro_batches import Batch
 
 
-def model_inputs(model: PreTrainedModel, batch: Batch) -> Batch:
+def model_inputs(model: nn.Module, batch: Batch) -> Batch:
     """What `model` takes of a batch: token types only if it has several, as another model of the batch may."""
-    names = ("input_ids", "attention_mask", *(("token_type_ids",) if token_types(model.config) > 1 else ()))
+    names = ("input_ids", "attention_mask", *(("token_type_ids",) if token_types(cast(Any, model.config)) > 1 else ()))
     return {name: batch[name] for name in names if name in batch}
 
 
