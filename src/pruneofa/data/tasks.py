@@ -83,7 +83,7 @@ class Task:
                 "seen; raise max_length for more"
             )
         if blank := sum(data.blank for data in splits):
-            yield f"tasks.{self.name}: {blank:,} of {rows:,} rows have no text and count; the engine refuses such a text"
+            yield f"tasks.{self.name}: {blank:,} of {rows:,} rows have no text and count; the engine refuses them"
 
     def collate(self, items: Sequence[Item]) -> dict[str, torch.Tensor]:
         """`collate` with this task's padding token."""
