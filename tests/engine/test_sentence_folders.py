@@ -8,6 +8,7 @@ import pytest
 from pruneofa import Engine
 from pruneofa.engine import engine, reference
 from pruneofa.errors import InputError
+from pruneofa.formats.pack import pack
 from tests.tiny import POSITIONS, write_folder
 
 
@@ -118,3 +119,62 @@ def test_a_sentence_model_may_have_a_prompt_and_lower_case(tmp_path):
     (tmp_path / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": "8"}))
     with pytest.raises(InputError, match="max_seq_length is '8', wanted a number"):
         Engine.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "normalize", "message"),
+    [
+        (
+            ["Transformer", "Normalize", "Pooling"],
+            {},
+            "modules.json: the modules are Transformer, Normalize, Pooling, wanted Transformer, Pooling and then at "
+            "most Normalize; run this model with sentence-transformers",
+        ),
+        (["Transformer", "Normalize"], {}, "the modules are Transformer, Normalize, wanted"),
+        (["Transformer", "Pooling", "Pooling"], {}, "the modules are Transformer, Pooling, Pooling, wanted"),
+        (
+            ["Transformer", "Pooling", "Normalize"],
+            {"module_input_name": "token_embeddings"},
+            "2_Normalize/config.json: module_input_name is 'token_embeddings', wanted 'sentence_embedding'; run",
+        ),
+        (["Transformer", "Pooling", "Normalize"], {"module_output_name": "unit"}, "module_output_name is 'unit', want"),
+    ],
+)
+def test_only_the_vector_of_a_text_is_normalized(kinds, normalize, message, tmp_path):
+    write_modules(tmp_path, kinds)
+    for path in tmp_path.glob("*_Normalize"):
+        (path / "config.json").write_text(json.dumps(normalize))
+    for read in (Engine.from_pretrained, lambda folder: pack(folder, tmp_path / "packed")):
+        with pytest.raises(InputError, match=message):
+            read(tmp_path)
+
+
+def test_normalize_may_say_what_it_does_and_be_there_twice(tmp_path):
+    write_modules(tmp_path, ["Transformer", "Pooling", "Normalize", "Normalize"])
+    said = {"module_input_name": "sentence_embedding", "module_output_name": "sentence_embedding"}
+    (tmp_path / "2_Normalize/config.json").write_text(json.dumps(said))
+    assert np.linalg.norm(Engine.from_pretrained(tmp_path).predict("a good river")) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sentence_roberta_config.json", "sentence_xlm-roberta_config.json"])
+def test_the_length_may_be_in_a_file_of_an_old_name(name, tmp_path):
+    model = tmp_path / "model"
+    write_modules(model, ["Transformer", "Pooling"])
+    (model / "sentence_bert_config.json").write_text("{}")
+    (model / name).write_text(json.dumps({"max_seq_length": 8}))
+    assert Engine.from_pretrained(model).tokenizer.limit == 8
+    pack(model, tmp_path / "packed")
+    assert Engine.from_pretrained(tmp_path / "packed").tokenizer.limit == 8
+    (model / name).write_text(json.dumps({"max_seq_length": -1}))
+    with pytest.raises(InputError, match=f"{name}: max_seq_length is -1, wanted a number of at least 1"):
+        Engine.from_pretrained(model)
+
+
+def write_modules(folder, kinds):
+    """A sentence-transformers folder with these modules, each with an empty config.json but the first."""
+    write_folder(folder, "Model")
+    entries = [{"path": f"{index}_{kind}" if index else "", "type": f"m.{kind}"} for index, kind in enumerate(kinds)]
+    (folder / "modules.json").write_text(json.dumps(entries))
+    for entry in entries[1:]:
+        (folder / entry["path"]).mkdir()
+        (folder / entry["path"] / "config.json").write_text("{}")
