@@ -121,6 +121,55 @@ def test_a_sentence_model_may_have_a_prompt_and_lower_case(tmp_path):
         Engine.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("labels", [1, 3])
+@pytest.mark.parametrize("name", ["linear.Identity", "activation.Sigmoid"])
+def test_a_cross_encoder_keeps_the_activation_of_its_own_file(labels, name, tmp_path):
+    plain = write_folder(tmp_path / "plain", labels=labels, problem_type="regression")
+    raw = scores_of(plain)
+    other = {"sentence_transformers": {"activation_fn": f"torch.nn.modules.{OTHER[name]}"}}  # the file counts before it
+    folder = write_folder(tmp_path / "ce", labels=labels, **other)
+    settings = {"model_type": "CrossEncoder", "activation_fn": f"torch.nn.modules.{name}", "prompts": {}}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(settings))
+    wanted = raw if name == "linear.Identity" else 1 / (1 + np.exp(-raw))
+    assert scores_of(folder) == pytest.approx(wanted, abs=1e-5)
+    pack(folder, tmp_path / "packed", precision="fp32")
+    assert scores_of(tmp_path / "packed") == pytest.approx(wanted, abs=1e-5)
+    settings["activation_fn"] = "torch.nn.modules.activation.Tanh"
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match="json: activation_fn is 'torch.nn.modules.activation.Tanh', wanted Identity"):
+        Engine.from_pretrained(folder)
+
+
+OTHER = {"linear.Identity": "activation.Sigmoid", "activation.Sigmoid": "linear.Identity"}
+
+
+def scores_of(folder):
+    engine = Engine.from_pretrained(folder, precision="fp32")
+    return np.array(list(engine.predict(("a good river", "the city"))["scores"].values()))
+
+
+@pytest.mark.parametrize(
+    ("stated", "limit"), [(16, 16), (16.0, 16), (10**30, POSITIONS), (1e30, POSITIONS), (None, POSITIONS)]
+)
+def test_any_folder_is_held_to_the_length_of_its_tokenizer(stated, limit, tmp_path):
+    model = write_folder(tmp_path / "model")
+    (model / "tokenizer_config.json").write_text(json.dumps({"model_max_length": stated}))
+    (model / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 8}))  # nothing without modules.json
+    pack(model, tmp_path / "packed")
+    for folder in (model, tmp_path / "packed"):
+        assert Engine.from_pretrained(folder).tokenizer.limit == limit
+    with pytest.raises(InputError, match=f"x has {POSITIONS + 1} tokens, the model takes at most {limit}"):
+        Engine.from_pretrained(model).predict("good " * (POSITIONS - 1))
+
+
+def test_a_length_that_is_no_number_is_refused_by_the_engine_and_by_packing(tmp_path):
+    write_folder(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"model_max_length": "16"}))
+    for read in (Engine.from_pretrained, lambda folder: pack(folder, tmp_path / "packed")):
+        with pytest.raises(InputError, match="tokenizer_config.json: model_max_length is '16', wanted a number"):
+            read(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("kinds", "normalize", "message"),
     [

@@ -97,7 +97,7 @@ def read_sentence(folder: Path) -> Sentence | None:
         pooling=_pooling(folder / modules[1].path / "config.json"),
         normalize="Normalize" in kinds,
         truncate_dim=_truncate_dim(prompts, folder / PROMPTS),
-        max_seq_length=_max_seq_length(folder),
+        max_seq_length=max_length(folder),
         do_lower_case=texts.get("do_lower_case") is True,
         prompt=_prompt(prompts, folder / PROMPTS),
         prompts={name: text for name, text in (prompts.get("prompts") or {}).items() if isinstance(text, str)},
@@ -113,8 +113,30 @@ def read_modules(folder: Path) -> list[Module]:
     return [_module(entry, file) for entry in read_json_list(file, limit=MAX_SETTINGS)] if file.is_file() else []
 
 
+def max_length(folder: Path) -> int | None:
+    """The maximum number of tokens of a text, special ones included, that a folder states; None if it states none.
+
+    That is max_seq_length of sentence-transformers, else the tokenizer's model_max_length, as there. Raises InputError
+    for what is no number.
+    """
+    stated_in, texts = _texts(folder) if (folder / MODULES).is_file() else (MODULES, {})
+    tokenizer = _optional(folder / "tokenizer_config.json")
+    for settings, name, key in (
+        (texts, stated_in, "max_seq_length"),
+        (tokenizer, "tokenizer_config.json", "model_max_length"),
+    ):
+        if value := settings.get(key):
+            # model_max_length is 1e30 if the length is unknown.
+            if type(value) not in (int, float) or not 1 <= value < math.inf:
+                raise InputError(
+                    f"{folder / name}: {key} is {short(value)}, wanted a number of at least 1; correct the file"
+                )
+            return int(value)
+    return None
+
+
 def cross_encoder_activation(config: Mapping[str, Any], where: object) -> Activation | None:
-    """The activation that a cross-encoder applies to its logits; None if config.json names none.
+    """The activation of a cross-encoder, by its config.json as `with_activation` gives it; None if that names none.
 
     Raises InputError, which begins with `where`, for another function.
     """
@@ -125,10 +147,25 @@ def cross_encoder_activation(config: Mapping[str, Any], where: object) -> Activa
         name = config.get(key)
     if name is None:
         return None
+    return _activation(name, f"{where}: {key} is {short(name)} in config.json")
+
+
+def with_activation(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The config.json of a folder, with a cross-encoder's activation from the file where newer versions keep it.
+
+    As in sentence-transformers, that file counts before config.json. Raises InputError for another function than
+    `cross_encoder_activation` knows.
+    """
+    name = _optional(folder / PROMPTS, MAX_SETTINGS).get("activation_fn")
+    if name is None:
+        return config
+    _activation(name, f"{folder / PROMPTS}: activation_fn is {short(name)}")
+    return config | {"sentence_transformers": {"activation_fn": name}}
+
+
+def _activation(name: Any, what: str) -> Activation:
     if not isinstance(name, str) or name not in _ACTIVATIONS:
-        raise InputError(
-            f"{where}: {key} is {short(name)} in config.json, wanted Identity or Sigmoid of torch.nn; {_ELSEWHERE}"
-        )
+        raise InputError(f"{what}, wanted Identity or Sigmoid of torch.nn; {_ELSEWHERE}")
     return _ACTIVATIONS[name]
 
 
@@ -185,24 +222,6 @@ def _truncate_dim(prompts: Mapping[str, Any], file: Path) -> int | None:
             f"{file}: truncate_dim is {short(value)}, wanted an integer of at least 1 or null; correct the file"
         )
     return value
-
-
-def _max_seq_length(folder: Path) -> int | None:
-    """max_seq_length, else the tokenizer's model_max_length, as in sentence-transformers."""
-    stated_in, texts = _texts(folder)
-    tokenizer = _optional(folder / "tokenizer_config.json")
-    for settings, name, key in (
-        (texts, stated_in, "max_seq_length"),
-        (tokenizer, "tokenizer_config.json", "model_max_length"),
-    ):
-        if value := settings.get(key):
-            # model_max_length is 1e30 if the length is unknown.
-            if type(value) not in (int, float) or not 1 <= value < math.inf:
-                raise InputError(
-                    f"{folder / name}: {key} is {short(value)}, wanted a number of at least 1; correct the file"
-                )
-            return int(value)
-    return None
 
 
 def _prompt(prompts: Mapping[str, Any], file: Path) -> str:
