@@ -87,7 +87,8 @@ class TextTokenizer:
             sentence: the settings of a sentence-transformers folder.
 
         Raises:
-            InputError: tokenizer.json is missing, not usable, or has an id without a word embedding.
+            InputError: tokenizer.json is missing, not usable, has an id without a word embedding, or contradicts
+                tokenizer_config.json.
         """
         self._file, self._vocabulary, self._types = folder / "tokenizer.json", vocabulary, types
         self._tokenizer = read_tokenizer(folder, vocabulary)
