@@ -66,6 +66,11 @@ def _on_the_reference(monkeypatch):
         ),
         (
             "config_sentence_transformers.json",
+            {"prompts": {f"{index}{'x' * 500}": "" for index in range(50)}, "default_prompt_name": "query"},
+            "default_prompt_name is 'query', wanted one of prompts, which has '0x+...",
+        ),
+        (
+            "config_sentence_transformers.json",
             {"default_prompt_name": ["query"]},
             r"default_prompt_name is \['query'\], wanted one of prompts, which has nothing",
         ),

@@ -233,7 +233,7 @@ def _prompt(prompts: Mapping[str, Any], file: Path) -> str:
         )
     name = prompts.get("default_prompt_name")
     if name is not None and (not isinstance(name, str) or name not in named):
-        known = ", ".join(map(repr, named)) or "nothing"
+        known = ", ".join(map(short, list(named)[:5])) or "nothing"
         raise InputError(
             f"{file}: default_prompt_name is {short(name)}, wanted one of prompts, which has {known}; correct the file"
         )
