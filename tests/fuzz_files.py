@@ -68,7 +68,11 @@ def _sentence_folder(folder: Path) -> None:
         "modules.json": modules,
         "1_Pooling/config.json": {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False},
         "sentence_bert_config.json": {"max_seq_length": 8, "do_lower_case": True},
-        "config_sentence_transformers.json": {"prompts": {"q": "good: "}, "default_prompt_name": "q"},
+        "config_sentence_transformers.json": {
+            "prompts": {"q": "good: "},
+            "default_prompt_name": "q",
+            "activation_fn": "torch.nn.modules.linear.Identity",
+        },
     }
     for name, value in contents.items():
         (folder / name).write_text(json.dumps(value))

@@ -8,6 +8,7 @@ import pytest
 from pruneofa import Engine
 from pruneofa.engine import engine, reference
 from pruneofa.errors import InputError
+from pruneofa.formats.pack import pack
 from tests.tiny import POSITIONS, write_folder
 
 
@@ -65,6 +66,11 @@ def _on_the_reference(monkeypatch):
         ),
         (
             "config_sentence_transformers.json",
+            {"prompts": {f"{index}{'x' * 500}": "" for index in range(50)}, "default_prompt_name": "query"},
+            "default_prompt_name is 'query', wanted one of prompts, which has '0x+...",
+        ),
+        (
+            "config_sentence_transformers.json",
             {"default_prompt_name": ["query"]},
             r"default_prompt_name is \['query'\], wanted one of prompts, which has nothing",
         ),
@@ -118,3 +124,111 @@ def test_a_sentence_model_may_have_a_prompt_and_lower_case(tmp_path):
     (tmp_path / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": "8"}))
     with pytest.raises(InputError, match="max_seq_length is '8', wanted a number"):
         Engine.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("labels", [1, 3])
+@pytest.mark.parametrize("name", ["linear.Identity", "activation.Sigmoid"])
+def test_a_cross_encoder_keeps_the_activation_of_its_own_file(labels, name, tmp_path):
+    plain = write_folder(tmp_path / "plain", labels=labels, problem_type="regression")
+    raw = scores_of(plain)
+    other = {"sentence_transformers": {"activation_fn": f"torch.nn.modules.{OTHER[name]}"}}  # the file counts before it
+    folder = write_folder(tmp_path / "ce", labels=labels, **other)
+    settings = {"model_type": "CrossEncoder", "activation_fn": f"torch.nn.modules.{name}", "prompts": {}}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(settings))
+    wanted = raw if name == "linear.Identity" else 1 / (1 + np.exp(-raw))
+    assert scores_of(folder) == pytest.approx(wanted, abs=1e-5)
+    pack(folder, tmp_path / "packed", precision="fp32")
+    assert scores_of(tmp_path / "packed") == pytest.approx(wanted, abs=1e-5)
+    settings["activation_fn"] = "torch.nn.modules.activation.Tanh"
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match="json: activation_fn is 'torch.nn.modules.activation.Tanh', wanted Identity"):
+        Engine.from_pretrained(folder)
+
+
+OTHER = {"linear.Identity": "activation.Sigmoid", "activation.Sigmoid": "linear.Identity"}
+
+
+def scores_of(folder):
+    engine = Engine.from_pretrained(folder, precision="fp32")
+    return np.array(list(engine.predict(("a good river", "the city"))["scores"].values()))
+
+
+@pytest.mark.parametrize(
+    ("stated", "limit"), [(16, 16), (16.0, 16), (10**30, POSITIONS), (1e30, POSITIONS), (None, POSITIONS)]
+)
+def test_any_folder_is_held_to_the_length_of_its_tokenizer(stated, limit, tmp_path):
+    model = write_folder(tmp_path / "model")
+    (model / "tokenizer_config.json").write_text(json.dumps({"model_max_length": stated}))
+    (model / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 8}))  # nothing without modules.json
+    pack(model, tmp_path / "packed")
+    for folder in (model, tmp_path / "packed"):
+        assert Engine.from_pretrained(folder).tokenizer.limit == limit
+    with pytest.raises(InputError, match=f"x has {POSITIONS + 1} tokens, the model takes at most {limit}"):
+        Engine.from_pretrained(model).predict("good " * (POSITIONS - 1))
+
+
+def test_a_length_that_is_no_number_is_refused_by_the_engine_and_by_packing(tmp_path):
+    write_folder(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"model_max_length": "16"}))
+    for read in (Engine.from_pretrained, lambda folder: pack(folder, tmp_path / "packed")):
+        with pytest.raises(InputError, match="tokenizer_config.json: model_max_length is '16', wanted a number"):
+            read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "normalize", "message"),
+    [
+        (
+            ["Transformer", "Normalize", "Pooling"],
+            {},
+            "modules.json: the modules are Transformer, Normalize, Pooling, wanted Transformer, Pooling and then at "
+            "most Normalize; run this model with sentence-transformers",
+        ),
+        (["Transformer", "Normalize"], {}, "the modules are Transformer, Normalize, wanted"),
+        (["Transformer", "Pooling", "Pooling"], {}, "the modules are Transformer, Pooling, Pooling, wanted"),
+        (
+            ["Transformer", "Pooling", "Normalize"],
+            {"module_input_name": "token_embeddings"},
+            "2_Normalize/config.json: module_input_name is 'token_embeddings', wanted 'sentence_embedding'; run",
+        ),
+        (["Transformer", "Pooling", "Normalize"], {"module_output_name": "unit"}, "module_output_name is 'unit', want"),
+    ],
+)
+def test_only_the_vector_of_a_text_is_normalized(kinds, normalize, message, tmp_path):
+    write_modules(tmp_path, kinds)
+    for path in tmp_path.glob("*_Normalize"):
+        (path / "config.json").write_text(json.dumps(normalize))
+    for read in (Engine.from_pretrained, lambda folder: pack(folder, tmp_path / "packed")):
+        with pytest.raises(InputError, match=message):
+            read(tmp_path)
+
+
+def test_normalize_may_say_what_it_does_and_be_there_twice(tmp_path):
+    write_modules(tmp_path, ["Transformer", "Pooling", "Normalize", "Normalize"])
+    said = {"module_input_name": "sentence_embedding", "module_output_name": "sentence_embedding"}
+    (tmp_path / "2_Normalize/config.json").write_text(json.dumps(said))
+    assert np.linalg.norm(Engine.from_pretrained(tmp_path).predict("a good river")) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sentence_roberta_config.json", "sentence_xlm-roberta_config.json"])
+def test_the_length_may_be_in_a_file_of_an_old_name(name, tmp_path):
+    model = tmp_path / "model"
+    write_modules(model, ["Transformer", "Pooling"])
+    (model / "sentence_bert_config.json").write_text("{}")
+    (model / name).write_text(json.dumps({"max_seq_length": 8}))
+    assert Engine.from_pretrained(model).tokenizer.limit == 8
+    pack(model, tmp_path / "packed")
+    assert Engine.from_pretrained(tmp_path / "packed").tokenizer.limit == 8
+    (model / name).write_text(json.dumps({"max_seq_length": -1}))
+    with pytest.raises(InputError, match=f"{name}: max_seq_length is -1, wanted a number of at least 1"):
+        Engine.from_pretrained(model)
+
+
+def write_modules(folder, kinds):
+    """A sentence-transformers folder with these modules, each with an empty config.json but the first."""
+    write_folder(folder, "Model")
+    entries = [{"path": f"{index}_{kind}" if index else "", "type": f"m.{kind}"} for index, kind in enumerate(kinds)]
+    (folder / "modules.json").write_text(json.dumps(entries))
+    for entry in entries[1:]:
+        (folder / entry["path"]).mkdir()
+        (folder / entry["path"] / "config.json").write_text("{}")

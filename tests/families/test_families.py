@@ -21,8 +21,8 @@ from pruneofa.formats.unpack import unpack
 from tests.tiny import LAYERS, write_folder
 
 SOURCE = Path(pruneofa.__file__).parent
-# Names of others: a file and a key of sentence-transformers.
-OTHERS = re.compile(r"sentence_bert_config\.json|sbert_ce_default_activation_function")
+# Names of others: files and a key of sentence-transformers.
+OTHERS = re.compile(r"sentence_[a-z-]+_config\.json|sbert_ce_default_activation_function")
 NEW = replace(
     families.FAMILIES[0],
     title="Novel",

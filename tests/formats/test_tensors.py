@@ -78,6 +78,21 @@ def test_a_bin_is_packed_as_its_safetensors_are(tmp_path):
     assert pack(folder, tmp_path / "packed") == wanted
 
 
+def test_the_modules_of_sentence_transformers_go_with_a_bin(tmp_path):
+    folder = source(tmp_path / "model")
+    modules = [{"path": "", "type": "models.Transformer"}, {"path": "1_Pooling", "type": "models.Pooling"}]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling").mkdir()
+    settings = folder / "1_Pooling" / "config.json"
+    settings.write_text('{"pooling_mode": "cls"}')
+    wanted = pack(folder, tmp_path / "wanted")
+    as_bin(folder)
+    assert pack(folder, tmp_path / "packed") == wanted
+    assert (tmp_path / "packed/1_Pooling/config.json").read_text() == settings.read_text()
+    settings.write_text('{"pooling_mode": "max"}')  # another model, although its weights are the same
+    assert (weights_folder(folder) / "1_Pooling/config.json").read_text() == settings.read_text()
+
+
 def test_tied_weights_of_a_bin_become_two_tensors(tmp_path):
     folder = source(tmp_path / "model")
     weights = as_bin(folder)

@@ -1,5 +1,7 @@
 """Dense models of another family or size than the sparse ones that learn from them, and rates that are too high."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -51,6 +53,19 @@ def test_a_teacher_sees_its_token_types_where_the_student_has_none(given):
     batch = task.collate(items)
     assert batch["token_type_ids"].max() == 1 and not hasattr(objective.student.config, "type_vocab_size")
     assert objective(batch, objective.counts(batch))["loss"].isfinite()
+
+
+@pytest.mark.parametrize(
+    ("stated", "typed"),
+    [({"tokenizer_class": "PreTrainedTokenizerFast"}, True), ({"model_input_names": ["input_ids"]}, False)],
+)
+def test_a_student_is_trained_with_the_token_types_that_it_is_served_with(stated, typed, tmp_path):
+    model = write_model(tmp_path / "bert", half_pruned(tiny_bert()))
+    settings = model / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | stated))
+    pairs = ["tasks.mine.text=[sentence,sentence]", f"model={model}"]
+    task = Inputs(small_recipe(tmp_path / "data", *SPARSE, *pairs)).task("mine")
+    assert (task.train.types is not None and task.train.types.max() == 1) == typed
 
 
 def test_a_run_with_such_a_teacher(given, tmp_path):

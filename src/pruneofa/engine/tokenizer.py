@@ -18,7 +18,7 @@ from tokenizers.normalizers import Sequence as Sequenced
 
 from pruneofa.errors import InputError, short
 from pruneofa.formats.files import read_json
-from pruneofa.formats.sentence import Sentence
+from pruneofa.formats.sentence import Sentence, max_length
 from pruneofa.formats.settings import read_tokenizer
 from pruneofa.formats.tokenizer_file import explained
 
@@ -83,11 +83,12 @@ class TextTokenizer:
             folder: contains tokenizer.json and optionally tokenizer_config.json and special_tokens_map.json.
             vocabulary: number of rows of the word embeddings.
             types: number of token types of the model; with fewer than two all types are 0.
-            limit: maximum number of tokens of a sequence, including special tokens.
+            limit: maximum number of tokens of a sequence, including special tokens; the folder may state less.
             sentence: the settings of a sentence-transformers folder.
 
         Raises:
-            InputError: tokenizer.json is missing, not usable, or has an id without a word embedding.
+            InputError: tokenizer.json is missing, not usable, has an id without a word embedding, or contradicts
+                tokenizer_config.json.
         """
         self._file, self._vocabulary, self._types = folder / "tokenizer.json", vocabulary, types
         self._tokenizer = read_tokenizer(folder, vocabulary)
@@ -111,7 +112,7 @@ class TextTokenizer:
                 f"{folder}: model_input_names is {short(names)} in tokenizer_config.json, wanted a list; correct it"
             )
         self._typed = types > 1 and "token_type_ids" in names
-        most = sentence.max_seq_length if sentence else None
+        most = sentence.max_seq_length if sentence else max_length(folder)
         self.limit = limit if most is None else min(limit, most)
         self.folder = folder
         self.mask_id = self._mask_id(config.get("mask_token"))

@@ -16,6 +16,7 @@ from pruneofa.errors import InputError, short
 from pruneofa.families import is_encoder_weight
 from pruneofa.formats.files import read_json
 from pruneofa.formats.pattern import POOLER
+from pruneofa.formats.sentence import with_activation
 
 FORMAT = "pruneofa-packed"
 VERSION = 1
@@ -210,7 +211,10 @@ def check_inputs(inputs: Mapping[str, tuple[float, int]]) -> None:
 
 
 def read_config(folder: Path, manifest: Manifest | None = None) -> dict[str, Any]:
-    """config.json of a folder; raises InputError if it is not of a supported architecture or not the manifest's."""
+    """config.json of a folder, with the activation of a cross-encoder.
+
+    Raises InputError if it is not of a supported architecture or not the manifest's, and as `with_activation` does.
+    """
     path = folder / "config.json"
     config = read_json(path, AGAIN)
     model_type = config.get("model_type")
@@ -222,7 +226,7 @@ def read_config(folder: Path, manifest: Manifest | None = None) -> dict[str, Any
             f"{path}: architecture {named}, but {manifest.architecture} in {MANIFEST}: "
             f"they belong to different models; {AGAIN}"
         )
-    return config
+    return with_activation(config, folder)
 
 
 def architecture(config: Mapping[str, Any], path: Path) -> str | None:

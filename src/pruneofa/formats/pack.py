@@ -30,7 +30,7 @@ from pruneofa.formats.manifest import (
 )
 from pruneofa.formats.manifest_reader import parse_manifest
 from pruneofa.formats.packed import Packed
-from pruneofa.formats.sentence import read_sentence
+from pruneofa.formats.sentence import max_length, read_sentence
 from pruneofa.formats.settings import copy_settings, read_tokenizer, without_tokenizer
 from pruneofa.formats.source import source_tensors
 from pruneofa.formats.tensors import weights_folder
@@ -76,6 +76,7 @@ def check_engine_runs(model: Packed) -> None:
     """Raises InputError for a model that the engine would refuse, by its configuration, tensors or tokenizer."""
     architecture = read_architecture(model.config, model.folder)
     check_tensors(architecture, model.shapes, model.folder, head=read_sentence(model.folder) is None)
+    max_length(model.folder)
     read_tokenizer(model.folder, model.shapes[architecture.tables["word"]][0])
 
 

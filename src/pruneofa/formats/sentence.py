@@ -13,8 +13,18 @@ from pruneofa.formats.files import MAX_JSON, read_json, read_json_list
 Pooling = Literal["cls", "mean", "max"]
 Activation = Literal["Identity", "Sigmoid"]
 
-MODULES, PROMPTS, TEXTS = "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"
-FILES = (MODULES, PROMPTS, TEXTS)
+MODULES, PROMPTS = "modules.json", "config_sentence_transformers.json"
+# The first that is there and not empty counts, as in sentence-transformers, which has written all of these names.
+TEXTS = (
+    "sentence_bert_config.json",
+    "sentence_roberta_config.json",
+    "sentence_distilbert_config.json",
+    "sentence_camembert_config.json",
+    "sentence_albert_config.json",
+    "sentence_xlm-roberta_config.json",
+    "sentence_xlnet_config.json",
+)
+FILES = (MODULES, PROMPTS, *TEXTS)
 KINDS = ("Transformer", "Pooling", "Normalize")
 MAX_SETTINGS = 1 << 16  # bytes of one of these files
 _ELSEWHERE = "run this model with sentence-transformers"
@@ -69,18 +79,25 @@ def read_sentence(folder: Path) -> Sentence | None:
     """The settings of a sentence-transformers folder; None for any other folder, and for one without pooling.
 
     Raises:
-        InputError: a module, a pooling mode or a setting that is not supported.
+        InputError: a module, an order of modules, a pooling mode or a setting that is not supported.
     """
-    modules = {module.kind: module.path for module in read_modules(folder)}
-    if "Pooling" not in modules:
+    modules = read_modules(folder)
+    kinds = [module.kind for module in modules]
+    if not {"Pooling", "Normalize"} & set(kinds):
         return None
-    texts, prompts = (_optional(folder / name, MAX_SETTINGS) for name in (TEXTS, PROMPTS))
-    tokenizer = _optional(folder / "tokenizer_config.json")
+    if kinds[:2] != ["Transformer", "Pooling"] or set(kinds[2:]) - {"Normalize"}:
+        raise InputError(
+            f"{folder / MODULES}: the modules are {', '.join(kinds[:9])}, wanted Transformer, Pooling and then at most "
+            f"Normalize; {_ELSEWHERE}"
+        )
+    for module in modules[2:]:
+        _check_normalize(folder / module.path / "config.json")
+    prompts, (_, texts) = _optional(folder / PROMPTS, MAX_SETTINGS), _texts(folder)
     return Sentence(
-        pooling=_pooling(folder / modules["Pooling"] / "config.json"),
-        normalize="Normalize" in modules,
+        pooling=_pooling(folder / modules[1].path / "config.json"),
+        normalize="Normalize" in kinds,
         truncate_dim=_truncate_dim(prompts, folder / PROMPTS),
-        max_seq_length=_max_seq_length(texts, tokenizer, folder),
+        max_seq_length=max_length(folder),
         do_lower_case=texts.get("do_lower_case") is True,
         prompt=_prompt(prompts, folder / PROMPTS),
         prompts={name: text for name, text in (prompts.get("prompts") or {}).items() if isinstance(text, str)},
@@ -96,8 +113,30 @@ def read_modules(folder: Path) -> list[Module]:
     return [_module(entry, file) for entry in read_json_list(file, limit=MAX_SETTINGS)] if file.is_file() else []
 
 
+def max_length(folder: Path) -> int | None:
+    """The maximum number of tokens of a text, special ones included, that a folder states; None if it states none.
+
+    That is max_seq_length of sentence-transformers, else the tokenizer's model_max_length, as there. Raises InputError
+    for what is no number.
+    """
+    stated_in, texts = _texts(folder) if (folder / MODULES).is_file() else (MODULES, {})
+    tokenizer = _optional(folder / "tokenizer_config.json")
+    for settings, name, key in (
+        (texts, stated_in, "max_seq_length"),
+        (tokenizer, "tokenizer_config.json", "model_max_length"),
+    ):
+        if value := settings.get(key):
+            # model_max_length is 1e30 if the length is unknown.
+            if type(value) not in (int, float) or not 1 <= value < math.inf:
+                raise InputError(
+                    f"{folder / name}: {key} is {short(value)}, wanted a number of at least 1; correct the file"
+                )
+            return int(value)
+    return None
+
+
 def cross_encoder_activation(config: Mapping[str, Any], where: object) -> Activation | None:
-    """The activation that a cross-encoder applies to its logits; None if config.json names none.
+    """The activation of a cross-encoder, by its config.json as `with_activation` gives it; None if that names none.
 
     Raises InputError, which begins with `where`, for another function.
     """
@@ -108,10 +147,25 @@ def cross_encoder_activation(config: Mapping[str, Any], where: object) -> Activa
         name = config.get(key)
     if name is None:
         return None
+    return _activation(name, f"{where}: {key} is {short(name)} in config.json")
+
+
+def with_activation(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The config.json of a folder, with a cross-encoder's activation from the file where newer versions keep it.
+
+    As in sentence-transformers, that file counts before config.json. Raises InputError for another function than
+    `cross_encoder_activation` knows.
+    """
+    name = _optional(folder / PROMPTS, MAX_SETTINGS).get("activation_fn")
+    if name is None:
+        return config
+    _activation(name, f"{folder / PROMPTS}: activation_fn is {short(name)}")
+    return config | {"sentence_transformers": {"activation_fn": name}}
+
+
+def _activation(name: Any, what: str) -> Activation:
     if not isinstance(name, str) or name not in _ACTIVATIONS:
-        raise InputError(
-            f"{where}: {key} is {short(name)} in config.json, wanted Identity or Sigmoid of torch.nn; {_ELSEWHERE}"
-        )
+        raise InputError(f"{what}, wanted Identity or Sigmoid of torch.nn; {_ELSEWHERE}")
     return _ACTIVATIONS[name]
 
 
@@ -134,6 +188,22 @@ def _module(entry: Any, file: Path) -> Module:
     return Module(kind, path)
 
 
+def _texts(folder: Path) -> tuple[str, dict[str, Any]]:
+    """Name and content of the file of the module Transformer; the last name and {} if there is none."""
+    found: dict[str, Any] = {}
+    for name in TEXTS:
+        if found := _optional(folder / name, MAX_SETTINGS):
+            break
+    return name, found
+
+
+def _check_normalize(file: Path) -> None:
+    settings = _optional(file)
+    for key in ("module_input_name", "module_output_name"):
+        if (name := settings.get(key)) not in (None, "sentence_embedding"):
+            raise InputError(f"{file}: {key} is {short(name)}, wanted 'sentence_embedding'; {_ELSEWHERE}")
+
+
 def _pooling(file: Path) -> Pooling:
     settings = read_json(file, limit=MAX_SETTINGS)
     if settings.get("include_prompt") is False:
@@ -154,22 +224,6 @@ def _truncate_dim(prompts: Mapping[str, Any], file: Path) -> int | None:
     return value
 
 
-def _max_seq_length(texts: Mapping[str, Any], tokenizer: Mapping[str, Any], folder: Path) -> int | None:
-    """max_seq_length, else the tokenizer's model_max_length, as in sentence-transformers."""
-    for settings, name, key in (
-        (texts, TEXTS, "max_seq_length"),
-        (tokenizer, "tokenizer_config.json", "model_max_length"),
-    ):
-        if value := settings.get(key):
-            # model_max_length is 1e30 if the length is unknown.
-            if type(value) not in (int, float) or not 1 <= value < math.inf:
-                raise InputError(
-                    f"{folder / name}: {key} is {short(value)}, wanted a number of at least 1; correct the file"
-                )
-            return int(value)
-    return None
-
-
 def _prompt(prompts: Mapping[str, Any], file: Path) -> str:
     """The default prompt, which is prepended to every text."""
     named = prompts.get("prompts") or {}
@@ -179,7 +233,7 @@ def _prompt(prompts: Mapping[str, Any], file: Path) -> str:
         )
     name = prompts.get("default_prompt_name")
     if name is not None and (not isinstance(name, str) or name not in named):
-        known = ", ".join(map(repr, named)) or "nothing"
+        known = ", ".join(map(short, list(named)[:5])) or "nothing"
         raise InputError(
             f"{file}: default_prompt_name is {short(name)}, wanted one of prompts, which has {known}; correct the file"
         )

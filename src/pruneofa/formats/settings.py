@@ -12,6 +12,7 @@ from pruneofa.formats import sentence
 from pruneofa.formats.files import read_json
 from pruneofa.formats.hub import check_inside
 from pruneofa.formats.tokenizer_file import load_tokenizer
+from pruneofa.formats.tokenizer_settings import check_same_settings
 
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
               "vocab.txt", "vocab.json", "merges.txt")  # fmt: skip
@@ -35,12 +36,14 @@ def copy_settings(source: Path, target: Path) -> None:
 def read_tokenizer(folder: Path, rows: int) -> Tokenizer:
     """The tokenizer.json of a folder whose model has this number of word embeddings.
 
-    Raises InputError if it is missing or not usable, or gives an id without a word embedding.
+    Raises InputError if it is missing or not usable, gives an id without a word embedding, or is not the tokenizer that
+    tokenizer_config.json describes, as `check_same_settings` does.
     """
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise InputError(without_tokenizer(folder))
     tokenizer = load_tokenizer(file)
+    check_same_settings(tokenizer, folder)
     vocabulary = tokenizer.get_vocab()
     largest = max(vocabulary.values(), default=0)
     if largest >= rows:

@@ -69,10 +69,11 @@ def weights_folder(path: str | Path) -> Path:
         folder = local_folder(path, (*FILES, "pytorch_model*.bin"))
     if not (binaries := _binaries(folder)):
         return folder
-    beside = sorted(file for kind in ("*.json", "*.txt", "*.model") for file in folder.glob(kind))
+    kinds = ("*.json", "*.txt", "*.model", "*/config.json")  # the last: of the modules of sentence-transformers
+    beside = sorted(file for kind in kinds for file in folder.glob(kind))
     for file in [*binaries, *beside]:
         check_inside(file, folder)
-    key = fingerprint({file.name: file_fingerprint(file) for file in [*binaries, *beside]})
+    key = fingerprint({str(file.relative_to(folder)): file_fingerprint(file) for file in [*binaries, *beside]})
     copy = cache_root() / "models" / key[:32]
 
     def convert(target: Path) -> None:
@@ -81,7 +82,9 @@ def weights_folder(path: str | Path) -> Path:
 
         save_file(weights, target / "model.safetensors", {"format": "pt"})
         for file in beside:
-            shutil.copyfile(file, target / file.name)
+            into = target / file.relative_to(folder)
+            into.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, into)
 
     cached_folder(copy, convert)
     return copy

@@ -51,9 +51,9 @@ class Inputs:
         if name not in self._tasks:
             recipe = self.recipe
             # All models of a task get the same features, and each takes of them what it knows.
-            models = [path for path in (recipe.model, recipe.tasks[name].teacher, recipe.dense_model) if path]
-            types = any(tasks.token_types(load_config(path)) > 1 for path in models)
-            tokenizer = load_tokenizer(recipe.model, types=types)
+            others = [path for path in (recipe.tasks[name].teacher, recipe.dense_model) if path]
+            types = any(tasks.token_types(load_config(path)) > 1 for path in others)
+            tokenizer = load_tokenizer(recipe.model, types=types or None)
             spec, longest = recipe.tasks[name].resolved(name), tasks.longest_input(load_config(recipe.model))
             self._tasks[name] = tasks.load_task(
                 name, spec, tokenizer, data_root=recipe.data_root, labels=self._labels, max_positions=longest

@@ -14,14 +14,16 @@ from transformers.utils import cached_file
 
 from pruneofa import families
 from pruneofa.data.tasks import token_types
-from pruneofa.errors import InputError, first_line, is_panic
+from pruneofa.errors import InputError, first_line, is_panic, short
 from pruneofa.families import base_name
 from pruneofa.formats.architecture import check_additions, check_layers
 from pruneofa.formats.files import file_fingerprint, fingerprint
 from pruneofa.formats.hub import check_model_name, not_on_hub
 from pruneofa.formats.source import refuse_non_finite
 from pruneofa.formats.tensors import unsafe_binary
-from pruneofa.formats.tokenizer_file import read_limited
+from pruneofa.formats.tokenizer_file import load_tokenizer as read_tokenizer_file
+from pruneofa.formats.tokenizer_settings import check_same_settings
+from pruneofa.train.same_tokens import check_same_tokens
 
 # The loader's progress bars and reports are silenced: they warn about heads that are new intentionally. Real errors
 # are checked below.
@@ -68,21 +70,20 @@ def refuse_integers(path: str | Path, config: Mapping[str, Any]) -> None:
 
 
 def load_tokenizer(path: str | Path, *, types: bool | None = None) -> PreTrainedTokenizerBase:
-    """The fast tokenizer in the model folder; it gives no token types if the model has at most one, as in the engine.
+    """The fast tokenizer in the model folder, which gives the tokens and token types that the engine gives.
 
-    `types`: whether it gives them in any case, for another model that gets the same inputs.
+    `types`: whether it gives token types in any case, for another model that gets the same inputs.
 
     Raises InputError when its files are missing, because transformers would then create a vocabulary of a few tokens,
-    or when it has ids without a word embedding in the model.
+    when it has ids without a word embedding in the model, or when tokenizer.json gives other tokens.
     """
     config = load_config(str(path))
+    engines = None
     if (file := _file(path, "tokenizer.json")) is not None:
-        read_limited(file)  # the loader has no limits
-    own = token_types(config) > 1
-    names = ["input_ids", *(["token_type_ids"] if (own if types is None else types) else []), "attention_mask"]
-    inputs = {} if own and "token_type_ids" in names else {"model_input_names": names}
+        engines = read_tokenizer_file(file)  # before the loader, which has no limits
+        check_same_settings(engines, file.parent)
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **inputs)
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         used = [*tokenizer("a", "b")["input_ids"], *tokenizer("a")["input_ids"]]
     except BaseException as error:  # the loader's errors have no common type
         if not isinstance(error, Exception) and not is_panic(error):
@@ -107,7 +108,28 @@ def load_tokenizer(path: str | Path, *, types: bool | None = None) -> PreTrained
             "embeddings not resized; call model.resize_token_embeddings(len(tokenizer)) and save both, or copy the "
             "tokenizer files of the original model"
         )
+    _set_types(tokenizer, token_types(config), types, path)
+    if file is not None and engines is not None:
+        check_same_tokens(tokenizer, file, engines)
     return tokenizer
+
+
+def _set_types(tokenizer: Any, count: int, types: bool | None, path: str | Path) -> None:
+    """Let a tokenizer give token types by the engine's rule, or as `types` says; what it saves then says so too.
+
+    `count` is the number of types of the model. What already does so is not changed, nor is what it saves.
+    """
+    stated = tokenizer.init_kwargs.get("model_input_names") or ["token_type_ids"]
+    own = count > 1 and "token_type_ids" in stated
+    if types and count > 1 and not own:
+        raise InputError(
+            f"model {path}: model_input_names is {short(stated)} in tokenizer_config.json, so the engine gives it no "
+            f"token types, wanted those of its teacher too, because it has {count}; add token_type_ids to the list"
+        )
+    typed = own if types is None else types
+    if ("token_type_ids" in tokenizer.model_input_names) != typed:
+        names = ["input_ids", *(["token_type_ids"] if typed else []), "attention_mask"]
+        tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
 
 
 def _file(path: str | Path, name: str) -> Path | None:
