@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pruneofa.bench import measure, tables
+from pruneofa.bench import records as bench_records
 from pruneofa.bench.models import Settings
 from pruneofa.bench.peers import PEERS, PRUNEOFA
 from pruneofa.bench.workers import TimeLimitError, Worker
@@ -86,7 +87,7 @@ def stopping(monkeypatch, peer: str, do: str, nth: int, error: BaseException) ->
 def test_a_peer_over_its_limit_is_left_out_and_the_others_go_on(folder, monkeypatch, do):
     stopping(monkeypatch, "torch-bf16", do, 2 if do == "time" else 1, TimeLimitError("took longer"))
     peers = ("torch-fp32", "torch-bf16")
-    found = measure.run(Settings(path=str(folder), seq=(4, 8), threads=1, repeats=4, peers=peers))
+    found = bench_records.run(Settings(path=str(folder), seq=(4, 8), threads=1, repeats=4, peers=peers))
     assert found["left_out"] == {"torch-bf16": "1x4: took longer"} and found["complete"]
     for row in found["rows"]:
         assert [(one["name"], len(one["seconds"])) for one in row["runners"]] == [(PRUNEOFA, 4), ("torch-fp32", 4)]
@@ -97,7 +98,7 @@ def test_a_peer_over_its_limit_is_left_out_and_the_others_go_on(folder, monkeypa
 def test_ours_over_its_limit_is_an_error(folder, monkeypatch):
     stopping(monkeypatch, PRUNEOFA, "build", 1, TimeLimitError("took longer"))
     with pytest.raises(InputError, match="1x8: pruneofa took longer"):
-        measure.run(Settings(path=str(folder), seq=(8,), threads=1, repeats=1, peers=()))
+        bench_records.run(Settings(path=str(folder), seq=(8,), threads=1, repeats=1, peers=()))
 
 
 @needs_kernels
@@ -107,11 +108,11 @@ def test_an_interrupt_leaves_the_record_of_what_was_measured(folder, tmp_path, m
     file, kept = tmp_path / "out" / "record.json", []
 
     def keep(record):
-        measure.write_record(record, file)
+        bench_records.write_record(record, file)
         kept.append(len(record["rows"]))
 
     with pytest.raises(KeyboardInterrupt):
-        measure.run(Settings(path=str(folder), seq=(4, 8), threads=1, repeats=3, peers=()), keep=keep)
+        bench_records.run(Settings(path=str(folder), seq=(4, 8), threads=1, repeats=3, peers=()), keep=keep)
     [found] = tables.read_records([file])
     assert [(row["case"], len(row["runners"][0]["seconds"])) for row in found["rows"]] == [("1x4", 3), ("1x8", 1)]
     assert kept == [0, 1, 1, 1, 1, 2]  # once more with the ceilings after the first row
@@ -120,14 +121,14 @@ def test_an_interrupt_leaves_the_record_of_what_was_measured(folder, tmp_path, m
     assert "BERT" not in tables.speed_table([found]) and "1 × 4 tokens" in tables.speed_table([found])
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="--record .*choose a file that you may write"):
-        measure.write_record(found, tmp_path / "file" / "record.json")
+        bench_records.write_record(found, tmp_path / "file" / "record.json")
 
 
 @needs_kernels
 @pytest.mark.usefixtures("peers_without_torch")
 def test_a_runner_that_has_run_for_long_enough_is_not_run_again(folder, monkeypatch):
     monkeypatch.setattr(measure, "MIN_SECONDS", 0.0)
-    found = measure.run(Settings(path=str(folder), seq=(4,), threads=1, repeats=10, peers=()))
+    found = bench_records.run(Settings(path=str(folder), seq=(4,), threads=1, repeats=10, peers=()))
     assert len(found["rows"][0]["runners"][0]["seconds"]) == measure.MIN_RUNS
 
 
@@ -137,7 +138,7 @@ def test_a_runner_that_has_run_for_long_enough_is_not_run_again(folder, monkeypa
 def test_a_row_has_the_ceilings_of_its_path_before_and_after(folder, isa):
     rows = []
     settings = Settings(path=str(folder), seq=(32,), threads=2, isa=isa, repeats=2, peers=())
-    found = measure.run(settings, keep=lambda record: rows.extend(map(dict, record["rows"])))
+    found = bench_records.run(settings, keep=lambda record: rows.extend(map(dict, record["rows"])))
     [row] = found["rows"]
     limits = row["ceilings"]
     assert rows[0]["ceilings"]["after"] is None and rows[0]["ceilings"]["before"] == limits["before"]
@@ -146,7 +147,7 @@ def test_a_row_has_the_ceilings_of_its_path_before_and_after(folder, isa):
     peak = max(state["all_threads"]["tera_per_second"] for state in states)
     assert row["share_of_peak"] == pytest.approx(row["tera_per_second"] / peak) and 0 < row["share_of_peak"] < 3
     assert limits["l2_bytes"] < limits["memory_bytes"]
-    given = measure.run(Settings(path=str(folder), seq=(4,), threads=1, repeats=1, peers=(), peak=2.0))["rows"][0]
+    given = bench_records.run(Settings(path=str(folder), seq=(4,), threads=1, repeats=1, peers=(), peak=2.0))["rows"][0]
     assert given["share_of_peak"] == pytest.approx(given["tera_per_second"] / 2)
 
 
@@ -157,9 +158,9 @@ def test_wrong_results_are_not_timed(folder, monkeypatch):
     with pytest.raises(
         CheckFailed, match=r"pruneofa: error \d\.\d+ against torch fp32, wanted at most 0\.15; it was not timed"
     ):
-        measure.run(Settings(path=str(folder), seq=(8,), threads=1, peers=()))
+        bench_records.run(Settings(path=str(folder), seq=(8,), threads=1, peers=()))
 
 
 def test_the_measuring_process_needs_no_torch():
-    program = "import sys; sys.modules['torch'] = sys.modules['transformers'] = None; import pruneofa.bench.measure"
+    program = "import sys; sys.modules['torch'] = sys.modules['transformers'] = None; import pruneofa.bench.records"
     subprocess.run([sys.executable, "-c", program], check=True)

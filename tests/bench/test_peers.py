@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from pruneofa.bench import measure
+from pruneofa.bench import records as bench_records
 from pruneofa.bench.models import Settings
 from pruneofa.bench.peers import PEERS, PRUNEOFA
 from pruneofa.bench.workers import TimeLimitError, Worker, WorkerError
@@ -65,7 +66,7 @@ def test_peers_and_a_second_model_are_verified_timed_and_described(folder, tmp_p
     settings = Settings(
         path=str(folder), also=also, mixed=("3x4-9",), threads=1, repeats=2, peers=(*peers, *dies), pythons=dies
     )
-    found = measure.run(settings)
+    found = bench_records.run(settings)
     json.dumps(found)
     [row] = found["rows"]
     assert (row["case"], row["fastest"] in (PRUNEOFA, *peers)) == ("3x4-9", True)

@@ -1,5 +1,7 @@
 """What the labels of a task are: names, class ids, and what is neither."""
 
+import json
+
 import datasets
 import pyarrow as pa
 import pyarrow.parquet
@@ -231,6 +233,33 @@ def test_files_with_different_names_are_not_joined(tmp_path, tokenizer):
     assert targets(tmp_path, tokenizer, data=["plain.parquet", "a.parquet", "c.parquet"], **shared)[0] == ["x", "y"]
     with pytest.raises(InputError, match="tasks.mine: the files have different names for their class ids; write them"):
         targets(tmp_path, tokenizer, data=["a.parquet", "b.parquet"], **shared)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".csv"])
+def test_one_split_says_the_names_for_all(tmp_path, tokenizer, suffix):
+    class_labels(tmp_path / "d.parquet")
+    write(tmp_path / f"ids{suffix}", [{"text": "film", "label": label} for label in (1, 0, 1)])
+    wanted = ["negative", "positive"]
+    assert targets(tmp_path, tokenizer, validation=f"ids{suffix}") == (wanted, [0, 1, 0])
+    assert targets(tmp_path, tokenizer, data=f"ids{suffix}") == (wanted, [1, 0, 0, 1])
+    write(tmp_path / f"names{suffix}", [{"text": "film", "label": label} for label in ("negative", "positive")])
+    assert targets(tmp_path, tokenizer, validation=f"names{suffix}") == (wanted, [0, 1])
+    class_labels(tmp_path / "other.parquet", names=["x", "y"])
+    with pytest.raises(InputError, match="the splits have different names for their class ids"):
+        targets(tmp_path, tokenizer, validation="other.parquet")
+
+
+def test_names_beside_a_feature_that_is_a_list(tmp_path, tokenizer):
+    class_labels(tmp_path / "d.parquet")
+    table = pa.parquet.read_table(tmp_path / "d.parquet")
+    described = json.loads(table.schema.metadata[b"huggingface"])
+    described["info"]["features"]["spans"] = [{"a": {"dtype": "int64", "_type": "Value"}}]
+    spans = pa.array([[{"a": 1}]] * table.num_rows)
+    table = table.append_column("spans", spans).replace_schema_metadata(
+        {b"huggingface": json.dumps(described).encode()}
+    )
+    pa.parquet.write_table(table, tmp_path / "d.parquet")
+    assert targets(tmp_path, tokenizer)[0] == ["negative", "positive"]
 
 
 @pytest.mark.parametrize("metadata", [b"{", b"[]", b'{"info": {"features": [1]}}', b'{"info": {"features": {"a": 1}}}'])

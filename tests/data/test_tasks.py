@@ -70,7 +70,7 @@ def test_truncates_to_max_length_and_says_so(tmp_path, tokenizer):
     assert list(load_task("mine", spec, tokenizer, data_root=tmp_path).notes()) == []
     write(tmp_path / "d.jsonl", [{"text": " " if n == 2 else "film", "label": n % 2} for n in range(4)])
     (note,) = load_task("mine", spec, tokenizer, data_root=tmp_path).notes()
-    assert note.startswith("tasks.mine: 2 of 8 rows have no text and count; the engine refuses")
+    assert note.startswith("tasks.mine: 2 of 8 rows have no text, and count like the others")
 
 
 def test_quotes_and_newlines_in_csv(tmp_path):
@@ -301,9 +301,12 @@ def test_columns_of_every_type_of_string(tmp_path, tokenizer):
 
 
 def test_parquet_that_is_not_utf8(tmp_path):
-    pa.parquet.write_table(pa.table({"text": not_utf8(), "label": ["x", "y"]}), tmp_path / "d.parquet")
-    with pytest.raises(InputError, match=r"d\.parquet: not readable as parquet \(.*Invalid UTF8 sequence"):
-        rows.read(tmp_path / "d.parquet", "tasks.mine")
+    table = pa.table({"text": not_utf8(), "label": ["x", "y"], "good": ["a film", "a book"]})
+    pa.parquet.write_table(table, tmp_path / "d.parquet")
+    found = rows.read(tmp_path / "d.parquet", "tasks.mine")
+    with pytest.raises(InputError, match=r"tasks\.mine: column 'text' cannot be read \(.*Invalid UTF8 sequence"):
+        rows.text_column(found, "text", "tasks.mine")
+    assert len(rows.text_column(found, "good", "tasks.mine")) == 2  # a column that nobody reads may be damaged
 
 
 def test_missing_split(tmp_path, tokenizer):

@@ -110,7 +110,7 @@ def test_metrics_of_the_known_tasks(tmp_path):
 def test_label_order():
     def order(model_labels, task_labels):
         config = SimpleNamespace(id2label=dict(enumerate(model_labels)), num_labels=len(model_labels))
-        return label_order(config, SimpleNamespace(name="t", labels=task_labels))
+        return label_order(config, SimpleNamespace(name="t", labels=task_labels, names_by_id=None))
 
     assert order(["b", "a"], ["a", "b"]) == [1, 0]
     assert order(["CONTRADICTION", "NEUTRAL", "ENTAILMENT"], ["entailment", "neutral", "contradiction"]) == [2, 1, 0]
@@ -124,10 +124,10 @@ def test_label_order():
 
 
 def test_classes_without_names_are_not_guessed(capsys):
-    def order(count, name, task_labels):
+    def order(count, name, task_labels, by_id=None):
         names = [f"LABEL_{index}" for index in range(count)]
         config = SimpleNamespace(id2label=dict(enumerate(names)), num_labels=count)
-        return label_order(config, SimpleNamespace(name=name, labels=task_labels))
+        return label_order(config, SimpleNamespace(name=name, labels=task_labels, names_by_id=by_id))
 
     evaluation._say.cache_clear()
     for labels in (["a", "b"], ["1", "2"], ["0", "2"], ["1", "0"]):
@@ -142,6 +142,9 @@ def test_classes_without_names_are_not_guessed(capsys):
     assert capsys.readouterr().err == f"tasks.qnli: {said}entailment, LABEL_1 = not_entailment\n"
     assert order(3, "t", ["0", "1", "2"]) == [0, 1, 2]
     assert capsys.readouterr().err == f"tasks.t: {said}0, LABEL_1 = 1, LABEL_2 = 2\n"
+    # The data's file says which id is which name, in an order of its own.
+    assert order(3, "t", ["bad", "fine", "good"], by_id=["good", "bad", "fine"]) == [1, 2, 0]
+    assert "taken as the ids of the data's: LABEL_0 = good, LABEL_1 = bad, " in capsys.readouterr().err
 
 
 def save(model, folder):

@@ -92,11 +92,15 @@ def named(
 ) -> list[Any]:
     """Class ids by their `names` in the data; -1, which stands for no label, becomes None but for a `known` task.
 
-    They stay numbers where `labels` are not these names and numbers mean them: the labels of a `known` task, and of a
-    model without names or trained on numbers.
+    Names stay what they are. Ids stay numbers where `labels` are not these names and numbers mean them: the labels of
+    a `known` task, and of a model without names or trained on numbers.
 
     Raises InputError for a number that is not the id of a name.
     """
+    given = [None if value is None else value if isinstance(value, int) else as_text(value) for value in ids]
+    if any(isinstance(value, str) and (value in names or not re.fullmatch(r"-?\d+", value)) for value in given):
+        return list(ids)  # names already, as another split may have them
+    ids = [None if value is None else int(value) for value in given]
     numbers = unnamed(labels) or list(labels) == [str(index) for index in range(len(labels))]
     if labels and (known or numbers) and not set(names) <= set(labels):
         return list(ids)

@@ -86,7 +86,6 @@ def read(path: Path, where: str) -> pa.Table:
     if kind == ".parquet":
         try:
             table = pq.read_table(path)
-            table.validate(full=True)  # also that strings are UTF-8
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{where}: {path}: not readable as parquet ({first_line(error)})") from None
     else:
@@ -114,6 +113,10 @@ def _array(values: list[Any], where: str, key: str) -> pa.Array:
 def column(table: pa.Table, name: str, role: str, where: str) -> pa.ChunkedArray:
     """The column `name`. Raises InputError with the columns found and the nearest of them."""
     if name in table.column_names:
+        try:
+            table.column(name).validate(full=True)  # also that strings are UTF-8
+        except pa.ArrowInvalid as error:
+            raise InputError(f"{where}: column {name!r} cannot be read ({first_line(error)}); write it again") from None
         return table.column(name)
     near = difflib.get_close_matches(name, table.column_names, 1)
     hint = f"; did you mean {near[0]!r}?" if near else f"; set {where}.{role}"
@@ -125,9 +128,10 @@ def class_labels(table: pa.Table) -> dict[str, list[str]]:
     """The names by class id of every column of class ids, as `datasets` describes it in the metadata of a table."""
     try:
         features = json.loads((table.schema.metadata or {})[b"huggingface"])["info"]["features"]
-        found = {name: feature["names"] for name, feature in features.items() if feature.get("_type") == "ClassLabel"}
+        described = {name: feature for name, feature in features.items() if isinstance(feature, dict)}  # others: lists
     except (ValueError, KeyError, TypeError, AttributeError):  # there are none, or another program wrote them
         return {}
+    found = {name: feature.get("names") for name, feature in described.items() if feature.get("_type") == "ClassLabel"}
     integers = {field.name for field in table.schema if pa.types.is_integer(field.type)}
     return {name: list(map(str, names)) for name, names in found.items() if names and name in integers}
 

@@ -49,6 +49,7 @@ class Task:
         evaluation_fingerprint: the same of evaluation.
         held_out: (rows held out for evaluation, rows in all) of data without evaluation rows, else None.
         epoch_rows: rows held out of training, to be evaluated after every epoch; None without `spec.check_epochs`.
+        names_by_id: the names that the data's own file gives to class ids; None if it gives none.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Task:
     pad_token_id: int
     held_out: tuple[int, int] | None = None
     epoch_rows: TaskData | None = None
+    names_by_id: list[str] | None = None
 
     def model_kwargs(self) -> dict[str, Any]:
         """Arguments for `from_pretrained`, which writes them to config.json; none for question answering."""
@@ -83,7 +85,7 @@ class Task:
                 "seen; raise max_length for more"
             )
         if blank := sum(data.blank for data in splits):
-            yield f"tasks.{self.name}: {blank:,} of {rows:,} rows have no text and count; the engine refuses them"
+            yield f"tasks.{self.name}: {blank:,} of {rows:,} rows have no text, and count like the others"
 
     def collate(self, items: Sequence[Item]) -> dict[str, torch.Tensor]:
         """`collate` with this task's padding token."""
@@ -124,18 +126,19 @@ def load_task(
     _refuse_unused(name, spec, where)
     max_length = _check_length(spec.max_length, tokenizer, max_positions, where)
     kind: Literal["classification", "qa"] = "qa" if name == "squad" else "classification"
-    text = ("question", "context") if kind == "qa" else _names(spec.text) or _TEXT.get(name, ())
+    text = text_columns(name, spec)
     column = spec.label or "label"
     if kind == "classification" and column in text:
         raise InputError(f"{where}.label is the text column {column!r}, wanted the column of the classes; set it")
     splits, held_out = _read_splits(name, spec, text, column, where, train=train, whole=whole, data_root=data_root)
     names: list[str] = []
     known, of_model = name in _LABELS, False
+    by_id = None if known else _names_by_id(splits, column, where)
 
     def values(table: pa.Table) -> list[Any]:
         found = rows.column(table, column, "label", where).to_pylist()
-        by_id = rows.class_labels(table).get(column)
-        return found if by_id is None else named(found, by_id, labels or _LABELS.get(name, ()), known, column, where)
+        meant = rows.class_labels(table).get(column, by_id)
+        return found if meant is None else named(found, meant, labels or _LABELS.get(name, ()), known, column, where)
 
     if kind == "classification":
         if not 1 <= len(text) <= 2:
@@ -174,7 +177,16 @@ def load_task(
         pad_token_id=tokenizer.pad_token_id or 0,
         held_out=held_out,
         epoch_rows=epoch_rows,
+        names_by_id=by_id,
     )
+
+
+def _names_by_id(splits: Mapping[str, pa.Table], column: str, where: str) -> list[str] | None:
+    """The names of class ids, which one file may say for all; None if none does."""
+    found = [names for table in splits.values() if (names := rows.class_labels(table).get(column)) is not None]
+    if any(names != found[0] for names in found):
+        raise InputError(f"{where}: the splits have different names for their class ids; write them with the same ones")
+    return found[0] if found else None
 
 
 def _refuse_unused(name: str, spec: recipe.Task, where: str) -> None:
@@ -221,6 +233,11 @@ def _read_splits(
 def _key(name: str, text: Sequence[str], column: str) -> tuple[Sequence[str], str | None]:
     """The columns by which rows are held out, those of one context together, and the column of the classes."""
     return (("context",), None) if name == "squad" else (text, column)
+
+
+def text_columns(name: str, spec: recipe.Task) -> tuple[str, ...]:
+    """The columns of a task's texts: one, or two for pairs."""
+    return ("question", "context") if name == "squad" else _names(spec.text) or _TEXT.get(name, ())
 
 
 def _names(value: str | list[str] | None) -> tuple[str, ...]:

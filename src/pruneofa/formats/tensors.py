@@ -69,7 +69,7 @@ def weights_folder(path: str | Path) -> Path:
         folder = local_folder(path, (*FILES, "pytorch_model*.bin"))
     if not (binaries := _binaries(folder)):
         return folder
-    kinds = ("*.json", "*.txt", "*.model", "*/config.json")  # the last: of the modules of sentence-transformers
+    kinds = ("*.json", "*.txt", "*.model", "[0-9]*_*/config.json")  # the last: modules of sentence-transformers
     beside = sorted(file for kind in kinds for file in folder.glob(kind))
     for file in [*binaries, *beside]:
         check_inside(file, folder)

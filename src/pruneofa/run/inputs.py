@@ -50,9 +50,10 @@ class Inputs:
         """The tokenized task."""
         if name not in self._tasks:
             recipe = self.recipe
-            # All models of a task get the same features, and each takes of them what it knows.
-            others = [path for path in (recipe.tasks[name].teacher, recipe.dense_model) if path]
-            types = any(tasks.token_types(load_config(path)) > 1 for path in others)
+            # All models of a task get the same features, and each takes what it knows. One text is all of type 0.
+            pairs = len(tasks.text_columns(name, recipe.tasks[name])) > 1
+            others = [path for path in (recipe.tasks[name].teacher, recipe.dense_model) if path and pairs]
+            types = any("token_type_ids" in load_tokenizer(path).model_input_names for path in others)
             tokenizer = load_tokenizer(recipe.model, types=types or None)
             spec, longest = recipe.tasks[name].resolved(name), tasks.longest_input(load_config(recipe.model))
             self._tasks[name] = tasks.load_task(

@@ -1,5 +1,6 @@
 """Callbacks that prune, lock and quantize in any `transformers.Trainer`."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -63,8 +64,8 @@ class PruningCallback(TrainerCallback):
     ) -> None:
         """Attach to the model; on resume, load masks and dense values from the checkpoint.
 
-        Raises InputError for score obs without `blocks`, for a training that ends before the pruning does, and for a
-        checkpoint without the pruner's state.
+        Raises InputError for score obs without `blocks`, and for a checkpoint without the pruner's state. Warns of a
+        training that ends before the pruning does.
         """
         if self.pruner is not None:
             self.pruner.release()
@@ -75,9 +76,10 @@ class PruningCallback(TrainerCallback):
             averages = {"decay": moment_decay(kwargs["optimizer"], prunable(model, self.schedule.get("skip", ())))}
         self.pruner = GradualPruner(model, **self.schedule | averages)
         if (last := state.max_steps - 1) < self.pruner.end:
-            raise InputError(
-                f"pruning reaches its final sparsity at step {self.pruner.end}, but training ends after step {last}; "
-                "wanted an end below the number of steps: lower end, or train longer"
+            warnings.warn(
+                f"pruning reaches its final sparsity at step {self.pruner.end}, but training ends after step {last}: "
+                "the model will be less sparse; lower end, or continue from the last checkpoint with more steps",
+                stacklevel=2,
             )
         if self.pruner.score == "obs" and self.blocks is None:
             raise InputError("score obs: needs a function that computes the blocks of the curvature; pass blocks=")

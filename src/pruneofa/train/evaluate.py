@@ -257,6 +257,12 @@ def label_order(config: Any, task: Task) -> list[int]:
 
 
 def _order(names: list[str], task: Task) -> list[int]:
+    by_id = task.names_by_id
+    numbers = unnamed(names) or names == [str(index) for index in range(len(names))]
+    if numbers and by_id is not None and sorted(by_id) == sorted(task.labels) and len(by_id) == len(names):
+        meant = some([f"{name} = {label}" for name, label in zip(names, by_id, strict=True)])
+        _say(f"tasks.{task.name}: the model's classes have no names, they are taken as the ids of the data's: {meant}")
+        return [by_id.index(label) for label in task.labels]
     if unnamed(names) and len(names) == len(task.labels) and set(names) != {str(label) for label in task.labels}:
         return _order_of_unnamed(names, task)
     ids = {name.lower(): index for index, name in enumerate(names)}

@@ -199,7 +199,9 @@ class FakeQuantizer:
             self.model.train(training)
 
     def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        mask = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments.get("attention_mask")
+        mask = kwargs.get("attention_mask")
+        if mask is None:  # or it is passed by position
+            mask = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments.get("attention_mask")
         self._mask = mask.bool() if mask is not None and mask.ndim == 2 else None
 
     def _end(self, *_: Any) -> None:
