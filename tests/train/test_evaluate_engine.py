@@ -186,7 +186,7 @@ def test_what_does_not_fit_is_refused(tmp_path, own, questions):
         evaluate(classifier, "mine", own, engine=True, precision="bf16")
     with pytest.raises(InputError, match="neither|no such folder"):
         evaluate(tmp_path / "nothing", "mine", own, engine=True)
-    task = SimpleNamespace(name="mine", kind="classification", labels=["a", "b"])
+    task = SimpleNamespace(name="mine", kind="classification", labels=["a", "b"], names_by_id=None)
     with pytest.raises(InputError, match="tasks.mine: the model's labels are bad, fine, good"):
         evaluate_engine(Engine.from_pretrained(classifier), task)
 
