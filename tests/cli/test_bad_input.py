@@ -80,7 +80,7 @@ def test_a_setting_that_cannot_be(complaint, overrides, message):
 
 def test_a_recipe_that_is_not_there(complaint):
     assert "none.yaml: no such recipe file" in complaint("run", "none.yaml", run=False)
-    assert "no-such-row: no such recipe; wanted a file, or one of bert-base-80," in complaint("run", "no-such-row", run=False)
+    assert "no-such-row: no such recipe; wanted a file, or one of bert-" in complaint("run", "no-such-row", run=False)
 
 
 def test_the_program_says_the_same(root):
