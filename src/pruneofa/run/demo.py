@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -114,7 +115,8 @@ def closing_notes(results: dict[str, Any], out: Path) -> str:
 
     (name,) = results["tasks"]
     folder = out / "tasks" / name / f"seed-{results['recipe']['seeds'][0]}"
-    command = "pruneofa" if shutil.which("pruneofa") else f"{sys.executable} -m pruneofa"
+    installed = Path(sys.executable).with_name("pruneofa")
+    command = "pruneofa" if shutil.which("pruneofa") or not installed.exists() else os.path.relpath(installed)
     return f"""
 Accuracy: topic of a passage of documentation, one of {len(TOPICS)}, in modules that were not used in training.
 Bag of words: logistic regression over TF-IDF of words, trained on the same labelled rows.
