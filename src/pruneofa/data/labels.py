@@ -87,6 +87,11 @@ def unnamed(labels: Sequence[str]) -> bool:
     return all(name == f"LABEL_{index}" for index, name in enumerate(labels))
 
 
+def numbered(labels: Sequence[str]) -> bool:
+    """Whether numbers mean the classes of a model: they were never named, or are called 0, 1, ..."""
+    return unnamed(labels) or list(labels) == [str(index) for index in range(len(labels))]
+
+
 def named(
     ids: Sequence[Any], names: Sequence[str], labels: Sequence[str], known: bool, column: str, where: str
 ) -> list[Any]:
@@ -101,8 +106,7 @@ def named(
     if any(isinstance(value, str) and (value in names or not re.fullmatch(r"-?\d+", value)) for value in given):
         return list(ids)  # names already, as another split may have them
     ids = [None if value is None else int(value) for value in given]
-    numbers = unnamed(labels) or list(labels) == [str(index) for index in range(len(labels))]
-    if labels and (known or numbers) and not set(names) <= set(labels):
+    if labels and (known or numbered(labels)) and not set(names) <= set(labels):
         return list(ids)
     for row, index in enumerate(ids, 1):
         if index is not None and not -1 <= index < len(names):

@@ -266,12 +266,12 @@ def _could_be_hub_id(name: str, root: Path) -> bool:
 
 
 def _concatenate(tables: list[pa.Table], where: str) -> pa.Table:
-    described = [table for table in tables if class_labels(table)]
-    if any(class_labels(table) != class_labels(described[0]) for table in described):
+    described = [(names, table) for table in tables if (names := class_labels(table))]
+    if any(names != described[0][0] for names, _ in described):
         raise InputError(f"{where}: the files have different names for their class ids; write them with the same ones")
     try:
         table = pa.concat_tables(tables, promote_options="default")
-        return table.replace_schema_metadata(described[0].schema.metadata) if described else table
+        return table.replace_schema_metadata(described[0][1].schema.metadata) if described else table
     except pa.ArrowException as error:
         raise InputError(f"{where}: the files have different columns ({first_line(error)})") from None
 

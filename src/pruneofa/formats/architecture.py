@@ -159,7 +159,8 @@ def check_tensors(architecture: Architecture, shapes: Mapping[str, Shape], where
             them that no layer has, the classifier has another number of classes than config.json names, or there is
             one that config.json does not.
     """
-    for name, shape in [*_encoder(architecture), *(_head(architecture, shapes) if head else ())]:
+    encoder = list(_encoder(architecture))
+    for name, shape in [*encoder, *(_head(architecture, shapes) if head else ())]:
         if name not in shapes:
             raise _missing(name, shapes, architecture, where)
         if not _fits(shapes[name], shape):
@@ -173,7 +174,7 @@ def check_tensors(architecture: Architecture, shapes: Mapping[str, Shape], where
             f"than the {rows} rows of their table; correct pad_token_id"
         )
     check_layers(architecture.family, architecture.layers, shapes, where)
-    check_additions({name for name, _ in _encoder(architecture)}, shapes, where)
+    check_additions({name for name, _ in encoder}, shapes, where)
     if head and architecture.task == "embedding":
         _refuse_trained_head(architecture.family, shapes, where)
     if head and architecture.task in ("classification", "token classification"):

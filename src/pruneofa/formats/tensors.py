@@ -142,8 +142,10 @@ def _only_binaries(folder: Path, binaries: list[Path]) -> str:
 def _whole_or_shards(folder: Path, name: str) -> list[Path]:
     """The file of this name, or the shards that its index names, as transformers reads them; no other file counts."""
     index = folder / f"{name}.index.json"
-    if (folder / name).is_file() or not index.is_file():
-        return [folder / name] if (folder / name).is_file() else []
+    if (folder / name).is_file():
+        return [folder / name]
+    if not index.is_file():
+        return []
     shards = read_json(index, "download it again").get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(isinstance(file, str) for file in shards.values()):
         raise InputError(f"{index}: weight_map is {short(shards)}; wanted file names by tensor; download it again")

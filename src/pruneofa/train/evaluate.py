@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from pruneofa import __version__, recipe
 from pruneofa.data import squad
 from pruneofa.data.features import TaskData, evaluation_batches
-from pruneofa.data.labels import some, unnamed
+from pruneofa.data.labels import numbered, some, unnamed
 from pruneofa.data.tasks import Task, load_task, longest_input
 from pruneofa.engine.engine import Engine
 from pruneofa.engine.load import Precision as EnginePrecision
@@ -258,8 +258,7 @@ def label_order(config: Any, task: Task) -> list[int]:
 
 def _order(names: list[str], task: Task) -> list[int]:
     by_id = task.names_by_id
-    numbers = unnamed(names) or names == [str(index) for index in range(len(names))]
-    if numbers and by_id is not None and sorted(by_id) == sorted(task.labels) and len(by_id) == len(names):
+    if numbered(names) and by_id is not None and sorted(by_id) == sorted(task.labels) and len(by_id) == len(names):
         meant = some([f"{name} = {label}" for name, label in zip(names, by_id, strict=True)])
         _say(f"tasks.{task.name}: the model's classes have no names, they are taken as the ids of the data's: {meant}")
         return [by_id.index(label) for label in task.labels]
