@@ -14,6 +14,7 @@ from transformers import (
 
 from pruneofa.cli import main as cli
 from pruneofa.formats import pattern
+from pruneofa.formats.verify import verify
 from pruneofa.train.models import load_tokenizer
 from tests.tiny import tiny_bert, tiny_tokenizer, write_model
 
@@ -51,7 +52,7 @@ def test_the_python_example_prunes_and_locks(tmp_path: Path, monkeypatch: pytest
     assert load_tokenizer("sparse").get_vocab() == tiny_tokenizer().get_vocab()
     given["model"].save_pretrained("task-model")
     AutoModelForSequenceClassification.from_pretrained("task-model")
-    assert pattern.verify("sparse", "task-model")["ok"]
+    assert verify("sparse", "task-model")["ok"]
 
 
 def test_the_engine_runs_what_pack_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

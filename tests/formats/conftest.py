@@ -1,7 +1,10 @@
 import pytest
+from transformers import BertForSequenceClassification
 
 from tests.broken import copy
 from tests.golden import source
+from tests.pruned import make_sparse
+from tests.tiny import tiny_bert
 
 
 @pytest.fixture
@@ -13,7 +16,8 @@ def model(tmp_path):
 def parts(monkeypatch):
     """Tensors that make no whole model may be packed, where the format is what matters."""
     monkeypatch.setattr("pruneofa.formats.pack.check_engine_runs", lambda _: None)
-    monkeypatch.setattr("pruneofa.formats.pattern.check_config", lambda _: None)
+    for module in ("pattern", "verify"):
+        monkeypatch.setattr(f"pruneofa.formats.{module}.check_config", lambda _: None)
 
 
 @pytest.fixture
@@ -24,3 +28,17 @@ def int8(tmp_path):
 @pytest.fixture
 def fp32(tmp_path):
     return copy("v1-fp32", tmp_path)
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A sparse encoder."""
+    make_sparse(tiny_bert()).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def derived(tmp_path, base):
+    """A task model that starts from it."""
+    BertForSequenceClassification.from_pretrained(base).save_pretrained(tmp_path / "derived")
+    return tmp_path / "derived"

@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     BertForQuestionAnswering,
-    BertForSequenceClassification,
     BertModel,
     DistilBertForSequenceClassification,
     MPNetModel,
@@ -21,37 +20,11 @@ from transformers import (
 from pruneofa import families
 from pruneofa.errors import InputError
 from pruneofa.formats import pattern
-from pruneofa.train.masks import magnitude_mask, prunable
+from pruneofa.formats.verify import verify
+from tests.pruned import change, make_sparse
 from tests.tiny import tiny_bert, tiny_distilbert, tiny_mpnet, tiny_roberta
 
 QUERY = "encoder.layer.0.attention.self.query.weight"
-
-
-def make_sparse(model, sparsity=0.9):
-    with torch.no_grad():
-        for weight in prunable(model).values():
-            weight.masked_fill_(~magnitude_mask(weight, sparsity), 0.0)
-    return model
-
-
-def change(folder, edit):
-    """Rewrite the tensors of a folder through `edit(dict)`."""
-    file = folder / "model.safetensors"
-    tensors = load_file(file)
-    edit(tensors)
-    save_file(tensors, file, {"format": "pt"})
-
-
-@pytest.fixture
-def base(tmp_path):
-    make_sparse(tiny_bert()).save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
-
-
-@pytest.fixture
-def derived(tmp_path, base):
-    BertForSequenceClassification.from_pretrained(base).save_pretrained(tmp_path / "derived")
-    return tmp_path / "derived"
 
 
 @pytest.mark.parametrize(
@@ -175,65 +148,6 @@ def test_the_hash_is_of_the_pattern_not_of_values_names_or_heads(base, derived):
     assert after["pooler_hash"] == before["pooler_hash"]
 
 
-def test_verify_passes_what_the_lock_kept(base, derived):
-    report = pattern.verify(base, derived)
-    assert report["ok"] and not report["revived"] and not report["missing"] and not report["missing_pooler"]
-    assert report["layers"] == 13
-    assert report["checked"] == 2 * (4 * 921 + 2 * 1843) + 921
-    assert report["extra_zeros"] == report["negative_zeros"] == 0
-
-
-def test_verify_catches_one_revived_weight_and_names_the_layer(base, derived):
-    def revive(tensors):
-        weight = tensors["bert.encoder.layer.1.output.dense.weight"]
-        weight.view(-1)[(weight.view(-1) == 0).nonzero()[17]] = 1e-42  # a denormal is not zero
-
-    change(derived, revive)
-    report = pattern.verify(base, derived)
-    assert not report["ok"]
-    assert report["revived"] == [{"layer": "encoder.layer.1.output.dense.weight", "count": 1}]
-    assert report["extra_zeros"] == 0
-
-
-def test_verify_catches_not_a_number_and_the_pooler(base, derived):
-    def revive(tensors):
-        weight = tensors["bert.pooler.dense.weight"]
-        weight.view(-1)[(weight.view(-1) == 0).nonzero()[:2]] = float("nan")
-
-        tensors[f"bert.{QUERY}"].view(-1)[(tensors[f"bert.{QUERY}"].view(-1) != 0).nonzero()[0]] = float("inf")
-
-    change(derived, revive)
-    found = pattern.verify(base, derived)
-    assert found["not_finite"] == [{"layer": QUERY, "count": 1}, {"layer": pattern.POOLER, "count": 2}]
-    assert not found["ok"] and not found["revived"] and found["extra_zeros"] == 0
-
-
-def test_verify_counts_extra_and_negative_zeros_and_passes(base, derived):
-    def edit(tensors):
-        flat = tensors[f"bert.{QUERY}"].view(-1)
-        flat[(flat == 0).nonzero()[:5]] = -0.0
-        flat[(flat != 0).nonzero()[:3]] = 0.0
-
-    change(derived, edit)
-    report = pattern.verify(base, derived)
-    assert report["ok"] and report["extra_zeros"] == 3 and report["negative_zeros"] == 5
-
-
-def test_verify_lists_a_missing_pooler_and_fails_a_missing_layer(tmp_path, base):
-    BertForQuestionAnswering.from_pretrained(base).save_pretrained(tmp_path / "qa")
-    report = pattern.verify(base, tmp_path / "qa")
-    assert report["ok"] and report["missing_pooler"]
-    change(tmp_path / "qa", lambda tensors: tensors.pop(f"bert.{QUERY}"))
-    report = pattern.verify(base, tmp_path / "qa")
-    assert not report["ok"] and report["missing"] == [QUERY]
-
-
-def test_verify_refuses_another_architecture(tmp_path, base):
-    tiny_bert(intermediate_size=128).save_pretrained(tmp_path / "wide")
-    with pytest.raises(InputError, match=r"intermediate\.dense\.weight: shape 128x32 in .*wide, but 64x32"):
-        pattern.verify(base, tmp_path / "wide")
-
-
 @pytest.mark.parametrize(
     ("key", "change", "named"),
     [
@@ -253,11 +167,11 @@ def test_weights_that_do_not_fit_the_config_are_refused(base, derived, key, chan
     # An activation that the engine does not run is no fault here.
     changed = config | {key: config[key] + change, "hidden_act": "silu", "architectures": ["BertForMultipleChoice"]}
     (derived / "config.json").write_text(json.dumps(changed))
-    for call in (lambda: pattern.inspect(derived), lambda: pattern.verify(base, derived)):
+    for call in (lambda: pattern.inspect(derived), lambda: verify(base, derived)):
         with pytest.raises(InputError, match=named):
             call()
     (derived / "config.json").write_text(json.dumps(changed | {key: config[key]}))
-    assert pattern.verify(base, derived)["ok"]
+    assert verify(base, derived)["ok"]
 
 
 def test_half_written_files_are_named(base):
@@ -316,4 +230,4 @@ def test_a_real_bare_bert_folder():
     report = pattern.inspect(MINILM)
     assert report["weights"] == 6 * (4 * 384**2 + 2 * 384 * 1536)
     assert report["encoder"] < 0.001 and report["pooler"] is not None
-    assert pattern.verify(MINILM, MINILM)["ok"]
+    assert verify(MINILM, MINILM)["ok"]

@@ -15,6 +15,7 @@ from pruneofa.errors import InputError
 from pruneofa.formats import pattern
 from pruneofa.formats.pack import pack
 from pruneofa.formats.tensors import weight_files, weights_folder
+from pruneofa.formats.verify import verify
 from tests.golden import source
 
 
@@ -55,7 +56,7 @@ def test_a_bin_is_read_by_a_copy_that_is_made_once(shards, tmp_path):
     assert {path.name for path in copy.iterdir()} - {"pytorch_model.bin.index.json"} == wanted_files
     found = load_file(copy / "model.safetensors")
     assert found.keys() == weights.keys() and all(torch.equal(found[name], weights[name]) for name in found)
-    assert pattern.inspect(folder) == wanted and pattern.verify(folder, folder)["ok"]
+    assert pattern.inspect(folder) == wanted and verify(folder, folder)["ok"]
     assert not list(folder.glob("*.safetensors"))
 
 
@@ -108,7 +109,7 @@ def test_without_torch_one_line_says_what_to_run(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "torch", torch)
         as_bin(folder)
-    for read in (pattern.inspect, lambda path: pattern.verify(path, path), lambda path: pack(path, tmp_path / "out")):
+    for read in (pattern.inspect, lambda path: verify(path, path), lambda path: pack(path, tmp_path / "out")):
         with pytest.raises(InputError, match=r"only a \.bin file.*convert it with: python -c") as error:
             read(folder)
         assert "\n" not in str(error.value)

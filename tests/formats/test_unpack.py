@@ -17,6 +17,7 @@ from pruneofa.formats.pack import pack
 from pruneofa.formats.packed import read
 from pruneofa.formats.pattern import pattern_hashes, pattern_holds, pattern_of
 from pruneofa.formats.unpack import unpack
+from pruneofa.formats.verify import verify
 from tests.golden import LAYER, source, tensors
 
 QUERY = "encoder.layer.0.attention.self.query.weight"
@@ -146,7 +147,7 @@ def test_int8_comes_back_in_the_dtypes_of_the_source(model, tmp_path):
     found = load(tmp_path / "again" / "model.safetensors")
     assert found[f"bert.{QUERY}"] == ("F16", [4, 4], largest.tobytes())
     assert found[LAYER + "output.dense.weight"] == ("BF16", [4, 4], near.tobytes())
-    assert pattern.verify(model, tmp_path / "again")["ok"]
+    assert verify(model, tmp_path / "again")["ok"]
 
 
 def test_a_decoder_that_is_not_tied_is_stored(model, tmp_path):

@@ -17,6 +17,7 @@ from pruneofa import recipe
 from pruneofa.cli import main as cli
 from pruneofa.cli.show import recipe_file
 from pruneofa.formats import pattern
+from pruneofa.formats.verify import verify
 from tests.small import BAD, GOOD, SUBJECTS, write_text
 from tests.tiny import tiny_bert, tiny_distilbert, write_model
 
@@ -206,7 +207,7 @@ def _check(file: Path, run: Path) -> None:
                 assert (kept.all(1) | ~kept.any(1)).all(), layer
     for task, metrics in results["tasks"].items():
         for variant in ("transfer", "ptq", "quantize"):
-            assert pattern.verify(run / "sparse", run / "tasks" / task / "seed-0" / variant)["ok"]
+            assert verify(run / "sparse", run / "tasks" / task / "seed-0" / variant)["ok"]
         assert all({"dense", "transfer", "ptq", "quantize"} <= set(variants) for variants in metrics.values())
     assert (run / "table.md").exists() and (run / "report.html").exists() and (run / "sparse" / "README.md").exists()
 

@@ -9,6 +9,7 @@ from pruneofa import Engine
 from pruneofa.formats import pattern
 from pruneofa.formats.files import read_json
 from pruneofa.formats.pack import pack
+from pruneofa.formats.verify import verify
 from pruneofa.run.run import run
 from tests.peers import without_torch
 from tests.small import small_recipe
@@ -40,7 +41,7 @@ def test_a_run_of_mpnet(tmp_path, monkeypatch):
 
     seed = out / "tasks/mine/seed-0"
     for variant in ("transfer", "quantize"):
-        assert pattern.verify(out / "sparse", seed / variant)["ok"]
+        assert verify(out / "sparse", seed / variant)["ok"]
     scores = read_json(out / "results.json")["tasks"]["mine"]["accuracy"]
     for variant in ("dense", "transfer", "quantize"):
         assert scores[f"{variant}_engine"]["mean"] == pytest.approx(scores[variant]["mean"], abs=6)

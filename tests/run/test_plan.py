@@ -10,6 +10,7 @@ from pruneofa import recipe
 from pruneofa.errors import InputError
 from pruneofa.formats import pattern
 from pruneofa.formats.files import read_json
+from pruneofa.formats.verify import verify
 from pruneofa.run import results as run_results
 from pruneofa.run import single
 from pruneofa.run.checks import check
@@ -93,7 +94,7 @@ def test_every_folder_is_an_ordinary_one(done):
 def test_pruned_weights_are_plus_zero_and_stay_so(done):
     settings, folder, _ = done
     for task in folder.glob("tasks/*/seed-*/transfer"):
-        found = pattern.verify(str(folder / "sparse"), str(task))
+        found = verify(str(folder / "sparse"), str(task))
         assert found["ok"] and found["extra_zeros"] == 0
         for _, weight in pattern.read_weights(str(task)):
             assert not (torch.from_numpy(weight.copy()).signbit() & (torch.from_numpy(weight.copy()) == 0)).any()
@@ -278,7 +279,7 @@ def test_a_sparse_model_is_a_start(done, tmp_path):
     out = tmp_path / "out"
     metrics = single.transfer(str(folder / "sparse"), out, "mine", spec.resolved("mine"), **options)
     assert set(metrics) == {"accuracy", "f1"}
-    assert pattern.verify(str(folder / "sparse"), str(out))["ok"]
+    assert verify(str(folder / "sparse"), str(out))["ok"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "t.csv"]
     assert "transfer" in (out / "log.jsonl").read_text()
     (tmp_path / "mine").mkdir()

@@ -18,6 +18,7 @@ from pruneofa.errors import CheckFailed, InputError
 from pruneofa.formats import pattern
 from pruneofa.formats import scales as quantization
 from pruneofa.formats.files import read_json
+from pruneofa.formats.verify import verify
 from pruneofa.run import fine_tuning, single
 from pruneofa.run import run as runs
 from pruneofa.run.estimate import estimate
@@ -131,7 +132,7 @@ def test_changed_numerics_redo_the_int8_stages_only(done, tmp_path):
 def test_the_folder_is_ordinary_on_the_grid_and_keeps_the_pattern(done, variant):
     _, folder, *_ = done
     made = folder / SEED / variant
-    found = pattern.verify(str(folder / "sparse"), str(made))
+    found = verify(str(folder / "sparse"), str(made))
     assert found["ok"] and not found["negative_zeros"]
     _, info = AutoModelForSequenceClassification.from_pretrained(made, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]

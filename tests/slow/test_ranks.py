@@ -110,8 +110,8 @@ def test_two_ranks_train_as_one_process_does(tmp_path, monkeypatch):
 
 def test_a_whole_run_on_two_ranks(tmp_path):
     from pruneofa import recipe
-    from pruneofa.formats import pattern
     from pruneofa.formats.files import read_json
+    from pruneofa.formats.verify import verify
     from tests.small import small_recipe
 
     (tmp_path / "recipe.yaml").write_text(recipe.dump(small_recipe(tmp_path, "control={lr: [1e-3]}", "quantize={}")))
@@ -121,7 +121,7 @@ def test_a_whole_run_on_two_ranks(tmp_path):
     by_torch = {"dense", "transfer", "control", "ptq", "quantize"}
     by_engine = {f"{name}_engine" for name in by_torch - {"control"}}
     assert set(results["tasks"]["mine"]["accuracy"]) == by_torch | by_engine
-    assert pattern.verify(out / "sparse", out / "tasks/mine/seed-0/transfer")["ok"]
+    assert verify(out / "sparse", out / "tasks/mine/seed-0/transfer")["ok"]
     assert results["sparsity"] == pytest.approx(0.9, abs=2e-3)
     assert not (out / ".work").exists()
     torchrun("-m", "pruneofa", "run", tmp_path / "recipe.yaml", "--out", out)

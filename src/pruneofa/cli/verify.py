@@ -11,17 +11,18 @@ from pruneofa.errors import InputError, printable
 def describe(verb: argparse.ArgumentParser) -> None:
     """Check that every zero of BASE's pattern is exactly zero in DERIVED; exit 1 if not.
 
-    The encoder's linear weights are compared, and the pooler if both models have one.
+    The encoder's linear weights are compared, and the pooler if both models have one. Of a packed model those are the
+    weights as stored: int8 codes times their scales.
     """
     verb.epilog = "example: pruneofa verify runs/minilm-90/sparse runs/minilm-90/tasks/sst2/seed-0/transfer"
-    verb.add_argument("base", help="folder or hub id of the sparse pre-trained model")
-    verb.add_argument("derived", help="folder or hub id of a model derived from it")
+    verb.add_argument("base", help="folder or hub id of the sparse pre-trained model, packed or not")
+    verb.add_argument("derived", help="folder or hub id of a model derived from it, packed or not")
     verb.add_argument("--json", action="store_true", help="print as JSON")
 
     def call(options: argparse.Namespace) -> int:
-        from pruneofa.formats import pattern
+        from pruneofa.formats.verify import verify
 
-        found = pattern.verify(options.base, options.derived)
+        found = verify(options.base, options.derived)
         if not found["checked"] and found["ok"]:
             raise InputError(
                 f"{options.base}: no weight of its encoder is zero, so there is nothing to keep; give the sparse model "
@@ -46,7 +47,7 @@ def describe(verb: argparse.ArgumentParser) -> None:
 
 
 def conclusion(found: dict[str, Any]) -> str:
-    """The last line of `verify`: of a result of `pattern.verify`."""
+    """The last line of `verify`: of a result of `formats.verify`."""
     if found["ok"]:
         return f"ok: every zero of BASE is zero in DERIVED, which has {found['extra_zeros']:,} zeros more"
     revived, missing = found["revived"], found["missing"]

@@ -1,4 +1,4 @@
-"""Sparsity patterns of stored models, with NumPy: block and n:m patterns, hashes, counts, comparison. No torch.
+"""Sparsity patterns of stored models, with NumPy: block and n:m patterns, hashes and counts. No torch.
 
 The pattern of a stored model is where the linear weights of its encoder are not zero. Tensors are read one at
 a time, so that memory is bounded by the largest layer.
@@ -33,7 +33,7 @@ def read_weights(
     bfloat16 becomes float32, everything else keeps its dtype. `wanted(canonical name, ndim)` selects.
     Raises InputError when there is no such folder or no complete weights in it, and as `weights_folder` does.
     """
-    for name, stored in sorted(_stored_tensors(weights_folder(path)).items()):
+    for name, stored in sorted(stored_tensors(weights_folder(path)).items()):
         if wanted is None or wanted(name, len(stored.shape)):
             yield name, read_tensor(name, stored)
 
@@ -61,7 +61,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
     encoder_hash, pooler_hash = pattern_hashes(counted())
     layers = {name: layer for name, layer in found.items() if name != POOLER}
     if not layers:
-        raise InputError(_no_encoder(path))
+        raise InputError(no_encoder(path))
     weights = sum(math.prod(layer["shape"]) for layer in layers.values())
     nonzeros = sum(layer["nonzeros"] for layer in layers.values())
     positions = sum(position_bits(math.prod(layer["shape"]), layer["sparsity"]) for layer in layers.values())
@@ -84,58 +84,6 @@ def inspect(path: str | Path) -> dict[str, Any]:
     }
 
 
-def verify(base: str | Path, derived: str | Path) -> dict[str, Any]:
-    """Check that every zero of BASE's pattern is exactly zero in DERIVED (both folders or hub ids).
-
-    Returns "ok"; "revived" [{"layer", "count"}], weights that are zero in BASE but not in DERIVED, with the
-    pooler if both have one; "not_finite" [{"layer", "count"}], weights of DERIVED that are NaN or infinite;
-    "missing", encoder layers of BASE that DERIVED lacks; "missing_pooler" (not a failure: question-answering
-    models have none); "checked", zeros of BASE that were compared; "extra_zeros", zeros of DERIVED that BASE does
-    not have; "negative_zeros", -0.0 among the checked; and the number of "layers".
-    ok = nothing revived, not finite or missing. Raises InputError for models of different shapes or without
-    encoder linears, and as `read_weights` does.
-    """
-    check_config(base)
-    base_tensors = _pruned_tensors(base)
-    derived_tensors = _pruned_tensors(derived)
-    revived: list[dict[str, Any]] = []
-    not_finite: list[dict[str, Any]] = []
-    checked = extra = negative = 0
-    common = [name for name in base_tensors if name in derived_tensors]
-    for name in common:
-        if base_tensors[name].shape != derived_tensors[name].shape:
-            shapes = ["x".join(map(str, t[name].shape)) for t in (base_tensors, derived_tensors)]
-            raise InputError(f"{name}: shape {shapes[1]} in {derived}, but {shapes[0]} in {base}; wanted equal shapes")
-    for name in common:
-        pruned = read_tensor(name, base_tensors[name]) == 0
-        weight = read_tensor(name, derived_tensors[name])
-        nonzero = weight != 0
-        finite = np.isfinite(weight)
-        if bad := finite.size - int(np.count_nonzero(finite)):
-            not_finite.append({"layer": name, "count": bad})
-        if count := int(np.count_nonzero(nonzero & pruned & finite)):
-            revived.append({"layer": name, "count": count})
-        checked += (zeros := int(np.count_nonzero(pruned)))
-        derived_zeros = nonzero.size - int(np.count_nonzero(nonzero))
-        extra += derived_zeros - (zeros - int(np.count_nonzero(nonzero & pruned)))
-        if weight.dtype.kind == "f":
-            negative += int(np.count_nonzero(np.signbit(weight) & ~nonzero & pruned))
-    missing = [name for name in base_tensors if name not in derived_tensors and name != POOLER]
-    if not missing:
-        check_config(derived)
-    return {
-        "ok": not (revived or not_finite or missing),
-        "revived": revived,
-        "not_finite": not_finite,
-        "missing": missing,
-        "missing_pooler": POOLER in base_tensors and POOLER not in derived_tensors,
-        "checked": checked,
-        "extra_zeros": extra,
-        "negative_zeros": negative,
-        "layers": len(common),
-    }
-
-
 def check_config(path: str | Path) -> None:
     """Check that the encoder's tensors are those that config.json, if there is one, gives.
 
@@ -145,7 +93,7 @@ def check_config(path: str | Path) -> None:
     folder = weights_folder(path)
     if not (folder / "config.json").is_file():
         return
-    stored = {canonical_name(name): tensor.shape for name, tensor in _stored_tensors(folder).items()}
+    stored = {canonical_name(name): tensor.shape for name, tensor in stored_tensors(folder).items()}
     check_encoder(read_json(folder / "config.json"), stored, path)
 
 
@@ -226,16 +174,8 @@ def is_prunable(name: str, ndim: int) -> bool:
     return name == POOLER or is_encoder_weight(name, ndim)
 
 
-def _pruned_tensors(path: str | Path) -> dict[str, StoredTensor]:
-    """Encoder linears and the pooler of a model, sorted by canonical name; their data are not read."""
-    stored = sorted(_stored_tensors(weights_folder(path)).items())
-    found = {name: tensor for name, tensor in stored if is_prunable(name, len(tensor.shape))}
-    if not any(name != POOLER for name in found):
-        raise InputError(_no_encoder(path))
-    return found
-
-
-def _no_encoder(path: str | Path) -> str:
+def no_encoder(path: str | Path) -> str:
+    """What is said of a model without linear weights of an encoder."""
     return f"{path}: {families.without_encoder()}"
 
 
@@ -248,7 +188,7 @@ def position_bits(weights: int, sparsity: float) -> float:
     return weights * entropy
 
 
-def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of a folder by canonical name; only the headers of its files are read."""
     tensors: dict[str, StoredTensor] = {}
     for file in weight_files(folder):

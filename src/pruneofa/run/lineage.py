@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from pruneofa.errors import InputError
-from pruneofa.formats import pattern
 from pruneofa.formats.files import read_json
+from pruneofa.formats.verify import verify
 from pruneofa.run.names import RECORD, StageId
 
 SPARSE = ("transfer", "ptq", "quantize")  # variants that come from the sparse model
@@ -50,7 +50,7 @@ def lost_pattern(sparse: str, model: str) -> str | None:
 
     So it is for weights of `model` that are NaN or infinite.
     """
-    found = pattern.verify(sparse, model)
+    found = verify(sparse, model)
     if found["ok"]:
         return None
     if found["not_finite"]:
