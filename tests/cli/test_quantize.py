@@ -147,3 +147,14 @@ def test_a_pattern_broken_by_hand_fails_with_layer_and_count(root, command, call
     assert line.startswith("pruneofa: failed: ") and f"{layer}: 1 revived" in line
     shutil.copytree(broken, tmp_path / "elsewhere")  # nothing tells what its pattern was
     assert call("quantize", tmp_path / "elsewhere", *command[2:], "--ptq").code == 0
+
+
+def test_a_cross_encoder_keeps_its_activation(command, call, tmp_path):
+    shutil.copytree(command[1], tmp_path / "model")
+    activation = {"activation_fn": "torch.nn.modules.linear.Identity"}
+    (tmp_path / "model/config_sentence_transformers.json").write_text(
+        json.dumps({"model_type": "CrossEncoder"} | activation)
+    )
+    said = call(command[0], tmp_path / "model", *command[2:], "--ptq", "--activations", "dynamic")
+    assert said.code == 0, said.err
+    assert read_json(tmp_path / "out/config.json")["sentence_transformers"] == activation

@@ -17,6 +17,7 @@ from pruneofa.data import tasks as task_data
 from pruneofa.errors import InputError
 from pruneofa.formats import scales
 from pruneofa.formats.hub import local_folder
+from pruneofa.formats.sentence import with_activation
 from pruneofa.recipe import RESOURCES_ONLY
 from pruneofa.recipe.model import Precision
 from pruneofa.run.stage import Job, Model, Outcome
@@ -242,6 +243,8 @@ def task_student(model: str, task: task_data.Task) -> PreTrainedModel:
         )
     refuse_integers(model, vars(load_config(model)))
     student = load_task_model(model, task.kind)
+    # A cross-encoder's activation may be in a file that is not saved with the model; config.json holds it as well.
+    student.config.update(with_activation({}, local_folder(model)))
     if task.kind == "classification":
         order = label_order(student.config, task)
         reorder_classes(student, order)
