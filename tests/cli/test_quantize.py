@@ -80,6 +80,7 @@ def test_evaluate_simulates_what_the_folder_says(root, command, call, tmp_path):
         (["--ptq", "--warmup", "0.1"], "--warmup was given, but --ptq does not train"),
         (["--ptq", "--qat-lr", "1e-5"], "--qat-lr was given, but --ptq does not train"),
         (["--calibration", "9"], "--calibration was given, but without --ptq"),
+        (["--hidden", "1"], "--hidden was given, but without --teacher a model learns from the labels only; add"),
         (["--activations", "dynamic", "--freeze", "0.5"], "--freeze was given, but a scale per token"),
         (["--ptq", "--percentile", "99"], "add --observer percentile, or omit it"),
     ],

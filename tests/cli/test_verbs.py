@@ -168,6 +168,8 @@ def test_transfer_on_a_file_of_ones_own(done, call, refused, tmp_path):
     sparse = done[0] / "run" / "sparse"
     data = write_task(tmp_path / "reviews.csv")
     command = ["transfer", sparse, tmp_path / "alone", "--data", data, *TEXT, *FAST]
+    for loss in ("hard", "kd", "hidden", "temperature"):
+        assert f"--{loss} was given, but without --teacher" in refused(*command, f"--{loss}", "1")
     said = call(*command, "--json")
     assert said.code == 0, said.err
     assert "no --teacher given" in said.err

@@ -11,9 +11,9 @@ from pruneofa.errors import InputError
 from pruneofa.export import export as module
 from pruneofa.export import openvino as export_openvino
 from pruneofa.export.export import export
+from pruneofa.families import POOLER_WEIGHT
 from pruneofa.formats import scales as quantization
 from pruneofa.formats.pack import pack
-from pruneofa.formats.pattern import POOLER
 from tests.export.folders import QUERY, save
 from tests.tiny import tiny_tokenizer
 
@@ -57,7 +57,7 @@ class TestBadInput:
         self.refused(folder, "compressed-tensors stores int8", to="compressed-tensors", precision="fp32")
 
     @pytest.mark.parametrize("precision", ["int8", "fp32"])
-    @pytest.mark.parametrize("name", [QUERY, POOLER])
+    @pytest.mark.parametrize("name", [QUERY, POOLER_WEIGHT])
     def test_a_zero_revived_by_hand(self, tmp_path, name, precision):
         folder = save(tmp_path / "model")
         scale = quantization.read(folder).weight_scale[name]

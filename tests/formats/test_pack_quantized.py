@@ -7,13 +7,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from pruneofa.errors import InputError
+from pruneofa.families import POOLER_WEIGHT
 from pruneofa.formats import scales as quantization
 from pruneofa.formats.convert import convert
 from pruneofa.formats.files import read_json
 from pruneofa.formats.manifest import MANIFEST, TENSORS
 from pruneofa.formats.pack import pack
 from pruneofa.formats.packed import PackedLinear, read
-from pruneofa.formats.pattern import POOLER
 from pruneofa.formats.scales import SCALES, SETTINGS
 from pruneofa.formats.unpack import unpack
 from tests.broken import OUTPUT, QUERY, WORDS, WRONG, copy, paths, put, refused, replaced, write
@@ -160,13 +160,13 @@ def test_a_pattern_that_changed_after_quantization_is_found(folder, tmp_path):
 
 
 def test_a_pooler_zero_that_was_revived_is_found(folder, tmp_path):
-    scale = quantization.read(folder).weight_scale[POOLER]
+    scale = quantization.read(folder).weight_scale[POOLER_WEIGHT]
 
     def revive(weight):
         row, column = np.argwhere(weight == 0)[0]
         weight[row, column] = scale[row]  # code 1: still on the grid
 
-    edit_weight(folder, POOLER, revive)
+    edit_weight(folder, POOLER_WEIGHT, revive)
     for precision in ("int8", "fp32"):
         with pytest.raises(InputError, match="the pooler's sparsity pattern has hash .*: its pattern lock"):
             pack(folder, tmp_path / "packed", precision=precision)

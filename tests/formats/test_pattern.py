@@ -37,7 +37,7 @@ QUERY = "encoder.layer.0.attention.self.query.weight"
         ("mpnet.encoder.layer.2.attention.attn.q.weight", "encoder.layer.2.attention.attn.q.weight", True),
         ("mpnet.encoder.relative_attention_bias.weight", "encoder.relative_attention_bias.weight", False),
         ("encoder.layer.0.output.LayerNorm.weight", "encoder.layer.0.output.LayerNorm.weight", False),
-        ("bert.pooler.dense.weight", pattern.POOLER, False),
+        ("bert.pooler.dense.weight", families.POOLER_WEIGHT, False),
         ("bert.embeddings.word_embeddings.weight", "embeddings.word_embeddings.weight", False),
         ("cls.predictions.transform.dense.weight", "cls.predictions.transform.dense.weight", False),
         ("vocab_transform.weight", "vocab_transform.weight", False),

@@ -17,7 +17,7 @@ QUERY = "encoder.layer.0.attention.self.query.weight"
 KEY = "encoder.layer.0.attention.self.key.weight"
 OUTPUT = "encoder.layer.0.output.dense.weight"
 WORDS = "embeddings.word_embeddings.weight"
-POOLER = "pooler.dense.weight"
+POOLER_WEIGHT = "pooler.dense.weight"
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_what_is_written_is_read(tmp_path, strategy, static, embeddings):
     folder = source(tmp_path / "model")
     written = quantize_folder(folder, strategy=strategy, static=static, embeddings=embeddings)
     same(read(folder), written)
-    assert read(folder).linears()[-1] == POOLER
+    assert read(folder).linears()[-1] == POOLER_WEIGHT
     assert all(type(zero) is int for zero in read(folder).input_zero_point.values())
 
 
@@ -149,7 +149,7 @@ def test_query_key_and_value_share_an_input(folder):
     assert f"{QUERY} and {KEY} read the same input" in refused(folder)
 
 
-@pytest.mark.parametrize("name", [QUERY, POOLER, WORDS])
+@pytest.mark.parametrize("name", [QUERY, POOLER_WEIGHT, WORDS])
 def test_missing_and_unexpected_weight_scales(folder, name):
     def drop(arrays):
         for part in ("weight_scale", "input_scale", "input_zero_point"):

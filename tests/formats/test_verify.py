@@ -4,8 +4,8 @@ import pytest
 from transformers import BertForQuestionAnswering
 
 from pruneofa.errors import InputError
+from pruneofa.families import POOLER_WEIGHT
 from pruneofa.formats.pack import pack
-from pruneofa.formats.pattern import POOLER
 from pruneofa.formats.verify import verify
 from tests.pruned import change, make_sparse
 from tests.tiny import tiny_bert, write_model
@@ -42,7 +42,7 @@ def test_it_catches_not_a_number_and_the_pooler(base, derived):
 
     change(derived, revive)
     found = verify(base, derived)
-    assert found["not_finite"] == [{"layer": QUERY, "count": 1}, {"layer": POOLER, "count": 2}]
+    assert found["not_finite"] == [{"layer": QUERY, "count": 1}, {"layer": POOLER_WEIGHT, "count": 2}]
     assert not found["ok"] and not found["revived"] and found["extra_zeros"] == 0
 
 

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from pruneofa import recipe
 from pruneofa.cli.main import main
 from pruneofa.errors import InputError
-from pruneofa.formats.pattern import POOLER
+from pruneofa.families import POOLER_WEIGHT
 from pruneofa.run.lineage import check_lock, sparse_of_run
 from tests.golden import source
 from tests.small import small_recipe
@@ -46,7 +46,7 @@ def revive(folder, name=QUERY):
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
-@pytest.mark.parametrize("name", [QUERY, POOLER])
+@pytest.mark.parametrize("name", [QUERY, POOLER_WEIGHT])
 @pytest.mark.parametrize("variant", ["transfer", "quantize"])
 @pytest.mark.parametrize("verb", [("pack",), ("pack", "--precision", "fp32"), ("export", "--to", "openvino")])
 def test_a_zero_that_was_revived_by_hand_is_found(run, variant, verb, name, tmp_path, capsys):

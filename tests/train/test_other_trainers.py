@@ -8,7 +8,7 @@ from transformers import BertForSequenceClassification, BertModel, Trainer, Trai
 from pruneofa.errors import CheckFailed
 from pruneofa.train import LockCallback, PruningCallback
 from pruneofa.train.lock import PatternLock
-from pruneofa.train.masks import canonical_name, prunable
+from pruneofa.train.masks import prunable, unwrapped_name
 from pruneofa.train.sparse_linear import SparseLinear
 from tests.tiny import tiny_bert, tiny_tokenizer
 
@@ -80,7 +80,7 @@ TRAINERS = pytest.mark.parametrize("make", [sentence_trainer, cross_encoder_trai
 
 
 def encoder_weights(tensors):
-    return {canonical_name(name): weight.detach().clone() for name, weight in tensors.items()}
+    return {unwrapped_name(name): weight.detach().clone() for name, weight in tensors.items()}
 
 
 @TRAINERS

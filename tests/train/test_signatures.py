@@ -4,9 +4,9 @@ import inspect
 
 import pytest
 
-import pruneofa.train
 from pruneofa import Engine
-from pruneofa.train import distill, lock, masks, prune, schedule
+from pruneofa.errors import InputError
+from pruneofa.train import LockCallback, PruningCallback, distill, lock, masks, prune, schedule
 
 POSITIONAL, KEYWORD = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
 NONE = inspect.Parameter.empty  # no default
@@ -24,7 +24,7 @@ SIGNATURES = [
     (lock.PatternLock.apply, ["self"], {}),
     (lock.PatternLock.verify, ["self"], {}),
     (distill.kd_loss, ["student_logits", "teacher_logits", "temperature"], {"rows": None, "classes": None}),
-    (pruneofa.train.LockCallback, [], {}),
+    (LockCallback, [], {}),
     (Engine.from_pretrained, ["path_or_id"], {"precision": "int8", "threads": None, "isa": None, "lanes": None}),
     (Engine.encode, ["self", "input_ids", ("attention_mask", None), ("token_type_ids", None)], {}),
     (Engine.predict, ["self", "x"], {"batch_size": 32}),
@@ -43,5 +43,27 @@ def test_signature(called, positional, keyword):
 
 
 def test_pruning_callback_takes_the_pruners_arguments():
-    callback = pruneofa.train.PruningCallback(final=0.9, begin=0, end=4, stop=5, interval=2, pattern="2:4")
-    assert callback.schedule == {"final": 0.9, "begin": 0, "end": 4, "stop": 5, "interval": 2, "pattern": "2:4"}
+    def keywords(called):
+        found = inspect.signature(called).parameters.values()
+        return {p.name: p.default for p in found if p.kind is KEYWORD}
+
+    own = {"blocks": None}
+    decay = {"decay": 0.999}  # which the callback reads from the optimizer
+    assert keywords(PruningCallback) | decay == keywords(prune.GradualPruner) | own
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"final": 90}, r"final is 90 but must be at least 0 and below 1 \(a fraction"),
+        ({"end": 0}, r"begin is 0 but must be below end \(0\)"),
+        ({"pattern": "2:4"}, "final is 0.9 but pattern 2:4 gives 0.5"),
+        ({"score": "size"}, "score is 'size'; wanted magnitude"),
+        ({"score": "obs"}, "score obs: needs a function that computes the blocks"),
+    ],
+)
+def test_a_wrong_argument_is_refused_before_anything_is_loaded(wrong, named):
+    arguments = {"final": 0.9, "begin": 0, "end": 4, "stop": 5, "interval": 2}
+    PruningCallback(**arguments)
+    with pytest.raises(InputError, match=named):
+        PruningCallback(**arguments | wrong)

@@ -290,8 +290,6 @@ def test_the_second_moments_of_a_stock_trainer_choose_the_weights(tmp_path):
         assert (weight == 0).float().mean() == pytest.approx(0.9, abs=2e-3), name
     with pytest.raises(InputError, match="score fisher: SGD keeps no second moment of .*; choose such an optimizer"):
         stock(classifier(), tmp_path / "sgd", PruningCallback(**SCHEDULE, score="fisher"), optim="sgd").train()
-    with pytest.raises(InputError, match="score obs: needs a function that computes the blocks"):
-        stock(classifier(), tmp_path / "obs", PruningCallback(**SCHEDULE, score="obs")).train()
 
 
 def test_resuming_without_the_pruners_state_is_refused(tmp_path):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from pruneofa.errors import InputError
+from pruneofa.progress import notice
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -130,6 +131,21 @@ def read_task(options: argparse.Namespace) -> tuple[str, Any]:
         own = f"--task {name}: not one of {', '.join(KNOWN_TASKS)}" if options.task else "--data without --task"
         raise InputError(f"{own}, so it needs --data, --text and --label; got no {missing}")
     return name, validate(Task, values, f"tasks.{name}").resolved(name)
+
+
+def learn_from_labels(options: argparse.Namespace, task: Any) -> Any:
+    """The task's section for training without a teacher, which a line says.
+
+    Raises InputError for an option that sets the losses with a teacher.
+    """
+    for name in ("hard", "kd", "hidden", "temperature"):
+        if getattr(options, name) is not None:
+            raise InputError(
+                f"{_flag(name)} was given, but without --teacher a model learns from the labels only; add --teacher "
+                "DIR, or omit it"
+            )
+    notice("no --teacher given: training on the labels only")
+    return task.model_copy(update={"hard": 1.0, "kd": 0.0, "hidden": 0.0})
 
 
 def add_training(verb: argparse.ArgumentParser) -> None:

@@ -3,9 +3,16 @@
 import argparse
 from pathlib import Path
 
-from pruneofa.cli.options import add_fields, add_training, precision_of, read_fields, read_task, refuse_unused
+from pruneofa.cli.options import (
+    add_fields,
+    add_training,
+    learn_from_labels,
+    precision_of,
+    read_fields,
+    read_task,
+    refuse_unused,
+)
 from pruneofa.cli.show import print_metrics, say_pattern
-from pruneofa.progress import notice
 
 
 def describe(verb: argparse.ArgumentParser) -> None:
@@ -42,6 +49,8 @@ def describe(verb: argparse.ArgumentParser) -> None:
     def call(options: argparse.Namespace) -> int:
         name, spec = read_task(options)
         refuse_unused(options)
+        if spec.teacher is None and not options.ptq:
+            spec = learn_from_labels(options, spec)
         values = read_fields(options, recipe.Quantize, "") | {"ptq": options.ptq}
         settings = recipe.validate(recipe.Quantize, values, "quantize")
         say_pattern(options.folder)
@@ -49,9 +58,6 @@ def describe(verb: argparse.ArgumentParser) -> None:
         from pruneofa.run import single  # torch, which takes seconds: what is wrong without it is said before
         from pruneofa.run.stage import EVALUATION
 
-        if spec.teacher is None and not options.ptq:
-            notice("no --teacher given: training on the labels only")
-            spec = spec.model_copy(update={"hard": 1.0, "kd": 0.0, "hidden": 0.0})
         training = {"seed": options.seed, "precision": precision_of(options)}
         root, redo = options.data_root, options.redo
         metrics = single.quantize(

@@ -3,9 +3,8 @@
 import argparse
 from pathlib import Path
 
-from pruneofa.cli.options import add_fields, add_training, precision_of, read_task
+from pruneofa.cli.options import add_fields, add_training, learn_from_labels, precision_of, read_task
 from pruneofa.cli.show import print_metrics, say_pattern
-from pruneofa.progress import notice
 
 
 def describe(verb: argparse.ArgumentParser) -> None:
@@ -29,14 +28,13 @@ def describe(verb: argparse.ArgumentParser) -> None:
 
     def call(options: argparse.Namespace) -> int:
         name, spec = read_task(options)
+        if spec.teacher is None:
+            spec = learn_from_labels(options, spec)
         say_pattern(options.sparse)
         from pruneofa.formats.files import read_json
         from pruneofa.run import single  # torch, which takes seconds: what is wrong without it is said before
         from pruneofa.run.stage import EVALUATION
 
-        if spec.teacher is None:
-            notice("no --teacher given: training on the labels only")
-            spec = spec.model_copy(update={"hard": 1.0, "kd": 0.0, "hidden": 0.0})
         training = {"seed": options.seed, "precision": precision_of(options)}
         root, redo = options.data_root, options.redo
         metrics = single.transfer(options.sparse, options.out, name, spec, data_root=root, redo=redo, **training)

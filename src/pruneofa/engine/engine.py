@@ -20,7 +20,7 @@ from pruneofa.engine.question_answering import QuestionAnswering
 from pruneofa.engine.threads import Threads, choose_threads, cpu_quota, usable_threads
 from pruneofa.engine.tokenizer import TextTokenizer, Tokens
 from pruneofa.errors import InputError
-from pruneofa.families import POOLER
+from pruneofa.families import POOLER_WEIGHT
 from pruneofa.formats.architecture import check_tensors, read_architecture
 from pruneofa.formats.convert import convert, pack_linear, quantize_weight
 from pruneofa.formats.hub import local_folder
@@ -70,7 +70,7 @@ class Engine:
         check_tensors(architecture, packed.shapes, folder, head=sentence is None)
         words, positions = (packed.embeddings[architecture.tables[name]].values for name in ("word", "position"))
         # No list of the layers: it would keep all of them in memory until the encoder is built.
-        encoder = {name: linear.values.size for name, linear in packed.linears.items() if name != f"{POOLER}.weight"}
+        encoder = {name: linear.values.size for name, linear in packed.linears.items() if name != POOLER_WEIGHT}
         size = sum(math.prod(packed.linears[name].shape) for name in encoder)
         self.sparsity = 1 - sum(encoder.values()) / size
         weights = Weights(packed, native, isa)

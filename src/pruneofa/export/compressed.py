@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from pruneofa.export.source import Arrays, Exported, Source, Traced
-from pruneofa.formats.pattern import POOLER, read_weights
+from pruneofa.families import POOLER_WEIGHT
+from pruneofa.formats.pattern import read_weights
 from pruneofa.formats.scales import Quantization
 from pruneofa.train.models import read_model
 
@@ -31,7 +32,7 @@ def write(source: Source, folder: Path) -> None:
     found = source.quantization
     assert found is not None
     model = copy.deepcopy(source.model)
-    quantized = {name: at for name, at in source.linears.items() if not (name == POOLER and _whole_batch(found))}
+    quantized = {name: at for name, at in source.linears.items() if not (name == POOLER_WEIGHT and _whole_batch(found))}
     linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     scheme = {
         "targets": ["Linear"],

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from pruneofa.errors import InputError
-from pruneofa.families import Task, canonical_name
+from pruneofa.families import POOLER_WEIGHT, Task, canonical_name
 from pruneofa.formats import pattern, scales
 from pruneofa.formats.architecture import Architecture, read_architecture
 from pruneofa.formats.manifest import is_packed, kind_of, read_config
@@ -172,7 +172,7 @@ def _load(folder: Path, config: Mapping[str, Any], architecture: Architecture, w
     options = {}
     if architecture.task == "embedding" and family.pooler:
         stored = {
-            canonical_name(name) for name, _ in pattern.read_weights(folder, lambda name, _: name == pattern.POOLER)
+            canonical_name(name) for name, _ in pattern.read_weights(folder, lambda name, _: name == POOLER_WEIGHT)
         }
         options["add_pooling_layer"] = whole and bool(stored)
     model, info = read_model(getattr(transformers, name), folder, **options)

@@ -8,11 +8,11 @@ import re
 
 from pruneofa.families.bert import BERT
 from pruneofa.families.distilbert import DISTILBERT
-from pruneofa.families.family import POOLER, Family, RelativeBias, Shape, Task
+from pruneofa.families.family import POOLER, POOLER_WEIGHT, Family, RelativeBias, Shape, Task
 from pruneofa.families.mpnet import MPNET
 from pruneofa.families.roberta import ROBERTA
 
-__all__ = ["FAMILIES", "POOLER", "Family", "RelativeBias", "Shape", "Task"]
+__all__ = ["FAMILIES", "POOLER", "POOLER_WEIGHT", "Family", "RelativeBias", "Shape", "Task"]
 
 FAMILIES: tuple[Family, ...] = (BERT, DISTILBERT, ROBERTA, MPNET)
 
@@ -87,7 +87,7 @@ def tokenizer_files(name: str) -> tuple[str, ...]:
 
 
 def base_name(name: str) -> str:
-    """Canonical parameter name: without the prefix of the base model or of a wrapper."""
+    """Parameter name without the prefix of the base model or of a wrapper."""
     before = {*_WRAPPERS, *prefixes()}
     while (parts := name.partition("."))[1] and parts[0] in before:
         name = parts[2]
@@ -116,7 +116,7 @@ def layer_index(name: str) -> int | None:
 
 def encoder_part(name: str) -> str | None:
     """The canonical name of a parameter of an encoder layer or the pooler, after any prefix; None for others."""
-    found = re.search(rf"(?:^|\.)((?:{_layers()})\.\d+\..+|{re.escape(POOLER)}\.weight)$", name)
+    found = re.search(rf"(?:^|\.)((?:{_layers()})\.\d+\..+|{re.escape(POOLER_WEIGHT)})$", name)
     return found[1] if found else None
 
 

@@ -7,6 +7,7 @@ from typing import Literal
 Task = Literal["embedding", "classification", "question answering", "token classification", "masked-LM"]
 
 POOLER = "pooler.dense"  # name of the pooler in packed folders and in pattern hashes
+POOLER_WEIGHT = f"{POOLER}.weight"
 
 
 @dataclass(frozen=True)

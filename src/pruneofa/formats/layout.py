@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from pruneofa.errors import InputError
+from pruneofa.families import POOLER_WEIGHT
 from pruneofa.formats.manifest import AGAIN, MANIFEST, Tensor
-from pruneofa.formats.pattern import POOLER, position_bits
+from pruneofa.formats.pattern import position_bits
 
 _BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1}  # in the order of a file: larger types first
 
@@ -52,7 +53,7 @@ def in_order(slots: Mapping[str, Slot]) -> dict[str, Slot]:
 
 def _slots(name: str, tensor: Tensor, precision: str) -> Iterator[tuple[str, Slot]]:
     kind, shape, int8 = tensor.kind, tuple(tensor.shape), precision == "int8"
-    encoder = kind == "linear" and name != POOLER
+    encoder = kind == "linear" and name != POOLER_WEIGHT
     if kind == "linear":
         assert tensor.nonzeros is not None
         bits = Slot("U8", (shape[0], math.ceil(shape[1] / 8)), encoder)
@@ -85,7 +86,7 @@ def figures(tensors: Mapping[str, Tensor], precision: str) -> dict[str, float]:
 
     The bound, in bits per weight, is 8 or 32 bits per non-zero plus the entropy of their positions.
     """
-    linears = [tensor for name, tensor in tensors.items() if tensor.kind == "linear" and name != POOLER]
+    linears = [tensor for name, tensor in tensors.items() if tensor.kind == "linear" and name != POOLER_WEIGHT]
     weights = sum(tensor.size for tensor in linears)
     nonzeros = sum(tensor.nonzeros or 0 for tensor in linears)
     stored = sum(slot.nbytes for slot in layout(tensors, precision).values() if slot.encoder)

@@ -13,9 +13,8 @@ from typing import Any
 
 from pruneofa import families
 from pruneofa.errors import InputError, short
-from pruneofa.families import is_encoder_weight
+from pruneofa.families import POOLER_WEIGHT, is_encoder_weight
 from pruneofa.formats.files import read_json
-from pruneofa.formats.pattern import POOLER
 from pruneofa.formats.sentence import with_activation
 
 FORMAT = "pruneofa-packed"
@@ -129,7 +128,9 @@ class Manifest:
     @property
     def linears(self) -> dict[str, Tensor]:
         """The encoder's linear weights, without the pooler."""
-        return {name: tensor for name, tensor in self.tensors.items() if tensor.kind == "linear" and name != POOLER}
+        return {
+            name: tensor for name, tensor in self.tensors.items() if tensor.kind == "linear" and name != POOLER_WEIGHT
+        }
 
     @property
     def tensor_file(self) -> str:
@@ -174,7 +175,7 @@ def source_name(name: str, prefix: str) -> str:
 
 def kind_of(name: str, ndim: int) -> str:
     """How a tensor of this canonical name is stored: "linear", "embedding" or "plain"."""
-    if ndim == 2 and (name == POOLER or is_encoder_weight(name, ndim)):
+    if ndim == 2 and (name == POOLER_WEIGHT or is_encoder_weight(name, ndim)):
         return "linear"
     return "embedding" if ndim == 2 and name in families.embedding_weights() else "plain"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from pruneofa import families
 from pruneofa.errors import InputError, short
-from pruneofa.families import base_name, canonical_name
+from pruneofa.families import POOLER_WEIGHT, base_name, canonical_name
 from pruneofa.formats.files import MAX_JSON, read_json
 from pruneofa.formats.layout import figures, layout
 from pruneofa.formats.manifest import (
@@ -30,7 +30,7 @@ from pruneofa.formats.manifest import (
     is_name,
     kind_of,
 )
-from pruneofa.formats.pattern import BLOCKS, POOLER, ratio_of
+from pruneofa.formats.pattern import BLOCKS, ratio_of
 
 _HASH = re.compile(r"[0-9a-f]{64}")
 _CHECKSUM = re.compile(r"crc32:[0-9a-f]{8}")
@@ -86,7 +86,7 @@ def parse_manifest(manifest: dict[str, Any], where: str) -> Manifest:
     for name, entry in manifest["tensors"].items():
         _check_entry(name, entry, manifest["tensors"], manifest["precision"], where)
     tensors = {name: Tensor(**entry | {"shape": tuple(entry["shape"])}) for name, entry in manifest["tensors"].items()}
-    if not any(tensor.kind == "linear" and name != POOLER for name, tensor in tensors.items()):
+    if not any(tensor.kind == "linear" and name != POOLER_WEIGHT for name, tensor in tensors.items()):
         raise InputError(f"{where}: no linear weight of an encoder in it; {AGAIN}")
     linears = {name for name, tensor in tensors.items() if tensor.kind == "linear"}
     input_scales = _input_scales(manifest["activations"], linears, manifest["precision"], f"{where}: activations")
@@ -95,10 +95,10 @@ def parse_manifest(manifest: dict[str, Any], where: str) -> Manifest:
         good = good and input_scales is None
         want("quantized", good, "true, only for int8 with dynamic activations")
     pooler = manifest["pooler_hash"]
-    if POOLER in tensors:
-        want("pooler_hash", _is_hash(pooler), f"64 hexadecimal digits, as there is {POOLER}")
+    if POOLER_WEIGHT in tensors:
+        want("pooler_hash", _is_hash(pooler), f"64 hexadecimal digits, as there is {POOLER_WEIGHT}")
     else:
-        want("pooler_hash", pooler is None, f"null, as there is no {POOLER}")
+        want("pooler_hash", pooler is None, f"null, as there is no {POOLER_WEIGHT}")
     _check_sizes(manifest, tensors, where)
     read_as = {"input_scales": input_scales, "quantized": "quantized" in manifest, "tensors": tensors}
     same = {field.name: manifest[field.name] for field in fields(Manifest) if field.name not in (*read_as, "sizes")}

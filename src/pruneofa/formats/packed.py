@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from pruneofa.errors import InputError
+from pruneofa.families import POOLER_WEIGHT
 from pruneofa.formats.hub import local_folder
 from pruneofa.formats.manifest import AGAIN, MANIFEST, InputScales, Manifest, Tensor, read_config
 from pruneofa.formats.manifest_reader import read_manifest
-from pruneofa.formats.pattern import POOLER, packed_bits, pattern_hashes, pattern_holds
+from pruneofa.formats.pattern import packed_bits, pattern_hashes, pattern_holds
 from pruneofa.formats.tensor_file import read_arrays
 
 MAX_SCALE = np.nextafter(np.finfo(np.float32).max / np.float32(127), np.float32(0))  # 127 * MAX_SCALE is finite
@@ -184,7 +185,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
             "nonzeros": tensor.nonzeros,
             "pattern": tensor.pattern,
         }
-        for name, tensor in sorted(manifest.tensors.items(), key=lambda item: (item[0] == POOLER, item[0]))
+        for name, tensor in sorted(manifest.tensors.items(), key=lambda item: (item[0] == POOLER_WEIGHT, item[0]))
         if tensor.kind == "linear"
     }
     return {
@@ -192,7 +193,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
         "precision": manifest.precision,
         "compression": manifest.compression,
         "encoder": manifest.sparsity,
-        "pooler": layers[POOLER]["sparsity"] if POOLER in layers else None,
+        "pooler": layers[POOLER_WEIGHT]["sparsity"] if POOLER_WEIGHT in layers else None,
         "pattern_hash": manifest.pattern_hash,
         "pooler_hash": manifest.pooler_hash,
         **{key: value for key, value in sizes.items() if "bits" in key or "bound" in key},

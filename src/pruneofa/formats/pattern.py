@@ -15,12 +15,11 @@ import numpy as np
 
 from pruneofa import families
 from pruneofa.errors import InputError
-from pruneofa.families import base_name, canonical_name, is_encoder_weight
+from pruneofa.families import POOLER_WEIGHT, base_name, canonical_name, is_encoder_weight
 from pruneofa.formats.architecture import check_encoder
 from pruneofa.formats.files import read_json
 from pruneofa.formats.tensors import StoredTensor, read_tensor, tensors_of, weight_files, weights_folder
 
-POOLER = f"{families.POOLER}.weight"
 BLOCKS = {"unstructured": (1, 1), "4x1": (4, 1), "1x4": (1, 4)}  # (output rows, input columns) of a block
 _RATIO = re.compile(r"([1-9]\d?):([1-9]\d?)", re.ASCII)
 
@@ -59,7 +58,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
 
     check_config(path)
     encoder_hash, pooler_hash = pattern_hashes(counted())
-    layers = {name: layer for name, layer in found.items() if name != POOLER}
+    layers = {name: layer for name, layer in found.items() if name != POOLER_WEIGHT}
     if not layers:
         raise InputError(no_encoder(path))
     weights = sum(math.prod(layer["shape"]) for layer in layers.values())
@@ -73,14 +72,14 @@ def inspect(path: str | Path) -> dict[str, Any]:
     }
     return {
         "encoder": 1 - nonzeros / weights,
-        "pooler": found[POOLER]["sparsity"] if POOLER in found else None,
+        "pooler": found[POOLER_WEIGHT]["sparsity"] if POOLER_WEIGHT in found else None,
         "weights": weights,
         "nonzeros": nonzeros,
         "pattern_hash": encoder_hash,
         "pooler_hash": pooler_hash,
         "sizes": sizes,
         "bits_per_weight": {key: 8 * size / weights for key, size in sizes.items()},
-        "layers": layers | {name: layer for name, layer in found.items() if name == POOLER},
+        "layers": layers | {name: layer for name, layer in found.items() if name == POOLER_WEIGHT},
     }
 
 
@@ -116,7 +115,7 @@ def pattern_hashes(layers: Iterable[tuple[str, tuple[int, ...], np.ndarray]]) ->
     """
     encoder, pooler = hashlib.sha256(), None
     for name, shape, bits in layers:
-        if name == POOLER:
+        if name == POOLER_WEIGHT:
             pooler = hashlib.sha256()
             _add_layer(pooler, name, shape, bits)
         else:
@@ -171,7 +170,7 @@ def ratio_of(pattern: str) -> tuple[int, int] | None:
 
 def is_prunable(name: str, ndim: int) -> bool:
     """Whether a tensor of this canonical name and number of dimensions is prunable: encoder linears and the pooler."""
-    return name == POOLER or is_encoder_weight(name, ndim)
+    return name == POOLER_WEIGHT or is_encoder_weight(name, ndim)
 
 
 def no_encoder(path: str | Path) -> str:

@@ -6,9 +6,8 @@ import numpy as np
 
 from pruneofa import families
 from pruneofa.errors import InputError
-from pruneofa.families import canonical_name
+from pruneofa.families import POOLER_WEIGHT, canonical_name
 from pruneofa.formats.manifest import SOURCE_DTYPES, kind_of
-from pruneofa.formats.pattern import POOLER
 from pruneofa.formats.tensors import StoredTensor, read_tensor, tensors_of, weight_files
 
 Source = dict[str, tuple[str, StoredTensor]]  # {canonical name: (name in the source, location)}
@@ -46,7 +45,7 @@ def source_prefix(folder: Path, found: Source) -> str:
     Raises InputError for a source without them.
     """
     for name, (original, stored) in sorted(found.items()):
-        if name != POOLER and kind_of(name, len(stored.shape)) == "linear":
+        if name != POOLER_WEIGHT and kind_of(name, len(stored.shape)) == "linear":
             return original.removesuffix(name)
     raise InputError(f"{folder}: {families.without_encoder()}")
 

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from pruneofa.errors import InputError
+from pruneofa.families import POOLER_WEIGHT
 from pruneofa.formats import packed
 from pruneofa.formats.manifest import is_packed
-from pruneofa.formats.pattern import POOLER, check_config, is_prunable, no_encoder, stored_tensors
+from pruneofa.formats.pattern import check_config, is_prunable, no_encoder, stored_tensors
 from pruneofa.formats.tensors import read_tensor, weights_folder
 
 
@@ -56,7 +57,7 @@ def verify(base: str | Path, derived: str | Path) -> dict[str, Any]:
         extra += int(np.count_nonzero(~nonzero & ~pruned))
         if weight.dtype.kind == "f":
             negative += int(np.count_nonzero(np.signbit(weight) & ~nonzero & pruned))
-    missing = [name for name in wanted if name not in found and name != POOLER]
+    missing = [name for name in wanted if name not in found and name != POOLER_WEIGHT]
     if not missing:
         _check_config(derived)
     return {
@@ -64,7 +65,7 @@ def verify(base: str | Path, derived: str | Path) -> dict[str, Any]:
         "revived": revived,
         "not_finite": not_finite,
         "missing": missing,
-        "missing_pooler": POOLER in wanted and POOLER not in found,
+        "missing_pooler": POOLER_WEIGHT in wanted and POOLER_WEIGHT not in found,
         "checked": checked,
         "extra_zeros": extra,
         "negative_zeros": negative,
@@ -83,7 +84,7 @@ def _weights(path: str | Path) -> dict[str, _Weight]:
         for name, tensor in sorted(stored_tensors(folder).items())
         if is_prunable(name, len(tensor.shape))
     }
-    if not any(name != POOLER for name in stored):
+    if not any(name != POOLER_WEIGHT for name in stored):
         raise InputError(no_encoder(path))
     return stored
 

@@ -1,7 +1,8 @@
 """Callbacks that prune, lock and quantize in any `transformers.Trainer`."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from pruneofa.train.checkpoints import checkpoint_path, read_state
 from pruneofa.train.curvature import moment_decay, second_moments
 from pruneofa.train.lock import PatternLock
 from pruneofa.train.masks import prunable
-from pruneofa.train.prune import GradualPruner
+from pruneofa.train.prune import GradualPruner, check_schedule, check_score, check_sparsity
 from pruneofa.train.quantize import FakeQuantizer
 from pruneofa.train.sparse_linear import compute_densely, note_zeroed, skip_locked_zeros
 
@@ -49,13 +50,51 @@ class PruningCallback(TrainerCallback):
     """Gradual pruning in any `transformers.Trainer`: masks follow `cubic_sparsity`.
 
     The pruner's state is written into every checkpoint and restored when training resumes from one in the same
-    `output_dir`. Takes the arguments of `GradualPruner`. Score fisher reads the second moments of the Trainer's Adam.
+    `output_dir`. Score fisher reads the second moments of the Trainer's Adam.
     """
 
-    def __init__(self, *, blocks: Blocks | None = None, **schedule: Any) -> None:
-        """`blocks`, needed for score obs: called with the weights by name and t where new masks are selected."""
-        self.schedule = schedule
-        self.blocks = blocks
+    def __init__(
+        self,
+        *,
+        final: float,
+        begin: int,
+        end: int,
+        stop: int,
+        interval: int,
+        initial: float = 0.0,
+        pattern: str = "unstructured",
+        scope: str = "uniform",
+        skip: Iterable[str] = (),
+        score: str = "magnitude",
+        dampening: float = 0.01,
+        blocks: Blocks | None = None,
+    ) -> None:
+        """The arguments of `GradualPruner`, and `blocks`, which score obs needs.
+
+        `blocks` is called with the weights by name and t where new masks are selected, and gives the blocks of the
+        curvature. Raises InputError for a bad schedule, sparsity, pattern, scope or score, and for obs without blocks;
+        what depends on the model is checked when training begins.
+        """
+        check_schedule(begin, end, stop, interval)
+        check_sparsity(initial, final, pattern, scope)
+        check_score(score, dampening)
+        if score == "obs" and blocks is None:
+            raise InputError("score obs: needs a function that computes the blocks of the curvature; pass blocks=")
+        self.skip, self.score, self.blocks = tuple(skip), score, blocks
+        self._attach = partial(
+            GradualPruner,
+            final=final,
+            begin=begin,
+            end=end,
+            stop=stop,
+            interval=interval,
+            initial=initial,
+            pattern=pattern,
+            scope=scope,
+            skip=self.skip,
+            score=score,
+            dampening=dampening,
+        )
         self.pruner: GradualPruner | None = None
         self._saved: int | None = None
 
@@ -64,25 +103,22 @@ class PruningCallback(TrainerCallback):
     ) -> None:
         """Attach to the model; on resume, load masks and dense values from the checkpoint.
 
-        Raises InputError for score obs without `blocks`, and for a checkpoint without the pruner's state. Warns of a
-        training that ends before the pruning does.
+        Raises InputError as `GradualPruner` does, and for a checkpoint without the pruner's state. Warns of a training
+        that ends before the pruning does.
         """
         if self.pruner is not None:
             self.pruner.release()
         self._saved = None
         model = _encoder(kwargs["model"])
-        averages = {}
-        if self.schedule.get("score") == "fisher":
-            averages = {"decay": moment_decay(kwargs["optimizer"], prunable(model, self.schedule.get("skip", ())))}
-        self.pruner = GradualPruner(model, **self.schedule | averages)
+        fisher = self.score == "fisher"
+        decay = moment_decay(kwargs["optimizer"], prunable(model, self.skip)) if fisher else 0.0
+        self.pruner = self._attach(model, decay=decay)
         if (last := state.max_steps - 1) < self.pruner.end:
             warnings.warn(
                 f"pruning reaches its final sparsity at step {self.pruner.end}, but training ends after step {last}: "
                 "the model will be less sparse; lower end, or continue from the last checkpoint with more steps",
                 stacklevel=2,
             )
-        if self.pruner.score == "obs" and self.blocks is None:
-            raise InputError("score obs: needs a function that computes the blocks of the curvature; pass blocks=")
         if state.global_step == 0:
             return
         file = checkpoint_path(args.output_dir, state.global_step, PRUNER_FILE)
@@ -97,7 +133,7 @@ class PruningCallback(TrainerCallback):
         if self.pruner.due(t) and self.pruner.score == "fisher":
             curvature = second_moments(kwargs["optimizer"], self.pruner.weights)
         elif self.pruner.due(t) and self.pruner.score == "obs":
-            assert self.blocks is not None  # checked when training began
+            assert self.blocks is not None  # checked when the callback was made
             curvature = self.blocks(self.pruner.weights, t)
         self.pruner.step(t, curvature)
 

@@ -30,7 +30,7 @@ from pruneofa.formats.cache import cached_folder
 from pruneofa.formats.files import read_json, write_json
 from pruneofa.progress import progress
 from pruneofa.train.device import refuse_more_than_free
-from pruneofa.train.masks import canonical_name, check_shape, magnitude_mask, prunable
+from pruneofa.train.masks import check_shape, magnitude_mask, prunable, unwrapped_name
 
 DAMPING = 0.01  # added to the diagonal of the moments, relative to its mean
 ROUNDS = 30  # ADMM iterations
@@ -103,7 +103,7 @@ def prune_layerwise(
     weights = prunable(student, skip)
     for name, weight in weights.items():
         check_shape(name, tuple(weight.shape), pattern)
-    wanted = {canonical_name(name) for name in weights}
+    wanted = {unwrapped_name(name) for name in weights}
 
     def select(scores: Tensor) -> Tensor:
         return magnitude_mask(scores, final, pattern)
@@ -138,7 +138,7 @@ def prune_layerwise(
             student_hidden = [call.run(layer, x, ()).output for call, x in zip(calls, student_hidden, strict=True)]
             teacher_hidden = [call.run(dense, x, ()).output for call, x in zip(calls, teacher_hidden, strict=True)]
             advance()
-    if f"{families.POOLER}.weight" in wanted:
+    if families.POOLER_WEIGHT in wanted:
         firsts = [(s[:, 0], t[:, 0]) for s, t in zip(student_hidden, teacher_hidden, strict=True)]
         linear, dense = base.get_submodule(families.POOLER), other.get_submodule(families.POOLER)
         _fit_linear(linear, [(s, dense(t)) for s, t in firsts], select, families.POOLER)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pruneofa.errors import CheckFailed, InputError
-from pruneofa.formats.pattern import POOLER
+from pruneofa.families import POOLER_WEIGHT
 from pruneofa.train import masks
 from pruneofa.train.sparse_linear import is_masked
 
@@ -66,11 +66,11 @@ class PatternLock:
 
         Raises InputError naming a layer that the model lacks or that has another shape.
         """
-        weights = {masks.canonical_name(name): (name, weight) for name, weight in masks.prunable(model).items()}
+        weights = {masks.unwrapped_name(name): (name, weight) for name, weight in masks.prunable(model).items()}
         found: dict[str, nn.Parameter] = {}
         pruned: dict[str, Tensor] = {}
         for name, mask in self.pruned.items():
-            live, weight = weights.get(masks.canonical_name(name), (name, None))
+            live, weight = weights.get(masks.unwrapped_name(name), (name, None))
             if weight is not None:
                 masks.check_whole({live: weight})
             if weight is None or weight.shape != mask.shape:
@@ -89,9 +89,9 @@ class PatternLock:
         NaN and infinity are named as such. Layers that are not in `weights` are skipped. `where` names their source
         in the error message.
         """
-        positions = {masks.canonical_name(name): mask for name, mask in self.pruned.items()}
+        positions = {masks.unwrapped_name(name): mask for name, mask in self.pruned.items()}
         for name, weight in weights.items():
-            mask = positions.get(masks.canonical_name(name))
+            mask = positions.get(masks.unwrapped_name(name))
             if mask is None:
                 continue
             masks.check_whole({name: weight})
@@ -127,7 +127,7 @@ class PatternLock:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The pattern as packed bits: {canonical name + ".pruned": uint8 (ceil(numel / 8),)}."""
-        return {f"{masks.canonical_name(name)}.pruned": pack(pruned) for name, pruned in self.pruned.items()}
+        return {f"{masks.unwrapped_name(name)}.pruned": pack(pruned) for name, pruned in self.pruned.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Load the pattern of `state_dict`. Raises InputError naming a layer that is missing or of another shape."""
@@ -191,7 +191,7 @@ def sparsity_of(weights: Mapping[str, Tensor], pruned: Mapping[str, Tensor], den
     """Sparsity of the encoder, the pooler and each layer; `dense_weights` counts encoder weights not in `weights`."""
     zeros = {name: int(mask.count_nonzero()) for name, mask in pruned.items()}
     layers = {name: zeros[name] / weight.numel() for name, weight in weights.items()}
-    poolers = [name for name in weights if masks.canonical_name(name) == POOLER]
+    poolers = [name for name in weights if masks.unwrapped_name(name) == POOLER_WEIGHT]
     encoder = [name for name in weights if name not in poolers]
     total = dense_weights + sum(weights[name].numel() for name in encoder)
     return {
@@ -211,7 +211,7 @@ def unpack(state: Mapping[str, Tensor], name: str, weight: Tensor) -> Tensor:
 
     Raises InputError when the layer is missing from the state or its number of bits differs.
     """
-    packed = state.get(f"{masks.canonical_name(name)}.pruned")
+    packed = state.get(f"{masks.unwrapped_name(name)}.pruned")
     if packed is None or packed.numel() != -(-weight.numel() // 8):
         got = "nothing" if packed is None else f"{packed.numel()} bytes"
         raise InputError(

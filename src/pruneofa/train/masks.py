@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 
 from pruneofa import families
 from pruneofa.errors import InputError
-from pruneofa.families import base_name
-from pruneofa.formats.pattern import BLOCKS, POOLER, is_prunable, ratio_of
+from pruneofa.families import POOLER_WEIGHT, base_name
+from pruneofa.formats.pattern import BLOCKS, is_prunable, ratio_of
 
 # Weights processed at a time: temporaries stay in cache, and torch does not use several threads for so few, which
 # made selection tens of times slower on a busy machine.
@@ -46,7 +46,7 @@ def prunable(model: nn.Module, skip: Iterable[str] = ()) -> dict[str, nn.Paramet
         if wanted and not adapter and isinstance(module, nn.Linear) and id(module.weight) not in seen:
             seen.add(id(module.weight))
             found[f"{path}{name}"] = cast(nn.Parameter, module.weight)
-    if not any(canonical_name(name) != POOLER for name in found):
+    if not any(unwrapped_name(name) != POOLER_WEIGHT for name in found):
         raise InputError(
             f"{type(model).__name__}: no Linear layer named {families.layer_name()}, so there is "
             f"nothing to prune; wanted a {families.titles()} model"
@@ -54,7 +54,7 @@ def prunable(model: nn.Module, skip: Iterable[str] = ()) -> dict[str, nn.Paramet
     kept = dict(found)
     # Rules for all families may name the pooler, which some models lack, and layers that are dense anyway.
     base = getattr(model, "base_model_prefix", "")
-    known = [f"{POOLER}.weight", f"{base}.{POOLER}.weight", *(name for name, _ in model.named_parameters())]
+    known = [POOLER_WEIGHT, f"{base}.{POOLER_WEIGHT}", *(name for name, _ in model.named_parameters())]
     try:
         for rule in skip:
             skipped = [name for name in found if re.search(rule, name)]
@@ -70,7 +70,7 @@ def prunable(model: nn.Module, skip: Iterable[str] = ()) -> dict[str, nn.Paramet
     return kept
 
 
-def canonical_name(name: str) -> str:
+def unwrapped_name(name: str) -> str:
     """`families.base_name` of a weight that `prunable` lists, without the name prefixes of wrappers."""
     name = base_name(_WRAPPED.sub("", name))
     return families.encoder_part(name) or name

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pruneofa.errors import CheckFailed, InputError
+from pruneofa.families import POOLER_WEIGHT
 from pruneofa.train import masks
 from pruneofa.train.lock import PatternLock, pack, sparsity_of, unpack, warn_of_adapters
 from pruneofa.train.schedule import cubic_sparsity
@@ -66,9 +67,9 @@ class GradualPruner:
         Raises InputError for a bad schedule, sparsity, pattern, scope or score, and for a layer whose shape does
         not divide into the pattern's blocks.
         """
-        _check_schedule(begin, end, stop, interval)
-        _check_sparsity(initial, final, pattern, scope)
-        _check_score(score, dampening, decay)
+        check_schedule(begin, end, stop, interval)
+        check_sparsity(initial, final, pattern, scope)
+        check_score(score, dampening, decay)
         self.begin, self.end, self.stop, self.interval = begin, end, stop, interval
         self.initial, self.final = initial, final
         self.pattern, self.scope = pattern, scope
@@ -83,7 +84,7 @@ class GradualPruner:
             masks.check_shape(name, tuple(weight.shape), pattern)
         all_weights = masks.prunable(model)
         self._left_dense = sum(
-            w.numel() for n, w in all_weights.items() if n not in weights and masks.canonical_name(n) != masks.POOLER
+            w.numel() for n, w in all_weights.items() if n not in weights and masks.unwrapped_name(n) != POOLER_WEIGHT
         )
         self._lock = PatternLock(weights, {n: torch.zeros_like(w, dtype=torch.bool) for n, w in weights.items()})
         kept = {} if score == "obs" else weights
@@ -162,7 +163,7 @@ class GradualPruner:
         """
         state: dict[str, Tensor] = {}
         for name, pruned in self._lock.pruned.items():
-            layer = masks.canonical_name(name)
+            layer = masks.unwrapped_name(name)
             state[f"{layer}.pruned"] = pack(pruned)
             if name in self._dense:
                 state[f"{layer}.dense"] = self._on(self._dense, name, pruned.device)[pruned].cpu()
@@ -181,7 +182,7 @@ class GradualPruner:
             sizes = {"dense": int(mask.count_nonzero())} if name in self._dense else {}
             sizes |= {"diagonal": mask.numel()} if name in self._diagonal else {}
             for kind, count in sizes.items():
-                stored = state.get(f"{masks.canonical_name(name)}.{kind}")
+                stored = state.get(f"{masks.unwrapped_name(name)}.{kind}")
                 if stored is None or stored.numel() != count or stored.dtype != self.weights[name].dtype:
                     got = "nothing" if stored is None else f"{stored.numel()} {kind} values of {stored.dtype}"
                     raise InputError(
@@ -190,7 +191,7 @@ class GradualPruner:
                     )
         self._lock.pruned.update(pruned)
         for name, mask in pruned.items():
-            layer = masks.canonical_name(name)
+            layer = masks.unwrapped_name(name)
             if name in self._dense:
                 self._on(self._dense, name, mask.device)[mask] = state[f"{layer}.dense"].to(mask.device)
             if name in self._diagonal:
@@ -255,7 +256,8 @@ class GradualPruner:
         return values[name]
 
 
-def _check_schedule(begin: int, end: int, stop: int, interval: int) -> None:
+def check_schedule(begin: int, end: int, stop: int, interval: int) -> None:
+    """Raise InputError for steps of `GradualPruner` that are out of order."""
     if begin < 0:
         raise InputError(f"begin is {begin} but must be at least 0")
     if begin >= end:
@@ -266,7 +268,8 @@ def _check_schedule(begin: int, end: int, stop: int, interval: int) -> None:
         raise InputError(f"interval is {interval} but must be at least 1 step")
 
 
-def _check_sparsity(initial: float, final: float, pattern: str, scope: str) -> None:
+def check_sparsity(initial: float, final: float, pattern: str, scope: str) -> None:
+    """Raise InputError for a sparsity, pattern or scope that `GradualPruner` does not have."""
     for key, value in {"final": final, "initial": initial}.items():
         if not 0 <= value < 1:
             raise InputError(f"{key} is {value} but must be at least 0 and below 1 (a fraction, not percent)")
@@ -279,7 +282,8 @@ def _check_sparsity(initial: float, final: float, pattern: str, scope: str) -> N
         raise InputError(f"final is {final} but pattern {pattern} gives {only:g}; set final to that")
 
 
-def _check_score(score: str, dampening: float, decay: float) -> None:
+def check_score(score: str, dampening: float, decay: float = 0.0) -> None:
+    """Raise InputError for a score that `GradualPruner` does not have, or its settings."""
     if score not in SCORES:
         raise InputError(f"score is {score!r}; wanted {', '.join(SCORES[:-1])} or {SCORES[-1]}")
     if not 0 < dampening < float("inf"):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pruneofa.errors import InputError
-from pruneofa.families import attention_input, base_name, embedding_weights, is_encoder_weight
+from pruneofa.families import POOLER_WEIGHT, attention_input, base_name, embedding_weights, is_encoder_weight
 from pruneofa.formats import pattern
 from pruneofa.formats.scales import Quantization, QuantizationArgs
 from pruneofa.formats.scales import codes as check_codes
@@ -58,7 +58,7 @@ class FakeQuantizer:
         self.linears = {
             name: module
             for name, module in modules.items()
-            if isinstance(module, nn.Linear) and (name == pattern.POOLER or is_encoder_weight(name, 2))
+            if isinstance(module, nn.Linear) and (name == POOLER_WEIGHT or is_encoder_weight(name, 2))
         }
         found = {n: m for n, m in modules.items() if isinstance(m, nn.Embedding) and n in embedding_weights()}
         self.tables = found if embeddings else {}
@@ -161,7 +161,7 @@ class FakeQuantizer:
             scale = self._weights[name][1] if name in self._weights else weight_scale(module.weight, "channel")
             module.weight.copy_(weight_codes(module.weight, scale, "channel").mul_(scale[:, None]).add_(0.0))
             scales[name] = scale.cpu().numpy().copy()
-        pooler = {name: kept.pop(name) for name in (pattern.POOLER,) if name in kept}
+        pooler = {name: kept.pop(name) for name in (POOLER_WEIGHT,) if name in kept}
         quantization = Quantization(
             weights=QuantizationArgs(self.strategy, symmetric=True),
             input_activations=QuantizationArgs("tensor" if self.static else "token", False, dynamic=not self.static),
