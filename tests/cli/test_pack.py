@@ -67,8 +67,10 @@ def test_inspect_of_a_packed_folder(model, tmp_path, call):
     assert said.code == 0 and LAYER.removeprefix("bert.") in said.out and "bits_per_weight" in said.out
 
 
-@pytest.mark.parametrize(("variant", "activations"), [(STATIC, "static"), ("v1-int8", "dynamic"), ("v1-fp32", "float")])
-def test_inspect_says_what_the_engine_reads(variant, activations, call):
+@pytest.mark.parametrize(
+    ("variant", "activations"), [(STATIC, "static"), ("v1-int8", "dynamic"), ("v1-fp32", "dynamic")]
+)
+def test_inspect_says_what_the_engine_does_by_default(variant, activations, call):
     said = json.loads(call("inspect", GOLDEN / variant, "--engine", "--json").out)
     assert said["engine"]["activations"] == activations
     assert f"{activations} activations" in call("inspect", GOLDEN / variant, "--engine").out

@@ -79,7 +79,8 @@ def test_a_packed_model_is_compared_as_it_is_stored(tmp_path, precision):
     found, plain = verify(base, tmp_path / "packed"), verify(base, base)
     assert found["ok"] and found["checked"] == plain["checked"] > 0 and found["layers"] == plain["layers"]
     assert found["extra_zeros"] == 0 or precision == "int8"
-    assert verify(tmp_path / "packed", base)["ok"] == (found["extra_zeros"] == 0)
+    back = verify(tmp_path / "packed", base)  # what int8 rounds to zero is kept by the pattern
+    assert back["ok"] and back["checked"] == plain["checked"]
 
     def revive(tensors):
         weight = tensors[f"bert.{QUERY}"].view(-1)

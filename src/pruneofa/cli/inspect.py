@@ -17,7 +17,7 @@ def describe(verb: argparse.ArgumentParser) -> None:
     verb.epilog = "example: pruneofa inspect runs/minilm-90/sparse --engine"
     verb.add_argument("path", help="folder or hub id")
     verb.add_argument(
-        "--engine", action="store_true", help="also how the engine computes each layer on this machine, and why"
+        "--engine", action="store_true", help="also how the engine computes each layer in int8 on this machine, and why"
     )
     verb.add_argument("--json", action="store_true", help="print as JSON")
 
@@ -31,8 +31,7 @@ def describe(verb: argparse.ArgumentParser) -> None:
         if options.engine:
             from pruneofa.engine.engine import Engine
 
-            precision = "int8" if found.get("precision", "int8") == "int8" else "fp32"
-            engine = Engine.from_pretrained(folder, precision=precision)
+            engine = Engine.from_pretrained(folder)
 
             def lanes(made: Plan) -> str:
                 text = f"{made.lanes} x {made.width} {'thread' if made.width == 1 else 'threads'}"

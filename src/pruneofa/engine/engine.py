@@ -27,6 +27,7 @@ from pruneofa.formats.hub import local_folder
 from pruneofa.formats.manifest import MANIFEST
 from pruneofa.formats.packed import Packed, PackedEmbedding, read
 from pruneofa.formats.sentence import read_sentence
+from pruneofa.progress import notice
 
 try:
     from pruneofa import _native
@@ -117,7 +118,8 @@ class Engine:
         Args:
             path_or_id: a model of one of `pruneofa.families`; a folder that is not packed is packed in memory.
             precision: "int8" quantizes weights that are not int8 yet, and activations with the static scales of the
-                folder if it has any, otherwise dynamically per token. "fp32" keeps float32.
+                folder if it has any, otherwise dynamically per token; a line says so of a folder packed in fp32.
+                "fp32" keeps float32.
             threads: number of compute threads; default: PRUNEOFA_THREADS or OMP_NUM_THREADS if set, else one per
                 physical core of the CPUs that this process may use, as far as its control groups' quota of CPU time
                 goes. No more of them are used than can run at a time.
@@ -152,6 +154,7 @@ class Engine:
                 "or pack the original folder with --precision fp32"
             )
         if packed.precision != precision:
+            notice(f"{folder}: packed in fp32, computed in int8; precision='fp32' (--precision fp32) keeps float32")
             packed = _quantized(packed)
         return cls(packed, **settings)
 

@@ -13,15 +13,20 @@ from pruneofa.families import POOLER_WEIGHT
 from pruneofa.formats import packed
 from pruneofa.formats.manifest import is_packed
 from pruneofa.formats.pattern import check_config, is_prunable, no_encoder, stored_tensors
-from pruneofa.formats.tensors import read_tensor, weights_folder
+from pruneofa.formats.tensors import StoredTensor, read_tensor, weights_folder
 
 
 @dataclass(frozen=True)
 class _Weight:
-    """A linear weight, read only when it is compared, so that one dense layer at a time is in memory."""
+    """A linear weight, read only when it is compared, so that one dense layer at a time is in memory.
+
+    `read` gives its values, `pruned` the bool array of its pattern's zeros: of a packed weight what its bitmask leaves
+    out, since a weight that it keeps may be 0 in int8.
+    """
 
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
+    pruned: Callable[[], np.ndarray]
 
 
 def verify(base: str | Path, derived: str | Path) -> dict[str, Any]:
@@ -46,7 +51,7 @@ def verify(base: str | Path, derived: str | Path) -> dict[str, Any]:
             shapes = ["x".join(map(str, model[name].shape)) for model in (wanted, found)]
             raise InputError(f"{name}: shape {shapes[1]} in {derived}, but {shapes[0]} in {base}; wanted equal shapes")
     for name in common:
-        pruned, weight = wanted[name].read() == 0, found[name].read()
+        pruned, weight = wanted[name].pruned(), found[name].read()
         nonzero = weight != 0
         finite = np.isfinite(weight)
         if bad := finite.size - int(np.count_nonzero(finite)):
@@ -77,16 +82,24 @@ def _weights(path: str | Path) -> dict[str, _Weight]:
     """Encoder linears and the pooler of a model, sorted by canonical name."""
     folder = weights_folder(path)
     if is_packed(folder):
-        linears = packed.read(folder).linears
-        return {name: _Weight(linears[name].shape, linears[name].dense) for name in sorted(linears)}
+        linears = sorted(packed.read(folder).linears.items())
+        return {name: _Weight(linear.shape, linear.dense, partial(_left_out, linear)) for name, linear in linears}
     stored = {
-        name: _Weight(tensor.shape, partial(read_tensor, name, tensor))
+        name: _Weight(tensor.shape, partial(read_tensor, name, tensor), partial(_zeros, name, tensor))
         for name, tensor in sorted(stored_tensors(folder).items())
         if is_prunable(name, len(tensor.shape))
     }
     if not any(name != POOLER_WEIGHT for name in stored):
         raise InputError(no_encoder(path))
     return stored
+
+
+def _left_out(linear: packed.PackedLinear) -> np.ndarray:
+    return ~linear.kept
+
+
+def _zeros(name: str, tensor: StoredTensor) -> np.ndarray:
+    return read_tensor(name, tensor) == 0
 
 
 def _check_config(path: str | Path) -> None:
