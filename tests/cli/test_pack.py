@@ -71,8 +71,9 @@ def test_inspect_of_a_packed_folder(model, tmp_path, call):
     ("variant", "activations"), [(STATIC, "static"), ("v1-int8", "dynamic"), ("v1-fp32", "dynamic")]
 )
 def test_inspect_says_what_the_engine_does_by_default(variant, activations, call):
-    said = json.loads(call("inspect", GOLDEN / variant, "--engine", "--json").out)
-    assert said["engine"]["activations"] == activations
+    said = call("inspect", GOLDEN / variant, "--engine", "--json")
+    assert json.loads(said.out)["engine"]["activations"] == activations
+    assert ("packed in fp32, computed in int8" in said.err) == (variant == "v1-fp32")
     assert f"{activations} activations" in call("inspect", GOLDEN / variant, "--engine").out
 
 
