@@ -75,9 +75,12 @@ docs: install
 	$(VENV)/bin/python -m zensical build --strict
 
 # The picture and the tables of README.md and docs/results.md, from the committed runs and records.
+readme-table: RUNS = $(sort $(filter-out results/demo/%,$(wildcard results/*/results.json)))
 readme-table: install
 	$(VENV)/bin/python results/picture.py
-	$(call fill,docs/results.md,results,$(VENV)/bin/pruneofa table,$(filter-out results/demo/%,$(wildcard results/*/results.json)))
+	$(call fill,docs/results.md,rows,$(VENV)/bin/python results/rows_table.py,results/rows.json)
+	$(call fill,docs/results.md,lost,$(VENV)/bin/python results/lost_table.py,$(RUNS))
+	$(call fill,docs/results.md,results,$(VENV)/bin/pruneofa table,$(RUNS))
 	$(call fill,README.md,demo,$(VENV)/bin/python results/demo_table.py,$(wildcard results/demo/results.json))
 	$(call fill,docs/results.md,speed,$(VENV)/bin/python benchmarks/speed_table.py,$(sort $(wildcard benchmarks/records/*-engine/bench_*.json)))
 

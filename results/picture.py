@@ -22,13 +22,7 @@ PICTURE = ROOT / "docs/picture.svg"
 DENSE, SPARSE, INT8 = "dense, fp32", "sparse, fp32", "sparse, int8"
 INK = "#010203"  # altair refuses "currentColor", which takes its place in what is drawn
 COLORS = {DENSE: "#8a97a6", SPARSE: "#2e8b62", INT8: "#2f6fb5"}
-SCORES = {  # title: folder of the run, task and metric
-    "SST-2, accuracy in percent": ("minilm-90-150M-sst2", "sst2", "accuracy"),
-    "QNLI, accuracy": ("minilm-90-150M-own-teacher-qnli", "qnli", "accuracy"),
-    "QQP, accuracy": ("minilm-90-150M-own-teacher", "qqp", "accuracy"),
-    "MNLI matched, accuracy": ("minilm-90-150M-own-teacher", "mnli", "accuracy"),
-    "SQuAD 1.1, F1": ("minilm-90-150M-squad", "squad", "f1"),
-}
+ROWS = ROOT / "results/rows.json"  # with the titles of those that are drawn
 # Model: its variant in the run's latency, and what is counted as its size.
 VARIANTS = {
     DENSE: ("dense", "dense_fp32"),
@@ -73,15 +67,17 @@ def draw() -> str:
 def accuracy_rows() -> dict[str, list[Row]]:
     """Title of a task: a row per model, percent on the validation data."""
     found = {}
-    for title, (name, task, metric) in SCORES.items():
-        folder = ROOT / "results" / name
+    for row in json.loads(ROWS.read_text(encoding="utf-8")):
+        if "picture" not in row:
+            continue
+        folder, task, metric = ROOT / "results" / row["run"], row["task"], row["metric"]
         means = json.loads((folder / "results.json").read_text(encoding="utf-8"))["tasks"][task][metric]
         engine = [
             json.loads(file.read_text()) for file in sorted(folder.glob(f"tasks/{task}/seed-*/transfer/int8.json"))
         ]
         values = {DENSE: means["dense"]["mean"], SPARSE: means["transfer"]["mean"]}
         values[INT8] = statistics.fmean(metrics[metric] for metrics in engine)
-        found[title] = [{"model": model, "value": value} for model, value in values.items()]
+        found[row["picture"]] = [{"model": model, "value": value} for model, value in values.items()]
     return found
 
 

@@ -61,6 +61,13 @@ def test_a_task_may_be_only_named(tmp_path):
         recipe.load([tmp_path / "a.yaml", tmp_path / "b.yaml"])
 
 
+def test_an_empty_mapping_empties_a_section(tmp_path):
+    file = tmp_path / "r.yaml"
+    file.write_text("name: r\nmodel: m\nmodel_is_sparse: true\ntasks:\n  sst2:\n  qnli: {epochs: 1}\n")
+    assert recipe.load([file], ["tasks={}"]).tasks == {}
+    assert list(recipe.load([file], ["tasks={}", "tasks.qnli.epochs=2"]).tasks) == ["qnli"]
+
+
 def test_merge_leaves_its_arguments_alone():
     base, over = {"a": {"b": 1}, "c": [1]}, {"a": {"d": 2}, "c": [2]}
     assert recipe.merge(base, over) == {"a": {"b": 1, "d": 2}, "c": [2]}

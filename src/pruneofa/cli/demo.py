@@ -8,11 +8,11 @@ from pruneofa.cli.show import print_value, recipe_file, table
 
 
 def describe(verb: argparse.ArgumentParser) -> None:
-    """Run the whole method in minutes on real text: the documentation of the installed Python and its packages.
+    """Run every stage in minutes on real text: the documentation of the installed Python and its packages.
 
-    The demo prunes a MiniLM encoder once, fine-tunes it dense and sparse with the pattern locked, quantizes it to int8
-    and packs it. At the end it prints accuracy, size and latency of each model, beside a bag of words. The same command
-    resumes it after Ctrl-C.
+    The demo prunes a MiniLM encoder once, in one step where the published method prunes gradually, fine-tunes it dense
+    and sparse with the pattern locked, quantizes it to int8 and packs it. At the end it prints accuracy, size and
+    latency of each model, beside a bag of words. The same command resumes it after Ctrl-C.
     """
     verb.epilog = "example: pruneofa demo --out runs/demo"
     verb.add_argument("--out", type=Path, default=Path("runs/demo"), help="the run's folder (default: runs/demo)")

@@ -48,18 +48,19 @@ def load(paths: Iterable[str | Path], overrides: Iterable[str] = ()) -> Recipe:
             raise InputError(
                 f"{path}: got {type(loaded).__name__}, wanted a mapping of keys such as in recipes/demo.yaml"
             )
-        merged = merge(merged, _with_tasks(loaded))
+        merged = merge(merged, _with_tasks(loaded, merged))
     for override in overrides:
-        merged = merge(merged, _with_tasks(parse_override(override)))
+        merged = merge(merged, _with_tasks(parse_override(override), merged))
     return validate(Recipe, merged)
 
 
-def _with_tasks(values: dict[str, Any]) -> dict[str, Any]:
-    """The values with a task that has only its name, `sst2:` in YAML, as one without settings."""
-    tasks = values.get("tasks")
-    if not isinstance(tasks, dict):
+def _with_tasks(values: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    """The values with a task that has only its name, `sst2:` in YAML, with its settings of before, or without any."""
+    tasks, known = values.get("tasks"), before.get("tasks")
+    known = known if isinstance(known, dict) else {}
+    if not isinstance(tasks, dict) or not tasks:
         return values
-    return values | {"tasks": {name: {} if task is None else task for name, task in tasks.items()}}
+    return values | {"tasks": {name: known.get(name, {}) if task is None else task for name, task in tasks.items()}}
 
 
 def _read(path: Path) -> str:
@@ -72,10 +73,10 @@ def _read(path: Path) -> str:
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`base` updated with the keys of `over`; nested mappings are merged recursively."""
+    """`base` updated with the keys of `over`; nested mappings are merged recursively; an empty one empties its key."""
     result = dict(base)
     for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        both = value and isinstance(value, dict) and isinstance(result.get(key), dict)
         result[key] = merge(result[key], value) if both else value
     return result
 

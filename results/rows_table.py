@@ -1,0 +1,39 @@
+"""Print the table of the rows of MiniLM at 0.90 for docs/results.md: python results/rows_table.py results/rows.json
+
+rows.json names the run, task and metric of each row, and the target that was set for it: the points of the dense model
+that may be lost at most. The values are those of the run's results.json, and of the int8.json beside each model.
+"""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+HEAD = ["", "dense", "90 % zeros", "lost", "target", "int8, by the engine", "seeds", "run"]
+
+
+def line(row: dict[str, Any], folder: Path) -> list[str]:
+    """The cells of one row; `folder` is that of its run."""
+    found = json.loads((folder / "results.json").read_text(encoding="utf-8"))["tasks"][row["task"]][row["metric"]]
+    files = sorted(folder.glob(f"tasks/{row['task']}/seed-*/transfer/int8.json"))
+    int8 = statistics.fmean(json.loads(file.read_text(encoding="utf-8"))[row["metric"]] for file in files)
+    dense, sparse = found["dense"], found["transfer"]
+    assert len(files) == len(sparse["runs"]), f"{folder}: {len(files)} int8.json of {len(sparse['runs'])} models"
+    lost = sparse["lost"]
+    values = [f"{value:.2f}" for value in (dense["mean"], sparse["mean"])]
+    loses = f"{lost['mean']:.2f} ± {lost['standard_error']:.2f}"
+    name = folder.name
+    run = f"[{name}](../results/{name}/README.md)"
+    return [row["row"], *values, loses, str(row["target"]), f"{int8:.2f}", str(len(sparse["runs"])), run]
+
+
+def table(file: Path) -> str:
+    """The rows of rows.json as Markdown."""
+    rows = [line(row, file.parent / row["run"]) for row in json.loads(file.read_text(encoding="utf-8"))]
+    rule = ["---", *["--:"] * 6, "---"]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in [HEAD, rule, *rows])
+
+
+if __name__ == "__main__":
+    sys.stdout.write(table(Path(sys.argv[1])))
