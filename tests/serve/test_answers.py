@@ -1,6 +1,7 @@
 """Entities, answers and masked words over HTTP are the engine's."""
 
 import asyncio
+import math
 import time
 from types import SimpleNamespace
 
@@ -140,6 +141,19 @@ def test_a_question_that_leaves_windows_of_few_tokens(client, models, monkeypatc
     question = "music " * (models["answers"].engine.tokenizer.limit - 25)
     error = post(client, "/answer", 422, inputs=inputs | {"question": question})["error"]
     assert "windows of" in error and "wanted at most 10" in error
+
+
+def test_windows_of_a_long_question_count(models, monkeypatch):
+    model = models["answers"]
+    limit = model.engine.tokenizer.limit
+    short, long = ({"question": "a" * 4 * tokens, "context": "b" * 400} for tokens in (8, limit))
+    assert model.windows_of([short, short]) == 2 * (1 + math.ceil((100 - (limit - 8)) / ((limit - 8) // 2)))
+    assert model.windows_of([long]) == 1 + math.ceil((100 - 16) / 8)
+    monkeypatch.setattr("pruneofa.serve.batching.MAX_WINDOWS", 10)
+    with TestClient(create_app([model], Settings(**QUIET))) as client:
+        text = {"question": "music " * (limit - 25), "context": "music " * 50}
+        post(client, "/answer", inputs=text)
+        assert "windows together, wanted at most 10" in post(client, "/answer", 422, inputs=[text] * 9)["error"]
 
 
 def test_nothing_more_is_done_for_a_client_that_has_left():
