@@ -86,6 +86,9 @@ def test_words_are_as_many_and_those_that_are_asked_for(client):
 @pytest.mark.parametrize(
     ("path", "inputs", "parameters"),
     [
+        ("/predict", TEXT, {"return_all_scores": True}),
+        ("/predict", TEXT, {"top_k": 0}),
+        ("/predict", TEXT, {"function_to_apply": "relu"}),
         ("/fill_mask", "the [MASK]", {"top_p": 1}),
         ("/fill_mask", "the [MASK]", {"top_k": 0}),
         ("/answer", {"question": "who", "context": TEXT}, {"top_k": 3}),

@@ -83,6 +83,20 @@ def test_predictions_are_sorted_by_score(client, models):
     np.testing.assert_allclose(scores / scores.sum(), [row["score"] for row in found], atol=1e-6)
 
 
+def test_predictions_have_the_parameters_of_the_inference_api(client):
+    raw = post(client, "/predict", inputs=TEXTS[0], raw_scores=True)
+    logits = np.array([row["score"] for row in raw])
+    expected = {"none": logits, "sigmoid": 1 / (1 + np.exp(-logits)), "softmax": np.exp(logits) / np.exp(logits).sum()}
+    for function, scores in expected.items():
+        found = post(client, "/predict", inputs=[[TEXTS[0]]], parameters={"function_to_apply": function})[0]
+        assert [row["label"] for row in found] == [row["label"] for row in raw]
+        np.testing.assert_allclose([row["score"] for row in found], scores, atol=1e-6)
+    every = post(client, "/predict", inputs=TEXTS[0], parameters={"top_k": None, "function_to_apply": None})
+    assert every == post(client, "/predict", inputs=TEXTS[0])
+    assert post(client, "/predict", inputs=TEXTS[0], parameters={"top_k": 2}) == every[:2]
+    assert post(client, "/predict", inputs=TEXTS[0], parameters={"top_k": 99}) == every
+
+
 def test_ranks_are_sorted_and_name_their_text(client, models):
     engine = models["ranks"].engine
     expected = [engine.predict(("who", text))["score"] for text in TEXTS]
@@ -241,6 +255,7 @@ def test_headers_tell_what_it_took(client):
         ("/embed", {"inputs": ["a", ""]}, 400, "Empty"),
         ("/embed", {"inputs": [[]]}, 400, "Empty"),
         ("/predict", {"inputs": ""}, 400, "Empty"),
+        ("/predict", {"inputs": []}, 400, "Empty"),
         ("/rerank", {"query": "a", "texts": []}, 400, "Empty"),
         ("/tokenize", {"inputs": []}, 400, "Empty"),
         ("/decode", {"ids": []}, 400, "Empty"),

@@ -135,7 +135,7 @@ async def _compute(call: Call, model: Model, inputs: Arrays) -> Arrays:
             job = await call.run(model, _items(inputs), finish=vectors())
             return {"embedding": job.value}
         case "classification":
-            rows = await scores(call, model, _items(inputs), truncate=None, raw=False)
+            rows = await scores(call, model, _items(inputs), truncate=None)
             return {"scores": rows, "label": _objects(model.labels[index] for index in rows.argmax(axis=1))}
         case "question answering":
             questions, contexts = _texts(inputs, "question"), _texts(inputs, "context")

@@ -16,6 +16,7 @@ from pruneofa.serve.bodies import (
     DecodeRequest,
     EmbedAllRequest,
     EmbedRequest,
+    PredictParameters,
     PredictRequest,
     RerankRequest,
     SimilarityParameters,
@@ -61,18 +62,21 @@ async def _embedded(call: Call, body: EmbedAllRequest, **settings: Any) -> Job:
 async def predict(call: Call, body: PredictRequest) -> tuple[Any, int]:
     """Labels of texts or pairs with their scores, best first."""
     inputs = body.inputs
-    single = isinstance(inputs, str) or not inputs or isinstance(inputs[0], str)
+    single = isinstance(inputs, str) or bool(inputs and isinstance(inputs[0], str))
     if isinstance(inputs, str):
         items: list[Item] = [inputs]
     else:
         items = [row[0] if len(row) == 1 else tuple(row) for row in ([inputs] if single else inputs)]  # pyrefly: ignore
-    model = call.model("classification")
+    model, options = call.model("classification"), body.parameters or PredictParameters()
+    function = options.function_to_apply or ("none" if body.raw_scores else None)
     rows = await scores(
-        call, model, items, single=single, truncate=body.truncate, side=body.truncation_direction, raw=body.raw_scores
+        call, model, items, single=single, truncate=body.truncate, side=body.truncation_direction, function=function
     )
     labels = model.labels
+    best = [np.argsort(-row, kind="stable")[: options.top_k] for row in rows]
     ranked = [
-        [{"score": row[index], "label": labels[index]} for index in np.argsort(-row, kind="stable")] for row in rows
+        [{"score": row[index], "label": labels[index]} for index in indices]
+        for row, indices in zip(rows, best, strict=True)
     ]
     return (ranked[0] if single else ranked), rows.size
 
