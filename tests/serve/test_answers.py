@@ -100,6 +100,12 @@ def test_a_parameter_that_would_change_nothing_is_refused(client, path, inputs, 
     assert list(parameters)[-1] in post(client, path, 422, inputs=inputs, parameters=parameters)["error"]
 
 
+def test_the_name_of_an_unknown_parameter_may_be_a_number(client):
+    for name in ("7", "7" * 5000):
+        error = post(client, "/fill_mask", 422, inputs="the [MASK]", parameters={name: 1})["error"]
+        assert f"parameters.{name[:60]}: Extra inputs" in error
+
+
 def test_parameters_with_the_values_that_hold_anyway(client):
     question = {"question": "who", "context": TEXT}
     given = {"top_k": 1, "align_to_words": True, "handle_impossible_answer": False, "doc_stride": None}
@@ -116,7 +122,8 @@ def test_what_is_cut_off_is_told(models):
         post(strict, "/classify_tokens", inputs=long)
     with TestClient(create_app([models["words"]], Settings(**QUIET))) as client:
         assert len(post(client, "/fill_mask", inputs=f"the [MASK] {long}")) == 5
-        assert "its [MASK] behind the" in post(client, "/fill_mask", 422, inputs=f"{long} [MASK]")["error"]
+        for text, cut in ((f"{long} [MASK]", "1 of its 1"), (f"the [MASK] [MASK] {long} [MASK]", "1 of its 3")):
+            assert f"has {cut} [MASK] behind the" in post(client, "/fill_mask", 422, inputs=text)["error"]
 
 
 @pytest.mark.parametrize(

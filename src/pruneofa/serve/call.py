@@ -300,11 +300,12 @@ def explained(error: ValidationError) -> str:
     """What is wrong, and where, in one line."""
     found = error.errors(include_url=False, include_input=False)
     # Where several types are accepted, there is an error for each: those that went furthest tell most.
-    places = [[str(part) for part in one["loc"] if not _is_type(part)] for one in found]
-    furthest = max(places, key=lambda place: (len(place), [int(part) for part in place if part.isdecimal()]))
+    places = [[part for part in one["loc"] if not _is_type(part)] for one in found]
+    furthest = max(places, key=lambda place: (len(place), [part for part in place if isinstance(part, int)]))
     first, *others = dict.fromkeys(one["msg"] for one, place in zip(found, places, strict=True) if place == furthest)
     message = " or ".join([first, *(other.removeprefix("Input should be ") for other in others)])
-    return f"{'.'.join(furthest)}: {message}" if furthest else message
+    names = [str(part)[:60] for part in furthest]  # a parameter that is not known may be long
+    return f"{'.'.join(names)}: {message}" if furthest else message
 
 
 def _is_type(part: Any) -> bool:
