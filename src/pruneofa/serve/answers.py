@@ -27,7 +27,7 @@ class TokensParameters(Parameters):
     """How tokens become entities."""
 
     aggregation_strategy: Aggregation = "simple"
-    ignore_labels: list[str] = Field(default_factory=lambda: ["O"])
+    ignore_labels: Many[str] = Field(default_factory=lambda: ["O"])
 
 
 class TokensRequest(Body):
