@@ -136,6 +136,17 @@ def test_texts_that_only_fill_memory_are_not_tokenized(client, models):
     assert "together" in post(client, "/tokenize", 422, inputs=["a " * (most // 2)] * 5)["error"]
 
 
+def test_no_more_ids_are_decoded_than_texts_have(client, models):
+    most = 128 * models["vectors"].engine.tokenizer.limit
+    king = post(client, "/tokenize", inputs="king", add_special_tokens=False)[0][0]["id"]
+    found = post(client, "/decode", ids=[[king] * most, [king]] + [[king] * (most - 1)] * 3)
+    assert [len(text.split()) for text in found] == [most, 1] + [most - 1] * 3
+    assert (
+        f"{most + 1} token ids, wanted at most {most}" in post(client, "/decode", 422, ids=[king] * (most + 1))["error"]
+    )
+    assert "together" in post(client, "/decode", 422, ids=[[king] * most] * 4 + [[king]])["error"]
+
+
 def test_hidden_states_count_as_what_they_take_in_memory(models, monkeypatch):
     monkeypatch.setattr("pruneofa.serve.model.STATES", 64)  # two tokens of 32
     model = models["vectors"]
