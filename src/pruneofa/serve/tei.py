@@ -67,6 +67,7 @@ async def predict(call: Call, body: PredictRequest) -> tuple[Any, int]:
     if isinstance(inputs, str):
         items: list[Item] = [inputs]
     else:
+        call.check_size(1 if single else len(inputs))  # before anything is made of them
         items = [row[0] if len(row) == 1 else tuple(row) for row in ([inputs] if single else inputs)]  # pyrefly: ignore
     model, options = call.model("classification"), body.parameters or PredictParameters()
     function = options.function_to_apply or ("none" if body.raw_scores else None)
