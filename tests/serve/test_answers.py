@@ -59,6 +59,12 @@ def test_answers_are_the_engines(client, models):
     assert many[0] == found and many[31] == post(client, "/answer", inputs=other)
 
 
+def test_too_many_questions_are_refused_before_anything_is_made_of_them(client, monkeypatch):
+    monkeypatch.setattr("pruneofa.serve.answers.Question.model_dump", None)
+    question = {"question": "who", "context": TEXT}
+    assert "batch size 33 >" in post(client, "/answer", 422, inputs=[question] * 33)["error"]
+
+
 def test_masked_words_are_the_engines(client, models):
     expected = models["words"].engine.predict("the [MASK] of music")[0]
     found = post(client, "/fill_mask", inputs="the [MASK] of music")
