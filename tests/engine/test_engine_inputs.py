@@ -178,6 +178,9 @@ def test_a_long_question_is_cut_when_asked_to(loaded):
 def test_inputs_of_the_other_heads(loaded):
     with pytest.raises(InputError, match=r"x\[1\] has no \[MASK\], wanted at least one"):
         loaded("ForMaskedLM").predict(["the [MASK]", "the river"])
+    for text in ("the [MASK]" + " river" * 100 + " [MASK]", ("the [MASK] river", "river " * 100 + "[MASK]")):
+        with pytest.raises(InputError, match=r"x\[0\] has 1 of its 2 \[MASK\] behind the 64 tokens"):
+            loaded("ForMaskedLM").predict([text], truncate=True)
     with pytest.raises(
         InputError, match="x is a tuple, but the model's task is token classification; give single texts"
     ):

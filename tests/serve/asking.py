@@ -6,9 +6,10 @@ import urllib.error
 import urllib.request
 
 
-def ask(server, path="/embed", **body):
+def ask(server, path="/embed", key="", **body):
     """Status and JSON of a POST."""
-    request = urllib.request.Request(server.url + path, json.dumps(body).encode(), {"content-type": "application/json"})
+    headers = {"content-type": "application/json", "authorization": f"Bearer {key}"}
+    request = urllib.request.Request(server.url + path, json.dumps(body).encode(), headers)
     try:
         with urllib.request.urlopen(request, timeout=30) as response:
             return response.status, json.load(response)

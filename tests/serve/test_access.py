@@ -79,8 +79,15 @@ def test_settings_with_which_nothing_can_be_served_are_refused(setting, value):
         Settings(**{setting: value})
 
 
+def test_the_schema_says_whether_a_key_is_wanted(served):
+    for key, security in (("secret", [{"key": []}]), (None, [])):
+        headers = {"authorization": f"Bearer {key}"}
+        found = served(api_key=key).get("/api-doc/openapi.json", headers=headers).json()
+        assert found["security"] == security and "key" in found["components"]["securitySchemes"]
+
+
 def test_a_request_may_have_as_many_inputs_as_all(served):
-    assert Settings().max_client_batch_size == Settings(max_concurrent_requests=32).max_client_batch_size == 32
+    assert Settings().most_inputs == Settings(max_concurrent_requests=32).most_inputs == 32
     client = served(max_concurrent_requests=16)
     assert client.get("/info").json()["max_client_batch_size"] == 16
     assert client.post("/embed", json={"inputs": ["a"] * 17}).status_code == 422

@@ -1,6 +1,7 @@
 """Entities, answers and masked words over HTTP are the engine's."""
 
 import asyncio
+import math
 import time
 from types import SimpleNamespace
 
@@ -58,6 +59,12 @@ def test_answers_are_the_engines(client, models):
     assert many[0] == found and many[31] == post(client, "/answer", inputs=other)
 
 
+def test_too_many_questions_are_refused_before_anything_is_made_of_them(client, monkeypatch):
+    monkeypatch.setattr("pruneofa.serve.answers.Question.model_dump", None)
+    question = {"question": "who", "context": TEXT}
+    assert "batch size 33 >" in post(client, "/answer", 422, inputs=[question] * 33)["error"]
+
+
 def test_masked_words_are_the_engines(client, models):
     expected = models["words"].engine.predict("the [MASK] of music")[0]
     found = post(client, "/fill_mask", inputs="the [MASK] of music")
@@ -85,6 +92,9 @@ def test_words_are_as_many_and_those_that_are_asked_for(client):
 @pytest.mark.parametrize(
     ("path", "inputs", "parameters"),
     [
+        ("/predict", TEXT, {"return_all_scores": True}),
+        ("/predict", TEXT, {"top_k": 0}),
+        ("/predict", TEXT, {"function_to_apply": "relu"}),
         ("/fill_mask", "the [MASK]", {"top_p": 1}),
         ("/fill_mask", "the [MASK]", {"top_k": 0}),
         ("/answer", {"question": "who", "context": TEXT}, {"top_k": 3}),
@@ -94,6 +104,12 @@ def test_words_are_as_many_and_those_that_are_asked_for(client):
 )
 def test_a_parameter_that_would_change_nothing_is_refused(client, path, inputs, parameters):
     assert list(parameters)[-1] in post(client, path, 422, inputs=inputs, parameters=parameters)["error"]
+
+
+def test_the_name_of_an_unknown_parameter_may_be_a_number(client):
+    for name in ("7", "7" * 5000):
+        error = post(client, "/fill_mask", 422, inputs="the [MASK]", parameters={name: 1})["error"]
+        assert f"parameters.{name[:60]}: Extra inputs" in error
 
 
 def test_parameters_with_the_values_that_hold_anyway(client):
@@ -112,7 +128,8 @@ def test_what_is_cut_off_is_told(models):
         post(strict, "/classify_tokens", inputs=long)
     with TestClient(create_app([models["words"]], Settings(**QUIET))) as client:
         assert len(post(client, "/fill_mask", inputs=f"the [MASK] {long}")) == 5
-        assert "its [MASK] behind the" in post(client, "/fill_mask", 422, inputs=f"{long} [MASK]")["error"]
+        for text, cut in ((f"{long} [MASK]", "1 of its 1"), (f"the [MASK] [MASK] {long} [MASK]", "1 of its 3")):
+            assert f"has {cut} [MASK] behind the" in post(client, "/fill_mask", 422, inputs=text)["error"]
 
 
 @pytest.mark.parametrize(
@@ -140,6 +157,19 @@ def test_a_question_that_leaves_windows_of_few_tokens(client, models, monkeypatc
     question = "music " * (models["answers"].engine.tokenizer.limit - 25)
     error = post(client, "/answer", 422, inputs=inputs | {"question": question})["error"]
     assert "windows of" in error and "wanted at most 10" in error
+
+
+def test_windows_of_a_long_question_count(models, monkeypatch):
+    model = models["answers"]
+    limit = model.engine.tokenizer.limit
+    short, long = ({"question": "a" * 4 * tokens, "context": "b" * 400} for tokens in (8, limit))
+    assert model.windows_of([short, short]) == 2 * (1 + math.ceil((100 - (limit - 8)) / ((limit - 8) // 2)))
+    assert model.windows_of([long]) == 1 + math.ceil((100 - 16) / 8)
+    monkeypatch.setattr("pruneofa.serve.batching.MAX_WINDOWS", 10)
+    with TestClient(create_app([model], Settings(**QUIET))) as client:
+        text = {"question": "music " * (limit - 25), "context": "music " * 50}
+        post(client, "/answer", inputs=text)
+        assert "windows together, wanted at most 10" in post(client, "/answer", 422, inputs=[text] * 9)["error"]
 
 
 def test_nothing_more_is_done_for_a_client_that_has_left():

@@ -18,10 +18,14 @@ class FakeModel:
 
     name = "sums"
 
-    def __init__(self):
+    def __init__(self, windows=0):
+        self.windows = windows  # of each input, as they are estimated
         self.batches = []
         self.go = threading.Event()
         self.go.set()
+
+    def windows_of(self, items):
+        return self.windows * len(items)
 
     def tokenize(self, items, names, *, truncate, side, prompt):
         if any(item == [0] for item in items):
@@ -92,6 +96,22 @@ def test_windows_keep_the_number_of_their_input_over_slices():
     many = job([1] * (SLICE + 3))
     waiting(many)
     assert [sequence.text for sequence in many.sequences] == list(range(SLICE + 3))
+
+
+def test_a_slice_is_fewer_inputs_where_they_are_read_in_many_windows():
+    for windows, inputs in ((1, SLICE), (10, 3), (16, 2), (100, 1)):
+        assert len(job([1] * 40, FakeModel(windows)).tokenize_slice()) == inputs
+
+
+def test_windows_of_all_inputs_of_a_request_are_bounded(monkeypatch):
+    monkeypatch.setattr("pruneofa.serve.batching.MAX_WINDOWS", 5)
+    waiting(job([1] * 6))  # each in one
+    many = job([1, 1])
+    monkeypatch.setattr(many.model, "tokenize", lambda items, *_, **__: [Tokens(np.ones(1), np.zeros(1))] * 3)
+    monkeypatch.setattr(many.model, "windows", SLICE)
+    many.add_slice(many.tokenize_slice())
+    with pytest.raises(Refused, match=r"inputs\[0\] to inputs\[1\] take 6 windows together, wanted at most 5"):
+        many.tokenize_slice()
 
 
 @pytest.fixture

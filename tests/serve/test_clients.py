@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from tests.serve.asking import ask
 from tests.serve.conftest import Server
 
 TEXTS = ["the king of music", "a great film", "water"]
@@ -43,6 +44,9 @@ def test_huggingface_hub(server, models, vectors):
     same(client("vectors").feature_extraction(TEXTS, normalize=True, truncate=True), vectors)
     # As from text-embeddings-inference: the client takes the first element, which is the best label.
     assert client("topics").text_classification(TEXTS[0]).label == models["topics"].engine.predict(TEXTS[0])["label"]
+    found = client("topics").text_classification(TEXTS[0], function_to_apply="none", top_k=1)
+    raw = ask(server, "/models/topics/predict", "secret", inputs=TEXTS[0], raw_scores=True)[1]
+    assert (found.label, found.score) == (raw[0]["label"], pytest.approx(raw[0]["score"], abs=1e-6))
     found = client("entities").token_classification(TEXTS[0], aggregation_strategy="simple", ignore_labels=[])
     assert [TEXTS[0][one.start : one.end] for one in found] == [one.word for one in found] != []
     found = client("answers").question_answering(question="who", context=TEXTS[0])
@@ -104,7 +108,7 @@ def test_langchain(server, vectors):
     client = langchain.OpenAIEmbeddings(
         base_url=f"{server.url}/v1", api_key="secret", model="vectors", check_embedding_ctx_length=False
     )
-    same(client.embed_documents(TEXTS), vectors)
+    same(client.embed_documents(TEXTS * 11), np.tile(vectors, (11, 1)))  # 33 at once
     same(client.embed_query(TEXTS[0]), vectors[0])
 
 

@@ -16,6 +16,10 @@ def text(name="text", values=TEXTS):
     return {"name": name, "datatype": "BYTES", "shape": [len(values)], "data": list(values)}
 
 
+def ids(data, shape, datatype="INT64", name="input_ids"):
+    return {"name": name, "datatype": datatype, "shape": shape, "data": data}
+
+
 def infer(client, model, *inputs, status=200, **body):
     response = client.post(f"/v2/models/{model}/infer", json={"inputs": list(inputs), **body})
     assert response.status_code == status, response.text
@@ -57,6 +61,27 @@ def test_vectors_of_texts_and_of_token_ids(client):
     found = outputs(infer(client, "vectors", ids, mask))["embedding"]
     expected = client.post("/embed", json={"inputs": [[2, 5, 36, 3], [2, 7, 3]]}).json()
     np.testing.assert_allclose(np.reshape(found["data"], (2, 32)), expected, atol=1e-6)
+
+
+def test_a_mask_may_be_of_bool(client):
+    inputs = ids([[2, 5, 36, 3], [2, 7, 3, 0]], [2, 4])
+    mask = [[1, 1, 1, 1], [1, 1, 1, 0]]
+    expected = outputs(infer(client, "vectors", inputs, ids(mask, [2, 4], name="attention_mask")))
+    assert expected != outputs(infer(client, "vectors", inputs))
+    as_bool = ids([[bool(one) for one in row] for row in mask], [2, 4], "BOOL", "attention_mask")
+    assert outputs(infer(client, "vectors", inputs, as_bool)) == expected
+    described = ids(None, [2, 4], "BOOL", "attention_mask") | {"parameters": {"binary_data_size": 8}}
+    response = client.post("/v2/models/vectors/infer", **binary([inputs, described], bytes([1, 2, 255, 1, 1, 1, 1, 0])))
+    assert outputs(response.json()) == expected
+
+
+def test_too_many_rows_are_refused_before_anything_is_made_of_them(client, monkeypatch):
+    monkeypatch.setattr(module, "TokenIds", None)
+    monkeypatch.setattr(module, "read", None)
+    many = [1] * 33, [33, 1]
+    for inputs in ([text(values=["a"] * 33)], [ids(*many)], [ids([1], [1, 1]), ids(*many, name="attention_mask")]):
+        error = infer(client, "vectors", *inputs, status=422)
+        assert error == {"error": "batch size 33 > maximum allowed batch size 32"}
 
 
 def test_token_types_are_those_of_the_request(client, models):
@@ -174,10 +199,18 @@ def test_large_tensors_are_written_by_a_thread(client, monkeypatch):
         ([text("text", []) | {"shape": [0, 10**7, 10**7]}], "at most 10000000 elements"),
         ([text("text", ["a"]) | {"shape": [1] * 70}], "shape: List should have at most 8 items"),
         ([text() | {"data": [1, 2]}], "wanted strings"),
+        ([text() | {"shape": [33], "data": ["a"] * 33}], "batch size 33 > maximum allowed batch size 32"),
         ([text() | {"data": ["a", ["b"]]}], "wanted strings"),
-        ([text() | {"data": [["a"], "b"]}], "mixed"),
-        ([text() | {"datatype": "INT64"}], "wanted numbers"),
-        ([text() | {"datatype": "INT64", "data": [1, 2.5]}], "wanted numbers"),
+        ([text() | {"data": [["a"], "b"], "shape": [2, 1]}], "neither flat nor nested"),
+        ([text() | {"data": [["a", "b"]]}], "neither flat nor nested"),
+        ([text() | {"data": [["a"], ["b"]]}], "wanted strings"),
+        ([ids([[2, 7, 3], [2, 8, 3]], [3, 2])], "neither flat nor nested in the shape [3, 2]"),
+        ([ids([[2, 7, 3, 2, 8, 3]], [2, 3])], "neither flat nor nested"),
+        ([ids([[[2, 7, 3]], [[2, 8, 3]]], [2, 3])], "neither flat nor nested"),
+        ([text() | {"datatype": "INT64"}], "wanted values of type INT64"),
+        ([text() | {"datatype": "INT64", "data": [1, 2.5]}], "wanted values"),
+        ([ids([1, 2], [1, 2], "BOOL")], "wanted values of type BOOL"),
+        ([ids([True, False], [1, 2], "BOOL")], "integers (batch, seq)"),
         ([text() | {"datatype": "INT4", "data": [1, 2]}], "datatype is not one of"),
         ([text() | {"datatype": "INT64", "data": [1, 2]}], "wanted datatype BYTES"),
         ([{"name": "input_ids", "datatype": "INT64", "shape": [2], "data": [1, 2]}], "integers (batch, seq)"),

@@ -22,6 +22,27 @@ def test_openai_embeddings(client):
     assert client.post("/embeddings", json={"input": "water"}).json()["data"][0]["embedding"] == expected[1]
 
 
+def test_openai_takes_as_many_inputs_as_its_clients_send(models):
+    def served(**limits):
+        return TestClient(create_app([models["vectors"]], Settings(access_log=False, **limits)))
+
+    many, body = ["the king", "water"] * 20, {"input": ["a"] * 40, "encoding_format": "base64"}
+    with served(max_concurrent_requests=64) as client:
+        batcher = client.app.state.serving.batcher
+        batcher.acquire(32)  # more than 32 inputs count as 32, or a quarter of 64 if that were more
+        found = client.post("/v1/embeddings", json={"input": many}).json()["data"]
+        expected = client.post("/embed", json={"inputs": many[:2]}).json()
+        np.testing.assert_allclose([row["embedding"] for row in found], expected * 20, atol=1e-6)
+        assert client.post("/v1/embeddings", json={"input": ["a"] * 2048}).status_code == 200
+        refused = client.post("/v1/embeddings", json={"input": ["a"] * 2049})
+        assert refused.status_code == 422 and refused.json()["message"].endswith("allowed batch size 2048")
+        assert client.post("/embed", json={"inputs": many}).status_code == 422
+        batcher.acquire(1)
+        assert client.post("/v1/embeddings", json=body).status_code == 429
+    with served(max_client_batch_size=39) as client:
+        assert client.post("/v1/embeddings", json=body).status_code == 422
+
+
 def test_openai_base64_and_dimensions(client):
     body = {"input": [[2, 5, 3]], "encoding_format": "base64", "dimensions": 6}
     (row,) = client.post("/v1/embeddings", json=body).json()["data"]

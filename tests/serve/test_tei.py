@@ -83,6 +83,20 @@ def test_predictions_are_sorted_by_score(client, models):
     np.testing.assert_allclose(scores / scores.sum(), [row["score"] for row in found], atol=1e-6)
 
 
+def test_predictions_have_the_parameters_of_the_inference_api(client):
+    raw = post(client, "/predict", inputs=TEXTS[0], raw_scores=True)
+    logits = np.array([row["score"] for row in raw])
+    expected = {"none": logits, "sigmoid": 1 / (1 + np.exp(-logits)), "softmax": np.exp(logits) / np.exp(logits).sum()}
+    for function, scores in expected.items():
+        found = post(client, "/predict", inputs=[[TEXTS[0]]], parameters={"function_to_apply": function})[0]
+        assert [row["label"] for row in found] == [row["label"] for row in raw]
+        np.testing.assert_allclose([row["score"] for row in found], scores, atol=1e-6)
+    every = post(client, "/predict", inputs=TEXTS[0], parameters={"top_k": None, "function_to_apply": None})
+    assert every == post(client, "/predict", inputs=TEXTS[0])
+    assert post(client, "/predict", inputs=TEXTS[0], parameters={"top_k": 2}) == every[:2]
+    assert post(client, "/predict", inputs=TEXTS[0], parameters={"top_k": 99}) == every
+
+
 def test_ranks_are_sorted_and_name_their_text(client, models):
     engine = models["ranks"].engine
     expected = [engine.predict(("who", text))["score"] for text in TEXTS]
@@ -120,6 +134,16 @@ def test_texts_that_only_fill_memory_are_not_tokenized(client, models):
     assert post(client, "/tokenize", inputs="a " * (most // 2))
     assert len(post(client, "/tokenize", inputs=["a " * (most // 2)] * 4)) == 4
     assert "together" in post(client, "/tokenize", 422, inputs=["a " * (most // 2)] * 5)["error"]
+
+
+def test_no_more_ids_are_decoded_than_texts_have(client, models):
+    most = 128 * models["vectors"].engine.tokenizer.limit
+    king = post(client, "/tokenize", inputs="king", add_special_tokens=False)[0][0]["id"]
+    found = post(client, "/decode", ids=[[king] * most, [king]] + [[king] * (most - 1)] * 3)
+    assert [len(text.split()) for text in found] == [most, 1] + [most - 1] * 3
+    error = post(client, "/decode", 422, ids=[king] * (most + 1))["error"]
+    assert f"`ids` has {most + 1} token ids, wanted at most {most}" in error
+    assert "together" in post(client, "/decode", 422, ids=[[king] * most] * 4 + [[king]])["error"]
 
 
 def test_hidden_states_count_as_what_they_take_in_memory(models, monkeypatch):
@@ -241,6 +265,7 @@ def test_headers_tell_what_it_took(client):
         ("/embed", {"inputs": ["a", ""]}, 400, "Empty"),
         ("/embed", {"inputs": [[]]}, 400, "Empty"),
         ("/predict", {"inputs": ""}, 400, "Empty"),
+        ("/predict", {"inputs": []}, 400, "Empty"),
         ("/rerank", {"query": "a", "texts": []}, 400, "Empty"),
         ("/tokenize", {"inputs": []}, 400, "Empty"),
         ("/decode", {"ids": []}, 400, "Empty"),

@@ -41,7 +41,8 @@ def describe(verb: argparse.ArgumentParser) -> None:
     add("--max-concurrent-requests", type=int, default=512, metavar="N",
         help="inputs in flight; more are refused with 429 (default 512)")  # fmt: skip
     add("--max-client-batch-size", type=int, metavar="N",
-        help="inputs of one request (default 32, or --max-concurrent-requests where that is less)")  # fmt: skip
+        help="inputs of one request (default 32, or --max-concurrent-requests where that is less; 2048 of OpenAI's "
+        "embeddings)")  # fmt: skip
     add("--payload-limit", type=int, default=2_000_000, metavar="BYTES", help="of a request's body (default 2000000)")
     add("--no-auto-truncate", action="store_true",
         help="refuse inputs that are too long unless the request says truncate")  # fmt: skip
@@ -55,7 +56,7 @@ def describe(verb: argparse.ArgumentParser) -> None:
 
 
 def _call(options: argparse.Namespace) -> int:
-    from pruneofa.serve.settings import choose_client_batch_size
+    from pruneofa.serve.settings import check_client_batch_size
 
     models = [_named(given) for given in options.models]
     names = [name for name, _ in models]
@@ -65,7 +66,7 @@ def _call(options: argparse.Namespace) -> int:
         value = getattr(options, name)
         if value is not None and not least <= value <= most:
             raise InputError(f"--{name.replace('_', '-')} is {short(value)}, wanted {least} to {most}")
-    batch_size = choose_client_batch_size(
+    check_client_batch_size(
         options.max_client_batch_size,
         options.max_concurrent_requests,
         ("--max-client-batch-size", "--max-concurrent-requests"),
@@ -81,7 +82,7 @@ def _call(options: argparse.Namespace) -> int:
     settings = Settings(
         max_batch_tokens=options.max_batch_tokens,
         max_concurrent_requests=options.max_concurrent_requests,
-        max_client_batch_size=batch_size,
+        max_client_batch_size=options.max_client_batch_size,
         auto_truncate=not options.no_auto_truncate,
         payload_limit=options.payload_limit,
         api_key=key,

@@ -22,12 +22,21 @@ from pruneofa.formats.architecture import Architecture
 from pruneofa.formats.sentence import Pooling, Sentence
 
 
+def _one_sequence_each(
+    head: object, tokenizer: TextTokenizer, texts: Sequence[Text], names: Sequence[str], *, truncate: bool
+) -> list[Tokens]:
+    """Tokens of each text or pair."""
+    return tokenizer.sequences(texts, names, truncate=truncate)
+
+
 class Classification:
     """Classification of a text or pair from the hidden state of the first token.
 
     Attributes:
         labels: names of the classes by their id.
     """
+
+    prepare = _one_sequence_each
 
     def __init__(self, weights: Weights, architecture: Architecture) -> None:
         head = architecture.family.classification
@@ -39,12 +48,6 @@ class Classification:
         self._problem = architecture.problem_type or (
             "multi_label_classification" if len(self.labels) == 1 else "single_label_classification"
         )
-
-    def prepare(
-        self, tokenizer: TextTokenizer, texts: Sequence[Text], names: Sequence[str], *, truncate: bool
-    ) -> list[Tokens]:
-        """Tokens of each text or pair."""
-        return tokenizer.sequences(texts, names, truncate=truncate)
 
     def reduce(self, hidden: Float, tokens: Tokens) -> Float:
         """The first token, (hidden,)."""
@@ -125,6 +128,8 @@ class Embedding:
         dimensions: numbers of a vector that are kept; None: all.
     """
 
+    prepare = _one_sequence_each
+
     def __init__(self, pooling: Pooling, *, normalize: bool, dimensions: int | None = None) -> None:
         """Return only the first `dimensions` numbers of each vector, unless that is None."""
         self.pooling = pooling
@@ -135,12 +140,6 @@ class Embedding:
     def of(cls, sentence: Sentence) -> "Embedding":
         """The head with the settings of a sentence-transformers folder."""
         return cls(sentence.pooling, normalize=sentence.normalize, dimensions=sentence.truncate_dim)
-
-    def prepare(
-        self, tokenizer: TextTokenizer, texts: Sequence[Text], names: Sequence[str], *, truncate: bool
-    ) -> list[Tokens]:
-        """Tokens of each text or pair."""
-        return tokenizer.sequences(texts, names, truncate=truncate)
 
     def reduce(self, hidden: Float, tokens: Tokens) -> Float:
         """(hidden,), or (dimensions,): truncated after normalization, without normalizing again, as in

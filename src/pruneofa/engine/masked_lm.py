@@ -35,7 +35,10 @@ class MaskedLM:
     def prepare(
         self, tokenizer: TextTokenizer, texts: Sequence[Text], names: Sequence[str], *, truncate: bool
     ) -> list[Tokens]:
-        """Tokens of each text. Raises InputError if a text has no mask token, or the tokenizer has none."""
+        """Tokens of each text.
+
+        Raises InputError if a text has no mask token, or one that was cut off, or the tokenizer has none.
+        """
         tokens = tokenizer.sequences(texts, names, truncate=truncate)
         if tokenizer.mask_id is None:
             raise InputError(
@@ -43,12 +46,14 @@ class MaskedLM:
             )
         mask = tokenizer.token(tokenizer.mask_id)
         for text, sequence, name in zip(texts, tokens, names, strict=True):
-            if not (sequence.ids == tokenizer.mask_id).any():
-                if mask in text:
-                    raise InputError(
-                        f"{name} has its {mask} behind the {tokenizer.limit} tokens that the model takes, where it "
-                        "was cut off; shorten it"
-                    )
+            kept = np.count_nonzero(sequence.ids == tokenizer.mask_id)
+            given = sum(part.count(mask) for part in ([text] if isinstance(text, str) else text))
+            if kept < given:
+                raise InputError(
+                    f"{name} has {given - kept} of its {given} {mask} behind the {tokenizer.limit} tokens that the "
+                    "model takes, where text was cut off; shorten it"
+                )
+            if not kept:
                 raise InputError(
                     f"{name} has no {mask}, wanted at least one; put {mask} where the model has to fill in a word"
                 )

@@ -26,9 +26,9 @@ WINDOW, STRIDE = 384, 128  # tokens, for question answering, as in the official 
 CHARACTERS = 128  # per token of the longest sequence: what is beyond is not tokenized; a longer word is unknown anyway
 _SLICE = 1024  # texts per call of the tokenizer
 MAX_CONTEXT = 1 << 20  # characters of a context of question answering, which is read in windows
+MIN_CONTEXT = 16  # minimum number of context tokens per window; a question that leaves fewer is too long
 MAX_WINDOWS = 4096  # of a text: more than MAX_CONTEXT takes, unless a long question leaves each but a few tokens
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half of a surrogate pair, which is not valid text
-_MIN_CONTEXT = 16  # minimum number of context tokens per window; a question that leaves fewer is too long
 
 Text = str | tuple[str, str]
 Side = Literal["left", "right"]  # the end of a text at which it is cut
@@ -298,6 +298,11 @@ def overlap(room: int) -> int:
     return min(STRIDE, room // 2)
 
 
+def window_count(tokens: int, room: int) -> int:
+    """How many windows a text of so many tokens takes, where each has `room` of them."""
+    return 1 + max(0, math.ceil((tokens - room) / (room - overlap(room))))
+
+
 def _bounded(text: Text, most: tuple[int, int], name: str, truncate: bool, side: Side = "right") -> Any:
     """`text`, its parts cut at one side to `most` characters each if `truncate`. Raises InputError otherwise."""
     parts = (text,) if isinstance(text, str) else text
@@ -338,9 +343,9 @@ def _windows(tokens: Tokens, length: int, *, truncate: bool, where: str) -> list
     if not len(context):
         raise InputError(f"{where}: the context has no tokens, wanted text that can contain an answer")
     room = length - (len(tokens.ids) - len(context))
-    if room < _MIN_CONTEXT and room < len(context):
+    if room < MIN_CONTEXT and room < len(context):
         question = int(np.count_nonzero(tokens.segments == 0))
-        most = question + room - _MIN_CONTEXT
+        most = question + room - MIN_CONTEXT
         if not truncate or most < 1:
             raise InputError(
                 f"{where}: the question has {question} tokens, wanted at most {max(most, 0)} beside a context in a "
@@ -361,7 +366,7 @@ def _cut(tokens: Tokens, segment: int, length: int, where: str) -> list[Tokens]:
             "tokens; copy the tokenizer files of the model it was made from"
         )
     step = room - overlap(room)
-    if (count := 1 + math.ceil((len(inside) - room) / step)) > MAX_WINDOWS:
+    if (count := window_count(len(inside), room)) > MAX_WINDOWS:
         raise InputError(f"{where}: takes {count} windows of {room} tokens, wanted at most {MAX_WINDOWS}; divide it")
     before, after = np.arange(inside[0]), np.arange(inside[-1] + 1, len(tokens.ids))
     windows = []

@@ -27,7 +27,7 @@ class TokensParameters(Parameters):
     """How tokens become entities."""
 
     aggregation_strategy: Aggregation = "simple"
-    ignore_labels: list[str] = Field(default_factory=lambda: ["O"])
+    ignore_labels: Many[str] = Field(default_factory=lambda: ["O"])
 
 
 class TokensRequest(Body):
@@ -112,6 +112,7 @@ async def answer(call: Call, body: AnswerRequest) -> tuple[Any, int]:
     single = isinstance(body.inputs, Question)
     questions = [body.inputs] if isinstance(body.inputs, Question) else body.inputs
     model = call.model("question answering")
+    call.check_size(len(questions))  # before anything is made of them
     job = await call.run(model, [question.model_dump() for question in questions], single=single)
     head, windows = model.engine.head, _windows_by_text(job)
     assert isinstance(head, QuestionAnswering)

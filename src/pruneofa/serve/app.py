@@ -63,7 +63,7 @@ def create_app(models: Sequence[Model], settings: Settings | None = None) -> Sta
         *(Post(f"/models/{{model}}{post.path}", post.body, post.answer) for post in by_model),
         *(post for model in models for post in tei.defaults(model, f"/models/{model.name}")),
     ]
-    described = to_json(schema.describe(posts))
+    described = to_json(schema.describe(posts, key=settings.api_key is not None))
 
     async def openapi(request: Request) -> Response:
         return Response(described, media_type="application/json")

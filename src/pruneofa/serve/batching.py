@@ -1,9 +1,10 @@
 """One queue of token sequences for all requests, and the two threads that fill and empty it.
 
 First in, first out, by slices: a request is tokenized a slice of inputs at a time, and has its next slice tokenized,
-behind what has come since, when its last one is taken. Where inputs are read in windows, a request that has had a slice
-of them computed goes behind what has come since, too. So a long request delays a short one by a slice at most, and what
-waits is bounded by the inputs that are accepted. Either thread tokenizes. When sequences wait and nobody computes,
+behind what has come since, when its last one is taken. Where inputs are read in windows, a slice is fewer of them, and
+a request that has had a slice of windows computed goes behind what has come since, too. So a long request delays a
+short one by a slice at most, and what waits is bounded by the inputs that are accepted and by MAX_WINDOWS for each
+request. Either thread tokenizes. When sequences wait and nobody computes,
 it computes, until none is left, while the other thread tokenizes on: a request that comes alone changes threads once.
 Sequences are not padded: a batch costs the sum of its tokens. The event loop only waits.
 """
@@ -23,11 +24,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pruneofa.engine.tokenizer import Side, Tokens
+from pruneofa.engine.tokenizer import MAX_WINDOWS, Side, Tokens
 from pruneofa.errors import InputError
 from pruneofa.progress import notice
 from pruneofa.serve.model import Item, Model
-from pruneofa.serve.refusal import Refused
+from pruneofa.serve.refusal import Refused, invalid
 
 SLICE = 32  # inputs of a request that wait to be computed at a time, and sequences that are taken in a turn
 
@@ -69,6 +70,7 @@ class Job:
     inference: float = 0.0
     _begin: float = field(default_factory=time.perf_counter)
     _tokenized: int = 0  # inputs
+    _next: int = 0  # inputs, with those of the slice that is being tokenized
     _ready: float = 0.0  # when the last slice was tokenized
     _pending: list[int] = field(default_factory=list)  # sequences that wait to be computed, long ones first
     _turn: int = 0  # sequences that were taken since it came to the end of the queue
@@ -76,11 +78,24 @@ class Job:
     _future: "asyncio.Future[None] | None" = None
 
     def tokenize_slice(self) -> list[Tokens]:
-        """The sequences of the next inputs."""
-        part = slice(self._tokenized, self._tokenized + SLICE)
+        """The sequences of the next inputs: SLICE of them, or as many as take about so many windows.
+
+        Raises Refused if an input cannot be tokenized, or the windows of all are too many.
+        """
+        windows = itertools.accumulate(
+            self.model.windows_of([item]) for item in self.items[self._tokenized : self._tokenized + SLICE]
+        )
+        self._next = self._tokenized + max(1, sum(1 for together in windows if together <= SLICE))
+        part = slice(self._tokenized, self._next)
         found = self.model.tokenize(
             self.items[part], self.names[part], truncate=self.truncate, side=self.side, prompt=self.prompt
         )
+        if (count := len(self.sequences) + len(found)) > max(MAX_WINDOWS, len(self.items)):
+            raise invalid(
+                f"{self.names[0]} to {self.names[self._next - 1]} take {count} windows together, wanted at most "
+                f"{MAX_WINDOWS}; divide the request",
+                "tokenization",
+            )
         # Windows name their input within the slice.
         return [replace(sequence, text=sequence.text + part.start) for sequence in found] if part.start else found
 
@@ -94,7 +109,7 @@ class Job:
         order = sorted(range(begin, len(self.sequences)), key=lambda index: -len(self.sequences[index].ids))
         self._pending = order + self._pending
         self._turn = 0
-        self._tokenized = min(self._tokenized + SLICE, len(self.items))  # last: `complete` reads it first
+        self._tokenized = self._next  # last: `complete` reads it first
 
     def cancel(self, error: Exception) -> None:
         """Raise `error` where the job is awaited, and drop what was not computed yet; by the event loop only."""

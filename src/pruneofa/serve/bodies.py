@@ -49,13 +49,21 @@ class EmbedRequest(EmbedAllRequest):
     dimensions: int | None = None
 
 
+class PredictParameters(Parameters):
+    """How many labels to return, and what makes scores of logits: all labels and the model's own function if None."""
+
+    top_k: int | None = Field(default=None, ge=1)
+    function_to_apply: Literal["softmax", "sigmoid", "none"] | None = None
+
+
 class PredictRequest(Body):
-    """A text, a pair of texts, or a batch of lists of one or two."""
+    """A text, a pair of texts, or a batch of lists of one or two; `function_to_apply` counts before `raw_scores`."""
 
     inputs: str | TextOrPair | Many[TextOrPair]
     truncate: bool | None = None
     truncation_direction: Direction = "right"
     raw_scores: bool = False
+    parameters: PredictParameters | None = None
 
 
 class RerankRequest(Body):

@@ -48,13 +48,15 @@ class Call:
 
     Attributes:
         serving: what all requests share.
+        openai: it may have as many inputs as OpenAI takes.
         jobs: what was computed for it so far.
         places: inputs that it has in flight, until its response is sent.
         binary: the bytes behind the JSON of its body, in the Open Inference Protocol.
     """
 
-    def __init__(self, scope: Scope, receive: Receive) -> None:
+    def __init__(self, scope: Scope, receive: Receive, *, openai: bool = False) -> None:
         self.serving: Serving = scope["app"].state.serving
+        self.openai = openai
         self.jobs: list[Job] = []
         self.places = 0
         self.binary = b""
@@ -82,7 +84,8 @@ class Call:
 
     def check_size(self, inputs: int, field: str = "inputs") -> None:
         """Raise Refused for no input, or for more than one request may have."""
-        most = self.serving.settings.max_client_batch_size
+        settings = self.serving.settings
+        most = settings.most_openai_inputs if self.openai else settings.most_inputs
         if not inputs:
             raise Refused("Empty", f"`{field}` cannot be empty", cause="validation")
         if inputs > most:
@@ -92,12 +95,14 @@ class Call:
     def acquire(self, inputs: int, windows: int = 0) -> None:
         """Count inputs as in flight until the response is sent: as many as the windows that they are read in.
 
-        Windows count as at most a quarter of what may be in flight, so that one request leaves room for others.
+        Windows count as at most a quarter of what may be in flight, so that one request leaves room for others, and so
+        do inputs that are more than most requests may have.
 
         Raises Refused: too many are in flight already, or the parts of this request are together too many.
         """
         batcher = self.serving.batcher
-        places = max(inputs, min(windows, batcher.limit // 4))
+        quarter = batcher.limit // 4
+        places = max(min(inputs, max(self.serving.settings.most_inputs, quarter)), min(windows, quarter))
         if self.places and self.places + places > batcher.limit:
             message = f"batch size {self.places + places} > maximum concurrent requests {batcher.limit}"
             raise Refused("Validation", message, cause="batch_size")
@@ -239,13 +244,15 @@ class Call:
 class Post:
     """A POST route: its path, the body that it takes, and the function that answers with a value and its size.
 
-    `model` is the name of the one that answers, where the path does not have it as a parameter.
+    `model` is the name of the one that answers, where the path does not have it as a parameter; `openai` lets requests
+    have as many inputs as OpenAI takes.
     """
 
     path: str
     body: type[Body]
     answer: Callable[[Call, Any], Awaitable[tuple[Any, int]]]
     model: str | None = None
+    openai: bool = False
 
     def route(self) -> Route:
         """The route for the application."""
@@ -255,7 +262,7 @@ class Post:
         """Answer a request; errors are left to the application."""
         if self.model is not None:
             scope["path_params"] = {"model": self.model}
-        call = Call(scope, receive)
+        call = Call(scope, receive, openai=self.openai)
         try:
             await self._answer(call, scope, receive, _until_read(send))
         finally:
@@ -300,11 +307,12 @@ def explained(error: ValidationError) -> str:
     """What is wrong, and where, in one line."""
     found = error.errors(include_url=False, include_input=False)
     # Where several types are accepted, there is an error for each: those that went furthest tell most.
-    places = [[str(part) for part in one["loc"] if not _is_type(part)] for one in found]
-    furthest = max(places, key=lambda place: (len(place), [int(part) for part in place if part.isdecimal()]))
+    places = [[part for part in one["loc"] if not _is_type(part)] for one in found]
+    furthest = max(places, key=lambda place: (len(place), [part for part in place if isinstance(part, int)]))
     first, *others = dict.fromkeys(one["msg"] for one, place in zip(found, places, strict=True) if place == furthest)
     message = " or ".join([first, *(other.removeprefix("Input should be ") for other in others)])
-    return f"{'.'.join(furthest)}: {message}" if furthest else message
+    names = [str(part)[:60] for part in furthest]  # a parameter that is not known may be long
+    return f"{'.'.join(names)}: {message}" if furthest else message
 
 
 def _is_type(part: Any) -> bool:

@@ -1,6 +1,7 @@
 """Open Inference Protocol v2: health, metadata, and inference with tensors in JSON or in binary."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,8 @@ from pruneofa.serve.call import BINARY_HEADER, Call, Post, made, to_json
 from pruneofa.serve.model import Item, Model, TokenIds
 from pruneofa.serve.refusal import invalid
 from pruneofa.serve.scoring import scores, vectors
-from pruneofa.serve.status import check_health
-from pruneofa.serve.tensors import Tensor, datatype, read, to_bytes
+from pruneofa.serve.status import health
+from pruneofa.serve.tensors import Tensor, datatype, read, shapes, to_bytes
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -55,12 +56,6 @@ async def server(request: Request) -> Response:
     return Response(to_json(value), media_type="application/json")
 
 
-async def health(request: Request) -> Response:
-    """200 while the server computes."""
-    check_health(request.app.state.serving)
-    return Response()
-
-
 async def ready(request: Request) -> Response:
     """200 if the model is loaded."""
     Call(request.scope, request.receive).model()
@@ -88,8 +83,11 @@ async def metadata(request: Request) -> Response:
 async def infer(call: Call, body: InferRequest) -> tuple[Response, int]:
     """Tensors of results for tensors of texts or token ids."""
     model = call.model()
-    inputs = read(body.inputs, call.binary)
-    _check_names(model, inputs)
+    claimed = shapes(body.inputs)
+    _check_names(model, claimed)
+    for name, shape in claimed.items():  # before anything is made of the data
+        call.check_size(shape[0] if name in _IDS and shape else math.prod(shape))
+    inputs = await made(lambda: read(body.inputs, call.binary), sum(map(math.prod, claimed.values())))
     found = await _compute(call, model, inputs)
     wanted = body.outputs if body.outputs is not None else [RequestedOutput(name=name) for name in found]
     names = [output.name for output in wanted]
@@ -137,7 +135,7 @@ async def _compute(call: Call, model: Model, inputs: Arrays) -> Arrays:
             job = await call.run(model, _items(inputs), finish=vectors())
             return {"embedding": job.value}
         case "classification":
-            rows = await scores(call, model, _items(inputs), truncate=None, raw=False)
+            rows = await scores(call, model, _items(inputs), truncate=None)
             return {"scores": rows, "label": _objects(model.labels[index] for index in rows.argmax(axis=1))}
         case "question answering":
             questions, contexts = _texts(inputs, "question"), _texts(inputs, "context")
@@ -162,13 +160,13 @@ async def _compute(call: Call, model: Model, inputs: Arrays) -> Arrays:
     return {"json": _objects(await call.each(lambda index: to_json(found[index]).decode(), len(found)))}
 
 
-def _check_names(model: Model, inputs: Arrays) -> None:
+def _check_names(model: Model, inputs: Collection[str]) -> None:
     """Raise Refused for an input that would not be used: a misspelled text_pair would score the text alone."""
     task = model.engine.task
     wanted: list[tuple[str, ...]] = [tuple(_INPUTS.get(task, _TEXT))]
     if task in ("embedding", "classification"):
         wanted = [("text", "text_pair"), _IDS]
-    if not any(inputs.keys() <= set(names) for names in wanted):
+    if not any(set(inputs) <= set(names) for names in wanted):
         either = ", or ".join(", ".join(names) for names in wanted)
         raise invalid(f"the inputs are {', '.join(inputs)}; wanted only {either}")
 

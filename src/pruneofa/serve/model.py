@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pruneofa.engine.engine import Engine
 from pruneofa.engine.heads import Classification, Embedding, TokenClassification
 from pruneofa.engine.inputs import as_row, check_item, finite
-from pruneofa.engine.tokenizer import MAX_CONTEXT, Side, Text, Tokens, check_text
+from pruneofa.engine.tokenizer import MAX_CONTEXT, MIN_CONTEXT, WINDOW, Side, Text, Tokens, check_text, window_count
 from pruneofa.errors import InputError
 from pruneofa.serve.refusal import Refused, invalid
 
@@ -78,8 +78,15 @@ class Model:
         """About how many windows inputs are read in, or masks they have; 0 for a task that has neither."""
         if self.engine.task == "masked-LM":
             return sum(map(self._masks, items))
-        in_windows = self.engine.task in ("token classification", "question answering")
-        return self.windows(map(characters, items)) if in_windows else 0
+        if self.engine.task == "question answering":
+            return sum(map(self._question_windows, items))
+        return self.windows(map(characters, items)) if self.engine.task == "token classification" else 0
+
+    def _question_windows(self, item: Any) -> int:
+        """A long question leaves windows that each advance by a few tokens of the context."""
+        question, context = (len(item[part]) // CHARACTERS_PER_TOKEN for part in ("question", "context"))
+        room = max(min(WINDOW, self.engine.tokenizer.limit) - question, MIN_CONTEXT)
+        return window_count(context, room)
 
     def _masks(self, text: Any) -> int:
         tokenizer = self.engine.tokenizer

@@ -3,11 +3,13 @@
 import base64
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from starlette.requests import Request
 from starlette.responses import Response
 
 from pruneofa.serve.bodies import Body, Input, Many, is_single
-from pruneofa.serve.call import Call, Post, Serving, to_json
+from pruneofa.serve.call import Call, Post, Serving, made, to_json
 from pruneofa.serve.names import named
 from pruneofa.serve.scoring import vectors
 
@@ -30,7 +32,7 @@ async def embeddings(call: Call, body: EmbeddingsRequest) -> tuple[Any, int]:
     items: Any = [body.input] if single else body.input
     job = await call.run(model, items, single=single, field="input", finish=finish)
     if body.encoding_format == "base64":
-        rows: Any = [base64.b64encode(row.astype("<f4").tobytes()).decode() for row in job.value]
+        rows: Any = await made(lambda: [_base64(row) for row in job.value], job.value.size)
     else:
         rows = job.value
     value = {
@@ -42,6 +44,10 @@ async def embeddings(call: Call, body: EmbeddingsRequest) -> tuple[Any, int]:
     return value, job.value.size
 
 
+def _base64(row: NDArray[np.float32]) -> str:
+    return base64.b64encode(row.astype("<f4").tobytes()).decode()
+
+
 async def models(request: Request) -> Response:
     """The models by name."""
     serving: Serving = request.app.state.serving
@@ -49,4 +55,4 @@ async def models(request: Request) -> Response:
     return Response(to_json({"object": "list", "data": listed}), media_type="application/json")
 
 
-POSTS = [Post("/v1/embeddings", EmbeddingsRequest, embeddings), Post("/embeddings", EmbeddingsRequest, embeddings)]
+POSTS = [Post(path, EmbeddingsRequest, embeddings, openai=True) for path in ("/v1/embeddings", "/embeddings")]

@@ -33,6 +33,7 @@ async def rank(call: Call, body: RankRequest) -> tuple[Any, int]:
     if body.top_n is not None and body.top_n < 1:
         raise invalid("top_n should be positive")
     model = named(call, "reranking", body.model)
+    call.check_size(len(body.documents), "documents")  # before anything is made of them
     texts = [document if isinstance(document, str) else document.text for document in body.documents]
     found = await relevance(call, model, body.query, texts, field="documents")
     results = []

@@ -15,8 +15,8 @@ _ANSWERS = {"200": {"description": "the answer"}} | {
 }
 
 
-def describe(posts: Sequence[Post]) -> dict[str, Any]:
-    """OpenAPI 3.1 of some routes."""
+def describe(posts: Sequence[Post], *, key: bool) -> dict[str, Any]:
+    """OpenAPI 3.1 of some routes, which want a key or none."""
     bodies = list(dict.fromkeys(post.body for post in posts))
     references, schemas = models_json_schema(
         [(body, "validation") for body in bodies], ref_template="#/components/schemas/{model}"
@@ -29,6 +29,7 @@ def describe(posts: Sequence[Post]) -> dict[str, Any]:
             "schemas": schemas["$defs"],
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
+        "security": [{"key": []}] if key else [],
     }
 
 

@@ -1,6 +1,7 @@
 """From what the engine computed to what clients ask for: vectors, scores of classes, relevance of texts."""
 
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,14 +44,22 @@ async def scores(
     field: str = "inputs",
     truncate: bool | None,
     side: Side = "right",
-    raw: bool,
+    function: Literal["softmax", "sigmoid", "none"] | None = None,
 ) -> NDArray[np.float32]:
-    """Scores (inputs, classes) of a classification, or its logits if `raw`."""
+    """Scores (inputs, classes) of a classification: its logits through a function; None: that of the model."""
     job = await call.run(model, items, single=single, field=field, truncate=truncate, side=side)
     rows = np.stack([job.results[index] for index in range(len(items))])
     head = model.engine.head
     assert isinstance(head, Classification)
-    return rows if raw else head.scores(rows).astype(np.float32)
+    match function:
+        case "none":
+            return rows
+        case "softmax":
+            return reference.softmax(rows)
+        case "sigmoid":
+            return _sigmoid(rows)
+        case None:
+            return head.scores(rows).astype(np.float32)
 
 
 async def relevance(
@@ -66,5 +75,9 @@ async def relevance(
 ) -> NDArray[np.float32]:
     """Scores (texts,) of each text for the query: logits, or 0 to 1 by a sigmoid unless `raw`."""
     items: list[Item] = [(query, text) for text in texts]
-    logits = (await scores(call, model, items, field=field, truncate=truncate, side=side, raw=True))[:, 0]
-    return logits if raw else (1 / (1 + np.exp(-logits.astype(np.float64)))).astype(np.float32)
+    logits = (await scores(call, model, items, field=field, truncate=truncate, side=side, function="none"))[:, 0]
+    return logits if raw else _sigmoid(logits)
+
+
+def _sigmoid(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    return (1 / (1 + np.exp(-logits.astype(np.float64)))).astype(np.float32)

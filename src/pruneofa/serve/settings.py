@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from pruneofa.errors import InputError
 
+_OPENAI_INPUTS = 2048  # of a request, as OpenAI takes
 _COUNTS = ("max_batch_tokens", "max_concurrent_requests", "payload_limit")
 
 
@@ -16,8 +17,8 @@ class Settings:
         max_batch_tokens: tokens that are computed together; also how long, in tokens, a request waits for the batch
             before it. Lower than that of servers that pad: without padding larger batches are no faster.
         max_concurrent_requests: inputs that may be waiting or computed at a time; more are refused with 429.
-        max_client_batch_size: inputs of one request; where it is not given, 32 or max_concurrent_requests, whichever is
-            less.
+        max_client_batch_size: inputs of one request; None: 32 or max_concurrent_requests, whichever is less, and 2048
+            for OpenAI's embeddings.
         auto_truncate: truncate inputs that are too long unless the request says otherwise.
         payload_limit: bytes of a request's body.
         body_timeout: seconds that a client may take to send its request's body.
@@ -31,7 +32,7 @@ class Settings:
 
     max_batch_tokens: int = 2048
     max_concurrent_requests: int = 512
-    max_client_batch_size: int = None  # type: ignore[assignment]  # always set once it is made
+    max_client_batch_size: int | None = None
     auto_truncate: bool = True
     payload_limit: int = 2_000_000
     body_timeout: float = 30.0
@@ -43,16 +44,25 @@ class Settings:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, wanted at least 1")
         names = "max_client_batch_size", "max_concurrent_requests"
-        size = choose_client_batch_size(self.max_client_batch_size, self.max_concurrent_requests, names)
-        object.__setattr__(self, "max_client_batch_size", size)  # frozen for others
+        check_client_batch_size(self.max_client_batch_size, self.max_concurrent_requests, names)
         if not 0 < self.body_timeout < math.inf:
             raise InputError(f"body_timeout is {self.body_timeout}, wanted a positive number of seconds")
         if self.api_key is not None:
             check_key(self.api_key, "api_key")
 
+    @property
+    def most_inputs(self) -> int:
+        """Inputs that one request may have."""
+        return self.max_client_batch_size or min(32, self.max_concurrent_requests)
 
-def choose_client_batch_size(given: int | None, concurrent: int, names: tuple[str, str]) -> int:
-    """The inputs that one request may have, of which at most `concurrent` may be in flight.
+    @property
+    def most_openai_inputs(self) -> int:
+        """The same, of a request to OpenAI's embeddings: its clients send what OpenAI takes."""
+        return self.max_client_batch_size or _OPENAI_INPUTS
+
+
+def check_client_batch_size(given: int | None, concurrent: int, names: tuple[str, str]) -> None:
+    """Check the inputs that one request may have, of which at most `concurrent` may be in flight.
 
     Args:
         given: what the user wants; None: nothing.
@@ -63,14 +73,13 @@ def choose_client_batch_size(given: int | None, concurrent: int, names: tuple[st
         InputError: the size is less than 1, or such requests would always be refused.
     """
     if given is None:
-        return min(32, concurrent)
+        return
     if given < 1:
         raise InputError(f"{names[0]} is {given}, wanted at least 1")
     if given > concurrent:
         raise InputError(
             f"{names[0]} is {given}, which {names[1]} {concurrent} would always refuse; lower it, or raise {names[1]}"
         )
-    return given
 
 
 def check_key(key: str, name: str) -> None:

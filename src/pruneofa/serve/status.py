@@ -41,7 +41,7 @@ async def info(request: Request) -> Response:
         "max_input_length": model.engine.tokenizer.limit,
         "max_batch_tokens": limits.max_batch_tokens,
         "max_batch_requests": None,
-        "max_client_batch_size": limits.max_client_batch_size,
+        "max_client_batch_size": limits.most_inputs,
         "auto_truncate": limits.auto_truncate,
         "tokenization_workers": 1,
         "version": __version__,

@@ -1,6 +1,7 @@
 """The routes of text-embeddings-inference: embeddings, predictions, ranks, similarity, tokens."""
 
 import asyncio
+from collections.abc import Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from pruneofa.serve.bodies import (
     DecodeRequest,
     EmbedAllRequest,
     EmbedRequest,
+    PredictParameters,
     PredictRequest,
     RerankRequest,
     SimilarityParameters,
@@ -29,7 +31,7 @@ from pruneofa.serve.model import Item, Model
 from pruneofa.serve.refusal import Refused, invalid
 from pruneofa.serve.scoring import relevance, scores, vectors
 
-_TEXTS = 4  # of the longest length may be in a request to /tokenize, or more that are shorter
+_TEXTS = 4  # of the longest length may be in a request to /tokenize or /decode, or more that are shorter
 
 
 async def embed(call: Call, body: EmbedRequest) -> tuple[Any, int]:
@@ -61,18 +63,22 @@ async def _embedded(call: Call, body: EmbedAllRequest, **settings: Any) -> Job:
 async def predict(call: Call, body: PredictRequest) -> tuple[Any, int]:
     """Labels of texts or pairs with their scores, best first."""
     inputs = body.inputs
-    single = isinstance(inputs, str) or not inputs or isinstance(inputs[0], str)
+    single = isinstance(inputs, str) or bool(inputs and isinstance(inputs[0], str))
     if isinstance(inputs, str):
         items: list[Item] = [inputs]
     else:
+        call.check_size(1 if single else len(inputs))  # before anything is made of them
         items = [row[0] if len(row) == 1 else tuple(row) for row in ([inputs] if single else inputs)]  # pyrefly: ignore
-    model = call.model("classification")
+    model, options = call.model("classification"), body.parameters or PredictParameters()
+    function = options.function_to_apply or ("none" if body.raw_scores else None)
     rows = await scores(
-        call, model, items, single=single, truncate=body.truncate, side=body.truncation_direction, raw=body.raw_scores
+        call, model, items, single=single, truncate=body.truncate, side=body.truncation_direction, function=function
     )
     labels = model.labels
+    best = [np.argsort(-row, kind="stable")[: options.top_k] for row in rows]
     ranked = [
-        [{"score": row[index], "label": labels[index]} for index in np.argsort(-row, kind="stable")] for row in rows
+        [{"score": row[index], "label": labels[index]} for index in indices]
+        for row, indices in zip(rows, best, strict=True)
     ]
     return (ranked[0] if single else ranked), rows.size
 
@@ -124,12 +130,7 @@ async def tokenize(call: Call, body: TokenizeRequest) -> tuple[Any, int]:
     prompt = model.prompt(body.prompt_name)
     if "" in texts:
         raise Refused("Empty", "Input validation error: `inputs` cannot be empty", cause="tokenization")
-    most = CHARACTERS * model.engine.tokenizer.limit
-    if (longest := max(map(len, texts))) > most:
-        raise invalid(f"`inputs` has {longest} characters, wanted at most {most}; divide it", "tokenization")
-    if (together := sum(map(len, texts))) > _TEXTS * most:
-        message = f"`inputs` have {together} characters together, wanted at most {_TEXTS * most}; divide them"
-        raise invalid(message, "tokenization")
+    _check_lengths(model, texts, "inputs", "characters")
     call.acquire(len(texts), model.windows(map(len, texts)))
 
     def tokens(index: int) -> orjson.Fragment:
@@ -143,6 +144,16 @@ async def tokenize(call: Call, body: TokenizeRequest) -> tuple[Any, int]:
         return orjson.Fragment(to_json(_simple_tokens(whole, encoding)))  # a fifth of the memory
 
     return await call.each(tokens, len(texts)), 0
+
+
+def _check_lengths(model: Model, rows: Sequence[Sized], field: str, unit: str) -> None:
+    """Raise Refused for a text, or its token ids, longer than any that is of use, or for too long ones together."""
+    most = CHARACTERS * model.engine.tokenizer.limit
+    if (longest := max(map(len, rows))) > most:
+        raise invalid(f"`{field}` has {longest} {unit}, wanted at most {most}; divide it", "tokenization")
+    if (together := sum(map(len, rows))) > _TEXTS * most:
+        message = f"`{field}` have {together} {unit} together, wanted at most {_TEXTS * most}; divide them"
+        raise invalid(message, "tokenization")
 
 
 def _simple_tokens(text: str, encoding: Any) -> list[dict[str, Any]]:
@@ -170,13 +181,13 @@ async def decode(call: Call, body: DecodeRequest) -> tuple[Any, int]:
     call.check_size(len(sequences), "ids")
     if not all(sequences):
         raise Refused("Empty", "Input validation error: `input_ids` cannot be empty", cause="tokenization")
-
+    _check_lengths(model, sequences, "ids", "token ids")
     call.acquire(len(sequences), sum(1 + len(ids) // tokenizer.limit for ids in sequences))
 
-    def texts() -> list[str]:
-        return [tokenizer.decode(ids, skip_special_tokens=body.skip_special_tokens) for ids in sequences]
+    def text(index: int) -> str:
+        return tokenizer.decode(sequences[index], skip_special_tokens=body.skip_special_tokens)
 
-    return await asyncio.to_thread(texts), sum(map(len, sequences))
+    return await call.each(text, len(sequences)), sum(map(len, sequences))
 
 
 async def vertex(call: Call, body: VertexRequest) -> tuple[Any, int]:

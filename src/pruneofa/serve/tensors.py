@@ -12,6 +12,7 @@ from pruneofa.serve.bodies import Body, Many
 from pruneofa.serve.refusal import invalid
 
 TYPES = {
+    "BOOL": "?",
     "INT8": "<i1",
     "INT16": "<i2",
     "INT32": "<i4",
@@ -36,19 +37,27 @@ class Tensor(Body):
     parameters: dict[str, Any] | None = None
 
 
+def shapes(tensors: list[Tensor]) -> dict[str, list[int]]:
+    """The shape that the request gives for each tensor, by name. Raises Refused for one that no tensor can have."""
+    found: dict[str, list[int]] = {}
+    for tensor in tensors:
+        if tensor.name in found:
+            raise invalid(f"the input {tensor.name} is given twice")
+        if math.prod(size or 1 for size in tensor.shape) > _MOST:  # NumPy has no shape of that size, empty or not
+            raise invalid(f"{tensor.name}: shape is {tensor.shape}, wanted at most {_MOST} elements")
+        found[tensor.name] = tensor.shape
+    return found
+
+
 def read(tensors: list[Tensor], binary: bytes) -> dict[str, NDArray[Any]]:
-    """Arrays by name, in the shapes that the request gives; texts as objects.
+    """Arrays by name, in shapes that `shapes` has checked; texts as objects.
 
     Raises Refused for tensors that are not what they say.
     """
     found: dict[str, NDArray[Any]] = {}
     at = 0
     for tensor in tensors:
-        if tensor.name in found:
-            raise invalid(f"the input {tensor.name} is given twice")
         count = math.prod(tensor.shape)
-        if math.prod(size or 1 for size in tensor.shape) > _MOST:  # NumPy has no shape of that size, empty or not
-            raise invalid(f"{tensor.name}: shape is {tensor.shape}, wanted at most {_MOST} elements")
         size = (tensor.parameters or {}).get("binary_data_size")
         if size is None:
             values: Any = _from_json(tensor)
@@ -64,23 +73,31 @@ def read(tensors: list[Tensor], binary: bytes) -> dict[str, NDArray[Any]]:
 
 
 def _from_json(tensor: Tensor) -> NDArray[Any]:
-    flat = list(tensor.data or [])
-    while flat and isinstance(flat[0], list):
-        if not all(isinstance(row, list) for row in flat):
-            raise invalid(f"{tensor.name}: lists and values are mixed")
-        flat = [value for row in flat for value in row]
+    flat = _flat(tensor)
     if tensor.datatype == "BYTES":
         if not all(isinstance(value, str) for value in flat):
             raise invalid(f"{tensor.name}: wanted strings")
         return _texts(flat)
     dtype = _dtype(tensor)
-    kinds = (int, float) if dtype.kind == "f" else (int,)
+    kinds = {"f": (int, float), "b": (bool,)}.get(dtype.kind, (int,))
     if not all(type(value) in kinds for value in flat):
-        raise invalid(f"{tensor.name}: wanted numbers of type {tensor.datatype}")
+        raise invalid(f"{tensor.name}: wanted values of type {tensor.datatype}")
     try:
         return np.array(flat, dtype)
     except (OverflowError, ValueError):
         raise invalid(f"{tensor.name}: a number is out of the range of {tensor.datatype}") from None
+
+
+def _flat(tensor: Tensor) -> list[Any]:
+    """The elements row by row. Raises Refused for data that is nested, but not in the tensor's shape."""
+    rows: list[Any] = [tensor.data or []]
+    if not any(isinstance(value, list) for value in rows[0]):
+        return rows[0]
+    for size in tensor.shape:
+        if not all(isinstance(row, list) and len(row) == size for row in rows):
+            raise invalid(f"{tensor.name}: data is neither flat nor nested in the shape {tensor.shape}")
+        rows = [value for row in rows for value in row]
+    return rows
 
 
 def _from_bytes(tensor: Tensor, content: bytes) -> NDArray[Any]:
@@ -88,7 +105,8 @@ def _from_bytes(tensor: Tensor, content: bytes) -> NDArray[Any]:
         dtype = _dtype(tensor)
         if len(content) % dtype.itemsize:
             raise invalid(f"{tensor.name}: {len(content)} bytes are no {tensor.datatype} numbers")
-        return np.frombuffer(content, dtype)
+        values = np.frombuffer(content, dtype)
+        return values.view(np.uint8) != 0 if dtype.kind == "b" else values  # any other byte is true too
     texts = []
     at = 0
     while at < len(content):
