@@ -2,10 +2,15 @@ import gc
 import os
 import signal
 
+import hypothesis
 import pytest
 
 # A shell ignores SIGINT in background jobs, and children inherit that: tests of Ctrl-C would wait for ever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# How long an example takes says nothing on a machine that others use too.
+hypothesis.settings.register_profile("shared", deadline=None)
+hypothesis.settings.load_profile("shared")
 
 gc.disable()  # until all tests are collected
 

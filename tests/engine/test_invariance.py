@@ -42,7 +42,7 @@ def engines(tmp_path_factory):
         yield load
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     head=st.sampled_from(list(HEADS)),
     texts=st.lists(st.lists(st.sampled_from(WORDS.split()), min_size=1, max_size=24), min_size=2, max_size=9),

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors.numpy import save_file
@@ -57,7 +57,6 @@ shapes = st.tuples(st.integers(1, 9), st.integers(1, 27))
 numbers = st.one_of(st.sampled_from([0.0, -0.0]), st.floats(width=32, allow_nan=False, allow_infinity=False))
 
 
-@settings(deadline=None)
 @given(hnp.arrays(np.float32, shapes, elements=numbers, fill=st.just(np.float32(0))))
 def test_any_weight_comes_back_bit_for_bit(weight):
     linear = pack_linear(weight, "fp32")
@@ -68,7 +67,6 @@ def test_any_weight_comes_back_bit_for_bit(weight):
     assert pattern_holds(linear.kept, pattern_of(linear.kept))
 
 
-@settings(deadline=None)
 @given(hnp.arrays(np.float32, shapes, elements=numbers, fill=st.just(np.float32(0))))
 def test_any_weight_as_int8_keeps_its_pattern_and_is_near(weight):
     linear = pack_linear(weight, "int8")

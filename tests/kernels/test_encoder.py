@@ -212,7 +212,7 @@ def test_int8_scores_too_large_for_exp(isa, factor):
     assert np.mean(error.max(axis=1) > LARGEST) < 0.5
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=6),
     heads=st.integers(1, 6),

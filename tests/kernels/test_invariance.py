@@ -23,7 +23,7 @@ def joined(sequences: list[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
     return (*parts, np.cumsum([0, *lengths]).astype(np.int32))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     lengths=st.lists(st.integers(1, 70), min_size=1, max_size=9),
     size=st.sampled_from(SIZES),

@@ -212,7 +212,7 @@ def test_a_layer_says_what_it_is(isa):
     assert dense.choice.startswith("dense: 0.0 % zeros")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     n=st.integers(1, 70),
     k=st.integers(1, 140),

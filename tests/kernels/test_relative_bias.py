@@ -41,7 +41,7 @@ def test_outputs_are_those_of_the_reference(isa, size, precision):
     assert np.abs(found - plain).max() > 0.2
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(st.lists(st.integers(1, LONGEST), min_size=1, max_size=4), st.sampled_from(SIZES), st.integers(1, 3))
 def test_sequences_of_any_length_anywhere_in_their_panels(isa, lengths, size, threads):
     parts = biased(hidden=size[0], heads=size[1], precision="fp32", depth=1, longest=max(lengths))

@@ -247,7 +247,6 @@ SCHEDULES = st.integers(10, 300).flatmap(
 )
 
 
-@settings(deadline=None)
 @given(SCHEDULES)
 def test_a_rate_far_above_the_peak_is_a_warning_with_the_number(schedule):
     steps, begin, length, interval, warmup = schedule
@@ -290,7 +289,7 @@ OPTIONS = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(OPTIONS, st.sampled_from([("2:4", 0.5), ("1:8", 0.875), ("4x1", 0.8), ("unstructured", 0.123456789)]))
 def test_what_is_dumped_loads_as_the_same_recipe(tmp_path_factory, options, pattern):
     prune = {"steps": 1000, "pattern": pattern[0], "final": pattern[1]}

@@ -3,7 +3,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
@@ -38,7 +38,6 @@ def codes_of(x, scale, zero_point, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@settings(deadline=None)
 @given(matrices)
 def test_weights_equal_the_numpy_reference(strategy, weight):
     with warnings.catch_warnings():
@@ -50,7 +49,6 @@ def test_weights_equal_the_numpy_reference(strategy, weight):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@settings(deadline=None)
 @given(matrices)
 def test_quantizing_what_was_dequantized_changes_nothing_and_keeps_every_zero(strategy, weight):
     weight = torch.from_numpy(weight)
@@ -63,7 +61,6 @@ def test_quantizing_what_was_dequantized_changes_nothing_and_keeps_every_zero(st
     assert codes.min() >= (-128 if strategy == "tensor" else -127) and codes.max() <= 127
 
 
-@settings(deadline=None)
 @given(
     arrays(
         np.float32,
@@ -83,7 +80,6 @@ def test_inputs_of_each_token_equal_the_engines(x):
     assert torch.equal(again, codes) and not codes[rows == 0].any()
 
 
-@settings(deadline=None)
 @given(ordinary, st.floats(-50, 0, width=32), st.floats(0, 50, width=32))
 def test_inputs_of_a_static_range_equal_the_reference_also_beyond_it(x, low, high):
     scale, zero_point = input_scale(torch.tensor(low), torch.tensor(high))
@@ -96,7 +92,6 @@ def test_inputs_of_a_static_range_equal_the_reference_also_beyond_it(x, low, hig
     assert torch.equal(small.float(), codes)  # bfloat16 holds every code
 
 
-@settings(deadline=None)
 @given(ordinary, st.floats(-50, 0, width=32), st.floats(0, 50, width=32), st.booleans())
 def test_the_gradient_is_that_of_clamp(x, low, high, by_token):
     x = torch.from_numpy(x).requires_grad_()
@@ -145,7 +140,6 @@ def test_a_linear_has_the_gradients_of_its_dequantized_self(strategy, by_token):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
-@settings(deadline=None)
 @given(st.integers(0, 10**6), st.booleans())
 def test_a_linear_gives_the_engines_reference_bit_for_bit(seed, dense):
     random = np.random.default_rng(seed)

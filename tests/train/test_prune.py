@@ -262,7 +262,7 @@ def test_an_already_sparse_model_goes_on_from_where_it_is():
     assert pruner.sparsity()["encoder"] == pytest.approx(0.9, abs=1e-3)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(
     st.sampled_from(["unstructured", "4x1", "1x4", "2:4"]),
     st.sampled_from(["uniform", "global"]),

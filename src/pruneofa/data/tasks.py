@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from pruneofa import families, recipe
 from pruneofa.data import rows, squad
+from pruneofa.data.classes import Classes, find_classes
 from pruneofa.data.features import Item, TaskData, collate
-from pruneofa.data.labels import class_ids, distinct, labels_of_model, named
 from pruneofa.errors import InputError
 
 EPOCH_ROWS = "epochs"  # key of the rows held out for evaluation after every epoch
@@ -125,27 +125,12 @@ def load_task(
     spec, where = spec.resolved(name), f"tasks.{name}"
     _refuse_unused(name, spec, where)
     max_length = _check_length(spec.max_length, tokenizer, max_positions, where)
-    kind: Literal["classification", "qa"] = "qa" if name == "squad" else "classification"
-    text = text_columns(name, spec)
-    column = spec.label or "label"
-    if kind == "classification" and column in text:
-        raise InputError(f"{where}.label is the text column {column!r}, wanted the column of the classes; set it")
+    text, column = text_columns(name, spec), spec.label or "label"
+    if name != "squad":
+        _check_columns(text, column, where)
     splits, held_out = _read_splits(name, spec, text, column, where, train=train, whole=whole, data_root=data_root)
-    names: list[str] = []
-    known, of_model = name in _LABELS, False
-    by_id = None if known else _names_by_id(splits, column, where)
-
-    def values(table: pa.Table) -> list[Any]:
-        found = rows.column(table, column, "label", where).to_pylist()
-        meant = rows.class_labels(table).get(column, by_id)
-        return found if meant is None else named(found, meant, labels or _LABELS.get(name, ()), known, column, where)
-
-    if kind == "classification":
-        if not 1 <= len(text) <= 2:
-            raise InputError(f"{where}.text names {len(text)} columns, wanted one or two")
-        given = labels_of_model(labels, values(splits[""]), column, where) if labels else None
-        of_model, names = given is not None, given or list(_LABELS.get(name, ()))
-        names = names or distinct(values(splits.get("train", splits[""])), column, where)
+    known = _LABELS.get(name, ())
+    classes = None if name == "squad" else find_classes(splits, column, where, known=known, of_model=labels)
     if train and spec.check_epochs:
         chosen = splits["train"].slice(0, spec.train_rows)
         splits["train"], splits[EPOCH_ROWS] = rows.hold_out(chosen, *_key(name, text, column), where, part=1)
@@ -153,18 +138,17 @@ def load_task(
     def tokenized(split: str, table: pa.Table) -> TaskData:
         if split != EPOCH_ROWS:
             table = table.slice(0, spec.train_rows if split == "train" else spec.validation_rows)
-        if kind == "qa":
+        if classes is None:
             return _question_answering(table, spec, tokenizer, split, where)
-        called = _SPLITS.get(split, f"validation{split}")
-        targets = class_ids(values(table), column, names, called, known, where, of_model)
+        targets = classes.ids(table, _SPLITS.get(split, f"validation{split}"))
         return _classification(table, text, targets, tokenizer, max_length, where)
 
     features = {split: tokenized(split, table) for split, table in splits.items() if train or split != "train"}
     trained, epoch_rows = features.pop("train", None), features.pop(EPOCH_ROWS, None)
-    targets = None if trained is None or kind == "qa" else trained.targets
-    if targets is not None and len(np.unique(targets)) < 2:
-        only = names[int(targets[0])]
-        raise InputError(f"{where}: all {len(targets)} training rows have the label {only!r}, wanted at least two")
+    if classes is not None and trained is not None:
+        _refuse_one_class(trained, classes, where)
+    kind: Literal["classification", "qa"] = "qa" if classes is None else "classification"
+    names = [] if classes is None else classes.names
     return Task(
         name,
         kind,
@@ -177,16 +161,23 @@ def load_task(
         pad_token_id=tokenizer.pad_token_id or 0,
         held_out=held_out,
         epoch_rows=epoch_rows,
-        names_by_id=by_id,
+        names_by_id=None if classes is None else classes.by_id,
     )
 
 
-def _names_by_id(splits: Mapping[str, pa.Table], column: str, where: str) -> list[str] | None:
-    """The names of class ids, which one file may say for all; None if none does."""
-    found = [names for table in splits.values() if (names := rows.class_labels(table).get(column)) is not None]
-    if any(names != found[0] for names in found):
-        raise InputError(f"{where}: the splits have different names for their class ids; write them with the same ones")
-    return found[0] if found else None
+def _check_columns(text: Sequence[str], column: str, where: str) -> None:
+    if column in text:
+        raise InputError(f"{where}.label is the text column {column!r}, wanted the column of the classes; set it")
+    if not 1 <= len(text) <= 2:
+        raise InputError(f"{where}.text names {len(text)} columns, wanted one or two")
+
+
+def _refuse_one_class(trained: TaskData, classes: Classes, where: str) -> None:
+    targets = trained.targets
+    assert targets is not None
+    if len(np.unique(targets)) < 2:
+        only = classes.names[int(targets[0])]
+        raise InputError(f"{where}: all {len(targets)} training rows have the label {only!r}, wanted at least two")
 
 
 def _refuse_unused(name: str, spec: recipe.Task, where: str) -> None:
