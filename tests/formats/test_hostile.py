@@ -17,6 +17,7 @@ from pruneofa.formats.files import read_bytes
 from pruneofa.formats.manifest import COMPRESSED, MANIFEST
 from pruneofa.formats.pack import pack
 from pruneofa.formats.packed import read
+from pruneofa.formats.pattern import inspect
 from pruneofa.formats.sentence import read_sentence
 from pruneofa.formats.tensors import weight_files
 from pruneofa.formats.unpack import unpack
@@ -116,6 +117,18 @@ def test_a_header_that_claims_gigabytes_is_not_read(folder):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert f"its header has {90 << 20} bytes; wanted at most" in message and peak < 8 << 20
+
+
+@pytest.mark.timeout(60)
+def test_layers_that_config_json_only_claims_take_no_memory(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2**31 - 1}))
+    for attempt in (Engine.from_pretrained, inspect, lambda path: pack(path, folder.parent / "packed")):
+        tracemalloc.start()
+        message = refused(lambda attempt=attempt: attempt(folder))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert "no tensor encoder.layer.2." in message and peak < 8 << 20
 
 
 STRANGE = [None, 3, [], {}, {"a": 3}, {"a": {"b": "c"}}, {"a": ["x"]}, {"a": "x/../y"}, {"a": ".."},
