@@ -9,7 +9,7 @@ from typing import Any
 from pruneofa import families
 from pruneofa.errors import InputError, short
 from pruneofa.families import POOLER_WEIGHT, base_name, canonical_name
-from pruneofa.formats.files import MAX_JSON, read_json
+from pruneofa.formats.files import MAX_JSON, is_there, read_json
 from pruneofa.formats.layout import figures, layout
 from pruneofa.formats.manifest import (
     AGAIN,
@@ -51,7 +51,7 @@ _COMPRESSED_SIZES = ("compressed", "compressed_encoder", "compressed_bits_per_we
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a packed folder. Raises InputError as `parse_manifest` does, and if there is none."""
     path = folder / MANIFEST
-    if not path.is_file():
+    if not is_there(path):
         raise InputError(f"{folder}: no {MANIFEST}, so not a packed folder; make one with: pruneofa pack {folder} OUT")
     return parse_manifest(read_json(path, AGAIN), str(path))
 

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from pruneofa import families
 from pruneofa.errors import InputError
 from pruneofa.formats import sentence
-from pruneofa.formats.files import read_json
+from pruneofa.formats.files import is_there, read_optional
 from pruneofa.formats.hub import check_inside
 from pruneofa.formats.tokenizer_file import load_tokenizer
 from pruneofa.formats.tokenizer_settings import check_same_settings
@@ -28,8 +28,10 @@ def copy_settings(source: Path, target: Path) -> None:
         if (source / name).is_dir():
             (target / name).mkdir(exist_ok=True)
     for name in ("config.json", *_TOKENIZER, *sentence.FILES, *(f"{name}/config.json" for name in folders)):
-        if (source / name).is_file():
+        if is_there(source / name):
             check_inside(source / name, source)
+            if not (source / name).is_file():  # copyfile would raise its own errors
+                raise InputError(f"{source / name}: not a regular file; copy the file again")
             shutil.copyfile(source / name, target / name)
 
 
@@ -63,8 +65,7 @@ def without_tokenizer(folder: Path) -> str:
     """
     known = {}
     for name in ("config.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            known |= read_json(folder / name)
+        known |= read_optional(folder / name)
     slow = families.tokenizer_files(str(known.get("tokenizer_class") or known.get("model_type")))
     what = f"{folder}: no tokenizer.json in it, which the engine needs"
     if all((folder / name).is_file() for name in slow):

@@ -17,7 +17,7 @@ from pruneofa.data.tasks import token_types
 from pruneofa.errors import InputError, first_line, is_panic, short
 from pruneofa.families import base_name
 from pruneofa.formats.architecture import check_additions, check_layers
-from pruneofa.formats.files import file_fingerprint, fingerprint
+from pruneofa.formats.files import file_fingerprint, fingerprint, is_there
 from pruneofa.formats.hub import check_model_name, not_on_hub
 from pruneofa.formats.source import refuse_non_finite
 from pruneofa.formats.tensors import unsafe_binary
@@ -135,7 +135,10 @@ def _set_types(tokenizer: Any, count: int, types: bool | None, path: str | Path)
 def _file(path: str | Path, name: str) -> Path | None:
     """A file of a folder, or of a hub model; None if it has none of this name."""
     if Path(path).is_dir():
-        return Path(path) / name if (Path(path) / name).is_file() else None
+        file = Path(path) / name
+        if is_there(file) and not file.is_file():
+            raise InputError(f"{file}: not a regular file; copy the file again")
+        return file if is_there(file) else None
     missing: dict[str, Any] = {
         "_raise_exceptions_for_missing_entries": False,
         "_raise_exceptions_for_connection_errors": False,
