@@ -2,6 +2,7 @@
 
 import shlex
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -19,15 +20,25 @@ _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.jso
 
 
 def copy_settings(source: Path, target: Path) -> None:
-    """Copy the files of configuration and tokenizer, and the settings of sentence-transformers.
+    """Copy the files of configuration and tokenizer, and those of `copy_sentence`. Raises InputError as it does."""
+    _copy(("config.json", *_TOKENIZER), source, target)
+    copy_sentence(source, target)
 
-    Raises InputError for an unknown sentence-transformers module, and for a link that leads out of the folder.
+
+def copy_sentence(source: Path, target: Path) -> None:
+    """Copy the settings of sentence-transformers.
+
+    Raises InputError for an unknown module, and for a link that leads out of the folder.
     """
     folders = [module.path for module in sentence.read_modules(source) if module.path]
     for name in folders:
         if (source / name).is_dir():
             (target / name).mkdir(exist_ok=True)
-    for name in ("config.json", *_TOKENIZER, *sentence.FILES, *(f"{name}/config.json" for name in folders)):
+    _copy((*sentence.FILES, *(f"{name}/config.json" for name in folders)), source, target)
+
+
+def _copy(names: Iterable[str], source: Path, target: Path) -> None:
+    for name in names:
         if is_there(source / name):
             check_inside(source / name, source)
             if not (source / name).is_file():  # copyfile would raise its own errors

@@ -172,6 +172,14 @@ def load_for_pretraining(path: str, *, nsp: bool, trained_head: bool = False) ->
     return _load(architecture, path, new or (f"{next_sentence}.",))
 
 
+def has_pretraining_head(path: str) -> bool:
+    """Whether a folder has every weight of a masked-LM head. Raises InputError as `load_for_pretraining` does."""
+    model, info = read_model(transformers.AutoModelForMaskedLM, path)
+    check_encoder(model, info, path)
+    prefix = f"{model.base_model_prefix}."
+    return all(name.startswith(prefix) for name in info["missing_keys"])
+
+
 def load_for_task(path: str, kind: str, **head: Any) -> PreTrainedModel:
     """Encoder with a classification ("classification") or span ("qa") head, new where the folder has none that fits.
 
