@@ -177,7 +177,8 @@ def _check_sizes(manifest: dict[str, Any], tensors: Mapping[str, Tensor], where:
     _want(good, f"{where}: sizes: file", file, f"{data} bytes of tensors and a header")
     if compressed:
         packed, encoder = sizes["compressed"], sizes["compressed_encoder"]
-        _want(is_count(packed) and packed > 0, f"{where}: sizes: compressed", packed, "a number of bytes")
+        # Below 2**63 also here: greater integers, of which the encoder's is divided below, are no floats.
+        _want(is_count(packed) and 0 < packed < 2**63, f"{where}: sizes: compressed", packed, "a number of bytes")
         good = is_count(encoder) and encoder <= packed
         _want(good, f"{where}: sizes: compressed_encoder", encoder, f"at most {packed} bytes")
         if file > MAX_RATIO * packed + MAX_SLACK:
