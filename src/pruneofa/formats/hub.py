@@ -20,12 +20,15 @@ _PARTLY = "the hub's cache holds only a part of it, or does not say that it is a
 def check_inside(file: Path, folder: Path) -> None:
     """Raises InputError if `file` is a link out of its folder: a copy would hold a file that is not the model's.
 
+    So it does for what is no regular file, such as a link to nothing.
     In the hub's cache the files of a snapshot are links to the blobs of the same model.
     """
     real, inside = file.resolve(), folder.resolve()
     cached = inside.parent.name == "snapshots" and real.is_relative_to(inside.parents[1] / "blobs")
     if not (real.is_relative_to(inside) or cached):
         raise InputError(f"{file}: a link to {real}, outside the folder; wanted the file itself; copy it into {folder}")
+    if not real.is_file():
+        raise InputError(f"{file}: not a regular file; copy the file again")
 
 
 def local_folder(path: str | Path, files: tuple[str, ...] = FILES) -> Path:

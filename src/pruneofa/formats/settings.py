@@ -41,8 +41,6 @@ def _copy(names: Iterable[str], source: Path, target: Path) -> None:
     for name in names:
         if is_there(source / name):
             check_inside(source / name, source)
-            if not (source / name).is_file():  # copyfile would raise its own errors
-                raise InputError(f"{source / name}: not a regular file; copy the file again")
             shutil.copyfile(source / name, target / name)
 
 
