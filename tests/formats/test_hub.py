@@ -84,12 +84,16 @@ def cached(tmp_path, monkeypatch):
     return model
 
 
-def test_a_model_that_the_cache_holds_a_part_of_is_not_another_model(cached):
+def test_a_model_that_the_cache_holds_a_part_of_is_not_another_model(cached, monkeypatch):
     with pytest.raises(InputError) as error:
         local_folder("a/b")
     assert str(error.value) == (
-        "a/b: the hub's cache holds only a part of it, or does not say that it is all; load it once without --offline"
+        "a/b: the hub's cache holds only a part of it, or does not say that it is all; load it once online"
     )
+    assert not isinstance(error.value, NotNow)
+    with monkeypatch.context() as patch, pytest.raises(NotNow, match="only a part"):
+        patch.delenv("HF_HUB_OFFLINE")  # the hub does not answer
+        local_folder("a/b")
     snapshot, absent = next((cached / "snapshots").iterdir()), next((cached / ".no_exist").iterdir())
     for name in ("config_sentence_transformers.json", "quantization.json"):
         (absent / name).touch()

@@ -14,7 +14,7 @@ _LIBRARIES = ("httpx", "requests", "aiohttp")  # of the hub's clients, whose err
 # The files of a model folder that may be needed, with weights that are not pickles.
 FILES = ("*.json", "*.safetensors", "*.zst", "*.txt", "*.model")
 _DECISIVE = ("modules.json", "config_sentence_transformers.json", "quantization.json")  # without them: another model
-_PARTLY = "the hub's cache holds only a part of it, or does not say that it is all; load it once without --offline"
+_PARTLY = "the hub's cache holds only a part of it, or does not say that it is all; load it once online"
 
 
 def check_inside(file: Path, folder: Path) -> None:
@@ -51,7 +51,7 @@ def local_folder(path: str | Path, files: tuple[str, ...] = FILES) -> Path:
             raise kind_of_failure(error)(f"{path}: {_PARTLY}") from None
         raise not_on_hub(str(path), error) from None
     if folder.parent.name == "snapshots" and not _all_is_known(str(path), folder):
-        raise InputError(f"{path}: {_PARTLY}")
+        raise (InputError if offline() else NotNow)(f"{path}: {_PARTLY}")
     return folder
 
 
