@@ -2,12 +2,15 @@
 
 import json
 
+import numpy as np
 import pytest
+from transformers import BertModel
 
+from pruneofa import Engine
 from pruneofa.formats.cache import write_checksums
 from pruneofa.train import device, layerwise
 from tests.small import write_task
-from tests.tiny import write_model
+from tests.tiny import half_pruned, tiny_bert, write_model
 
 FEW = ("--prune.gradients", 16, "--prune.calibration", 32, "--corpus.max-length", 32, "--precision", "fp32")
 
@@ -37,6 +40,52 @@ def test_from_the_rows_of_a_task_to_a_task_model_with_the_same_zeros(prune, call
     task = ("--data", "task.csv", "--text", "sentence", "--label", "verdict", "--max-length", 32, "--epochs", 1)
     assert call("transfer", "out", "tuned", *task, "--precision", "fp32").code == 0
     assert call("verify", "out", "tuned").code == 0
+
+
+@pytest.mark.parametrize("teacher", [False, True])
+def test_an_embedder_stays_one_and_its_task_models_are_none(prune, call, tmp_path, teacher):
+    model = tmp_path / "model"
+    half_pruned(tiny_bert(BertModel), noise=0.2).save_pretrained(model)
+    files = {
+        "modules.json": [{"path": path, "type": f"m.{path[2:] or 'Transformer'}"} for path in ("", *MODULES)],
+        "1_Pooling/config.json": {"pooling_mode": "mean"},
+        "config_sentence_transformers.json": {"prompts": {"query": "good "}, "default_prompt_name": "query"},
+        "sentence_bert_config.json": {"max_seq_length": 12},
+    }
+    for name, content in files.items():
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_text(json.dumps(content))
+    if teacher:
+        text = ("--corpus.source", "task.csv", "--corpus.column", "sentence", "--corpus.max-length", 32)
+        steps = ("--prune.steps", 4, "--prune.batch", 8, "--teacher.steps", 2, "--teacher.batch", 8)
+        said = call("prune", "model", "out", *text, *steps, "--prune.final", 0.55, "--precision", "fp32")
+    else:
+        said = prune("--prune.final", 0.55)
+    assert said.code == 0, said.err
+    for folder in ("out", "out-teacher") if teacher else ("out",):
+        engine = Engine.from_pretrained(folder)
+        assert (engine.task, engine.tokenizer.limit) == ("embedding", 12)
+        vectors = engine.predict(["a river", "the king"])
+        assert np.linalg.norm(vectors, axis=1) == pytest.approx(1, abs=1e-5)
+        assert np.array_equal(vectors, engine.predict(["a river", "the king"], batch_size=1))
+        [architecture] = json.loads((tmp_path / folder / "config.json").read_text())["architectures"]
+        assert architecture == ("BertForPreTraining" if teacher else "BertModel")  # no loss has trained its head
+    task = ("--data", "task.csv", "--text", "sentence", "--label", "verdict", "--max-length", 32, "--epochs", 1)
+    assert call("transfer", "out", "tuned", *task, "--precision", "fp32").code == 0
+    assert call("verify", "out", "tuned").code == 0
+    assert not [name for name in files if (tmp_path / "tuned" / name).exists()]
+
+
+MODULES = ("1_Pooling", "2_Normalize")
+
+
+def test_settings_that_cannot_be_kept_are_said_before_pruning(prune, tmp_path):
+    (tmp_path / "model" / "modules.json").write_text(json.dumps([{"path": "2_Dense", "type": "m.Dense"}]))
+    said = prune("--prune.score", "magnitude")
+    assert said.code == 0 and "the new model does not keep its settings of sentence-transformers: " in said.err
+    assert not (tmp_path / "out" / "modules.json").exists()
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architectures"] == ["BertForPreTraining"]  # its head is that of the model
 
 
 @pytest.mark.parametrize("score", ["magnitude", "fisher", "obs"])

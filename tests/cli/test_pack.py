@@ -4,7 +4,9 @@ import json
 import shutil
 
 import pytest
+import torch
 from safetensors.numpy import load_file
+from safetensors.torch import load_file as load_torch
 
 from pruneofa.formats.files import read_json
 from pruneofa.formats.manifest import COMPRESSED, MANIFEST, TENSORS
@@ -38,6 +40,24 @@ def test_pack_shows_what_it_cost(model, tmp_path, call):
     ]  # fmt: skip
     for word in ("packed, version 1", "int8", "zstd", "compressed_bits_per_weight", "entropy_bound", "file", "MB"):
         assert word in said.out
+
+
+def test_a_model_of_the_hub_may_have_a_bin_only(model, tmp_path, call, monkeypatch):
+    assert call("pack", model, tmp_path / "wanted").code == 0
+    torch.save(load_torch(model / "model.safetensors"), model / "pytorch_model.bin")
+    (model / "model.safetensors").unlink()
+
+    def download(name, allow_patterns):
+        names = [file.name for file in model.iterdir() if any(file.match(pattern) for pattern in allow_patterns)]
+        for file in names:
+            (tmp_path / name).mkdir(parents=True, exist_ok=True)
+            shutil.copy(model / file, tmp_path / name / file)
+        return tmp_path / name
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    said = call("pack", "org/model", tmp_path / "packed")
+    assert said.code == 0, said.err
+    assert (tmp_path / "packed" / TENSORS).read_bytes() == (tmp_path / "wanted" / TENSORS).read_bytes()
 
 
 @pytest.mark.parametrize(

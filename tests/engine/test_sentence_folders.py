@@ -145,6 +145,23 @@ def test_a_cross_encoder_keeps_the_activation_of_its_own_file(labels, name, tmp_
         Engine.from_pretrained(folder)
 
 
+def test_a_cross_encoders_prompt_is_refused_because_it_would_not_be_applied(tmp_path):
+    folder = write_folder(tmp_path / "ce", labels=1)
+    settings = {"model_type": "CrossEncoder", "prompts": {"query": "good "}, "default_prompt_name": "query"}
+    file = folder / "config_sentence_transformers.json"
+    file.write_text(json.dumps(settings))
+    for read in (Engine.from_pretrained, lambda folder: pack(folder, tmp_path / "packed")):
+        with pytest.raises(InputError) as caught:
+            read(folder)
+        assert str(caught.value) == (
+            f"{file}: default_prompt_name is 'query', wanted null: prompts of cross-encoders are not applied; "
+            "put it before the first text of each pair, and set it to null"
+        )
+    for change in ({"default_prompt_name": None}, {"prompts": {"query": ""}}, {"model_type": "SentenceTransformer"}):
+        file.write_text(json.dumps(settings | change))
+        Engine.from_pretrained(folder)
+
+
 OTHER = {"linear.Identity": "activation.Sigmoid", "activation.Sigmoid": "linear.Identity"}
 
 
@@ -222,6 +239,37 @@ def test_the_length_may_be_in_a_file_of_an_old_name(name, tmp_path):
     (model / name).write_text(json.dumps({"max_seq_length": -1}))
     with pytest.raises(InputError, match=f"{name}: max_seq_length is -1, wanted a number of at least 1"):
         Engine.from_pretrained(model)
+
+
+NEW = {  # as version 6 writes it
+    "transformer_task": "feature-extraction",
+    "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
+    "module_output_name": "token_embeddings",
+}
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        (NEW, None),
+        ({"max_seq_length": 8, "do_lower_case": False, "model_args": {"add_pooling_layer": False}}, None),
+        ({"max_seq_length": None, "tokenizer_args": {}, "unpad_inputs": False, "query_length": None}, None),
+        (NEW | {"processing_kwargs": {"text": {"max_length": 6, "truncation": True}}}, "processing_kwargs is {'text'"),
+        (NEW | {"modality_config": {"text": {"method": "forward", "method_output_name": "pooler_output"}}}, "modality"),
+        (NEW | {"transformer_task": "fill-mask"}, "transformer_task is 'fill-mask', which is not supported; run this"),
+        ({"tokenizer_args": {"model_max_length": 6}}, "tokenizer_args is {'model_max_length': 6}"),
+        ({"query_length": 6}, "query_length is 6"),
+    ],
+)
+def test_settings_of_the_transformer_that_change_results_are_followed_or_refused(settings, named, tmp_path):
+    write_modules(tmp_path, ["Transformer", "Pooling"])
+    (tmp_path / "sentence_bert_config.json").write_text(json.dumps(settings))
+    if named is None:
+        Engine.from_pretrained(tmp_path)
+        return
+    for read in (Engine.from_pretrained, lambda folder: pack(folder, tmp_path / "packed")):
+        with pytest.raises(InputError, match=f"sentence_bert_config.json: {named}"):
+            read(tmp_path)
 
 
 def write_modules(folder, kinds):

@@ -136,6 +136,29 @@ def test_onnx_in_float(tmp_path, family, head):
 
 
 @needs_onnx
+@pytest.mark.parametrize("with_head", [True, False])
+def test_a_sentence_transformers_folder_gives_hidden_states_whatever_head_its_config_names(tmp_path, with_head):
+    folder = save(tmp_path / "model", "Bert", "ForMaskedLM", int8=False)
+    modules = [{"path": "", "type": "m.Transformer"}, {"path": "1_Pooling", "type": "m.Pooling"}]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode": "mean"}')
+    if not with_head:
+        tensors = load_file(folder / "model.safetensors")
+        encoder = {name: value for name, value in tensors.items() if not name.startswith("cls.")}
+        save_file(encoder, folder / "model.safetensors", {"format": "pt"})
+    assert good(export(folder, tmp_path / "out", to="onnx"))["precision"] == "fp32"
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx")
+    assert [output.name for output in session.get_outputs()] == ["last_hidden_state"]
+    given = {name: np.ones((1, 5), np.int64) for name in ("input_ids", "attention_mask", "token_type_ids")}
+    states = session.run(None, given)[0]
+    vector = Engine.from_pretrained(folder, precision="fp32").encode([[1] * 5], None, [[1] * 5])
+    np.testing.assert_allclose(states, vector, atol=1e-4)
+
+
+@needs_onnx
 def test_float_of_a_quantized_folder(tmp_path):
     report = good(export(save(tmp_path / "model"), tmp_path / "out", to="onnx", precision="fp32"))
     assert report["precision"] == "fp32"

@@ -14,9 +14,10 @@ from pruneofa.engine.engine import Engine
 from pruneofa.errors import InputError, short
 from pruneofa.formats import tokenizer_file
 from pruneofa.formats.files import read_bytes
-from pruneofa.formats.manifest import COMPRESSED, MANIFEST
+from pruneofa.formats.manifest import COMPRESSED, MANIFEST, TENSORS
 from pruneofa.formats.pack import pack
 from pruneofa.formats.packed import read
+from pruneofa.formats.pattern import inspect
 from pruneofa.formats.sentence import read_sentence
 from pruneofa.formats.tensors import weight_files
 from pruneofa.formats.unpack import unpack
@@ -49,16 +50,26 @@ def change_tokenizer(folder, **parts):
 # Files that are not files, and files that are too large
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", "modules.json",
-                                  "tokenizer_config.json"])  # fmt: skip
+OPTIONAL = ["modules.json", "1_Pooling/config.json", "sentence_bert_config.json", "config_sentence_transformers.json",
+            "tokenizer_config.json", "special_tokens_map.json", "quantization.json", MANIFEST]  # fmt: skip
+FORMS = {"fifo": os.mkfifo, "link": lambda path: path.symlink_to("nothing"), "folder": os.mkdir}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", *OPTIONAL])
 @pytest.mark.timeout(60)
-def test_a_fifo_is_not_waited_for(name, folder):
+def test_what_is_no_file_is_neither_waited_for_nor_taken_as_missing(name, form, folder):
+    if name in OPTIONAL[1:4]:
+        modules = [{"type": "x.Transformer", "path": ""}, {"type": "x.Pooling", "path": "1_Pooling"}]
+        (folder / "modules.json").write_text(json.dumps(modules))
+        (folder / "1_Pooling").mkdir()
+        (folder / "1_Pooling" / "config.json").write_text("{}")
+    if name == MANIFEST:
+        (folder / TENSORS).write_bytes(b"")
     (folder / name).unlink(missing_ok=True)
-    os.mkfifo(folder / name)
-    if name in ("modules.json", "tokenizer_config.json"):  # optional: as if it were not there
-        Engine.from_pretrained(folder)
-    else:
-        assert name in refused(lambda: Engine.from_pretrained(folder))
+    FORMS[form](folder / name)
+    assert name in refused(lambda: Engine.from_pretrained(folder))
+    assert name in refused(lambda: pack(folder, folder.parent / "packed")) or name == MANIFEST  # "is already packed"
 
 
 @pytest.mark.timeout(60)
@@ -116,6 +127,18 @@ def test_a_header_that_claims_gigabytes_is_not_read(folder):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert f"its header has {90 << 20} bytes; wanted at most" in message and peak < 8 << 20
+
+
+@pytest.mark.timeout(60)
+def test_layers_that_config_json_only_claims_take_no_memory(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2**31 - 1}))
+    for attempt in (Engine.from_pretrained, inspect, lambda path: pack(path, folder.parent / "packed")):
+        tracemalloc.start()
+        message = refused(lambda attempt=attempt: attempt(folder))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert "no tensor encoder.layer.2." in message and peak < 8 << 20
 
 
 STRANGE = [None, 3, [], {}, {"a": 3}, {"a": {"b": "c"}}, {"a": ["x"]}, {"a": "x/../y"}, {"a": ".."},

@@ -219,6 +219,7 @@ def test_a_frame_that_lies_about_its_content(zstd):
 def test_the_limits_are_those_of_the_specification():
     text = (GOLDEN.parents[1] / "FORMAT.md").read_text(encoding="utf-8")
     assert "at most 4 MiB each" in text and MAX_JSON == 4 * 2**20
-    assert "at most 65 536 columns" in text and manifest_module.MAX_COLUMNS * 255 * 127 < 2**31
+    assert "at most 65 535 columns" in text and manifest_module.MAX_COLUMNS == 65535
+    assert manifest_module.MAX_COLUMNS * 255 * 128 < 2**31
     assert "at most 64 times as large unpacked, and 1 MiB; a window of at most 8 MiB" in text
     assert (manifest_module.MAX_RATIO, manifest_module.MAX_SLACK, manifest_module.MAX_WINDOW) == (64, 2**20, 2**23)

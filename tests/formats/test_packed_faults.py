@@ -61,6 +61,14 @@ def test_every_field_of_the_manifest_removed_or_of_another_kind(variant, tmp_pat
     assert accepted == [(("pruneofa",), "x"), (("pruneofa",), "\ud800")]
 
 
+def test_sizes_that_are_no_floats(tmp_path):
+    folder = copy("v1-int8-zstd", tmp_path)
+    manifest = read_json(folder / MANIFEST)
+    manifest["sizes"] |= {"compressed": 10**400, "compressed_encoder": 10**400}
+    write(folder, manifest)
+    assert "sizes: compressed is 1000" in refused(folder)
+
+
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [

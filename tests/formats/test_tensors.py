@@ -94,6 +94,14 @@ def test_the_modules_of_sentence_transformers_go_with_a_bin(tmp_path):
     assert (weights_folder(folder) / "1_Pooling/config.json").read_text() == settings.read_text()
 
 
+def test_a_link_to_nothing_beside_a_bin_is_named(tmp_path):
+    folder = source(tmp_path / "model")
+    as_bin(folder)
+    (folder / "modules.json").symlink_to("nothing")
+    with pytest.raises(InputError, match="model/modules.json: not a regular file; copy the file again"):
+        weights_folder(folder)
+
+
 def test_tied_weights_of_a_bin_become_two_tensors(tmp_path):
     folder = source(tmp_path / "model")
     weights = as_bin(folder)

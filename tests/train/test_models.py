@@ -28,7 +28,7 @@ from pruneofa.train.models import (
     reorder_classes,
     set_dropout,
 )
-from tests.tiny import tiny_bert, tiny_distilbert, tiny_mpnet, tiny_roberta, tiny_tokenizer, write_model
+from tests.tiny import VOCABULARY, tiny_bert, tiny_distilbert, tiny_mpnet, tiny_roberta, tiny_tokenizer, write_model
 
 
 def test_a_missing_head_is_created_on_tied_embeddings(tmp_path):
@@ -205,6 +205,15 @@ def test_files_of_a_slow_tokenizer_are_enough(tmp_path):
     (tmp_path / "roberta/merges.txt").write_text("#version: 0.2\n")
     tokenizer = load_tokenizer(str(tmp_path / "roberta"))
     assert isinstance(tokenizer, RobertaTokenizerFast) and len(tokenizer) == 7
+
+
+def test_a_link_to_no_file_is_not_a_missing_tokenizer(tmp_path):
+    path = write_model(tmp_path / "m")
+    (path / "vocab.txt").write_text("\n".join(VOCABULARY))  # from which transformers would make another one
+    (path / "tokenizer.json").unlink()
+    (path / "tokenizer.json").symlink_to("nothing")
+    with pytest.raises(InputError, match="m/tokenizer.json: not a regular file; copy the file again"):
+        load_tokenizer(path)
 
 
 def test_tokens_added_without_word_embeddings(tmp_path):

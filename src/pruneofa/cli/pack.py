@@ -24,14 +24,15 @@ def describe(verb: argparse.ArgumentParser) -> None:
 
     def call(options: argparse.Namespace) -> int:
         from pruneofa.formats import packed
-        from pruneofa.formats.hub import local_folder
         from pruneofa.formats.pack import difference_from_training, pack
         from pruneofa.run.lineage import check_lock
 
-        folder = local_folder(options.folder)
-        check_lock(folder)
-        manifest = pack(folder, options.out, precision=options.precision, compress=options.compress)
-        if note := difference_from_training(folder, options.precision):
+        source = Path(options.folder).expanduser()
+        source = source if source.is_dir() else options.folder  # a hub id, of which `pack` fetches what it needs
+        if isinstance(source, Path):  # models from the hub are of no run
+            check_lock(source)
+        manifest = pack(source, options.out, precision=options.precision, compress=options.compress)
+        if note := difference_from_training(source, options.precision):
             say(f"note: {note}", 0)
         print_value(manifest.to_json(), options.json, lambda: show_model(packed.inspect(options.out), layers=False))
         return 0

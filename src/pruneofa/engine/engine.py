@@ -23,6 +23,7 @@ from pruneofa.errors import InputError
 from pruneofa.families import POOLER_WEIGHT
 from pruneofa.formats.architecture import check_tensors, read_architecture
 from pruneofa.formats.convert import convert, pack_linear, quantize_weight
+from pruneofa.formats.files import is_there
 from pruneofa.formats.hub import local_folder
 from pruneofa.formats.manifest import MANIFEST
 from pruneofa.formats.packed import Packed, PackedEmbedding, read
@@ -145,7 +146,7 @@ class Engine:
             "isa": choose_isa(isa),
         }
         folder = local_folder(path_or_id)
-        if not (folder / MANIFEST).is_file():
+        if not is_there(folder / MANIFEST):
             return cls(convert(folder, precision), **settings)
         packed = read(folder)
         if packed.precision == "int8" and precision == "fp32":

@@ -17,7 +17,7 @@ from tokenizers.normalizers import Lowercase
 from tokenizers.normalizers import Sequence as Sequenced
 
 from pruneofa.errors import InputError, short
-from pruneofa.formats.files import read_json
+from pruneofa.formats.files import read_optional
 from pruneofa.formats.sentence import Sentence, max_length
 from pruneofa.formats.settings import read_tokenizer
 from pruneofa.formats.tokenizer_file import explained
@@ -104,8 +104,7 @@ class TextTokenizer:
             check_text(text, f"{folder}: the prompt")
         config: dict[str, Any] = {}
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
-            if (folder / name).is_file():
-                config |= read_json(folder / name)
+            config |= read_optional(folder / name)
         names = config.get("model_input_names") or ["token_type_ids"]
         if not isinstance(names, list):
             raise InputError(

@@ -16,6 +16,7 @@ from pruneofa.formats import pattern, scales
 from pruneofa.formats.architecture import Architecture, read_architecture
 from pruneofa.formats.manifest import is_packed, kind_of, read_config
 from pruneofa.formats.scales import Quantization
+from pruneofa.formats.sentence import read_sentence
 from pruneofa.train.models import check_encoder, read_model, refuse_integers
 
 Arrays = dict[str, NDArray[Any]]
@@ -113,7 +114,7 @@ class Traced(nn.Module):
 
 
 def read_source(folder: Path, *, int8: bool | None = None, whole: bool = False) -> Source:
-    """Load a Hugging Face folder with the class that its config names.
+    """Load a Hugging Face folder with the class that its config names, or as an encoder where there is pooling.
 
     Args:
         folder: a model with a head that the engine supports.
@@ -137,6 +138,9 @@ def read_source(folder: Path, *, int8: bool | None = None, whole: bool = False) 
     config = read_config(folder)
     refuse_integers(folder, config)
     architecture = read_architecture(config, folder)
+    if read_sentence(folder) is not None:  # it gives vectors, whatever head config.json names, as in pack and engine
+        config = config | {"architectures": [architecture.family.classes["embedding"]]}
+        architecture = read_architecture(config, folder)
     model = _load(folder, config, architecture, whole)
     names = {canonical_name(f"{name}.weight"): (name, module) for name, module in model.named_modules()}
     source = Source(

@@ -6,6 +6,7 @@ Packing and the engine both use these checks, so they refuse the same models.
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -159,14 +160,15 @@ def check_tensors(architecture: Architecture, shapes: Mapping[str, Shape], where
             them that no layer has, the classifier has another number of classes than config.json names, or there is
             one that config.json does not.
     """
-    encoder = list(_encoder(architecture))
-    for name, shape in [*encoder, *(_head(architecture, shapes) if head else ())]:
+    known = set()  # grows with the tensors that are there, not with the number of layers that config.json claims
+    for name, shape in chain(_encoder(architecture), _head(architecture, shapes) if head else ()):
         if name not in shapes:
             raise _missing(name, shapes, architecture, where)
         if not _fits(shapes[name], shape):
             raise InputError(
                 f"{where}: {name} has shape {_text(shapes[name])}, config.json wants {_text(shape)}; {_SAVE_AGAIN}"
             )
+        known.add(name)
     rows, first = shapes[architecture.tables["position"]][0], architecture.first_position
     if rows <= first:
         raise InputError(
@@ -174,7 +176,7 @@ def check_tensors(architecture: Architecture, shapes: Mapping[str, Shape], where
             f"than the {rows} rows of their table; correct pad_token_id"
         )
     check_layers(architecture.family, architecture.layers, shapes, where)
-    check_additions({name for name, _ in encoder}, shapes, where)
+    check_additions(known, shapes, where)
     if head and architecture.task == "embedding":
         _refuse_trained_head(architecture.family, shapes, where)
     if head and architecture.task in ("classification", "token classification"):

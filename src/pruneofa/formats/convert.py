@@ -74,7 +74,7 @@ def quantize_weight(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """int8 (rows, columns) and scale float32 (rows,) of a float32 weight, all in float32.
 
     q = clip(rint(w / s), -127, 127), half to even, with s = max|row| / 127, and s = 1 for an all-zero row. s is
-    clamped so that 1 / s and 127 * s are finite in float32.
+    clamped so that it is not 0 and 127 * s is finite in float32. 1 / s need not be: nothing multiplies by it.
     """
     quantized = np.empty(weight.shape, np.int8)
     scale = np.empty(len(weight), np.float32)

@@ -146,6 +146,19 @@ def read_json(path: Path, advice: str = _AGAIN, limit: int = MAX_JSON) -> dict[s
     return parse_json(read_bytes(path, limit, advice), str(path), advice)
 
 
+def is_there(path: Path) -> bool:
+    """Whether a folder has anything of this name, also a link to nothing or a FIFO, which reading then refuses.
+
+    For files that may be missing: one that cannot be read must not count as missing, or it is another model.
+    """
+    return os.path.lexists(path)
+
+
+def read_optional(path: Path, advice: str = _AGAIN, limit: int = MAX_JSON) -> dict[str, Any]:
+    """`read_json` of a file that may be missing, then {}."""
+    return read_json(path, advice, limit) if is_there(path) else {}
+
+
 def read_json_list(path: Path, advice: str = _AGAIN, limit: int = MAX_JSON) -> list[Any]:
     """`read_json` of a file that holds an array."""
     return _parse(read_bytes(path, limit, advice), str(path), advice, list)

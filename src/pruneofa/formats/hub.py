@@ -13,23 +13,28 @@ from pruneofa.progress import notice
 _LIBRARIES = ("httpx", "requests", "aiohttp")  # of the hub's clients, whose errors are those of the network
 # The files of a model folder that may be needed, with weights that are not pickles.
 FILES = ("*.json", "*.safetensors", "*.zst", "*.txt", "*.model")
+_DECISIVE = ("modules.json", "config_sentence_transformers.json", "quantization.json")  # without them: another model
+_PARTLY = "the hub's cache holds only a part of it, or does not say that it is all; load it once online"
 
 
 def check_inside(file: Path, folder: Path) -> None:
     """Raises InputError if `file` is a link out of its folder: a copy would hold a file that is not the model's.
 
+    So it does for what is no regular file, such as a link to nothing.
     In the hub's cache the files of a snapshot are links to the blobs of the same model.
     """
     real, inside = file.resolve(), folder.resolve()
     cached = inside.parent.name == "snapshots" and real.is_relative_to(inside.parents[1] / "blobs")
     if not (real.is_relative_to(inside) or cached):
         raise InputError(f"{file}: a link to {real}, outside the folder; wanted the file itself; copy it into {folder}")
+    if not real.is_file():
+        raise InputError(f"{file}: not a regular file; copy the file again")
 
 
 def local_folder(path: str | Path, files: tuple[str, ...] = FILES) -> Path:
     """The folder at `path`, or a snapshot of the hub model of that id, which holds only `files` (glob patterns).
 
-    Raises InputError when it is neither.
+    Raises InputError when it is neither, and for a snapshot in the cache that may lack files which the model has.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -40,9 +45,31 @@ def local_folder(path: str | Path, files: tuple[str, ...] = FILES) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(path), allow_patterns=list(files)))
+        folder = Path(snapshot_download(str(path), allow_patterns=list(files)))
     except Exception as error:  # hub, HTTP and validation errors have no common type
+        if type(error).__name__ == "IncompleteSnapshotError":
+            raise kind_of_failure(error)(f"{path}: {_PARTLY}") from None
         raise not_on_hub(str(path), error) from None
+    if folder.parent.name == "snapshots" and not _all_is_known(str(path), folder):
+        raise (InputError if offline() else NotNow)(f"{path}: {_PARTLY}")
+    return folder
+
+
+def _all_is_known(name: str, snapshot: Path) -> bool:
+    """Whether the cache knows which files the model has: transformers' loaders fetch only those that they read.
+
+    snapshot_download leaves a list of all files; earlier versions, which did not, fetched .gitattributes if no patterns
+    were given. Otherwise each decisive file must be there, or be known not to exist.
+    """
+    from huggingface_hub import get_cached_repo_tree, try_to_load_from_cache
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
+    if (snapshot / ".gitattributes").is_file():
+        return True
+    try:
+        return bool(get_cached_repo_tree(name, revision=snapshot.name))
+    except CachedRepoTreeNotFoundError:
+        return None not in [try_to_load_from_cache(name, file, revision=snapshot.name) for file in _DECISIVE]
 
 
 def could_be_hub_id(name: str, root: Path = Path()) -> bool:

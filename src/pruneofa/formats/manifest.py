@@ -14,7 +14,7 @@ from typing import Any
 from pruneofa import families
 from pruneofa.errors import InputError, short
 from pruneofa.families import POOLER_WEIGHT, is_encoder_weight
-from pruneofa.formats.files import read_json
+from pruneofa.formats.files import is_there, read_json
 from pruneofa.formats.sentence import with_activation
 
 FORMAT = "pruneofa-packed"
@@ -182,7 +182,7 @@ def kind_of(name: str, ndim: int) -> str:
 
 def is_packed(folder: Path) -> bool:
     """Whether the folder looks like a packed one."""
-    return (folder / MANIFEST).is_file() and any((folder / name).is_file() for name in (TENSORS, COMPRESSED))
+    return is_there(folder / MANIFEST) and any(is_there(folder / name) for name in (TENSORS, COMPRESSED))
 
 
 def check_inputs(inputs: Mapping[str, tuple[float, int]]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from pruneofa import families
 from pruneofa.errors import InputError, short
 from pruneofa.families import POOLER_WEIGHT, base_name, canonical_name
-from pruneofa.formats.files import MAX_JSON, read_json
+from pruneofa.formats.files import MAX_JSON, is_there, read_json
 from pruneofa.formats.layout import figures, layout
 from pruneofa.formats.manifest import (
     AGAIN,
@@ -51,7 +51,7 @@ _COMPRESSED_SIZES = ("compressed", "compressed_encoder", "compressed_bits_per_we
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a packed folder. Raises InputError as `parse_manifest` does, and if there is none."""
     path = folder / MANIFEST
-    if not path.is_file():
+    if not is_there(path):
         raise InputError(f"{folder}: no {MANIFEST}, so not a packed folder; make one with: pruneofa pack {folder} OUT")
     return parse_manifest(read_json(path, AGAIN), str(path))
 
@@ -177,7 +177,8 @@ def _check_sizes(manifest: dict[str, Any], tensors: Mapping[str, Tensor], where:
     _want(good, f"{where}: sizes: file", file, f"{data} bytes of tensors and a header")
     if compressed:
         packed, encoder = sizes["compressed"], sizes["compressed_encoder"]
-        _want(is_count(packed) and packed > 0, f"{where}: sizes: compressed", packed, "a number of bytes")
+        # Below 2**63 also here: greater integers, of which the encoder's is divided below, are no floats.
+        _want(is_count(packed) and 0 < packed < 2**63, f"{where}: sizes: compressed", packed, "a number of bytes")
         good = is_count(encoder) and encoder <= packed
         _want(good, f"{where}: sizes: compressed_encoder", encoder, f"at most {packed} bytes")
         if file > MAX_RATIO * packed + MAX_SLACK:

@@ -17,7 +17,7 @@ from pruneofa import families
 from pruneofa.errors import InputError
 from pruneofa.families import POOLER_WEIGHT, base_name, canonical_name, is_encoder_weight
 from pruneofa.formats.architecture import check_encoder
-from pruneofa.formats.files import read_json
+from pruneofa.formats.files import is_there, read_json
 from pruneofa.formats.tensors import StoredTensor, read_tensor, tensors_of, weight_files, weights_folder
 
 BLOCKS = {"unstructured": (1, 1), "4x1": (4, 1), "1x4": (1, 4)}  # (output rows, input columns) of a block
@@ -90,7 +90,7 @@ def check_config(path: str | Path) -> None:
     `read_weights` does.
     """
     folder = weights_folder(path)
-    if not (folder / "config.json").is_file():
+    if not is_there(folder / "config.json"):
         return
     stored = {canonical_name(name): tensor.shape for name, tensor in stored_tensors(folder).items()}
     check_encoder(read_json(folder / "config.json"), stored, path)

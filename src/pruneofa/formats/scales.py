@@ -15,7 +15,7 @@ import numpy as np
 
 from pruneofa.errors import InputError, short
 from pruneofa.families import canonical_name
-from pruneofa.formats.files import new_file, read_json, write_json
+from pruneofa.formats.files import is_there, new_file, read_json, write_json
 from pruneofa.formats.manifest import check_inputs, kind_of
 from pruneofa.formats.packed import MAX_SCALE
 from pruneofa.formats.tensors import read_tensor, tensors_of, weight_files
@@ -172,7 +172,7 @@ def check_pattern(folder: Path, quantization: Quantization, pattern_hash: str, p
 
 def is_quantized(folder: Path) -> bool:
     """Whether a Hugging Face folder has scales, that is, is quantized."""
-    return (folder / SETTINGS).exists()
+    return is_there(folder / SETTINGS)
 
 
 def read(folder: Path) -> Quantization | None:

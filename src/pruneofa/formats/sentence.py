@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pruneofa.errors import InputError, short
-from pruneofa.formats.files import MAX_JSON, read_json, read_json_list
+from pruneofa.formats.files import is_there, read_json, read_json_list, read_optional
 
 Pooling = Literal["cls", "mean", "max"]
 Activation = Literal["Identity", "Sigmoid"]
@@ -42,6 +42,17 @@ _ACTIVATIONS: dict[str, Activation] = {
     "torch.nn.modules.activation.Sigmoid": "Sigmoid",
     "torch.nn.Sigmoid": "Sigmoid",
 }
+
+
+# Keys of the files TEXTS beside max_seq_length and do_lower_case. Those in _HARMLESS change no result, whatever they
+# say; in the objects of arguments only the keys in _ARGUMENTS do not.
+_HARMLESS = ("max_seq_length", "do_lower_case", "unpad_inputs", "cache_dir", "backend")
+_OBJECTS = ("model_args", "model_kwargs", "config_args", "config_kwargs", "tokenizer_args", "processor_kwargs")
+_ARGUMENTS = {
+    "trust_remote_code", "add_pooling_layer", "attn_implementation", "torch_dtype", "dtype", "use_cache", "use_fast",
+    "low_cpu_mem_usage", "device_map",
+}  # fmt: skip
+_TEXT = [{"method": "forward", "method_output_name": output} for output in ("last_hidden_state", "logits")]
 
 
 @dataclass(frozen=True)
@@ -92,7 +103,7 @@ def read_sentence(folder: Path) -> Sentence | None:
         )
     for module in modules[2:]:
         _check_normalize(folder / module.path / "config.json")
-    prompts, (_, texts) = _optional(folder / PROMPTS, MAX_SETTINGS), _texts(folder)
+    prompts, (_, texts) = read_optional(folder / PROMPTS, limit=MAX_SETTINGS), _texts(folder)
     return Sentence(
         pooling=_pooling(folder / modules[1].path / "config.json"),
         normalize="Normalize" in kinds,
@@ -110,7 +121,7 @@ def read_modules(folder: Path) -> list[Module]:
     Raises InputError for a module whose kind is not one of KINDS, or whose folder is not beside modules.json.
     """
     file = folder / MODULES
-    return [_module(entry, file) for entry in read_json_list(file, limit=MAX_SETTINGS)] if file.is_file() else []
+    return [_module(entry, file) for entry in read_json_list(file, limit=MAX_SETTINGS)] if is_there(file) else []
 
 
 def max_length(folder: Path) -> int | None:
@@ -119,8 +130,8 @@ def max_length(folder: Path) -> int | None:
     That is max_seq_length of sentence-transformers, else the tokenizer's model_max_length, as there. Raises InputError
     for what is no number.
     """
-    stated_in, texts = _texts(folder) if (folder / MODULES).is_file() else (MODULES, {})
-    tokenizer = _optional(folder / "tokenizer_config.json")
+    stated_in, texts = _texts(folder) if is_there(folder / MODULES) else (MODULES, {})
+    tokenizer = read_optional(folder / "tokenizer_config.json")
     for settings, name, key in (
         (texts, stated_in, "max_seq_length"),
         (tokenizer, "tokenizer_config.json", "model_max_length"),
@@ -154,9 +165,15 @@ def with_activation(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The config.json of a folder, with a cross-encoder's activation from the file where newer versions keep it.
 
     As in sentence-transformers, that file counts before config.json. Raises InputError for another function than
-    `cross_encoder_activation` knows.
+    `cross_encoder_activation` knows, and for a cross-encoder with a default prompt, which would be left out.
     """
-    name = _optional(folder / PROMPTS, MAX_SETTINGS).get("activation_fn")
+    settings = read_optional(folder / PROMPTS, limit=MAX_SETTINGS)
+    if settings.get("model_type") == "CrossEncoder" and _prompt(settings, folder / PROMPTS):
+        raise InputError(
+            f"{folder / PROMPTS}: default_prompt_name is {short(settings['default_prompt_name'])}, wanted null: "
+            "prompts of cross-encoders are not applied; put it before the first text of each pair, and set it to null"
+        )
+    name = settings.get("activation_fn")
     if name is None:
         return config
     _activation(name, f"{folder / PROMPTS}: activation_fn is {short(name)}")
@@ -167,10 +184,6 @@ def _activation(name: Any, what: str) -> Activation:
     if not isinstance(name, str) or name not in _ACTIVATIONS:
         raise InputError(f"{what}, wanted Identity or Sigmoid of torch.nn; {_ELSEWHERE}")
     return _ACTIVATIONS[name]
-
-
-def _optional(file: Path, limit: int = MAX_JSON) -> dict[str, Any]:
-    return read_json(file, limit=limit) if file.is_file() else {}
 
 
 def _module(entry: Any, file: Path) -> Module:
@@ -189,16 +202,37 @@ def _module(entry: Any, file: Path) -> Module:
 
 
 def _texts(folder: Path) -> tuple[str, dict[str, Any]]:
-    """Name and content of the file of the module Transformer; the last name and {} if there is none."""
+    """Name and content of the file of the module Transformer; the last name and {} if there is none.
+
+    Raises InputError for a setting that would change results and is not followed here.
+    """
     found: dict[str, Any] = {}
     for name in TEXTS:
-        if found := _optional(folder / name, MAX_SETTINGS):
+        if found := read_optional(folder / name, limit=MAX_SETTINGS):
             break
+    for key, value in found.items():
+        if value and not _is_usual(key, value):
+            raise InputError(f"{folder / name}: {key} is {short(value)}, which is not supported; {_ELSEWHERE}")
     return name, found
 
 
+def _is_usual(key: str, value: Any) -> bool:
+    """Whether a setting of the module Transformer changes no result, or says what is done anyway."""
+    match key:
+        case "transformer_task":
+            return value in ("feature-extraction", "sequence-classification")
+        case "module_output_name":
+            return value in ("token_embeddings", "scores")
+        case "modality_config":
+            return isinstance(value, dict) and value.get("text") in _TEXT
+        case _ if key in _OBJECTS:
+            return isinstance(value, dict) and value.keys() <= _ARGUMENTS
+        case _:
+            return key in _HARMLESS
+
+
 def _check_normalize(file: Path) -> None:
-    settings = _optional(file)
+    settings = read_optional(file)
     for key in ("module_input_name", "module_output_name"):
         if (name := settings.get(key)) not in (None, "sentence_embedding"):
             raise InputError(f"{file}: {key} is {short(name)}, wanted 'sentence_embedding'; {_ELSEWHERE}")

@@ -2,6 +2,7 @@
 
 import shlex
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -9,7 +10,7 @@ from tokenizers import Tokenizer
 from pruneofa import families
 from pruneofa.errors import InputError
 from pruneofa.formats import sentence
-from pruneofa.formats.files import read_json
+from pruneofa.formats.files import is_there, read_optional
 from pruneofa.formats.hub import check_inside
 from pruneofa.formats.tokenizer_file import load_tokenizer
 from pruneofa.formats.tokenizer_settings import check_same_settings
@@ -19,16 +20,26 @@ _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.jso
 
 
 def copy_settings(source: Path, target: Path) -> None:
-    """Copy the files of configuration and tokenizer, and the settings of sentence-transformers.
+    """Copy the files of configuration and tokenizer, and those of `copy_sentence`. Raises InputError as it does."""
+    _copy(("config.json", *_TOKENIZER), source, target)
+    copy_sentence(source, target)
 
-    Raises InputError for an unknown sentence-transformers module, and for a link that leads out of the folder.
+
+def copy_sentence(source: Path, target: Path) -> None:
+    """Copy the settings of sentence-transformers.
+
+    Raises InputError for an unknown module, and for a link that leads out of the folder.
     """
     folders = [module.path for module in sentence.read_modules(source) if module.path]
     for name in folders:
         if (source / name).is_dir():
             (target / name).mkdir(exist_ok=True)
-    for name in ("config.json", *_TOKENIZER, *sentence.FILES, *(f"{name}/config.json" for name in folders)):
-        if (source / name).is_file():
+    _copy((*sentence.FILES, *(f"{name}/config.json" for name in folders)), source, target)
+
+
+def _copy(names: Iterable[str], source: Path, target: Path) -> None:
+    for name in names:
+        if is_there(source / name):
             check_inside(source / name, source)
             shutil.copyfile(source / name, target / name)
 
@@ -63,8 +74,7 @@ def without_tokenizer(folder: Path) -> str:
     """
     known = {}
     for name in ("config.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            known |= read_json(folder / name)
+        known |= read_optional(folder / name)
     slow = families.tokenizer_files(str(known.get("tokenizer_class") or known.get("model_type")))
     what = f"{folder}: no tokenizer.json in it, which the engine needs"
     if all((folder / name).is_file() for name in slow):

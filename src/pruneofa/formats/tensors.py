@@ -18,7 +18,15 @@ import numpy as np
 
 from pruneofa.errors import InputError, first_line, short
 from pruneofa.formats.cache import cached_folder
-from pruneofa.formats.files import MAX_JSON, cache_root, file_fingerprint, fingerprint, open_regular, read_json
+from pruneofa.formats.files import (
+    MAX_JSON,
+    cache_root,
+    file_fingerprint,
+    fingerprint,
+    is_there,
+    open_regular,
+    read_json,
+)  # fmt: skip
 from pruneofa.formats.hub import FILES, check_inside, local_folder
 
 _DTYPES = {
@@ -142,9 +150,9 @@ def _only_binaries(folder: Path, binaries: list[Path]) -> str:
 def _whole_or_shards(folder: Path, name: str) -> list[Path]:
     """The file of this name, or the shards that its index names, as transformers reads them; no other file counts."""
     index = folder / f"{name}.index.json"
-    if (folder / name).is_file():
+    if is_there(folder / name):
         return [folder / name]
-    if not index.is_file():
+    if not is_there(index):
         return []
     shards = read_json(index, "download it again").get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(isinstance(file, str) for file in shards.values()):

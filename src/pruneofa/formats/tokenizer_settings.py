@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from pruneofa import families
 from pruneofa.errors import InputError, short
-from pruneofa.formats.files import read_json
+from pruneofa.formats.files import read_optional
 
 CONFIG = "tokenizer_config.json"
 SAVE_AGAIN = "load the tokenizer in transformers and save it again with save_pretrained"
@@ -25,7 +25,7 @@ def check_same_settings(tokenizer: Tokenizer, folder: Path) -> None:
     Raises InputError for another do_lower_case, strip_accents or add_prefix_space, and if only the class in
     tokenizer_config.json adds special tokens to a text.
     """
-    config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    config = read_optional(folder / CONFIG)
     name = config.get("tokenizer_class")
     if name in _AS_IT_IS:
         return

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -18,6 +18,8 @@ from pruneofa.data import corpus as corpora
 from pruneofa.errors import Diverged, InputError
 from pruneofa.formats.cache import cached_folder, damage
 from pruneofa.formats.files import read_json, remove_folder, write_json
+from pruneofa.formats.hub import local_folder
+from pruneofa.formats.sentence import read_sentence
 from pruneofa.progress import notice
 from pruneofa.recipe import Corpus, Distill, Prune, Teacher
 from pruneofa.run.one_shot import one_shot_schedule, prune_at_once, score_tokens
@@ -26,7 +28,7 @@ from pruneofa.train.callbacks import Blocks, LockCallback, PruningCallback
 from pruneofa.train.curvature import EXAMPLES, fisher_blocks
 from pruneofa.train.device import own_device, processes, shared_progress
 from pruneofa.train.micro_batches import batches
-from pruneofa.train.models import load_for_pretraining, load_tokenizer, set_dropout
+from pruneofa.train.models import has_pretraining_head, load_for_pretraining, load_tokenizer, set_dropout
 from pruneofa.train.objective import PretrainingObjective
 from pruneofa.train.prune import GradualPruner
 from pruneofa.train.schedule import cyclic_lr, linear_lr, rewound_lr
@@ -102,11 +104,12 @@ def read_text(spec: Corpus, model: str, *, data_root: str | None, seed: int) -> 
 
 def prepare_teacher(settings: TeacherSettings, job: Job, *, model: Model, text: Text) -> Outcome:
     """Teacher preparation: the dense model learns MLM (+ NSP) on the corpus (docs/method.md)."""
+    embedder = _embedder(model.path)
     transformers.set_seed(settings.seed)
     teacher = load_for_pretraining(model.path, nsp=text.spec.nsp)
     objective = teacher_objective(teacher, settings.teacher, nsp=text.spec.nsp)
     clock = _train(objective, settings.teacher, text, _linear_rate(settings.teacher), settings, job, [])
-    return Outcome(teacher, text.tokenizer, validate(objective, text, settings), **clock)
+    return Outcome(teacher, text.tokenizer, validate(objective, text, settings), **clock, sentence=embedder)
 
 
 def prune_student(settings: PruneSettings, job: Job, *, teacher: Model, text: Text) -> Outcome:
@@ -115,6 +118,7 @@ def prune_student(settings: PruneSettings, job: Job, *, teacher: Model, text: Te
     It is pruned gradually during training; or, with one_shot, before training, which then keeps the pattern locked, or
     is left out.
     """
+    embedder = _embedder(teacher.path)
     transformers.set_seed(settings.seed)
     objective = student_objective(teacher.path, settings.prune, settings.distill, nsp=text.spec.nsp)
     clock: dict[str, Any] = {"seconds": 0.0, "tokens": 0}
@@ -129,7 +133,26 @@ def prune_student(settings: PruneSettings, job: Job, *, teacher: Model, text: Te
         clock = {name: clock[name] + trained[name] for name in clock}
         if not settings.prune.at_once:
             clock["tokens"] += score_tokens(settings.prune, text.spec.max_length)
-    return Outcome(objective.student, text.tokenizer, validate(objective, text, settings), **clock)
+    student = _without_random_head(objective.student, teacher.path, settings.distill)
+    return Outcome(student, text.tokenizer, validate(objective, text, settings), **clock, sentence=embedder)
+
+
+def _embedder(model: str) -> Path | None:
+    """The folder of a sentence-transformers model, so that what is made from it stays one; None for any other."""
+    folder = local_folder(model, ("*.json",))
+    try:
+        return folder if read_sentence(folder) is not None else None
+    except InputError as error:
+        if processes().is_main_process:
+            notice(f"{model}: the new model does not keep its settings of sentence-transformers: {error}")
+        return None
+
+
+def _without_random_head(student: PreTrainedModel, teacher: str, distill: Distill) -> PreTrainedModel:
+    """The student, or only its encoder if its teacher's folder has no head and no loss has trained the new one."""
+    if distill.hard + distill.kd > 0 or has_pretraining_head(teacher):
+        return student
+    return cast(PreTrainedModel, student.base_model)
 
 
 def _prune_at_once(
@@ -196,6 +219,7 @@ def train_control(settings: ControlSettings, job: Job, *, teacher: Model, text: 
     Every learning rate of the control is tried; the model with the lowest validation loss is kept. Raises InputError
     if training diverges with each of them.
     """
+    embedder = _embedder(teacher.path)
     trials = [(_trial(settings, lr, job, teacher, text), trial_folder(job.work, lr)) for lr in settings.rates]
     finished = [(trial, folder) for trial, folder in trials if trial["metrics"] is not None]
     if not finished:
@@ -207,7 +231,8 @@ def train_control(settings: ControlSettings, job: Job, *, teacher: Model, text: 
     student = load_for_pretraining(str(folder / "model"), nsp=text.spec.nsp)
     metrics["tokens_of_all_rates"] = sum(trial["tokens"] for trial, _ in trials)
     seconds = sum(trial["seconds"] for trial, _ in trials)
-    return Outcome(student, text.tokenizer, metrics, seconds, best["tokens"])
+    student = _without_random_head(student, teacher.path, settings.distill)
+    return Outcome(student, text.tokenizer, metrics, seconds, best["tokens"], sentence=embedder)
 
 
 def trial_folder(work: Path, lr: float) -> Path:

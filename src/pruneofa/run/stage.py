@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pruneofa.errors import InputError, short
 from pruneofa.formats import scales
 from pruneofa.formats.files import fingerprint, read_json
+from pruneofa.formats.settings import copy_sentence
 from pruneofa.recipe import RESOURCES_ONLY, Section
 from pruneofa.run.names import RECORD, StageId
 
@@ -76,7 +77,10 @@ class Job:
 
 @dataclass
 class Outcome:
-    """The result of a stage: a model to save, its cost, the metrics of its training, and those after every epoch."""
+    """The result of a stage: a model to save, its cost, the metrics of its training, and those after every epoch.
+
+    `sentence` is a sentence-transformers folder whose settings the model keeps: then it gives the same kind of vectors.
+    """
 
     model: "PreTrainedModel | None" = None
     tokenizer: "PreTrainedTokenizerBase | None" = None
@@ -85,12 +89,15 @@ class Outcome:
     tokens: int = 0
     quantization: scales.Quantization | None = None
     epochs: list[dict[str, float]] | None = None
+    sentence: Path | None = None
 
     def save(self, folder: Path) -> None:
         """Write an ordinary Hugging Face folder."""
         if self.model is not None and self.tokenizer is not None:
             self.model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
+        if self.sentence is not None:
+            copy_sentence(self.sentence, folder)
         if self.quantization is not None:
             scales.write(folder, self.quantization)
 

@@ -20,7 +20,7 @@ _SMALLEST = 2.0**-149
 def weight_scale(weight: Tensor, strategy: str) -> Tensor:
     """Scales, float32 (rows,), of a weight (rows, columns): max|row| / 127, or max|weight| / 127.5 for all rows.
 
-    The scale of an all-zero row (or weight) is 1. Scales are clamped so that 1 / scale and 127 * scale are finite.
+    The scale of an all-zero row (or weight) is 1. Scales are clamped so that none is 0 and 127 * scale is finite.
     """
     largest = torch.maximum(weight.amax(1), -weight.amin(1)).float()
     if strategy == "tensor":

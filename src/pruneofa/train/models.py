@@ -17,7 +17,7 @@ from pruneofa.data.tasks import token_types
 from pruneofa.errors import InputError, first_line, is_panic, short
 from pruneofa.families import base_name
 from pruneofa.formats.architecture import check_additions, check_layers
-from pruneofa.formats.files import file_fingerprint, fingerprint
+from pruneofa.formats.files import file_fingerprint, fingerprint, is_there
 from pruneofa.formats.hub import check_model_name, not_on_hub
 from pruneofa.formats.source import refuse_non_finite
 from pruneofa.formats.tensors import unsafe_binary
@@ -135,7 +135,10 @@ def _set_types(tokenizer: Any, count: int, types: bool | None, path: str | Path)
 def _file(path: str | Path, name: str) -> Path | None:
     """A file of a folder, or of a hub model; None if it has none of this name."""
     if Path(path).is_dir():
-        return Path(path) / name if (Path(path) / name).is_file() else None
+        file = Path(path) / name
+        if is_there(file) and not file.is_file():
+            raise InputError(f"{file}: not a regular file; copy the file again")
+        return file if is_there(file) else None
     missing: dict[str, Any] = {
         "_raise_exceptions_for_missing_entries": False,
         "_raise_exceptions_for_connection_errors": False,
@@ -167,6 +170,14 @@ def load_for_pretraining(path: str, *, nsp: bool, trained_head: bool = False) ->
     has_pooler = not any(name.startswith("pooler.") for name in info["missing_keys"])
     architecture = transformers.AutoModelForPreTraining if has_pooler else transformers.AutoModelForMaskedLM
     return _load(architecture, path, new or (f"{next_sentence}.",))
+
+
+def has_pretraining_head(path: str) -> bool:
+    """Whether a folder has every weight of a masked-LM head. Raises InputError as `load_for_pretraining` does."""
+    model, info = read_model(transformers.AutoModelForMaskedLM, path)
+    check_encoder(model, info, path)
+    prefix = f"{model.base_model_prefix}."
+    return all(name.startswith(prefix) for name in info["missing_keys"])
 
 
 def load_for_task(path: str, kind: str, **head: Any) -> PreTrainedModel:
