@@ -32,6 +32,7 @@ from pruneofa.run.stage import (
 from pruneofa.train.device import processes
 from pruneofa.train.evaluate import evaluate_model, load_task_model
 from pruneofa.train.metrics import save_rows
+from pruneofa.train.models import model_fingerprint
 from pruneofa.train.quantize import FakeQuantizer
 
 
@@ -80,11 +81,14 @@ def make(stage: Stage, emit: Emit) -> None:
                 "fingerprint": stage.fingerprint,
                 "settings": fingerprinted(stage.settings),
                 "inputs": stage.input_fingerprints,
+                "made_from": stage.made_from,
                 "seconds": round(outcome.seconds, 1),
                 "tokens": outcome.tokens,
                 "hardware": hardware(),
                 "versions": versions(),
             }
+            if outcome.model is not None:
+                record["output"] = model_fingerprint(str(folder))
             if outcome.epochs is not None:
                 record["epochs"] = outcome.epochs
             write_json(folder / RECORD, record)

@@ -19,8 +19,8 @@ from pruneofa.recipe import Recipe
 from pruneofa.run.engine_metrics import ROWS as ENGINE_ROWS
 from pruneofa.run.engine_metrics import engine_columns, read_engine
 from pruneofa.run.events import LOG, read_events
-from pruneofa.run.lineage import SPARSE, lost_pattern, stage_of
-from pruneofa.run.names import RECORD, StageId
+from pruneofa.run.lineage import SPARSE, lost_pattern
+from pruneofa.run.names import StageId
 from pruneofa.run.stage import METRICS, ROWS, Stage, Step, read_record
 from pruneofa.train.device import processes
 from pruneofa.train.metrics import Rows, load_rows, lost
@@ -84,6 +84,12 @@ def _add_lost(measured: dict[str, Any], rows: RowsOf) -> None:
             measured[task][metric][variant]["lost"] = found
 
 
+def remove_reports(folder: Path) -> None:
+    """Remove results.json and what `write_reports` wrote from it, before stages that they tell of are replaced."""
+    for name in ("results.json", "table.md", "report.html", "sparse/README.md"):
+        (folder / name).unlink(missing_ok=True)
+
+
 def write_reports(recipe: Recipe, folder: Path, results: dict[str, Any]) -> None:
     """Write table.md, the model card in sparse/, and report.html."""
     from pruneofa.report.card import write_card
@@ -108,14 +114,16 @@ def _date(events: Iterable[Mapping[str, Any]]) -> str | None:
     return datetime.fromtimestamp(times[-1], UTC).date().isoformat() if times else None
 
 
-def verify_run(recipe: Recipe, folder: Path) -> int:
-    """Number of task models, all checked to keep the sparse model's pattern. Raises CheckFailed if one does not."""
-    made = [(file.parent, stage_of(file.parent)) for file in sorted((folder / "tasks").rglob(RECORD))]
-    models = [model for model, stage in made if stage is not None and stage.variant in SPARSE]
+def verify_run(recipe: Recipe, folder: Path, steps: Iterable[Step]) -> int:
+    """Number of task models, all checked to keep the sparse model's pattern.
+
+    Raises CheckFailed if one does not: its weights, or those of the sparse model, were replaced after it was made.
+    """
+    models = [step.folder for step in steps if isinstance(step, Stage) and step.id.variant in SPARSE]
     sparse = sparse_folder(recipe, folder)
     for model in models:
         if lost := lost_pattern(sparse, str(model)):
-            raise CheckFailed(lost)
+            raise CheckFailed(f"{lost}: delete {model} and run again with --redo; no results were written")
     return len(models)
 
 

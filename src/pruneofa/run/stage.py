@@ -41,7 +41,7 @@ METRICS, EVALUATION = "metrics.json", "evaluation.json"
 ROWS = "metric_rows.npz"  # the terms of the rows, by which models are compared; see `pruneofa.train.metrics`
 _FIELDS: dict[str, Any] = {
     "format": int, "fingerprint": str, "settings": dict, "inputs": dict, "versions": dict, "tokens": int,
-    "seconds": int | float,
+    "seconds": int | float, "output": str, "made_from": dict,
 }  # fmt: skip
 MARK = "fingerprint"  # file in a stage's working folder: the fingerprint that the work was begun with
 WORK = ".work"  # folder in a run's folder: the working folders of its stages
@@ -51,10 +51,21 @@ Emit = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class Model:
-    """An input or output model of a stage: a folder or hub id, and the fingerprint of its contents."""
+    """An input or output model of a stage: a folder or hub id, and the fingerprint of its contents.
+
+    The model of a stage has that stage's fingerprint, of what goes into it: its weights do not exist yet.
+    """
 
     path: str
     fingerprint: str
+    stage: "Stage | None" = field(default=None, repr=False, compare=False)
+
+    @property
+    def output(self) -> str | None:
+        """The fingerprint of the weights that a stage made, from its record; None if it does not tell."""
+        if self.stage is None or not (self.stage.folder / RECORD).exists():
+            return None
+        return read_record(self.stage.folder).get("output")
 
 
 @dataclass(frozen=True)
@@ -184,15 +195,32 @@ class Stage:
     @property
     def model(self) -> Model:
         """The model that the stage makes."""
-        return Model(str(self.folder), self.fingerprint)
+        return Model(str(self.folder), self.fingerprint, self)
 
     @property
     def status(self) -> str:
         """One of done, changed (done with other settings or inputs) and run."""
-        file = self.folder / RECORD
-        if file.exists():
-            return "done" if read_record(self.folder).get("fingerprint") == self.fingerprint else "changed"
-        return "run"
+        if not (self.folder / RECORD).exists():
+            return "run"
+        same = read_record(self.folder).get("fingerprint") == self.fingerprint
+        return "done" if same and not self.remade_inputs else "changed"
+
+    @property
+    def made_from(self) -> dict[str, str]:
+        """`Model.output` of the inputs that stages made, as far as their records tell."""
+        models = {name: value.output for name, value in self.inputs.items() if isinstance(value, Model)}
+        return {name: output for name, output in models.items() if output is not None}
+
+    @property
+    def remade_inputs(self) -> list[str]:
+        """The input models that were made again since this stage was, or will be: the fingerprints cannot tell.
+
+        Records of earlier versions say nothing of weights; there only a model that will be made again is found.
+        """
+        then, now = read_record(self.folder).get("made_from", {}), self.made_from
+        others = {name for name in now if name in then and then[name] != now[name]}
+        models = {name: value.stage for name, value in self.inputs.items() if isinstance(value, Model)}
+        return [name for name, stage in models.items() if name in others or (stage and stage.status != "done")]
 
     def differences(self) -> list[str]:
         """What differs between the finished stage's record and the settings and inputs of now, a phrase for each."""
@@ -201,7 +229,9 @@ class Stage:
         names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
         found = [f"{name} was {then.get(name)}, is {now.get(name)}" for name in names]
         before = record.get("inputs", {})
-        return found + [f"other {name}" for name, value in self.input_fingerprints.items() if before.get(name) != value]
+        others = [name for name, value in self.input_fingerprints.items() if before.get(name) != value]
+        found += [f"other {name}" for name in others]
+        return found + [f"{name} made again" for name in self.remade_inputs if name not in others]
 
     @property
     def begun(self) -> str | None:
@@ -210,15 +240,11 @@ class Stage:
         return mark.read_text(encoding="utf-8") if mark.exists() else None
 
     @property
-    def earlier(self) -> str | None:
-        """The version that made the folder if its record has an earlier format, else None."""
-        file = self.folder / RECORD
-        if not file.exists():
-            return None
-        record = read_record(self.folder)
-        if record.get("format", 1) >= FORMAT:
-            return None
-        return record.get("versions", {}).get("pruneofa", "0.1")
+    def other_format(self) -> int | None:
+        """The format of the finished stage's record if it is not FORMAT, else None."""
+        made = (self.folder / RECORD).exists()
+        found = read_record(self.folder).get("format", 1) if made else FORMAT
+        return None if found == FORMAT else found
 
     def __str__(self) -> str:
         return str(self.id)
