@@ -8,6 +8,7 @@ from typing import Any
 from pruneofa.formats.files import recover_all, write_json, write_text
 from pruneofa.progress import notice
 from pruneofa.recipe import Recipe, dump
+from pruneofa.report.schema import check_results
 from pruneofa.run.checks import check, check_engine
 from pruneofa.run.engine_metrics import measure_by_engine
 from pruneofa.run.events import LOG, append_event
@@ -55,6 +56,7 @@ def run(
         results = collect(recipe, folder, steps)
         if extend is not None:
             extend(results, inputs)
+        check_results(results, str(folder))  # the records that it was made of may have been edited
         write_json(folder / "results.json", results)
         write_reports(recipe, folder, results)
         return results

@@ -8,7 +8,7 @@ from typing import Literal
 
 from pruneofa.data import tasks as task_data
 from pruneofa.errors import InputError
-from pruneofa.formats.files import output_folder, read_json, recover_all
+from pruneofa.formats.files import output_folder, recover_all
 from pruneofa.progress import notice
 from pruneofa.recipe import KNOWN_TASKS, Quantize, Recipe, Task
 from pruneofa.run.checks import check, check_pattern
@@ -20,7 +20,7 @@ from pruneofa.run.inputs import Inputs
 from pruneofa.run.lineage import sparse_here
 from pruneofa.run.names import RECORD, StageId
 from pruneofa.run.plan import int8_stages, prune_stage, teacher_stage, transfer_stage, with_evaluation
-from pruneofa.run.stage import METRICS, Stage, Step
+from pruneofa.run.stage import Stage, Step, read_metrics
 from pruneofa.train.device import processes
 from pruneofa.train.evaluate import class_names
 from pruneofa.train.models import load_config
@@ -157,4 +157,4 @@ def _execute(recipe: Recipe, inputs: Inputs, steps: Sequence[Step], out: Path, r
             if (work / LOG).exists():  # after the events of earlier commands, such as the losses of training
                 append_events(out / LOG, work / LOG)
             clear_work(work)
-    return read_json(out / METRICS)
+    return read_metrics(out)

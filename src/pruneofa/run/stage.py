@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pruneofa.errors import InputError, short
 from pruneofa.formats import scales
-from pruneofa.formats.files import fingerprint, read_json
+from pruneofa.formats.files import fingerprint, is_number, read_json
 from pruneofa.recipe import RESOURCES_ONLY, Section
 from pruneofa.run.names import RECORD, StageId
 
@@ -112,13 +112,36 @@ def read_record(folder: Path, needed: tuple[str, ...] = ()) -> dict[str, Any]:
     Raises InputError, as `read_json` does, and for a field that no stage writes so, or that is `needed` and missing.
     """
     record = read_json(folder / RECORD)
-    for name, kind in _FIELDS.items():
-        if (name in record or name in needed) and not isinstance(record.get(name), kind):
-            raise InputError(
-                f"{folder / RECORD}: {name} is {short(record.get(name))}, which no stage writes; restore the file, or "
-                "delete the folder to make it again"
-            )
+    check_fields(record, folder / RECORD, _FIELDS, needed, "the folder to make it again")
     return record
+
+
+def check_fields(
+    record: Mapping[str, Any], file: Path, kinds: Mapping[str, Any], needed: tuple[str, ...], what: str
+) -> None:
+    """Raises InputError for a field that is not of its kind, or `needed` and missing; `what` may be deleted instead."""
+    for name, kind in kinds.items():
+        value = record.get(name)
+        if (name in record or name in needed) and not isinstance(value, kind):
+            raise InputError(
+                f"{file}: {name} is {short(value)}, which no stage writes; restore the file, or delete {what}"
+            )
+
+
+def check_metrics(metrics: Mapping[str, Any], file: Path) -> None:
+    """Raises InputError for metrics, which `file` holds, that are no numbers."""
+    for name, value in metrics.items():
+        if not is_number(value):
+            raise InputError(
+                f"{file}: {name} is {short(value)}, wanted a number; restore the file, or delete it to evaluate again"
+            )
+
+
+def read_metrics(folder: Path) -> dict[str, float]:
+    """The metrics of the model in `folder`. Raises InputError as `read_json` does, and for what is no number."""
+    metrics = read_json(folder / METRICS)
+    check_metrics(metrics, folder / METRICS)
+    return metrics
 
 
 def unused(*names: str) -> Mapping[str, Any]:
