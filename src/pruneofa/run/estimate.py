@@ -44,7 +44,7 @@ from pruneofa.train.lock import PatternLock
 from pruneofa.train.models import load_for_pretraining, load_for_task
 from pruneofa.train.objective import Objective, TransferObjective, model_inputs
 from pruneofa.train.quantize import FakeQuantizer
-from pruneofa.train.sparse_linear import note_zeroed, skip_locked_zeros
+from pruneofa.train.sparse_linear import can_skip, note_zeroed, skip_locked_zeros
 
 PROBE_STEPS = 5
 PROBE_TOKENS = 4096  # largest batch that is timed; larger ones are extrapolated
@@ -178,8 +178,8 @@ def _probe(
         objective, batch = _task_probe(recipe, inputs.task(str(stage.id.task)), _training(stage), tokens_per_step)
         if isinstance(settings, QuantizeSettings):
             FakeQuantizer(objective.student, **numerics(settings))
-    alone = processes().num_processes == 1 and own_device().type == "cpu"
-    if _skips_zeros(settings) and alone and recipe.precision == "fp32":  # as LockCallback does
+    possible = can_skip(processes=processes().num_processes, reduced=recipe.precision != "fp32", compiled=False)
+    if _skips_zeros(settings) and possible and own_device().type == "cpu":
         _lock(objective.student, recipe.prune)
     return objective, batch
 
