@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from pruneofa.errors import CheckFailed, InputError
 from pruneofa.formats.files import read_json, write_json
 from pruneofa.run import fine_tuning
+from pruneofa.run.folder import refuse_changes
 from pruneofa.run.inputs import Inputs
 from pruneofa.run.plan import plan
 from pruneofa.run.run import run
@@ -77,6 +78,24 @@ def test_what_was_made_from_a_model_that_is_gone_is_not_done(done, copy):
     settings, _ = done
     shutil.rmtree(copy / "teacher")
     assert changed(settings, copy) == {"prune": ["teacher made again"], f"{SEED}/transfer": ["model made again"]}
+
+
+def test_work_that_was_begun_from_another_model_is_not_continued(done, copy, monkeypatch):
+    settings, _ = done
+    shutil.rmtree(copy / SEED / "transfer")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(fine_tuning, "train", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        run(settings, copy)
+    steps = plan(settings, Inputs(settings), copy)
+    refuse_changes(steps, copy, False)
+    mark = copy / ".work" / SEED / "transfer" / "fingerprint"
+    whole = mark.read_text()
+    mark.write_text(whole.split()[0])  # as earlier versions did
+    refuse_changes(steps, copy, False)
+    mark.write_text(whole)
+    remake(copy, "sparse")
+    with pytest.raises(InputError, match=rf"changed: {SEED}/transfer \(unfinished\); --redo"):
+        run(settings, copy)
 
 
 def test_stages_of_earlier_versions_stay_done(done, copy):

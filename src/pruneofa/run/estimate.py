@@ -79,10 +79,9 @@ def estimate(recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
 def _stage_row(recipe: Recipe, inputs: Inputs, stage: Stage, timed: dict[Any, float]) -> dict[str, Any]:
     kind, steps, tokens = _size(inputs, stage)
     status, done = stage.status, 0
-    if status == "run" and stage.begun is not None:
-        other_settings = stage.begun != stage.fingerprint
-        done = 0 if other_settings else _steps_done(stage)
-        status = "changed" if other_settings else "resume" if done else "run"
+    if status == "run" and stage.begun:
+        done = 0 if stage.begun_otherwise else _steps_done(stage)
+        status = "changed" if stage.begun_otherwise else "resume" if done else "run"
     row = {"stage": str(stage.id), "status": status, "steps": steps, "tokens": tokens, "minutes": 0.0}
     if status != "done" and tokens:
         if kind not in timed:

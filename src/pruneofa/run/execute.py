@@ -53,10 +53,10 @@ def make(stage: Stage, emit: Emit) -> None:
     state = processes()
     if state.is_main_process:
         refuse_foreign(stage.work, MARK)
-        if stage.begun not in (None, stage.fingerprint):
+        if stage.begun_otherwise:
             remove_folder(stage.work)
         stage.work.mkdir(parents=True, exist_ok=True)
-        write_text(stage.work / MARK, stage.fingerprint)
+        write_text(stage.work / MARK, stage.mark)
     state.wait_for_everyone()
     start = stage.inputs.get("model")
     if isinstance(start, Model):

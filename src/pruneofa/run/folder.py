@@ -56,7 +56,7 @@ def refuse_changes(steps: Iterable[Step], where: Path, redo: bool, out: str = "-
             f"{FORMAT}; choose another {out}, or run them again with --redo"
         )
     changed = [f"{stage.id} ({_first(stage.differences())})" for stage in stages if stage.status == "changed"]
-    changed += [f"{stage.id} (unfinished)" for stage in stages if stage.begun not in (None, stage.fingerprint)]
+    changed += [f"{stage.id} (unfinished)" for stage in stages if stage.begun_otherwise]
     if changed and not redo:
         raise InputError(
             f"settings or inputs of stages changed: {', '.join(changed)}; "

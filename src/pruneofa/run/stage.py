@@ -43,7 +43,7 @@ _FIELDS: dict[str, Any] = {
     "format": int, "fingerprint": str, "settings": dict, "inputs": dict, "versions": dict, "tokens": int,
     "seconds": int | float, "output": str, "made_from": dict,
 }  # fmt: skip
-MARK = "fingerprint"  # file in a stage's working folder: the fingerprint that the work was begun with
+MARK = "fingerprint"  # file in a stage's working folder: what the work was begun with, `Stage.mark`
 WORK = ".work"  # folder in a run's folder: the working folders of its stages
 
 Emit = Callable[[dict[str, Any]], None]
@@ -257,10 +257,21 @@ class Stage:
         return found + [f"{name} made again" for name in self.remade_inputs if name not in others]
 
     @property
-    def begun(self) -> str | None:
-        """The fingerprint with which the unfinished work in the working folder was begun; None if there is none."""
-        mark = self.work / MARK
-        return mark.read_text(encoding="utf-8") if mark.exists() else None
+    def mark(self) -> str:
+        """What the work is begun with: the fingerprint, and that of the weights that other stages made for it."""
+        made_from = self.made_from
+        return f"{self.fingerprint} {fingerprint(made_from)}" if made_from else self.fingerprint
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is unfinished work in the working folder."""
+        return (self.work / MARK).exists()
+
+    @property
+    def begun_otherwise(self) -> bool:
+        """Whether that work was begun with other settings or inputs; earlier versions recorded no weights."""
+        found = (self.work / MARK).read_text(encoding="utf-8", errors="replace") if self.begun else self.mark
+        return found not in (self.fingerprint, self.mark)
 
     @property
     def other_format(self) -> int | None:
