@@ -122,6 +122,11 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def is_number(value: Any) -> bool:
+    """Whether a JSON value is a number that a float holds: an integer may have hundreds of digits."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
 def in_place(path: Path) -> Path:
     """The path with its final name, after `new_folder` has renamed the temporary folder."""
     return Path(*(found[1] if (found := _MARKED.fullmatch(part)) else part for part in path.parts))
@@ -145,11 +150,6 @@ def read_json(path: Path, advice: str = _AGAIN, limit: int = MAX_JSON) -> dict[s
     Raises InputError, with the file's name and `advice` on what to do, if it cannot be read or is not such an object.
     """
     return parse_json(read_bytes(path, limit, advice), str(path), advice)
-
-
-def is_number(value: Any) -> bool:
-    """Whether a JSON value is a number that a float holds: an integer may have hundreds of digits."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def read_json_list(path: Path, advice: str = _AGAIN, limit: int = MAX_JSON) -> list[Any]:

@@ -18,15 +18,7 @@ import numpy as np
 
 from pruneofa.errors import InputError, first_line, short
 from pruneofa.formats.cache import cached_folder
-from pruneofa.formats.files import (
-    MAX_JSON,
-    cache_root,
-    file_fingerprint,
-    fingerprint,
-    open_regular,
-    read_json,
-    user_path,
-)
+from pruneofa.formats.files import MAX_JSON, cache_root, file_fingerprint, fingerprint, open_regular, read_json
 from pruneofa.formats.hub import FILES, check_inside, local_folder
 
 _DTYPES = {
@@ -73,7 +65,7 @@ def weights_folder(path: str | Path) -> Path:
     folder = local_folder(path)
     if _whole_or_shards(folder, "model.safetensors"):
         return folder
-    if not user_path(path).is_dir():
+    if not Path(path).expanduser().is_dir():
         folder = local_folder(path, (*FILES, "pytorch_model*.bin"))
     if not (binaries := _binaries(folder)):
         return folder
