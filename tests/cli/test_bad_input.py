@@ -14,6 +14,7 @@ from transformers import BertForPreTraining, GPT2Config, GPT2LMHeadModel
 
 from pruneofa.errors import InputError
 from tests.cli.conftest import program, write_recipe
+from tests.report.example_run import example_results
 from tests.small import write_text
 from tests.tiny import tiny_bert, tiny_distilbert, write_model
 
@@ -281,6 +282,40 @@ def test_results_that_are_none(root, complaint):
     assert "recipe is missing; wanted a results.json that pruneofa wrote" in complaint(
         "table", "results.json", run=False
     )
+
+
+def test_results_of_numbers_that_no_float_holds(root, complaint):
+    results = example_results() | {"sizes": {"dense_fp32": 10**400}}
+    (root / "results.json").write_text(json.dumps(results))
+    line = complaint("table", root, run=False)
+    assert "sizes.dense_fp32 is 1000" in line and line.endswith("wanted a number of at least 0")
+
+
+NOBODY = "~nosuchuser/x"
+TASK = ["--text", "sentence", "--label", "verdict", "--max-length", "32"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["transfer", "model", "out", "--data", NOBODY, *TASK],
+        ["transfer", "model", "out", "--data", "task.csv", "--validation", NOBODY, *TASK],
+        ["transfer", "model", "out", "--data", "task.csv", "--data-root", NOBODY, *TASK],
+        ["prune", "model", "out", "--corpus.source", NOBODY],
+        ["inspect", NOBODY],
+        ["verify", "model", NOBODY],
+        ["pack", NOBODY, "out"],
+        ["export", NOBODY, "out", "--to", "onnx"],
+        ["predict", "model", NOBODY, "--out", "out", "--text", "sentence"],
+        ["evaluate", NOBODY, "--data", "task.csv", *TASK],
+        ["quantize", NOBODY, "out", "--data", "task.csv", *TASK, "--ptq"],
+    ],
+)
+def test_a_home_folder_that_is_not_there(root, call, arguments):
+    said = call(*arguments)
+    last = f"pruneofa: error: {NOBODY}: there is no home folder of that name; give the whole path\n"
+    assert said.code == 2 and said.err.endswith(last), said.err
+    assert "Traceback" not in said.err and not (root / "out").exists()
 
 
 @pytest.mark.parametrize("kind", ["system", "library"])

@@ -6,8 +6,9 @@ import shutil
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from pruneofa import recipe
 from pruneofa.cli import main as cli
-from pruneofa.formats.files import read_json
+from pruneofa.formats.files import read_json, write_json
 from tests.cli.conftest import write_recipe
 
 TEXT = ["--text", "sentence", "--label", "verdict"]
@@ -159,3 +160,23 @@ def test_a_cross_encoder_keeps_its_activation(command, call, tmp_path):
     said = call(command[0], tmp_path / "model", *command[2:], "--ptq", "--activations", "dynamic")
     assert said.code == 0, said.err
     assert read_json(tmp_path / "out/config.json")["sentence_transformers"] == activation
+
+
+@pytest.mark.parametrize("problem", ["multi_label_classification", "regression"])
+def test_a_model_of_another_loss_is_quantized_without_training_only(root, command, call, tmp_path, problem):
+    folder = shutil.copytree(root / SEED / "transfer", tmp_path / "model")
+    write_json(folder / "config.json", read_json(folder / "config.json") | {"problem_type": problem})
+    line = last(call("quantize", folder, *command[2:], *ONCE))
+    assert f"model: problem_type is {problem} in config.json" in line and line.endswith("without training: --ptq")
+    assert not (tmp_path / "out").exists()
+    assert call("quantize", folder, *command[2:], "--ptq").code == 0
+
+
+def test_a_run_whose_sparse_model_is_elsewhere_is_quantized_without_comparing(root, command, call, tmp_path):
+    shutil.copytree(root / "run", tmp_path / "run")
+    values = {"name": "small", "model": "models/mini", "model_is_sparse": True, "a_later_key": 1}
+    for given in (values, {name: value for name, value in values.items() if name != "a_later_key"}):
+        (tmp_path / "run" / "recipe.yaml").write_text(recipe.to_yaml(given))
+        said = call("quantize", tmp_path / SEED / "transfer", *command[2:], "--ptq", "--redo")
+        why = "a_later_key" if "a_later_key" in given else "its run names the sparse model models/mini, which is no"
+        assert said.code == 0 and "its zeros are kept, but not compared" in said.err and why in said.err, said.err

@@ -55,6 +55,20 @@ def test_a_recipe_is_found_by_its_name() -> None:
     assert recipe_file("demo") == RECIPES / "demo.yaml"
 
 
+@pytest.mark.parametrize(
+    ("one", "two"), [("bert-base-85", "bert-base-90"), ("bert-base-90-obert", "bert-base-97-obert")]
+)
+def test_recipes_of_two_sparsities_differ_in_nothing_else(one: str, two: str) -> None:
+    values = [recipe.load([RECIPES / f"{name}.yaml"]).model_dump() for name in (one, two)]
+    assert [loaded.pop("name") for loaded in values] == [one, two]
+    finals = [loaded["prune"].pop("final") for loaded in values]
+    assert finals == [int(name.split("-")[2]) / 100 for name in (one, two)]
+    assert values[0] == values[1]
+    texts = [(RECIPES / f"{name}.yaml").read_text().splitlines() for name in (one, two)]
+    changed = [line for line, other in zip(*texts, strict=True) if line != other and line[0] != "#"]
+    assert [line.split(":")[0].strip() for line in changed] == ["name", "final"]  # and in no comment beside a number
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_published_numbers(name: str) -> None:
     loaded = recipe.load([RECIPES / f"{name}.yaml"])

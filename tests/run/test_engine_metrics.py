@@ -189,4 +189,4 @@ def test_every_model_of_a_task_is_verified(run):
     sparse = steps[0].folder
     for step in evaluations(steps):
         (step.folder / "model.safetensors").write_bytes((sparse / "model.safetensors").read_bytes())
-    assert results.verify_run(recipe, folder) == 3
+    assert results.verify_run(recipe, folder, steps) == 3

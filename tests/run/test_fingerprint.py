@@ -228,16 +228,29 @@ def test_stages_whose_results_changed_with_a_version_are_not_done(settings, monk
 def test_the_record_of_an_earlier_format_is_refused(settings, tmp_path, record):
     steps = plan(settings, Inputs(settings), tmp_path / "run")
     write_json(tmp_path / "run" / "teacher" / "stage.json", record)
-    with pytest.raises(InputError, match=r"made by pruneofa 0\.1.*do not record all settings \(teacher\).*--redo"):
+    wanted = (
+        rf"run: has records of format {record.get('format', 1)}, which do not hold all settings \(teacher\); .*--redo"
+    )
+    with pytest.raises(InputError, match=wanted):
         refuse_changes(steps, tmp_path / "run", False)
     refuse_changes(steps, tmp_path / "run", True)
+
+
+def test_the_record_of_a_later_format_is_refused(settings, tmp_path):
+    teacher, *_ = steps = plan(settings, Inputs(settings), tmp_path / "run")
+    later = {"settings": stage.fingerprinted(teacher.settings), "inputs": teacher.input_fingerprints}
+    write_json(tmp_path / "run" / "teacher" / "stage.json", {"format": stage.FORMAT + 1, **later})
+    with pytest.raises(
+        InputError, match=r"records of format 4, which a later version wrote \(teacher\); .* writes format 3"
+    ):
+        refuse_changes(steps, tmp_path / "run", False)
 
 
 @pytest.mark.parametrize(
     "record",
     [
         {"format": "3"}, {"format": 3, "fingerprint": None}, {"format": 3, "settings": 5}, {"format": 3, "inputs": [1]},
-        {"format": 1, "versions": [1]},
+        {"format": 3, "versions": [1]}, {"format": 3, "output": 5}, {"format": 3, "made_from": []},
     ],
 )  # fmt: skip
 def test_a_record_that_was_edited_is_named(settings, tmp_path, record):

@@ -15,12 +15,13 @@ from pruneofa import recipe
 from pruneofa.cli.main import main
 from pruneofa.errors import InputError
 from pruneofa.families import POOLER_WEIGHT
-from pruneofa.run.lineage import check_lock, sparse_of_run
+from pruneofa.run.lineage import check_lock, sparse_here, sparse_of_run
 from tests.golden import source
 from tests.small import small_recipe
 
 QUERY = "encoder.layer.0.attention.self.query.weight"
 SEED = "tasks/mine/seed-0"
+MISSING = "its run names the sparse model {}, which is no folder with safetensors here"
 
 
 @pytest.fixture
@@ -78,8 +79,9 @@ def test_where_the_sparse_model_is(run):
     assert sparse_of_run(folder) == str(run / "sparse")
     control = shutil.copytree(folder, folder.with_name("control"))
     write_record(control, "control")
+    assert sparse_of_run(control) is None  # it is gone, and nothing to compare with
+    (run / "control").mkdir()
     assert sparse_of_run(control) == str(run / "control")
-    check_lock(control)  # it is gone, and nothing to compare with
     write_record(folder, "transfer", task="other")  # not where that stage's folder is
     assert sparse_of_run(folder) is None
     for other in ({}, {"stage": f"{SEED}/transfer"}, {"task": None, "seed": None, "variant": "prune"}):
@@ -97,9 +99,24 @@ def test_a_run_from_a_sparse_model_is_compared_where_that_is_a_folder(run, model
     assert sparse_of_run(run / SEED / "transfer") == model
     if model == "org/name":
         check_lock(run / SEED / "transfer")
+        assert sparse_here(run / SEED / "transfer") == (None, MISSING.format(model))
         return
     with pytest.raises(InputError, match="1 revived"):
         check_lock(run / SEED / "transfer")
+
+
+def test_a_run_that_was_started_elsewhere_or_by_a_later_version_is_not_compared(run, tmp_path, monkeypatch):
+    folder = run / SEED / "transfer"
+    assert sparse_here(folder) == (str(run / "sparse"), None)
+    (run / "sparse").rename(tmp_path / "here")
+    settings = {"name": "mine", "model": "here", "model_is_sparse": True}
+    (run / "recipe.yaml").write_text(recipe.dump(recipe.validate(recipe.Recipe, settings)))
+    monkeypatch.chdir(tmp_path)  # where the run may have been started, or not
+    assert sparse_here(folder) == (None, MISSING.format("here"))
+    (run / "recipe.yaml").write_text((run / "recipe.yaml").read_text() + "later: 1\n")
+    sparse, why = sparse_here(folder)
+    assert sparse is None and "later" in str(why)
+    check_lock(folder)
 
 
 def test_a_weight_that_is_no_number_is_named_and_not_called_a_lost_pattern(run):

@@ -98,7 +98,7 @@ def test_pruned_weights_are_plus_zero_and_stay_so(done):
         assert found["ok"] and found["extra_zeros"] == 0
         for _, weight in pattern.read_weights(str(task)):
             assert not (torch.from_numpy(weight.copy()).signbit() & (torch.from_numpy(weight.copy()) == 0)).any()
-    assert verify_run(settings, folder) == 2
+    assert verify_run(settings, folder, plan(settings, Inputs(settings), folder)) == 2
 
 
 def test_own_labels_reach_the_config(done):

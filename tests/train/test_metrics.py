@@ -1,11 +1,13 @@
 """Metrics, the terms of their rows, and the difference of two models with its standard error."""
 
+import io
 import math
 
 import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, f1_score
 
+from pruneofa.errors import InputError
 from pruneofa.train.metrics import classification_metrics, load_rows, lost, save_rows, squad_metrics
 
 # (prediction, gold answers, exact match, F1) by the official evaluate-v1.1.py
@@ -125,3 +127,18 @@ def test_rows_are_stored_and_read_back(tmp_path):
     for name, terms in stored.items():
         np.testing.assert_array_equal(terms, found.rows[name])
     assert load_rows(tmp_path / "absent.npz") == {}
+
+
+def test_rows_that_are_damaged_are_named(tmp_path):
+    file = tmp_path / "rows.npz"
+    save_rows(file, classification_metrics("mine", list("abcd"), *answers(3)))
+    whole = file.read_bytes()
+    arrays = [io.BytesIO() for _ in range(3)]
+    np.savez(arrays[0], accuracy=np.array(["a"]))
+    np.savez(arrays[1], accuracy=np.array([{}], object))
+    np.save(arrays[2], np.zeros(3, np.float32))
+    stored = bytes(byte ^ 0xFF if 60 < at < 90 else byte for at, byte in enumerate(whole))
+    for damaged in (whole[:50], whole[:-30], b"", b"PK", stored, *(array.getvalue() for array in arrays)):
+        file.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"rows\.npz: damaged, wanted the terms of the metrics of every row; copy"):
+            load_rows(file)

@@ -1,6 +1,7 @@
 """Linear layers that skip locked zeros: results and gradients of nn.Linear, in training too; nothing else changes."""
 
 import copy
+import itertools
 import pickle
 from functools import partial
 from types import SimpleNamespace
@@ -20,13 +21,15 @@ from transformers import (
 )
 
 from pruneofa.errors import InputError
-from pruneofa.train import sparse_linear
+from pruneofa.run import estimate
+from pruneofa.train import callbacks, sparse_linear
 from pruneofa.train.callbacks import LockCallback
 from pruneofa.train.lock import PatternLock
 from pruneofa.train.masks import magnitude_mask, prunable
 from pruneofa.train.quantize import FakeQuantizer
 from pruneofa.train.sparse_linear import (
     SparseLinear,
+    can_skip,
     compute_densely,
     is_masked,
     note_zeroed,
@@ -386,3 +389,10 @@ def test_where_other_products_are_computed_no_layer_changes(tmp_path, options):
     vars(changed).update(options)
     callback.on_train_begin(changed, **control)
     assert sparse_layers(model) == []
+
+
+def test_where_training_may_skip_zeros():
+    for processes, reduced, compiled in itertools.product((1, 2), (False, True), (False, True)):
+        found = can_skip(processes=processes, reduced=reduced, compiled=compiled)
+        assert found == ((processes, reduced, compiled) == (1, False, False))
+    assert estimate.can_skip is callbacks.can_skip is can_skip  # the estimate times what training will do

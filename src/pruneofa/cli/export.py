@@ -3,7 +3,6 @@
 import argparse
 import json
 import sys
-from pathlib import Path
 
 from pruneofa.cli.options import EVALUATED, add_fields, read_task
 from pruneofa.cli.show import printable_lines
@@ -37,10 +36,11 @@ def describe(verb: argparse.ArgumentParser) -> None:
     def call(options: argparse.Namespace) -> int:
         name, spec = read_task(options) if options.task or options.data else (None, None)
         from pruneofa.export import export as module  # torch, which takes seconds: a wrong option is refused before
+        from pruneofa.formats.files import user_path
         from pruneofa.run.lineage import check_lock
 
         given = {"to": options.to, "precision": options.precision, "data_root": options.data_root}
-        check_lock(Path(options.folder).expanduser())  # a model of the hub is in no run's folder
+        check_lock(user_path(options.folder))  # a model of the hub is in no run's folder
         try:
             report = module.export(options.folder, options.out, name=name, spec=spec, **given)
         except KeyboardInterrupt:

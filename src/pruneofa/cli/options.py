@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from pruneofa.errors import InputError
-from pruneofa.progress import notice
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -133,8 +132,11 @@ def read_task(options: argparse.Namespace) -> tuple[str, Any]:
     return name, validate(Task, values, f"tasks.{name}").resolved(name)
 
 
+LABELS_ONLY = "no --teacher given: training on the labels only"
+
+
 def learn_from_labels(options: argparse.Namespace, task: Any) -> Any:
-    """The task's section for training without a teacher, which a line says.
+    """The task's section for training without a teacher; `LABELS_ONLY` says it once nothing is wrong without torch.
 
     Raises InputError for an option that sets the losses with a teacher.
     """
@@ -144,7 +146,6 @@ def learn_from_labels(options: argparse.Namespace, task: Any) -> Any:
                 f"{_flag(name)} was given, but without --teacher a model learns from the labels only; add --teacher "
                 "DIR, or omit it"
             )
-    notice("no --teacher given: training on the labels only")
     return task.model_copy(update={"hard": 1.0, "kd": 0.0, "hidden": 0.0})
 
 

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from pruneofa.cli.options import (
+    LABELS_ONLY,
     add_fields,
     add_training,
     learn_from_labels,
@@ -13,6 +14,7 @@ from pruneofa.cli.options import (
     refuse_unused,
 )
 from pruneofa.cli.show import print_metrics, say_pattern
+from pruneofa.progress import notice
 
 
 def describe(verb: argparse.ArgumentParser) -> None:
@@ -54,6 +56,8 @@ def describe(verb: argparse.ArgumentParser) -> None:
         values = read_fields(options, recipe.Quantize, "") | {"ptq": options.ptq}
         settings = recipe.validate(recipe.Quantize, values, "quantize")
         say_pattern(options.folder)
+        if spec.teacher is None and not options.ptq:
+            notice(LABELS_ONLY)
         from pruneofa.formats.files import read_json
         from pruneofa.run import single  # torch, which takes seconds: what is wrong without it is said before
         from pruneofa.run.stage import EVALUATION

@@ -84,13 +84,14 @@ def print_metrics(values: dict[str, Any], as_json: bool, rows: dict[str, int] | 
 
     `rows` is by the suffix of the metrics, as in evaluation.json.
     """
-    counts = rows or {}
+    counts = rows if isinstance(rows, dict) else {}
 
     def line(name: str, value: Any) -> str:
         if isinstance(value, str):
             return value
         count = counts.get("_mm" if name.endswith("_mm") else "")
-        return f"{value:.2f} %" + (f" of {count:,} rows" if name.startswith("accuracy") and count else "")
+        known = name.startswith("accuracy") and isinstance(count, int)  # what a file says may have been edited
+        return f"{value:.2f} %" + (f" of {count:,} rows" if known else "")
 
     print_value(values, as_json, lambda: pairs({name: line(name, value) for name, value in values.items()}))
 

@@ -3,8 +3,9 @@
 import argparse
 from pathlib import Path
 
-from pruneofa.cli.options import add_fields, add_training, learn_from_labels, precision_of, read_task
+from pruneofa.cli.options import LABELS_ONLY, add_fields, add_training, learn_from_labels, precision_of, read_task
 from pruneofa.cli.show import print_metrics, say_pattern
+from pruneofa.progress import notice
 
 
 def describe(verb: argparse.ArgumentParser) -> None:
@@ -31,6 +32,8 @@ def describe(verb: argparse.ArgumentParser) -> None:
         if spec.teacher is None:
             spec = learn_from_labels(options, spec)
         say_pattern(options.sparse)
+        if spec.teacher is None:
+            notice(LABELS_ONLY)
         from pruneofa.formats.files import read_json
         from pruneofa.run import single  # torch, which takes seconds: what is wrong without it is said before
         from pruneofa.run.stage import EVALUATION

@@ -19,6 +19,7 @@ from pruneofa.data.labels import as_text, refuse_row_ids
 from pruneofa.data.root import root_folder
 from pruneofa.errors import InputError, first_line
 from pruneofa.formats.delimited import literal_quotes, other_delimiter, read_fields, read_rows
+from pruneofa.formats.files import user_path
 from pruneofa.formats.hub import announce, could_be_hub_id, kind_of_failure
 from pruneofa.formats.json_lines import parse_line
 
@@ -56,7 +57,7 @@ def load_splits(
     """
     root = root_folder(data_root)
     names = [data] if isinstance(data, str) else list(data)
-    paths = [root / Path(name).expanduser() for name in names]
+    paths = [root / user_path(name) for name in names]
     if validation:  # evaluation splits of data are then not read
         evaluations = {}
     required = (set() if whole else {"train"}) | (set(evaluations) if strict or whole else set())
@@ -68,7 +69,7 @@ def load_splits(
     else:
         found = _hub(names[0], config, root, where, wanted, required)
     if validation:
-        found[""] = read(root / Path(validation).expanduser(), where)
+        found[""] = read(root / user_path(validation), where)
     elif "" not in found and whole:  # then data was files
         found[""] = found.pop("train")
     return found

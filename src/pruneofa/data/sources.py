@@ -24,6 +24,7 @@ from pruneofa.data.articles import (
 )
 from pruneofa.data.root import root_folder
 from pruneofa.errors import InputError
+from pruneofa.formats.files import user_path
 from pruneofa.formats.hub import announce, could_be_hub_id, kind_of_failure
 
 WANTED = ".parquet, .jsonl, .txt, .csv or .tsv (all but the first also .gz or .zst)"
@@ -134,7 +135,7 @@ def find(
 
 def _find(name: str, config: str | None, data_root: str | Path | None, streaming: bool) -> Files | Hub:
     root = root_folder(data_root)
-    path = root / Path(name).expanduser()
+    path = root / user_path(name)
     if path.is_dir():
         found = sorted(p for p in path.rglob("*") if kind_of(p) and p.is_file() and p.name[0] != ".")
         if not found:

@@ -14,6 +14,7 @@ import re
 import secrets
 import shutil
 import stat
+import sys
 from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
@@ -119,6 +120,11 @@ def write_json(path: Path, value: Any) -> None:
             "if training produced the number, training diverged: lower its learning rate"
         )
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def is_number(value: Any) -> bool:
+    """Whether a JSON value is a number that a float holds: an integer may have hundreds of digits."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def in_place(path: Path) -> Path:
@@ -319,6 +325,14 @@ def output_folder(out: str | Path) -> Path:
     return target
 
 
+def user_path(path: str | Path) -> Path:
+    """The path with ~ and ~name as the folders they stand for. Raises InputError where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except (RuntimeError, ValueError):  # no such user; a null byte
+        raise InputError(f"{path}: there is no home folder of that name; give the whole path") from None
+
+
 @contextlib.contextmanager
 def new_output(out: str | Path) -> Iterator[Path]:
     """A temporary folder that becomes `out` when the block succeeds.
@@ -341,7 +355,7 @@ def new_output(out: str | Path) -> Iterator[Path]:
 
 def cache_root() -> Path:
     """Folder of cached files, which can be recreated: PRUNEOFA_CACHE, else ~/.cache/pruneofa."""
-    return Path(os.environ.get("PRUNEOFA_CACHE") or "~/.cache/pruneofa").expanduser()
+    return user_path(os.environ.get("PRUNEOFA_CACHE") or "~/.cache/pruneofa")
 
 
 def fingerprint(value: Any) -> str:

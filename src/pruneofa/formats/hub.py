@@ -8,6 +8,7 @@ import socket
 from pathlib import Path
 
 from pruneofa.errors import InputError, NotNow, first_line
+from pruneofa.formats.files import user_path
 from pruneofa.progress import notice
 
 _LIBRARIES = ("httpx", "requests", "aiohttp")  # of the hub's clients, whose errors are those of the network
@@ -36,7 +37,7 @@ def local_folder(path: str | Path, files: tuple[str, ...] = FILES) -> Path:
 
     Raises InputError when it is neither, and for a snapshot in the cache that may lack files which the model has.
     """
-    folder = Path(path).expanduser()
+    folder = user_path(path)
     if folder.is_dir():
         return folder
     if folder.exists():
@@ -84,7 +85,7 @@ def could_be_hub_id(name: str, root: Path = Path()) -> bool:
 
 def check_model_name(name: str, label: str = "") -> None:
     """Raises InputError, which begins with `label`, for a name that is neither a folder nor a possible hub id."""
-    if Path(name).expanduser().is_dir():
+    if user_path(name).is_dir():
         return
     if not could_be_hub_id(name):
         raise InputError(f"{label}{name}: no such folder; give a Hugging Face folder or a hub id such as org/name")

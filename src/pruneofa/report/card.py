@@ -10,7 +10,7 @@ from pruneofa import families
 from pruneofa.formats.files import read_json, write_text
 from pruneofa.recipe import Card
 from pruneofa.report.deployment import cost_tables
-from pruneofa.report.render import portable, recipe_yaml, render
+from pruneofa.report.render import portable, pruned_at_once, recipe_yaml, render
 from pruneofa.report.schema import METRIC_NAMES, check_results
 from pruneofa.report.table import seeds, write_table
 
@@ -33,7 +33,7 @@ def write_card(
     versions: dict[str, Any],
     date: str | None = None,
 ) -> Path:
-    """Write `folder`/README.md, a Hugging Face model card, and the figure method.svg beside it.
+    """Write `folder`/README.md, a Hugging Face model card, and, if it shows it, the figure method.svg beside it.
 
     `recipe` is the resolved recipe as a plain mapping; its `card` section has license, authors, base model, version and
     language. `inspection` is the result of `pattern.inspect` for the folder. `date` is an ISO date, by default today.
@@ -46,6 +46,9 @@ def write_card(
     config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
     heads = config.get("architectures") or []
     fill_mask = not heads or any(head.endswith(("ForMaskedLM", "ForPreTraining")) for head in heads)
+    losses = recipe.get("distill") or {}
+    if recipe.get("prune") and not recipe.get("teacher") and not losses.get("hard") and not losses.get("kd"):
+        fill_mask = False  # a head that no loss needs may have random weights
     evaluations = _evaluations(results, recipe)
     base_model = stated.base_model or (recipe["model"] if is_hub_id(recipe["model"]) else None)
     data = ModelCardData(
@@ -68,7 +71,7 @@ def write_card(
         inspection=inspection,
         versions=portable(versions),
         config=config,
-        fill_mask=fill_mask,
+        once=pruned_at_once(recipe),
         license=stated.license,
         authors=stated.authors or "Not stated by whoever ran the recipe",
         linked=bool(base_model and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base_model)),
@@ -86,7 +89,8 @@ def write_card(
     )
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
     figure = resources.files("pruneofa.report").joinpath("templates/method.svg").read_text(encoding="utf-8")
-    write_text(folder / "method.svg", figure)
+    if "(method.svg)" in body:
+        write_text(folder / "method.svg", figure)
     write_text(folder / "README.md", str(card))
     return folder / "README.md"
 

@@ -1,10 +1,10 @@
 """The charts of the report (Altair), from results and log of a run; None if there are no data for a chart."""
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pruneofa import families
+from pruneofa.formats.files import is_number
 from pruneofa.report.schema import METRIC_NAMES, VARIANTS
 from pruneofa.report.table import variant_name
 
@@ -37,17 +37,13 @@ def log_rows(events: Iterable[dict[str, Any]]) -> Logs:
     """
     curves: dict[Curve, dict[int, dict[str, float]]] = {}
     for event in events:
-        if event.get("event") != "log" or not isinstance(event.get("step"), int) or not _finite(event["step"]):
+        if event.get("event") != "log" or not isinstance(event.get("step"), int) or not is_number(event["step"]):
             continue
-        numbers = {k: v for k, v in event.items() if _finite(v) and k in ("lr", "sparsity", *LOSSES)}
+        numbers = {k: v for k, v in event.items() if is_number(v) and k in ("lr", "sparsity", *LOSSES)}
         peak = event.get("peak_lr")
-        curve = (str(event.get("stage")), peak if _finite(peak) else None)
+        curve = (str(event.get("stage")), peak if is_number(peak) else None)
         curves.setdefault(curve, {})[event["step"]] = {"step": event["step"], **numbers}
     return {curve: _thin([steps[step] for step in sorted(steps)]) for curve, steps in curves.items()}
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
 
 
 def _thin(rows: list[dict[str, float]]) -> list[dict[str, float]]:

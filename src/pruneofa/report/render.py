@@ -52,6 +52,13 @@ def portable(value: Any) -> Any:
     return value
 
 
+def pruned_at_once(recipe: dict[str, Any]) -> bool:
+    """Whether all weights were pruned before the first step; a recipe of before one_shot says it by its score."""
+    prune = recipe.get("prune") or {}
+    given = prune.get("one_shot")
+    return prune.get("score") == "hessian" if given is None else bool(given)
+
+
 def recipe_yaml(recipe: dict[str, Any]) -> str:
     """The recipe as YAML that can be loaded again, without paths of this machine and without empty default values."""
 

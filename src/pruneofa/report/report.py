@@ -16,7 +16,7 @@ from pruneofa.report.charts import (
     schedule_chart,
 )
 from pruneofa.report.deployment import latency_rows, latency_setting, size_rows
-from pruneofa.report.render import portable, recipe_yaml, render
+from pruneofa.report.render import portable, pruned_at_once, recipe_yaml, render
 from pruneofa.report.schema import check_results
 from pruneofa.report.table import notes, retention, table_rows
 from pruneofa.report.training import LOST_NOTE, lost_rows, training_note, training_rows
@@ -65,6 +65,7 @@ def write_report(
             ("Size", "Of a task model, its weights as stored.", size_rows(results)),
             ("Latency", latency_setting(results), latency_rows(results)),
         ],
+        once=pruned_at_once(recipe),
         rewound=bool(recipe.get("prune")) and recipe["prune"]["rewind"] != "none",
         charts={name: _script(chart) for name, chart in charts.items() if chart is not None},
         vega=vl_convert.javascript_bundle(  # pyrefly: ignore[missing-argument]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pruneofa.errors import InputError, short
-from pruneofa.formats.files import read_json
+from pruneofa.formats.files import is_number, read_json
 
 RESULTS = "results.json"
 METRICS = ("exact_match", "f1", "accuracy", "accuracy_mm")
@@ -108,7 +108,7 @@ def _mapping(value: Any, source: str, key: str) -> dict[str, Any]:
 
 
 def _number(value: Any, source: str, key: str, largest: float = math.inf, least: float = 0) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= largest:
+    if not is_number(value) or not least <= value <= largest:
         limit = "a number of at least 0" if largest == math.inf else f"a number from {least:g} to {largest:g}"
         raise InputError(f"{source}: {key} is {short(value)}, wanted {limit}")
     return float(value)

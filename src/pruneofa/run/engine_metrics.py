@@ -9,12 +9,13 @@ from pruneofa.engine.engine import choose_isa
 from pruneofa.engine.load import Precision
 from pruneofa.formats.files import read_json, write_json
 from pruneofa.progress import notice
-from pruneofa.run.stage import Evaluation
+from pruneofa.run.stage import Evaluation, check_fields, check_metrics
 from pruneofa.train.evaluate import evaluate_by_engine
 from pruneofa.train.metrics import save_rows
 
 FILE = "engine.json"
 ROWS = "engine_metric_rows.npz"
+_FIELDS = {"metrics": dict, "longest": int, "sizes": dict, "latency": dict}
 # Variants of a task (names in results.json) that the engine evaluates too, with its precision.
 PRECISIONS: dict[str, Precision] = {"dense": "fp32", "transfer": "fp32", "ptq": "int8", "quantize": "int8"}
 LONGEST = 128  # tokens of the sequence that is timed
@@ -70,10 +71,17 @@ def _add_latency(folders: dict[str, Path]) -> None:
 
 
 def read_engine(evaluation: Evaluation) -> dict[str, Any] | None:
-    """What engine.json of an evaluated model holds; None without it, or if it is of other rows, or of another model."""
+    """What engine.json of an evaluated model holds; None without it, or if it is of other rows, or of another model.
+
+    Raises InputError for a record that no measurement writes.
+    """
     file = evaluation.folder / FILE
     record = read_json(file) if file.exists() else {}
-    return record if record.get("evaluation") == evaluation.fingerprint else None
+    if record.get("evaluation") != evaluation.fingerprint:
+        return None
+    check_fields(record, file, _FIELDS, ("metrics", "longest"), "it to measure again")
+    check_metrics(record["metrics"], file)
+    return record
 
 
 def engine_columns(records: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:

@@ -44,7 +44,7 @@ from pruneofa.train.lock import PatternLock
 from pruneofa.train.models import load_for_pretraining, load_for_task
 from pruneofa.train.objective import Objective, TransferObjective, model_inputs
 from pruneofa.train.quantize import FakeQuantizer
-from pruneofa.train.sparse_linear import note_zeroed, skip_locked_zeros
+from pruneofa.train.sparse_linear import can_skip, note_zeroed, skip_locked_zeros
 
 PROBE_STEPS = 5
 PROBE_TOKENS = 4096  # largest batch that is timed; larger ones are extrapolated
@@ -79,10 +79,9 @@ def estimate(recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
 def _stage_row(recipe: Recipe, inputs: Inputs, stage: Stage, timed: dict[Any, float]) -> dict[str, Any]:
     kind, steps, tokens = _size(inputs, stage)
     status, done = stage.status, 0
-    if status == "run" and stage.begun is not None:
-        other_settings = stage.begun != stage.fingerprint
-        done = 0 if other_settings else _steps_done(stage)
-        status = "changed" if other_settings else "resume" if done else "run"
+    if status == "run" and stage.begun:
+        done = 0 if stage.begun_otherwise else _steps_done(stage)
+        status = "changed" if stage.begun_otherwise else "resume" if done else "run"
     row = {"stage": str(stage.id), "status": status, "steps": steps, "tokens": tokens, "minutes": 0.0}
     if status != "done" and tokens:
         if kind not in timed:
@@ -178,8 +177,8 @@ def _probe(
         objective, batch = _task_probe(recipe, inputs.task(str(stage.id.task)), _training(stage), tokens_per_step)
         if isinstance(settings, QuantizeSettings):
             FakeQuantizer(objective.student, **numerics(settings))
-    alone = processes().num_processes == 1 and own_device().type == "cpu"
-    if _skips_zeros(settings) and alone and recipe.precision == "fp32":  # as LockCallback does
+    possible = can_skip(processes=processes().num_processes, reduced=recipe.precision != "fp32", compiled=False)
+    if _skips_zeros(settings) and possible and own_device().type == "cpu":
         _lock(objective.student, recipe.prune)
     return objective, batch
 

@@ -32,6 +32,7 @@ from pruneofa.run.stage import (
 from pruneofa.train.device import processes
 from pruneofa.train.evaluate import evaluate_model, load_task_model
 from pruneofa.train.metrics import save_rows
+from pruneofa.train.models import model_fingerprint
 from pruneofa.train.quantize import FakeQuantizer
 
 
@@ -52,10 +53,10 @@ def make(stage: Stage, emit: Emit) -> None:
     state = processes()
     if state.is_main_process:
         refuse_foreign(stage.work, MARK)
-        if stage.begun not in (None, stage.fingerprint):
+        if stage.begun_otherwise:
             remove_folder(stage.work)
         stage.work.mkdir(parents=True, exist_ok=True)
-        write_text(stage.work / MARK, stage.fingerprint)
+        write_text(stage.work / MARK, stage.mark)
     state.wait_for_everyone()
     start = stage.inputs.get("model")
     if isinstance(start, Model):
@@ -80,11 +81,14 @@ def make(stage: Stage, emit: Emit) -> None:
                 "fingerprint": stage.fingerprint,
                 "settings": fingerprinted(stage.settings),
                 "inputs": stage.input_fingerprints,
+                "made_from": stage.made_from,
                 "seconds": round(outcome.seconds, 1),
                 "tokens": outcome.tokens,
                 "hardware": hardware(),
                 "versions": versions(),
             }
+            if outcome.model is not None:
+                record["output"] = model_fingerprint(str(folder))
             if outcome.epochs is not None:
                 record["epochs"] = outcome.epochs
             write_json(folder / RECORD, record)

@@ -255,6 +255,16 @@ def task_student(model: str, task: task_data.Task) -> PreTrainedModel:
     return student
 
 
+def refuse_other_losses(student: PreTrainedModel, model: str) -> None:
+    """Raises InputError for a classifier that was not trained with the loss of one class per row, as we train it."""
+    problem = getattr(student.config, "problem_type", None)
+    if problem not in (None, "single_label_classification"):
+        raise InputError(
+            f"{model}: problem_type is {problem} in config.json, but quantization-aware training has the loss of one "
+            "class per row; quantize it without training: --ptq"
+        )
+
+
 def transfer_objective(
     model: str | PreTrainedModel, teacher: str | PreTrainedModel | None, losses: Losses | None, task: task_data.Task
 ) -> TransferObjective:

@@ -41,21 +41,22 @@ def refuse_changes(steps: Iterable[Step], where: Path, redo: bool, out: str = "-
 
     Of a finished stage it says what changed. A stage's folder that no stage made is always refused.
 
-    Stages with a record of an earlier format are refused too, because it is unknown whether their settings changed.
+    Stages with a record of another format are refused too, because it is unknown whether their settings changed.
     `where` is the folder that the message names, `out` the command-line argument for it.
     """
     stages = [step for step in steps if isinstance(step, Stage)]
     for stage in stages:
         refuse_foreign(stage.folder, RECORD)
-    earlier = [(stage, version) for stage in stages if (version := stage.earlier) is not None]
-    if earlier and not redo:
-        names = ", ".join(str(stage.id) for stage, _ in earlier)
+    other = {str(stage): found for stage in stages if (found := stage.other_format) is not None}
+    if other and not redo:
+        found = max(other.values())
+        why = "which do not hold all settings" if found < FORMAT else "which a later version wrote"
         raise InputError(
-            f"{where}: made by pruneofa {earlier[0][1]}, whose stages do not record all settings ({names}); "
-            f"wanted stages of format {FORMAT}; choose another {out}, or run them again with --redo"
+            f"{where}: has records of format {found}, {why} ({', '.join(other)}); this pruneofa writes format "
+            f"{FORMAT}; choose another {out}, or run them again with --redo"
         )
     changed = [f"{stage.id} ({_first(stage.differences())})" for stage in stages if stage.status == "changed"]
-    changed += [f"{stage.id} (unfinished)" for stage in stages if stage.begun not in (None, stage.fingerprint)]
+    changed += [f"{stage.id} (unfinished)" for stage in stages if stage.begun_otherwise]
     if changed and not redo:
         raise InputError(
             f"settings or inputs of stages changed: {', '.join(changed)}; "

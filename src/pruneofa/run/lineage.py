@@ -29,8 +29,9 @@ def sparse_of_run(model: Path) -> str | None:
     root = Path(*folder.parts[: -len(inside)])
     if folder.parts[-len(inside) :] != inside or not (root / "recipe.yaml").is_file():
         return None
+    start = root / StageId(None, None, "control" if stage.variant == "control" else "prune").path
     if stage.variant == "control":
-        return str(root / StageId(None, None, "control").path)
+        return str(start) if start.exists() else None
     if stage.variant not in SPARSE:
         return None
     try:
@@ -41,8 +42,19 @@ def sparse_of_run(model: Path) -> str | None:
         recipe = load([root / "recipe.yaml"])
         if not recipe.prune:
             return recipe.model
-    sparse = root / StageId(None, None, "prune").path
-    return str(sparse) if sparse.exists() else None
+    return str(start) if start.exists() else None
+
+
+def sparse_here(model: Path) -> tuple[str | None, str | None]:
+    """`sparse_of_run` if its zeros can be read here, else None; and why they cannot, if the run has such a model."""
+    try:
+        sparse = sparse_of_run(model)
+    except InputError as error:  # such as the recipe of a later version
+        return None, str(error)
+    # A relative path in a recipe is relative to the folder where the run was started, which may be another one.
+    if sparse is None or (Path(sparse).is_absolute() and any(Path(sparse).glob("*.safetensors"))):
+        return sparse, None
+    return None, f"its run names the sparse model {sparse}, which is no folder with safetensors here"
 
 
 def lost_pattern(sparse: str, model: str) -> str | None:
@@ -71,11 +83,6 @@ def check_lock(folder: Path) -> None:
     Folders elsewhere are not checked. A sparse model that came from the hub, or as a .bin file, is not fetched for this
     check; use `pruneofa verify` to compare with it.
     """
-    try:
-        sparse = sparse_of_run(folder)
-    except InputError:  # the recipe of another version cannot be read
-        return
-    # A relative path in a recipe is relative to the folder where the run was started, which may be another one.
-    known = sparse is not None and Path(sparse).is_absolute() and any(Path(sparse).glob("*.safetensors"))
-    if known and (lost := lost_pattern(str(sparse), str(folder))):
+    sparse, _ = sparse_here(folder)
+    if sparse is not None and (lost := lost_pattern(sparse, str(folder))):
         raise InputError(lost)

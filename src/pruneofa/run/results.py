@@ -12,16 +12,16 @@ from typing import Any
 import torch
 
 from pruneofa.engine.hardware import processor
-from pruneofa.errors import CheckFailed
+from pruneofa.errors import CheckFailed, InputError, short
 from pruneofa.formats import pattern
-from pruneofa.formats.files import read_json, write_text
+from pruneofa.formats.files import write_text
 from pruneofa.recipe import Recipe
 from pruneofa.run.engine_metrics import ROWS as ENGINE_ROWS
 from pruneofa.run.engine_metrics import engine_columns, read_engine
 from pruneofa.run.events import LOG, read_events
-from pruneofa.run.lineage import SPARSE, lost_pattern, stage_of
-from pruneofa.run.names import RECORD, StageId
-from pruneofa.run.stage import METRICS, ROWS, Stage, Step, read_record
+from pruneofa.run.lineage import SPARSE, lost_pattern
+from pruneofa.run.names import StageId
+from pruneofa.run.stage import ROWS, Stage, Step, read_metrics, read_record
 from pruneofa.train.device import processes
 from pruneofa.train.metrics import Rows, load_rows, lost
 
@@ -43,7 +43,7 @@ def collect(recipe: Recipe, folder: Path, steps: Iterable[Step]) -> dict[str, An
             made_with = record["versions"]
             costs[str(step.id)] = {key: record[key] for key in COSTS if key in record}
             continue
-        _add_runs(measured, step.id, "", read_json(step.folder / METRICS))
+        _add_runs(measured, step.id, "", read_metrics(step.folder))
         _add_rows(rows, step.id, "", load_rows(step.folder / ROWS))
         if (record := read_engine(step)) is not None:
             by_engine.append((step.id.variant, record))
@@ -80,8 +80,15 @@ def _add_lost(measured: dict[str, Any], rows: RowsOf) -> None:
     """Add what each variant loses against the dense model by torch, where both have the terms of their rows."""
     for (task, metric, variant), of_seeds in rows.items():
         dense = rows.get((task, metric, "dense"), {})
-        if variant != "dense" and (found := lost(dense, of_seeds)) is not None:
-            measured[task][metric][variant]["lost"] = found
+        entry = measured[task].get(metric, {}).get(variant)
+        if variant != "dense" and entry is not None and (found := lost(dense, of_seeds)) is not None:
+            entry["lost"] = found
+
+
+def remove_reports(folder: Path) -> None:
+    """Remove results.json and what `write_reports` wrote from it, before stages that they tell of are replaced."""
+    for name in ("results.json", "table.md", "report.html", "sparse/README.md"):
+        (folder / name).unlink(missing_ok=True)
 
 
 def write_reports(recipe: Recipe, folder: Path, results: dict[str, Any]) -> None:
@@ -103,19 +110,29 @@ def write_reports(recipe: Recipe, folder: Path, results: dict[str, Any]) -> None
 
 
 def _date(events: Iterable[Mapping[str, Any]]) -> str | None:
-    """The ISO date (UTC) on which the sparse model was last made; None if the log does not tell."""
-    times = [event["time"] for event in events if (event["event"], event.get("stage")) == ("done", "prune")]
-    return datetime.fromtimestamp(times[-1], UTC).date().isoformat() if times else None
+    """The ISO date (UTC) on which the sparse model was last made; None if the log does not tell.
+
+    Raises InputError for a time that is none.
+    """
+    made = [event.get("time") for event in events if (event.get("event"), event.get("stage")) == ("done", "prune")]
+    try:
+        return datetime.fromtimestamp(made[-1], UTC).date().isoformat() if made else None  # pyrefly: ignore[bad-argument-type]
+    except (TypeError, ValueError, OverflowError, OSError):
+        raise InputError(
+            f"{LOG}: the stage prune is done at time {short(made[-1])}, wanted seconds since 1970; correct that line"
+        ) from None
 
 
-def verify_run(recipe: Recipe, folder: Path) -> int:
-    """Number of task models, all checked to keep the sparse model's pattern. Raises CheckFailed if one does not."""
-    made = [(file.parent, stage_of(file.parent)) for file in sorted((folder / "tasks").rglob(RECORD))]
-    models = [model for model, stage in made if stage is not None and stage.variant in SPARSE]
+def verify_run(recipe: Recipe, folder: Path, steps: Iterable[Step]) -> int:
+    """Number of task models, all checked to keep the sparse model's pattern.
+
+    Raises CheckFailed if one does not: its weights, or those of the sparse model, were replaced after it was made.
+    """
+    models = [step.folder for step in steps if isinstance(step, Stage) and step.id.variant in SPARSE]
     sparse = sparse_folder(recipe, folder)
     for model in models:
         if lost := lost_pattern(sparse, str(model)):
-            raise CheckFailed(lost)
+            raise CheckFailed(f"{lost}: delete {model} and run again with --redo; no results were written")
     return len(models)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from pruneofa.formats.files import recover_all, write_json, write_text
 from pruneofa.progress import notice
 from pruneofa.recipe import Recipe, dump
+from pruneofa.report.schema import check_results
 from pruneofa.run.checks import check, check_engine
 from pruneofa.run.engine_metrics import measure_by_engine
 from pruneofa.run.events import LOG, append_event
@@ -15,7 +16,7 @@ from pruneofa.run.execute import execute_steps
 from pruneofa.run.folder import RUN, check_folder, clear_work, exclusive, refuse_changes, refuse_links
 from pruneofa.run.inputs import Inputs
 from pruneofa.run.plan import plan
-from pruneofa.run.results import collect, environment, write_reports
+from pruneofa.run.results import collect, environment, remove_reports, verify_run, write_reports
 from pruneofa.run.stage import WORK, Evaluation, Stage
 from pruneofa.train.device import processes
 
@@ -31,7 +32,8 @@ def run(
 
     `extend`, if given, adds to the results before they are written.
     Returns the contents of results.json. Raises InputError when the folder belongs to another recipe,
-    or when the settings of finished stages have changed and `redo` is false.
+    or when the settings of finished stages have changed and `redo` is false, and CheckFailed when a task model does
+    not keep the sparse model's pattern.
     """
     check_folder(recipe, folder)
     inputs = Inputs(recipe)
@@ -54,6 +56,7 @@ def run(
         results = collect(recipe, folder, steps)
         if extend is not None:
             extend(results, inputs)
+        check_results(results, str(folder))  # the records that it was made of may have been edited
         write_json(folder / "results.json", results)
         write_reports(recipe, folder, results)
         return results
@@ -66,11 +69,15 @@ def run(
         refuse_changes(steps, folder, redo)  # again: another process may have finished meanwhile
         if main:
             write_text(folder / "recipe.yaml", dump(recipe))
+            if any(step.status == "changed" for step in steps):
+                remove_reports(folder)  # they would stay if this run were interrupted, and tell of other models
             if any(step.status != "done" for step in steps):
                 write_json(folder / "run.json", environment())
         execute_steps(steps, partial(append_event, folder / LOG))
         if main:
             clear_work(folder / WORK)
+            if checked := verify_run(recipe, folder, steps):
+                notice(f"verify: ok, {checked} task models keep every zero of the sparse model")
             results = report()
         processes().wait_for_everyone()
         # No collective after this: the engine takes longer than a barrier's timeout.

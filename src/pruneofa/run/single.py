@@ -8,19 +8,19 @@ from typing import Literal
 
 from pruneofa.data import tasks as task_data
 from pruneofa.errors import InputError
-from pruneofa.formats.files import output_folder, read_json, recover_all
+from pruneofa.formats.files import output_folder, recover_all
 from pruneofa.progress import notice
 from pruneofa.recipe import KNOWN_TASKS, Quantize, Recipe, Task
 from pruneofa.run.checks import check, check_pattern
 from pruneofa.run.events import LOG, append_event, append_events
 from pruneofa.run.execute import execute_steps
-from pruneofa.run.fine_tuning import task_student
+from pruneofa.run.fine_tuning import refuse_other_losses, task_student
 from pruneofa.run.folder import clear_work, exclusive, refuse_changes, refuse_links, refuse_other_work
 from pruneofa.run.inputs import Inputs
-from pruneofa.run.lineage import sparse_of_run
+from pruneofa.run.lineage import sparse_here
 from pruneofa.run.names import RECORD, StageId
 from pruneofa.run.plan import int8_stages, prune_stage, teacher_stage, transfer_stage, with_evaluation
-from pruneofa.run.stage import METRICS, Stage, Step
+from pruneofa.run.stage import Stage, Step, read_metrics
 from pruneofa.train.device import processes
 from pruneofa.train.evaluate import class_names
 from pruneofa.train.models import load_config
@@ -89,7 +89,8 @@ def quantize(
 ) -> dict[str, float]:
     """Quantize one task model to int8, by training or, with `settings.ptq`, without; `out` becomes the int8 model.
 
-    A model made by a run must still have the pattern of that run's sparse model. Returns its metrics in percent.
+    A model made by a run must still have the pattern of that run's sparse model, if it is here. Returns its metrics in
+    percent.
     Raises as `run` does, and CheckFailed if the pattern is not kept.
     """
     recipe = Recipe(
@@ -104,9 +105,13 @@ def quantize(
     )
     inputs = Inputs(recipe, None if name in KNOWN_TASKS else class_names(load_config(model)))
     out = output_folder(out)
-    task_student(model, inputs.task(name))
+    student = task_student(model, inputs.task(name))
+    if not settings.ptq:
+        refuse_other_losses(student, model)
     _note_held_out(inputs.task(name))
-    sparse = sparse_of_run(Path(model))
+    sparse, why = sparse_here(Path(model))
+    if why is not None and processes().is_main_process:
+        notice(f"{model}: its zeros are kept, but not compared with those of its run's sparse model: {why}")
     check_pattern(sparse, model)
     teacher = inputs.model(spec.teacher) if spec.teacher else None
     stages = int8_stages(recipe, inputs, name, seed, inputs.model(model), teacher, sparse, _work_folder(out))
@@ -152,4 +157,4 @@ def _execute(recipe: Recipe, inputs: Inputs, steps: Sequence[Step], out: Path, r
             if (work / LOG).exists():  # after the events of earlier commands, such as the losses of training
                 append_events(out / LOG, work / LOG)
             clear_work(work)
-    return read_json(out / METRICS)
+    return read_metrics(out)

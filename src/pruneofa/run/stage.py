@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pruneofa.errors import InputError, short
 from pruneofa.formats import scales
-from pruneofa.formats.files import fingerprint, read_json
+from pruneofa.formats.files import fingerprint, is_number, read_json
 from pruneofa.formats.settings import copy_sentence
 from pruneofa.recipe import RESOURCES_ONLY, Section
 from pruneofa.run.names import RECORD, StageId
@@ -42,9 +42,9 @@ METRICS, EVALUATION = "metrics.json", "evaluation.json"
 ROWS = "metric_rows.npz"  # the terms of the rows, by which models are compared; see `pruneofa.train.metrics`
 _FIELDS: dict[str, Any] = {
     "format": int, "fingerprint": str, "settings": dict, "inputs": dict, "versions": dict, "tokens": int,
-    "seconds": int | float,
+    "seconds": int | float, "output": str, "made_from": dict,
 }  # fmt: skip
-MARK = "fingerprint"  # file in a stage's working folder: the fingerprint that the work was begun with
+MARK = "fingerprint"  # file in a stage's working folder: what the work was begun with, `Stage.mark`
 WORK = ".work"  # folder in a run's folder: the working folders of its stages
 
 Emit = Callable[[dict[str, Any]], None]
@@ -52,10 +52,21 @@ Emit = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class Model:
-    """An input or output model of a stage: a folder or hub id, and the fingerprint of its contents."""
+    """An input or output model of a stage: a folder or hub id, and the fingerprint of its contents.
+
+    The model of a stage has that stage's fingerprint, of what goes into it: its weights do not exist yet.
+    """
 
     path: str
     fingerprint: str
+    stage: "Stage | None" = field(default=None, repr=False, compare=False)
+
+    @property
+    def output(self) -> str | None:
+        """The fingerprint of the weights that a stage made, from its record; None if it does not tell."""
+        if self.stage is None or not (self.stage.folder / RECORD).exists():
+            return None
+        return read_record(self.stage.folder).get("output")
 
 
 @dataclass(frozen=True)
@@ -108,13 +119,36 @@ def read_record(folder: Path, needed: tuple[str, ...] = ()) -> dict[str, Any]:
     Raises InputError, as `read_json` does, and for a field that no stage writes so, or that is `needed` and missing.
     """
     record = read_json(folder / RECORD)
-    for name, kind in _FIELDS.items():
-        if (name in record or name in needed) and not isinstance(record.get(name), kind):
-            raise InputError(
-                f"{folder / RECORD}: {name} is {short(record.get(name))}, which no stage writes; restore the file, or "
-                "delete the folder to make it again"
-            )
+    check_fields(record, folder / RECORD, _FIELDS, needed, "the folder to make it again")
     return record
+
+
+def check_fields(
+    record: Mapping[str, Any], file: Path, kinds: Mapping[str, Any], needed: tuple[str, ...], what: str
+) -> None:
+    """Raises InputError for a field that is not of its kind, or `needed` and missing; `what` may be deleted instead."""
+    for name, kind in kinds.items():
+        value = record.get(name)
+        if (name in record or name in needed) and not isinstance(value, kind):
+            raise InputError(
+                f"{file}: {name} is {short(value)}, which no stage writes; restore the file, or delete {what}"
+            )
+
+
+def check_metrics(metrics: Mapping[str, Any], file: Path) -> None:
+    """Raises InputError for metrics, which `file` holds, that are no numbers."""
+    for name, value in metrics.items():
+        if not is_number(value):
+            raise InputError(
+                f"{file}: {name} is {short(value)}, wanted a number; restore the file, or delete it to evaluate again"
+            )
+
+
+def read_metrics(folder: Path) -> dict[str, float]:
+    """The metrics of the model in `folder`. Raises InputError as `read_json` does, and for what is no number."""
+    metrics = read_json(folder / METRICS)
+    check_metrics(metrics, folder / METRICS)
+    return metrics
 
 
 def unused(*names: str) -> Mapping[str, Any]:
@@ -191,15 +225,32 @@ class Stage:
     @property
     def model(self) -> Model:
         """The model that the stage makes."""
-        return Model(str(self.folder), self.fingerprint)
+        return Model(str(self.folder), self.fingerprint, self)
 
     @property
     def status(self) -> str:
         """One of done, changed (done with other settings or inputs) and run."""
-        file = self.folder / RECORD
-        if file.exists():
-            return "done" if read_record(self.folder).get("fingerprint") == self.fingerprint else "changed"
-        return "run"
+        if not (self.folder / RECORD).exists():
+            return "run"
+        same = read_record(self.folder).get("fingerprint") == self.fingerprint
+        return "done" if same and not self.remade_inputs else "changed"
+
+    @property
+    def made_from(self) -> dict[str, str]:
+        """`Model.output` of the inputs that stages made, as far as their records tell."""
+        models = {name: value.output for name, value in self.inputs.items() if isinstance(value, Model)}
+        return {name: output for name, output in models.items() if output is not None}
+
+    @property
+    def remade_inputs(self) -> list[str]:
+        """The input models that were made again since this stage was, or will be: the fingerprints cannot tell.
+
+        Records of earlier versions say nothing of weights; there only a model that will be made again is found.
+        """
+        then, now = read_record(self.folder).get("made_from", {}), self.made_from
+        others = {name for name in now if name in then and then[name] != now[name]}
+        models = {name: value.stage for name, value in self.inputs.items() if isinstance(value, Model)}
+        return [name for name, stage in models.items() if name in others or (stage and stage.status != "done")]
 
     def differences(self) -> list[str]:
         """What differs between the finished stage's record and the settings and inputs of now, a phrase for each."""
@@ -208,24 +259,33 @@ class Stage:
         names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
         found = [f"{name} was {then.get(name)}, is {now.get(name)}" for name in names]
         before = record.get("inputs", {})
-        return found + [f"other {name}" for name, value in self.input_fingerprints.items() if before.get(name) != value]
+        others = [name for name, value in self.input_fingerprints.items() if before.get(name) != value]
+        found += [f"other {name}" for name in others]
+        return found + [f"{name} made again" for name in self.remade_inputs if name not in others]
 
     @property
-    def begun(self) -> str | None:
-        """The fingerprint with which the unfinished work in the working folder was begun; None if there is none."""
-        mark = self.work / MARK
-        return mark.read_text(encoding="utf-8") if mark.exists() else None
+    def mark(self) -> str:
+        """What the work is begun with: the fingerprint, and that of the weights that other stages made for it."""
+        made_from = self.made_from
+        return f"{self.fingerprint} {fingerprint(made_from)}" if made_from else self.fingerprint
 
     @property
-    def earlier(self) -> str | None:
-        """The version that made the folder if its record has an earlier format, else None."""
-        file = self.folder / RECORD
-        if not file.exists():
-            return None
-        record = read_record(self.folder)
-        if record.get("format", 1) >= FORMAT:
-            return None
-        return record.get("versions", {}).get("pruneofa", "0.1")
+    def begun(self) -> bool:
+        """Whether there is unfinished work in the working folder."""
+        return (self.work / MARK).exists()
+
+    @property
+    def begun_otherwise(self) -> bool:
+        """Whether that work was begun with other settings or inputs; earlier versions recorded no weights."""
+        found = (self.work / MARK).read_text(encoding="utf-8", errors="replace") if self.begun else self.mark
+        return found not in (self.fingerprint, self.mark)
+
+    @property
+    def other_format(self) -> int | None:
+        """The format of the finished stage's record if it is not FORMAT, else None."""
+        made = (self.folder / RECORD).exists()
+        found = read_record(self.folder).get("format", 1) if made else FORMAT
+        return None if found == FORMAT else found
 
     def __str__(self) -> str:
         return str(self.id)

@@ -21,6 +21,7 @@ from pruneofa.formats.files import (
     recover,
     recover_like,
     remove_folder,
+    user_path,
     write_json,
 )
 from pruneofa.formats.hub import FILES, local_folder
@@ -68,7 +69,7 @@ def predict_files(
     for name, value in (("--processes", processes), ("--rows", rows)):
         if value < 1:
             raise InputError(f"{name} is {value}, wanted at least 1")
-    target, paths = output_folder(out), [Path(file).expanduser() for file in files]
+    target, paths = output_folder(out), [user_path(file) for file in files]
     _check_paths(target, paths)
     settings |= {
         "model": str(local_folder(model).absolute()),

@@ -18,7 +18,7 @@ from pruneofa.train.lock import PatternLock
 from pruneofa.train.masks import prunable
 from pruneofa.train.prune import GradualPruner, check_schedule, check_score, check_sparsity
 from pruneofa.train.quantize import FakeQuantizer
-from pruneofa.train.sparse_linear import compute_densely, note_zeroed, skip_locked_zeros
+from pruneofa.train.sparse_linear import can_skip, compute_densely, note_zeroed, skip_locked_zeros
 
 PRUNER_FILE = "pruner.safetensors"
 OBSERVER_FILE = "observers.safetensors"
@@ -201,8 +201,9 @@ class LockCallback(TrainerCallback):
         # Of an earlier training that was interrupted, perhaps with another callback.
         compute_densely([*self._sparse, *model.modules()])
         self._sparse = []
-        elsewhere = args.world_size > 1 or args.torch_compile or args.bf16 or args.fp16  # than in a SparseLinear
-        if self.skip_zeros and not elsewhere and self.lock is not None:
+        reduced, compiled = args.bf16 or args.fp16, args.torch_compile
+        possible = can_skip(processes=args.world_size, reduced=reduced, compiled=compiled)
+        if self.skip_zeros and possible and self.lock is not None:
             self._sparse = skip_locked_zeros(model, self.lock.weights, self.lock.pruned)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

@@ -4,6 +4,8 @@ Both models of a comparison answer the same rows, so their difference is far bet
 are answered alike. The terms of the rows keep what is needed for that.
 """
 
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pruneofa import recipe
+from pruneofa.errors import InputError
 from pruneofa.formats.files import new_file
 
 Rows = NDArray[np.float32]
@@ -91,11 +94,20 @@ def save_rows(file: Path, measured: Measured) -> None:
 
 
 def load_rows(file: Path) -> dict[str, Rows]:
-    """The arrays that `save_rows` wrote; none if the file does not exist."""
+    """The arrays that `save_rows` wrote; none if the file does not exist. Raises InputError for a damaged file."""
     if not file.exists():
         return {}
-    with np.load(file, allow_pickle=False) as stored:
-        return dict(stored)
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            rows = dict(stored)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError, TypeError, KeyError):
+        rows = None
+    if rows is None or not all(terms.ndim == 1 and terms.dtype == np.float32 for terms in rows.values()):
+        raise InputError(
+            f"{file}: damaged, wanted the terms of the metrics of every row; copy it again, or delete it: only the "
+            "standard errors of comparisons are lost"
+        )
+    return rows
 
 
 def lost(dense: Mapping[int, Rows], other: Mapping[int, Rows]) -> dict[str, float] | None:

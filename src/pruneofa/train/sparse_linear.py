@@ -126,6 +126,17 @@ def skip_locked_zeros(
     return changed
 
 
+def can_skip(*, processes: int, reduced: bool, compiled: bool) -> bool:
+    """Whether training may skip locked zeros: by one process, in float32, and eagerly. Else a SparseLinear is dense.
+
+    Args:
+        processes: that train together.
+        reduced: whether they compute in bf16 or fp16.
+        compiled: by torch.compile.
+    """
+    return processes == 1 and not reduced and not compiled
+
+
 def note_zeroed(layers: Iterable[nn.Module]) -> None:
     """Say that the pruned weights of `layers` are zero now; until then, a change in place made the layers dense."""
     for layer in layers:
