@@ -215,13 +215,24 @@ def test_without_the_extra_its_name_is_said(folders):
     assert len(said.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_the_extra_for_traces_is_missed_before_anything_is_loaded(tmp_path, workers):
+    program = "import sys; sys.modules['opentelemetry'] = None; from pruneofa.cli.main import main; sys.exit(main())"
+    model = str(tmp_path / "none")
+    command = [sys.executable, "-c", program, "serve", model, "--otlp-endpoint", "http://x", "--workers", workers]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert said.returncode == 3 and said.stderr.endswith("pip install 'pruneofa[otel]'\n")
+    assert len(said.stderr.splitlines()) == 1
+
+
 def test_a_damaged_folder_is_one_line(folders, tmp_path):
     shutil.copytree(folders["vectors"], tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").write_bytes(b"nothing")
     assert str(tmp_path) in refused(tmp_path / "model", "--port", 0)
 
 
-def test_traces_go_to_a_collector_and_continue_the_callers(start, folders):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_traces_go_to_a_collector_and_continue_the_callers(start, folders, workers):
     pytest.importorskip("opentelemetry.instrumentation.asgi", reason="the otel extra is not installed")
     received = []
 
@@ -236,7 +247,8 @@ def test_traces_go_to_a_collector_and_continue_the_callers(start, folders):
 
     with http.server.HTTPServer(("127.0.0.1", 0), Collector) as collector:
         threading.Thread(target=collector.serve_forever, daemon=True).start()
-        server = start(folders["vectors"], "--otlp-endpoint", f"http://127.0.0.1:{collector.server_port}")
+        endpoint = f"http://127.0.0.1:{collector.server_port}"
+        server = start(folders["vectors"], "--otlp-endpoint", endpoint, "--workers", workers)
         trace = "0af7651916cd43dd8448eb211c80319c"
         request = urllib.request.Request(
             f"{server.url}/embed",

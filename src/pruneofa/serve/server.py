@@ -22,6 +22,7 @@ from pruneofa.formats.hub import FILES, local_folder
 from pruneofa.progress import notice
 from pruneofa.serve.connections import INTERVAL, Connection, close_stalled
 from pruneofa.serve.settings import Settings
+from pruneofa.serve.tracing import check_extra, traced
 
 _NOT_NOW = (errno.EADDRINUSE, errno.EADDRNOTAVAIL, socket.EAI_AGAIN)  # a network that is not up yet, an old server
 _ENDING = (signal.SIGTERM, signal.SIGINT)
@@ -84,6 +85,8 @@ def serve(
         InputError: a model cannot be loaded, or the address is taken.
         ImportError: traces are wanted, and the otel extra is not installed.
     """
+    if otlp_endpoint is not None:
+        check_extra()
     bound = bind(host, port)
     shown = f"[{host}]" if ":" in host else host
     url = f"http://{shown}:{bound.getsockname()[1]}"
@@ -96,16 +99,13 @@ def serve(
         # Imported by each worker: prometheus_client looks for its shared folder when it is imported.
         from pruneofa.serve.app import create_app
         from pruneofa.serve.model import load
-        from pruneofa.serve.tracing import traced
 
         loaded = [load(name, folder, **(engine or {})) for (name, _), folder in zip(models, folders, strict=True)]
         for (_, path), folder, state in zip(models, folders, begun, strict=True):
             if workers > 1 and _state(folder) != state:  # the other workers have loaded another model
                 raise InputError(f"{path}: changed since the server started; restart it")
-        app: Any = create_app(loaded, settings)
-        if otlp_endpoint is not None:
-            app = traced(app, otlp_endpoint)
-        _run(app, bound, grace, started)
+        with traced(create_app(loaded, settings), otlp_endpoint) as app:
+            _run(app, bound, grace, started)
 
     if workers == 1:
         work(lambda: ready(url))
