@@ -5,6 +5,7 @@ import gzip
 import http.client
 import http.server
 import json
+import os
 import re
 import shutil
 import signal
@@ -150,6 +151,44 @@ def test_the_key_comes_from_a_file_or_the_environment(start, folders, tmp_path):
         assert urllib.request.urlopen(request, timeout=20).status == 200
         with pytest.raises(urllib.error.HTTPError, match="401"):
             urllib.request.urlopen(f"{server.url}/info", timeout=20)
+
+
+SLOW = """
+import sys, time
+from pruneofa.cli.main import main
+from pruneofa.serve import model
+
+def load(*_, **__):
+    print("loading", flush=True)
+    time.sleep(60)
+
+model.load = load
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("first", [False, True])
+def test_sigterm_while_a_model_is_loaded_ends_the_program(folders, first, workers):
+    """Also as the first process of a container, which gets no signal that it does not handle."""
+    before = ["unshare", "--pid", "--fork", "--kill-child"] if first else []
+    if first and (not shutil.which("unshare") or subprocess.run([*before, "true"], capture_output=True).returncode):
+        pytest.skip("no namespace of processes may be made here")
+    command = [*before, sys.executable, "-c", SLOW, "serve", folders["vectors"], "--port", "0", "--workers", workers]
+    with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline() == "loading\n"
+            with open(f"/proc/{process.pid}/task/{process.pid}/children") as file:
+                ended = int(file.read()) if first else process.pid
+            os.kill(ended, signal.SIGTERM)
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
+
+
+def test_one_process_shares_no_metrics(start, folders, tmp_path):
+    server = start(folders["vectors"], PROMETHEUS_MULTIPROC_DIR=str(tmp_path / "none"))
+    assert ask(server, inputs="water")[0] == 200 and metric(server, 'te_request_count{method="single"}') == 1
 
 
 def test_wrong_input_is_one_line(folders, tmp_path):
