@@ -269,21 +269,30 @@ def test_a_worker_that_is_due_is_waited_for(tmp_path):
     assert parent.returncode == 0
 
 
-NOT_NOW = """
-import pathlib, socket, sys
+FAILING = """
+import errno, pathlib, socket, sys
 from pruneofa.errors import NotNow
 from pruneofa.serve import server
 
 def work(place, alone, started):
-    raise NotNow("the hub does not answer; try again")
+    raise eval(sys.argv[2])
 
 sys.exit(server._prefork(work, 2, pathlib.Path(sys.argv[1]), socket.socket(), lambda: None))
 """
 
 
-def test_the_exit_code_of_the_first_worker_is_that_of_one_process(tmp_path):
-    said = subprocess.run([sys.executable, "-c", NOT_NOW, str(tmp_path)], capture_output=True, text=True, timeout=60)
-    assert said.returncode == 3 and said.stderr == "pruneofa: error: the hub does not answer; try again\n"
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        ("NotNow('the hub does not answer; try again')", 3, "the hub does not answer; try again"),
+        ("ImportError('it needs an extra')", 3, "it needs an extra"),
+        ("OSError(errno.EACCES, 'denied', 'model')", 2, "model: denied; check its permissions, or choose another path"),
+    ],
+)
+def test_a_worker_fails_as_one_process_does(tmp_path, error, code, line):
+    command = [sys.executable, "-c", FAILING, str(tmp_path), error]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert said.returncode == code and said.stderr == f"pruneofa: error: {line}\n"
 
 
 def test_workers_end_with_the_program_however_it_ends(start, folders, tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from typing import Any
 
 import uvicorn
 
-from pruneofa.errors import InputError, NotNow, disk_is_full
+from pruneofa.errors import InputError, NotNow, explained
 from pruneofa.formats.hub import FILES, local_folder
 from pruneofa.progress import notice
 from pruneofa.serve.connections import INTERVAL, Connection, close_stalled
@@ -306,7 +306,7 @@ def _give_up(process: int, code: int, first: int) -> int:
     """The exit code where a worker ended while it loaded, and no other runs; the first has said why in one line."""
     if process == first:
         return code if code > 0 else 3
-    notice(f"pruneofa: error: worker {process} ended with {code} while it loaded, and no other runs; start it again")
+    notice(f"pruneofa: error: worker {process} ended with {code} while it loaded, and no other runs; start serve again")
     return 3
 
 
@@ -347,13 +347,14 @@ def _fork(
         _end_with_parent(parent)
         work(place, alone, lambda: os.write(writing, b"1"))
         code = 0
-    except InputError as error:
-        notice(f"pruneofa: error: {error}")
-        code = 3 if isinstance(error, NotNow) or disk_is_full(error) else 2  # as without workers
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 3
-    except BaseException:
-        traceback.print_exc()
+    except BaseException as error:
+        if found := explained(error):  # as the program does without workers
+            code = found[1]
+            notice(f"pruneofa: error: {found[0]}")
+        else:
+            traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
