@@ -16,7 +16,7 @@ RUN export PIP_CONSTRAINT=/source/constraints.txt PIP_BUILD_CONSTRAINT=/source/c
 
 FROM ${PYTHON_IMAGE}
 COPY --from=build /opt/pruneofa /opt/pruneofa
-# HF_HOME: where models named by a hub id are kept; the only folder that is written to.
+# HF_HOME: where models named by a hub id are kept. Only /tmp is written to: these, and metrics with --workers.
 ENV PATH=/opt/pruneofa/bin:$PATH HF_HOME=/tmp/huggingface PYTHONUNBUFFERED=1
 USER 10001:10001
 EXPOSE 3000

@@ -132,6 +132,23 @@ def storage_failure(error: BaseException) -> str | None:
     return None
 
 
+def explained(error: BaseException) -> tuple[str, int] | None:
+    """The line and the exit code of an error that is no fault of the program; None for one that needs its traceback."""
+    if isinstance(error, InputError):
+        return str(error), 3 if isinstance(error, NotNow) or disk_is_full(error) else 2
+    if is_panic(error):
+        return f"a library failed on this input: {first_line(error)}", 3
+    if not isinstance(error, Exception):
+        return None
+    if isinstance(error, ImportError) and error.name is None:  # raised by pruneofa because an extra is missing
+        return str(error), 3
+    if failure := storage_failure(error):
+        return failure, 2 if getattr(error, "errno", None) in UNWRITABLE else 3
+    if failure := gpu_failure(error):
+        return failure, 3
+    return None
+
+
 def need_train_extra() -> None:
     """Raise ImportError, with `name` None, if the packages of the train extra are not installed."""
     if importlib.util.find_spec("torch") is None or importlib.util.find_spec("transformers") is None:

@@ -1,5 +1,6 @@
 """Files and blocks that a deployer copies: they parse, and what they call exists."""
 
+import configparser
 import json
 import re
 import shlex
@@ -50,6 +51,14 @@ def test_what_was_accepted_is_answered_before_anything_is_killed() -> None:
     for option in (r"^TimeoutStopSec=(\d+)$", r"^docker run .*--stop-timeout (\d+) "):
         [seconds] = re.findall(option, PAGE, re.MULTILINE)
         assert int(seconds) >= grace + 5
+
+
+def test_the_unit_starts_a_server_again_until_what_was_missing_is_there() -> None:
+    unit = configparser.ConfigParser(interpolation=None)
+    unit.read_string(_block("ini"))
+    often = float(unit["Unit"].get("StartLimitIntervalSec", 10))  # systemd's default: 5 starts in 10 seconds
+    assert often == 0 or 5 * float(unit["Service"]["RestartSec"]) > often
+    assert unit["Service"]["Restart"] == "on-failure" and unit["Service"]["RestartPreventExitStatus"] == "2"
 
 
 def test_what_the_image_the_manifest_and_the_unit_call_is_what_the_parser_takes() -> None:

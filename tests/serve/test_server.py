@@ -5,6 +5,7 @@ import gzip
 import http.client
 import http.server
 import json
+import os
 import re
 import shutil
 import signal
@@ -152,6 +153,44 @@ def test_the_key_comes_from_a_file_or_the_environment(start, folders, tmp_path):
             urllib.request.urlopen(f"{server.url}/info", timeout=20)
 
 
+SLOW = """
+import sys, time
+from pruneofa.cli.main import main
+from pruneofa.serve import model
+
+def load(*_, **__):
+    print("loading", flush=True)
+    time.sleep(60)
+
+model.load = load
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("first", [False, True])
+def test_sigterm_while_a_model_is_loaded_ends_the_program(folders, first, workers):
+    """Also as the first process of a container, which gets no signal that it does not handle."""
+    before = ["unshare", "--pid", "--fork", "--kill-child"] if first else []
+    if first and (not shutil.which("unshare") or subprocess.run([*before, "true"], capture_output=True).returncode):
+        pytest.skip("no namespace of processes may be made here")
+    command = [*before, sys.executable, "-c", SLOW, "serve", folders["vectors"], "--port", "0", "--workers", workers]
+    with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline() == "loading\n"
+            with open(f"/proc/{process.pid}/task/{process.pid}/children") as file:
+                ended = int(file.read()) if first else process.pid
+            os.kill(ended, signal.SIGTERM)
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
+
+
+def test_one_process_shares_no_metrics(start, folders, tmp_path):
+    server = start(folders["vectors"], PROMETHEUS_MULTIPROC_DIR=str(tmp_path / "none"))
+    assert ask(server, inputs="water")[0] == 200 and metric(server, 'te_request_count{method="single"}') == 1
+
+
 def test_wrong_input_is_one_line(folders, tmp_path):
     model = folders["vectors"]
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -215,13 +254,24 @@ def test_without_the_extra_its_name_is_said(folders):
     assert len(said.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_the_extra_for_traces_is_missed_before_anything_is_loaded(tmp_path, workers):
+    program = "import sys; sys.modules['opentelemetry'] = None; from pruneofa.cli.main import main; sys.exit(main())"
+    model = str(tmp_path / "none")
+    command = [sys.executable, "-c", program, "serve", model, "--otlp-endpoint", "http://x", "--workers", workers]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert said.returncode == 3 and said.stderr.endswith("pip install 'pruneofa[otel]'\n")
+    assert len(said.stderr.splitlines()) == 1
+
+
 def test_a_damaged_folder_is_one_line(folders, tmp_path):
     shutil.copytree(folders["vectors"], tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").write_bytes(b"nothing")
     assert str(tmp_path) in refused(tmp_path / "model", "--port", 0)
 
 
-def test_traces_go_to_a_collector_and_continue_the_callers(start, folders):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_traces_go_to_a_collector_and_continue_the_callers(start, folders, workers):
     pytest.importorskip("opentelemetry.instrumentation.asgi", reason="the otel extra is not installed")
     received = []
 
@@ -236,7 +286,8 @@ def test_traces_go_to_a_collector_and_continue_the_callers(start, folders):
 
     with http.server.HTTPServer(("127.0.0.1", 0), Collector) as collector:
         threading.Thread(target=collector.serve_forever, daemon=True).start()
-        server = start(folders["vectors"], "--otlp-endpoint", f"http://127.0.0.1:{collector.server_port}")
+        endpoint = f"http://127.0.0.1:{collector.server_port}"
+        server = start(folders["vectors"], "--otlp-endpoint", endpoint, "--workers", workers)
         trace = "0af7651916cd43dd8448eb211c80319c"
         request = urllib.request.Request(
             f"{server.url}/embed",

@@ -28,18 +28,7 @@ from pruneofa.cli import (
 )
 from pruneofa.cli.options import with_option_names
 from pruneofa.cli.show import printable_lines, say
-from pruneofa.errors import (
-    UNWRITABLE,
-    CheckFailed,
-    InputError,
-    NotNow,
-    disk_is_full,
-    first_line,
-    gpu_failure,
-    is_panic,
-    printable,
-    storage_failure,
-)
+from pruneofa.errors import CheckFailed, InputError, explained, printable
 
 EXAMPLES = """\
 examples:
@@ -72,9 +61,6 @@ def _main(arguments: Sequence[str]) -> int:
         code = options.call(options)
         sys.stdout.flush()
         return code
-    except InputError as error:
-        code = 3 if isinstance(error, NotNow) or disk_is_full(error) else 2
-        return say(f"error: {with_option_names(str(error), options)}", code)
     except CheckFailed as error:
         return say(f"failed: {error}", 1)
     except KeyboardInterrupt as stop:
@@ -86,16 +72,11 @@ def _main(arguments: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except BaseException as error:
-        if is_panic(error):
-            return say(f"error: a library failed on this input: {first_line(error)}", 3)
+        if found := explained(error):
+            line = with_option_names(found[0], options) if isinstance(error, InputError) else found[0]
+            return say(f"error: {line}", found[1])
         if not isinstance(error, Exception):
             raise
-        if isinstance(error, ImportError) and error.name is None:  # raised by pruneofa because an extra is missing
-            return say(f"error: {error}", 3)
-        if failure := storage_failure(error):
-            return say(f"error: {failure}", 2 if getattr(error, "errno", None) in UNWRITABLE else 3)
-        if failure := gpu_failure(error):
-            return say(f"error: {failure}", 3)
         import traceback
 
         sys.stderr.write(printable_lines("".join(traceback.format_exception(error))))

@@ -2,7 +2,9 @@
 
 import argparse
 import os
+import signal
 from pathlib import Path
+from typing import NoReturn
 
 from pruneofa.cli.options import ISAS
 from pruneofa.cli.show import say
@@ -72,6 +74,8 @@ def _call(options: argparse.Namespace) -> int:
         ("--max-client-batch-size", "--max-concurrent-requests"),
     )
     key = _key(options.api_key_file)
+    # Until the server has handlers of its own: the first process of a container gets no signal that it does not handle.
+    signal.signal(signal.SIGTERM, _end)
     # Each worker's engine computes in its own threads; a second pool in the tokenizer would only compete with it.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
@@ -104,6 +108,10 @@ def _call(options: argparse.Namespace) -> int:
         otlp_endpoint=options.otlp_endpoint,
         ready=ready,
     )
+
+
+def _end(*_: object) -> NoReturn:
+    raise SystemExit(0)
 
 
 def _named(given: str) -> tuple[str, str]:

@@ -4,7 +4,15 @@ import os
 import re
 from typing import Any, Literal
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+    values,
+)
 from prometheus_client.multiprocess import MultiProcessCollector
 
 Family = Literal["embed", "predict"]
@@ -12,6 +20,14 @@ Method = Literal["single", "batch"]
 
 _SECONDS = tuple(1e-5 * 1.5**power for power in range(1, 36))
 _COUNTS = tuple(2.0**power for power in range(21))
+
+
+def count_in_place(place: int) -> None:
+    """Continue the files of the worker that had this place before, of which a scrape would read more and more.
+
+    Call it before there are metrics.
+    """
+    values.ValueClass = values.MultiProcessValue(lambda: place)
 
 
 class Metrics:

@@ -8,27 +8,34 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import uvicorn
 
-from pruneofa.errors import InputError, NotNow
+from pruneofa.errors import InputError, NotNow, explained
 from pruneofa.formats.hub import FILES, local_folder
 from pruneofa.progress import notice
 from pruneofa.serve.connections import INTERVAL, Connection, close_stalled
 from pruneofa.serve.settings import Settings
+from pruneofa.serve.shared import metrics_folder
+from pruneofa.serve.tracing import check_extra, traced
 
 _NOT_NOW = (errno.EADDRINUSE, errno.EADDRNOTAVAIL, socket.EAI_AGAIN)  # a network that is not up yet, an old server
 _ENDING = (signal.SIGTERM, signal.SIGINT)
+_SHARED = ("PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir")
+_BACKLOG = 2048  # connections that wait to be accepted, as uvicorn has it
 _LOOK = 0.1  # seconds between two looks for workers that ended, while another waits to be started
 _PAUSE = 0.2  # seconds before a worker that ended is replaced
 _MOST_PAUSE = 30.0  # where it ends again and again, as with a model that cannot be loaded any more
 _SHORT_LIFE = 10.0  # seconds
+
+Work = Callable[[int, bool, Callable[[], Any]], None]  # see _prefork
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -36,20 +43,45 @@ def bind(host: str, port: int) -> socket.socket:
 
     Raises InputError: NotNow if the address is in use or not (yet) ours, or its name cannot be looked up now.
     """
-    try:
+    with _explained(host, port):
         family, kind, protocol, _, _ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         # With the protocol named, asyncio sets TCP_NODELAY; without it every answer may wait 40 ms for an ACK.
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind((host, port))
+    bound.set_inheritable(True)
+    return bound
+
+
+@contextlib.contextmanager
+def _explained(host: str, port: int) -> Iterator[None]:
+    try:
+        yield
     except (OSError, UnicodeError) as error:
         reason = "no name of a host" if isinstance(error, UnicodeError) else error.strerror or error
         wrong = NotNow if getattr(error, "errno", None) in _NOT_NOW else InputError
         raise wrong(
             f"cannot listen on {host or 'no host'}, port {port}: {reason}; give another --host or --port"
         ) from None
-    bound.set_inheritable(True)
-    return bound
+
+
+def _listen_beside(bound: socket.socket, alone: bool) -> socket.socket:
+    """A worker's own listening socket on the address of `bound`, which keeps the port and never listens.
+
+    The kernel spreads connections over such sockets. With one socket for all, the first worker that wakes up would take
+    all that wait. And what waits for a worker that dies is reset; in a socket of the parent it would wait for ever.
+
+    Args:
+        bound: of the parent.
+        alone: no other worker listens yet, so whoever does is another server, which is an error.
+    """
+    own = socket.socket(bound.family, bound.type, bound.proto)
+    own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, not alone)
+    own.bind(bound.getsockname())
+    own.listen(_BACKLOG)
+    own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    return own
 
 
 def serve(
@@ -84,6 +116,8 @@ def serve(
         InputError: a model cannot be loaded, or the address is taken.
         ImportError: traces are wanted, and the otel extra is not installed.
     """
+    if otlp_endpoint is not None:
+        check_extra()
     bound = bind(host, port)
     shown = f"[{host}]" if ":" in host else host
     url = f"http://{shown}:{bound.getsockname()[1]}"
@@ -92,27 +126,35 @@ def serve(
     folders = [local_folder(path) for _, path in models]
     begun = [_state(folder) for folder in folders]
 
-    def work(started: Callable[[], None]) -> None:
+    def work(place: int, alone: bool, started: Callable[[], Any]) -> None:
         # Imported by each worker: prometheus_client looks for its shared folder when it is imported.
         from pruneofa.serve.app import create_app
+        from pruneofa.serve.metrics import count_in_place
         from pruneofa.serve.model import load
-        from pruneofa.serve.tracing import traced
 
+        if workers > 1:
+            count_in_place(place)
         loaded = [load(name, folder, **(engine or {})) for (name, _), folder in zip(models, folders, strict=True)]
         for (_, path), folder, state in zip(models, folders, begun, strict=True):
             if workers > 1 and _state(folder) != state:  # the other workers have loaded another model
                 raise InputError(f"{path}: changed since the server started; restart it")
-        app: Any = create_app(loaded, settings)
-        if otlp_endpoint is not None:
-            app = traced(app, otlp_endpoint)
-        _run(app, bound, grace, started)
+        with traced(create_app(loaded, settings), otlp_endpoint) as app:
+            with _explained(host, port):
+                if workers > 1 and sys.platform == "linux":  # other systems do not spread connections
+                    listening = _listen_beside(bound, alone)
+                else:
+                    listening = bound
+                    listening.listen(_BACKLOG)
+            _run(app, listening, grace, started)
 
     if workers == 1:
-        work(lambda: ready(url))
+        for name in _SHARED:  # of a program around this one: it may not exist, and has no place for this server
+            os.environ.pop(name, None)
+        work(0, True, lambda: ready(url))
         return 0
-    with tempfile.TemporaryDirectory(prefix="pruneofa-metrics-") as folder:
-        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
-        return _prefork(work, workers, Path(folder), lambda: ready(url))
+    with metrics_folder() as folder:
+        os.environ[_SHARED[0]] = str(folder)
+        return _prefork(work, workers, folder, bound, lambda: ready(url))
 
 
 def _state(folder: Path) -> list[tuple[Any, ...]]:
@@ -122,7 +164,7 @@ def _state(folder: Path) -> list[tuple[Any, ...]]:
     return [(file, stat.st_ino, stat.st_size, stat.st_mtime_ns) for file in sorted(files) if (stat := file.stat())]
 
 
-def _run(app: Any, bound: socket.socket, grace: int, started: Callable[[], None]) -> None:
+def _run(app: Any, listening: socket.socket, grace: int, started: Callable[[], Any]) -> None:
     waiting: dict[Any, Any] = {}
 
     async def look_at_connections() -> None:
@@ -160,41 +202,86 @@ def _run(app: Any, bound: socket.socket, grace: int, started: Callable[[], None]
     # Until uvicorn has handlers of its own; it raises a signal that it got again, after it has drained.
     for number in _ENDING:
         signal.signal(number, stop)
-    server.run(sockets=[bound])
+    server.run(sockets=[listening])
+
+
+@dataclass
+class _Worker:
+    """A process that serves.
+
+    Attributes:
+        place: its number, from 0; who replaces it has the same.
+        begun: when it started.
+        pause: seconds for which that was put off.
+        saying: where it says that it is ready: the end of a pipe.
+    """
+
+    place: int
+    begun: float
+    pause: float
+    saying: int
+
+    @cached_property
+    def ready(self) -> bool:
+        """Whether it became ready; waits until it is, or has ended."""
+        said = os.read(self.saying, 1)
+        os.close(self.saying)
+        return said != b""
+
+    def next_pause(self) -> float:
+        """Seconds to put off the next one, now that this one has ended: more where it ended soon."""
+        return min(2 * self.pause, _MOST_PAUSE) if time.monotonic() - self.begun < _SHORT_LIFE else _PAUSE
 
 
 def _prefork(
-    work: Callable[[Callable[[], None]], None], workers: int, shared: Path, started: Callable[[], None]
+    work: Work,
+    workers: int,
+    shared: Path,
+    bound: socket.socket,
+    started: Callable[[], None],
 ) -> int:
     """Keep so many processes running `work`; nothing that has threads was loaded before they are forked.
 
     The others start once the first is ready, so that wrong input is said once, and before anything listens.
+
+    Args:
+        work: gets its place, whether it is the first of all, and what to call when it is ready.
+        workers: number of processes.
+        shared: folder of metrics.
+        bound: closed at the end, as no more are accepted where the workers share it.
+        started: called when the first worker is ready.
+
+    Returns:
+        The exit code: that of the first worker where that does not become ready; 3 where no worker runs any more, and
+        in no place the last one became ready: another start of the program may help (other files, more memory).
     """
     stopping = False
-    running: dict[int, tuple[float, float]] = {}  # by process: when it started, and the pause before that
+    running: dict[int, _Worker] = {}  # by process
+    loaded: dict[int, bool] = {}  # by place: whether the last one that ended had become ready
 
     def stop(*_: object) -> None:
         nonlocal stopping
         stopping = True
+        bound.close()
         for process in running:
             with contextlib.suppress(ProcessLookupError):  # it has ended, and is not removed yet
                 os.kill(process, signal.SIGTERM)
 
     for number in _ENDING:
         signal.signal(number, stop)
-    reading, writing = os.pipe()
-    _fork(work, lambda: os.write(writing, b"1"), running, _PAUSE)
+    first = _fork(work, True, running, 0, _PAUSE)
     if stopping:  # said after the handlers were there, and before the fork
         stop()
-    os.close(writing)
-    ready = os.read(reading, 1) == b"1"
+    ready = running[first].ready
     if ready and not stopping:
         started()
-    missing = [(0.0, _PAUSE)] * (workers - 1) if ready else []  # when to start each, and its last pause
+    # When to start each, its last pause, and its place.
+    missing = [(0.0, _PAUSE, place) for place in range(1, workers)] if ready else []
     while running or (missing and not stopping):
         missing.sort()
         while missing and not stopping and missing[0][0] <= time.monotonic():
-            _fork(work, lambda: None, running, missing.pop(0)[1])
+            _, pause, place = missing.pop(0)
+            _fork(work, False, running, place, pause)
             if stopping:
                 stop()
         looking = missing and not stopping  # from time to time, as another is to be started
@@ -202,17 +289,25 @@ def _prefork(
         if process not in running:
             time.sleep(_LOOK)
             continue
-        begun, pause = running.pop(process)
-        (shared / f"gauge_livesum_{process}.db").unlink(missing_ok=True)  # a dead process has no queue
+        worker = running.pop(process)
+        (shared / f"gauge_livesum_{worker.place}.db").unlink(missing_ok=True)  # a dead process has no queue
         if not stopping:
             code = os.waitstatus_to_exitcode(status)
-            if not ready:
-                return code if code > 0 else 3
+            loaded[worker.place] = worker.ready
+            if not running and not any(loaded.values()):
+                return _give_up(process, code, first)
             notice(f"pruneofa: worker {process} ended with {code}; starting another")
-            now = time.monotonic()
-            pause = min(2 * pause, _MOST_PAUSE) if now - begun < _SHORT_LIFE else _PAUSE
-            missing.append((now + pause, pause))
+            pause = worker.next_pause()
+            missing.append((time.monotonic() + pause, pause, worker.place))
     return 0
+
+
+def _give_up(process: int, code: int, first: int) -> int:
+    """The exit code where a worker ended while it loaded, and no other runs; the first has said why in one line."""
+    if process == first:
+        return code if code > 0 else 3
+    notice(f"pruneofa: error: worker {process} ended with {code} while it loaded, and no other runs; start serve again")
+    return 3
 
 
 def _end_with_parent(parent: int) -> None:
@@ -224,38 +319,42 @@ def _end_with_parent(parent: int) -> None:
 
 
 def _fork(
-    work: Callable[[Callable[[], None]], None],
-    started: Callable[[], Any],
-    running: dict[int, tuple[float, float]],
+    work: Work,
+    alone: bool,
+    running: dict[int, _Worker],
+    place: int,
     pause: float,
-) -> None:
-    """Start a process that does `work` and ends, and add it to those that `_prefork` ends, with the time and `pause`.
+) -> int:
+    """Start a process that does `work` and ends, add it to those that `_prefork` ends, and return its number.
 
     No signal is handled in between: the parent would not pass it on to the new process, which would have taken it for
     its own parent's.
     """
     parent = os.getpid()
+    reading, writing = os.pipe()
     signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
     process = os.fork()
     if process:
-        running[process] = (time.monotonic(), pause)
+        os.close(writing)  # what is read ends with the process
+        running[process] = _Worker(place, time.monotonic(), pause, reading)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
-        return
+        return process
     code = 3
     try:
         for number in _ENDING:
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
         _end_with_parent(parent)
-        work(started)
+        work(place, alone, lambda: os.write(writing, b"1"))
         code = 0
-    except InputError as error:
-        notice(f"pruneofa: error: {error}")
-        code = 2
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 3
-    except BaseException:
-        traceback.print_exc()
+    except BaseException as error:
+        if found := explained(error):  # as the program does without workers
+            code = found[1]
+            notice(f"pruneofa: error: {found[0]}")
+        else:
+            traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
