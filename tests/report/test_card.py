@@ -345,6 +345,11 @@ def test_a_head_that_nothing_trained_fills_no_mask(tmp_path):
 
     assert tag() == "feature-extraction"
     assert tag(distill={"hard": 0, "kd": 0.5}) == tag(teacher={"steps": 9}) == "fill-mask"
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling/config.json").write_text('{"pooling_mode": "mean"}')
+    modules = [{"type": "Transformer", "path": ""}, {"type": "Pooling", "path": "1_Pooling"}]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    assert tag(teacher={"steps": 9}) == "sentence-similarity"
 
 
 def test_a_recipe_of_before_there_was_a_card_section(tmp_path):

@@ -8,6 +8,7 @@ from typing import Any
 
 from pruneofa import families
 from pruneofa.formats.files import read_json, write_text
+from pruneofa.formats.sentence import read_sentence
 from pruneofa.recipe import Card
 from pruneofa.report.deployment import cost_tables
 from pruneofa.report.render import portable, pruned_at_once, recipe_yaml, render
@@ -49,13 +50,14 @@ def write_card(
     losses = recipe.get("distill") or {}
     if recipe.get("prune") and not recipe.get("teacher") and not losses.get("hard") and not losses.get("kd"):
         fill_mask = False  # a head that no loss needs may have random weights
+    embedder = read_sentence(folder) is not None
     evaluations = _evaluations(results, recipe)
     base_model = stated.base_model or (recipe["model"] if is_hub_id(recipe["model"]) else None)
     data = ModelCardData(
         language=stated.language,
         license=stated.license,
-        library_name="transformers",
-        pipeline_tag="fill-mask" if fill_mask else "feature-extraction",
+        library_name="sentence-transformers" if embedder else "transformers",
+        pipeline_tag="sentence-similarity" if embedder else "fill-mask" if fill_mask else "feature-extraction",
         tags=["sparse", "prune-once-for-all", "pruning", *([config["model_type"]] if "model_type" in config else [])],
         base_model=base_model,
         datasets=[source for source in _sources(recipe) if is_hub_id(source)] or None,
