@@ -52,6 +52,7 @@ def test_a_hub_id_is_looked_at_where_its_snapshot_lies(made, call, tmp_path, mon
         shutil.copytree(root / name, repository / "snapshots" / "0")
         (repository / "refs").mkdir()
         (repository / "refs" / "main").write_text("0")
+        (repository / "snapshots" / "0" / ".gitattributes").touch()  # as a snapshot that is whole
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))  # the variable was read at import
     monkeypatch.setenv("PRUNEOFA_ISA", "scalar")
     for name, how in (("int8", ", by the engine in int8 on scalar"), ("model", "")):

@@ -1,4 +1,5 @@
 import warnings
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -8,6 +9,7 @@ from pruneofa import recipe
 from pruneofa.errors import InputError
 from pruneofa.train.schedule import rewound_lr
 
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 LEAST = {"name": "r", "model": "m", "corpus": {"source": "t.txt"}, "prune": {"steps": 100}}
 
 
@@ -61,7 +63,15 @@ def test_a_task_may_be_only_named(tmp_path):
         recipe.load([tmp_path / "a.yaml", tmp_path / "b.yaml"])
 
 
-def test_an_empty_mapping_empties_a_section(tmp_path):
+@pytest.mark.parametrize("file", sorted(RECIPES.glob("*.yaml")), ids=lambda file: file.stem)
+def test_tasks_can_be_taken_out_of_every_recipe(file):
+    kept = recipe.load([file])
+    found = recipe.load([file], ["tasks={}", "control=false"])
+    assert found.tasks == {} and (found.prune, found.teacher) == (kept.prune, kept.teacher)
+    assert recipe.load([file], ["prune={}"]).prune == kept.prune  # only tasks are taken out so
+
+
+def test_an_empty_mapping_takes_all_tasks_out(tmp_path):
     file = tmp_path / "r.yaml"
     file.write_text("name: r\nmodel: m\nmodel_is_sparse: true\ntasks:\n  sst2:\n  qnli: {epochs: 1}\n")
     assert recipe.load([file], ["tasks={}"]).tasks == {}

@@ -349,7 +349,8 @@ def test_a_head_that_nothing_trained_fills_no_mask(tmp_path):
     (tmp_path / "1_Pooling/config.json").write_text('{"pooling_mode": "mean"}')
     modules = [{"type": "Transformer", "path": ""}, {"type": "Pooling", "path": "1_Pooling"}]
     (tmp_path / "modules.json").write_text(json.dumps(modules))
-    assert tag(teacher={"steps": 9}) == "sentence-similarity"
+    assert tag(teacher={"steps": 9}) == "feature-extraction"
+    assert "the quality of its vectors was not measured" in (tmp_path / "README.md").read_text()
 
 
 def test_a_recipe_of_before_there_was_a_card_section(tmp_path):

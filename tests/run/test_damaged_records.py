@@ -34,7 +34,9 @@ def copy(done, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"accuracy": "x"}', f"{TRANSFER}/metrics.json: accuracy is 'x', wanted a number; restore"),
+        ('{"accuracy": "x"}', f"{TRANSFER}/metrics.json: accuracy is 'x', wanted a number from 0 to 100; restore"),
+        ('{"accuracy": 1e9}', f"{TRANSFER}/metrics.json: accuracy is 1000000000.0, wanted a number from 0 to 100"),
+        ("{}", f"{TRANSFER}/metrics.json: no metrics in it; restore"),
         (f'{{"accuracy": {HUGE}}}', f"{TRANSFER}/metrics.json: accuracy is 1000.*, wanted a number"),
         ('{"speed": 3}', "tasks.mine has 'speed'; known: exact_match"),
         ("[]", f"{TRANSFER}/metrics.json: wanted a JSON object"),

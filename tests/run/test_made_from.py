@@ -77,7 +77,8 @@ def test_what_was_made_from_another_model_is_not_done(done, copy, name, as_what)
 def test_what_was_made_from_a_model_that_is_gone_is_not_done(done, copy):
     settings, _ = done
     shutil.rmtree(copy / "teacher")
-    assert changed(settings, copy) == {"prune": ["teacher made again"], f"{SEED}/transfer": ["model made again"]}
+    gone = f"teacher is gone: put {copy / 'teacher'} back"
+    assert changed(settings, copy) == {"prune": [gone], f"{SEED}/transfer": ["model made again"]}
 
 
 def test_work_that_was_begun_from_another_model_is_not_continued(done, copy, monkeypatch):

@@ -1,5 +1,6 @@
 """Metrics, the terms of their rows, and the difference of two models with its standard error."""
 
+import contextlib
 import io
 import math
 
@@ -142,3 +143,14 @@ def test_rows_that_are_damaged_are_named(tmp_path):
         file.write_bytes(damaged)
         with pytest.raises(InputError, match=r"rows\.npz: damaged, wanted the terms of the metrics of every row; copy"):
             load_rows(file)
+
+
+def test_a_flipped_bit_is_no_other_error(tmp_path):
+    file = tmp_path / "rows.npz"
+    save_rows(file, classification_metrics("mine", list("abcd"), *answers(3)))
+    whole = file.read_bytes()
+    for at in range(len(whole)):
+        for bit in (1, 64):
+            file.write_bytes(whole[:at] + bytes([whole[at] ^ bit]) + whole[at + 1 :])
+            with contextlib.suppress(InputError):  # or nothing that is read has changed
+                load_rows(file)

@@ -59,6 +59,7 @@ def test_pruning_callback_takes_the_pruners_arguments():
         ({"end": 0}, r"begin is 0 but must be below end \(0\)"),
         ({"pattern": "2:4"}, "final is 0.9 but pattern 2:4 gives 0.5"),
         ({"score": "size"}, "score is 'size'; wanted magnitude"),
+        ({"skip": "pooler"}, r"skip is 'pooler', wanted a list of regular expressions, such as \['pooler'\]"),
         ({"score": "obs"}, "score obs: needs a function that computes the blocks"),
     ],
 )

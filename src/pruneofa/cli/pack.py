@@ -24,10 +24,11 @@ def describe(verb: argparse.ArgumentParser) -> None:
 
     def call(options: argparse.Namespace) -> int:
         from pruneofa.formats import packed
+        from pruneofa.formats.files import user_path
         from pruneofa.formats.pack import difference_from_training, pack
         from pruneofa.run.lineage import check_lock
 
-        source = Path(options.folder).expanduser()
+        source = user_path(options.folder)
         source = source if source.is_dir() else options.folder  # a hub id, of which `pack` fetches what it needs
         if isinstance(source, Path):  # models from the hub are of no run
             check_lock(source)

@@ -26,7 +26,8 @@ from pruneofa.formats.files import (
     is_there,
     open_regular,
     read_json,
-)  # fmt: skip
+    user_path,
+)
 from pruneofa.formats.hub import FILES, check_inside, local_folder
 
 _DTYPES = {
@@ -73,7 +74,7 @@ def weights_folder(path: str | Path) -> Path:
     folder = local_folder(path)
     if _whole_or_shards(folder, "model.safetensors"):
         return folder
-    if not Path(path).expanduser().is_dir():
+    if not user_path(path).is_dir():
         folder = local_folder(path, (*FILES, "pytorch_model*.bin"))
     if not (binaries := _binaries(folder)):
         return folder

@@ -48,19 +48,20 @@ def load(paths: Iterable[str | Path], overrides: Iterable[str] = ()) -> Recipe:
             raise InputError(
                 f"{path}: got {type(loaded).__name__}, wanted a mapping of keys such as in recipes/demo.yaml"
             )
-        merged = merge(merged, _with_tasks(loaded, merged))
+        merged = _updated(merged, loaded)
     for override in overrides:
-        merged = merge(merged, _with_tasks(parse_override(override), merged))
+        merged = _updated(merged, parse_override(override))
     return validate(Recipe, merged)
 
 
-def _with_tasks(values: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
-    """The values with a task that has only its name, `sst2:` in YAML, with its settings of before, or without any."""
-    tasks, known = values.get("tasks"), before.get("tasks")
-    known = known if isinstance(known, dict) else {}
-    if not isinstance(tasks, dict) or not tasks:
-        return values
-    return values | {"tasks": {name: known.get(name, {}) if task is None else task for name, task in tasks.items()}}
+def _updated(merged: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """`merge`, where a task that has only its name, `sst2:` in YAML, sets nothing, and `tasks: {}` takes all out."""
+    tasks = values.get("tasks")
+    if tasks == {}:
+        merged = merged | {"tasks": {}}
+    elif isinstance(tasks, dict):
+        values = values | {"tasks": {name: {} if task is None else task for name, task in tasks.items()}}
+    return merge(merged, values)
 
 
 def _read(path: Path) -> str:
@@ -73,10 +74,10 @@ def _read(path: Path) -> str:
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`base` updated with the keys of `over`; nested mappings are merged recursively; an empty one empties its key."""
+    """`base` updated with the keys of `over`; nested mappings are merged recursively."""
     result = dict(base)
     for key, value in over.items():
-        both = value and isinstance(value, dict) and isinstance(result.get(key), dict)
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
         result[key] = merge(result[key], value) if both else value
     return result
 

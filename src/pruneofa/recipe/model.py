@@ -388,7 +388,7 @@ class Recipe(Section):
                 )
         for name in (self.control.tasks or []) if self.control else []:
             if name not in self.tasks:
-                raise ValueError(f"control.tasks names {name!r}, which is not in tasks")
+                raise ValueError(f"control.tasks names {name!r}, not one of tasks; correct it, or set control=false")
         return self
 
 

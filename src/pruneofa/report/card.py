@@ -56,8 +56,8 @@ def write_card(
     data = ModelCardData(
         language=stated.language,
         license=stated.license,
-        library_name="sentence-transformers" if embedder else "transformers",
-        pipeline_tag="sentence-similarity" if embedder else "fill-mask" if fill_mask else "feature-extraction",
+        library_name="transformers",
+        pipeline_tag="fill-mask" if fill_mask and not embedder else "feature-extraction",
         tags=["sparse", "prune-once-for-all", "pruning", *([config["model_type"]] if "model_type" in config else [])],
         base_model=base_model,
         datasets=[source for source in _sources(recipe) if is_hub_id(source)] or None,
@@ -74,6 +74,7 @@ def write_card(
         versions=portable(versions),
         config=config,
         once=pruned_at_once(recipe),
+        embedder=embedder,
         license=stated.license,
         authors=stated.authors or "Not stated by whoever ran the recipe",
         linked=bool(base_model and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base_model)),

@@ -16,6 +16,7 @@ from pruneofa.formats import scales
 from pruneofa.formats.files import fingerprint, is_number, read_json
 from pruneofa.formats.settings import copy_sentence
 from pruneofa.recipe import RESOURCES_ONLY, Section
+from pruneofa.report.schema import METRIC_NAMES
 from pruneofa.run.names import RECORD, StageId
 
 if TYPE_CHECKING:
@@ -136,17 +137,21 @@ def check_fields(
 
 
 def check_metrics(metrics: Mapping[str, Any], file: Path) -> None:
-    """Raises InputError for metrics, which `file` holds, that are no numbers."""
+    """Raises InputError for metrics, which `file` holds, that are no numbers, or beyond 100 %."""
     for name, value in metrics.items():
-        if not is_number(value):
+        percent = name in METRIC_NAMES
+        if not is_number(value) or (percent and not 0 <= value <= 100):
+            wanted = "a number from 0 to 100" if percent else "a number"
             raise InputError(
-                f"{file}: {name} is {short(value)}, wanted a number; restore the file, or delete it to evaluate again"
+                f"{file}: {name} is {short(value)}, wanted {wanted}; restore the file, or delete it to evaluate again"
             )
 
 
 def read_metrics(folder: Path) -> dict[str, float]:
     """The metrics of the model in `folder`. Raises InputError as `read_json` does, and for what is no number."""
     metrics = read_json(folder / METRICS)
+    if not metrics:
+        raise InputError(f"{folder / METRICS}: no metrics in it; restore the file, or delete it to evaluate again")
     check_metrics(metrics, folder / METRICS)
     return metrics
 
@@ -261,7 +266,12 @@ class Stage:
         before = record.get("inputs", {})
         others = [name for name, value in self.input_fingerprints.items() if before.get(name) != value]
         found += [f"other {name}" for name in others]
-        return found + [f"{name} made again" for name in self.remade_inputs if name not in others]
+        return found + [self._remade(name) for name in self.remade_inputs if name not in others]
+
+    def _remade(self, name: str) -> str:
+        model = self.inputs[name]
+        gone = isinstance(model, Model) and not Path(model.path).exists()
+        return f"{name} is gone: put {model.path} back" if gone else f"{name} made again"
 
     @property
     def mark(self) -> str:

@@ -86,7 +86,9 @@ async def infer(call: Call, body: InferRequest) -> tuple[Response, int]:
     claimed = shapes(body.inputs)
     _check_names(model, claimed)
     for name, shape in claimed.items():  # before anything is made of the data
-        call.check_size(shape[0] if name in _IDS and shape else math.prod(shape))
+        if name in _IDS and len(shape) != 2:
+            raise invalid(f"{name}: the shape is {shape}, wanted (batch, seq)")
+        call.check_size(shape[0] if name in _IDS else math.prod(shape))
     inputs = await made(lambda: read(body.inputs, call.binary), sum(map(math.prod, claimed.values())))
     found = await _compute(call, model, inputs)
     wanted = body.outputs if body.outputs is not None else [RequestedOutput(name=name) for name in found]

@@ -91,6 +91,9 @@ def _from_json(tensor: Tensor) -> NDArray[Any]:
 def _flat(tensor: Tensor) -> list[Any]:
     """The elements row by row. Raises Refused for data that is nested, but not in the tensor's shape."""
     rows: list[Any] = [tensor.data or []]
+    count = math.prod(tensor.shape)
+    if len(rows[0]) > count:  # nothing is looked at that the shape has no place for
+        raise invalid(f"{tensor.name}: {len(rows[0])} values, but the shape {tensor.shape} has {count}")
     if not any(isinstance(value, list) for value in rows[0]):
         return rows[0]
     for size in tensor.shape:

@@ -80,6 +80,8 @@ class PruningCallback(TrainerCallback):
         check_score(score, dampening)
         if score == "obs" and blocks is None:
             raise InputError("score obs: needs a function that computes the blocks of the curvature; pass blocks=")
+        if isinstance(skip, str):
+            raise InputError(f"skip is {skip!r}, wanted a list of regular expressions, such as [{skip!r}]")
         self.skip, self.score, self.blocks = tuple(skip), score, blocks
         self._attach = partial(
             GradualPruner,

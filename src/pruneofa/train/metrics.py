@@ -19,6 +19,7 @@ from pruneofa.errors import InputError
 from pruneofa.formats.files import new_file
 
 Rows = NDArray[np.float32]
+_DAMAGED = (zipfile.BadZipFile, zlib.error)  # beside which a flipped bit gives errors of many other types
 
 
 @dataclass(frozen=True)
@@ -100,14 +101,18 @@ def load_rows(file: Path) -> dict[str, Rows]:
     try:
         with np.load(file, allow_pickle=False) as stored:
             rows = dict(stored)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError, TypeError, KeyError):
+    except (OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, RuntimeError, *_DAMAGED):
         rows = None
-    if rows is None or not all(terms.ndim == 1 and terms.dtype == np.float32 for terms in rows.values()):
+    if rows is None or not all(map(_are_terms, rows.values())):
         raise InputError(
             f"{file}: damaged, wanted the terms of the metrics of every row; copy it again, or delete it: only the "
             "standard errors of comparisons are lost"
         )
     return rows
+
+
+def _are_terms(terms: Rows) -> bool:
+    return terms.ndim == 1 and terms.dtype == np.float32 and bool(np.isfinite(terms).all())
 
 
 def lost(dense: Mapping[int, Rows], other: Mapping[int, Rows]) -> dict[str, float] | None:
