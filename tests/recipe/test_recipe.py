@@ -167,7 +167,7 @@ def test_an_unknown_key_names_the_nearest(override, message):
         ("control={lr: []}", "control.lr is []"),
         ("card.licence=mit", "unknown key 'card.licence'; did you mean 'license'?"),
         ("card.version=2", "card.version is 2: input should be a valid string"),
-        ("control={tasks: [qqp]}", "control.tasks names 'qqp', which is not in tasks"),
+        ("control={tasks: [qqp]}", "control.tasks names 'qqp', not one of tasks; correct it, or set control=false"),
         ("name=a/b", "name is 'a/b'"),
         ("model=null", "model is None"),
         ("quantize={weight: tensor}", "unknown key 'quantize.weight'; did you mean 'weights'?"),
