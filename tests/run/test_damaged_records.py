@@ -1,7 +1,6 @@
 """A record of a finished run that was edited or torn is named in one line, and nothing is published from it."""
 
 import json
-import shutil
 
 import pytest
 
@@ -12,23 +11,9 @@ from pruneofa.run.inputs import Inputs
 from pruneofa.run.plan import plan
 from pruneofa.run.run import run
 from pruneofa.run.stage import Evaluation
-from tests.small import small_recipe
 
 TRANSFER = "tasks/mine/seed-0/transfer"
 HUGE = 10**400
-
-
-@pytest.fixture(scope="module")
-def done(tmp_path_factory):
-    root = tmp_path_factory.mktemp("done")
-    settings = small_recipe(root / "data")
-    run(settings, root / "run")
-    return settings, root / "run"
-
-
-@pytest.fixture
-def copy(done, tmp_path):
-    return shutil.copytree(done[1], tmp_path / "run")
 
 
 @pytest.mark.parametrize(

@@ -14,23 +14,9 @@ from pruneofa.run.inputs import Inputs
 from pruneofa.run.plan import plan
 from pruneofa.run.run import run
 from pruneofa.run.stage import Stage
-from tests.small import small_recipe
 
 SEED = "tasks/mine/seed-0"
 REPORTS = ("results.json", "table.md", "report.html", "sparse/README.md")
-
-
-@pytest.fixture(scope="module")
-def done(tmp_path_factory):
-    root = tmp_path_factory.mktemp("done")
-    settings = small_recipe(root / "data")
-    run(settings, root / "run")
-    return settings, root / "run"
-
-
-@pytest.fixture
-def copy(done, tmp_path):
-    return shutil.copytree(done[1], tmp_path / "run")
 
 
 def changed(settings, folder):

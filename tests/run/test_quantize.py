@@ -80,12 +80,6 @@ def done(tmp_path_factory):
     return settings, root / "run", results, before, rows
 
 
-@pytest.fixture
-def copy(done, tmp_path):
-    shutil.copytree(done[1], tmp_path / "run")
-    return tmp_path / "run"
-
-
 def test_a_finished_run_is_continued_and_nothing_else_is_made_again(done):
     _, folder, results, (prints, times), rows = done
     status = {row["stage"]: row["status"] for row in rows}
