@@ -71,7 +71,7 @@ class Classification:
         if self._problem == "single_label_classification":
             return reference.softmax(logits)
         if self._problem == "multi_label_classification":
-            return 1 / (1 + np.exp(-logits.astype(np.float64)))
+            return reference.sigmoid(logits)
         return logits
 
 

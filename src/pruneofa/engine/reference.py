@@ -82,6 +82,11 @@ ACTIVATIONS: Mapping[str, Callable[[Float], Float]] = {
 }
 
 
+def sigmoid(x: NDArray[Any]) -> NDArray[np.float64]:
+    """1 / (1 + exp(-x)) of each number, in float64."""
+    return 1 / (1 + np.exp(-x.astype(np.float64)))
+
+
 def softmax(x: NDArray[Any]) -> NDArray[Any]:
     """Exponentials of the last axis, (..., n), by their sum; the greatest is subtracted first against overflow."""
     exponentials = np.exp(x - x.max(axis=-1, keepdims=True))

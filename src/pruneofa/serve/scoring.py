@@ -57,7 +57,7 @@ async def scores(
         case "softmax":
             return reference.softmax(rows)
         case "sigmoid":
-            return _sigmoid(rows)
+            return reference.sigmoid(rows).astype(np.float32)
         case None:
             return head.scores(rows).astype(np.float32)
 
@@ -76,8 +76,4 @@ async def relevance(
     """Scores (texts,) of each text for the query: logits, or 0 to 1 by a sigmoid unless `raw`."""
     items: list[Item] = [(query, text) for text in texts]
     logits = (await scores(call, model, items, field=field, truncate=truncate, side=side, function="none"))[:, 0]
-    return logits if raw else _sigmoid(logits)
-
-
-def _sigmoid(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    return (1 / (1 + np.exp(-logits.astype(np.float64)))).astype(np.float32)
+    return logits if raw else reference.sigmoid(logits).astype(np.float32)

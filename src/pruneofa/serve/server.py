@@ -43,7 +43,7 @@ def bind(host: str, port: int) -> socket.socket:
 
     Raises InputError: NotNow if the address is in use or not (yet) ours, or its name cannot be looked up now.
     """
-    with _explained(host, port):
+    with _address_errors(host, port):
         family, kind, protocol, _, _ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         # With the protocol named, asyncio sets TCP_NODELAY; without it every answer may wait 40 ms for an ACK.
         bound = socket.socket(family, kind, protocol)
@@ -54,7 +54,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 @contextlib.contextmanager
-def _explained(host: str, port: int) -> Iterator[None]:
+def _address_errors(host: str, port: int) -> Iterator[None]:
     try:
         yield
     except (OSError, UnicodeError) as error:
@@ -139,7 +139,7 @@ def serve(
             if workers > 1 and _state(folder) != state:  # the other workers have loaded another model
                 raise InputError(f"{path}: changed since the server started; restart it")
         with traced(create_app(loaded, settings), otlp_endpoint) as app:
-            with _explained(host, port):
+            with _address_errors(host, port):
                 if workers > 1 and sys.platform == "linux":  # other systems do not spread connections
                     listening = _listen_beside(bound, alone)
                 else:
