@@ -201,5 +201,7 @@ def test_prunable_skips_lists_tied_weights_once_and_refuses_other_models():
         prunable(model, ["key", r"layer\.12"])
     assert prunable(tiny_distilbert(), ["pooler", r"pooler\.dense\.weight$", "embeddings"])  # rules for all families
     assert prunable(tiny_bert(), [r"^bert\.pooler\.dense"])
+    with pytest.raises(InputError, match=r"skip is 'pooler', wanted a list of regular expressions"):
+        prunable(tiny_bert(), "pooler")
     with pytest.raises(InputError, match=r"Linear: no Linear layer named encoder\.layer\.N"):
         prunable(torch.nn.Linear(4, 4))

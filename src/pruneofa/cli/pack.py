@@ -28,12 +28,9 @@ def describe(verb: argparse.ArgumentParser) -> None:
         from pruneofa.formats.pack import difference_from_training, pack
         from pruneofa.run.lineage import check_lock
 
-        source = user_path(options.folder)
-        source = source if source.is_dir() else options.folder  # a hub id, of which `pack` fetches what it needs
-        if isinstance(source, Path):  # models from the hub are of no run
-            check_lock(source)
-        manifest = pack(source, options.out, precision=options.precision, compress=options.compress)
-        if note := difference_from_training(source, options.precision):
+        check_lock(user_path(options.folder))  # a model of the hub is in no run's folder
+        manifest = pack(options.folder, options.out, precision=options.precision, compress=options.compress)
+        if note := difference_from_training(options.folder, options.precision):
             say(f"note: {note}", 0)
         print_value(manifest.to_json(), options.json, lambda: show_model(packed.inspect(options.out), layers=False))
         return 0

@@ -15,7 +15,7 @@ from pruneofa.errors import InputError
 from pruneofa.train.checkpoints import checkpoint_path, read_state
 from pruneofa.train.curvature import moment_decay, second_moments
 from pruneofa.train.lock import PatternLock
-from pruneofa.train.masks import prunable
+from pruneofa.train.masks import prunable, refuse_string
 from pruneofa.train.prune import GradualPruner, check_schedule, check_score, check_sparsity
 from pruneofa.train.quantize import FakeQuantizer
 from pruneofa.train.sparse_linear import can_skip, compute_densely, note_zeroed, skip_locked_zeros
@@ -78,10 +78,9 @@ class PruningCallback(TrainerCallback):
         check_schedule(begin, end, stop, interval)
         check_sparsity(initial, final, pattern, scope)
         check_score(score, dampening)
+        refuse_string(skip)
         if score == "obs" and blocks is None:
             raise InputError("score obs: needs a function that computes the blocks of the curvature; pass blocks=")
-        if isinstance(skip, str):
-            raise InputError(f"skip is {skip!r}, wanted a list of regular expressions, such as [{skip!r}]")
         self.skip, self.score, self.blocks = tuple(skip), score, blocks
         self._attach = partial(
             GradualPruner,

@@ -34,6 +34,7 @@ def prunable(model: nn.Module, skip: Iterable[str] = ()) -> dict[str, nn.Paramet
     Raises InputError for a model without encoder linears, or with several encoders, or a `skip` that is not a
     regular expression or matches nothing.
     """
+    refuse_string(skip)
     found: dict[str, nn.Parameter] = {}
     seen: set[int] = set()
     path, encoder = _encoder_in(model)
@@ -68,6 +69,12 @@ def prunable(model: nn.Module, skip: Iterable[str] = ()) -> dict[str, nn.Paramet
     except re.error as error:
         raise InputError(f"skip: {error.pattern!r} is not a regular expression ({error}); correct it") from None
     return kept
+
+
+def refuse_string(skip: Iterable[str]) -> None:
+    """Raise InputError for rules that are one string, of which every letter would be a rule."""
+    if isinstance(skip, str):
+        raise InputError(f"skip is {skip!r}, wanted a list of regular expressions, such as [{skip!r}]")
 
 
 def unwrapped_name(name: str) -> str:

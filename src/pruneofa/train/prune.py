@@ -74,6 +74,7 @@ class GradualPruner:
         self.initial, self.final = initial, final
         self.pattern, self.scope = pattern, scope
         self.score, self.dampening, self.decay = score, dampening, decay
+        masks.refuse_string(skip)
         skip = tuple(skip)
         weights = masks.prunable(model, skip)
         if not weights:
