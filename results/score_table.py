@@ -6,8 +6,8 @@
 An arm is SCORE[/SCOPE[/LOSS[/once]]]: score of prune.score; uniform or global; hidden, relative (hidden states, each
 layer's error divided by its teacher's size) or logits (kd 1, which needs a model with a trained head); once: pruned
 before training. With --steps 0 every arm is. The same command resumes, and skips arms that are done. OUT/table.json has
-the rows: errors are those of hidden states on held-out text, mean over layers, as they are and relative to the
-teacher's size.
+the settings and the rows: errors are those of hidden states on held-out text, mean over layers, as they are and
+relative to the teacher's size; accuracy is that of fine-tuning with the labels alone.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from pruneofa.formats.files import read_json, write_json
 from pruneofa.run import single
 from pruneofa.run.inputs import Inputs
 from pruneofa.run.pretraining import PruneSettings, student_objective, validate
+from pruneofa.run.results import hardware, versions
 from pruneofa.run.stage import RECORD
 from pruneofa.train.device import fast_precision, processes
 from pruneofa.train.models import load_for_pretraining
@@ -88,7 +89,9 @@ def row_of(arm: str, options: argparse.Namespace) -> dict[str, Any]:
     record = read_json(folder / RECORD)
     row = {"arm": arm, **hidden_errors(settings, folder), "tokens": record["tokens"], "seconds": record["seconds"]}
     for name in options.tasks:
-        spec = recipe.Task(data=name, epochs=options.epochs, lr=3e-4, dropout=0.0, hard=1.0, kd=0.0).resolved(name)
+        spec = recipe.Task(
+            data=name, epochs=options.epochs, max_length=options.length, lr=3e-4, dropout=0.0, hard=1.0, kd=0.0
+        ).resolved(name)
         for seed in options.seeds:
             out = folder.with_name(f"{folder.name}-{name}-{seed}")
             training = {"seed": seed, "precision": settings.precision, "data_root": options.data_root}
@@ -117,10 +120,12 @@ def main() -> None:
     parser.add_argument("--data-root")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    rows = []
+    given = {name: value for name, value in vars(options).items() if name not in ("out", "model", "text", "data_root")}
+    rows: list[dict[str, Any]] = []
     for arm in options.arms:
         rows.append(row_of(arm, options))
-        write_json(options.out / "table.json", rows)
+        table = {"settings": given, "rows": rows, "hardware": hardware(), "versions": versions()}
+        write_json(options.out / "table.json", table)
         sys.stdout.write(json.dumps(rows[-1]) + "\n")
         sys.stdout.flush()
 

@@ -1,7 +1,6 @@
 """What text sources yield, and what is wrong with them, before any of it is tokenized."""
 
 import gzip
-import hashlib
 import json
 from pathlib import Path
 
@@ -97,17 +96,6 @@ def test_relative_paths_start_at_the_data_root(tmp_path):
     (tmp_path / "wiki" / "a.txt").write_text("x")
     (files,) = sources.find("wiki", None, tmp_path, streaming=False)
     assert files.paths == (tmp_path / "wiki" / "a.txt",)
-
-
-def test_the_fingerprint_of_a_tsv_says_whether_its_quotes_are_text(tmp_path):
-    plain, literal, quoted = b"text\tb\nx\ty\n", b'text\tb\n"Great" film\ty\n', b'text\tb\n"x"\ty\n'
-    for content, changed in ((plain, False), (literal, False), (quoted, True)):
-        (tmp_path / "a.tsv").write_bytes(content)
-        (found,) = sources.Files((tmp_path / "a.tsv",)).fingerprint("text")
-        assert (found != hashlib.sha256(content).hexdigest()) is changed  # as it was when quotes were always text
-    (tmp_path / "a.csv").write_bytes(quoted.replace(b"\t", b","))
-    (found,) = sources.Files((tmp_path / "a.csv",)).fingerprint("text")
-    assert found == hashlib.sha256((tmp_path / "a.csv").read_bytes()).hexdigest()
 
 
 def test_the_fingerprint_is_of_the_text_not_of_its_name_or_compression(tmp_path):

@@ -75,24 +75,9 @@ def test_work_that_was_begun_from_another_model_is_not_continued(done, copy, mon
         run(settings, copy)
     steps = plan(settings, Inputs(settings), copy)
     refuse_changes(steps, copy, False)
-    mark = copy / ".work" / SEED / "transfer" / "fingerprint"
-    whole = mark.read_text()
-    mark.write_text(whole.split()[0])  # as earlier versions did
-    refuse_changes(steps, copy, False)
-    mark.write_text(whole)
     remake(copy, "sparse")
     with pytest.raises(InputError, match=rf"changed: {SEED}/transfer \(unfinished\); --redo"):
         run(settings, copy)
-
-
-def test_stages_of_earlier_versions_stay_done(done, copy):
-    settings, _ = done
-    for file in copy.rglob("stage.json"):
-        record = read_json(file)
-        write_json(file, {name: value for name, value in record.items() if name not in ("output", "made_from")})
-    assert changed(settings, copy) == {}
-    remake(copy, "sparse")
-    assert changed(settings, copy) == {}
 
 
 def test_weights_that_were_replaced_are_not_published_with_others(done, copy):

@@ -212,7 +212,6 @@ def file_digest(path: Path, column: str) -> str:
         with _parquet(path, column):
             return file_fingerprint(path)
     digest, offset, decoder = hashlib.sha256(), 0, codecs.getincrementaldecoder("utf-8")()
-    quotes = False
     with open(path, "rb") as raw, _decompressed(path, raw) as file:
         while True:
             block = file.read(PEEK)
@@ -227,11 +226,8 @@ def file_digest(path: Path, column: str) -> str:
                 raise nul(path, f"at byte {offset + zero}")
             digest.update(block)
             offset += len(block)
-            quotes = quotes or b'"' in block
     if not offset:
         raise InputError(f"{path}: this file is empty; remove it from the source or write it again")
     if kind_of(path) != ".txt":
         next(iter(read_articles(path, column)), None)  # the column must be there before the long work starts
-    if quotes and kind_of(path) == ".tsv" and not _literal_quotes(path):
-        digest.update(b"\0quotes enclose fields")  # earlier versions took them for text: other tokens of the same file
     return digest.hexdigest()

@@ -241,7 +241,6 @@ def _arguments(settings: dict[str, Any], path: Path) -> dict[str, Any]:
         raise InputError(f'{path}: format is {short(settings.get("format"))}; wanted "{FORMAT}"; {_AGAIN}')
     if type(version := settings.get("version")) is not int or version != VERSION:
         raise InputError(f"{path}: version {short(version)}; wanted {VERSION}; upgrade pruneofa")
-    settings = {"pooler_hash": None} | settings  # absent in folders of earlier versions
     _keys(settings, path, ("format", "version", "weights", "input_activations", "embeddings", *_HASHES))
     arguments: dict[str, Any] = {field: settings[field] for field in _HASHES}
     for field, value in arguments.items():

@@ -65,7 +65,6 @@ class FineTuneSettings:
         freeze_embeddings: whether the word embeddings keep their values.
         locked: whether the sparsity pattern is locked.
         skip_zeros: whether locked zeros are skipped where this is faster.
-        revision: of the computation: 2 where padding is left out of the answers in the loss with the labels.
     """
 
     epochs: int
@@ -82,7 +81,6 @@ class FineTuneSettings:
     locked: bool
     seed: int
     precision: Precision
-    revision: int
     save_minutes: float = field(metadata=RESOURCES_ONLY)
     skip_zeros: bool = field(metadata=RESOURCES_ONLY)
 

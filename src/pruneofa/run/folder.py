@@ -49,11 +49,9 @@ def refuse_changes(steps: Iterable[Step], where: Path, redo: bool, out: str = "-
         refuse_foreign(stage.folder, RECORD)
     other = {str(stage): found for stage in stages if (found := stage.other_format) is not None}
     if other and not redo:
-        found = max(other.values())
-        why = "which do not hold all settings" if found < FORMAT else "which a later version wrote"
         raise InputError(
-            f"{where}: has records of format {found}, {why} ({', '.join(other)}); this pruneofa writes format "
-            f"{FORMAT}; choose another {out}, or run them again with --redo"
+            f"{where}: has records of format {max(other.values())}, which another version of pruneofa wrote "
+            f"({', '.join(other)}); this one writes {FORMAT}; choose another {out}, or run them again with --redo"
         )
     changed = [f"{stage.id} ({_first(stage.differences())})" for stage in stages if stage.status == "changed"]
     changed += [f"{stage.id} (unfinished)" for stage in stages if stage.begun_otherwise]

@@ -60,20 +60,9 @@ def teacher_stage(recipe: Recipe, inputs: Inputs, model: Model, root: Path) -> S
 def prune_stage(recipe: Recipe, inputs: Inputs, teacher: Model, root: Path) -> Stage:
     """Student pruning, which makes the sparse model."""
     assert recipe.prune is not None and recipe.corpus is not None
-    settings = PruneSettings(
-        recipe.prune, recipe.distill, recipe.corpus, recipe.seed, recipe.precision, _prune_revision(recipe)
-    )
+    settings = PruneSettings(recipe.prune, recipe.distill, recipe.corpus, recipe.seed, recipe.precision)
     given = {"teacher": teacher, "text": inputs.text()}
     return _stage(root, StageId(None, None, "prune"), prune_student, settings, given)
-
-
-def _prune_revision(recipe: Recipe) -> int:
-    prune, distill = recipe.prune, recipe.distill
-    assert prune is not None and recipe.corpus is not None
-    by_moments = prune.score == "fisher" and not prune.at_once
-    sampled = prune.score in ("fisher", "obs") and not by_moments
-    several = bool(distill.hard or distill.kd) and bool(distill.hidden or recipe.corpus.nsp)
-    return 2 if by_moments or (sampled and several) else 1
 
 
 def control_stage(recipe: Recipe, inputs: Inputs, teacher: Model, root: Path) -> Stage:
@@ -188,7 +177,6 @@ def _fine_tuning(
     spec: Task, id: StageId, precision: Precision, *, has_teacher: bool, locked: bool = True
 ) -> FineTuneSettings:
     assert spec.epochs and spec.lr and spec.batch and spec.max_length and id.seed is not None  # resolved() fills them
-    answers = id.task == "squad" and (spec.hard > 0 or not has_teacher)
     return FineTuneSettings(
         epochs=spec.epochs,
         lr=spec.lr,
@@ -204,7 +192,6 @@ def _fine_tuning(
         locked=locked,
         seed=id.seed,
         precision=precision,
-        revision=2 if answers else 1,
         save_minutes=spec.save_minutes,
         skip_zeros=spec.skip_zeros,
     )

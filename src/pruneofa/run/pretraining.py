@@ -55,19 +55,13 @@ class TeacherSettings:
 
 @dataclass(frozen=True)
 class PruneSettings:
-    """How the student is pruned.
-
-    Attributes:
-        revision: of the computation: 2 where moments of weights that return count no step at which they were pruned,
-            and where sampled gradients are of several losses, each with its own weight.
-    """
+    """How the student is pruned."""
 
     prune: Prune
     distill: Distill
     corpus: Corpus = field(metadata=SOURCE)
     seed: int
     precision: str
-    revision: int
 
 
 @dataclass(frozen=True)
@@ -183,8 +177,7 @@ def _prune_at_once(
     objective.to(own_device())
     pruned = load_for_pretraining(str(folder), nsp=text.spec.nsp)
     objective.student.load_state_dict(pruned.state_dict())
-    clock = folder / CLOCK  # which earlier versions did not write
-    return read_json(clock) if clock.exists() else {"seconds": 0.0, "tokens": 0}
+    return read_json(folder / CLOCK)
 
 
 def _examples(text: Text, seed: int, count: int, size: int) -> Iterator[dict[str, torch.Tensor]]:

@@ -22,22 +22,9 @@ from pruneofa.run.names import RECORD, StageId
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Part of every stage's fingerprint: increase it when results change for the same settings, or the record. If only the
-# results of some stages change, increase the `revision` of their settings instead, so that the others stay done.
-FORMAT = 3
-EVALUATION_FORMAT = 2  # the same for evaluations
-# {"Class.field": value} for settings added by a later version: the value that corresponds to earlier behaviour. A field
-# with that value is not part of the fingerprint, so that stages made by earlier versions stay done.
-ABSENT: dict[str, Any] = {
-    "Distill.hidden_norm": False,
-    "FineTuneSettings.freeze_embeddings": False,
-    "FineTuneSettings.revision": 1,
-    "Prune.block": 50,
-    "Prune.dampening": 0.01,
-    "Prune.gradients": 1024,
-    "Prune.one_shot": None,
-    "PruneSettings.revision": 1,
-}
+# Part of every stage's fingerprint: increase it when results change for the same settings, or the record.
+FORMAT = 1
+EVALUATION_FORMAT = 1  # the same for evaluations
 
 METRICS, EVALUATION = "metrics.json", "evaluation.json"
 ROWS = "metric_rows.npz"  # the terms of the rows, by which models are compared; see `pruneofa.train.metrics`
@@ -64,10 +51,10 @@ class Model:
 
     @property
     def output(self) -> str | None:
-        """The fingerprint of the weights that a stage made, from its record; None if it does not tell."""
+        """The fingerprint of the weights that a stage made, from its record; None if no stage made them yet."""
         if self.stage is None or not (self.stage.folder / RECORD).exists():
             return None
-        return read_record(self.stage.folder).get("output")
+        return read_record(self.stage.folder, ("output",))["output"]
 
 
 @dataclass(frozen=True)
@@ -166,7 +153,7 @@ def fingerprinted(settings: Any) -> dict[str, Any]:
 
     Args:
         settings: a dataclass of plain values, sections of the recipe and other such dataclasses. Fields that sections
-            or metadata mark as RESOURCES_ONLY, `unused` fields, and fields with their value in ABSENT are omitted.
+            or metadata mark as RESOURCES_ONLY, and `unused` fields, are omitted.
     """
     values: dict[str, Any] = {}
     for each in dataclasses.fields(settings):
@@ -174,11 +161,11 @@ def fingerprinted(settings: Any) -> dict[str, Any]:
             continue
         value = getattr(settings, each.name)
         if isinstance(value, Section):
-            value = _without_absent(value, value.fingerprinted(exclude=each.metadata.get("unused")))
+            value = value.fingerprinted(exclude=each.metadata.get("unused"))
         elif dataclasses.is_dataclass(value):
             value = fingerprinted(value)
         values[each.name] = value
-    return _without_absent(settings, values)
+    return values
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -188,11 +175,6 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         inner = isinstance(value, dict)
         found |= _flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": json.loads(json.dumps(value))}
     return found
-
-
-def _without_absent(owner: Any, values: dict[str, Any]) -> dict[str, Any]:
-    name = type(owner).__name__
-    return {k: v for k, v in values.items() if f"{name}.{k}" not in ABSENT or ABSENT[f"{name}.{k}"] != v}
 
 
 @dataclass(frozen=True)
@@ -242,18 +224,15 @@ class Stage:
 
     @property
     def made_from(self) -> dict[str, str]:
-        """`Model.output` of the inputs that stages made, as far as their records tell."""
+        """`Model.output` of the inputs that stages made."""
         models = {name: value.output for name, value in self.inputs.items() if isinstance(value, Model)}
         return {name: output for name, output in models.items() if output is not None}
 
     @property
     def remade_inputs(self) -> list[str]:
-        """The input models that were made again since this stage was, or will be: the fingerprints cannot tell.
-
-        Records of earlier versions say nothing of weights; there only a model that will be made again is found.
-        """
+        """The input models that were made again since this stage was, or will be: the fingerprints cannot tell."""
         then, now = read_record(self.folder).get("made_from", {}), self.made_from
-        others = {name for name in now if name in then and then[name] != now[name]}
+        others = {name for name in now if then.get(name) != now[name]}
         models = {name: value.stage for name, value in self.inputs.items() if isinstance(value, Model)}
         return [name for name, stage in models.items() if name in others or (stage and stage.status != "done")]
 
@@ -286,15 +265,14 @@ class Stage:
 
     @property
     def begun_otherwise(self) -> bool:
-        """Whether that work was begun with other settings or inputs; earlier versions recorded no weights."""
-        found = (self.work / MARK).read_text(encoding="utf-8", errors="replace") if self.begun else self.mark
-        return found not in (self.fingerprint, self.mark)
+        """Whether that work was begun with other settings or inputs."""
+        return self.begun and (self.work / MARK).read_text(encoding="utf-8", errors="replace") != self.mark
 
     @property
     def other_format(self) -> int | None:
         """The format of the finished stage's record if it is not FORMAT, else None."""
         made = (self.folder / RECORD).exists()
-        found = read_record(self.folder).get("format", 1) if made else FORMAT
+        found = read_record(self.folder).get("format", 0) if made else FORMAT
         return None if found == FORMAT else found
 
     def __str__(self) -> str:

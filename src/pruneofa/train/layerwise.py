@@ -133,8 +133,7 @@ def prune_layerwise(
             elif cached_folder(kept / f"layer-{index}", prune):
                 folder = kept / f"layer-{index}"
                 layer.load_state_dict(load_file(folder / LAYER))
-                if (folder / CLOCK).exists():  # which earlier versions did not write
-                    earlier += read_json(folder / CLOCK)["seconds"]
+                earlier += read_json(folder / CLOCK)["seconds"]
             student_hidden = [call.run(layer, x, ()).output for call, x in zip(calls, student_hidden, strict=True)]
             teacher_hidden = [call.run(dense, x, ()).output for call, x in zip(calls, teacher_hidden, strict=True)]
             advance()
