@@ -1,6 +1,7 @@
 """Child processes of benchmarks: they end when the benchmark does, however it ends."""
 
 import atexit
+import json
 import os
 import signal
 import subprocess
@@ -19,6 +20,34 @@ def start(command: Sequence[object], **options: Any) -> subprocess.Popen[str]:
     child = subprocess.Popen([str(part) for part in command], text=True, process_group=0, **options)
     atexit.register(_end, child)
     return child
+
+
+def start_answering(command: Sequence[object], **options: Any) -> subprocess.Popen[str]:
+    """`start` a process that answers lines of JSON on its standard input with lines of JSON."""
+    return start(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **options)
+
+
+def answer(child: subprocess.Popen[str]) -> Any:
+    """The value of its next line. Raises EOFError if it has ended."""
+    assert child.stdout is not None
+    if not (line := child.stdout.readline()):
+        raise EOFError(f"{child.args} ended without an answer")
+    return json.loads(line)
+
+
+def ask(child: subprocess.Popen[str], question: Any) -> Any:
+    """Its answer to one question."""
+    assert child.stdin is not None
+    child.stdin.write(json.dumps(question) + "\n")
+    child.stdin.flush()
+    return answer(child)
+
+
+def dismiss(child: subprocess.Popen[str]) -> None:
+    """No more questions: wait until it has ended."""
+    assert child.stdin is not None
+    child.stdin.close()
+    child.wait()
 
 
 def _end(child: subprocess.Popen[str]) -> None:

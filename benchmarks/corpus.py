@@ -115,8 +115,8 @@ def main() -> int:
         return 0
     from pruneofa.data import sources
 
-    files = [path for folder in sources.find([str(p) for p in options.data], None, None, streaming=False)
-             for path in folder.paths]  # fmt: skip
+    found = sources.find([str(path) for path in options.data], None, None, streaming=False)
+    files = [path for each in found if isinstance(each, sources.Files) for path in each.paths]
     one, every = (measure(part, options.tokenizer, options.processes) for part in (files[:1], files))
     ratio = every["peak_mib"] / one["peak_mib"]
     print(json.dumps({"one": one, "all": every, "ratio": round(ratio, 3)}, indent=2))

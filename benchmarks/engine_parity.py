@@ -47,7 +47,7 @@ class Recorded:
         self._forward = forward
         self.logits: list[dict[int, list[np.ndarray]]] = []
         with torch.no_grad():
-            self.metrics = evaluate._metrics(task, columns, self._batches)
+            self.metrics = evaluate._metrics(task, columns, self._batches).values
 
     def _batches(self, data: TaskData) -> Iterator[evaluate.Batch]:
         found = {}

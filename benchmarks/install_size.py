@@ -4,6 +4,7 @@ It counts the files that pip recorded, without pip and setuptools. Bytecode, whi
 apart (`pip install --no-compile` leaves it out).
 """
 
+import argparse
 import json
 import subprocess
 import sys
@@ -23,7 +24,9 @@ print(json.dumps({found.metadata["Name"]: sizes(found) for found in metadata.dis
 
 def main() -> None:
     """Print a line per package, the largest first, and the sum."""
-    python = sys.argv[1] if len(sys.argv) > 1 else sys.executable
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("python", nargs="?", default=sys.executable, metavar="PYTHON_OF_A_VENV")
+    python = parser.parse_args().python
     found = json.loads(subprocess.run([python, "-c", PROGRAM], check=True, capture_output=True, text=True).stdout)
     sizes = {name: size for name, size in found.items() if name not in ("pip", "setuptools")}
     print("  wheels  bytecode, MB")

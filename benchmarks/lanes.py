@@ -16,7 +16,6 @@ import json
 import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -70,16 +69,14 @@ class Runner:
         self.label = label
         python = sys.executable if checkout is None else interpreter(checkout)
         command = [python, "-c", PROGRAM, str(folder), json.dumps(settings)]
-        self.process = children.start(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        file = json.loads(self.process.stdout.readline())
+        self.process = children.start_answering(command)
+        file = children.answer(self.process)
         if checkout is not None:
             check_loaded(file, checkout)
 
     def call(self, case: list[int]) -> float:
         """Seconds of one call."""
-        self.process.stdin.write(json.dumps(case) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
+        return children.ask(self.process, case)
 
 
 def measure(runners: list[Runner], case: list[int], turns: int, pause: float) -> dict[str, dict[str, float]]:
@@ -144,8 +141,7 @@ def main() -> None:
                 record = {"machine": machine(), "model": args.model, "rows": rows}
                 args.out.write_text(json.dumps(record, indent=1) + "\n")
         for runner in runners + by_lanes:
-            runner.process.stdin.close()
-            runner.process.wait()
+            children.dismiss(runner.process)
 
 
 if __name__ == "__main__":

@@ -44,16 +44,9 @@ for line in sys.stdin:
 def start(checkout: Path, folder: Path, precision: str, threads: int, clock: str) -> subprocess.Popen[str]:
     """Start a process that loads the engine of this checkout and times one call per line of its standard input."""
     command = [interpreter(checkout), "-c", PROGRAM, folder, precision, threads, clock]
-    process = children.start(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    check_loaded(json.loads(process.stdout.readline()), checkout)
+    process = children.start_answering(command)
+    check_loaded(children.answer(process), checkout)
     return process
-
-
-def call(process: subprocess.Popen[str], batch: int, tokens: int) -> tuple[float, str]:
-    """Seconds of one call and the SHA-256 of its answer."""
-    process.stdin.write(json.dumps([batch, tokens]) + "\n")
-    process.stdin.flush()
-    return tuple(json.loads(process.stdout.readline()))
 
 
 def measure(pair: list[subprocess.Popen[str]], batch: int, tokens: int, turns: int) -> dict[str, object]:
@@ -63,7 +56,7 @@ def measure(pair: list[subprocess.Popen[str]], batch: int, tokens: int, turns: i
     for _ in range(turns + 3):
         random.shuffle(order)
         for which in order:
-            seconds, digest = call(pair[which], batch, tokens)
+            seconds, digest = children.ask(pair[which], [batch, tokens])
             times[which].append(seconds)
             digests.add(digest)
     before, after = times[0][3:], times[1][3:]
@@ -115,8 +108,7 @@ def main() -> None:
                         record = {"machine": machine(), "threads": args.threads, "clock": args.clock, "rows": rows}
                         args.out.write_text(json.dumps(record, indent=1) + "\n")
                 for process in pair:
-                    process.stdin.close()
-                    process.wait()
+                    children.dismiss(process)
     sys.exit(0 if all(row["same_bits"] for row in rows) else 1)
 
 

@@ -73,12 +73,14 @@ async def closed_loop(server: Server, key: tuple[str, int], clients: int, second
 
     async def client() -> None:
         connection = Connection(server.port)
+        answered: Any = None
         while (sent := time.perf_counter()) < begin + seconds:
             body, chosen = next(requests)
             status, content = await answer(connection, server, body)
             latencies.append(time.perf_counter() - sent)
             assert status == 200, content[:300]
-        last.append((content, chosen))
+            answered = content, chosen
+        last.append(answered)
         connection.leave()
 
     await asyncio.gather(*(client() for _ in range(clients)))

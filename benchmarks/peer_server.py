@@ -101,6 +101,7 @@ def load(folder: Path, backend: str, threads: int) -> Any:
     from sentence_transformers import SentenceTransformer
 
     name, file, runtime = BACKENDS[backend]
+    kind: Any = runtime
     options: dict[str, Any] = {}
     if runtime == "torch":
         import torch
@@ -117,7 +118,7 @@ def load(folder: Path, backend: str, threads: int) -> Any:
         options = {"file_name": file, "ov_config": limits}
     return SentenceTransformer(
         str(folder / name),
-        backend=runtime,
+        backend=kind,
         device="cpu",
         local_files_only=True,
         trust_remote_code=False,
@@ -169,7 +170,7 @@ def make_openvino(folder: Path, texts: list[str]) -> None:
     target, int8 = _copy(folder, "openvino"), _copy(folder, "openvino-int8")
     plain = OVModelForFeatureExtraction.from_pretrained(folder / "torch", export=True, trust_remote_code=False)
     plain.save_pretrained(target)
-    tokenizer = AutoTokenizer.from_pretrained(folder / "torch", trust_remote_code=False)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder / "torch", trust_remote_code=False)
     model = openvino.Core().read_model(target / "openvino_model.xml")
     names = {name for value in model.inputs for name in value.names}
     samples = [

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import children
 import numpy as np
@@ -104,12 +105,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    if min(options.rows, options.alone or options.rows) <= PART:
+        parser.error(f"--rows and --alone must be more than the {PART} that do not count")
     with tempfile.TemporaryDirectory() as temporary:
         model = options.model or Path(temporary) / "model"
         if options.model is None:
             write_random(model, "minilm", 0.9)
         texts = write_texts(Path(temporary) / "in.csv", options.rows)
-        rounds = []
+        rounds: list[dict[str, Any]] = []
         for _ in range(options.rounds):
             some = texts[: options.alone]
             before = engine_rate(model, some, options.threads)
@@ -132,7 +135,8 @@ def main() -> None:
                 }
             )
             print(json.dumps(rounds[-1]), flush=True)
-        record = {"machine": machine(), "arguments": {k: str(v) for k, v in vars(options).items()}, "rounds": rounds}
+        record: dict[str, Any] = {"machine": machine()}
+        record |= {"arguments": {k: str(v) for k, v in vars(options).items()}, "rounds": rounds}
         for ratio in ("ratio", "ratio_by_processor_time"):
             record[f"median_{ratio}"] = statistics.median(row[ratio] for row in rounds)
     text = json.dumps(record, indent=2) + "\n"

@@ -192,7 +192,7 @@ def whole_step() -> tuple[dict[str, Callable[[], Tensor]], list[Tensor], Callabl
     """Losses by variant, the parameters that learn, and clipping + AdamW."""
     student, teacher = build()
     losses = steps(student.train(), teacher, random_batch())
-    learning = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    learning: list[Tensor] = [parameter for parameter in student.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=1e-5, fused=True)
 
     def update() -> None:

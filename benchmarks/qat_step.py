@@ -11,6 +11,7 @@ import json
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from machine import MINILM, machine
@@ -35,7 +36,7 @@ SETTINGS: dict[str, dict] = {
 class Step:
     """One student with its teacher, optimizer and lock; quantized or not."""
 
-    def __init__(self, kind: str, precision: str, shape: dict[str, int], length: int) -> None:
+    def __init__(self, kind: str, precision: str, shape: dict[str, Any], length: int) -> None:
         torch.manual_seed(0)
         config = BertConfig(**shape, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
         student, teacher = BertForSequenceClassification(config).train(), BertForSequenceClassification(config)
@@ -49,8 +50,9 @@ class Step:
             for module in teacher.base_model.modules():
                 if isinstance(module, torch.nn.Linear):
                     module.to(torch.bfloat16)
-        losses = {"kind": "classification", "hard": 0.0, "kd": 1.0, "hidden": 1.0, "temperature": 2.0}
-        self.objective = TransferObjective(student, teacher, **losses)
+        self.objective = TransferObjective(
+            student, teacher, kind="classification", hard=0.0, kd=1.0, hidden=1.0, temperature=2.0
+        )
         self.lock = PatternLock.capture(student)
         self.quantizer = FakeQuantizer(student, **SETTINGS[kind]) if kind in SETTINGS else None
         self.optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5)

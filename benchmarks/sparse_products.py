@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from machine import MINILM, machine
 from torch import Tensor
@@ -39,12 +40,12 @@ def milliseconds(call: Callable[[], Any]) -> float:
 def skipping(kept: Tensor, x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor, isa: str) -> list[float]:
     """The products by the native kernels."""
     pattern = _native.Pattern(kept.numpy(), isa)
-    y, dx, dw = torch.empty_like(dy), torch.empty_like(x), torch.empty_like(weight)
-    x, weight, bias, dy, y, dx, dw = (tensor.numpy() for tensor in (x, weight, bias, dy, y, dx, dw))
+    given, factors, offset, slopes = (tensor.numpy() for tensor in (x, weight, bias, dy))
+    y, dx, dw = np.empty_like(slopes), np.empty_like(given), np.empty_like(factors)
     return [
-        milliseconds(lambda: pattern.multiply(x, weight, bias, y, 1)),
-        milliseconds(lambda: pattern.multiply_transposed(dy, weight, dx, 1)),
-        milliseconds(lambda: pattern.weight_gradient(x, dy, dw, 1)),
+        milliseconds(lambda: pattern.multiply(given, factors, offset, y, 1)),
+        milliseconds(lambda: pattern.multiply_transposed(slopes, factors, dx, 1)),
+        milliseconds(lambda: pattern.weight_gradient(given, slopes, dw, 1)),
     ]
 
 
@@ -78,11 +79,10 @@ def main() -> None:
             row: dict[str, Any] = {"tokens": tokens, "outputs": outputs, "inputs": inputs}
             products = (lambda: torch.addmm(bias, x, dense.t()), lambda: dy @ dense, lambda: dy.t() @ x)  # noqa: B023
             row["dense"] = [milliseconds(product) for product in products]
-            for sparsity in SPARSITIES:
-                kept = torch.rand(outputs, inputs, generator=generator) >= sparsity
-                weight = dense * kept
-                row[f"skipping {sparsity}"] = skipping(kept, x, weight, bias, dy, options.isa)
-            row[f"csr {SPARSITIES[-1]}"] = by_csr(x, weight, dy)
+            masks = {s: torch.rand(outputs, inputs, generator=generator) >= s for s in SPARSITIES}
+            for sparsity, kept in masks.items():
+                row[f"skipping {sparsity}"] = skipping(kept, x, dense * kept, bias, dy, options.isa)
+            row[f"csr {SPARSITIES[-1]}"] = by_csr(x, dense * masks[SPARSITIES[-1]], dy)
             rows.append(row)
             print(json.dumps(row), flush=True)
     if options.out:

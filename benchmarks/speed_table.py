@@ -3,10 +3,13 @@
 Each file is what `pruneofa bench ... --json` printed.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
 from pruneofa.bench.tables import read_records, speed_table
 
 if __name__ == "__main__":
-    sys.stdout.write(speed_table(read_records(map(Path, sys.argv[1:]))))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("records", nargs="+", type=Path)
+    sys.stdout.write(speed_table(read_records(parser.parse_args().records)))

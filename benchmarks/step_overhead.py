@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from machine import MINILM, machine
@@ -26,7 +27,7 @@ SHAPES = {"minilm": MINILM, "bert-base": {}}
 LIMIT, INTERVAL, SPARSITY = 1.03, 100, 0.9
 
 
-def build(shape: dict[str, int]) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+def build(shape: dict[str, Any]) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     """A classifier of this shape, sparse, in training mode without dropout, and a batch of 32 x 128 tokens."""
     torch.manual_seed(0)
     config = BertConfig(**shape, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)

@@ -77,25 +77,10 @@ with tempfile.TemporaryDirectory() as work:
 
 def start(checkout: Path, *arguments: object) -> subprocess.Popen[str]:
     """Start the training of a checkout, which waits for its first turn."""
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    process = children.start([interpreter(checkout), "-c", PROGRAM, *arguments], **pipes)
-    assert process.stdout is not None
-    check_loaded(json.loads(process.stdout.readline()), checkout)
+    command = [interpreter(checkout), "-c", PROGRAM, *arguments]
+    process = children.start_answering(command, stderr=subprocess.DEVNULL)
+    check_loaded(children.answer(process), checkout)
     return process
-
-
-def take_turn(process: subprocess.Popen[str]) -> list[float]:
-    """Wall and CPU seconds of a turn."""
-    assert process.stdin is not None
-    process.stdin.write("\n")
-    process.stdin.flush()
-    return read_times(process)
-
-
-def read_times(process: subprocess.Popen[str]) -> list[float]:
-    """The next wall and CPU seconds that it reports."""
-    assert process.stdout is not None
-    return json.loads(process.stdout.readline())
 
 
 def main() -> None:
@@ -124,8 +109,8 @@ def main() -> None:
             options.hidden,
         )
         both = [start(checkout, *arguments) for checkout in (options.before, options.after)]
-        once = [read_times(process) for process in both]
-        turns = [[take_turn(process) for process in both] for _ in range(options.steps // options.turn)]
+        once = [children.answer(process) for process in both]
+        turns = [[children.ask(process, None) for process in both] for _ in range(options.steps // options.turn)]
         shares = [[seconds / options.steps / options.epochs for seconds in times] for times in once]
         sums = [
             [sum(turn[side][kind] for turn in turns) / options.steps + shares[side][kind] for side in (0, 1)]

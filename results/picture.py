@@ -109,14 +109,16 @@ def _bench_setting(record: Row) -> str:
     return f"{record['models'][0]['sparsity']:.2f} zeros, beside dense runtimes; random weights"
 
 
-def _bars(rows: list[Row], title: str, subtitle: str, digits: str, *, longest: float | None = None) -> alt.LayerChart:
+def _bars(
+    rows: list[Row], title: str, subtitle: str, digits: str, *, longest: float | None = None
+) -> alt.LayerChart | alt.FacetChart:
     rows = [{"color": COLORS.get(row["model"])} | row for row in rows]
     scale = alt.Scale(domain=[0, longest or max(row["value"] for row in rows)])
     y = alt.Y("model:N", sort=[row["model"] for row in rows], title=None, axis=alt.Axis(minExtent=68))
     base = alt.Chart(alt.Data(values=rows)).encode(x=alt.X("value:Q", axis=None, scale=scale), y=y)
     number = base.mark_text(align="left", dx=4, color=INK).encode(text=alt.Text("value:Q", format=digits))
     bars = base.mark_bar().encode(color=alt.Color("color:N", scale=None))
-    named = alt.TitleParams(title, fontSize=11, subtitleFontSize=10, **({"subtitle": subtitle} if subtitle else {}))
+    named = alt.TitleParams(title, fontSize=11, subtitleFontSize=10, subtitle=subtitle or alt.Undefined)
     return alt.layer(bars, number).properties(width=230, height=17 * len(rows), title=named)
 
 

@@ -27,7 +27,7 @@ from pruneofa.train.device import fast_precision, processes
 from pruneofa.train.models import load_for_pretraining
 from pruneofa.train.objective import PretrainingObjective
 
-LOSSES = {
+LOSSES: dict[str, dict[str, Any]] = {
     "hidden": {"hard": 0.0, "kd": 0.0, "hidden": 1.0},
     "relative": {"hard": 0.0, "kd": 0.0, "hidden": 1.0, "hidden_norm": True},
     "logits": {"hard": 0.0, "kd": 1.0},

@@ -32,7 +32,7 @@ def by_transformers(folder: Path, texts: list[str]) -> tuple[Embeddings, str]:
     sentence = read_sentence(folder)
     if sentence is None or sentence.pooling != "mean":
         raise SystemExit(f"{folder}: wanted a sentence-transformers folder with mean pooling")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     model = transformers.AutoModel.from_pretrained(folder, add_pooling_layer=False, trust_remote_code=False).eval()
     order = sorted(range(len(texts)), key=lambda index: len(texts[index]))  # little padding
     found = np.empty((len(texts), model.config.hidden_size), np.float32)
