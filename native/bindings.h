@@ -7,8 +7,9 @@
 
 #include <chrono>
 #include <cstddef>
-#include <stdexcept>
 #include <thread>
+
+#include "expect.h"
 
 namespace pruneofa {
 namespace nb = nanobind;
@@ -42,10 +43,6 @@ template <class T>
 using Vector = Array<T, 1>;
 template <class T>
 using Matrix = Array<T, 2>;
-
-inline void expect(bool fits, const char* what) {
-  if (!fits) throw std::invalid_argument(what);
-}
 
 inline void expect_threads(int threads) { expect(threads >= 1 && threads <= 4096, "threads: wanted 1 to 4096"); }
 

@@ -8,14 +8,9 @@
 #include <string>
 #include <utility>
 
+#include "expect.h"
+
 namespace pruneofa {
-namespace {
-
-void expect(bool fits, const char* what) {
-  if (!fits) throw std::invalid_argument(what);
-}
-
-}  // namespace
 
 RelativeBias::RelativeBias(const float* by_distance, int heads, int length)
     : heads(heads), length(length), values(static_cast<std::size_t>(heads) * (2 * length - 1 + 2 * kBiasMargin)) {

@@ -148,11 +148,11 @@ class Encoder {
   float* moments_of(Team& team, int panel) const;  // the moments of a panel
   void clear_ranges(Team& team, int thread) const;
 
-  const EncoderOptions options_;
-  const Table word_, position_, type_;
-  const Norm embedding_norm_;
-  const RelativeBias bias_;
-  const std::vector<Layer> layers_;
+  EncoderOptions options_;  // not const, nor what follows: moving an encoder would copy it
+  Table word_, position_, type_;
+  Norm embedding_norm_;
+  RelativeBias bias_;
+  std::vector<Layer> layers_;
   const Kernels& kernels_;
   int widest_ = 0;  // features of the widest layer
   Activation activation_ = Activation::kNone;

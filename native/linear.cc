@@ -1,8 +1,8 @@
 #include "linear.h"
 
 #include <algorithm>
-#include <stdexcept>
 
+#include "expect.h"
 #include "panels.h"
 
 namespace pruneofa {
@@ -14,7 +14,6 @@ struct Buffers {
       : panels(round_up(static_cast<int>(tokens), kLanes) / kLanes),
         x(static_cast<std::size_t>(panels) * linear.inputs() * kLanes),
         y(static_cast<std::size_t>(panels) * linear.outputs() * kLanes),
-        sums(static_cast<std::size_t>(panels) * linear.outputs() * kLanes),
         codes(panels * codes_bytes(linear.inputs(), linear.kernels().group_int8)),
         scale(static_cast<std::size_t>(panels) * kLanes),
         zero(static_cast<std::size_t>(panels) * kLanes),
@@ -36,7 +35,6 @@ struct Buffers {
 
   int panels;
   Aligned<float> x, y;
-  Aligned<int32_t> sums;
   Aligned<char> codes;
   Aligned<float> scale;
   Aligned<int32_t> zero;
@@ -69,14 +67,12 @@ void quantize(const Linear& linear, Buffers& buffers) {
 Linear::Linear(const PackedLayer& layer, const Kernels& kernels)
     : kernels_(kernels), int8_(layer.codes != nullptr), input_(layer.input) {
   // 255 * 128 * inputs has to fit int32, and an index of a group 16 bits.
-  if (layer.outputs < 1 || layer.inputs < 1 || layer.inputs >= 1 << 16 || layer.outputs >= 1 << 24) {
-    throw std::invalid_argument("a linear layer needs 1 to 65535 inputs and 1 to 16777215 outputs");
-  }
-  if (layer.nonzeros >> 32 != 0) throw std::invalid_argument("a linear layer can have at most 2^32 - 1 non-zeros");
+  expect(layer.outputs >= 1 && layer.inputs >= 1 && layer.inputs < 1 << 16 && layer.outputs < 1 << 24,
+         "a linear layer needs 1 to 65535 inputs and 1 to 16777215 outputs");
+  expect(layer.nonzeros >> 32 == 0, "a linear layer can have at most 2^32 - 1 non-zeros");
   const std::vector<std::size_t> begin = row_begins(layer);
-  if (begin.back() != layer.nonzeros) {
-    throw std::invalid_argument("the bitmask of a linear layer has another number of ones than there are values");
-  }
+  expect(begin.back() == layer.nonzeros,
+         "the bitmask of a linear layer has another number of ones than there are values");
   laid_out_.sparsity = 1.0 - static_cast<double>(layer.nonzeros) / (static_cast<double>(layer.outputs) * layer.inputs);
   Weights& weights = laid_out_.weights;
   weights.outputs = layer.outputs;
@@ -109,9 +105,10 @@ void Linear::forward(const float* x, std::size_t tokens, float* out) const {
 void Linear::accumulate(const uint8_t* x, std::size_t tokens, int32_t* out) const {
   Buffers buffers(*this, tokens);
   rows_to_codes(x, tokens, inputs(), kernels_.group_int8, kernels_.code_offset, buffers.codes.data());
-  buffers.operands.sums = buffers.sums.data();
+  Aligned<int32_t> sums(static_cast<std::size_t>(buffers.panels) * outputs() * kLanes);
+  buffers.operands.sums = sums.data();
   buffers.run(*this);
-  panels_to_rows(buffers.sums.data(), tokens, outputs(), out);
+  panels_to_rows(sums.data(), tokens, outputs(), out);
 }
 
 }  // namespace pruneofa

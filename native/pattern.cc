@@ -4,8 +4,8 @@
 #include <atomic>
 #include <functional>
 #include <memory>
-#include <stdexcept>
 
+#include "expect.h"
 #include "memory.h"
 #include "pool.h"
 
@@ -57,9 +57,8 @@ void parallel_for(int threads, int count, const std::function<void(int, int)>& w
 
 Pattern::Pattern(const bool* kept, std::size_t outputs, std::size_t inputs, const Kernels& kernels)
     : kernels_(kernels) {
-  if (outputs < 1 || inputs < 1 || outputs >= 1 << 16 || inputs >= 1 << 16) {
-    throw std::invalid_argument("a pattern needs 1 to 65535 outputs and inputs");
-  }
+  expect(outputs >= 1 && inputs >= 1 && outputs < 1 << 16 && inputs < 1 << 16,
+         "a pattern needs 1 to 65535 outputs and inputs");
   rows_.row_start.assign(outputs + 1, 0);
   columns_.row_start.assign(inputs + 1, 0);
   for (std::size_t n = 0; n < outputs; ++n) {

@@ -2,8 +2,9 @@
 
 #include <algorithm>
 #include <chrono>
-#include <stdexcept>
 #include <utility>
+
+#include "expect.h"
 
 namespace pruneofa {
 namespace {
@@ -73,7 +74,7 @@ int Scheduler::forward(const Batch& batch, int teams, int width, float* out) {
   const int count = static_cast<int>(batch.parts.size()) - 1;
   bool fits = count >= 1 && batch.parts[0] == 0 && batch.parts[count] == static_cast<int>(batch.offsets.size()) - 1;
   for (int p = 0; fits && p < count; ++p) fits = batch.parts[p] < batch.parts[p + 1];
-  if (!fits) throw std::invalid_argument("parts must increase from 0 to the number of sequences");
+  expect(fits, "parts must increase from 0 to the number of sequences");
   const Parts parts(batch);
 
   Workers& workers = this->workers();

@@ -18,7 +18,8 @@ static inline void range(const float* x, int count, Ranges range) {
   store(range + kLanes, high);
 }
 
-// The range is extended to include 0.
+// The range is extended to include 0. Below 2^-126 the reciprocal of a scale is infinite: there the scale is 1, and such
+// a token counts as zeros.
 static inline void scales(const float* ranges, int count, std::ptrdiff_t stride, float* scale, int32_t* zero) {
   Floats low = broadcast(0.0f), high = broadcast(0.0f);
   for (int i = 0; i < count; ++i) {
@@ -26,7 +27,7 @@ static inline void scales(const float* ranges, int count, std::ptrdiff_t stride,
     high = maximum(high, load(ranges + i * stride + kLanes));
   }
   Floats s = (high - low) / 255.0f;
-  s = select(broadcast(0.0f) < s, s, broadcast(1.0f));
+  s = select(s < broadcast(0x1p-126f), broadcast(1.0f), s);
   store(scale, s);
   // Between 0 and 255 unless there are infinities or NaN.
   store(zero, truncate(minimum(maximum(round(0.0f - low / s), broadcast(0.0f)), broadcast(255.0f))));

@@ -16,7 +16,7 @@ HEADS = {
     "ForTokenClassification": ("classifier.weight", "film"),
     "ForQuestionAnswering": ("qa_outputs.weight", {"question": "who", "context": "a film"}),
     "ForMaskedLM": ("cls.predictions.transform.dense.weight", "a [MASK]"),
-    "Model": ("bert.embeddings.LayerNorm.weight", "film"),
+    "Model": ("bert.encoder.layer.1.output.LayerNorm.weight", "film"),
 }
 
 

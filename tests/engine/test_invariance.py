@@ -65,14 +65,35 @@ def test_any_batch_order_and_threads_give_the_same_bits(engines, head, texts, ba
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp32"])
-@pytest.mark.parametrize("layer", [0, 1])
-def test_weights_too_large_for_float32_are_an_error_and_never_a_nan(tmp_path, precision, layer):
+def test_a_last_norm_too_large_for_float32_is_an_error_and_never_a_nan(tmp_path, precision):
     model = tiny_bert(transformers.BertForSequenceClassification)
     with torch.no_grad():
-        model.bert.encoder.layer[layer].output.LayerNorm.weight.mul_(3e38)
+        model.bert.encoder.layer[-1].output.LayerNorm.weight.mul_(3e38)
     engine = Engine.from_pretrained(write_model(tmp_path, model), precision=precision)
     with pytest.raises(InputError, match="NaN or infinite, wanted numbers: the model's weights are too large"):
         engine.predict("the great film")
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp32"])
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        ("attention.self.query", "query"), ("attention.self.key", "key"), ("attention.self.value", "value"),
+        ("attention.output.dense", "attention_output"), ("intermediate.dense", "intermediate"),
+        ("output.dense", "output"), ("attention.output.LayerNorm", "intermediate"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("parameter", ["weight", "bias"])
+def test_weights_that_can_overflow_inside_are_refused_when_loaded(tmp_path, precision, module, said, parameter):
+    """In int8 an overflow inside, such as infinite scores, would end as a finite answer that is wrong."""
+    model = tiny_bert(transformers.BertForSequenceClassification)
+    with torch.no_grad():
+        getattr(model.bert.encoder.layer[1].get_submodule(module), parameter).add_(1e20)
+    folder = write_model(tmp_path, model)
+    with pytest.raises(
+        InputError, match=rf"encoder\.layer\.1: its {said} can reach \d.*wanted at most 1e\+15.*too large"
+    ):
+        Engine.from_pretrained(folder, precision=precision)
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp32"])

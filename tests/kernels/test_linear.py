@@ -150,6 +150,17 @@ def test_int8_forward_of_any_floats_is_at_most_one_code_of_one_input_off(isa):
     assert np.mean(error > tolerance - one_code) < 0.01  # and hardly any is
 
 
+@pytest.mark.parametrize("size", [1e-35, 1e-36, 1e-37, 1e-38, 1e-40, 1e-45])
+def test_rows_that_are_nearly_zero_give_nearly_zero(isa, size):
+    """The reciprocal of a scale below 2^-126 is infinite, and every input would have a code at an end of the range."""
+    random = np.random.default_rng(7)
+    layer = replace(int8_layer(random, 17, 64, 0.5), bias=None)
+    x = (random.normal(size=(5, 64)) * size).astype(np.float32)
+    found = layer.build(_native, isa).forward(x)
+    assert np.abs(found).max() <= np.abs(x).sum(axis=1).max() * 128 * layer.scale.max()
+    np.testing.assert_allclose(found, layer.build(reference, "scalar").forward(x), atol=2e-36 * layer.scale.max())
+
+
 @pytest.mark.parametrize("zero", [0, 1, 100, 255])
 def test_static_inputs_have_the_codes_of_their_scale(isa, zero):
     """Also far outside of the range, where codes are clipped; and rows do not see each other."""

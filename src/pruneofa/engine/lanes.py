@@ -92,12 +92,15 @@ def plan(lengths: Sequence[int], threads: int, lanes: int | None = None, meeting
     if len(lengths) == 1:
         return Plan(1, width := _width(lengths[0], threads, meeting), [[0]], threads - width)
     most = min(threads, len(lengths))
-    plans = (_divided(lengths, count, threads // count, meeting) for count in _counts(most, lanes))
+    plans = (_divided(lengths, count, threads // count, meeting) for count in _counts(most, threads, lanes))
     return min(plans, key=lambda one: _cost(one, lengths, meeting))  # of equals the one with fewest lanes
 
 
-def _counts(most: int, lanes: int | None) -> Sequence[int]:
-    return range(1, most + 1) if lanes is None else [min(lanes, most)]
+def _counts(most: int, threads: int, lanes: int | None) -> Sequence[int]:
+    if lanes is not None:
+        return [min(lanes, most)]
+    # As many as there can be of each width: with fewer, threads would be left over.
+    return sorted({min(most, threads // width) for width in range(1, threads + 1)})
 
 
 def _divided(lengths: Sequence[int], lanes: int, threads: int, meeting: float) -> Plan:

@@ -6,10 +6,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from pruneofa.engine import bounds
 from pruneofa.errors import InputError
 from pruneofa.families import RelativeBias
 from pruneofa.formats.architecture import Architecture
 from pruneofa.formats.convert import pack_linear
+from pruneofa.formats.manifest import MAX_COLUMNS
 from pruneofa.formats.packed import Packed, PackedEmbedding, PackedLinear
 
 Precision = Literal["int8", "fp32"]
@@ -49,6 +51,17 @@ class Weights:
         """An embedding table."""
         return self._packed.embeddings[name]
 
+    def check_layer(
+        self, name: str, linears: dict[str, str], norms: dict[str, tuple[Float, Float]], inputs: float
+    ) -> float:
+        """`bounds.check_layer` of the modules of a layer, none of them requested yet; errors name the layer."""
+        packed = self._packed.linears
+        given = {field: (packed[f"{at}.weight"], self.plain(f"{at}.bias")) for field, at in linears.items()}
+        try:
+            return bounds.check_layer(given, norms, inputs)
+        except InputError as error:
+            raise InputError(f"{self._packed.folder}: {name}: {error}") from None
+
     def linear(self, module: str) -> Any:
         """`native.Linear` of a sparse linear layer and its bias; each layer can be requested only once.
 
@@ -61,10 +74,12 @@ class Weights:
         name, bias = f"{module}.weight", self.plain(f"{module}.bias")
         static = self._static.get(name)
         arguments = (weight.bitmask, weight.values, weight.scale, bias, weight.shape[1], self._isa)
-        try:
-            return self._native.Linear(*arguments) if static is None else self._native.Linear(*arguments, static)
-        except ValueError as error:  # the kernels take fewer inputs than the format has columns
-            raise InputError(f"{self._packed.folder}: {name}: {error}; use a narrower model") from None
+        if weight.shape[1] > MAX_COLUMNS:  # a folder that is not packed may have any number
+            raise InputError(
+                f"{self._packed.folder}: {name}: {weight.shape[1]} inputs, wanted at most {MAX_COLUMNS}; use a "
+                "narrower model"
+            )
+        return self._native.Linear(*arguments) if static is None else self._native.Linear(*arguments, static)
 
 
 def bias_by_distance(table: Float, bias: RelativeBias, length: int) -> Float:
@@ -88,13 +103,14 @@ def bias_by_distance(table: Float, bias: RelativeBias, length: int) -> Float:
 
 def build_encoder(native: Any, weights: Weights, architecture: Architecture, *, threads: int, isa: str) -> Any:
     """`native.Encoder` of a packed model. Raises InputError for a layer that is too large for the kernels."""
-    layers = [
-        {
-            field: weights.norm(module) if field.endswith("_norm") else weights.linear(module)
-            for field, module in architecture.layer(index).items()
-        }
-        for index in range(architecture.layers)
-    ]
+    embedding_norm = weights.norm(architecture.family.embedding_norm)
+    layers, inputs = [], bounds.sum_after_norm(embedding_norm)
+    for index in range(architecture.layers):
+        modules = architecture.layer(index)
+        norms = {field: weights.norm(module) for field, module in modules.items() if field.endswith("_norm")}
+        linears = {field: module for field, module in modules.items() if field not in norms}
+        inputs = weights.check_layer(f"{architecture.family.layers}.{index}", linears, norms, inputs)
+        layers.append(norms | {field: weights.linear(module) for field, module in linears.items()})
     tables = {name: weights.table(weight) for name, weight in architecture.tables.items()}
     bias = architecture.family.relative_bias
     length = max(len(tables["position"].values) - architecture.first_position, 1)
@@ -109,7 +125,7 @@ def build_encoder(native: Any, weights: Weights, architecture: Architecture, *, 
         word=native_tables["word"],
         position=native_tables["position"],
         token_type=native_tables.get("token_type"),
-        embedding_norm=weights.norm(architecture.family.embedding_norm),
+        embedding_norm=embedding_norm,
         layers=layers,
         relative_bias=bias and bias_by_distance(weights.plain(f"{bias.table}.weight"), bias, length),
     )

@@ -1,5 +1,6 @@
 """The head of masked language modeling: the likeliest tokens at each mask."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from pruneofa.formats.architecture import Architecture, masked_lm_bias
 
 TOP_TOKENS = 5  # results per masked position, as in transformers' fill-mask pipeline
 _VOCABULARY_BLOCK = 256  # rows of the word embeddings in float32 at a time: they stay in the second-level cache
+_MASKS = 64  # of any texts at a time: making the vocabulary float costs more than one product with it
 
 
 class MaskedLM:
@@ -67,10 +69,13 @@ class MaskedLM:
         self, reduced: Sequence[Float], tokens: Sequence[Tokens], texts: Sequence[Any]
     ) -> list[list[dict[str, Any]]]:
         """For each text a list with {"label", "score", "scores": {token: score}} of each mask, best tokens first."""
-        return [[self._best_tokens(scores) for scores in self.probabilities(masks)] for masks in reduced]
+        masks = np.concatenate(reduced)
+        blocks = (self.probabilities(masks[begin : begin + _MASKS]) for begin in range(0, len(masks), _MASKS))
+        best = (self._best_tokens(scores) for block in blocks for scores in block)
+        return [list(itertools.islice(best, len(own))) for own in reduced]
 
     def probabilities(self, masks: Float) -> Float:
-        """The probabilities of all tokens, (masks, vocabulary), at what `reduce` returned of one text."""
+        """The probabilities of all tokens, (masks, vocabulary), at what `reduce` returned."""
         return reference.softmax(self._logits(masks))
 
     def _logits(self, x: Float) -> Float:

@@ -1,4 +1,4 @@
-"""NumPy reference implementation of every native operation, with the same names and signatures: simple and slow.
+"""NumPy reference implementation of every operation of inference, with the names and signatures of the native ones.
 
 Hidden states of t tokens are a (t, hidden) float32 matrix. Several sequences are concatenated in it without padding;
 `offsets` (s + 1,) gives the start of each. A Linear of n outputs and k inputs has an (n, k) weight.
@@ -32,12 +32,13 @@ def quantize_rows(x: Float) -> tuple[NDArray[np.uint8], Float, NDArray[np.int32]
         x: (m, k) float32.
 
     Returns:
-        q (m, k) uint8, scale (m,) float32 and zero_point (m,) int32; a row of zeros has scale 1.
+        q (m, k) uint8, scale (m,) float32 and zero_point (m,) int32. A row of zeros has scale 1, as has one whose
+        scale were below 2^-126, of which float32 has no reciprocal.
     """
     low = np.minimum(x.min(axis=1), np.float32(0))
     high = np.maximum(x.max(axis=1), np.float32(0))
     scale = (high - low) / np.float32(255)
-    scale[scale == 0] = 1
+    scale[scale < np.finfo(np.float32).tiny] = 1
     zero_point = np.rint(-low / scale).astype(np.int32)
     return quantize(x, scale[:, None], zero_point[:, None]), scale, zero_point
 
