@@ -39,7 +39,7 @@ def break_even(bench: Bench, model: Model, tokens: Sequence[int]) -> Iterator[di
         workers: dict[str, Worker] = {}
         for peer in (PEERS[PRUNEOFA], dense):
             if not peer.missing() and (bench.cap is None or bench.cap in peer.caps or peer.name == PRUNEOFA):
-                worker = stack.enter_context(bench.worker(peer, root, here=True))
+                worker = stack.enter_context(bench.worker(peer, root, here=True, program="one_layer"))
                 with _tried(bench, peer.name):
                     worker.ask("start", peer=peer.name, job=job)
                     workers[peer.name] = worker

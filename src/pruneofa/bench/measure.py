@@ -29,6 +29,7 @@ from pruneofa.formats.files import fingerprint, read_json
 ROUNDS = 10  # rounds per process; the timed runs are spread over them
 MIN_RUNS, MIN_SECONDS = 3, 20.0  # a runner with this many runs and this many seconds needs no further round
 SETTLE = 0.05  # seconds until the threads of the previous process have stopped spinning
+TOGETHER = (None, 8, 4, 1)  # rows that a peer may be given at a time, sorted by length; None: the batch as it is
 
 
 class Bench:
@@ -116,6 +117,8 @@ class Bench:
             for label, peer, job in runners:
                 advance(note=f"{case.name}: loading {label}")
                 with self.tried(label, case.name, fatal=peer.name == PRUNEOFA):
+                    if peer.divides and len(case.lengths) > 1:
+                        job = job | {"together": self._together(peer, job, root)}
                     worker = stack.enter_context(self.worker(peer, root))
                     row = self._load_and_verify(worker, label, job, wanted.get(label, wanted[models[0].label]))
                     loaded.append((worker, row))
@@ -137,6 +140,17 @@ class Bench:
             return
         with tempfile.TemporaryDirectory(dir=root) as folder:
             yield Path(folder)
+
+    def _together(self, peer: Peer, job: Mapping[str, Any], root: Path) -> int | None:
+        """With which of TOGETHER the peer is fastest."""
+        seconds: dict[int | None, float] = {}
+        for together in TOGETHER:
+            given = {"peer": peer.name, "job": dict(job) | {"together": together}}
+            with self.worker(peer, root) as worker:
+                worker.ask("start", **given)
+                worker.ask("build", **given)
+                seconds[together] = min(worker.ask("time", key=peer.name, count=2)["seconds"])
+        return min(seconds, key=seconds.__getitem__)
 
     @contextlib.contextmanager
     def tried(self, label: str, where: str, *, fatal: bool = False) -> Iterator[None]:
@@ -163,7 +177,7 @@ class Bench:
             try:
                 worker.ask("start", peer=peer.name, job=job)
                 worker.ask("build", peer=peer.name, job=job)
-                worker.ask("save", key=peer.name, path=str(path))
+                worker.ask("save", peer=peer.name, job=job, path=str(path))
             except WorkerError as error:
                 raise InputError(f"{job['folder']}: torch cannot run this model ({error})") from None
         return np.load(path)
@@ -175,9 +189,10 @@ class Bench:
         kind = self.settings.precision if peer.name == PRUNEOFA else peer.kind
         baseline = worker.ask("start", peer=peer.name, job=job)["baseline"]
         row: dict[str, Any] = {"name": label, "peer": peer.name, "kind": kind, "dense": peer.dense}
+        row |= {"together": job.get("together")}
         row |= worker.ask("build", peer=peer.name, job=job)
         path = Path(job["inputs"]).with_name("output.npy")
-        worker.ask("save", key=peer.name, path=str(path))
+        worker.ask("save", peer=peer.name, job=job, path=str(path))
         row |= {"baseline": baseline, "disk": peer.size(job), "tolerance": TOLERANCES[kind]}
         if wanted is not None:
             with np.load(job["inputs"]) as stored:

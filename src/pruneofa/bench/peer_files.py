@@ -82,7 +82,8 @@ def _check_quantized(model: Any, folder: Path) -> None:
 def _openvino(job: Job, folder: Path) -> None:
     import openvino
 
-    shapes = [(name, list(array.shape)) for name, array in read_inputs(job).items()]
+    # Several rows may be taken in parts, of other shapes; those that are fixed are fixed when it is loaded.
+    shapes = [(name, list(array.shape) if len(array) == 1 else [-1, -1]) for name, array in read_inputs(job).items()]
     model = openvino.convert_model(torch_model(job), example_input=torch_inputs(job), input=shapes)
     # Half-precision files are its default; the weights should be the same everywhere.
     openvino.save_model(model, folder / "model.xml", compress_to_fp16=False)

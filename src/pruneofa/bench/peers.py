@@ -5,7 +5,7 @@ nothing of pruneofa, so that an interpreter that has a peer but not pruneofa can
 
 A *job* is a dict: "folder" (Hugging Face folder), "packed" (the same model packed), "artifacts" (folder of what
 `peer_files` made for this case), "inputs" (.npz of input_ids and, where there is padding, attention_mask), "threads",
-"isa" and "precision" (only for pruneofa).
+"isa" and "precision" (only for pruneofa), and "together" (see `batches`).
 """
 
 import importlib
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 Job = Mapping[str, Any]
-Run = Callable[[], np.ndarray]
+Run = Callable[[], list[np.ndarray]]  # the hidden states of each of the job's `batches`
 
 # Variables that limit the ISA of a library. They are removed from the environment of the user's shell.
 CAPPING = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "NM_ARCH")
@@ -54,6 +54,7 @@ class Peer:
         makers: modules that are needed to make the artifact.
         caps: {ISA: environment variables that limit it to this ISA}; other ISAs are not supported.
         dense: whether it multiplies by the zeros.
+        divides: whether it takes a batch in parts.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Peer:
     makers: tuple[str, ...] = ()
     caps: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     dense: bool = True
+    divides: bool = False
 
     def missing(self, *, elsewhere: bool = False) -> list[str]:
         """Modules that are not installed here; `elsewhere`: another interpreter runs it, this one only prepares."""
@@ -86,6 +88,27 @@ def read_inputs(job: Job) -> dict[str, np.ndarray]:
         return {name: stored[name] for name in ("input_ids", "attention_mask") if name in stored}
 
 
+def batches(job: Job) -> list[tuple[np.ndarray, dict[str, np.ndarray]]]:
+    """The job's inputs and their rows: all, or "together" rows of similar length at a time, with little padding."""
+    inputs = read_inputs(job)
+    count, most = inputs["input_ids"].shape
+    if not (together := job.get("together")):
+        return [(np.arange(count), inputs)]
+    lengths = inputs["attention_mask"].sum(axis=1) if "attention_mask" in inputs else np.full(count, most)
+    order = np.argsort(-lengths, kind="stable")
+    parts = [order[begin : begin + together] for begin in range(0, count, together)]
+    return [(part, {name: np.ascontiguousarray(array[part, : lengths[part].max()]) for name, array in inputs.items()})
+            for part in parts]  # fmt: skip
+
+
+def joined(job: Job, outputs: list[np.ndarray]) -> np.ndarray:
+    """The outputs of `batches` as float32 (batch, seq, hidden), 0 behind the end of a part."""
+    whole = np.zeros((*read_inputs(job)["input_ids"].shape, outputs[0].shape[-1]), np.float32)
+    for (rows, _), output in zip(batches(job), outputs, strict=True):
+        whole[rows, : output.shape[1]] = output
+    return whole
+
+
 def _pruneofa(job: Job) -> Run:
     from pruneofa.engine.engine import Engine
 
@@ -93,7 +116,7 @@ def _pruneofa(job: Job) -> Run:
         job["packed"], precision=job["precision"], threads=job["threads"], isa=job.get("isa")
     )
     inputs = read_inputs(job)
-    return lambda: engine.encode(**inputs)
+    return lambda: [engine.encode(**inputs)]
 
 
 def torch_model(job: Job) -> Any:
@@ -127,11 +150,11 @@ def torch_inputs(job: Job) -> tuple[Any, ...]:
 def _torch_run(model: Any, job: Job) -> Run:
     import torch
 
-    inputs = torch_inputs(job)
+    tensors = [[torch.from_numpy(array) for array in part.values()] for _, part in batches(job)]
 
-    def run() -> np.ndarray:
+    def run() -> list[np.ndarray]:
         with torch.inference_mode():
-            return model(*inputs).float().numpy()
+            return [model(*part).float().numpy() for part in tensors]
 
     return run
 
@@ -148,10 +171,11 @@ def _torch_bf16(job: Job) -> Run:
 
 
 def _torch_int8(job: Job) -> Run:
-    return _torch_run(_quantize_dynamic(torch_model(job)), job)
+    return _torch_run(quantize_dynamic(torch_model(job)), job)
 
 
-def _quantize_dynamic(module: Any) -> Any:
+def quantize_dynamic(module: Any) -> Any:
+    """The module with torch's dynamic int8 in its linear layers."""
     import torch
 
     torch.backends.quantized.engine = "onednn"
@@ -167,7 +191,7 @@ def _onnxruntime(artifact: str) -> Callable[[Job], Run]:
         path = Path(job["artifacts"]) / artifact / "model.onnx"
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         inputs = read_inputs(job)
-        return lambda: np.asarray(session.run(None, inputs)[0])
+        return lambda: [np.asarray(session.run(None, inputs)[0])]
 
     return build
 
@@ -176,15 +200,25 @@ def _openvino(artifact: str) -> Callable[[Job], Run]:
     def build(job: Job) -> Run:
         import openvino
 
-        core = openvino.Core()
-        options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": job["threads"], "NUM_STREAMS": 1}
-        path = Path(job["artifacts"]) / artifact / "model.xml"
-        request = core.compile_model(core.read_model(path), "CPU", options).create_infer_request()
-        inputs = list(read_inputs(job).values())
+        core, parts = openvino.Core(), [list(part.values()) for _, part in batches(job)]
+        model = core.read_model(Path(job["artifacts"]) / artifact / "model.xml")
+        options: dict[str, Any] = {"INFERENCE_NUM_THREADS": job["threads"]}
+        if len(parts) == 1:
+            model.reshape({name: list(array.shape) for name, array in read_inputs(job).items()})
+            options |= {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
+            request = core.compile_model(model, "CPU", options).create_infer_request()
+            return lambda: [request.infer(parts[0], share_inputs=True, share_outputs=True)[0]]
+        # Every thread computes parts of its own: faster than all threads on one part after the other.
+        options |= {"PERFORMANCE_HINT": "THROUGHPUT", "NUM_STREAMS": job["threads"]}
+        queue = openvino.AsyncInferQueue(core.compile_model(model, "CPU", options), job["threads"])
+        found: list[Any] = [None] * len(parts)
+        queue.set_callback(lambda request, index: found.__setitem__(index, request.get_output_tensor().data.copy()))
 
-        def run() -> np.ndarray:
-            request.infer(inputs, share_inputs=True, share_outputs=True)
-            return request.get_output_tensor().data
+        def run() -> list[np.ndarray]:
+            for index, part in enumerate(parts):
+                queue.start_async(part, index, share_inputs=True)
+            queue.wait_all()
+            return found
 
         return run
 
@@ -197,7 +231,7 @@ def _deepsparse(job: Job) -> Run:
     inputs = list(read_inputs(job).values())
     path = Path(job["artifacts"]) / "onnx-old" / "model.onnx"
     engine = deepsparse.compile_model(str(path), batch_size=len(inputs[0]), num_cores=job["threads"])
-    return lambda: engine.run(inputs)[0]
+    return lambda: [engine.run(inputs)[0]]
 
 
 LONG = 0.5  # seconds: for longer runs the time to refill the caches is negligible
@@ -211,9 +245,9 @@ _BASE = ("numpy", "safetensors", "tokenizers", "huggingface_hub",
 
 _ALL = (
     Peer(PRUNEOFA, "int8", _BASE, "pruneofa", _pruneofa),
-    Peer(REFERENCE, "fp32", _TORCH, _TORCH_PACKAGES, _torch_fp32, caps=_TORCH_CAPS),
-    Peer("torch-bf16", "bf16", _TORCH, _TORCH_PACKAGES, _torch_bf16, caps=_TORCH_CAPS),
-    Peer("torch-int8", "int8", _TORCH, _TORCH_PACKAGES, _torch_int8, caps=_TORCH_CAPS),
+    Peer(REFERENCE, "fp32", _TORCH, _TORCH_PACKAGES, _torch_fp32, caps=_TORCH_CAPS, divides=True),
+    Peer("torch-bf16", "bf16", _TORCH, _TORCH_PACKAGES, _torch_bf16, caps=_TORCH_CAPS, divides=True),
+    Peer("torch-int8", "int8", _TORCH, _TORCH_PACKAGES, _torch_int8, caps=_TORCH_CAPS, divides=True),
     Peer(
         name="onnxruntime",
         kind="fp32",
@@ -241,6 +275,7 @@ _ALL = (
         artifact="openvino",
         makers=_TORCH,
         caps=_OPENVINO_CAPS,
+        divides=True,
     ),
     Peer(
         name="openvino-int8",
@@ -251,6 +286,7 @@ _ALL = (
         artifact="openvino-int8",
         makers=(*_TORCH, "nncf"),
         caps=_OPENVINO_CAPS,
+        divides=True,
     ),
     Peer(
         name="deepsparse",
@@ -267,31 +303,6 @@ _ALL = (
 PEERS = {peer.name: peer for peer in _ALL}
 
 
-def _layer(job: Job) -> Run:
-    """One linear layer on one thread: pruneofa's or torch's dynamic int8 (oneDNN)."""
-    with np.load(job["inputs"]) as stored:
-        weight, x = stored["weight"], stored["x"]
-    if job["peer"] == PRUNEOFA:
-        from pruneofa.engine.engine import native
-        from pruneofa.formats.convert import pack_linear
-
-        packed = pack_linear(weight, "int8")
-        linear = native.Linear(packed.bitmask, packed.values, packed.scale, None, weight.shape[1], job["isa"])
-        return lambda: linear.forward(x)
-    import torch
-
-    torch.set_num_threads(1)
-    linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-    linear.weight = torch.nn.Parameter(torch.from_numpy(weight), requires_grad=False)
-    module, tensor = _quantize_dynamic(torch.nn.Sequential(linear)), torch.from_numpy(x)
-
-    def run() -> np.ndarray:
-        with torch.inference_mode():
-            return module(tensor).numpy()
-
-    return run
-
-
 def peak_memory() -> int:
     """Peak memory of this process in bytes."""
     status = Path("/proc/self/status")
@@ -303,7 +314,7 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-class _Process:
+class Process:
     """The state of a process between requests."""
 
     def __init__(self) -> None:
@@ -332,14 +343,9 @@ class _Process:
         self.runs[peer] = run
         return {"load": loaded - start, "first_answer": time.perf_counter() - start}
 
-    def layer(self, key: str, job: Job) -> dict[str, Any]:
-        """Build one linear layer, to be timed as `key`."""
-        self.runs[key] = _layer(job)
-        return {}
-
-    def save(self, key: str, path: str) -> dict[str, Any]:
-        """Write the output, float32, as .npy."""
-        np.save(path, np.asarray(self.runs[key](), np.float32))
+    def save(self, peer: str, job: Job, path: str) -> dict[str, Any]:
+        """Write the output, float32 (batch, seq, hidden), as .npy."""
+        np.save(path, joined(job, self.runs[peer]()))
         return {}
 
     def time(self, key: str, count: int) -> dict[str, Any]:
@@ -358,11 +364,6 @@ class _Process:
         if min(seconds) > LONG:
             self.long.add(key)
         return {"seconds": seconds}
-
-    def forget(self, key: str) -> dict[str, Any]:
-        """Free what `key` needs."""
-        self.runs.pop(key, None)
-        return {}
 
     def memory(self) -> dict[str, Any]:
         """Peak memory so far, in bytes."""
@@ -389,8 +390,8 @@ def answer_requests(actions: Mapping[str, Callable[..., dict[str, Any]]]) -> Non
 
 def main() -> None:
     """Answer the requests of another process."""
-    process = _Process()
-    names = ("start", "build", "layer", "save", "time", "forget", "memory")
+    process = Process()
+    names = ("start", "build", "save", "time", "memory")
     answer_requests({name: getattr(process, name) for name in names})
 
 

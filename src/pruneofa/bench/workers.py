@@ -1,4 +1,4 @@
-"""Processes of `peers.py` and `peer_files.py`, and the requests to them."""
+"""Processes of `peers.py`, `peer_files.py` and `one_layer.py`, and the requests to them."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ class TimeLimitError(WorkerError):
 
 
 class Worker:
-    """One process of `peers.py`, or of `peer_files.py`."""
+    """One process of `peers.py`, or of another program."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class Worker:
         Args:
             python: another interpreter, which need not have pruneofa installed.
             limit: maximum seconds per answer.
-            program: the file in this folder to run, "peers" or "peer_files", which needs pruneofa.
+            program: the file in this folder to run: "peers", or "peer_files" or "one_layer", which need pruneofa.
         """
         file = Path(__file__).with_name(f"{program}.py")
         run = ["-P", str(file)] if python else ["-m", f"pruneofa.bench.{program}"]
