@@ -6,8 +6,8 @@ MODEL is a folder of an embedding model. Part 1, closed loop, one client on one 
 `Engine.predict` of the same text in this process, so that both see the same machine. The client is a plain socket: an
 event loop of its own would be counted as the server's time. Part 2, saturation: as many
 connections as it takes for the inputs in flight to be twice --max-concurrent-requests, with requests of 1 to 32 texts;
-1 % of them are wrong and 2 % of the clients leave without waiting. Every vector is compared with the engine's: exit code
-1 if one differs, if a wrong request is answered, or if the server does not end with 0.
+1 % of them are wrong and 2 % of the clients leave without waiting. Every vector is compared with the engine's. Exit
+code 1 if one differs, if a wrong request is answered with 200, or if the server does not end with 0.
 """
 
 import argparse

@@ -10,9 +10,9 @@ parquet files of the Hugging Face data sets' columns.
 
 All servers stay loaded, all but one are stopped (SIGSTOP), and they take turns in random order. First vectors are
 checked. Closed loop: so many clients, each with one connection, send the next request when they have the answer.
-A turn lasts until 30 requests are answered too. Saturation is the most texts per second of any number of clients. Open
-loop: requests of one text arrive at random (Poisson) at a share of what the server answers to 8 clients or more, because
-such arrivals overlap, and at 0.8 of the best peer's; latency counts from the arrival.
+A turn lasts until 30 requests are answered too. Saturation is the most texts per second of any number of clients.
+Open loop: requests of one text arrive at random (Poisson) at a share of what the server answers to 8 clients or more,
+because such arrivals overlap, and at 0.8 of the best peer's; latency counts from the arrival.
 The client runs on the same CPUs; its share is in the record. Pin everything with `taskset` where there are more CPUs.
 """
 
@@ -200,7 +200,7 @@ def measure(servers: list[Server], texts: str, expected: np.ndarray, options: ar
     }
     if not options.open_seconds:
         return
-    # What a server can do with requests of one text. One client would overstate it where a server is slower with several.
+    # What a server can do with requests of one text. One client would overstate it where several are slower.
     alone = {name: max(statistics.median(found[cell]) for cell in overlapping(found)) for name, found in rates.items()}
     common = COMMON * max(rate for name, rate in alone.items() if name != OURS)
     offers = {f"{share} of its own saturation": {name: share * rate for name, rate in alone.items()}
