@@ -108,14 +108,15 @@ def _reached(start: str, edges: dict[str, set[str]]) -> set[str]:
 
 def _import_time(checkout: Path) -> float:
     """Median seconds of `import pruneofa` in a new interpreter, above those of an empty one."""
-    python = interpreter(checkout)
+    python, file = interpreter(checkout), ""
     timed: dict[str, list[float]] = {"print()": [], "import pruneofa; print(pruneofa.__file__)": []}
     for _ in range(IMPORTS):
         for code, seconds in timed.items():
             start = time.perf_counter()
-            found = subprocess.run([python, "-c", code], check=True, process_group=0, stdout=subprocess.PIPE, text=True)
+            printed = subprocess.run([python, "-c", code], check=True, process_group=0, stdout=subprocess.PIPE).stdout
             seconds.append(time.perf_counter() - start)
-    check_loaded(found.stdout.strip(), checkout)
+            file = printed.decode().strip()
+    check_loaded(file, checkout)
     empty, full = (statistics.median(seconds) for seconds in timed.values())
     return round(full - empty, 3)
 
