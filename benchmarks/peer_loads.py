@@ -64,8 +64,13 @@ async def answer(connection: Connection, server: Server, body: bytes) -> tuple[i
     return await connection.receive()
 
 
-async def closed_loop(server: Server, key: tuple[str, int], clients: int, seconds: float) -> tuple[Turn, list[Any]]:
-    """`clients` connections with one request each in flight; ends when the requests begun in `seconds` are answered."""
+async def closed_loop(
+    server: Server, key: tuple[str, int], clients: int, seconds: float, least: int = 0
+) -> tuple[Turn, list[Any]]:
+    """`clients` connections with one request each in flight, for `seconds` and until `least` requests are answered.
+
+    Ends when the requests begun until then are answered.
+    """
     requests = itertools.cycle(server.requests[key])
     latencies: list[float] = []
     last: list[Any] = []
@@ -74,7 +79,7 @@ async def closed_loop(server: Server, key: tuple[str, int], clients: int, second
     async def client() -> None:
         connection = Connection(server.port)
         answered: Any = None
-        while (sent := time.perf_counter()) < begin + seconds:
+        while (sent := time.perf_counter()) < begin + seconds or len(latencies) < least:
             body, chosen = next(requests)
             status, content = await answer(connection, server, body)
             latencies.append(time.perf_counter() - sent)
@@ -84,7 +89,8 @@ async def closed_loop(server: Server, key: tuple[str, int], clients: int, second
         connection.leave()
 
     await asyncio.gather(*(client() for _ in range(clients)))
-    return {"texts": len(latencies) * key[1], "s": time.perf_counter() - begin, "ms": percentiles(latencies)}, last
+    took = time.perf_counter() - begin
+    return {"requests": len(latencies), "texts": len(latencies) * key[1], "s": took, "ms": percentiles(latencies)}, last
 
 
 def arrivals(rate: float, seconds: float, seed: int) -> list[float]:

@@ -24,6 +24,7 @@ from pruneofa.train.objective import TransferObjective
 from pruneofa.train.quantize import FakeQuantizer
 
 LIMIT, SPARSITY, ROWS = 1.35, 0.9, 32
+NEAR = 1e-3  # how far the first loss of a quantized step may be from that of an ordinary one, of the loss
 KINDS = ("transfer", "static", "frozen", "dynamic", "tensor")
 SETTINGS: dict[str, dict] = {
     "static": {},
@@ -59,6 +60,7 @@ class Step:
         self.batch = {"input_ids": torch.randint(5, 30000, (ROWS, length))}
         self.batch["attention_mask"] = torch.ones_like(self.batch["input_ids"])
         self.steps = 0
+        self.loss = torch.tensor(float("nan"))  # of the last step
 
     def __call__(self) -> float:
         """Seconds of one step."""
@@ -73,17 +75,28 @@ class Step:
         self.optimizer.step()
         self.lock.apply()
         self.steps += 1
+        self.loss = loss.detach()
         return time.perf_counter() - start
 
 
 def check(precision: str) -> None:
-    """Quantized and ordinary steps start from nearly the same loss, and neither revives a weight."""
+    """Quantized and ordinary steps start from nearly the same loss, and neither revives a weight; SystemExit if not."""
+    losses = {}
     small = {"hidden_size": 48, "num_hidden_layers": 2, "intermediate_size": 96, "num_attention_heads": 12}
     for kind in KINDS:
         step = Step(kind, precision, small, 16)
-        for _ in range(3):
-            step()
+        step()
+        losses[kind] = float(step.loss)
+        step(), step()
         step.lock.verify()
+    if far := far_from_the_first(losses):
+        raise SystemExit(f"{precision}: the first losses of {', '.join(far)} are not that of transfer: {losses}")
+
+
+def far_from_the_first(losses: dict[str, float]) -> list[str]:
+    """The kinds whose loss differs from that of the first kind by more than NEAR of it, or is NaN."""
+    first = next(iter(losses.values()))
+    return [kind for kind, loss in losses.items() if not abs(loss - first) <= NEAR * abs(first)]
 
 
 def measure(precision: str, turns: int, kinds: list[str], length: int) -> dict:
@@ -105,7 +118,7 @@ def measure(precision: str, turns: int, kinds: list[str], length: int) -> dict:
 
 
 def main() -> None:
-    """Print the ratios; exit code 1 when one is over the limit."""
+    """Print the ratios; exit code 1 when one is over the limit, or a check fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=9, help="timed steps of each kind")
     parser.add_argument("--precision", choices=["bf16", "fp32"], action="append", help="default: both")

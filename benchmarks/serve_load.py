@@ -6,7 +6,8 @@ MODEL is a folder of an embedding model. Part 1, closed loop, one client on one 
 `Engine.predict` of the same text in this process, so that both see the same machine. The client is a plain socket: an
 event loop of its own would be counted as the server's time. Part 2, saturation: as many
 connections as it takes for the inputs in flight to be twice --max-concurrent-requests, with requests of 1 to 32 texts;
-1 % of them are wrong and 2 % of the clients leave without waiting. Every vector is compared with the engine's.
+1 % of them are wrong and 2 % of the clients leave without waiting. Every vector is compared with the engine's. Exit
+code 1 if one differs, if a wrong request is answered with 200, or if the server does not end with 0.
 """
 
 import argparse
@@ -199,7 +200,8 @@ async def saturate(port: int, engine: Engine, seconds: float, limit: int, proces
     counts: Counter[str] = Counter()
     latencies: list[float] = []
     memory: list[float] = []
-    end = time.perf_counter() + seconds
+    begin = time.perf_counter()
+    end = begin + seconds
 
     async def client(seed: int) -> None:
         own, connection = random.Random(seed), Connection(port)
@@ -208,7 +210,7 @@ async def saturate(port: int, engine: Engine, seconds: float, limit: int, proces
             body: dict[str, Any] = {"inputs": [texts[index] for index in chosen]}
             if wrong := own.random() < 0.01:
                 body = own.choice(({"inputs": []}, {"inputs": 3}, {"inputs": "a", "dimensions": 0}, {}))
-            begin = time.perf_counter()
+            sent = time.perf_counter()
             await connection.send("/embed", json.dumps(body).encode())
             if own.random() < 0.02:
                 await asyncio.sleep(own.random() * 0.05)
@@ -219,7 +221,7 @@ async def saturate(port: int, engine: Engine, seconds: float, limit: int, proces
             if wrong:
                 counts[f"bad request, {status}"] += 1
             elif status == 200:
-                latencies.append(time.perf_counter() - begin)
+                latencies.append(time.perf_counter() - sent)
                 right = np.allclose(json.loads(answer), expected[chosen], atol=1e-5)
                 counts["right" if right else "WRONG"] += 1
                 counts["texts"] += len(chosen)
@@ -230,23 +232,33 @@ async def saturate(port: int, engine: Engine, seconds: float, limit: int, proces
     async def watch() -> None:
         while time.perf_counter() < end:
             memory.append(resident(process))
-            await asyncio.sleep(0.5)
+            await asyncio.sleep(min(0.5, max(0.0, end - time.perf_counter())))
 
     clients = 2 * limit // 16
     await asyncio.gather(watch(), *(client(seed) for seed in range(clients)))
+    took = time.perf_counter() - begin  # the last answers come after `end`, and count
     warm = memory[len(memory) // 4 :]
     return {
         "clients": clients,
         "seconds": seconds,
+        "seconds until the last answer": round(took, 2),
         "counts": dict(sorted(counts.items())),
-        "texts per second": round(counts["texts"] / seconds, 1),
+        "texts per second": round(counts["texts"] / took, 1),
         "accepted ms": percentiles(latencies),
         "memory MB": {"after a quarter": warm[0], "least": min(warm), "most": max(warm), "end": warm[-1]},
     }
 
 
+def failures(found: dict[str, Any]) -> list[str]:
+    """What must not happen, of a whole record."""
+    counts = found["saturation"]["counts"]
+    wrong = [f"{counts[kind]} {kind}" for kind in ("WRONG", "bad request, 200") if counts.get(kind)]
+    code = found["exit code after SIGTERM"]
+    return wrong + ([f"exit code {code} after SIGTERM"] if code else [])
+
+
 def main() -> None:
-    """Measure, print and record."""
+    """Measure, print, record and check."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--seconds", type=float, default=60, help="of each part (default 60)")
@@ -277,6 +289,8 @@ def main() -> None:
     if options.record:
         options.record.parent.mkdir(parents=True, exist_ok=True)
         options.record.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    if wrong := failures(found):
+        raise SystemExit(f"failed: {', '.join(wrong)}")
 
 
 if __name__ == "__main__":

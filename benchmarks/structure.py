@@ -1,6 +1,8 @@
 """Figures of the structure of checkouts, as JSON: file lengths, import circles, names of model families, import time.
 
 python benchmarks/structure.py [CHECKOUT ...]
+
+Each checkout must be installed (`make install`): its own interpreter is timed.
 """
 
 import argparse
@@ -9,11 +11,11 @@ import json
 import re
 import statistics
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import children
+from checkout import check_loaded, interpreter
 
 LIMIT = 400  # lines of a file
 FAMILY = re.compile(r"distil_?bert|roberta|(?<![a-z])bert(?![a-z])|Bert(?=[A-Z])", re.IGNORECASE)
@@ -45,7 +47,7 @@ def figures(root: Path) -> dict[str, object]:
         "files_naming_a_family": len(named),
         "lines_naming_a_family_outside_families": sum(outside.values()),
         "files_naming_a_family_outside_families": len(outside),
-        "seconds_to_import": _import_time(root / "src"),
+        "seconds_to_import": _import_time(root),
     }
 
 
@@ -104,15 +106,17 @@ def _reached(start: str, edges: dict[str, set[str]]) -> set[str]:
     return seen
 
 
-def _import_time(source: Path) -> float:
+def _import_time(checkout: Path) -> float:
     """Median seconds of `import pruneofa` in a new interpreter, above those of an empty one."""
-    program = f"import sys; sys.path.insert(0, {str(source.resolve())!r})"
-    timed: dict[str, list[float]] = {program: [], f"{program}; import pruneofa": []}
+    python, file = interpreter(checkout), ""
+    timed: dict[str, list[float]] = {"print()": [], "import pruneofa; print(pruneofa.__file__)": []}
     for _ in range(IMPORTS):
         for code, seconds in timed.items():
             start = time.perf_counter()
-            subprocess.run([sys.executable, "-c", code], check=True, process_group=0)
+            printed = subprocess.run([python, "-c", code], check=True, process_group=0, stdout=subprocess.PIPE).stdout
             seconds.append(time.perf_counter() - start)
+            file = printed.decode().strip()
+    check_loaded(file, checkout)
     empty, full = (statistics.median(seconds) for seconds in timed.values())
     return round(full - empty, 3)
 

@@ -12,7 +12,7 @@ CASES = {"1 text of 32 tokens": [32], "1 text of 128 tokens": [128], "32 texts o
 def describe(verb: argparse.ArgumentParser) -> None:
     """Print the sparsity per layer, non-zeros, pattern hash and sizes of a model, packed or not.
 
-    Nothing is written. Sizes are given dense, as non-zeros with a bitmask, and as the lower bound by entropy.
+    Nothing is written. Sizes are given dense, as non-zeros with a bitmask, and as a bound by entropy.
     """
     verb.epilog = "example: pruneofa inspect runs/minilm-90/sparse --engine"
     verb.add_argument("path", help="folder or hub id")
