@@ -195,7 +195,7 @@ def test_fisher_does_not_choose_among_moments_that_are_all_zero():
     given = curvature(pruner, 0)
     zero = {name: torch.zeros_like(weight) for name, weight in pruner.weights.items()}
     pruner.step(0, zero)  # nothing is pruned yet
-    with pytest.raises(CheckFailed, match=r"score fisher: the squared gradients of all weights are 0 at step 1, wanted"):
+    with pytest.raises(CheckFailed, match=r"score fisher: the squared gradients .* are 0 at step 1, wanted some"):
         pruner.step(1, zero)
     pruner = GradualPruner(bare(), **options, initial=0.5)
     dense = {name: weight.detach().clone() for name, weight in pruner.weights.items()}

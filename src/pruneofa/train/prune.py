@@ -31,12 +31,12 @@ class GradualPruner:
     - magnitude: the smallest.
     - fisher: the smallest w^2 F_ii. `curvature` is {name: mean squared gradient (out, in)}, such as
       `curvature.second_moments(optimizer, pruner.weights)`; a weight that it lacks, or of which all are 0, gets the
-      mean over the others, and is so compared by its magnitude. A pruned weight has no gradient, and Adam's average of its squares decays to 0.
-      Its mean is therefore kept with its dense value as it was when the weight was pruned, in a third copy of the
-      weights. When the weight returns, the steps without a gradient are left out of the average, which goes on from
-      the mean that was kept, as that of entries without a gradient does in PyTorch's SparseAdam; the shares of old and
-      new gradients in it add up to 1, as in Adam's correction of the bias (Kingma and Ba 2015, arXiv 1412.6980,
-      section 3), so that the estimate has no bias either.
+      mean over the others, and is so compared by its magnitude. A pruned weight has no gradient, and Adam's average of
+      its squares decays to 0. Its mean is therefore kept with its dense value as it was when the weight was pruned, in
+      a third copy of the weights. When the weight returns, the steps without a gradient are left out of the average,
+      which goes on from the mean that was kept, as that of entries without a gradient does in PyTorch's SparseAdam; the
+      shares of old and new gradients in it add up to 1, as in Adam's correction of the bias (Kingma and Ba 2015, arXiv
+      1412.6980, section 3), so that the estimate has no bias either.
     - obs: the smallest w^2 / (F^-1)_ii; the others are updated for it. `curvature` is {name: blocks of F}, such as
       `curvature.fisher_blocks` makes. A pruned weight does not return, so `end` is the last selection.
     """
@@ -236,8 +236,8 @@ class GradualPruner:
         reached = {name: mean for name, mean in means.items() if mean != 0}  # NaN too, which is refused below
         if not reached and target > 0:
             raise CheckFailed(
-                f"score fisher: the squared gradients of all weights are 0 at step {t}, wanted some above 0 to compare, "
-                "as student and teacher do not differ yet; raise begin, or choose another score"
+                f"score fisher: the squared gradients of all weights are 0 at step {t}, wanted some above 0, as while "
+                "student and teacher do not differ there is nothing to compare; raise begin, or choose another score"
             )
         mean = torch.stack(list((reached or means).values())).mean()
         diagonals = {name: self._diagonal[name] if name in reached else mean for name in self.weights}
