@@ -51,8 +51,11 @@ class Model:
 
     @property
     def output(self) -> str | None:
-        """The fingerprint of the weights that a stage made, from its record; None if no stage made them yet."""
-        if self.stage is None or not (self.stage.folder / RECORD).exists():
+        """The fingerprint of the weights that a stage made, from its record; None if no stage made them yet.
+
+        So it is for a record of another format: nothing is known of those weights.
+        """
+        if self.stage is None or not (self.stage.folder / RECORD).exists() or self.stage.other_format is not None:
             return None
         return read_record(self.stage.folder, ("output",))["output"]
 
@@ -102,11 +105,13 @@ class Outcome:
 
 
 def read_record(folder: Path, needed: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The record of the stage that made `folder`.
+    """The record of the stage that made `folder`; only its format, if that is another: its fields may mean anything.
 
     Raises InputError, as `read_json` does, and for a field that no stage writes so, or that is `needed` and missing.
     """
     record = read_json(folder / RECORD)
+    if isinstance(found := record.get("format", 0), int) and found != FORMAT:
+        record = {"format": found}
     check_fields(record, folder / RECORD, _FIELDS, needed, "the folder to make it again")
     return record
 
@@ -216,7 +221,7 @@ class Stage:
 
     @property
     def status(self) -> str:
-        """One of done, changed (done with other settings or inputs) and run."""
+        """One of done, changed (done with other settings or inputs, or in another format) and run."""
         if not (self.folder / RECORD).exists():
             return "run"
         same = read_record(self.folder).get("fingerprint") == self.fingerprint
@@ -272,7 +277,7 @@ class Stage:
     def other_format(self) -> int | None:
         """The format of the finished stage's record if it is not FORMAT, else None."""
         made = (self.folder / RECORD).exists()
-        found = read_record(self.folder).get("format", 0) if made else FORMAT
+        found = read_record(self.folder)["format"] if made else FORMAT
         return None if found == FORMAT else found
 
     def __str__(self) -> str:
