@@ -50,7 +50,7 @@ class Losses:
     hard: float
     kd: float
     hidden: float
-    temperature: float
+    temperature: float | None  # None if no logits are distilled
 
 
 @dataclass(frozen=True)

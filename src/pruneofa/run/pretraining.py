@@ -43,6 +43,21 @@ UNUSED_BY_CONTROL = (
 SOURCE = unused("source")  # the location of the text has no influence; its contents are an input
 
 
+def unread(prune: Prune) -> set[str]:
+    """The fields of the section that pruning with its score, gradual or at once, does not read."""
+    sampled = prune.score == "obs" or (prune.score == "fisher" and prune.at_once)
+    names = set() if prune.score == "hessian" else {"calibration"}
+    names |= set() if sampled else {"gradients"}
+    names |= {"stop"} if prune.score == "obs" else {"block", "dampening"}
+    names |= {"begin", "end", "stop", "interval", "initial", "rewind"} if prune.at_once else set()
+    return names if prune.steps else names | {"lr", "batch", "warmup", "weight_decay", "max_grad_norm"}
+
+
+def unread_losses(distill: Distill) -> set[str]:
+    """The fields of the section that belong to a loss without weight."""
+    return (set() if distill.kd else {"temperature", "positions"}) | (set() if distill.hidden else {"hidden_norm"})
+
+
 @dataclass(frozen=True)
 class TeacherSettings:
     """How the teacher is prepared."""
@@ -57,8 +72,8 @@ class TeacherSettings:
 class PruneSettings:
     """How the student is pruned."""
 
-    prune: Prune
-    distill: Distill
+    prune: Prune = field(metadata=unused(also=unread))
+    distill: Distill = field(metadata=unused(also=unread_losses))
     corpus: Corpus = field(metadata=SOURCE)
     seed: int
     precision: str
@@ -69,7 +84,7 @@ class ControlSettings:
     """How the control is trained: pruned in one shot, with each of several learning rates."""
 
     prune: Prune = field(metadata=unused(*UNUSED_BY_CONTROL))
-    distill: Distill
+    distill: Distill = field(metadata=unused(also=unread_losses))
     rates: tuple[float, ...]
     corpus: Corpus = field(metadata=SOURCE)
     seed: int

@@ -148,9 +148,12 @@ def read_metrics(folder: Path) -> dict[str, float]:
     return metrics
 
 
-def unused(*names: str) -> Mapping[str, Any]:
-    """Metadata for a settings field that holds a section of the recipe: the stage does not read the fields `names`."""
-    return {"unused": set(names)}
+def unused(*names: str, also: Callable[[Any], set[str]] = lambda _: set()) -> Mapping[str, Any]:
+    """Metadata for a settings field that holds a section of the recipe: the stage does not read the fields `names`.
+
+    `also` gives further ones, by what the section says.
+    """
+    return {"unused": lambda section: {*names} | also(section)}
 
 
 def fingerprinted(settings: Any) -> dict[str, Any]:
@@ -166,7 +169,7 @@ def fingerprinted(settings: Any) -> dict[str, Any]:
             continue
         value = getattr(settings, each.name)
         if isinstance(value, Section):
-            value = value.fingerprinted(exclude=each.metadata.get("unused"))
+            value = value.fingerprinted(exclude=each.metadata.get("unused", lambda _: set())(value))
         elif dataclasses.is_dataclass(value):
             value = fingerprinted(value)
         values[each.name] = value
