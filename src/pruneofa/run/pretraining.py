@@ -22,7 +22,7 @@ from pruneofa.formats.hub import local_folder
 from pruneofa.formats.sentence import read_sentence
 from pruneofa.progress import notice
 from pruneofa.recipe import Corpus, Distill, Prune, Teacher
-from pruneofa.run.one_shot import one_shot_schedule, prune_at_once, score_tokens
+from pruneofa.run.one_shot import one_shot_schedule, prune_at_once
 from pruneofa.run.stage import Job, Model, Outcome, unused
 from pruneofa.train.callbacks import Blocks, LockCallback, PruningCallback
 from pruneofa.train.curvature import EXAMPLES, fisher_blocks
@@ -36,6 +36,7 @@ from pruneofa.train.trainer import train
 
 VALIDATION_EXAMPLES = 512
 CLOCK = "clock.json"  # beside a model pruned in one shot: the seconds and tokens that it took
+SELECTIONS = "selections.json"  # beside the checkpoints: tokens that the scores took, by the step of the selection
 UNUSED_BY_CONTROL = (
     "lr", "begin", "end", "stop", "interval", "initial", "rewind", "score", "one_shot", "calibration", "gradients",
     "block", "dampening",
@@ -131,17 +132,18 @@ def prune_student(settings: PruneSettings, job: Job, *, teacher: Model, text: Te
     transformers.set_seed(settings.seed)
     objective = student_objective(teacher.path, settings.prune, settings.distill, nsp=text.spec.nsp)
     clock: dict[str, Any] = {"seconds": 0.0, "tokens": 0}
+    counts = job.work / SELECTIONS
     if settings.prune.at_once:
         clock = _prune_at_once(objective, teacher, settings, text, job.work / "pruned")
         pruning: Any = LockCallback(skip_zeros=settings.prune.skip_zeros)
     else:
-        pruning = PruningCallback(**schedule(settings.prune), blocks=_blocks(objective, settings, text))
+        blocks = _blocks(objective, settings, text, counts)
+        pruning = PruningCallback(**schedule(settings.prune), blocks=blocks)
     if settings.prune.steps:
         rate = learning_rate(settings.prune)
         trained = _train(objective, settings.prune, text, rate, settings, job, [pruning])
         clock = {name: clock[name] + trained[name] for name in clock}
-        if not settings.prune.at_once:
-            clock["tokens"] += score_tokens(settings.prune, text.spec.max_length)
+        clock["tokens"] += sum(read_json(counts).values()) if counts.exists() else 0
     student = _without_random_head(objective.student, teacher.path, settings.distill)
     return Outcome(student, text.tokenizer, validate(objective, text, settings), **clock, sentence=embedder)
 
@@ -200,16 +202,26 @@ def _examples(text: Text, seed: int, count: int, size: int) -> Iterator[dict[str
     return batches(text.built.train(count, seed=seed), text.collate, size)
 
 
-def _blocks(objective: PretrainingObjective, settings: PruneSettings, text: Text) -> Blocks:
-    """For score obs: the curvature of the student as it is, from other examples at each selection."""
+def _blocks(objective: PretrainingObjective, settings: PruneSettings, text: Text, counts: Path) -> Blocks:
+    """For score obs: the curvature of the student as it is, from other examples at each selection.
+
+    Their tokens are added to the file `counts`, where a selection that is made again after a kill is counted once.
+    """
     prune = settings.prune
 
     def computed(weights: Mapping[str, torch.nn.Parameter], t: int) -> dict[str, torch.Tensor]:
-        given = _examples(text, settings.seed + t, prune.gradients * EXAMPLES, EXAMPLES)
-        return fisher_blocks(
+        tokens = 0
+
+        def counted() -> Iterator[dict[str, torch.Tensor]]:
+            nonlocal tokens
+            for batch in _examples(text, settings.seed + t, prune.gradients * EXAMPLES, EXAMPLES):
+                tokens += int(batch["attention_mask"].sum())
+                yield batch
+
+        blocks = fisher_blocks(
             objective,
             weights,
-            given,
+            counted(),
             total=prune.gradients,
             seed=settings.seed + t,
             block=prune.block,
@@ -217,6 +229,9 @@ def _blocks(objective: PretrainingObjective, settings: PruneSettings, text: Text
             precision=settings.precision,
             shared=True,
         )
+        if processes().is_main_process:
+            write_json(counts, (read_json(counts) if counts.exists() else {}) | {str(t): tokens})
+        return blocks
 
     return computed
 
