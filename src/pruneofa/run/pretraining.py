@@ -3,6 +3,7 @@
 Each stage is a function from its settings and a model to a trained model.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -266,7 +267,7 @@ def trial_folder(work: Path, lr: float) -> Path:
 def _trial(settings: ControlSettings, lr: float, job: Job, teacher: Model, text: Text) -> dict[str, Any]:
     """The control with one learning rate: {"metrics", "lr", "seconds", "tokens"}; its model is in `trial_folder`.
 
-    If training diverges, metrics are None and there is no model.
+    If the losses or weights are not finite, metrics are None and there is no model.
     """
     folder, main = trial_folder(job.work, lr), processes().is_main_process
     done = read_json(folder / "done.json") if (folder / "done.json").exists() else None
@@ -284,11 +285,15 @@ def _trial(settings: ControlSettings, lr: float, job: Job, teacher: Model, text:
         # The report draws a curve per peak learning rate.
         trial = Job(job.name, folder, lambda event: job.emit(event | {"peak_lr": lr}))
         lock = LockCallback(skip_zeros=prune.skip_zeros)
-        metrics, clock = None, {"seconds": 0.0, "tokens": 0}
+        metrics = None
         try:
             clock = _train(objective, prune, text, _linear_rate(prune), settings, trial, [lock])
-            metrics = validate(objective, text, settings)
+            found = validate(objective, text, settings)
+            if not math.isfinite(found["loss"]):
+                raise Diverged(f"{job.name}: the validation loss is {found['loss']}; lower control.lr", clock)
+            metrics = found
         except Diverged as error:
+            clock = error.clock
             notice(f"{error}: left out")
         if main:
             remove_folder(folder / "model")

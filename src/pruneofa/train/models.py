@@ -318,6 +318,11 @@ def model_fingerprint(path: str) -> str:
         raise not_on_hub(path, error, "model ") from None
 
 
+def all_finite(model: nn.Module) -> bool:
+    """Whether no weight is NaN or infinite."""
+    return all(bool(weight.isfinite().all()) for weight in model.parameters())
+
+
 def recompute_activations(student: PreTrainedModel) -> None:
     """Compute activations again in the backward pass. Raises InputError for a model that cannot."""
     if not student.supports_gradient_checkpointing:
