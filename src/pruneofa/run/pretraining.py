@@ -48,7 +48,7 @@ SOURCE = unused("source")  # the location of the text has no influence; its cont
 def unread(prune: Prune) -> set[str]:
     """The fields of the section that pruning with its score, gradual or at once, does not read."""
     sampled = prune.score == "obs" or (prune.score == "fisher" and prune.at_once)
-    names = set() if prune.score == "hessian" else {"calibration"}
+    names: set[str] = set() if prune.score == "hessian" else {"calibration"}
     names |= set() if sampled else {"gradients"}
     names |= {"stop"} if prune.score == "obs" else {"block", "dampening"}
     names |= {"begin", "end", "stop", "interval", "initial", "rewind"} if prune.at_once else set()
