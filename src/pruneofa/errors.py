@@ -13,7 +13,11 @@ class InputError(ValueError):
 
 
 class Diverged(InputError):  # noqa: N818 - it says what to do, as all these do
-    """The loss of a training is NaN or infinite."""
+    """The loss or the weights of a training are NaN or infinite; `clock` is what it took, {"seconds", "tokens"}."""
+
+    def __init__(self, message: str, clock: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.clock = clock
 
 
 class NotNow(InputError):  # noqa: N818 - it says what to do, as all these do

@@ -143,8 +143,6 @@ def test_every_epoch_shows_every_example_once_in_another_order_with_other_masks(
     assert first != second
     same = second.index(first[0]) + count
     assert data[0]["labels"].tolist() != data[same]["labels"].tolist()
-    later = built.train(count, seed=0, epoch0=1)
-    assert all(equal(later[i], data[count + i]) for i in range(20))
 
 
 def equal(a, b):

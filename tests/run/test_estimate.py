@@ -6,6 +6,8 @@ import pytest
 from transformers import BertForSequenceClassification
 
 from pruneofa.errors import InputError
+from pruneofa.formats.files import write_json
+from pruneofa.recipe import dump
 from pruneofa.run import estimate as estimates
 from pruneofa.run.inputs import Inputs
 from pruneofa.run.plan import plan
@@ -95,6 +97,31 @@ def test_what_a_run_would_refuse_a_dry_run_refuses(costs, tmp_path, override, me
     with pytest.raises(InputError, match=message):
         costs(override)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_refuses_the_folders_that_a_run_would_refuse(costs, tmp_path, monkeypatch):
+    settings, _ = costs()
+    write_json(tmp_path / "run" / "teacher" / "stage.json", {})
+    (tmp_path / "run" / "recipe.yaml").write_text(dump(settings))
+    with pytest.raises(InputError, match=r"run: has records of format 0, .* \(teacher\)"):
+        costs()
+    rows = estimates.estimate(settings, tmp_path / "run", redo=True)
+    assert rows[0]["status"] == "changed"
+    (tmp_path / "run" / "sparse").mkdir()
+    (tmp_path / "run" / "sparse" / "notes").touch()
+    with pytest.raises(InputError, match="sparse: contains files, but no stage made it"):
+        estimates.estimate(settings, tmp_path / "run", redo=True)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run" / ".work").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match=r"\.work: is a link"):
+        costs()
+
+
+def test_a_dry_run_refuses_int8_that_the_engine_cannot_run(costs, monkeypatch):
+    monkeypatch.setenv("PRUNEOFA_ISA", "abacus")
+    costs()
+    with pytest.raises(InputError, match="abacus"):
+        costs("quantize={}")
 
 
 @pytest.mark.parametrize("key", ["tasks.mine.teacher", "dense_model"])

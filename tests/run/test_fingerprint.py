@@ -13,6 +13,8 @@ from pruneofa.run import single, stage
 from pruneofa.run.folder import refuse_changes
 from pruneofa.run.inputs import Inputs
 from pruneofa.run.plan import plan
+from pruneofa.run.pretraining import PruneSettings
+from pruneofa.run.run import run
 from tests.small import small_recipe, write_task
 
 SEED = "tasks/mine/seed-0"
@@ -51,10 +53,10 @@ CHANGES = {
     "prune": {
         "score": ("hessian", AFTER_PRUNE),
         "one_shot": (True, AFTER_PRUNE),
-        "calibration": (64, AFTER_PRUNE),
-        "gradients": (64, AFTER_PRUNE),
-        "block": (16, AFTER_PRUNE),
-        "dampening": (0.1, AFTER_PRUNE),
+        "calibration": (64, SAME),  # of other scores, as the next three
+        "gradients": (64, SAME),
+        "block": (16, SAME),
+        "dampening": (0.1, SAME),
         "steps": (11, STUDENTS),
         "lr": (2e-3, AFTER_PRUNE),
         "batch": (4, STUDENTS),
@@ -181,6 +183,29 @@ def test_a_field_changes_the_stages_that_use_it(settings, section, field):
     assert {name for name in after if after[name] != before[name]} == expected | remade
 
 
+SELECTED = {"begin", "end", "stop", "interval", "initial", "rewind"}
+TRAINED = {"lr", "batch", "warmup", "weight_decay", "max_grad_norm"}
+
+
+@pytest.mark.parametrize(
+    ("given", "missing"),
+    [
+        ({"score": "fisher"}, {"calibration", "gradients", "block", "dampening"}),
+        ({"score": "obs"}, {"calibration", "stop"}),
+        ({"score": "obs", "one_shot": True}, {"calibration"} | SELECTED),
+        ({"score": "fisher", "one_shot": True}, {"calibration", "block", "dampening"} | SELECTED),
+        ({"score": "hessian", "steps": 0}, {"gradients", "block", "dampening"} | SELECTED | TRAINED),
+    ],
+)
+def test_what_a_way_of_pruning_does_not_read_is_left_out(given, missing):
+    section = recipe.Prune(**{"steps": 10} | given)
+    distill = recipe.Distill(kd=0.0, hidden=0.0)
+    made = PruneSettings(section, distill, recipe.Corpus(source="text"), 0, "fp32")
+    recorded = stage.fingerprinted(made)
+    assert section.fingerprinted().keys() - recorded["prune"].keys() == missing
+    assert distill.fingerprinted().keys() - recorded["distill"].keys() == {"temperature", "positions", "hidden_norm"}
+
+
 @pytest.mark.parametrize(
     "record",
     [{}, {"format": stage.FORMAT - 1, "settings": {}}, {"format": stage.FORMAT + 1, "settings": {"lr": 1.0}}],
@@ -195,6 +220,18 @@ def test_the_record_of_another_format_is_refused(settings, tmp_path, record):
     with pytest.raises(InputError, match=wanted):
         refuse_changes(steps, tmp_path / "run", False)
     refuse_changes(steps, tmp_path / "run", True)
+
+
+def test_redo_makes_again_what_another_version_made_whatever_its_records_hold(settings, tmp_path):
+    folder = tmp_path / "run"
+    made = settings.model_copy(update={"tasks": {}, "control": False, "quantize": None})
+    for name, record in {"teacher": {}, "sparse": {"format": stage.FORMAT + 1, "settings": [], "output": 5}}.items():
+        write_json(folder / name / "stage.json", record)
+    (folder / "recipe.yaml").write_text(f"{recipe.dump(made)}later: 1\n")
+    with pytest.raises(InputError, match=r"run: has records of format 2, .* \(teacher, prune\); .* with --redo"):
+        run(made, folder)
+    run(made, folder, redo=True)
+    assert {step.status for step in plan(made, Inputs(made), folder)} == {"done"}
 
 
 @pytest.mark.parametrize(

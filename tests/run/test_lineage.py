@@ -84,9 +84,11 @@ def test_where_the_sparse_model_is(run):
     assert sparse_of_run(control) == str(run / "control")
     write_record(folder, "transfer", task="other")  # not where that stage's folder is
     assert sparse_of_run(folder) is None
-    for other in ({}, {"stage": f"{SEED}/transfer"}, {"task": None, "seed": None, "variant": "prune"}):
-        (folder / "stage.json").write_text(json.dumps(other))
-        assert sparse_of_run(folder) is None
+    write_record(folder, "prune", task=None)
+    assert sparse_of_run(folder) is None
+    (folder / "stage.json").write_text('{"task": "mine"}')
+    sparse, why = sparse_here(folder)
+    assert sparse is None and "stage.json: no seed, variant, which every stage writes; restore the file" in str(why)
 
 
 @pytest.mark.parametrize("model", ["here", "org/name"])

@@ -1,8 +1,11 @@
 """The tokens that scores read beside those of training, as `run --dry-run` counts them."""
 
 import pytest
+import torch
 
-from pruneofa.recipe import Prune
+from pruneofa.formats.files import read_json
+from pruneofa.recipe import Corpus, Distill, Prune
+from pruneofa.run import pretraining
 from pruneofa.run.one_shot import ROUNDS, one_shot_schedule, score_tokens
 
 
@@ -30,3 +33,14 @@ def test_one_shot_ends_at_the_final_sparsity():
     assert (found["begin"], found["end"], found["stop"], found["interval"]) == (0, ROUNDS, ROUNDS, 1)
     assert found["final"] == 0.8 and "initial" not in found and found["score"] == "obs"
     assert one_shot_schedule(Prune(steps=0, one_shot=True, score="fisher"))["end"] == 1
+
+
+def test_real_tokens_of_the_gradients_are_counted_once_for_each_selection(tmp_path, monkeypatch):
+    masks = [torch.tensor([[1, 1, 0], [1, 0, 0]]), torch.tensor([[1, 1, 1]])]
+    monkeypatch.setattr(pretraining, "_examples", lambda *_: ({"attention_mask": mask} for mask in masks))
+    monkeypatch.setattr(pretraining, "fisher_blocks", lambda objective, weights, given, **_: list(given))
+    settings = pretraining.PruneSettings(Prune(steps=10, score="obs"), Distill(), Corpus(source="a"), 0, "fp32")
+    blocks = pretraining._blocks(None, settings, None, tmp_path / "counts.json")
+    for t in (2, 4, 4):  # the last again, after a kill
+        assert len(blocks({}, t)) == 2
+    assert read_json(tmp_path / "counts.json") == {"2": 6, "4": 6}

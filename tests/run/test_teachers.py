@@ -10,10 +10,12 @@ from transformers import BertForSequenceClassification
 from pruneofa.errors import InputError
 from pruneofa.formats.files import read_json
 from pruneofa.run import estimate as estimates
-from pruneofa.run import fine_tuning
+from pruneofa.run import fine_tuning, pretraining
+from pruneofa.run.execute import execute_steps
 from pruneofa.run.inputs import Inputs
-from pruneofa.run.plan import losses
+from pruneofa.run.plan import losses, plan
 from pruneofa.run.run import run
+from pruneofa.train.callbacks import LockCallback
 from pruneofa.train.evaluate import load_task_model, logits_of
 from pruneofa.train.models import load_tokenizer
 from tests.small import small_recipe
@@ -94,3 +96,34 @@ def test_a_rate_of_the_control_that_diverges_is_left_out(tmp_path, capsys):
     again = small_recipe(tmp_path / "data", "control={lr: [1e24, 1e25]}")
     with pytest.raises(InputError, match=r"control: training diverged with every learning rate \(1e\+24, 1e\+25\)"):
         run(again, tmp_path / "again")
+
+
+def test_a_rate_of_the_control_that_ends_with_nan_is_left_out_and_its_time_counts(tmp_path, monkeypatch, capsys):
+    """The loss is looked at in logs, here after every step; the weights are NaN after the last one only."""
+    settings = small_recipe(tmp_path / "data", "control={lr: [1e-4, 1e-3, 2e-3]}", "tasks={}")
+    stepped, validated = LockCallback.on_step_end, pretraining.validate
+    rates = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        stepped(self, args, state, control, **kwargs)
+        if args.learning_rate == 1e-4 and state.global_step == state.max_steps:
+            with torch.no_grad():
+                next(iter(self.lock.weights.values())).fill_(float("nan"))
+
+    def validate(objective, text, settings):
+        found = validated(objective, text, settings)
+        if isinstance(settings, pretraining.ControlSettings):
+            rates.append(len(rates))
+            return found | ({"loss": float("nan")} if len(rates) == 1 else {})
+        return found
+
+    monkeypatch.setattr(LockCallback, "on_step_end", on_step_end)
+    monkeypatch.setattr(pretraining, "validate", validate)
+    execute_steps(plan(settings, Inputs(settings), tmp_path / "run"), lambda _: None)
+    said = capsys.readouterr().err
+    assert "weights are NaN or infinite after step 10; lower lr, or use precision: fp32: left out" in said
+    assert "control: the validation loss is nan; lower control.lr: left out" in said
+    metrics = read_json(tmp_path / "run" / "control" / "metrics.json")
+    assert metrics["lr"] == 2e-3 and "loss_lr_0.0001" not in metrics and "loss_lr_0.001" not in metrics
+    tokens = read_json(tmp_path / "run" / "control" / "stage.json")["tokens"]
+    assert metrics["tokens_of_all_rates"] == 3 * tokens > 0

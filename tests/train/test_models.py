@@ -257,6 +257,25 @@ def test_fingerprint_is_of_content_and_includes_the_tokenizer(tmp_path):
     assert model_fingerprint(str(a)) != model_fingerprint(str(b))
 
 
+def test_fingerprint_includes_the_settings_of_sentence_transformers(tmp_path):
+    folder = write_model(tmp_path / "model", tiny_bert())
+    modules = [{"path": "", "type": "m.Transformer"}, {"path": "1_Pooling", "type": "m.Pooling"}]
+    (folder / "1_Pooling").mkdir()
+    found = [model_fingerprint(str(folder))]
+    for name, text in (
+        ("modules.json", json.dumps(modules)),
+        ("1_Pooling/config.json", '{"pooling_mode": "cls"}'),
+        ("1_Pooling/config.json", '{"pooling_mode": "mean"}'),
+        ("sentence_bert_config.json", '{"max_seq_length": 12}'),
+        ("config_sentence_transformers.json", "{}"),
+    ):
+        (folder / name).write_text(text)
+        found.append(model_fingerprint(str(folder)))
+    assert len(set(found)) == len(found)
+    (folder / "modules.json").write_text('[{"path": "2_Dense", "type": "m.Dense"}]')  # its settings are not kept
+    assert model_fingerprint(str(folder)) == found[0]
+
+
 def test_set_dropout_leaves_the_config_alone():
     model = tiny_bert(hidden_dropout_prob=0.1)
     set_dropout(model, 0.0)

@@ -189,6 +189,22 @@ def test_fisher_compares_what_is_not_trained_by_its_magnitude():
         pruner.step(1, {})
 
 
+def test_fisher_does_not_choose_among_moments_that_are_all_zero():
+    options = {"final": 0.5, "begin": 0, "end": 2, "stop": 2, "interval": 1, "score": "fisher"}
+    pruner = GradualPruner(bare(), **options)
+    given = curvature(pruner, 0)
+    zero = {name: torch.zeros_like(weight) for name, weight in pruner.weights.items()}
+    pruner.step(0, zero)  # nothing is pruned yet
+    with pytest.raises(CheckFailed, match=r"score fisher: the squared gradients .* are 0 at step 1, wanted some"):
+        pruner.step(1, zero)
+    pruner = GradualPruner(bare(), **options, initial=0.5)
+    dense = {name: weight.detach().clone() for name, weight in pruner.weights.items()}
+    pruner.step(0, given | {QUERY: zero[QUERY]})  # one layer that no loss reaches is compared by its magnitude
+    assert torch.equal(pruner.masks[QUERY], magnitude_mask(dense[QUERY], 0.5))
+    other = next(name for name in given if name != QUERY)
+    assert torch.equal(pruner.masks[other], magnitude_mask(fisher_scores(dense[other], given[other]), 0.5))
+
+
 def test_obs_updates_the_weights_that_stay_and_ends_with_the_ramp():
     pruner = GradualPruner(bare(), final=0.5, begin=0, end=2, stop=10, interval=1, score="obs", dampening=1e-3)
     weight = pruner.weights[QUERY]

@@ -55,8 +55,10 @@ def test_sawtooth_is_continuous_where_pruning_begins_and_ends():
 
 def test_cyclic_falls_to_the_floor_in_every_interval():
     shape = {"total": 200, "warmup": 0, "begin": 20, "end": 100, "interval": 20}
-    assert [cyclic_lr(t, **shape) for t in (0, 20, 40, 80, 100)] == [1.0] * 5
-    assert cyclic_lr(39, **shape) == pytest.approx(1 - 0.99 * 19 / 20)
+    assert [cyclic_lr(t, **shape) for t in (0, 20, 21, 41, 81)] == [1.0] * 5
+    # The steps after which masks are selected: they are the coolest ones, and the rate is back at the peak after them.
+    assert [cyclic_lr(t, **shape) for t in (40, 60, 80, 100)] == pytest.approx([1 - 0.99 * 19 / 20] * 4)
+    assert cyclic_lr(101, **shape) == 0.99
     assert cyclic_lr(150, **shape) == 0.5
     assert cyclic_lr(200, **shape) == 0
     assert cyclic_lr(5, **(shape | {"warmup": 10})) == 0.5

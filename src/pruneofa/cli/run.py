@@ -40,7 +40,7 @@ def describe(verb: argparse.ArgumentParser) -> None:
         if options.dry_run:
             from pruneofa.run.estimate import estimate
 
-            rows = estimate(loaded, folder)
+            rows = estimate(loaded, folder, redo=options.redo)
             print_value(rows, options.json, lambda: table(rows))
             return 0
         from pruneofa.run.run import run

@@ -44,7 +44,7 @@ from pruneofa.recipe import Corpus
 
 __all__ = ["BuiltCorpus", "build_corpus", "collate", "source_fingerprint"]
 
-FORMAT = 1
+FORMAT = 2  # part of the cache's identity: increase it when the same text gives other tokens
 BATCH_CHARACTERS = 1 << 18  # text per task of a worker: limits both the overhead of transfers and the memory
 IN_PROCESS_BYTES = 2 << 20  # below this, starting processes costs more than it saves
 MIB = 1 << 20
@@ -66,24 +66,22 @@ class BuiltCorpus:
     tokenizer_json: str
     store: Store | None
 
-    def train(self, size: int, *, seed: int, epoch0: int = 0, batch: int = 1) -> PretrainingDataset | StreamingDataset:
-        """`size` training examples; number p is a pure function of (seed, epoch0, p) unless streaming.
+    def train(self, size: int, *, seed: int, batch: int = 1) -> PretrainingDataset | StreamingDataset:
+        """`size` training examples; number p is a pure function of (seed, p) unless streaming.
 
         `batch`: examples of a batch that the workers of a DataLoader make, so that each makes whole ones.
         """
-        return self._examples("train", size, seed, epoch0, batch)
+        return self._examples("train", size, seed, batch)
 
     def validation(self, size: int, *, seed: int) -> PretrainingDataset | StreamingDataset:
         """`size` examples from held-out articles, which `train` does not use."""
-        return self._examples("validation", size, seed, 0, 1)
+        return self._examples("validation", size, seed, 1)
 
-    def _examples(
-        self, split: str, size: int, seed: int, epoch0: int, batch: int
-    ) -> PretrainingDataset | StreamingDataset:
+    def _examples(self, split: str, size: int, seed: int, batch: int) -> PretrainingDataset | StreamingDataset:
         if self.store is not None:
-            return PretrainingDataset(self.form, self.store, split, size, seed, epoch0)
+            return PretrainingDataset(self.form, self.store, split, size, seed)
         texts = functools.partial(_texts, self.readers, self.spec.column)
-        return StreamingDataset(self.form, texts, Encoder(self.tokenizer_json), split, size, seed, epoch0, batch)
+        return StreamingDataset(self.form, texts, Encoder(self.tokenizer_json), split, size, seed, batch)
 
 
 def build_corpus(

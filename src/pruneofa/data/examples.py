@@ -235,12 +235,11 @@ class PretrainingDataset(Dataset[Item]):
     token_type_ids int64 (n,) and next_sentence_label (1: the second segment comes from another article).
     """
 
-    def __init__(self, form: ExampleFormat, store: Store, split: str, size: int, seed: int, epoch0: int) -> None:
-        self.form, self.store, self.split, self.size = form, store, split, size
-        self.seed, self.epoch0 = seed, epoch0
+    def __init__(self, form: ExampleFormat, store: Store, split: str, size: int, seed: int) -> None:
+        self.form, self.store, self.split, self.size, self.seed = form, store, split, size, seed
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("form", "store", "split", "size", "seed", "epoch0")
+        kept = ("form", "store", "split", "size", "seed")
         return {name: self.__dict__[name] for name in kept}
 
     @functools.cached_property
@@ -261,7 +260,6 @@ class PretrainingDataset(Dataset[Item]):
     def place(self, position: int) -> tuple[int, int]:
         """(epoch, example) of a position."""
         epoch, index = divmod(position, len(self._spans))
-        epoch += self.epoch0
         return epoch, permuted(index, len(self._spans), splitmix64(self.seed) + splitmix64(epoch))
 
     def __getitem__(self, index: int) -> Item:

@@ -50,11 +50,10 @@ class StreamingDataset(IterableDataset[Item]):
         split: str,
         size: int,
         seed: int,
-        epoch0: int,
         batch: int = 1,
     ) -> None:
         self.form, self.texts, self.encoder = form, texts, encoder
-        self.split, self.size, self.seed, self.epoch0, self.batch = split, size, seed, epoch0, batch
+        self.split, self.size, self.seed, self.batch = split, size, seed, batch
 
     def __len__(self) -> int:
         return self.size
@@ -64,7 +63,7 @@ class StreamingDataset(IterableDataset[Item]):
         rank, workers = (info.id, info.num_workers) if info else (0, 1)
         starts = range(rank * self.batch, self.size, workers * self.batch)
         size = sum(min(self.batch, self.size - start) for start in starts)
-        rng = np.random.Generator(np.random.Philox(key=[splitmix64(splitmix64(self.seed) + self.epoch0), rank]))
+        rng = np.random.Generator(np.random.Philox(key=[splitmix64(splitmix64(self.seed)), rank]))
         buffer: list[Item] = []
         items = self._items(rank, workers, rng)
         for _ in range(size):
@@ -80,7 +79,7 @@ class StreamingDataset(IterableDataset[Item]):
         reservoir: list[Article] = []
         targets = chunk_targets(self.form.spec, self.seed)
         seen = example = 0
-        for epoch in itertools.count(self.epoch0):
+        for epoch in itertools.count():
             before = example
             for article in self._articles(rank, workers):
                 for span in chunk(article.starts[1:].tolist(), 0, targets):

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 import tokenizers
 
-LONGEST_SENTENCE = 120  # tokens; longer ones (lists, code) are cut at a word so that no text is lost to truncation
+# Tokens; longer ones (lists, code) are cut at a word. An example ends with a whole sentence and is then truncated to
+# max_length, so this bounds what is lost of its last one.
+LONGEST_SENTENCE = 120
 
 # A sentence ends after . ! ? … (and closing quotes or brackets) before white space, after CJK full stops, and at
 # a line break. `sentences` takes back an end that an abbreviation, an initial or a lower-case letter contradicts,

@@ -30,11 +30,16 @@ def copy_sentence(source: Path, target: Path) -> None:
 
     Raises InputError for an unknown module, and for a link that leads out of the folder.
     """
-    folders = [module.path for module in sentence.read_modules(source) if module.path]
-    for name in folders:
-        if (source / name).is_dir():
-            (target / name).mkdir(exist_ok=True)
-    _copy((*sentence.FILES, *(f"{name}/config.json" for name in folders)), source, target)
+    for module in sentence.read_modules(source):
+        if module.path and (source / module.path).is_dir():
+            (target / module.path).mkdir(exist_ok=True)
+    _copy(sentence_files(source), source, target)
+
+
+def sentence_files(folder: Path) -> list[str]:
+    """Names of the settings of sentence-transformers in `folder`. Raises InputError for an unknown module."""
+    modules = [f"{module.path}/config.json" for module in sentence.read_modules(folder) if module.path]
+    return [name for name in (*sentence.FILES, *modules) if is_there(folder / name)]
 
 
 def _copy(names: Iterable[str], source: Path, target: Path) -> None:

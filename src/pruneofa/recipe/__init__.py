@@ -5,7 +5,7 @@ import importlib.util
 if importlib.util.find_spec("pydantic") is None:
     raise ImportError("recipes need pydantic: pip install 'pruneofa[train]'")
 
-from pruneofa.recipe.loading import dump, load, merge, parse_override, validate
+from pruneofa.recipe.loading import dump, load, merge, parse_override, read_keys, validate
 from pruneofa.recipe.model import (
     GLUE,
     KNOWN_TASKS,
@@ -43,6 +43,7 @@ __all__ = [
     "load",
     "merge",
     "parse_override",
+    "read_keys",
     "to_yaml",
     "validate",
 ]

@@ -36,22 +36,28 @@ def load(paths: Iterable[str | Path], overrides: Iterable[str] = ()) -> Recipe:
     """
     merged: dict[str, Any] = {}
     for path in paths:
-        try:
-            loaded = parse(_read(Path(path)))
-        except FileNotFoundError:
-            raise InputError(f"{path}: no such recipe file; wanted one such as recipes/demo.yaml") from None
-        except IsADirectoryError:
-            raise InputError(f"{path}: a folder; wanted a recipe file such as recipes/demo.yaml") from None
-        except (UnicodeDecodeError, YAMLError) as error:
-            raise InputError(f"{path}: not valid YAML: {_short(' '.join(str(error).split()))}") from None
-        if not isinstance(loaded, dict):
-            raise InputError(
-                f"{path}: got {type(loaded).__name__}, wanted a mapping of keys such as in recipes/demo.yaml"
-            )
-        merged = _updated(merged, loaded)
+        merged = _updated(merged, read_keys(path))
     for override in overrides:
         merged = _updated(merged, parse_override(override))
     return validate(Recipe, merged)
+
+
+def read_keys(path: str | Path) -> dict[str, Any]:
+    """The keys of a recipe file as they stand there, which may be those of another version.
+
+    Raises InputError for what is not a file of YAML that holds a mapping.
+    """
+    try:
+        loaded = parse(_read(Path(path)))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such recipe file; wanted one such as recipes/demo.yaml") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: a folder; wanted a recipe file such as recipes/demo.yaml") from None
+    except (UnicodeDecodeError, YAMLError) as error:
+        raise InputError(f"{path}: not valid YAML: {_short(' '.join(str(error).split()))}") from None
+    if not isinstance(loaded, dict):
+        raise InputError(f"{path}: got {type(loaded).__name__}, wanted a mapping of keys such as in recipes/demo.yaml")
+    return loaded
 
 
 def _updated(merged: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:

@@ -30,15 +30,15 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", validate_default=True, strict=True, allow_inf_nan=False)
 
-    def fingerprinted(self, include: set[str] | None = None, exclude: set[str] | None = None) -> dict[str, Any]:
+    def fingerprinted(self, exclude: set[str] | None = None) -> dict[str, Any]:
         """The values that affect a stage's results, with defaults: all fields except those marked RESOURCES_ONLY.
 
-        `include`: only these fields; `exclude`: fields that the stage does not use.
+        `exclude`: fields that the stage does not use.
         """
         excluded = {
             name for name, field in type(self).model_fields.items() if field.json_schema_extra == RESOURCES_ONLY
         }
-        return self.model_dump(include=include, exclude=excluded | (exclude or set()))
+        return self.model_dump(exclude=excluded | (exclude or set()))
 
 
 class Corpus(Section):

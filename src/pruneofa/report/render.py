@@ -53,7 +53,7 @@ def portable(value: Any) -> Any:
 
 
 def pruned_at_once(recipe: dict[str, Any]) -> bool:
-    """Whether all weights were pruned before the first step; a recipe of before one_shot says it by its score."""
+    """Whether all weights were pruned before the first step; where one_shot is null, its score says so."""
     prune = recipe.get("prune") or {}
     given = prune.get("one_shot")
     return prune.get("score") == "hessian" if given is None else bool(given)

@@ -1,6 +1,7 @@
 """Checks of the inputs of all steps before anything is written."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from pruneofa.data import tasks as task_data
 from pruneofa.engine.engine import choose_isa
@@ -9,11 +10,12 @@ from pruneofa.formats import pattern
 from pruneofa.formats.architecture import read_architecture
 from pruneofa.recipe import Corpus, Distill, Prune, Recipe, Task, Teacher
 from pruneofa.run.fine_tuning import transfer_objective
+from pruneofa.run.folder import refuse_links, refuse_others
 from pruneofa.run.inputs import Inputs
 from pruneofa.run.lineage import lost_pattern
 from pruneofa.run.plan import losses
 from pruneofa.run.pretraining import learning_rate, schedule
-from pruneofa.run.stage import Stage, Step
+from pruneofa.run.stage import WORK, Stage, Step
 from pruneofa.train import curvature, layerwise
 from pruneofa.train.device import processes, split_batch
 from pruneofa.train.lock import sparsity_of
@@ -23,6 +25,20 @@ from pruneofa.train.prune import GradualPruner
 # By how much a model's sparsity may exceed that it is pruned to: weights of a dense model can be zero too, and not all
 # programs round the number of zeros down.
 ROUNDING = 1e-3
+
+
+def check_run(
+    recipe: Recipe, inputs: Inputs, steps: Sequence[Step], folder: Path, redo: bool, *, tokenize: bool = True
+) -> None:
+    """All that a run in `folder` refuses before it writes, but for changed stages, so that a dry run refuses it too.
+
+    Raises as `refuse_links`, `refuse_others`, `check` and, for a recipe with int8, `check_engine`.
+    """
+    refuse_links((step for step in steps if isinstance(step, Stage)), folder / WORK)
+    refuse_others(steps, folder, redo)
+    check(recipe, inputs, steps, tokenize=tokenize)
+    if recipe.quantize:
+        check_engine(recipe)
 
 
 def check(recipe: Recipe, inputs: Inputs, steps: Iterable[Step], *, tokenize: bool = True) -> None:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from pruneofa.data.tasks import Task, token_types
 from pruneofa.progress import progress
 from pruneofa.recipe import Corpus, Prune, Recipe, Teacher
-from pruneofa.run.checks import check
+from pruneofa.run.checks import check_run
 from pruneofa.run.fine_tuning import (
     CalibrationSettings,
     FineTuneSettings,
@@ -50,19 +50,19 @@ PROBE_STEPS = 5
 PROBE_TOKENS = 4096  # largest batch that is timed; larger ones are extrapolated
 
 
-def estimate(recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
+def estimate(recipe: Recipe, folder: Path, *, redo: bool = False) -> list[dict[str, Any]]:
     """Estimate a run: one row per stage and per evaluation, {"stage", "status", "steps", "tokens", "minutes"}.
 
     `tokens` counts positions of full-length examples for text, real tokens for tasks. `status` is done
     (skipped), changed (finished or begun with other settings: refused without --redo), resume or run; the
     minutes of resume are those that are left. Nothing is written, so the corpus is not tokenized.
 
-    Raises InputError for everything that a run would refuse, except changed stages.
+    Raises as `run` does before it writes, except for changed stages and for the text of the corpus.
     """
     check_folder(recipe, folder)
     inputs = Inputs(recipe)
     steps = plan(recipe, inputs, folder)
-    check(recipe, inputs, steps, tokenize=False)
+    check_run(recipe, inputs, steps, folder, redo, tokenize=False)
     rows: list[dict[str, Any]] = []
     with progress("timing a few batches of each stage", len(steps)) as advance:
         timed: dict[Any, float] = {}

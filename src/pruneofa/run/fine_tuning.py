@@ -4,7 +4,7 @@ Each stage is a function from its settings and models to a task model.
 """
 
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -50,7 +50,7 @@ class Losses:
     hard: float
     kd: float
     hidden: float
-    temperature: float
+    temperature: float | None  # None if no logits are distilled
 
 
 @dataclass(frozen=True)
@@ -276,7 +276,8 @@ def transfer_objective(
     loaded = load_task_model(teacher, task.kind) if isinstance(teacher, str) else teacher
     if task.kind == "classification":
         reorder_classes(loaded, label_order(loaded.config, task))
-    return TransferObjective(student, loaded, kind=task.kind, **asdict(losses))
+    weights = {"hard": losses.hard, "kd": losses.kd, "hidden": losses.hidden}
+    return TransferObjective(student, loaded, kind=task.kind, temperature=losses.temperature or 1.0, **weights)
 
 
 def runs_teacher_once(objective: TransferObjective, passes: float) -> bool:

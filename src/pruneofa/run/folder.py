@@ -7,7 +7,7 @@ from pathlib import Path
 from pruneofa.errors import InputError
 from pruneofa.formats import locks
 from pruneofa.formats.files import recover, recover_all, remove_folder
-from pruneofa.recipe import Recipe, load
+from pruneofa.recipe import Recipe, read_keys
 from pruneofa.run.names import RECORD
 from pruneofa.run.stage import FORMAT, MARK, WORK, Stage, Step
 from pruneofa.train.device import processes
@@ -19,7 +19,7 @@ def check_folder(recipe: Recipe, folder: Path) -> None:
     """Raises InputError when `folder` contains anything other than a run of this recipe."""
     file = folder / "recipe.yaml"
     if file.exists():
-        name = load([file]).name
+        name = read_keys(file).get("name")  # no more of it: another version may have written it
         if name != recipe.name:
             raise InputError(
                 f"{folder}: contains the run {name!r}, this recipe is {recipe.name!r}; choose another --out"
@@ -36,26 +36,37 @@ def refuse_foreign(folder: Path, record: str) -> None:
         raise InputError(f"{folder}: contains files, but no stage made it; move it away, or choose another output")
 
 
-def refuse_changes(steps: Iterable[Step], where: Path, redo: bool, out: str = "--out") -> None:
-    """Raises InputError listing stages, finished or begun, whose settings or inputs changed, unless `redo`.
+def refuse_others(steps: Iterable[Step], where: Path, redo: bool, out: str = "--out") -> None:
+    """Raises InputError for a stage's folder that no stage made, and unless `redo` for records of another format.
 
-    Of a finished stage it says what changed. A stage's folder that no stage made is always refused.
-
-    Stages with a record of another format are refused too, because it is unknown whether their settings changed.
-    `where` is the folder that the message names, `out` the command-line argument for it.
+    It is unknown whether the settings of those changed. `where` is the folder that the message names, `out` the
+    command-line argument for it.
     """
     stages = [step for step in steps if isinstance(step, Stage)]
     for stage in stages:
         refuse_foreign(stage.folder, RECORD)
+    if redo:
+        return
     other = {str(stage): found for stage in stages if (found := stage.other_format) is not None}
-    if other and not redo:
+    if other:
         raise InputError(
             f"{where}: has records of format {max(other.values())}, which another version of pruneofa wrote "
             f"({', '.join(other)}); this one writes {FORMAT}; choose another {out}, or run them again with --redo"
         )
+
+
+def refuse_changes(steps: Iterable[Step], where: Path, redo: bool, out: str = "--out") -> None:
+    """Raises InputError listing stages, finished or begun, whose settings or inputs changed, unless `redo`.
+
+    Of a finished stage it says what changed. Raises as `refuse_others` does too.
+    """
+    refuse_others(steps, where, redo, out)
+    if redo:
+        return
+    stages = [step for step in steps if isinstance(step, Stage)]
     changed = [f"{stage.id} ({_first(stage.differences())})" for stage in stages if stage.status == "changed"]
     changed += [f"{stage.id} (unfinished)" for stage in stages if stage.begun_otherwise]
-    if changed and not redo:
+    if changed:
         raise InputError(
             f"settings or inputs of stages changed: {', '.join(changed)}; "
             f"--redo runs them again (the old ones are kept until the new ones are complete), or choose another {out}"

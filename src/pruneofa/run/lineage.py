@@ -11,16 +11,23 @@ SPARSE = ("transfer", "ptq", "quantize")  # variants that come from the sparse m
 
 
 def stage_of(folder: Path) -> StageId | None:
-    """The stage that made this folder; None if there is no such stage, or it is of version 0.1."""
+    """The stage that made this folder; None if there is none. Raises InputError for a record without its name."""
     if not (folder / RECORD).is_file():
         return None
     record = read_json(folder / RECORD)
-    known = {"task", "seed", "variant"} <= set(record)
-    return StageId(record["task"], record["seed"], record["variant"]) if known else None
+    if missing := {"task", "seed", "variant"} - set(record):
+        raise InputError(
+            f"{folder / RECORD}: no {', '.join(sorted(missing))}, which every stage writes; restore the file, or "
+            "delete the folder to make it again"
+        )
+    return StageId(record["task"], record["seed"], record["variant"])
 
 
 def sparse_of_run(model: Path) -> str | None:
-    """The sparse model that a run made this task model from; None for a dense one, or a model from elsewhere."""
+    """The sparse model that a run made this task model from; None for a dense one, or a model from elsewhere.
+
+    Raises as `stage_of`, and as `load` does for the run's recipe.
+    """
     folder = model.resolve()
     stage = stage_of(folder)
     if stage is None or stage.task is None:

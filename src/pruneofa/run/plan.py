@@ -170,7 +170,7 @@ def _stage(
 
 def losses(spec: Task) -> Losses:
     """The losses of a model that has a teacher."""
-    return Losses(spec.hard, spec.kd, spec.hidden, spec.temperature)
+    return Losses(spec.hard, spec.kd, spec.hidden, spec.temperature if spec.kd else None)
 
 
 def _fine_tuning(

@@ -3,6 +3,7 @@
 Each stage is a function from its settings and a model to a trained model.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from pruneofa.formats.hub import local_folder
 from pruneofa.formats.sentence import read_sentence
 from pruneofa.progress import notice
 from pruneofa.recipe import Corpus, Distill, Prune, Teacher
-from pruneofa.run.one_shot import one_shot_schedule, prune_at_once, score_tokens
+from pruneofa.run.one_shot import one_shot_schedule, prune_at_once
 from pruneofa.run.stage import Job, Model, Outcome, unused
 from pruneofa.train.callbacks import Blocks, LockCallback, PruningCallback
 from pruneofa.train.curvature import EXAMPLES, fisher_blocks
@@ -36,11 +37,27 @@ from pruneofa.train.trainer import train
 
 VALIDATION_EXAMPLES = 512
 CLOCK = "clock.json"  # beside a model pruned in one shot: the seconds and tokens that it took
+SELECTIONS = "selections.json"  # beside the checkpoints: tokens that the scores took, by the step of the selection
 UNUSED_BY_CONTROL = (
     "lr", "begin", "end", "stop", "interval", "initial", "rewind", "score", "one_shot", "calibration", "gradients",
     "block", "dampening",
 )  # fmt: skip
 SOURCE = unused("source")  # the location of the text has no influence; its contents are an input
+
+
+def unread(prune: Prune) -> set[str]:
+    """The fields of the section that pruning with its score, gradual or at once, does not read."""
+    sampled = prune.score == "obs" or (prune.score == "fisher" and prune.at_once)
+    names: set[str] = set() if prune.score == "hessian" else {"calibration"}
+    names |= set() if sampled else {"gradients"}
+    names |= {"stop"} if prune.score == "obs" else {"block", "dampening"}
+    names |= {"begin", "end", "stop", "interval", "initial", "rewind"} if prune.at_once else set()
+    return names if prune.steps else names | {"lr", "batch", "warmup", "weight_decay", "max_grad_norm"}
+
+
+def unread_losses(distill: Distill) -> set[str]:
+    """The fields of the section that belong to a loss without weight."""
+    return (set() if distill.kd else {"temperature", "positions"}) | (set() if distill.hidden else {"hidden_norm"})
 
 
 @dataclass(frozen=True)
@@ -57,8 +74,8 @@ class TeacherSettings:
 class PruneSettings:
     """How the student is pruned."""
 
-    prune: Prune
-    distill: Distill
+    prune: Prune = field(metadata=unused(also=unread))
+    distill: Distill = field(metadata=unused(also=unread_losses))
     corpus: Corpus = field(metadata=SOURCE)
     seed: int
     precision: str
@@ -69,7 +86,7 @@ class ControlSettings:
     """How the control is trained: pruned in one shot, with each of several learning rates."""
 
     prune: Prune = field(metadata=unused(*UNUSED_BY_CONTROL))
-    distill: Distill
+    distill: Distill = field(metadata=unused(also=unread_losses))
     rates: tuple[float, ...]
     corpus: Corpus = field(metadata=SOURCE)
     seed: int
@@ -116,17 +133,18 @@ def prune_student(settings: PruneSettings, job: Job, *, teacher: Model, text: Te
     transformers.set_seed(settings.seed)
     objective = student_objective(teacher.path, settings.prune, settings.distill, nsp=text.spec.nsp)
     clock: dict[str, Any] = {"seconds": 0.0, "tokens": 0}
+    counts = job.work / SELECTIONS
     if settings.prune.at_once:
         clock = _prune_at_once(objective, teacher, settings, text, job.work / "pruned")
         pruning: Any = LockCallback(skip_zeros=settings.prune.skip_zeros)
     else:
-        pruning = PruningCallback(**schedule(settings.prune), blocks=_blocks(objective, settings, text))
+        blocks = _blocks(objective, settings, text, counts)
+        pruning = PruningCallback(**schedule(settings.prune), blocks=blocks)
     if settings.prune.steps:
         rate = learning_rate(settings.prune)
         trained = _train(objective, settings.prune, text, rate, settings, job, [pruning])
         clock = {name: clock[name] + trained[name] for name in clock}
-        if not settings.prune.at_once:
-            clock["tokens"] += score_tokens(settings.prune, text.spec.max_length)
+        clock["tokens"] += sum(read_json(counts).values()) if counts.exists() else 0
     student = _without_random_head(objective.student, teacher.path, settings.distill)
     return Outcome(student, text.tokenizer, validate(objective, text, settings), **clock, sentence=embedder)
 
@@ -185,16 +203,26 @@ def _examples(text: Text, seed: int, count: int, size: int) -> Iterator[dict[str
     return batches(text.built.train(count, seed=seed), text.collate, size)
 
 
-def _blocks(objective: PretrainingObjective, settings: PruneSettings, text: Text) -> Blocks:
-    """For score obs: the curvature of the student as it is, from other examples at each selection."""
+def _blocks(objective: PretrainingObjective, settings: PruneSettings, text: Text, counts: Path) -> Blocks:
+    """For score obs: the curvature of the student as it is, from other examples at each selection.
+
+    Their tokens are added to the file `counts`, where a selection that is made again after a kill is counted once.
+    """
     prune = settings.prune
 
     def computed(weights: Mapping[str, torch.nn.Parameter], t: int) -> dict[str, torch.Tensor]:
-        given = _examples(text, settings.seed + t, prune.gradients * EXAMPLES, EXAMPLES)
-        return fisher_blocks(
+        tokens = 0
+
+        def counted() -> Iterator[dict[str, torch.Tensor]]:
+            nonlocal tokens
+            for batch in _examples(text, settings.seed + t, prune.gradients * EXAMPLES, EXAMPLES):
+                tokens += int(batch["attention_mask"].sum())
+                yield batch
+
+        blocks = fisher_blocks(
             objective,
             weights,
-            given,
+            counted(),
             total=prune.gradients,
             seed=settings.seed + t,
             block=prune.block,
@@ -202,6 +230,9 @@ def _blocks(objective: PretrainingObjective, settings: PruneSettings, text: Text
             precision=settings.precision,
             shared=True,
         )
+        if processes().is_main_process:
+            write_json(counts, (read_json(counts) if counts.exists() else {}) | {str(t): tokens})
+        return blocks
 
     return computed
 
@@ -236,7 +267,7 @@ def trial_folder(work: Path, lr: float) -> Path:
 def _trial(settings: ControlSettings, lr: float, job: Job, teacher: Model, text: Text) -> dict[str, Any]:
     """The control with one learning rate: {"metrics", "lr", "seconds", "tokens"}; its model is in `trial_folder`.
 
-    If training diverges, metrics are None and there is no model.
+    If the losses or weights are not finite, metrics are None and there is no model.
     """
     folder, main = trial_folder(job.work, lr), processes().is_main_process
     done = read_json(folder / "done.json") if (folder / "done.json").exists() else None
@@ -254,11 +285,15 @@ def _trial(settings: ControlSettings, lr: float, job: Job, teacher: Model, text:
         # The report draws a curve per peak learning rate.
         trial = Job(job.name, folder, lambda event: job.emit(event | {"peak_lr": lr}))
         lock = LockCallback(skip_zeros=prune.skip_zeros)
-        metrics, clock = None, {"seconds": 0.0, "tokens": 0}
+        metrics = None
         try:
             clock = _train(objective, prune, text, _linear_rate(prune), settings, trial, [lock])
-            metrics = validate(objective, text, settings)
+            found = validate(objective, text, settings)
+            if not math.isfinite(found["loss"]):
+                raise Diverged(f"{job.name}: the validation loss is {found['loss']}; lower control.lr", clock)
+            metrics = found
         except Diverged as error:
+            clock = error.clock
             notice(f"{error}: left out")
         if main:
             remove_folder(folder / "model")

@@ -9,15 +9,15 @@ from pruneofa.formats.files import recover_all, write_json, write_text
 from pruneofa.progress import notice
 from pruneofa.recipe import Recipe, dump
 from pruneofa.report.schema import check_results
-from pruneofa.run.checks import check, check_engine
+from pruneofa.run.checks import check_run
 from pruneofa.run.engine_metrics import measure_by_engine
 from pruneofa.run.events import LOG, append_event
 from pruneofa.run.execute import execute_steps
-from pruneofa.run.folder import RUN, check_folder, clear_work, exclusive, refuse_changes, refuse_links
+from pruneofa.run.folder import RUN, check_folder, clear_work, exclusive, refuse_changes
 from pruneofa.run.inputs import Inputs
 from pruneofa.run.plan import plan
 from pruneofa.run.results import collect, environment, remove_reports, verify_run, write_reports
-from pruneofa.run.stage import WORK, Evaluation, Stage
+from pruneofa.run.stage import WORK, Evaluation
 from pruneofa.train.device import processes
 
 
@@ -39,9 +39,7 @@ def run(
     inputs = Inputs(recipe)
     steps = plan(recipe, inputs, folder)
     refuse_changes(steps, folder, redo)
-    check(recipe, inputs, steps)
-    if recipe.quantize:
-        check_engine(recipe)
+    check_run(recipe, inputs, steps, folder, redo)
     without_teacher = [name for name, task in recipe.tasks.items() if task.teacher is None]
     if recipe.model_is_sparse and recipe.dense_model is None and without_teacher and processes().is_main_process:
         notice(
@@ -61,7 +59,6 @@ def run(
         write_reports(recipe, folder, results)
         return results
 
-    refuse_links((step for step in steps if isinstance(step, Stage)), folder / WORK)
     with exclusive([folder / RUN], name=folder):
         if main:
             recover_all(folder)

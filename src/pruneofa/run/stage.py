@@ -51,8 +51,11 @@ class Model:
 
     @property
     def output(self) -> str | None:
-        """The fingerprint of the weights that a stage made, from its record; None if no stage made them yet."""
-        if self.stage is None or not (self.stage.folder / RECORD).exists():
+        """The fingerprint of the weights that a stage made, from its record; None if no stage made them yet.
+
+        So it is for a record of another format: nothing is known of those weights.
+        """
+        if self.stage is None or not (self.stage.folder / RECORD).exists() or self.stage.other_format is not None:
             return None
         return read_record(self.stage.folder, ("output",))["output"]
 
@@ -102,11 +105,13 @@ class Outcome:
 
 
 def read_record(folder: Path, needed: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The record of the stage that made `folder`.
+    """The record of the stage that made `folder`; only its format, if that is another: its fields may mean anything.
 
     Raises InputError, as `read_json` does, and for a field that no stage writes so, or that is `needed` and missing.
     """
     record = read_json(folder / RECORD)
+    if isinstance(found := record.get("format", 0), int) and found != FORMAT:
+        record = {"format": found}
     check_fields(record, folder / RECORD, _FIELDS, needed, "the folder to make it again")
     return record
 
@@ -143,9 +148,12 @@ def read_metrics(folder: Path) -> dict[str, float]:
     return metrics
 
 
-def unused(*names: str) -> Mapping[str, Any]:
-    """Metadata for a settings field that holds a section of the recipe: the stage does not read the fields `names`."""
-    return {"unused": set(names)}
+def unused(*names: str, also: Callable[[Any], set[str]] = lambda _: set()) -> Mapping[str, Any]:
+    """Metadata for a settings field that holds a section of the recipe: the stage does not read the fields `names`.
+
+    `also` gives further ones, by what the section says.
+    """
+    return {"unused": lambda section: {*names} | also(section)}
 
 
 def fingerprinted(settings: Any) -> dict[str, Any]:
@@ -161,7 +169,7 @@ def fingerprinted(settings: Any) -> dict[str, Any]:
             continue
         value = getattr(settings, each.name)
         if isinstance(value, Section):
-            value = value.fingerprinted(exclude=each.metadata.get("unused"))
+            value = value.fingerprinted(exclude=each.metadata.get("unused", lambda _: set())(value))
         elif dataclasses.is_dataclass(value):
             value = fingerprinted(value)
         values[each.name] = value
@@ -216,7 +224,7 @@ class Stage:
 
     @property
     def status(self) -> str:
-        """One of done, changed (done with other settings or inputs) and run."""
+        """One of done, changed (done with other settings or inputs, or in another format) and run."""
         if not (self.folder / RECORD).exists():
             return "run"
         same = read_record(self.folder).get("fingerprint") == self.fingerprint
@@ -272,7 +280,7 @@ class Stage:
     def other_format(self) -> int | None:
         """The format of the finished stage's record if it is not FORMAT, else None."""
         made = (self.folder / RECORD).exists()
-        found = read_record(self.folder).get("format", 0) if made else FORMAT
+        found = read_record(self.folder)["format"] if made else FORMAT
         return None if found == FORMAT else found
 
     def __str__(self) -> str:

@@ -3,6 +3,7 @@
 import pickle
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ from pruneofa.families import base_name
 from pruneofa.formats.architecture import check_additions, check_layers
 from pruneofa.formats.files import file_fingerprint, fingerprint, is_there
 from pruneofa.formats.hub import check_model_name, not_on_hub
+from pruneofa.formats.settings import sentence_files
 from pruneofa.formats.source import refuse_non_finite
 from pruneofa.formats.tensors import unsafe_binary
 from pruneofa.formats.tokenizer_file import load_tokenizer as read_tokenizer_file
@@ -295,14 +297,18 @@ def reorder_classes(model: PreTrainedModel, order: list[int]) -> None:
 
 
 def model_fingerprint(path: str) -> str:
-    """Content hash of a local model folder, including the tokenizer; for a hub id, its current commit.
+    """Content hash of a local model folder, with its tokenizer and its settings of sentence-transformers.
+
+    For a hub id it is the current commit.
 
     Raises InputError for what is neither a folder nor a model of the hub.
     """
     folder = Path(path)
     if folder.is_dir():
-        files = sorted(p for p in folder.iterdir() if p.name in IDENTITY or p.suffix in (".safetensors", ".bin"))
-        return fingerprint({p.name: file_fingerprint(p) for p in files})
+        names = {p.name for p in folder.iterdir() if p.name in IDENTITY or p.suffix in (".safetensors", ".bin")}
+        with suppress(InputError):  # settings that are not followed are not kept either
+            names.update(sentence_files(folder))
+        return fingerprint({name: file_fingerprint(folder / name) for name in sorted(names)})
     check_model_name(path, "model ")
     from huggingface_hub import hf_hub_download
 
@@ -310,6 +316,11 @@ def model_fingerprint(path: str) -> str:
         return Path(hf_hub_download(path, "config.json")).parent.name
     except Exception as error:  # hub, HTTP and validation errors have no common type
         raise not_on_hub(path, error, "model ") from None
+
+
+def all_finite(model: nn.Module) -> bool:
+    """Whether no weight is NaN or infinite."""
+    return all(bool(weight.isfinite().all()) for weight in model.parameters())
 
 
 def recompute_activations(student: PreTrainedModel) -> None:

@@ -30,13 +30,13 @@ class GradualPruner:
 
     - magnitude: the smallest.
     - fisher: the smallest w^2 F_ii. `curvature` is {name: mean squared gradient (out, in)}, such as
-      `curvature.second_moments(optimizer, pruner.weights)`; a weight that it lacks gets the mean over the others, and
-      is so compared by its magnitude. A pruned weight has no gradient, and Adam's average of its squares decays to 0.
-      Its mean is therefore kept with its dense value as it was when the weight was pruned, in a third copy of the
-      weights. When the weight returns, the steps without a gradient are left out of the average, which goes on from
-      the mean that was kept, as that of entries without a gradient does in PyTorch's SparseAdam; the shares of old and
-      new gradients in it add up to 1, as in Adam's correction of the bias (Kingma and Ba 2015, arXiv 1412.6980,
-      section 3), so that the estimate has no bias either.
+      `curvature.second_moments(optimizer, pruner.weights)`; a weight that it lacks, or of which all are 0, gets the
+      mean over the others, and is so compared by its magnitude. A pruned weight has no gradient, and Adam's average of
+      its squares decays to 0. Its mean is therefore kept with its dense value as it was when the weight was pruned, in
+      a third copy of the weights. When the weight returns, the steps without a gradient are left out of the average,
+      which goes on from the mean that was kept, as that of entries without a gradient does in PyTorch's SparseAdam; the
+      shares of old and new gradients in it add up to 1, as in Adam's correction of the bias (Kingma and Ba 2015, arXiv
+      1412.6980, section 3), so that the estimate has no bias either.
     - obs: the smallest w^2 / (F^-1)_ii; the others are updated for it. `curvature` is {name: blocks of F}, such as
       `curvature.fisher_blocks` makes. A pruned weight does not return, so `end` is the last selection.
     """
@@ -113,7 +113,8 @@ class GradualPruner:
     def step(self, t: int, curvature: Mapping[str, Tensor] | None = None) -> bool:
         """Set pruned weights to zero; if t is due, select new masks first. Returns whether t was due.
 
-        `curvature`: see the class; not needed where t is not due. Raises InputError if it is missing there.
+        `curvature`: see the class; not needed where t is not due. Raises InputError if it is missing there, and
+        CheckFailed if it is not finite, or weights should be pruned and all of it is 0 (score fisher).
         """
         if not self.due(t):
             self._lock.apply()
@@ -126,7 +127,7 @@ class GradualPruner:
             dense, pruned = self._on(self._dense, name, weight.device), self._lock.mask_on(name, weight.device)
             torch.where(pruned, dense, weight, out=dense)
         target = cubic_sparsity(t, begin=self.begin, end=self.end, final=self.final, initial=self.initial)
-        for name, kept in self._select(self._scores(t, curvature or {}), target):
+        for name, kept in self._select(self._scores(t, curvature or {}, target), target):
             pruned = kept.logical_not_()
             if self.score == "obs":
                 self._remove(name, pruned, curvature or {})
@@ -202,12 +203,12 @@ class GradualPruner:
         """Remove the gradient hooks; call this when pruning is finished and the model is used further."""
         self._lock.release()
 
-    def _scores(self, t: int, curvature: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What masks are selected by, by name; self._dense is complete."""
+    def _scores(self, t: int, curvature: Mapping[str, Tensor], target: float) -> dict[str, Tensor]:
+        """What masks of sparsity `target` are selected by, by name; self._dense is complete."""
         if self.score == "magnitude":
             return self._dense
         if self.score == "fisher":
-            found = self._fisher_scores(t, curvature)
+            found = self._fisher_scores(t, curvature, target)
         else:
             found = {
                 name: obs_scores(
@@ -220,7 +221,7 @@ class GradualPruner:
                 raise CheckFailed(f"score {self.score}: that of {name} is not finite; lower lr, or train in fp32")
         return found
 
-    def _fisher_scores(self, t: int, curvature: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _fisher_scores(self, t: int, curvature: Mapping[str, Tensor], target: float) -> dict[str, Tensor]:
         """The scores; afterwards self._diagonal has the mean squared gradients of all weights in `curvature`."""
         given = [name for name in self.weights if name in curvature]
         if not given:
@@ -231,8 +232,15 @@ class GradualPruner:
             pruned = self._lock.mask_on(name, curvature[name].device)
             diagonal = self._on(self._diagonal, name, pruned.device)
             torch.where(pruned, diagonal, (curvature[name] + share * diagonal).clamp_min(0).to(diagonal), out=diagonal)
-        mean = torch.stack([self._diagonal[name].float().mean() for name in given]).mean()
-        diagonals = {name: self._diagonal[name] if name in given else mean for name in self.weights}
+        means = {name: self._diagonal[name].mean(dtype=torch.float32) for name in given}
+        reached = {name: mean for name, mean in means.items() if mean != 0}  # NaN too, which is refused below
+        if not reached and target > 0:
+            raise CheckFailed(
+                f"score fisher: the squared gradients of all weights are 0 at step {t}, wanted some above 0, as while "
+                "student and teacher do not differ there is nothing to compare; raise begin, or choose another score"
+            )
+        mean = torch.stack(list((reached or means).values())).mean()
+        diagonals = {name: self._diagonal[name] if name in reached else mean for name in self.weights}
         return {name: fisher_scores(self._dense[name], diagonal) for name, diagonal in diagonals.items()}
 
     def _remove(self, name: str, pruned: Tensor, curvature: Mapping[str, Tensor]) -> None:

@@ -50,14 +50,16 @@ def cyclic_lr(step: int, *, total: int, warmup: int, begin: int, end: int, inter
     """Multiple of the peak rate: every interval falls from the peak to `floor` of it (Kurtic et al. 2022).
 
     The cycles run from `begin` to `end`; then the rate decays linearly to 0 at `total`. It stays at the peak between
-    warmup and `begin`. Raises InputError when `end` leaves no steps after it.
+    warmup and `begin`. Masks are selected after a step, so the step of a selection is the last of its cycle: the model
+    that is pruned, and whose curvature is taken, is the cooled one. Raises InputError when `end` leaves no steps after
+    it.
     """
     _check_window(begin, end, interval)
     _check_decay(total - max(end, warmup), total=total, warmup=warmup, window=end)
-    if step < begin:
+    if step <= begin:
         multiple = 1.0
-    elif step < end:
-        multiple = 1 - (1 - floor) * ((step - begin) % interval) / interval
+    elif step <= end:
+        multiple = 1 - (1 - floor) * ((step - begin - 1) % interval) / interval
     else:
         multiple = max(0.0, (total - step) / (total - end))
     return min(multiple, step / warmup) if step < warmup else multiple

@@ -30,7 +30,7 @@ from pruneofa.train.checkpoints import (
 )
 from pruneofa.train.device import prepare_models, processes, split_batch, trainer_options
 from pruneofa.train.micro_batches import Batch, StepCollate, split
-from pruneofa.train.models import recompute_activations
+from pruneofa.train.models import all_finite, recompute_activations
 from pruneofa.train.objective import Objective
 from pruneofa.train.sparse_linear import compute_densely
 
@@ -248,6 +248,8 @@ class _StageCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
             self.advance()
+        if state.global_step == state.max_steps and not all_finite(self.trainer.student):  # the last log may be before
+            raise self._diverged(f"weights are NaN or infinite after step {state.global_step}")
         self.trainer.writer.check()
         due = time.monotonic() - self.saved >= self.save_seconds
         if args.world_size > 1:  # ranks that stop, or save, at different steps would deadlock
@@ -267,9 +269,7 @@ class _StageCallback(TrainerCallback):
             return
         loss = logs["loss"]
         if loss != loss or abs(loss) == float("inf"):
-            raise Diverged(
-                f"{self.stage}: the loss is {loss} at step {state.global_step}; lower lr, or use precision: fp32"
-            )
+            raise self._diverged(f"the loss is {loss} at step {state.global_step}")
         if state.is_world_process_zero:
             self.advance(0, f"loss {loss:.4f}")
             self.emit(
@@ -281,6 +281,10 @@ class _StageCallback(TrainerCallback):
                     **{k: v for k, v in logs.items() if k not in ("learning_rate", "epoch", "step")},
                 }
             )
+
+    def _diverged(self, what: str) -> Diverged:
+        clock = self.trainer.read_clock(time.monotonic() - self.since)
+        return Diverged(f"{self.stage}: {what}; lower lr, or use precision: fp32", clock)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if args.world_size > 1:
@@ -337,7 +341,7 @@ def train(
     before it is used.
     Returns {"seconds", "tokens"} over all attempts. `rate(t)` multiplies `lr` in optimizer step t + 1.
     Raises InputError when `batch` cannot be divided among micro-batches and processes, or the model cannot compute
-    activations again, and KeyboardInterrupt after Ctrl-C, once a checkpoint has been written.
+    activations again, Diverged for NaN and infinity, and KeyboardInterrupt after Ctrl-C, with a checkpoint written.
     """
     micro, parts = split_batch(batch, micro_batch)
     prepare_models(objective.student, objective.teacher, precision)
