@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import altair as alt
+from int8 import evaluated
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = ROOT / "results/minilm-90/results.json"
@@ -72,11 +73,8 @@ def accuracy_rows() -> dict[str, list[Row]]:
             continue
         folder, task, metric = ROOT / "results" / row["run"], row["task"], row["metric"]
         means = json.loads((folder / "results.json").read_text(encoding="utf-8"))["tasks"][task][metric]
-        engine = [
-            json.loads(file.read_text()) for file in sorted(folder.glob(f"tasks/{task}/seed-*/transfer/int8.json"))
-        ]
         values = {DENSE: means["dense"]["mean"], SPARSE: means["transfer"]["mean"]}
-        values[INT8] = statistics.fmean(metrics[metric] for metrics in engine)
+        values[INT8] = statistics.fmean(metrics[metric] for metrics in evaluated(folder, task))
         found[row["picture"]] = [{"model": model, "value": value} for model, value in values.items()]
     return found
 

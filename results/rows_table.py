@@ -10,22 +10,31 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from int8 import evaluated
+
 HEAD = ["", "dense", "90 % zeros", "lost", "target", "int8, by the engine", "seeds", "run"]
 
 
 def line(row: dict[str, Any], folder: Path) -> list[str]:
     """The cells of one row; `folder` is that of its run."""
     found = json.loads((folder / "results.json").read_text(encoding="utf-8"))["tasks"][row["task"]][row["metric"]]
-    files = sorted(folder.glob(f"tasks/{row['task']}/seed-*/transfer/int8.json"))
-    int8 = statistics.fmean(json.loads(file.read_text(encoding="utf-8"))[row["metric"]] for file in files)
+    int8 = [metrics[row["metric"]] for metrics in evaluated(folder, row["task"])]
     dense, sparse = found["dense"], found["transfer"]
-    assert len(files) == len(sparse["runs"]), f"{folder}: {len(files)} int8.json of {len(sparse['runs'])} models"
+    assert len(int8) == len(sparse["runs"]), f"{folder}: {len(int8)} int8.json of {len(sparse['runs'])} models"
     lost = sparse["lost"]
     values = [f"{value:.2f}" for value in (dense["mean"], sparse["mean"])]
     loses = f"{lost['mean']:.2f} ± {lost['standard_error']:.2f}"
     name = folder.name
     run = f"[{name}](../results/{name}/README.md)"
-    return [row["row"], *values, loses, str(row["target"]), f"{int8:.2f}", str(len(sparse["runs"])), run]
+    return [
+        row["row"],
+        *values,
+        loses,
+        str(row["target"]),
+        f"{statistics.fmean(int8):.2f}",
+        str(len(sparse["runs"])),
+        run,
+    ]
 
 
 def table(file: Path) -> str:

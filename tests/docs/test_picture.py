@@ -10,6 +10,11 @@ PICTURE = (ROOT / "docs/picture.svg").read_text(encoding="utf-8")
 PARTS = r'<text[^>]*>([^<]*)</text>|aria-label="([^"]*)"|d="(M0,[^"]*)"'
 
 
+@pytest.fixture(autouse=True)
+def _scripts_import_each_other(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "results"))
+
+
 def test_the_picture_is_what_the_committed_records_say() -> None:
     pytest.importorskip("vl_convert")
     drawn = runpy.run_path(str(ROOT / "results/picture.py"))["draw"]()

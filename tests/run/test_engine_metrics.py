@@ -12,7 +12,7 @@ from pruneofa.run import engine_metrics, results
 from pruneofa.run.engine_metrics import FILE, measure_by_engine
 from pruneofa.run.fine_tuning import GivenSettings, use_given
 from pruneofa.run.names import StageId
-from pruneofa.run.stage import Evaluation, LazyData, Stage
+from pruneofa.run.stage import FORMAT, Evaluation, LazyData, Stage
 from pruneofa.train.evaluate import evaluate
 from tests.small import small_recipe
 from tests.tiny import tiny_tokenizer
@@ -20,7 +20,7 @@ from tests.train.test_evaluate_engine import named, save
 
 pytestmark = pytest.mark.skipif(engine.native is None, reason="the native kernels were not built")
 LABELS = ["bad", "good"]
-RECORD = {"tokens": 1, "seconds": 1.0, "versions": {"pruneofa": "0"}}
+RECORD = {"format": FORMAT, "tokens": 1, "seconds": 1.0, "versions": {"pruneofa": "0"}}
 
 
 def evaluations(steps):

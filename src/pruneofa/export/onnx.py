@@ -178,7 +178,8 @@ class _Dynamic(_Int8):
         """(..., inputs) to (..., outputs); only to be exported."""
         low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
         scale = (high - low) / 255
-        scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+        # As in `reference.quantize_rows`.
+        scale = torch.where(scale < torch.finfo(torch.float32).tiny, torch.ones_like(scale), scale)
         zero_point = torch.round(-low / scale)
         codes = torch.clamp(torch.round(x / scale) + zero_point, 0, 255).to(torch.uint8)
         shape = (*x.shape[:-1], self.weight.shape[1])

@@ -39,7 +39,7 @@ def input_scale(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     """Scale and zero point, float32, of uint8 activations in [low, high], extended to include 0."""
     low, high = low.float().clamp(max=0), high.float().clamp(min=0)
     scale = (high - low) / 255.0
-    scale = scale.masked_fill(scale == 0, 1.0)
+    scale = scale.masked_fill(scale < torch.finfo(torch.float32).tiny, 1.0)  # as in `reference.quantize_rows`
     return scale, torch.round(-low / scale)
 
 
