@@ -63,8 +63,8 @@ def remarks(record: Mapping[str, Any]) -> list[str]:
         found += [f"{row['case']}: {line}" for line in _ceilings(limits, record["threads"])] if limits else []
         for runner in row["runners"]:
             if together := runner.get("together"):
-                text = f"is fastest with {together} sequences of similar length at a time"
-                found.append(f"{row['case']}: {runner['name']} {text}")
+                size = "one sequence" if together == 1 else f"{together} sequences of similar length"
+                found.append(f"{row['case']}: {runner['name']} is fastest with {size} at a time")
             if runner["verified"] is False:
                 text = f"its output error is {runner['error']:.2g}, tolerance {runner['tolerance']:g}"
                 found.append(f"{row['case']}: {_MARKED} {runner['name']}: {text}; timed nevertheless")
