@@ -3,7 +3,7 @@
     python results/int8.py runs/sst2 --data-root DATA
 
 Every model is packed as for deployment. Beside the record of each in results/NAME, which `collect.py` made, comes
-int8.json: the metrics, the kernels, pruneofa's version, and the fingerprint of the model's stage.
+int8.json: the metrics, the kernels, pruneofa's version, and the fingerprint of the model's settings and inputs.
 """
 
 import argparse
@@ -12,10 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pruneofa.formats.files import read_json, write_json
-from pruneofa.recipe import load
-from pruneofa.run.inputs import Inputs
-from pruneofa.run.stage import RECORD
-from pruneofa.train.evaluate import evaluate_by_engine
+from pruneofa.run.names import RECORD
 
 FILE = "int8.json"
 
@@ -23,19 +20,23 @@ FILE = "int8.json"
 def evaluated(folder: Path, task: str) -> list[dict[str, float]]:
     """The metrics of int8 by the engine, of every seed of a task of the run in `folder`, results/NAME.
 
-    Raises ValueError where one is missing or of another model than the record beside it.
+    Raises ValueError where one is of other settings or inputs than the record beside it.
     """
     found = []
     for model in sorted(folder.glob(f"tasks/{task}/seed-*/transfer")):
         int8 = read_json(model / FILE)
         if int8["fingerprint"] != read_json(model / RECORD)["fingerprint"]:
-            raise ValueError(f"{model / FILE}: of another model than {RECORD} beside it; run results/int8.py again")
+            raise ValueError(f"{model / FILE}: of other settings than {RECORD} beside it; run results/int8.py again")
         found.append(int8["metrics"])
     return found
 
 
 def main() -> None:
     """Evaluate all models of the run and print where the results are."""
+    from pruneofa.recipe import load  # not above: tables are made without torch
+    from pruneofa.run.inputs import Inputs
+    from pruneofa.train.evaluate import evaluate_by_engine
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--data-root", required=True)

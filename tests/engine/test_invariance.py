@@ -97,16 +97,25 @@ def test_weights_that_can_overflow_inside_are_refused_when_loaded(tmp_path, prec
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp32"])
-def test_one_token_that_overflows_is_an_error_for_all_that_attend_to_it(tmp_path, precision):
+def test_positions_that_overflow_are_refused_though_a_short_text_does_not_reach_them(tmp_path, precision):
     """In int8 a token of NaN has finite codes: the first token, which is classified, would be finite and wrong."""
     model = tiny_bert(transformers.BertForSequenceClassification)
     with torch.no_grad():
         rows = model.bert.embeddings.position_embeddings.weight[4:]
         rows[:, 0::2], rows[:, 1::2] = 2.5e38, -2.5e38
-    engine = Engine.from_pretrained(write_model(tmp_path, model), precision=precision)
-    assert engine.predict("the")["label"]
-    with pytest.raises(InputError, match="sequence 1 of the batch: its result is NaN or infinite"):
-        engine.predict(["the", "the great film of the king"])
+    with pytest.raises(InputError, match=r"embeddings: its embeddings can reach 2\.5e\+38, wanted at most 1e\+15"):
+        Engine.from_pretrained(write_model(tmp_path, model), precision=precision)
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp32"])
+@pytest.mark.parametrize("table", ["word", "position", "token_type"])
+def test_embeddings_whose_squares_overflow_are_refused_when_loaded(tmp_path, precision, table):
+    """LayerNorm divides by an infinite deviation: every such token would be the same finite vector."""
+    model = tiny_bert(transformers.BertForSequenceClassification)
+    with torch.no_grad():
+        model.bert.embeddings.get_submodule(f"{table}_embeddings").weight.mul_(1e22)
+    with pytest.raises(InputError, match="embeddings: its embeddings can reach .*too large"):
+        Engine.from_pretrained(write_model(tmp_path, model), precision=precision)
 
 
 def test_a_vector_whose_square_overflows_is_normalized():

@@ -5,8 +5,6 @@ import runpy
 import sys
 from pathlib import Path
 
-import pytest
-
 from pruneofa.formats.files import read_json
 from tests.small import write_task, write_text
 from tests.tiny import write_model
@@ -30,4 +28,5 @@ def test_every_arm_has_a_row(tmp_path, monkeypatch, capsys):
     assert rows == [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["arm"] for row in rows] == ARMS
     assert all(row["error"] > 0 and 0 < row["relative"] < 2 and 0 <= row["sst2, seed 0"] <= 100 for row in rows)
-    assert rows[0]["tokens"] == rows[1]["tokens"] == pytest.approx(rows[3]["tokens"], rel=0.9)
+    trained, calibration = rows[0]["tokens"], 16 * 32
+    assert rows[1]["tokens"] == rows[2]["tokens"] == trained < rows[3]["tokens"] <= trained + calibration

@@ -29,6 +29,7 @@ from pruneofa.formats.files import fingerprint, read_json
 ROUNDS = 10  # rounds per process; the timed runs are spread over them
 MIN_RUNS, MIN_SECONDS = 3, 20.0  # a runner with this many runs and this many seconds needs no further round
 SETTLE = 0.05  # seconds until the threads of the previous process have stopped spinning
+ARTIFACTS = 2  # increase when other files are exported for the same case
 TOGETHER = (None, 8, 4, 1)  # rows that a peer may be given at a time, sorted by length; None: the batch as it is
 
 
@@ -118,7 +119,7 @@ class Bench:
                 advance(note=f"{case.name}: loading {label}")
                 with self.tried(label, case.name, fatal=peer.name == PRUNEOFA):
                     if peer.divides and len(case.lengths) > 1:
-                        job = job | {"together": self._together(peer, job, root)}
+                        job = job | {"together": self._together(peer, job, len(case.lengths), root)}
                     worker = stack.enter_context(self.worker(peer, root))
                     row = self._load_and_verify(worker, label, job, wanted.get(label, wanted[models[0].label]))
                     loaded.append((worker, row))
@@ -133,7 +134,7 @@ class Bench:
     def _artifacts(self, model: Model, case: Case, root: Path) -> Iterator[Path]:
         """Folder of the exported models of a case: kept for later runs if `work` is set, otherwise temporary."""
         if self.settings.work is not None:
-            key = fingerprint([model.manifest.source, versions()])[:16]
+            key = fingerprint([model.manifest.source, versions(), ARTIFACTS])[:16]
             folder = self.settings.work / key / case.name
             folder.mkdir(parents=True, exist_ok=True)
             yield folder
@@ -141,12 +142,14 @@ class Bench:
         with tempfile.TemporaryDirectory(dir=root) as folder:
             yield Path(folder)
 
-    def _together(self, peer: Peer, job: Mapping[str, Any], root: Path) -> int | None:
-        """With which of TOGETHER the peer is fastest."""
-        seconds: dict[int | None, float] = {}
+    def _together(self, peer: Peer, job: Mapping[str, Any], rows: int, root: Path) -> int | None:
+        """With which of TOGETHER the peer is fastest; the batch as it is if all fail, which then says why."""
+        seconds: dict[int | None, float] = {None: math.inf}
         for together in TOGETHER:
+            if together is not None and together >= rows:
+                continue
             given = {"peer": peer.name, "job": dict(job) | {"together": together}}
-            with self.worker(peer, root) as worker:
+            with contextlib.suppress(WorkerError), self.worker(peer, root) as worker:
                 worker.ask("start", **given)
                 worker.ask("build", **given)
                 seconds[together] = min(worker.ask("time", key=peer.name, count=2)["seconds"])

@@ -6,13 +6,13 @@ the bounds do not grow with the number of layers.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pruneofa.errors import InputError
-from pruneofa.formats.packed import PackedLinear
+from pruneofa.formats.packed import PackedEmbedding, PackedLinear
 
 Float = NDArray[np.float32]
 Norm = tuple[Float, Float]  # gamma and beta
@@ -32,14 +32,22 @@ def sum_after_norm(norm: Norm) -> float:
     return math.sqrt(len(gamma)) * float(np.linalg.norm(gamma)) + float(np.abs(beta).sum())
 
 
+def largest_value(weight: PackedLinear | PackedEmbedding) -> float:
+    """A bound of the absolute values of a weight: 128 times its largest scale, if it has scales."""
+    if weight.scale is not None:
+        return 128.0 * float(weight.scale.max())
+    return float(max(weight.values.max(initial=0), -weight.values.min(initial=0)))
+
+
 def largest_output(linear: Linear, inputs: float) -> float:
     """The largest absolute output of a linear layer whose inputs have absolute values that add up to `inputs`."""
     weight, bias = linear
-    if weight.scale is not None:
-        largest = 128.0 * float(weight.scale.max())
-    else:
-        largest = float(max(weight.values.max(initial=0), -weight.values.min(initial=0)))
-    return largest * inputs + float(np.abs(bias).max())
+    return largest_value(weight) * inputs + float(np.abs(bias).max())
+
+
+def check_embeddings(tables: Iterable[PackedEmbedding]) -> None:
+    """Raises InputError if a sum of rows of the tables can exceed LARGEST."""
+    _check({"embeddings": sum(map(largest_value, tables))})
 
 
 def check_layer(linears: Mapping[str, Linear], norms: Mapping[str, Norm], inputs: float) -> float:
@@ -53,10 +61,14 @@ def check_layer(linears: Mapping[str, Linear], norms: Mapping[str, Norm], inputs
     inputs = sum_after_norm(norms["attention_norm"])
     found["intermediate"] = largest_output(linears["intermediate"], inputs)
     found["output"] = inputs + largest_output(linears["output"], inner * found["intermediate"])
+    _check(found)
+    return sum_after_norm(norms["output_norm"])
+
+
+def _check(found: Mapping[str, float]) -> None:
     for name, bound in found.items():
         if not bound <= LARGEST:
             raise InputError(
                 f"its {name} can reach {bound:.1e}, wanted at most {LARGEST:.0e}: the weights are too large for "
-                "float32; train the model again"
+                "arithmetic in float32; train the model again"
             )
-    return sum_after_norm(norms["output_norm"])

@@ -1,7 +1,8 @@
 """From the packed weights of a model to the encoder of the native extension."""
 
 import math
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ from pruneofa.formats.packed import Packed, PackedEmbedding, PackedLinear
 
 Precision = Literal["int8", "fp32"]
 Float = NDArray[np.float32]
+T = TypeVar("T")
 
 
 class Weights:
@@ -51,14 +53,14 @@ class Weights:
         """An embedding table."""
         return self._packed.embeddings[name]
 
-    def check_layer(
-        self, name: str, linears: dict[str, str], norms: dict[str, tuple[Float, Float]], inputs: float
-    ) -> float:
-        """`bounds.check_layer` of the modules of a layer, none of them requested yet; errors name the layer."""
-        packed = self._packed.linears
-        given = {field: (packed[f"{at}.weight"], self.plain(f"{at}.bias")) for field, at in linears.items()}
+    def packed_linear(self, module: str) -> bounds.Linear:
+        """The weight and bias of a linear layer that was not requested yet."""
+        return self._packed.linears[f"{module}.weight"], self.plain(f"{module}.bias")
+
+    def check(self, name: str, checked: Callable[..., T], *arguments: Any) -> T:
+        """What `checked`, of `pruneofa.engine.bounds`, returns; its errors name the folder, and `name`."""
         try:
-            return bounds.check_layer(given, norms, inputs)
+            return checked(*arguments)
         except InputError as error:
             raise InputError(f"{self._packed.folder}: {name}: {error}") from None
 
@@ -103,15 +105,18 @@ def bias_by_distance(table: Float, bias: RelativeBias, length: int) -> Float:
 
 def build_encoder(native: Any, weights: Weights, architecture: Architecture, *, threads: int, isa: str) -> Any:
     """`native.Encoder` of a packed model. Raises InputError for a layer that is too large for the kernels."""
+    tables = {name: weights.table(weight) for name, weight in architecture.tables.items()}
+    weights.check("embeddings", bounds.check_embeddings, tables.values())
     embedding_norm = weights.norm(architecture.family.embedding_norm)
     layers, inputs = [], bounds.sum_after_norm(embedding_norm)
     for index in range(architecture.layers):
         modules = architecture.layer(index)
         norms = {field: weights.norm(module) for field, module in modules.items() if field.endswith("_norm")}
         linears = {field: module for field, module in modules.items() if field not in norms}
-        inputs = weights.check_layer(f"{architecture.family.layers}.{index}", linears, norms, inputs)
+        packed = {field: weights.packed_linear(module) for field, module in linears.items()}
+        name = f"{architecture.family.layers}.{index}"
+        inputs = weights.check(name, bounds.check_layer, packed, norms, inputs)
         layers.append(norms | {field: weights.linear(module) for field, module in linears.items()})
-    tables = {name: weights.table(weight) for name, weight in architecture.tables.items()}
     bias = architecture.family.relative_bias
     length = max(len(tables["position"].values) - architecture.first_position, 1)
     native_tables = {name: (table.values, table.scale) for name, table in tables.items()}

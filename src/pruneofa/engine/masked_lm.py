@@ -79,7 +79,9 @@ class MaskedLM:
         return reference.softmax(self._logits(masks))
 
     def _logits(self, x: Float) -> Float:
-        x = reference.layer_norm(self._activation(self._dense.forward(x)), *self._norm, self._epsilon)
+        x = self._activation(self._dense.forward(x))
+        finite(np.square(x).sum(axis=1))  # LayerNorm makes numbers of what it cannot square
+        x = reference.layer_norm(x, *self._norm, self._epsilon)
         logits = np.empty((len(x), len(self._bias)), np.float32)
         for begin in range(0, len(self._bias), _VOCABULARY_BLOCK):
             part = slice(begin, begin + _VOCABULARY_BLOCK)
