@@ -262,12 +262,6 @@ def test_a_changed_pattern(folder):
     quantization.check_pattern(folder, unknown, "0" * 64, "0" * 64)
 
 
-def test_folders_of_before_the_pooler_was_hashed(folder):
-    wanted = dataclasses.replace(read(folder), pooler_hash=None)
-    edit_settings(folder, lambda settings: settings.pop("pooler_hash"))
-    same(read(folder), wanted)
-
-
 def test_a_quantization_of_nothing():
     args = QuantizationArgs("channel", True)
     with pytest.raises(InputError, match="no weight scale of an encoder's linear layer"):
