@@ -272,7 +272,7 @@ std::vector<std::pair<std::string, std::string>> choices(const Scheduler& schedu
 NB_MODULE(_native, m) {
   // What a daemon thread still uses when the interpreter ends is left alone.
   nb::set_leak_warnings(false);
-  m.doc() = "Sparse int8 and float kernels and the encoder made of them; engine/reference.py defines what inference computes.";
+  m.doc() = "Sparse int8 and float kernels and the encoder made of them; engine/reference.py defines their results.";
   const auto names = [](const std::vector<const Kernels*>& paths) {
     std::vector<std::string> found;
     for (const Kernels* kernels : paths) found.emplace_back(kernels->isa);

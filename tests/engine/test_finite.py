@@ -47,12 +47,14 @@ def test_a_score_is_never_nan(head, precision, kernels, tmp_path):
     folder = write_folder(tmp_path, head)
     name, text = HEADS[head]
     assert np.isfinite(flat(Engine.from_pretrained(folder, precision=precision).predict(text))).all()
-    for value in (
-        (3e38, 1e22) if head == "ForMaskedLM" else (3e38,)
-    ):  # whose LayerNorm makes finite numbers of the second
+    # LayerNorm, in the head of a masked-LM, makes finite numbers of what it cannot square.
+    for value in (3e38, 1e22) if head == "ForMaskedLM" else (3e38,):
         change(folder, name, lambda tensor, value=value: tensor.__setitem__(..., value))
         engine = Engine.from_pretrained(folder, precision=precision)
-        with np.errstate(all="ignore"), pytest.raises(InputError, match="result is NaN or infinite, wanted numbers"):
+        with (
+            np.errstate(all="ignore"),
+            pytest.raises(InputError, match="its result is NaN or infinite, wanted numbers"),
+        ):
             engine.predict(text)
 
 

@@ -72,6 +72,19 @@ def test_a_last_norm_too_large_for_float32_is_an_error_and_never_a_nan(tmp_path,
     engine = Engine.from_pretrained(write_model(tmp_path, model), precision=precision)
     with pytest.raises(InputError, match="NaN or infinite, wanted numbers: the model's weights are too large"):
         engine.predict("the great film")
+    with pytest.raises(InputError, match="sequence 1 of the batch: its result is NaN or infinite"):
+        engine.predict(["the", "the great film of the king"])
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp32"])
+@pytest.mark.parametrize(("norm", "layer"), [("embeddings", 0), ("encoder.layer.0.output", 1)])
+def test_a_norm_too_large_for_the_layer_after_it_is_refused_when_loaded(tmp_path, precision, norm, layer):
+    model = tiny_bert(transformers.BertForSequenceClassification)
+    with torch.no_grad():
+        model.bert.get_submodule(f"{norm}.LayerNorm").weight.mul_(3e38)
+    folder = write_model(tmp_path, model)
+    with pytest.raises(InputError, match=rf"encoder\.layer\.{layer}: its query can reach .*too large"):
+        Engine.from_pretrained(folder, precision=precision)
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp32"])

@@ -119,7 +119,7 @@ class Bench:
                 advance(note=f"{case.name}: loading {label}")
                 with self.tried(label, case.name, fatal=peer.name == PRUNEOFA):
                     if peer.divides and len(case.lengths) > 1:
-                        job = job | {"together": self._together(peer, job, len(case.lengths), root)}
+                        job = job | {"together": self._together(peer, job, case, root)}
                     worker = stack.enter_context(self.worker(peer, root))
                     row = self._load_and_verify(worker, label, job, wanted.get(label, wanted[models[0].label]))
                     loaded.append((worker, row))
@@ -142,14 +142,15 @@ class Bench:
         with tempfile.TemporaryDirectory(dir=root) as folder:
             yield Path(folder)
 
-    def _together(self, peer: Peer, job: Mapping[str, Any], rows: int, root: Path) -> int | None:
-        """With which of TOGETHER the peer is fastest; the batch as it is if all fail, which then says why."""
+    def _together(self, peer: Peer, job: Mapping[str, Any], case: Case, root: Path) -> int | None:
+        """With which of TOGETHER the peer is fastest; a way that fails is recorded as left out. None if all fail."""
         seconds: dict[int | None, float] = {None: math.inf}
         for together in TOGETHER:
-            if together is not None and together >= rows:
+            if together is not None and together >= len(case.lengths):
                 continue
             given = {"peer": peer.name, "job": dict(job) | {"together": together}}
-            with contextlib.suppress(WorkerError), self.worker(peer, root) as worker:
+            way = f"{peer.name}, {together or 'all'} at a time"
+            with self.tried(way, case.name), self.worker(peer, root) as worker:
                 worker.ask("start", **given)
                 worker.ask("build", **given)
                 seconds[together] = min(worker.ask("time", key=peer.name, count=2)["seconds"])

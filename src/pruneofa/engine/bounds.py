@@ -45,15 +45,16 @@ def largest_output(linear: Linear, inputs: float) -> float:
     return largest_value(weight) * inputs + float(np.abs(bias).max())
 
 
-def check_embeddings(tables: Iterable[PackedEmbedding]) -> None:
-    """Raises InputError if a sum of rows of the tables can exceed LARGEST."""
-    _check({"embeddings": sum(map(largest_value, tables))})
+def check_embeddings(tables: Iterable[PackedEmbedding], where: str) -> None:
+    """Raises InputError, beginning with `where`, if a sum of rows of the tables can exceed LARGEST."""
+    _check({"embeddings": sum(map(largest_value, tables))}, where)
 
 
-def check_layer(linears: Mapping[str, Linear], norms: Mapping[str, Norm], inputs: float) -> float:
+def check_layer(linears: Mapping[str, Linear], norms: Mapping[str, Norm], inputs: float, where: str) -> float:
     """The `sum_after_norm` of a layer whose inputs have absolute values that add up to `inputs`.
 
-    `linears` and `norms` are by field of `pruneofa.families.Layer`. Raises InputError if a number can exceed LARGEST.
+    `linears` and `norms` are by field of `pruneofa.families.Layer`. Raises InputError, beginning with `where`, if a
+    number can exceed LARGEST.
     """
     found = {name: largest_output(linears[name], inputs) for name in ("query", "key", "value")}
     hidden, inner = linears["output"][0].shape
@@ -61,14 +62,14 @@ def check_layer(linears: Mapping[str, Linear], norms: Mapping[str, Norm], inputs
     inputs = sum_after_norm(norms["attention_norm"])
     found["intermediate"] = largest_output(linears["intermediate"], inputs)
     found["output"] = inputs + largest_output(linears["output"], inner * found["intermediate"])
-    _check(found)
+    _check(found, where)
     return sum_after_norm(norms["output_norm"])
 
 
-def _check(found: Mapping[str, float]) -> None:
+def _check(found: Mapping[str, float], where: str) -> None:
     for name, bound in found.items():
         if not bound <= LARGEST:
             raise InputError(
-                f"its {name} can reach {bound:.1e}, wanted at most {LARGEST:.0e}: the weights are too large for "
-                "arithmetic in float32; train the model again"
+                f"{where}: its {name} can reach {bound:.1e}, wanted at most {LARGEST:.0e}: the weights are too large "
+                "for arithmetic in float32; train the model again"
             )

@@ -1,8 +1,7 @@
 """From the packed weights of a model to the encoder of the native extension."""
 
 import math
-from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +16,6 @@ from pruneofa.formats.packed import Packed, PackedEmbedding, PackedLinear
 
 Precision = Literal["int8", "fp32"]
 Float = NDArray[np.float32]
-T = TypeVar("T")
 
 
 class Weights:
@@ -29,6 +27,7 @@ class Weights:
 
     def __init__(self, packed: Packed, native: Any, isa: str) -> None:
         self._packed, self._native, self._isa = packed, native, isa
+        self.folder = packed.folder  # which errors name
         self._static = packed.input_scales or {}
 
     def __contains__(self, name: str) -> bool:
@@ -57,13 +56,6 @@ class Weights:
         """The weight and bias of a linear layer that was not requested yet."""
         return self._packed.linears[f"{module}.weight"], self.plain(f"{module}.bias")
 
-    def check(self, name: str, checked: Callable[..., T], *arguments: Any) -> T:
-        """What `checked`, of `pruneofa.engine.bounds`, returns; its errors name the folder, and `name`."""
-        try:
-            return checked(*arguments)
-        except InputError as error:
-            raise InputError(f"{self._packed.folder}: {name}: {error}") from None
-
     def linear(self, module: str) -> Any:
         """`native.Linear` of a sparse linear layer and its bias; each layer can be requested only once.
 
@@ -78,8 +70,7 @@ class Weights:
         arguments = (weight.bitmask, weight.values, weight.scale, bias, weight.shape[1], self._isa)
         if weight.shape[1] > MAX_COLUMNS:  # a folder that is not packed may have any number
             raise InputError(
-                f"{self._packed.folder}: {name}: {weight.shape[1]} inputs, wanted at most {MAX_COLUMNS}; use a "
-                "narrower model"
+                f"{self.folder}: {name}: {weight.shape[1]} inputs, wanted at most {MAX_COLUMNS}; use a narrower model"
             )
         return self._native.Linear(*arguments) if static is None else self._native.Linear(*arguments, static)
 
@@ -106,7 +97,7 @@ def bias_by_distance(table: Float, bias: RelativeBias, length: int) -> Float:
 def build_encoder(native: Any, weights: Weights, architecture: Architecture, *, threads: int, isa: str) -> Any:
     """`native.Encoder` of a packed model. Raises InputError for a layer that is too large for the kernels."""
     tables = {name: weights.table(weight) for name, weight in architecture.tables.items()}
-    weights.check("embeddings", bounds.check_embeddings, tables.values())
+    bounds.check_embeddings(tables.values(), f"{weights.folder}: embeddings")
     embedding_norm = weights.norm(architecture.family.embedding_norm)
     layers, inputs = [], bounds.sum_after_norm(embedding_norm)
     for index in range(architecture.layers):
@@ -114,8 +105,7 @@ def build_encoder(native: Any, weights: Weights, architecture: Architecture, *, 
         norms = {field: weights.norm(module) for field, module in modules.items() if field.endswith("_norm")}
         linears = {field: module for field, module in modules.items() if field not in norms}
         packed = {field: weights.packed_linear(module) for field, module in linears.items()}
-        name = f"{architecture.family.layers}.{index}"
-        inputs = weights.check(name, bounds.check_layer, packed, norms, inputs)
+        inputs = bounds.check_layer(packed, norms, inputs, f"{weights.folder}: {architecture.family.layers}.{index}")
         layers.append(norms | {field: weights.linear(module) for field, module in linears.items()})
     bias = architecture.family.relative_bias
     length = max(len(tables["position"].values) - architecture.first_position, 1)

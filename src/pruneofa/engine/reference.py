@@ -33,7 +33,7 @@ def quantize_rows(x: Float) -> tuple[NDArray[np.uint8], Float, NDArray[np.int32]
 
     Returns:
         q (m, k) uint8, scale (m,) float32 and zero_point (m,) int32. A row of zeros has scale 1, as has one whose
-        scale were below 2^-126, of which float32 has no reciprocal.
+        scale would be below 2^-126, of which float32 has no reciprocal.
     """
     low = np.minimum(x.min(axis=1), np.float32(0))
     high = np.maximum(x.max(axis=1), np.float32(0))
