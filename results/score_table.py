@@ -3,11 +3,12 @@
     python results/score_table.py OUT --model DENSE --text wiki/ --arms magnitude obs/global hessian/uniform/relative
     python results/score_table.py OUT --model DENSE --text wiki/ --steps 3000 --tasks sst2 qnli --data-root DATA
 
-An arm is SCORE[/SCOPE[/LOSS[/once]]]: score of prune.score; uniform or global; hidden, relative (hidden states, each
-layer's error divided by its teacher's size) or logits (kd 1, which needs a model with a trained head); once: pruned
-before training. With --steps 0 every arm is. The same command resumes, and skips arms that are done. OUT/table.json has
-the settings and the rows: errors are those of hidden states on held-out text, mean over layers, as they are and
-relative to the teacher's size; accuracy is that of fine-tuning with the labels alone.
+An arm is SCORE[/SCOPE[/LOSS[/TIME]]]: score of prune.score; uniform or global; hidden, relative (hidden states, each
+layer's error divided by its teacher's size) or logits (kd 1, which needs a model with a trained head); once or gradual,
+pruned before training or during it, by default as the score does it. With --steps 0 every arm is pruned at once. The
+same command resumes, and skips arms that are done. OUT/table.json has the settings and the rows: errors are those of
+hidden states on held-out text, mean over layers, as they are and relative to the teacher's size; accuracy is that of
+fine-tuning with the labels alone.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from pruneofa.train.device import fast_precision, processes
 from pruneofa.train.models import load_for_pretraining
 from pruneofa.train.objective import PretrainingObjective
 
+TIMES = {"once": True, "gradual": False}
 LOSSES: dict[str, dict[str, Any]] = {
     "hidden": {"hard": 0.0, "kd": 0.0, "hidden": 1.0},
     "relative": {"hard": 0.0, "kd": 0.0, "hidden": 1.0, "hidden_norm": True},
@@ -36,7 +38,7 @@ LOSSES: dict[str, dict[str, Any]] = {
 
 def arm_recipe(arm: str, options: argparse.Namespace) -> recipe.Recipe:
     """The recipe of one arm."""
-    score, scope, loss, once = [*arm.split("/"), *("", "uniform", "hidden", "")[arm.count("/") + 1 :]]
+    score, scope, loss, time = [*arm.split("/"), *("", "uniform", "hidden", "")[arm.count("/") + 1 :]]
     prune = {
         "score": score,
         "scope": scope,
@@ -48,8 +50,8 @@ def arm_recipe(arm: str, options: argparse.Namespace) -> recipe.Recipe:
         "gradients": options.gradients,
         "calibration": options.calibration,
     }
-    if once or options.steps == 0:
-        prune["one_shot"] = True
+    if time or options.steps == 0:
+        prune["one_shot"] = options.steps == 0 or TIMES[time]
     return recipe.validate(
         recipe.Recipe,
         {

@@ -88,8 +88,8 @@ def test_settings_that_cannot_be_kept_are_said_before_pruning(prune, tmp_path):
     assert config["architectures"] == ["BertForPreTraining"]  # its head is that of the model
 
 
-@pytest.mark.parametrize("score", ["magnitude", "fisher", "obs"])
-def test_other_scores_and_steps_that_follow(prune, call, tmp_path, score):
+@pytest.mark.parametrize("score", ["magnitude", "fisher", "obs", "hessian"])
+def test_every_score_and_steps_that_follow(prune, call, tmp_path, score):
     options = ["--prune.score", score, "--prune.scope", "global", "--prune.pattern", "4x1", "--prune.final", 0.75]
     steps = ["--prune.steps", 2, "--prune.batch", 8] if score == "obs" else []
     said = prune(*options, *steps, "--json")
@@ -123,7 +123,6 @@ def test_after_ctrl_c_the_same_command_finishes(prune, monkeypatch, tmp_path):
     ("options", "message"),
     [
         (["--teacher.steps", 3], "--teacher.steps was given, but --one-shot prepares no teacher; omit one of them"),
-        (["--prune.scope", "global"], "score hessian prunes layer by layer; set scope to uniform"),
         (["--prune.pattern", "2:4"], "final is 0.9 but pattern 2:4 gives 0.5; set --prune.final to that"),
         (["--corpus.column", "text"], "task.csv: no column 'text', it has sentence, verdict; set --corpus.column"),
     ],

@@ -10,7 +10,13 @@ from tests.small import write_task, write_text
 from tests.tiny import write_model
 
 SCRIPT = Path(__file__).parents[2] / "results" / "score_table.py"
-ARMS = ["magnitude", "magnitude/global/relative", "magnitude/uniform/hidden/once", "hessian"]
+ARMS = [
+    "magnitude",
+    "magnitude/global/relative",
+    "magnitude/uniform/hidden/once",
+    "hessian",
+    "hessian/global/hidden/gradual",
+]
 
 
 def test_every_arm_has_a_row(tmp_path, monkeypatch, capsys):
@@ -30,3 +36,4 @@ def test_every_arm_has_a_row(tmp_path, monkeypatch, capsys):
     assert all(row["error"] > 0 and 0 < row["relative"] < 2 and 0 <= row["sst2, seed 0"] <= 100 for row in rows)
     trained, calibration = rows[0]["tokens"], 16 * 32
     assert rows[1]["tokens"] == rows[2]["tokens"] == trained < rows[3]["tokens"] <= trained + calibration
+    assert rows[3]["tokens"] < rows[4]["tokens"] <= trained + 3 * calibration  # selections after steps 1, 2 and 3

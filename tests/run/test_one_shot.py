@@ -2,11 +2,15 @@
 
 import pytest
 import torch
+from transformers import BertModel
 
 from pruneofa.formats.files import read_json
-from pruneofa.recipe import Corpus, Distill, Prune
-from pruneofa.run import pretraining
+from pruneofa.recipe import Prune
+from pruneofa.run import pretraining, selections
 from pruneofa.run.one_shot import ROUNDS, one_shot_schedule, score_tokens
+from pruneofa.train.curvature import EXAMPLES
+from pruneofa.train.prune import GradualPruner
+from tests.tiny import tiny_bert
 
 
 @pytest.mark.parametrize(
@@ -18,14 +22,20 @@ from pruneofa.run.one_shot import ROUNDS, one_shot_schedule, score_tokens
         ({"steps": 0, "score": "magnitude", "one_shot": True}, 0),
         ({"steps": 0, "score": "hessian", "one_shot": True, "calibration": 7}, 7),
         ({"steps": 20, "score": "hessian"}, 512),
-        # Selections after steps 0, 10, ..., 50; and after 0, 20, 40 and the end.
-        ({"steps": 100, "score": "obs", "end": 50, "interval": 10}, 6 * 4096),
-        ({"steps": 100, "score": "obs", "end": 50, "interval": 20}, 4 * 4096),
-        ({"steps": 100, "score": "obs"}, 6 * 4096),
+        # Selections after steps 10, 20, ..., 50; and after 20, 40 and the end; at step 0 if something is pruned then.
+        ({"steps": 100, "score": "obs", "end": 50, "interval": 10}, 5 * 4096),
+        ({"steps": 100, "score": "obs", "end": 50, "interval": 20}, 3 * 4096),
+        ({"steps": 100, "score": "obs", "initial": 0.5}, 6 * 4096),
+        ({"steps": 100, "score": "hessian", "one_shot": False, "calibration": 7}, 5 * 7),
     ],
 )
 def test_tokens_of_scores(settings, examples):
-    assert score_tokens(Prune(**settings), 16) == 16 * examples
+    prune = Prune(**settings)
+    assert score_tokens(prune, 16) == 16 * examples
+    if examples and not prune.at_once:
+        pruner = GradualPruner(tiny_bert(BertModel), **pretraining.schedule(prune))
+        each = prune.calibration if prune.score == "hessian" else prune.gradients * EXAMPLES
+        assert examples == each * sum(map(pruner.due, range(prune.steps)))
 
 
 def test_one_shot_ends_at_the_final_sparsity():
@@ -37,10 +47,13 @@ def test_one_shot_ends_at_the_final_sparsity():
 
 def test_real_tokens_of_the_gradients_are_counted_once_for_each_selection(tmp_path, monkeypatch):
     masks = [torch.tensor([[1, 1, 0], [1, 0, 0]]), torch.tensor([[1, 1, 1]])]
-    monkeypatch.setattr(pretraining, "_examples", lambda *_: ({"attention_mask": mask} for mask in masks))
-    monkeypatch.setattr(pretraining, "fisher_blocks", lambda objective, weights, given, **_: list(given))
-    settings = pretraining.PruneSettings(Prune(steps=10, score="obs"), Distill(), Corpus(source="a"), 0, "fp32")
-    blocks = pretraining._blocks(None, settings, None, tmp_path / "counts.json")
+    monkeypatch.setattr(selections, "fisher_blocks", lambda objective, weights, given, **_: list(given))
+
+    def examples(*_):
+        return ({"attention_mask": mask} for mask in masks)
+
+    options = {"seed": 0, "precision": "fp32", "counts": tmp_path / "counts.json"}
+    blocks = selections.obs_blocks(None, Prune(steps=10, score="obs"), examples, **options)
     for t in (2, 4, 4):  # the last again, after a kill
         assert len(blocks({}, t)) == 2
     assert read_json(tmp_path / "counts.json") == {"2": 6, "4": 6}

@@ -5,6 +5,10 @@ from functools import partial
 from pruneofa.data.corpus import build_corpus
 from pruneofa.data.examples import collate
 from pruneofa.recipe import Corpus
+from pruneofa.train import PruningCallback
+from pruneofa.train.curvature import fisher_blocks
+from pruneofa.train.layerwise import prune_layerwise
+from pruneofa.train.micro_batches import batches
 from pruneofa.train.objective import PretrainingObjective
 from pruneofa.train.schedule import linear_lr
 from pruneofa.train.trainer import train
@@ -40,6 +44,22 @@ def fit(objective, text, work, *, steps=12, events=None, callbacks=(), **options
         callbacks=callbacks,
         **settings,
     )
+
+
+def pruning(objective, text, score):
+    def blocks(weights, t):
+        given = batches(text.train(8, seed=t), partial(collate, pad_token_id=0), 2)
+        return fisher_blocks(objective, weights, given, total=4, seed=t, block=50, pattern="unstructured", shared=True)
+
+    def layer_fit(sparsity, t):
+        given = [
+            {name: batch[name] for name in ("input_ids", "token_type_ids", "attention_mask")}
+            for batch in batches(text.train(8, seed=t), partial(collate, pad_token_id=0), 4)
+        ]
+        prune_layerwise(objective.student, objective.teacher, given, final=sparsity)
+        objective.student.train()
+
+    return PruningCallback(**SCHEDULE, score=score, blocks=blocks, fit=layer_fit)
 
 
 def losses(events):

@@ -47,7 +47,7 @@ def test_pruning_callback_takes_the_pruners_arguments():
         found = inspect.signature(called).parameters.values()
         return {p.name: p.default for p in found if p.kind is KEYWORD}
 
-    own = {"blocks": None}
+    own = {"blocks": None, "fit": None}
     decay = {"decay": 0.999}  # which the callback reads from the optimizer
     assert keywords(PruningCallback) | decay == keywords(prune.GradualPruner) | own
 
@@ -61,6 +61,7 @@ def test_pruning_callback_takes_the_pruners_arguments():
         ({"score": "size"}, "score is 'size'; wanted magnitude"),
         ({"skip": "pooler"}, r"skip is 'pooler', wanted a list of regular expressions, such as \['pooler'\]"),
         ({"score": "obs"}, "score obs: needs a function that computes the blocks"),
+        ({"score": "hessian"}, "score hessian: needs a function that prunes the model layer by layer; pass fit="),
     ],
 )
 def test_a_wrong_argument_is_refused_before_anything_is_loaded(wrong, named):

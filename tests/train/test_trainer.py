@@ -1,7 +1,6 @@
 import itertools
 import math
 import signal
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -16,14 +15,12 @@ from pruneofa.recipe import Corpus
 from pruneofa.train import LockCallback, PruningCallback
 from pruneofa.train.attention import use_bf16_attention
 from pruneofa.train.checkpoints import last_checkpoint
-from pruneofa.train.curvature import fisher_blocks
 from pruneofa.train.device import split_batch
 from pruneofa.train.masks import prunable
-from pruneofa.train.micro_batches import batches
 from pruneofa.train.objective import PretrainingObjective
 from tests.small import write_text
 from tests.tiny import tiny_bert, tiny_mpnet, tiny_tokenizer
-from tests.train.fits import SCHEDULE, fit, losses, objective, small_text
+from tests.train.fits import SCHEDULE, fit, losses, objective, pruning, small_text
 
 
 @pytest.fixture(scope="module")
@@ -176,16 +173,9 @@ class StopAt(TrainerCallback):
             raise MemoryError("killed")
 
 
-def pruning(objective, text, score):
-    def blocks(weights, t):
-        given = batches(text.train(8, seed=t), partial(collate, pad_token_id=0), 2)
-        return fisher_blocks(objective, weights, given, total=4, seed=t, block=50, pattern="unstructured", shared=True)
-
-    return PruningCallback(**SCHEDULE, score=score, blocks=blocks if score == "obs" else None)
-
-
 @pytest.mark.parametrize(
-    ("micro_batch", "score"), [(None, "magnitude"), (4, "magnitude"), (None, "fisher"), (None, "obs")]
+    ("micro_batch", "score"),
+    [(None, "magnitude"), (4, "magnitude"), (None, "fisher"), (None, "obs"), (None, "hessian")],
 )
 def test_resuming_gives_the_same_bits(text, tmp_path, micro_batch, score):
     options = {"save_steps": 3, "micro_batch": micro_batch}
@@ -208,10 +198,11 @@ def test_resuming_gives_the_same_bits(text, tmp_path, micro_batch, score):
 
 @pytest.mark.parametrize("score", ["magnitude", "fisher"])
 def test_the_curvature_is_computed_for_the_score_that_needs_it_only(text, tmp_path, score):
-    def blocks(*_):
+    def needless(*_):
         pytest.fail("computed for nothing")
 
-    fit(objective(), text, tmp_path, callbacks=[PruningCallback(**SCHEDULE, score=score, blocks=blocks)])
+    callback = PruningCallback(**SCHEDULE, score=score, blocks=needless, fit=needless)
+    fit(objective(), text, tmp_path, callbacks=[callback])
 
 
 def test_a_streamed_corpus_resumes_with_the_examples_that_follow(tmp_path):

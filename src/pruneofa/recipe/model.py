@@ -106,7 +106,7 @@ class Prune(_Optimization):
     score: Literal["magnitude", "fisher", "obs", "hessian"] = Field(
         "magnitude",
         description="magnitude: smallest weights first; fisher: times their curvature; obs: second order in blocks, "
-        "updates the other weights; hessian: layer by layer, without gradients, one-shot only",
+        "updates the other weights; hessian: layer by layer, without gradients, fits the other weights",
     )
     one_shot: bool | None = Field(None, description="prune at once, before the steps (default: with score hessian)")
     calibration: Positive = Field(512, description="calibration examples for score hessian")
@@ -141,15 +141,11 @@ class Prune(_Optimization):
     def _schedule(self) -> "Prune":
         self.end = self.end or max(1, self.steps // 2)
         self.stop = self.stop or max(self.end, self.steps * 4 // 5)
-        # A selection by score obs costs as much as hundreds of steps.
-        self.interval = self.interval or max(1, self.steps // (10 if self.score == "obs" else 100))
-        if self.score == "hessian" and self.one_shot is False:
-            raise ValueError("score hessian prunes at once; set one_shot to true or null, or choose another score")
+        # A selection by these scores costs as much as hundreds of steps.
+        self.interval = self.interval or max(1, self.steps // (10 if self.score in ("obs", "hessian") else 100))
         if self.steps == 0 and not self.at_once:
             raise ValueError("steps is 0 but pruning is gradual; raise steps, or set one_shot: true")
         self._check_schedule()
-        if self.score == "hessian" and self.scope == "global":
-            raise ValueError("score hessian prunes layer by layer; set scope to uniform")
         if ":" in self.pattern:
             kept, group = map(int, self.pattern.split(":"))
             if not 0 < kept < group or abs(self.final - (1 - kept / group)) > 1e-9:

@@ -17,6 +17,7 @@ from pruneofa.train.layerwise import prune_layerwise
 from pruneofa.train.micro_batches import Batch
 from pruneofa.train.objective import PretrainingObjective
 from pruneofa.train.prune import GradualPruner
+from pruneofa.train.scores import REFITTED
 
 BATCH = 32  # examples per forward pass of score hessian
 # Score obs takes the weights away in so many rounds, with new scores of those that are left: two weights that stand for
@@ -54,13 +55,14 @@ def prune_at_once(
             yield batch
 
     if settings.score == "hessian":
-        given = [_unmasked(batch, device) for batch in counted(settings.calibration, BATCH)]
+        given = [unmasked(batch, device) for batch in counted(settings.calibration, BATCH)]
         earlier = prune_layerwise(
             student,
             load_dense().to(device),  # pyrefly: ignore[bad-argument-type]
             given,
             final=settings.final,
             pattern=settings.pattern,
+            scope=settings.scope,
             skip=settings.skip,
             kept=kept,
         )
@@ -94,17 +96,18 @@ def one_shot_schedule(settings: Prune) -> dict[str, Any]:
 
 def score_tokens(settings: Prune, max_length: int) -> int:
     """Positions of full-length examples that are read for scores alone, beside those of training."""
-    each = settings.gradients * EXAMPLES * max_length
+    sampled = settings.gradients * EXAMPLES
+    each = {"magnitude": 0, "hessian": settings.calibration}.get(settings.score, sampled) * max_length
     if settings.at_once:
-        return {"magnitude": 0, "hessian": settings.calibration * max_length}.get(settings.score, each)
-    if settings.score != "obs":
+        return each
+    if settings.score not in REFITTED:
         return 0
     assert settings.end is not None and settings.interval is not None
-    full, rest = divmod(settings.end - settings.begin, settings.interval)
-    return each * (full + 1 + (rest > 0))
+    # The selection at `begin` only counts if something is pruned then.
+    return each * (-(-(settings.end - settings.begin) // settings.interval) + (settings.initial > 0))
 
 
-def _unmasked(batch: Batch, device: torch.device) -> Batch:
+def unmasked(batch: Batch, device: torch.device) -> Batch:
     """A batch of masked-LM training with the original tokens restored, without labels, on `device`."""
     ids, labels = batch["input_ids"], batch["labels"]
     whole = {name: batch[name] for name in ("attention_mask", "token_type_ids") if name in batch}

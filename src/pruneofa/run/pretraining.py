@@ -5,7 +5,7 @@ Each stage is a function from its settings and a model to a trained model.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,15 +24,16 @@ from pruneofa.formats.sentence import read_sentence
 from pruneofa.progress import notice
 from pruneofa.recipe import Corpus, Distill, Prune, Teacher
 from pruneofa.run.one_shot import one_shot_schedule, prune_at_once
+from pruneofa.run.selections import layer_fit, obs_blocks
 from pruneofa.run.stage import Job, Model, Outcome, unused
-from pruneofa.train.callbacks import Blocks, LockCallback, PruningCallback
-from pruneofa.train.curvature import EXAMPLES, fisher_blocks
+from pruneofa.train.callbacks import LockCallback, PruningCallback
 from pruneofa.train.device import own_device, processes, shared_progress
 from pruneofa.train.micro_batches import batches
 from pruneofa.train.models import has_pretraining_head, load_for_pretraining, load_tokenizer, set_dropout
 from pruneofa.train.objective import PretrainingObjective
 from pruneofa.train.prune import GradualPruner
 from pruneofa.train.schedule import cyclic_lr, linear_lr, rewound_lr
+from pruneofa.train.scores import REFITTED
 from pruneofa.train.trainer import train
 
 VALIDATION_EXAMPLES = 512
@@ -50,7 +51,8 @@ def unread(prune: Prune) -> set[str]:
     sampled = prune.score == "obs" or (prune.score == "fisher" and prune.at_once)
     names: set[str] = set() if prune.score == "hessian" else {"calibration"}
     names |= set() if sampled else {"gradients"}
-    names |= {"stop"} if prune.score == "obs" else {"block", "dampening"}
+    names |= {"stop"} if prune.score in REFITTED else set()
+    names |= set() if prune.score == "obs" else {"block", "dampening"}
     names |= {"begin", "end", "stop", "interval", "initial", "rewind"} if prune.at_once else set()
     return names if prune.steps else names | {"lr", "batch", "warmup", "weight_decay", "max_grad_norm"}
 
@@ -138,8 +140,12 @@ def prune_student(settings: PruneSettings, job: Job, *, teacher: Model, text: Te
         clock = _prune_at_once(objective, teacher, settings, text, job.work / "pruned")
         pruning: Any = LockCallback(skip_zeros=settings.prune.skip_zeros)
     else:
-        blocks = _blocks(objective, settings, text, counts)
-        pruning = PruningCallback(**schedule(settings.prune), blocks=blocks)
+        examples = partial(_examples, text)
+        options: dict[str, Any] = {"seed": settings.seed, "counts": counts}
+        blocks = obs_blocks(objective, settings.prune, examples, precision=settings.precision, **options)
+        load_dense = partial(load_for_pretraining, teacher.path, nsp=text.spec.nsp)
+        fit = layer_fit(objective, load_dense, settings.prune, examples, **options)
+        pruning = PruningCallback(**schedule(settings.prune), blocks=blocks, fit=fit)
     if settings.prune.steps:
         rate = learning_rate(settings.prune)
         trained = _train(objective, settings.prune, text, rate, settings, job, [pruning])
@@ -174,9 +180,7 @@ def _prune_at_once(
 
     Returns what it took, {"seconds", "tokens"}.
     """
-
-    def load_dense() -> PreTrainedModel:
-        return load_for_pretraining(teacher.path, nsp=text.spec.nsp)
+    load_dense = partial(load_for_pretraining, teacher.path, nsp=text.spec.nsp)
 
     def make(target: Path) -> None:
         examples = partial(_examples, text, settings.seed)
@@ -201,40 +205,6 @@ def _prune_at_once(
 def _examples(text: Text, seed: int, count: int, size: int) -> Iterator[dict[str, torch.Tensor]]:
     """`count` training examples of the corpus in batches of `size`."""
     return batches(text.built.train(count, seed=seed), text.collate, size)
-
-
-def _blocks(objective: PretrainingObjective, settings: PruneSettings, text: Text, counts: Path) -> Blocks:
-    """For score obs: the curvature of the student as it is, from other examples at each selection.
-
-    Their tokens are added to the file `counts`, where a selection that is made again after a kill is counted once.
-    """
-    prune = settings.prune
-
-    def computed(weights: Mapping[str, torch.nn.Parameter], t: int) -> dict[str, torch.Tensor]:
-        tokens = 0
-
-        def counted() -> Iterator[dict[str, torch.Tensor]]:
-            nonlocal tokens
-            for batch in _examples(text, settings.seed + t, prune.gradients * EXAMPLES, EXAMPLES):
-                tokens += int(batch["attention_mask"].sum())
-                yield batch
-
-        blocks = fisher_blocks(
-            objective,
-            weights,
-            counted(),
-            total=prune.gradients,
-            seed=settings.seed + t,
-            block=prune.block,
-            pattern=prune.pattern,
-            precision=settings.precision,
-            shared=True,
-        )
-        if processes().is_main_process:
-            write_json(counts, (read_json(counts) if counts.exists() else {}) | {str(t): tokens})
-        return blocks
-
-    return computed
 
 
 def train_control(settings: ControlSettings, job: Job, *, teacher: Model, text: Text) -> Outcome:

@@ -24,6 +24,7 @@ PRUNER_FILE = "pruner.safetensors"
 OBSERVER_FILE = "observers.safetensors"
 
 Blocks = Callable[[Mapping[str, nn.Parameter], int], Mapping[str, Tensor]]
+Fit = Callable[[float, int], None]
 
 
 def _encoder(model: nn.Module) -> nn.Module:
@@ -68,12 +69,14 @@ class PruningCallback(TrainerCallback):
         score: str = "magnitude",
         dampening: float = 0.01,
         blocks: Blocks | None = None,
+        fit: Fit | None = None,
     ) -> None:
-        """The arguments of `GradualPruner`, and `blocks`, which score obs needs.
+        """The arguments of `GradualPruner`; `blocks`, which score obs needs, and `fit`, which score hessian does.
 
-        `blocks` is called with the weights by name and t where new masks are selected, and gives the blocks of the
-        curvature. Raises InputError for a bad schedule, sparsity, pattern, scope or score, and for obs without blocks;
-        what depends on the model is checked when training begins.
+        Both are called where new masks are selected. `blocks` gets the weights by name and t, and gives the blocks of
+        the curvature. `fit` gets the sparsity that is due and t, and prunes the model that is trained to it, as
+        `layerwise.prune_layerwise` does. Raises InputError for a bad schedule, sparsity, pattern, scope or score, and
+        for a score without its function; what depends on the model is checked when training begins.
         """
         check_schedule(begin, end, stop, interval)
         check_sparsity(initial, final, pattern, scope)
@@ -81,7 +84,9 @@ class PruningCallback(TrainerCallback):
         refuse_string(skip)
         if score == "obs" and blocks is None:
             raise InputError("score obs: needs a function that computes the blocks of the curvature; pass blocks=")
-        self.skip, self.score, self.blocks = tuple(skip), score, blocks
+        if score == "hessian" and fit is None:
+            raise InputError("score hessian: needs a function that prunes the model layer by layer; pass fit=")
+        self.skip, self.score, self.blocks, self.fit = tuple(skip), score, blocks, fit
         self._attach = partial(
             GradualPruner,
             final=final,
@@ -136,6 +141,9 @@ class PruningCallback(TrainerCallback):
         elif self.pruner.due(t) and self.pruner.score == "obs":
             assert self.blocks is not None  # checked when the callback was made
             curvature = self.blocks(self.pruner.weights, t)
+        elif self.pruner.due(t) and self.pruner.score == "hessian":
+            assert self.fit is not None
+            self.fit(self.pruner.target(t), t)
         self.pruner.step(t, curvature)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -1,14 +1,15 @@
-"""Layer-wise one-shot pruning with second-order information (score: hessian).
+"""Layer-wise pruning with second-order information (score: hessian), at once or as a selection of gradual pruning.
 
 The linear layers of the student are pruned in the order of the forward pass. Each one solves a least-squares problem
 under a sparsity constraint: with the wanted share of non-zero weights, reproduce the output of the dense teacher's
 layer on the inputs that the student's layer receives from the layers pruned before it.
 
-    minimize over W:  mean ||x W^T - y||^2 + damping ||W - W_dense||^2,  subject to the sparsity of W
+    minimize over W:  mean ||x W^T - y||^2 + damping ||W - W_before||^2,  subject to the sparsity of W
 
 x is the student's input and y the teacher's output; where a residual connection follows, y also corrects the error of
-the residual. ADMM selects the mask and conjugate gradients solve for the remaining weights, as in ALPS (Meng et al.
-2024, arXiv 2406.07831). Only forward passes are needed: minutes on a CPU for a small encoder.
+the residual. W_before is the student's weight as it is, dense or trained after an earlier selection. ADMM selects the
+mask and conjugate gradients solve for the remaining weights, as in ALPS (Meng et al. 2024, arXiv 2406.07831). Only
+forward passes are needed: minutes on a CPU for a small encoder.
 """
 
 import time
@@ -30,6 +31,7 @@ from pruneofa.formats.cache import cached_folder
 from pruneofa.formats.files import read_json, write_json
 from pruneofa.progress import progress
 from pruneofa.train.device import refuse_more_than_free
+from pruneofa.train.layer_shares import layer_shares, mask_of_share
 from pruneofa.train.masks import check_shape, magnitude_mask, prunable, unwrapped_name
 
 DAMPING = 0.01  # added to the diagonal of the moments, relative to its mean
@@ -50,10 +52,10 @@ def memory_needed(tokens: int, hidden: int, inner: int) -> int:
         hidden: width of the hidden states.
         inner: width of the intermediate layer, whose moments are the largest.
     """
-    # Per token: the embeddings, the states of student and teacher before the layer and of the teacher after it; the
-    # outputs in the teacher's layer that are the goals; input and goal of the linears that are fitted. Then matrices of
-    # the moments: as summed, damped, scaled, the identity, and an inverse with its copy.
-    states, goals, fitted = 4 * hidden, 5 * hidden + inner, hidden + inner
+    # Per token: the embeddings of both, the states of student and teacher before the layer and of the teacher after it;
+    # the outputs in the teacher's layer that are the goals; input and goal of the linears that are fitted. Then
+    # matrices of the moments: as summed, damped, scaled, the identity, and an inverse with its copy.
+    states, goals, fitted = 5 * hidden, 5 * hidden + inner, hidden + inner
     return 4 * (tokens * (states + goals + fitted) + 6 * inner * inner)
 
 
@@ -75,6 +77,7 @@ def prune_layerwise(
     *,
     final: float,
     pattern: str = "unstructured",
+    scope: str = "uniform",
     skip: Iterable[str] = (),
     kept: Path | None = None,
 ) -> float:
@@ -83,12 +86,14 @@ def prune_layerwise(
     The inputs and outputs of a layer are held for all batches: see `memory_needed`.
 
     Args:
-        student: starts as a copy of `teacher`; both are put into evaluation mode.
+        student: a copy of `teacher`, or one that was trained and perhaps pruned since, of which every weight may
+            return; both are put into evaluation mode.
         teacher: the dense model.
         batches: {"input_ids", "attention_mask", …}, int64 (rows, tokens), on the models' device; at least some
             thousand tokens of text in all.
-        final: sparsity of every pruned weight, 0 to 1.
+        final: sparsity of the pruned weights, 0 to 1.
         pattern: as in `masks.magnitude_mask`.
+        scope: uniform, every weight to `final`; or global, each to what `layer_shares` finds, `final` in all.
         skip: regular expressions matching the names of weights that stay dense.
         kept: folder where every layer is kept as soon as it is pruned; those that are there already, from the same
             models, batches and settings, are read and not pruned again.
@@ -103,31 +108,36 @@ def prune_layerwise(
     weights = prunable(student, skip)
     for name, weight in weights.items():
         check_shape(name, tuple(weight.shape), pattern)
-    wanted = {unwrapped_name(name) for name in weights}
-
-    def select(scores: Tensor) -> Tensor:
-        return magnitude_mask(scores, final, pattern)
-
-    if kept is not None:
-        kept.mkdir(parents=True, exist_ok=True)
+    batches = list(batches)
     student.eval()
     teacher.eval()
+    selects = dict.fromkeys(map(unwrapped_name, weights), partial(magnitude_mask, sparsity=final, pattern=pattern))
+    if scope == "global":
+        shares = layer_shares(teacher, batches, final, pattern, skip)
+        selects = {name: partial(mask_of_share, share=share, pattern=pattern) for name, share in shares.items()}
+    if kept is not None:
+        kept.mkdir(parents=True, exist_ok=True)
     family = families.of(student.config.model_type)
     base, other = student.base_model, teacher.base_model
-    first = other.get_submodule(f"{family.layers}.0")
-    calls = [_Call(_capture(other, batch, first), batch["attention_mask"].bool()) for batch in batches]
+    calls, dense_calls = (
+        [_Call(_capture(model, batch, f"{family.layers}.0"), batch["attention_mask"].bool()) for batch in batches]
+        for model in (base, other)
+    )
     layers, dense_layers = (cast(nn.ModuleList, model.get_submodule(family.layers)) for model in (base, other))
     pairs = list(zip(layers, dense_layers, strict=True))
     earlier = 0.0
     with progress("pruning layer by layer", len(pairs)) as advance:
         student_hidden = [call.arguments.hidden for call in calls]
-        teacher_hidden = list(student_hidden)
+        teacher_hidden = [call.arguments.hidden for call in dense_calls]
         for index, (layer, dense) in enumerate(pairs):
-            names = {name for name in wanted if name.startswith(f"{family.layers}.{index}.")}
-            modules = {name.removeprefix(f"{family.layers}.{index}.").removesuffix(".weight") for name in names}
-            prune = partial(
-                _prune_layer, layer, dense, calls, student_hidden, teacher_hidden, family.layer, modules, select
-            )
+            path = f"{family.layers}.{index}."
+            modules = {
+                name.removeprefix(path).removesuffix(".weight"): select
+                for name, select in selects.items()
+                if name.startswith(path)
+            }
+            student_side, teacher_side = (calls, student_hidden), (dense_calls, teacher_hidden)
+            prune = partial(_prune_layer, layer, dense, student_side, teacher_side, family.layer, modules)
             if kept is None:
                 prune(None)
             elif cached_folder(kept / f"layer-{index}", prune):
@@ -135,12 +145,15 @@ def prune_layerwise(
                 layer.load_state_dict(load_file(folder / LAYER))
                 earlier += read_json(folder / CLOCK)["seconds"]
             student_hidden = [call.run(layer, x, ()).output for call, x in zip(calls, student_hidden, strict=True)]
-            teacher_hidden = [call.run(dense, x, ()).output for call, x in zip(calls, teacher_hidden, strict=True)]
+            teacher_hidden = [
+                call.run(dense, x, ()).output for call, x in zip(dense_calls, teacher_hidden, strict=True)
+            ]
             advance()
-    if families.POOLER_WEIGHT in wanted:
+    if families.POOLER_WEIGHT in selects:
         firsts = [(s[:, 0], t[:, 0]) for s, t in zip(student_hidden, teacher_hidden, strict=True)]
         linear, dense = base.get_submodule(families.POOLER), other.get_submodule(families.POOLER)
-        _fit_linear(linear, [(s, dense(t)) for s, t in firsts], select, families.POOLER)
+        pairs = [(s, dense(t)) for s, t in firsts]
+        _fit_linear(linear, pairs, selects[families.POOLER_WEIGHT], families.POOLER)
     return earlier
 
 
@@ -248,15 +261,15 @@ class _EnoughError(Exception):
     """Raised inside a forward pass to stop it once everything needed has been recorded."""
 
 
-def _capture(model: nn.Module, batch: dict[str, Tensor], layer: nn.Module) -> _Arguments:
-    """The arguments that `layer` receives in a forward pass of `model` on the batch, and the batch."""
+def _capture(model: nn.Module, batch: dict[str, Tensor], layer: str) -> _Arguments:
+    """The arguments that the submodule `layer` receives in a forward pass of `model` on the batch."""
     found = []
 
     def keep(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
         found.append(_Arguments(given[0], given[1:], named))
         raise _EnoughError
 
-    hook = layer.register_forward_pre_hook(keep, with_kwargs=True)
+    hook = model.get_submodule(layer).register_forward_pre_hook(keep, with_kwargs=True)
     try:
         model(**batch)
     except _EnoughError:
@@ -269,15 +282,16 @@ def _capture(model: nn.Module, batch: dict[str, Tensor], layer: nn.Module) -> _A
 def _prune_layer(
     layer: nn.Module,
     dense: nn.Module,
-    calls: list[_Call],
-    student_hidden: list[Tensor],
-    teacher_hidden: list[Tensor],
+    student_side: tuple[list[_Call], list[Tensor]],
+    teacher_side: tuple[list[_Call], list[Tensor]],
     names: Layer,
-    wanted: set[str],
-    select: Select,
+    selects: Mapping[str, Select],
     target: Path | None,
 ) -> None:
-    """Prune the linears of one layer in the order of the forward pass, and save the layer in the folder `target`."""
+    """Prune the linears of one layer in the order of the forward pass, and save the layer in the folder `target`.
+
+    The sides are the calls of the layer, and the hidden states that it gets; `selects` are of the linears to prune.
+    """
     begun = time.monotonic()
     # The linears of a group read the same input. The LayerNorm after a linear reads its output plus the residual.
     groups: list[tuple[list[str], str | None]] = [
@@ -289,13 +303,13 @@ def _prune_layer(
     norms = (names.attention_norm, names.output_norm)
     watched = [names.query, names.key, names.value, names.intermediate, *norms]
     goals: list[dict[str, Tensor]] = []  # per batch: outputs of the teacher's linears, inputs of its norms
-    for call, hidden in zip(calls, teacher_hidden, strict=True):
+    for call, hidden in zip(*teacher_side, strict=True):
         seen = call.run(dense, hidden, watched, last=names.output_norm).modules
         goals.append({name: given if name in norms else made for name, (given, made) in seen.items()})
     for linears, norm in groups:
-        linears = [name for name in linears if name in wanted]
+        linears = [name for name in linears if name in selects]
         rows: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in linears}
-        for call, hidden, goal in zip(calls, student_hidden, goals, strict=True):
+        for call, hidden, goal in zip(*student_side, goals, strict=True):
             if not linears:
                 break
             watch = [*linears, norm] if norm else linears
@@ -304,7 +318,7 @@ def _prune_layer(
                 given, made = modules[name]
                 rows[name].append((given, goal[norm] - (modules[norm][0] - made) if norm else goal[name]))
         for name in linears:
-            _fit_linear(layer.get_submodule(name), rows[name], select, name)
+            _fit_linear(layer.get_submodule(name), rows[name], selects[name], name)
     if target is not None:
         save_file(layer.state_dict(), target / LAYER)
         write_json(target / CLOCK, {"seconds": time.monotonic() - begun})

@@ -10,7 +10,7 @@ from pruneofa.families import POOLER_WEIGHT
 from pruneofa.train import masks
 from pruneofa.train.lock import PatternLock, pack, sparsity_of, unpack, warn_of_adapters
 from pruneofa.train.schedule import cubic_sparsity
-from pruneofa.train.scores import SCORES, fisher_scores, obs_scores, obs_update, older_share
+from pruneofa.train.scores import REFITTED, SCORES, fisher_scores, obs_scores, obs_update, older_share
 
 SCOPES = ("uniform", "global")
 
@@ -22,11 +22,11 @@ class GradualPruner:
     backward -> clip -> optimizer -> `step(t)`. Gradients of pruned weights are zero from the backward
     pass on (hooks, see PatternLock), so that gradient clipping counts only the weights that train.
 
-    The dense value that a pruned weight had is kept outside the model, except with score obs. It is restored when masks
-    are selected again, so that a weight can return. This takes a second copy of the prunable weights, and the masks
-    five bytes per weight.
+    The dense value that a pruned weight had is kept outside the model, except with scores obs and hessian. It is
+    restored when masks are selected again, so that a weight can return. This takes a second copy of the prunable
+    weights, and the masks five bytes per weight.
 
-    `score` says which weights are pruned first; all but magnitude need `step(t, curvature)` where t is due:
+    `score` says which weights are pruned first; fisher and obs need `step(t, curvature)` where t is due:
 
     - magnitude: the smallest.
     - fisher: the smallest w^2 F_ii. `curvature` is {name: mean squared gradient (out, in)}, such as
@@ -39,6 +39,9 @@ class GradualPruner:
       1412.6980, section 3), so that the estimate has no bias either.
     - obs: the smallest w^2 / (F^-1)_ii; the others are updated for it. `curvature` is {name: blocks of F}, such as
       `curvature.fisher_blocks` makes. A pruned weight does not return, so `end` is the last selection.
+    - hessian: those that are 0 already. Where t is due, call `layerwise.prune_layerwise` before `step(t)`, with
+      `target(t)` as `final`: it chooses the weights and fits the others, and any may return. As each selection takes
+      long, `end` is the last.
     """
 
     def __init__(
@@ -88,7 +91,7 @@ class GradualPruner:
             w.numel() for n, w in all_weights.items() if n not in weights and masks.unwrapped_name(n) != POOLER_WEIGHT
         )
         self._lock = PatternLock(weights, {n: torch.zeros_like(w, dtype=torch.bool) for n, w in weights.items()})
-        kept = {} if score == "obs" else weights
+        kept = {} if score in REFITTED else weights
         self._dense = {n: torch.empty_like(w, requires_grad=False) for n, w in kept.items()}
         # Mean squared gradients where pruned; elsewhere what must be added to the curvature that `step` is given.
         fisher = weights if score == "fisher" else {}
@@ -107,30 +110,39 @@ class GradualPruner:
     def due(self, t: int) -> bool:
         """Whether `step(t)` selects new masks."""
         on_grid = (t - self.begin) % self.interval == 0
-        return self.begin <= t <= (self.end if self.score == "obs" else self.stop) and (on_grid or t == self.end)
+        last = self.end if self.score in REFITTED else self.stop
+        selects = self.begin <= t <= last and (on_grid or t == self.end)
+        return selects and (self.score not in REFITTED or self.target(t) > 0)  # at 0 it would cost and do nothing
+
+    def target(self, t: int) -> float:
+        """The sparsity that a selection in `step(t)` leads to."""
+        return cubic_sparsity(t, begin=self.begin, end=self.end, final=self.final, initial=self.initial)
 
     @torch.no_grad()
     def step(self, t: int, curvature: Mapping[str, Tensor] | None = None) -> bool:
         """Set pruned weights to zero; if t is due, select new masks first. Returns whether t was due.
 
-        `curvature`: see the class; not needed where t is not due. Raises InputError if it is missing there, and
-        CheckFailed if it is not finite, or weights should be pruned and all of it is 0 (score fisher).
+        `curvature`: see the class; not needed where t is not due. Raises InputError if it is missing there, or with
+        score hessian too few weights are 0, and CheckFailed if it is not finite, or weights should be pruned and all of
+        it is 0 (score fisher).
         """
         if not self.due(t):
             self._lock.apply()
             return False
-        if self.score != "magnitude" and curvature is None:
+        if self.score in ("fisher", "obs") and curvature is None:
             raise InputError(f"score {self.score}: step({t}) selects masks and needs the curvature; pass it")
         for name in self._dense:
             # After this the saved tensor is complete: trained values where kept, saved values where pruned.
             weight = self.weights[name]
             dense, pruned = self._on(self._dense, name, weight.device), self._lock.mask_on(name, weight.device)
             torch.where(pruned, dense, weight, out=dense)
-        target = cubic_sparsity(t, begin=self.begin, end=self.end, final=self.final, initial=self.initial)
+        target = self.target(t)
         for name, kept in self._select(self._scores(t, curvature or {}, target), target):
             pruned = kept.logical_not_()
             if self.score == "obs":
                 self._remove(name, pruned, curvature or {})
+            elif self.score == "hessian":
+                self._refuse_kept(name, pruned, t)
             else:
                 self.weights[name].copy_(self._dense[name])
             if self.score == "fisher" and curvature and name in curvature:
@@ -159,8 +171,8 @@ class GradualPruner:
         """The state as a flat dict of CPU tensors by canonical layer name, ready for safetensors.
 
         `*.pruned` are the packed bits of the mask, uint8; `*.dense` are the values of the pruned weights in
-        order of position, in the weight's dtype, not with score obs; `*.diagonal`, with score fisher, in the weight's
-        shape, are mean squared gradients of pruned weights, and of others what Adam's averages lack.
+        order of position, in the weight's dtype, not with scores obs and hessian; `*.diagonal`, with score fisher, in
+        the weight's shape, are mean squared gradients of pruned weights, and of others what Adam's averages lack.
         The schedule is not part of it: it belongs to the recipe.
         """
         state: dict[str, Tensor] = {}
@@ -207,6 +219,8 @@ class GradualPruner:
         """What masks of sparsity `target` are selected by, by name; self._dense is complete."""
         if self.score == "magnitude":
             return self._dense
+        if self.score == "hessian":
+            return dict(self.weights)
         if self.score == "fisher":
             found = self._fisher_scores(t, curvature, target)
         else:
@@ -249,6 +263,14 @@ class GradualPruner:
         weight.copy_(
             obs_update(weight, before, pruned & ~before, curvature[name], self.dampening, self.pattern).to(weight)
         )
+
+    def _refuse_kept(self, name: str, pruned: Tensor, t: int) -> None:
+        """Raise InputError if a weight that score hessian should have pruned is not 0."""
+        if count := int((self.weights[name][pruned] != 0).count_nonzero()):
+            raise InputError(
+                f"score hessian: {count} weights too many of {name} are not 0 at step {t}; call prune_layerwise with "
+                f"final={self.target(t):.4g} and the pruner's pattern, scope and skip before step({t})"
+            )
 
     def _select(self, scores: Mapping[str, Tensor], sparsity: float) -> Iterator[tuple[str, Tensor]]:
         if self.scope == "global":
