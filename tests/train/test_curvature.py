@@ -91,7 +91,7 @@ def test_the_mean_square_of_the_sampled_gradients_is_the_curvature_of_the_hidden
         states = made.student.base_model(**inputs, output_hidden_states=True)
         kept = [state[batch["attention_mask"].bool()] for state in states.hidden_states[1:]] + [states.pooler_output]
         scales = [state.square().mean(-1, keepdim=True).sqrt() if relative else 1 for state in kept]
-        return [state / (len(state) * state.shape[1]) ** 0.5 for state in kept], scales
+        return [state / (len(kept[0]) * state.shape[1]) ** 0.5 for state in kept], scales
 
     scales, exact, sampled = outputs()[1], [], []
     for row, column in [(0, 0), (3, 7), (10, 20), (31, 63)] + [(i, i + 9) for i in range(12, 30)]:

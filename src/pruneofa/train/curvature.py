@@ -179,8 +179,9 @@ def sampled_loss(objective: PretrainingObjective, batch: dict[str, Tensor], gene
     if objective.hidden:
         layers = [(state, real) for state in states.hidden_states[1:]]
         layers += [] if pooled is None else [(pooled, None)]
-        # The second derivative of a square is twice its weight, and the loss is the mean over all states.
-        scale = (2 * objective.hidden / len(states.hidden_states)) ** 0.5
+        # The second derivative of a square is twice its weight, and the loss is the mean over layers and positions.
+        positions = max(int(real.count_nonzero()), 1)
+        scale = (2 * objective.hidden / (len(states.hidden_states) * positions)) ** 0.5
         terms = [scale * _noisy(state, rows, objective, generator) for state, rows in layers]
     if objective.hard or objective.kd:
         rows = (batch["labels"] != IGNORED) & real
@@ -200,14 +201,13 @@ def _drawn(logits: Tensor, weight: float, generator: torch.Generator) -> Tensor:
 
 
 def _noisy(state: Tensor, rows: Tensor | None, objective: PretrainingObjective, generator: torch.Generator) -> Tensor:
-    """<noise, state> / sqrt(positions x width), as in the mean squared error; relative to its size if that is."""
+    """<noise, state> / sqrt(width), as in the squared error of a position; relative to its size if that is."""
     noise = torch.randn(state.shape, generator=generator, device=state.device)
     if objective.hidden_norm:
         noise = noise / state.detach().float().square().mean(-1, keepdim=True).sqrt().clamp_min(1e-6)
     if rows is not None:
         noise = noise.masked_fill(~rows.unsqueeze(-1), 0.0)
-    positions = len(state) if rows is None else max(int(rows.count_nonzero()), 1)
-    return (noise * state.float()).sum() / (positions * state.shape[-1]) ** 0.5
+    return (noise * state.float()).sum() / state.shape[-1] ** 0.5
 
 
 def _gradients(

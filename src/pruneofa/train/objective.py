@@ -57,8 +57,9 @@ class PretrainingObjective(Objective):
     `loss = hard·(mlm + nsp) + kd·(kd + kd_nsp) + hidden·mse`. Vocabulary logits are computed only at the
     positions that need them and in chunks (see `distill`); with `hard = kd = 0` not at all. `hidden`
     compares the embedding output, every layer's output, and the pooler's output where both models have one
-    (it counts as one more layer, with one position per item: without it, hidden-only distillation would
-    prune the pooler and never train it).
+    (without it, hidden-only distillation would prune the pooler and never train it). A pooled vector counts like one
+    of a position: in a mean of their own these few would weigh as much as a layer, and their noise would dominate the
+    gradient of the encoder (docs/decisions/0003).
 
     Parameters that no loss reaches (heads with `hard = kd = 0`, the pooler without NSP and `hidden`) get
     `requires_grad = False` here, so that DDP does not wait for their gradients and AdamW does not decay them.
@@ -135,7 +136,7 @@ class PretrainingObjective(Objective):
             if self.nsp:
                 losses.append(self._next_sentence(batch, states, targets, items, parts))
         if self.hidden and targets is not None:
-            parts["hidden"] = self._states(_mask(batch), states, targets, tokens, items)
+            parts["hidden"] = self._states(_mask(batch), states, targets, tokens)
             losses.append(self.hidden * parts["hidden"])
         return {"loss": torch.stack(losses).sum(), **{name: part.detach() for name, part in parts.items()}}
 
@@ -198,13 +199,13 @@ class PretrainingObjective(Objective):
             loss = loss + self.kd * parts["kd_nsp"]
         return loss
 
-    def _states(self, mask: Tensor, states: Any, targets: Any, tokens: Tensor, items: Tensor) -> Tensor:
+    def _states(self, mask: Tensor, states: Any, targets: Any, tokens: Tensor) -> Tensor:
         layers = len(states.hidden_states)
         relative = self.hidden_norm
         mse = hidden_loss(states.hidden_states, targets.hidden_states, mask, relative=relative) / tokens
         pooled, wanted = _pooled(states), _pooled(targets)
         if pooled is not None and wanted is not None:
-            mse = mse + hidden_loss([pooled], [wanted], relative=relative) / (items * layers)
+            mse = mse + hidden_loss([pooled], [wanted], relative=relative) / (tokens * layers)
         return mse
 
     def _freeze_unused(self) -> None:
