@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pruneofa import recipe
+from pruneofa.errors import InputError
 from pruneofa.formats.files import read_json, write_json
 from pruneofa.run import single
 from pruneofa.run.inputs import Inputs
@@ -50,6 +51,8 @@ def arm_recipe(arm: str, options: argparse.Namespace) -> recipe.Recipe:
         "gradients": options.gradients,
         "calibration": options.calibration,
     }
+    if time not in ("", *TIMES):
+        raise InputError(f"arm {arm}: its time is {time!r}, wanted {' or '.join(TIMES)}")
     if time or options.steps == 0:
         prune["one_shot"] = options.steps == 0 or TIMES[time]
     return recipe.validate(

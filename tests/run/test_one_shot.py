@@ -1,9 +1,12 @@
 """The tokens that scores read beside those of training, as `run --dry-run` counts them."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import BertModel
 
+from pruneofa.errors import CheckFailed
 from pruneofa.formats.files import read_json
 from pruneofa.recipe import Prune
 from pruneofa.run import pretraining, selections
@@ -43,6 +46,19 @@ def test_one_shot_ends_at_the_final_sparsity():
     assert (found["begin"], found["end"], found["stop"], found["interval"]) == (0, ROUNDS, ROUNDS, 1)
     assert found["final"] == 0.8 and "initial" not in found and found["score"] == "obs"
     assert one_shot_schedule(Prune(steps=0, one_shot=True, score="fisher"))["end"] == 1
+
+
+def test_a_fit_after_training_has_diverged_says_so(tmp_path):
+    student = tiny_bert(BertModel)
+    with torch.no_grad():
+        student.encoder.layer[0].output.dense.bias[0] = float("nan")
+    objective = SimpleNamespace(student=student)
+    options = {"seed": 0, "counts": tmp_path / "counts.json"}
+    fit = selections.layer_fit(
+        objective, lambda: pytest.fail("loaded"), Prune(steps=10, score="hessian"), None, **options
+    )
+    with pytest.raises(CheckFailed, match="the weights are NaN or infinite after step 5; lower lr"):
+        fit(0.5, 4)
 
 
 def test_real_tokens_of_the_gradients_are_counted_once_for_each_selection(tmp_path, monkeypatch):

@@ -117,12 +117,16 @@ class Prune(_Optimization):
         50, description="weights per block of the second-order matrix of score obs; memory grows with it"
     )
     dampening: Rate = Field(0.01, description="added to the diagonal of that matrix, relative to its mean in a layer")
-    begin: Annotated[int, Field(ge=0)] = Field(0, description="first step at which weights are pruned")
+    begin: Annotated[int, Field(ge=0)] = Field(0, description="step at which the schedule begins")
     end: Positive | None = Field(
         None, description="step at which the final sparsity is reached (default: half of steps)"
     )
-    stop: Positive | None = Field(None, description="last step at which the mask may change (default: 80 % of steps)")
-    interval: Positive | None = Field(None, description="steps between mask updates (default: a hundredth of steps)")
+    stop: Positive | None = Field(
+        None, description="last step at which the mask may change (default: 80 % of steps; obs, hessian: end)"
+    )
+    interval: Positive | None = Field(
+        None, description="steps between mask updates (default: a hundredth of steps; obs, hessian: a tenth)"
+    )
     final: Fraction = Field(0.9, description="final sparsity of the encoder's linear weights")
     initial: Fraction = Field(0.0, description="sparsity at begin")
     pattern: Annotated[str, Field(pattern=r"^(unstructured|4x1|1x4|\d+:\d+)$")] = Field(

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from pruneofa.errors import CheckFailed
 from pruneofa.formats.files import read_json, write_json
 from pruneofa.recipe import Prune
 from pruneofa.run.one_shot import BATCH, unmasked
@@ -18,6 +19,7 @@ from pruneofa.train.curvature import EXAMPLES, fisher_blocks
 from pruneofa.train.device import processes
 from pruneofa.train.layerwise import prune_layerwise
 from pruneofa.train.micro_batches import Batch
+from pruneofa.train.models import all_finite
 from pruneofa.train.objective import PretrainingObjective
 
 SeededExamples = Callable[[int, int, int], Iterator[Batch]]  # (seed, examples in all, examples per batch) -> batches
@@ -71,6 +73,8 @@ def layer_fit(
     def fit(sparsity: float, t: int) -> None:
         student, state = objective.student, processes()
         training, device = student.training, student.device
+        if not all_finite(student):
+            raise CheckFailed(f"the weights are NaN or infinite after step {t + 1}; lower lr, or use precision: fp32")
         given = [unmasked(batch, device) for batch in examples(seed + t, prune.calibration, BATCH)]
         dense = load_dense().to(device)  # pyrefly: ignore[bad-argument-type]
         # The objective's own teacher may be in bfloat16.

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Part of every stage's fingerprint: increase it when results change for the same settings, or the record.
-FORMAT = 1
+FORMAT = 2
 EVALUATION_FORMAT = 1  # the same for evaluations
 
 METRICS, EVALUATION = "metrics.json", "evaluation.json"

@@ -29,8 +29,7 @@ from pruneofa.errors import CheckFailed
 from pruneofa.families.family import Layer
 from pruneofa.formats.cache import cached_folder
 from pruneofa.formats.files import read_json, write_json
-from pruneofa.progress import progress
-from pruneofa.train.device import refuse_more_than_free
+from pruneofa.train.device import refuse_more_than_free, shared_progress
 from pruneofa.train.layer_shares import layer_shares, mask_of_share
 from pruneofa.train.masks import check_shape, magnitude_mask, prunable, unwrapped_name
 
@@ -126,7 +125,7 @@ def prune_layerwise(
     layers, dense_layers = (cast(nn.ModuleList, model.get_submodule(family.layers)) for model in (base, other))
     pairs = list(zip(layers, dense_layers, strict=True))
     earlier = 0.0
-    with progress("pruning layer by layer", len(pairs)) as advance:
+    with shared_progress("pruning layer by layer", len(pairs)) as advance:
         student_hidden = [call.arguments.hidden for call in calls]
         teacher_hidden = [call.arguments.hidden for call in dense_calls]
         for index, (layer, dense) in enumerate(pairs):
@@ -161,7 +160,7 @@ def sparse_fit(weight: Tensor, moments: Tensor, products: Tensor, select: Select
     """The sparse W that minimizes mean ||x W^T - y||^2 + damping ||W - weight||^2, with the mask found by ADMM.
 
     Args:
-        weight: (out, in) float, dense.
+        weight: (out, in) float, as it is; zeros may become other values.
         moments: (in, in) float32, mean of x^T x.
         products: (in, out) float32, mean of x^T y.
         select: maps scores (out, in) to a bool mask (out, in), True = kept.
