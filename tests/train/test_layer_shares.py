@@ -43,11 +43,12 @@ def test_one_threshold_of_the_relative_errors(make, kind):
             for side in (given, made)
         )
         scores[name] = prunable(model)[name].detach().double().numpy() ** 2 * x.var(0) / y.var(0).sum()
-    threshold = np.quantile(np.concatenate([s.ravel() for s in scores.values()]), 0.7)
+    order = np.sort(np.concatenate([s.ravel() for s in scores.values()]))
+    threshold = order[int(0.7 * len(order))]
     shares = layer_shares(model, batches, 0.7)
     for name, (pruned, total) in shares.items():
         assert total == scores[name].size
-        assert pruned == pytest.approx(int((scores[name] < threshold).sum()), abs=2), name
+        assert pruned == int((scores[name] < threshold).sum()), name
     assert sum(pruned for pruned, _ in shares.values()) == int(0.7 * sum(total for _, total in shares.values()))
     assert len({pruned / total for pruned, total in shares.values()}) > 3
 

@@ -65,6 +65,8 @@ _SKIP_ZEROS = Field(
     True, description="with a locked pattern, fp32 on a CPU: do not multiply by zeros; false: compute as a dense model",
     json_schema_extra=RESOURCES_ONLY,
 )  # fmt: skip
+# Scores whose selections change the weights that stay, cost as much as hundreds of steps, and end with the ramp.
+REFITTED = ("obs", "hessian")
 
 
 class _Optimization(Section):
@@ -145,8 +147,7 @@ class Prune(_Optimization):
     def _schedule(self) -> "Prune":
         self.end = self.end or max(1, self.steps // 2)
         self.stop = self.stop or max(self.end, self.steps * 4 // 5)
-        # A selection by these scores costs as much as hundreds of steps.
-        self.interval = self.interval or max(1, self.steps // (10 if self.score in ("obs", "hessian") else 100))
+        self.interval = self.interval or max(1, self.steps // (10 if self.score in REFITTED else 100))
         if self.steps == 0 and not self.at_once:
             raise ValueError("steps is 0 but pruning is gradual; raise steps, or set one_shot: true")
         self._check_schedule()

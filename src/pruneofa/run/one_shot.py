@@ -1,7 +1,7 @@
 """Pruning all weights of a student at once, before it trains or instead of training."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,13 @@ from transformers import PreTrainedModel
 from pruneofa.data.examples import IGNORED
 from pruneofa.progress import progress
 from pruneofa.recipe import Prune
+from pruneofa.recipe.model import REFITTED
 from pruneofa.train.curvature import EXAMPLES, fisher_blocks, fisher_diagonal
 from pruneofa.train.device import own_device
 from pruneofa.train.layerwise import prune_layerwise
 from pruneofa.train.micro_batches import Batch
 from pruneofa.train.objective import PretrainingObjective
 from pruneofa.train.prune import GradualPruner
-from pruneofa.train.scores import REFITTED
 
 BATCH = 32  # examples per forward pass of score hessian
 # Score obs takes the weights away in so many rounds, with new scores of those that are left: two weights that stand for
@@ -55,17 +55,8 @@ def prune_at_once(
             yield batch
 
     if settings.score == "hessian":
-        given = [unmasked(batch, device) for batch in counted(settings.calibration, BATCH)]
-        earlier = prune_layerwise(
-            student,
-            load_dense().to(device),  # pyrefly: ignore[bad-argument-type]
-            given,
-            final=settings.final,
-            pattern=settings.pattern,
-            scope=settings.scope,
-            skip=settings.skip,
-            kept=kept,
-        )
+        batches = counted(settings.calibration, BATCH)
+        earlier = prune_layers(student, load_dense, settings, batches, final=settings.final, kept=kept)
         return {"seconds": earlier + time.monotonic() - begun, "tokens": tokens}
     pruner = GradualPruner(student, **one_shot_schedule(settings))
     curvature = None
@@ -83,6 +74,22 @@ def prune_at_once(
             advance()
     pruner.release()
     return {"seconds": time.monotonic() - begun, "tokens": tokens}
+
+
+def prune_layers(
+    student: PreTrainedModel,
+    load_dense: Callable[[], PreTrainedModel],
+    settings: Prune,
+    batches: Iterable[Batch],
+    *,
+    final: float,
+    kept: Path | None = None,
+) -> float:
+    """`prune_layerwise` to `final` as the section says, on training batches of the corpus and the student's device."""
+    given = [_unmasked(batch, student.device) for batch in batches]
+    dense = load_dense().to(student.device)  # pyrefly: ignore[bad-argument-type]
+    options: dict[str, Any] = {name: getattr(settings, name) for name in ("pattern", "scope", "skip")}
+    return prune_layerwise(student, dense, given, final=final, **options, kept=kept)
 
 
 def one_shot_schedule(settings: Prune) -> dict[str, Any]:
@@ -107,7 +114,7 @@ def score_tokens(settings: Prune, max_length: int) -> int:
     return each * (-(-(settings.end - settings.begin) // settings.interval) + (settings.initial > 0))
 
 
-def unmasked(batch: Batch, device: torch.device) -> Batch:
+def _unmasked(batch: Batch, device: torch.device) -> Batch:
     """A batch of masked-LM training with the original tokens restored, without labels, on `device`."""
     ids, labels = batch["input_ids"], batch["labels"]
     whole = {name: batch[name] for name in ("attention_mask", "token_type_ids") if name in batch}

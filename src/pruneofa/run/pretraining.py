@@ -23,6 +23,7 @@ from pruneofa.formats.hub import local_folder
 from pruneofa.formats.sentence import read_sentence
 from pruneofa.progress import notice
 from pruneofa.recipe import Corpus, Distill, Prune, Teacher
+from pruneofa.recipe.model import REFITTED
 from pruneofa.run.one_shot import one_shot_schedule, prune_at_once
 from pruneofa.run.selections import layer_fit, obs_blocks
 from pruneofa.run.stage import Job, Model, Outcome, unused
@@ -33,7 +34,6 @@ from pruneofa.train.models import has_pretraining_head, load_for_pretraining, lo
 from pruneofa.train.objective import PretrainingObjective
 from pruneofa.train.prune import GradualPruner
 from pruneofa.train.schedule import cyclic_lr, linear_lr, rewound_lr
-from pruneofa.train.scores import REFITTED
 from pruneofa.train.trainer import train
 
 VALIDATION_EXAMPLES = 512
@@ -136,14 +136,14 @@ def prune_student(settings: PruneSettings, job: Job, *, teacher: Model, text: Te
     objective = student_objective(teacher.path, settings.prune, settings.distill, nsp=text.spec.nsp)
     clock: dict[str, Any] = {"seconds": 0.0, "tokens": 0}
     counts = job.work / SELECTIONS
+    load_dense = partial(load_for_pretraining, teacher.path, nsp=text.spec.nsp)
     if settings.prune.at_once:
-        clock = _prune_at_once(objective, teacher, settings, text, job.work / "pruned")
+        clock = _prune_at_once(objective, load_dense, settings, text, job.work / "pruned")
         pruning: Any = LockCallback(skip_zeros=settings.prune.skip_zeros)
     else:
         examples = partial(_examples, text)
         options: dict[str, Any] = {"seed": settings.seed, "counts": counts}
         blocks = obs_blocks(objective, settings.prune, examples, precision=settings.precision, **options)
-        load_dense = partial(load_for_pretraining, teacher.path, nsp=text.spec.nsp)
         fit = layer_fit(objective, load_dense, settings.prune, examples, **options)
         pruning = PruningCallback(**schedule(settings.prune), blocks=blocks, fit=fit)
     if settings.prune.steps:
@@ -174,13 +174,16 @@ def _without_random_head(student: PreTrainedModel, teacher: str, distill: Distil
 
 
 def _prune_at_once(
-    objective: PretrainingObjective, teacher: Model, settings: PruneSettings, text: Text, folder: Path
+    objective: PretrainingObjective,
+    load_dense: Callable[[], PreTrainedModel],
+    settings: PruneSettings,
+    text: Text,
+    folder: Path,
 ) -> dict[str, Any]:
     """Prune the student and save it in `folder`, or load it from there if an earlier attempt did so.
 
     Returns what it took, {"seconds", "tokens"}.
     """
-    load_dense = partial(load_for_pretraining, teacher.path, nsp=text.spec.nsp)
 
     def make(target: Path) -> None:
         examples = partial(_examples, text, settings.seed)

@@ -4,7 +4,7 @@ Each one reads other examples of the corpus. Their tokens are added to a file of
 is made again after a kill is counted once.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -13,11 +13,10 @@ from transformers import PreTrainedModel
 from pruneofa.errors import CheckFailed
 from pruneofa.formats.files import read_json, write_json
 from pruneofa.recipe import Prune
-from pruneofa.run.one_shot import BATCH, unmasked
+from pruneofa.run.one_shot import BATCH, prune_layers
 from pruneofa.train.callbacks import Blocks, Fit
 from pruneofa.train.curvature import EXAMPLES, fisher_blocks
 from pruneofa.train.device import processes
-from pruneofa.train.layerwise import prune_layerwise
 from pruneofa.train.micro_batches import Batch
 from pruneofa.train.models import all_finite
 from pruneofa.train.objective import PretrainingObjective
@@ -31,18 +30,10 @@ def obs_blocks(
     """The curvature of the student as it is, for score obs. Raises as `fisher_blocks`."""
 
     def blocks(weights: Mapping[str, torch.nn.Parameter], t: int) -> dict[str, torch.Tensor]:
-        tokens = 0
-
-        def counted() -> Iterator[Batch]:
-            nonlocal tokens
-            for batch in examples(seed + t, prune.gradients * EXAMPLES, EXAMPLES):
-                tokens += int(batch["attention_mask"].sum())
-                yield batch
-
-        found = fisher_blocks(
+        return fisher_blocks(
             objective,
             weights,
-            counted(),
+            _counted(examples(seed + t, prune.gradients * EXAMPLES, EXAMPLES), counts, t),
             total=prune.gradients,
             seed=seed + t,
             block=prune.block,
@@ -50,8 +41,6 @@ def obs_blocks(
             precision=precision,
             shared=True,
         )
-        _count(counts, t, tokens)
-        return found
 
     return blocks
 
@@ -72,24 +61,25 @@ def layer_fit(
 
     def fit(sparsity: float, t: int) -> None:
         student, state = objective.student, processes()
-        training, device = student.training, student.device
         if not all_finite(student):
             raise CheckFailed(f"the weights are NaN or infinite after step {t + 1}; lower lr, or use precision: fp32")
-        given = [unmasked(batch, device) for batch in examples(seed + t, prune.calibration, BATCH)]
-        dense = load_dense().to(device)  # pyrefly: ignore[bad-argument-type]
-        # The objective's own teacher may be in bfloat16.
-        prune_layerwise(
-            student, dense, given, final=sparsity, pattern=prune.pattern, scope=prune.scope, skip=prune.skip
-        )
+        training = student.training
+        # The dense model is loaded again: the objective's own teacher may be in bfloat16.
+        batches = _counted(examples(seed + t, prune.calibration, BATCH), counts, t)
+        prune_layers(student, load_dense, prune, batches, final=sparsity)
         student.train(training)
         if state.num_processes > 1:
             for parameter in student.parameters():
                 torch.distributed.broadcast(parameter.data, 0)
-        _count(counts, t, sum(int(batch["attention_mask"].sum()) for batch in given))
 
     return fit
 
 
-def _count(counts: Path, t: int, tokens: int) -> None:
+def _counted(batches: Iterable[Batch], counts: Path, t: int) -> Iterator[Batch]:
+    """The batches of the selection after step t; after the last one their tokens are in the file."""
+    tokens = 0
+    for batch in batches:
+        tokens += int(batch["attention_mask"].sum())
+        yield batch
     if processes().is_main_process:
         write_json(counts, (read_json(counts) if counts.exists() else {}) | {str(t): tokens})

@@ -7,10 +7,11 @@ from torch import Tensor, nn
 
 from pruneofa.errors import CheckFailed, InputError
 from pruneofa.families import POOLER_WEIGHT
+from pruneofa.recipe.model import REFITTED
 from pruneofa.train import masks
 from pruneofa.train.lock import PatternLock, pack, sparsity_of, unpack, warn_of_adapters
 from pruneofa.train.schedule import cubic_sparsity
-from pruneofa.train.scores import REFITTED, SCORES, fisher_scores, obs_scores, obs_update, older_share
+from pruneofa.train.scores import SCORES, fisher_scores, obs_scores, obs_update, older_share
 
 SCOPES = ("uniform", "global")
 

@@ -15,7 +15,6 @@ from pruneofa.errors import CheckFailed
 from pruneofa.formats.pattern import BLOCKS, ratio_of
 
 SCORES = ("magnitude", "fisher", "obs", "hessian")
-REFITTED = ("obs", "hessian")  # a selection changes the weights that stay: the last one is that of the final sparsity
 CHUNK = 2048  # blocks of F whose inverses exist at once: 41 MB for each float64 copy of blocks of 50
 LEAST = torch.finfo(torch.float32).tiny  # score of a weight whose removal costs nothing: above that of a removed one
 _NOT_FINITE = "score obs: the squared gradients are not finite; lower lr, or use precision: fp32"
