@@ -37,6 +37,23 @@ def steps_of(settings, folder):
     return plan(settings, Inputs(settings), folder)
 
 
+def test_each_seed_learns_from_the_dense_model_that_the_task_names_for_it(done, tmp_path, capsys):
+    """As with dense models that are here already, of an earlier run: they are evaluated, not trained again."""
+    settings, folder, before = done
+    sparse = {"model_is_sparse": True, "model": str(folder / "sparse")}
+    again = settings.model_copy(update=sparse | {"teacher": None, "prune": None, "control": False}, deep=True)
+    again.tasks["mine"].teacher = f"{folder}/tasks/mine/seed-{{seed}}/teacher"
+    found = run(again, tmp_path / "again")["tasks"]["mine"]["accuracy"]
+    for variant in ("dense", "transfer"):
+        now, then = found[variant]["runs"], before["tasks"]["mine"]["accuracy"][variant]["runs"]
+        assert [(run["seed"], run["value"]) for run in now] == [(run["seed"], run["value"]) for run in then]
+    for seed in (0, 1):
+        model = f"tasks/mine/seed-{seed}/transfer/model.safetensors"
+        assert (tmp_path / "again" / model).read_bytes() == (folder / model).read_bytes()
+    with pytest.raises(InputError, match=r"seed-2/teacher: no such folder"):
+        estimate(again.model_copy(update={"seeds": [0, 2]}), tmp_path / "other")
+
+
 def stage_folders(folder):
     return sorted(file.parent for file in folder.rglob("stage.json"))
 

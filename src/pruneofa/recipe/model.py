@@ -244,7 +244,8 @@ class Task(Section):
     )
     teacher: str | None = Field(
         None,
-        description="dense teacher of the task (default: run fine-tunes one, the single verbs use the labels only)",
+        description="dense teacher of the task; {seed} in its path becomes the seed "
+        "(default: run fine-tunes one, the single verbs use the labels only)",
     )
     dense_epochs: Positive | None = Field(
         None, description="epochs of the dense teacher's fine-tuning (default: epochs)"

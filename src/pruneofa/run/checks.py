@@ -11,7 +11,7 @@ from pruneofa.formats.architecture import read_architecture
 from pruneofa.recipe import Corpus, Distill, Prune, Recipe, Task, Teacher
 from pruneofa.run.fine_tuning import transfer_objective
 from pruneofa.run.folder import refuse_links, refuse_others
-from pruneofa.run.inputs import Inputs
+from pruneofa.run.inputs import Inputs, teacher_path
 from pruneofa.run.lineage import lost_pattern
 from pruneofa.run.plan import losses
 from pruneofa.run.pretraining import learning_rate, schedule
@@ -58,7 +58,9 @@ def check(recipe: Recipe, inputs: Inputs, steps: Iterable[Step], *, tokenize: bo
             inputs.text().read()
     for name in recipe.tasks:
         if any(stage.task == name for stage in pending):
-            check_task(recipe.model, recipe.tasks[name].resolved(name), inputs.task(name))
+            spec = recipe.tasks[name].resolved(name)
+            for teacher in dict.fromkeys(teacher_path(spec, seed) for seed in recipe.seeds):
+                check_task(recipe.model, teacher, spec, inputs.task(name))
             if recipe.dense_model is not None:
                 check_inputs(recipe.dense_model, inputs.task(name))
                 if recipe.tasks[name].teacher is None and recipe.tasks[name].hidden > 0:
@@ -127,12 +129,12 @@ def _check_sparsity(model: str, pruner: GradualPruner, prune: Prune) -> None:
         )
 
 
-def check_task(model: str, spec: Task, task: task_data.Task) -> None:
+def check_task(model: str, teacher: str | None, spec: Task, task: task_data.Task) -> None:
     """Perform the parts of a task's stages that can fail, without training. Raises InputError."""
-    transfer_objective(model, spec.teacher, losses(spec), task)
-    if spec.teacher is not None:
-        check_vocabulary(model, spec.teacher)
-        check_inputs(spec.teacher, task)
+    transfer_objective(model, teacher, losses(spec), task)
+    if teacher is not None:
+        check_vocabulary(model, teacher)
+        check_inputs(teacher, task)
     split_batch(spec.batch or 1, None)
 
 

@@ -24,7 +24,7 @@ from pruneofa.run.fine_tuning import (
     transfer_objective,
 )
 from pruneofa.run.folder import check_folder
-from pruneofa.run.inputs import Inputs
+from pruneofa.run.inputs import Inputs, teacher_path
 from pruneofa.run.one_shot import score_tokens
 from pruneofa.run.plan import plan
 from pruneofa.run.pretraining import (
@@ -207,7 +207,7 @@ def _lock(student: PreTrainedModel, prune: Prune | None) -> None:
 
 def _dense(recipe: Recipe, task: str) -> str:
     """A model of the size of the dense one that a task is distilled from."""
-    return recipe.tasks[task].teacher or recipe.dense_model or recipe.model
+    return teacher_path(recipe.tasks[task], recipe.seeds[0]) or recipe.dense_model or recipe.model
 
 
 def _seconds_to_evaluate(path: str, inputs: Inputs, name: str, int8: dict[str, Any] | None) -> float:

@@ -4,11 +4,16 @@ from collections.abc import Sequence
 
 from pruneofa.data import corpus, tasks
 from pruneofa.progress import notice
-from pruneofa.recipe import Recipe
+from pruneofa.recipe import Recipe, Task
 from pruneofa.run.pretraining import Text, read_text
 from pruneofa.run.stage import LazyData, Model
 from pruneofa.train.device import processes
 from pruneofa.train.models import load_config, load_tokenizer, model_fingerprint
+
+
+def teacher_path(spec: Task, seed: int) -> str | None:
+    """Path of the dense model that a task names as its teacher with this seed, or None if it names none."""
+    return spec.teacher and spec.teacher.replace("{seed}", str(seed))
 
 
 class Inputs:
@@ -28,6 +33,11 @@ class Inputs:
         if path not in self._models:
             self._models[path] = Model(path, model_fingerprint(path))
         return self._models[path]
+
+    def teacher(self, spec: Task, seed: int) -> Model | None:
+        """The dense model that a task names as its teacher with this seed, if it names one."""
+        path = teacher_path(spec, seed)
+        return self.model(path) if path else None
 
     def text(self) -> LazyData:
         """The corpus, tokenized when it is read."""
@@ -52,8 +62,9 @@ class Inputs:
             recipe = self.recipe
             # All models of a task get the same features, and each takes what it knows. One text is all of type 0.
             pairs = len(tasks.text_columns(name, recipe.tasks[name])) > 1
-            others = [path for path in (recipe.tasks[name].teacher, recipe.dense_model) if path and pairs]
-            types = any("token_type_ids" in load_tokenizer(path).model_input_names for path in others)
+            others = [recipe.dense_model, *(teacher_path(recipe.tasks[name], seed) for seed in recipe.seeds)]
+            found = [load_tokenizer(path).model_input_names for path in dict.fromkeys(others) if path and pairs]
+            types = any("token_type_ids" in names for names in found)
             tokenizer = load_tokenizer(recipe.model, types=types or None)
             spec, longest = recipe.tasks[name].resolved(name), tasks.longest_input(load_config(recipe.model))
             self._tasks[name] = tasks.load_task(

@@ -83,10 +83,9 @@ def task_steps(
     """
     steps: list[Step] = []
     spec = recipe.tasks[name].resolved(name)
-    teacher = None
-    if spec.teacher is not None:
-        teacher = inputs.model(spec.teacher)
-        if seed == recipe.seeds[0]:  # the same model for all seeds of the students
+    if (teacher := inputs.teacher(spec, seed)) is not None:
+        first = recipe.seeds[0]
+        if seed == first or teacher != inputs.teacher(spec, first):  # one model for all seeds is evaluated once
             stage = _stage(root, StageId(name, seed, "dense"), use_given, GivenSettings(), {"model": teacher})
             steps += [stage, Evaluation(stage, teacher, inputs.validation_rows(name))]
     elif not recipe.model_is_sparse or recipe.dense_model is not None:

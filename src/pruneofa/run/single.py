@@ -68,7 +68,7 @@ def transfer(
         precision=precision,
     )
     inputs, out = Inputs(recipe), output_folder(out)
-    teacher = inputs.model(spec.teacher) if spec.teacher else None
+    teacher = inputs.teacher(spec, seed)
     id = StageId(name, seed, "transfer")
     _note_held_out(inputs.task(name))
     stage = transfer_stage(recipe, inputs, id, inputs.model(sparse), teacher, _work_folder(out))
@@ -113,7 +113,7 @@ def quantize(
     if why is not None and processes().is_main_process:
         notice(f"{model}: its zeros are kept, but not compared with those of its run's sparse model: {why}")
     check_pattern(sparse, model)
-    teacher = inputs.model(spec.teacher) if spec.teacher else None
+    teacher = inputs.teacher(spec, seed)
     stages = int8_stages(recipe, inputs, name, seed, inputs.model(model), teacher, sparse, _work_folder(out))
     stage = next(stage for stage in stages if stage.id.variant == ("ptq" if settings.ptq else "quantize"))
     return _execute(recipe, inputs, with_evaluation(replace(stage, folder=out), inputs), out, redo)
