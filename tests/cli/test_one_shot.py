@@ -12,7 +12,8 @@ from pruneofa.train import device, layerwise
 from tests.small import write_task
 from tests.tiny import half_pruned, tiny_bert, write_model
 
-FEW = ("--prune.gradients", 16, "--prune.calibration", 32, "--corpus.max-length", 32, "--precision", "fp32")
+FEW = {"hessian": ("--prune.calibration", 32), "magnitude": (), "fisher": ("--prune.gradients", 16)}
+FEW["obs"] = FEW["fisher"]
 
 
 @pytest.fixture
@@ -21,8 +22,13 @@ def prune(call, tmp_path, monkeypatch):
     write_model(tmp_path / "model")
     write_task(tmp_path / "task.csv")
     monkeypatch.chdir(tmp_path)
-    text = ("--corpus.source", "task.csv", "--corpus.column", "sentence")
-    return lambda *options: call("prune", "model", "out", "--one-shot", *text, *FEW, *options)
+    text = ("--corpus.source", "task.csv", "--corpus.column", "sentence", "--corpus.max-length", 32)
+
+    def pruned(*options, score="hessian"):
+        given = (*(() if score == "hessian" else ("--prune.score", score)), *FEW[score], "--precision", "fp32")
+        return call("prune", "model", "out", "--one-shot", *text, *given, *options)
+
+    return pruned
 
 
 def test_from_the_rows_of_a_task_to_a_task_model_with_the_same_zeros(prune, call, tmp_path):
@@ -81,7 +87,7 @@ MODULES = ("1_Pooling", "2_Normalize")
 
 def test_settings_that_cannot_be_kept_are_said_before_pruning(prune, tmp_path):
     (tmp_path / "model" / "modules.json").write_text(json.dumps([{"path": "2_Dense", "type": "m.Dense"}]))
-    said = prune("--prune.score", "magnitude")
+    said = prune(score="magnitude")
     assert said.code == 0 and "the new model does not keep its settings of sentence-transformers: " in said.err
     assert not (tmp_path / "out" / "modules.json").exists()
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -90,9 +96,9 @@ def test_settings_that_cannot_be_kept_are_said_before_pruning(prune, tmp_path):
 
 @pytest.mark.parametrize("score", ["magnitude", "fisher", "obs", "hessian"])
 def test_every_score_and_steps_that_follow(prune, call, tmp_path, score):
-    options = ["--prune.score", score, "--prune.scope", "global", "--prune.pattern", "4x1", "--prune.final", 0.75]
+    options = ["--prune.scope", "global", "--prune.pattern", "4x1", "--prune.final", 0.75]
     steps = ["--prune.steps", 2, "--prune.batch", 8] if score == "obs" else []
-    said = prune(*options, *steps, "--json")
+    said = prune(*options, *steps, "--json", score=score)
     assert said.code == 0, said.err
     assert json.loads(call("inspect", "out", "--json").out)["encoder"] == pytest.approx(0.75, abs=0.06)
     tokens = json.loads((tmp_path / "out" / "stage.json").read_text())["tokens"]
@@ -122,7 +128,12 @@ def test_after_ctrl_c_the_same_command_finishes(prune, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--teacher.steps", 3], "--teacher.steps was given, but --one-shot prepares no teacher; omit one of them"),
+        (["--teacher.steps", 3], "--teacher.steps was given, but --one-shot prepares none; omit it"),
+        (["--prune.interval", 3], "--prune.interval was given, but all weights are pruned at once; omit it"),
+        (["--prune.lr", 1e-3], "--prune.lr was given, but --prune.steps is 0, so nothing is trained; omit it"),
+        (["--prune.block", 9], "--prune.block was given, but only --prune.score obs reads it; omit it"),
+        (["--distill.temperature", 3], "--distill.temperature was given, but --distill.kd is 0; omit it"),
+        (["--prune.one-shot", "false"], "steps is 0 but pruning is gradual; raise steps, or set --prune.one-shot"),
         (["--prune.pattern", "2:4"], "final is 0.9 but pattern 2:4 gives 0.5; set --prune.final to that"),
         (["--corpus.column", "text"], "task.csv: no column 'text', it has sentence, verdict; set --corpus.column"),
     ],
@@ -136,12 +147,36 @@ def test_what_is_refused(prune, tmp_path, options, message):
 @pytest.mark.parametrize("score", ["obs", "hessian"])
 def test_more_memory_than_there_is_is_refused_before_anything_is_written(prune, monkeypatch, tmp_path, score):
     monkeypatch.setattr(device, "free_memory", lambda: (1000, "this machine"))
-    said = prune("--prune.score", score)
+    said = prune(score=score)
     assert said.code == 2
     assert f"prune.score {score}" in said.err and "this machine has 0.0 GB free; lower --prune." in said.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "task.csv"]
 
 
+def test_the_fit_of_layers_as_selections_of_gradual_pruning(call, prune, tmp_path):
+    """`prune` is here for the files that it makes."""
+    options = ["--prune.score", "hessian", "--prune.one-shot", "false", "--prune.steps", 10, "--prune.interval", 2]
+    text = ["--corpus.source", "task.csv", "--corpus.column", "sentence", "--corpus.max-length", 32]
+    more = ["--corpus.nsp", "false", "--prune.batch", 4, "--prune.calibration", 32, "--prune.lr", 1e-4]
+    said = call("prune", "model", "out", "--no-teacher", *text, *options, *more, "--precision", "fp32", "--json")
+    assert said.code == 0, said.err
+    assert json.loads(call("inspect", "out", "--json").out)["encoder"] == pytest.approx(0.9, abs=0.01)
+    record = json.loads((tmp_path / "out" / "stage.json").read_text())
+    assert record["settings"]["prune"]["one_shot"] is False and record["settings"]["prune"]["interval"] == 2
+
+
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [
+        ("--teacher.steps", "--no-teacher prepares none"),
+        ("--prune.stop", "with --prune.score obs the last selection is at --prune.end"),
+    ],
+)
+def test_options_that_gradual_pruning_does_not_read(refused, prune, option, reason):
+    given = ["--corpus.source", "task.csv", "--no-teacher", "--prune.score", "obs", option, 90_000]
+    assert f"{option} was given, but {reason}; omit it" in refused("prune", "model", "out", *given)
+
+
 def test_steps_0_needs_one_shot(refused, prune):
     line = refused("prune", "model", "out", "--corpus.source", "task.csv", "--prune.steps", 0)
-    assert "steps is 0 but pruning is gradual; raise steps, or set one_shot: true" in line
+    assert "steps is 0 but pruning is gradual; raise steps, or set --prune.one-shot" in line

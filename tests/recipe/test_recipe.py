@@ -133,7 +133,7 @@ def test_an_unknown_key_names_the_nearest(override, message):
         ("prune={end: 60, stop: 200}", "prune: stop is 200 but must be between end (60) and steps (100)"),
         ("prune={begin: 60, end: 60}", "prune: begin is 60 but must be below end (60)"),
         ("prune.interval=0", "prune.interval is 0: input should be greater than 0"),
-        ("prune.steps=0", "prune: steps is 0 but pruning is gradual; raise steps, or set one_shot: true"),
+        ("prune.steps=0", "prune: steps is 0 but pruning is gradual; raise steps, or set prune.one_shot=true"),
         (
             "prune={begin: 0, end: 99, stop: 99}",
             "end - begin is 99 of 100 steps, which leaves none",

@@ -117,7 +117,7 @@ def test_the_numbers_of_obert(name: str, final: float) -> None:
     assert prune is not None
     assert (prune.score, prune.gradients, prune.block, prune.scope) == ("obs", 1024, 50, "global")
     assert (prune.initial, prune.final, prune.rewind, prune.lr) == (0.7, final, "cyclic", 5e-4)
-    assert prune.steps == 12 * prune.interval and prune.end == prune.stop == 9 * prune.interval
+    assert prune.steps == 12 * prune.interval and prune.end == 9 * prune.interval
     assert loaded.distill == recipe.Distill(hard=0, kd=1, temperature=5.5, hidden=0, positions="all")
     for name, spec in loaded.tasks.items():
         task = spec.resolved(name)

@@ -37,7 +37,7 @@ def steps_of(settings, folder):
     return plan(settings, Inputs(settings), folder)
 
 
-def test_each_seed_learns_from_the_dense_model_that_the_task_names_for_it(done, tmp_path, capsys):
+def test_each_seed_learns_from_the_dense_model_that_the_task_names_for_it(done, tmp_path):
     """As with dense models that are here already, of an earlier run: they are evaluated, not trained again."""
     settings, folder, before = done
     sparse = {"model_is_sparse": True, "model": str(folder / "sparse")}

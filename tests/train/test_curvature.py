@@ -205,8 +205,10 @@ def test_more_memory_than_there_is_is_refused_before_it_is_taken(monkeypatch):
     with pytest.raises(InputError, match=wanted):
         fisher_blocks(made, weights, [], **OPTIONS, block=50, pattern="1x4")
     with pytest.raises(InputError, match=r"hessian: 99,999 tokens of calibration need 0\.2 GB .*prune\.calibration"):
-        layerwise.check_memory(weights, 99_999)
-    layerwise.check_memory(weights, 9_999)
+        layerwise.check_memory(weights, 99_999, 0)
+    layerwise.check_memory(weights, 9_999, 0)
+    with pytest.raises(InputError, match=r"need 0\.2 GB"):  # a dense model of 0.16 GB
+        layerwise.check_memory(weights, 9_999, 40_000_000)
 
 
 @pytest.mark.parametrize(

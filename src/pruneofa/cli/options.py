@@ -2,7 +2,7 @@
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from pruneofa.errors import InputError
@@ -44,7 +44,7 @@ def add_fields(
             text += f" (default {field.default})"
         several = name in ("text", "data", "source", "skip")
         values: dict[str, Any] = {"nargs": "+"} if several else {}
-        if field.annotation is bool:
+        if bool in (field.annotation, *get_args(field.annotation)):
             values = {"nargs": "?", "const": "true"}
         choices = get_origin(field.annotation) is Literal
         metavar = f"{{{','.join(get_args(field.annotation))}}}" if choices else name.upper()
@@ -76,6 +76,13 @@ def read_fields(options: argparse.Namespace, model: "type[BaseModel]", prefix: s
         elif given is not None:
             values |= parse_override(f"{name}={given}")
     return values
+
+
+def refuse_unread(options: argparse.Namespace, prefix: str, reasons: Mapping[str, str]) -> None:
+    """Raise InputError for an option --PREFIXNAME that was given though nothing reads it, with the reason of NAME."""
+    for name, reason in reasons.items():
+        if getattr(options, f"{prefix}{name}", None) is not None:
+            raise InputError(f"{_flag(f'{prefix}{name}')} was given, but {reason}; omit it")
 
 
 def refuse_unused(options: argparse.Namespace) -> None:
@@ -116,7 +123,7 @@ def with_option_names(message: str, options: argparse.Namespace) -> str:
 
 def read_task(options: argparse.Namespace) -> tuple[str, Any]:
     """The task's name and its section of a recipe, defaults filled in. Raises InputError where options are missing."""
-    from pruneofa.recipe import KNOWN_TASKS, Task, check_task_name, validate
+    from pruneofa.recipe import KNOWN_TASKS, Task, check_task_name, unread, validate
 
     values = read_fields(options, Task, "")
     name = options.task or (CUSTOM if "data" in values else None)
@@ -129,7 +136,9 @@ def read_task(options: argparse.Namespace) -> tuple[str, Any]:
         missing = " and ".join(f"--{key}" for key in ("data", "text", "label") if key not in values)
         own = f"--task {name}: not one of {', '.join(KNOWN_TASKS)}" if options.task else "--data without --task"
         raise InputError(f"{own}, so it needs --data, --text and --label; got no {missing}")
-    return name, validate(Task, values, f"tasks.{name}").resolved(name)
+    task = validate(Task, values, f"tasks.{name}").resolved(name)
+    refuse_unread(options, "", unread.of_losses(task))
+    return name, task
 
 
 LABELS_ONLY = "no --teacher given: training on the labels only"

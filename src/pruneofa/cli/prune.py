@@ -4,9 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from pruneofa.cli.options import add_fields, add_training, precision_of, read_fields
+from pruneofa.cli.options import add_fields, add_training, precision_of, read_fields, refuse_unread
 from pruneofa.cli.show import print_value
-from pruneofa.errors import InputError
 
 
 def describe(verb: argparse.ArgumentParser) -> None:
@@ -19,6 +18,7 @@ def describe(verb: argparse.ArgumentParser) -> None:
     transfer follows. The same command resumes an interrupted run.
     """
     from pruneofa import recipe
+    from pruneofa.recipe import unread
 
     verb.usage = "pruneofa prune MODEL OUT --corpus.source TEXT [options]"
     verb.epilog = (
@@ -39,7 +39,7 @@ def describe(verb: argparse.ArgumentParser) -> None:
         "distill": recipe.Distill,
     }
     for name, model in sections.items():
-        add_fields(verb, model, f"{name}.", without=("one_shot",))
+        add_fields(verb, model, f"{name}.")
     add_training(verb)
 
     def call(options: argparse.Namespace) -> int:
@@ -50,8 +50,13 @@ def describe(verb: argparse.ArgumentParser) -> None:
         if options.one_shot:
             values |= _one_shot(values)
         if options.no_teacher or options.one_shot:
+            which = "--one-shot" if options.one_shot else "--no-teacher"
+            refuse_unread(options, "teacher.", dict.fromkeys(values["teacher"], f"{which} prepares none"))
             values["teacher"] = None
         settings = recipe.validate(recipe.Recipe, values)
+        assert settings.prune is not None
+        refuse_unread(options, "prune.", unread.of_prune(settings.prune))
+        refuse_unread(options, "distill.", unread.of_distill(settings.distill))
         from pruneofa.run import single  # torch, which takes seconds: a wrong option is refused before
 
         settings = settings.model_copy(update={"precision": precision_of(options)})
@@ -64,12 +69,9 @@ def describe(verb: argparse.ArgumentParser) -> None:
 
 def _one_shot(values: dict[str, Any]) -> dict[str, Any]:
     """The sections of a recipe that prunes without training; options that were given stay."""
-    if given := values["teacher"]:
-        option = f"--teacher.{next(iter(given)).replace('_', '-')}"
-        raise InputError(f"{option} was given, but --one-shot prepares no teacher; omit one of them")
     return {
         "corpus": {"nsp": False, **values["corpus"]},
         "prune": {"one_shot": True, "score": "hessian", "steps": 0, **values["prune"]},
         # What is measured at the end, and what scores from gradients refer to: the hidden states, as no head is needed.
-        "distill": values["distill"] or {"hard": 0.0, "kd": 0.0, "hidden": 1.0},
+        "distill": {"hard": 0.0, "kd": 0.0, "hidden": 1.0, **values["distill"]},
     }

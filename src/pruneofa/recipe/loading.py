@@ -10,18 +10,9 @@ from pydantic import BaseModel
 from yaml import MarkedYAMLError, YAMLError
 
 from pruneofa.errors import InputError, printable
-from pruneofa.recipe.model import (
-    Card,
-    Control,
-    Corpus,
-    Distill,
-    Prune,
-    Quantize,
-    Recipe,
-    Section,
-    Task,
-    Teacher,
-)
+from pruneofa.recipe.fields import Section
+from pruneofa.recipe.model import Card, Control, Quantize, Recipe, Task
+from pruneofa.recipe.pretraining import Corpus, Distill, Prune, Teacher
 from pruneofa.recipe.yaml12 import MAX_DEPTH, parse, to_yaml
 
 _ALTERNATIVES = ("Control", "bool", "str", "list[str]")  # as pydantic names them in the location of an error

@@ -8,7 +8,8 @@ from pruneofa.engine.engine import choose_isa
 from pruneofa.errors import CheckFailed, InputError
 from pruneofa.formats import pattern
 from pruneofa.formats.architecture import read_architecture
-from pruneofa.recipe import Corpus, Distill, Prune, Recipe, Task, Teacher
+from pruneofa.progress import notice
+from pruneofa.recipe import Corpus, Distill, Prune, Recipe, Task, Teacher, unread
 from pruneofa.run.fine_tuning import transfer_objective
 from pruneofa.run.folder import refuse_links, refuse_others
 from pruneofa.run.inputs import Inputs, teacher_path
@@ -34,6 +35,9 @@ def check_run(
 
     Raises as `refuse_links`, `refuse_others`, `check` and, for a recipe with int8, `check_engine`.
     """
+    if processes().is_main_process:
+        for reason, keys in unread.given_in_vain(recipe).items():
+            notice(f"{', '.join(keys)}: no effect, since {reason}")
     refuse_links((step for step in steps if isinstance(step, Stage)), folder / WORK)
     refuse_others(steps, folder, redo)
     check(recipe, inputs, steps, tokenize=tokenize)
@@ -111,7 +115,7 @@ def check_pretraining(model: str, teacher: Teacher | None, prune: Prune | None, 
         if prune.score == "obs":
             curvature.check_memory(pruner.weights, prune.block, prune.pattern)
         elif prune.score == "hessian":
-            layerwise.check_memory(pruner.weights, prune.calibration * text.max_length)
+            layerwise.check_memory(pruner.weights, prune.calibration * text.max_length, loaded.num_parameters())
         pruner.release()
         if prune.steps:
             learning_rate(prune)(0)

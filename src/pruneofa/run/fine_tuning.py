@@ -19,7 +19,7 @@ from pruneofa.formats import scales
 from pruneofa.formats.hub import local_folder
 from pruneofa.formats.sentence import with_activation
 from pruneofa.recipe import RESOURCES_ONLY
-from pruneofa.recipe.model import Precision
+from pruneofa.recipe.fields import Precision
 from pruneofa.run.stage import Job, Model, Outcome
 from pruneofa.train.callbacks import LockCallback, QuantizeCallback
 from pruneofa.train.device import own_device, prepare_models

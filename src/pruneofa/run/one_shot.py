@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from pruneofa.data.examples import IGNORED
 from pruneofa.progress import progress
 from pruneofa.recipe import Prune
-from pruneofa.recipe.model import REFITTED
+from pruneofa.recipe.pretraining import REFITTED
 from pruneofa.train.curvature import EXAMPLES, fisher_blocks, fisher_diagonal
 from pruneofa.train.device import own_device
 from pruneofa.train.layerwise import prune_layerwise

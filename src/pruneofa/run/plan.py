@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from pruneofa.recipe import Control, Quantize, Recipe, Task
-from pruneofa.recipe.model import Precision
+from pruneofa.recipe.fields import Precision
 from pruneofa.run.fine_tuning import (
     CalibrationSettings,
     FineTuneSettings,

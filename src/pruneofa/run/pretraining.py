@@ -22,8 +22,7 @@ from pruneofa.formats.files import read_json, remove_folder, write_json
 from pruneofa.formats.hub import local_folder
 from pruneofa.formats.sentence import read_sentence
 from pruneofa.progress import notice
-from pruneofa.recipe import Corpus, Distill, Prune, Teacher
-from pruneofa.recipe.model import REFITTED
+from pruneofa.recipe import Corpus, Distill, Prune, Teacher, unread
 from pruneofa.run.one_shot import one_shot_schedule, prune_at_once
 from pruneofa.run.selections import layer_fit, obs_blocks
 from pruneofa.run.stage import Job, Model, Outcome, unused
@@ -46,22 +45,6 @@ UNUSED_BY_CONTROL = (
 SOURCE = unused("source")  # the location of the text has no influence; its contents are an input
 
 
-def unread(prune: Prune) -> set[str]:
-    """The fields of the section that pruning with its score, gradual or at once, does not read."""
-    sampled = prune.score == "obs" or (prune.score == "fisher" and prune.at_once)
-    names: set[str] = set() if prune.score == "hessian" else {"calibration"}
-    names |= set() if sampled else {"gradients"}
-    names |= {"stop"} if prune.score in REFITTED else set()
-    names |= set() if prune.score == "obs" else {"block", "dampening"}
-    names |= {"begin", "end", "stop", "interval", "initial", "rewind"} if prune.at_once else set()
-    return names if prune.steps else names | {"lr", "batch", "warmup", "weight_decay", "max_grad_norm"}
-
-
-def unread_losses(distill: Distill) -> set[str]:
-    """The fields of the section that belong to a loss without weight."""
-    return (set() if distill.kd else {"temperature", "positions"}) | (set() if distill.hidden else {"hidden_norm"})
-
-
 @dataclass(frozen=True)
 class TeacherSettings:
     """How the teacher is prepared."""
@@ -76,8 +59,8 @@ class TeacherSettings:
 class PruneSettings:
     """How the student is pruned."""
 
-    prune: Prune = field(metadata=unused(also=unread))
-    distill: Distill = field(metadata=unused(also=unread_losses))
+    prune: Prune = field(metadata=unused(also=unread.of_prune))
+    distill: Distill = field(metadata=unused(also=unread.of_distill))
     corpus: Corpus = field(metadata=SOURCE)
     seed: int
     precision: str
@@ -88,7 +71,7 @@ class ControlSettings:
     """How the control is trained: pruned in one shot, with each of several learning rates."""
 
     prune: Prune = field(metadata=unused(*UNUSED_BY_CONTROL))
-    distill: Distill = field(metadata=unused(also=unread_losses))
+    distill: Distill = field(metadata=unused(also=unread.of_distill))
     rates: tuple[float, ...]
     corpus: Corpus = field(metadata=SOURCE)
     seed: int

@@ -6,7 +6,7 @@ training.
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -148,12 +148,12 @@ def read_metrics(folder: Path) -> dict[str, float]:
     return metrics
 
 
-def unused(*names: str, also: Callable[[Any], set[str]] = lambda _: set()) -> Mapping[str, Any]:
+def unused(*names: str, also: Callable[[Any], Iterable[str]] = lambda _: ()) -> Mapping[str, Any]:
     """Metadata for a settings field that holds a section of the recipe: the stage does not read the fields `names`.
 
     `also` gives further ones, by what the section says.
     """
-    return {"unused": lambda section: {*names} | also(section)}
+    return {"unused": lambda section: {*names, *also(section)}}
 
 
 def fingerprinted(settings: Any) -> dict[str, Any]:

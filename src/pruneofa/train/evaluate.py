@@ -26,7 +26,7 @@ from pruneofa.formats.manifest import Manifest, is_packed
 from pruneofa.formats.pack import pack
 from pruneofa.formats.tensors import weights_folder
 from pruneofa.progress import clock, notice, progress
-from pruneofa.recipe.model import Precision as TorchPrecision
+from pruneofa.recipe.fields import Precision as TorchPrecision
 from pruneofa.train.device import evaluation_rows, own_device, processes, shared_progress
 from pruneofa.train.metrics import Measured, classification_metrics, squad_metrics
 from pruneofa.train.models import check_encoder, load_tokenizer, read_model

@@ -58,11 +58,14 @@ def memory_needed(tokens: int, hidden: int, inner: int) -> int:
     return 4 * (tokens * (states + goals + fitted) + 6 * inner * inner)
 
 
-def check_memory(weights: Mapping[str, Tensor], tokens: int) -> None:
-    """Raises InputError when the memory that is free cannot hold what `prune_layerwise` needs for these weights."""
+def check_memory(weights: Mapping[str, Tensor], tokens: int, parameters: int) -> None:
+    """Raises InputError when the memory that is free cannot hold what `prune_layerwise` needs for these weights.
+
+    `parameters` of the dense model, float32, which is loaded for it.
+    """
     sizes = [size for weight in weights.values() for size in weight.shape]
     refuse_more_than_free(
-        memory_needed(tokens, min(sizes), max(sizes)),
+        memory_needed(tokens, min(sizes), max(sizes)) + 4 * parameters,
         f"prune.score hessian: {tokens:,} tokens of calibration",
         "lower prune.calibration",
     )

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from pruneofa.errors import CheckFailed, InputError
 from pruneofa.families import POOLER_WEIGHT
-from pruneofa.recipe.model import REFITTED
+from pruneofa.recipe.pretraining import REFITTED
 from pruneofa.train import masks
 from pruneofa.train.lock import PatternLock, pack, sparsity_of, unpack, warn_of_adapters
 from pruneofa.train.schedule import cubic_sparsity

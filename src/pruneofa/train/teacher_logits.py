@@ -19,7 +19,7 @@ from torch import nn
 from pruneofa.data.features import TaskData, evaluation_batches
 from pruneofa.data.tasks import Task
 from pruneofa.errors import InputError
-from pruneofa.recipe.model import Precision
+from pruneofa.recipe.fields import Precision
 from pruneofa.train.device import ROWS, processes, shared_progress
 from pruneofa.train.evaluate import evaluating, logits_of
 

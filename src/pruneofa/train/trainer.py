@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from pruneofa.errors import Diverged, InputError
 from pruneofa.formats.files import read_json, write_json
 from pruneofa.progress import notice, progress
-from pruneofa.recipe.model import SAVE_MINUTES
+from pruneofa.recipe.fields import SAVE_MINUTES
 from pruneofa.train.checkpoints import (
     CLOCK_FILE,
     MODEL,
