@@ -175,3 +175,9 @@ def _tensors(head: str, labels: int) -> dict[str, np.ndarray]:
             tensors[f"{name}.weight"] = values
         tensors[f"{name}.bias"] = random.normal(0, 0.1, shape[0]).astype(np.float32)
     return tensors
+
+
+def modules_json(**paths: str) -> list[dict[str, str]]:
+    """The modules.json of a sentence-transformers folder: path by kind, by default of mean pooling as it is saved."""
+    paths = paths or {"Transformer": "", "Pooling": "1_Pooling"}
+    return [{"type": f"sentence_transformers.models.{kind}", "path": path} for kind, path in paths.items()]

@@ -10,7 +10,7 @@ from pruneofa import Engine
 from pruneofa.formats.cache import write_checksums
 from pruneofa.train import device, layerwise
 from tests.small import write_task
-from tests.tiny import half_pruned, tiny_bert, write_model
+from tests.tiny import half_pruned, modules_json, tiny_bert, write_model
 
 FEW = {"hessian": ("--prune.calibration", 32), "magnitude": (), "fisher": ("--prune.gradients", 16)}
 FEW["obs"] = FEW["fisher"]
@@ -53,7 +53,9 @@ def test_an_embedder_stays_one_and_its_task_models_are_none(prune, call, tmp_pat
     model = tmp_path / "model"
     half_pruned(tiny_bert(BertModel), noise=0.2).save_pretrained(model)
     files = {
-        "modules.json": [{"path": path, "type": f"m.{path[2:] or 'Transformer'}"} for path in ("", *MODULES)],
+        "modules.json": [
+            {"path": path, "type": f"sentence_transformers.{path[2:] or 'Transformer'}"} for path in ("", *MODULES)
+        ],
         "1_Pooling/config.json": {"pooling_mode": "mean"},
         "config_sentence_transformers.json": {"prompts": {"query": "good "}, "default_prompt_name": "query"},
         "sentence_bert_config.json": {"max_seq_length": 12},
@@ -86,7 +88,7 @@ MODULES = ("1_Pooling", "2_Normalize")
 
 
 def test_settings_that_cannot_be_kept_are_said_before_pruning(prune, tmp_path):
-    (tmp_path / "model" / "modules.json").write_text(json.dumps([{"path": "2_Dense", "type": "m.Dense"}]))
+    (tmp_path / "model" / "modules.json").write_text(json.dumps(modules_json(Dense="2_Dense")))
     said = prune(score="magnitude")
     assert said.code == 0 and "the new model does not keep its settings of sentence-transformers: " in said.err
     assert not (tmp_path / "out" / "modules.json").exists()

@@ -191,7 +191,11 @@ def test_question_answering_takes_the_best_span_of_all_windows(family, made, ker
 def test_sentence_embeddings_follow_their_folder(pooling, pool, normalize, made, kernels, tmp_path):
     folder, model = made("Bert", "Model")
     if pooling is not None:
-        modules = [("", "models.Transformer"), ("1_Pooling", "models.Pooling"), ("2_Normalize", "models.Normalize")]
+        modules = [
+            ("", "sentence_transformers.Transformer"),
+            ("1_Pooling", "sentence_transformers.Pooling"),
+            ("2_Normalize", "sentence_transformers.Normalize"),
+        ]
         folder = tmp_path
         model.save_pretrained(folder)
         tiny_tokenizer().save_pretrained(folder)
@@ -357,7 +361,9 @@ def test_a_cross_encoder_keeps_its_activation(name, old, made, kernels, tmp_path
 def test_truncate_dim_cuts_after_normalizing(kernels, tmp_path):
     write_folder(tmp_path, "Model")
     kinds = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
-    (tmp_path / "modules.json").write_text(json.dumps([{"path": path, "type": f"m.{kind}"} for path, kind in kinds]))
+    (tmp_path / "modules.json").write_text(
+        json.dumps([{"path": path, "type": f"sentence_transformers.{kind}"} for path, kind in kinds])
+    )
     (tmp_path / "1_Pooling").mkdir()
     (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": "mean"}))
     whole = Engine.from_pretrained(tmp_path, precision="fp32").predict(TEXTS[:1])

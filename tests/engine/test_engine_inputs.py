@@ -260,6 +260,10 @@ def test_paths_of_the_wrong_type(path):
         ({"id2label": {"0": "a", "1": "b", "2": "a"}}, "id2label in config.json gives the name 'a' to 2 classes"),
         ({"id2label": {"0": "a"}}, "the classifier has 3 classes, id2label in config.json has 1"),
         ({"model_type": "gpt2"}, "model_type is 'gpt2'"),
+        (
+            {"model_type": "roberta"},
+            "model_type 'roberta' but architecture BertForSequenceClassification, which is",
+        ),
         ({"hidden_act": "x" * 5000}, "activation 'x+... in config.json"),
         ({"position_embedding_type": "\ud800\n" * 900}, r"position_embedding_type is '.ud800.n.*\.\.\. in config.json"),
         ({"hidden_size": [0] * 5000}, r"hidden_size is \[0, .*\.\.\. in config.json"),
@@ -351,3 +355,36 @@ def test_a_mask_token_that_no_tokenizer_can_know(tmp_path):
     write_folder(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"mask_token": "\ud800"}))
     assert "label" in Engine.from_pretrained(tmp_path).predict("a good film")
+
+
+def test_a_masked_lm_with_two_biases_of_its_decoder(tmp_path):
+    folder = write_folder(tmp_path, "ForMaskedLM")
+    weights = load_file(folder / "model.safetensors")
+    weights["cls.predictions.decoder.bias"] = weights["cls.predictions.bias"].copy()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    Engine.from_pretrained(folder)
+    weights["cls.predictions.decoder.bias"][0] += 1
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"cls.predictions.bias and cls.predictions.decoder.bias differ, wanted one"):
+        Engine.from_pretrained(folder)
+
+
+def test_a_manifest_of_something_else_beside_a_model(tmp_path):
+    folder = write_folder(tmp_path)
+    wanted = Engine.from_pretrained(folder).predict("a good film")
+    (folder / "manifest.json").write_text('{"name": "my web app"}')
+    assert Engine.from_pretrained(folder).predict("a good film") == wanted
+
+
+def test_a_folder_that_has_models_in_it_names_them(tmp_path):
+    write_folder(tmp_path / "run" / "sparse")
+    for read in (Engine.from_pretrained, lambda path: pack(path, tmp_path / "packed")):
+        with pytest.raises(InputError, match=r"run: no model.safetensors in it; wanted .*, such as .*/run/sparse$"):
+            read(tmp_path / "run")
+
+
+def test_one_class_is_a_sigmoid_whatever_the_config_says(tmp_path):
+    """As in the pipeline of transformers; a softmax over one class would be 1 for every text."""
+    wanted = Engine.from_pretrained(write_folder(tmp_path / "a", labels=1)).predict("a good film")
+    stated = write_folder(tmp_path / "b", labels=1, problem_type="single_label_classification")
+    assert Engine.from_pretrained(stated).predict("a good film") == wanted and 0 < wanted["score"] < 1

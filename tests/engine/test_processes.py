@@ -151,7 +151,10 @@ def test_a_pickle_is_the_path_and_the_settings(folder, monkeypatch):
         assert getattr(same, name) == getattr(engine, name)
     assert same.predict("the great film") == engine.predict("the great film")
     monkeypatch.setenv("PRUNEOFA_THREADS", "3")
-    assert pickle.loads(pickle.dumps(Engine.from_pretrained(folder))).threads == 3  # chosen anew where it arrives
+    chosen = pickle.dumps(Engine.from_pretrained(folder))
+    monkeypatch.setenv("PRUNEOFA_ISA", "scalar")
+    there = pickle.loads(chosen)
+    assert (there.threads, there.isa) == (3, "scalar")  # what was not asked for is chosen anew where it arrives
 
 
 @pytest.mark.parametrize("sleep", [0, 0.001, 0.01, 0.1])

@@ -9,7 +9,7 @@ from pruneofa import Engine
 from pruneofa.engine import engine, reference
 from pruneofa.errors import InputError
 from pruneofa.formats.pack import pack
-from tests.tiny import POSITIONS, write_folder
+from tests.tiny import POSITIONS, modules_json, write_folder
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +21,13 @@ def _on_the_reference(monkeypatch):
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("modules.json", [{"path": "2_Dense", "type": "models.Dense"}], "module 'Dense'"),
+        ("modules.json", modules_json(Dense="2_Dense"), "module 'Dense'"),
+        (
+            "modules.json",
+            modules_json(Transformer="0_T", Pooling="1_Pooling"),
+            "the path of Transformer is '0_T', want",
+        ),
+        ("modules.json", [{"path": "", "type": "mine.Pooling"}], "module 'mine.Pooling', wanted only Transformer"),
         ("modules.json", {"type": "Pooling"}, "JSON array"),
         (
             "1_Pooling/config.json",
@@ -36,16 +42,24 @@ def _on_the_reference(monkeypatch):
         ("modules.json", [{"path": "", "type": "x" * 5000}], "module 'x+..., wanted only Transformer"),
         (
             "modules.json",
-            [{"path": "\ud800", "type": "Pooling"}],
+            modules_json(Pooling="\ud800"),
             "the path of Pooling is '.ud800', wanted a folder beside",
         ),
-        ("modules.json", [{"path": "\0", "type": "Pooling"}], "the path of Pooling is '.x00', wanted a folder beside"),
         (
             "modules.json",
-            [{"path": "x" * 5000, "type": "Pooling"}],
+            modules_json(Pooling="\0"),
+            "the path of Pooling is '.x00', wanted a folder beside",
+        ),
+        (
+            "modules.json",
+            modules_json(Pooling="x" * 5000),
             "the path of Pooling is 'x+..., wanted a folder beside",
         ),
-        ("modules.json", [{"path": "../1_Pooling", "type": "Pooling"}], "is '../1_Pooling', wanted a folder beside"),
+        (
+            "modules.json",
+            modules_json(Pooling="../1_Pooling"),
+            "is '../1_Pooling', wanted a folder beside",
+        ),
         ("config_sentence_transformers.json", {"truncate_dim": True}, "truncate_dim is True, wanted an integer"),
         ("tokenizer_config.json", {"model_input_names": 5}, "model_input_names is 5 in tokenizer_config.json, wanted"),
         (
@@ -79,7 +93,7 @@ def _on_the_reference(monkeypatch):
 def test_sentence_transformers_folders_the_engine_does_not_run(file, content, message, tmp_path):
     write_folder(tmp_path, "Model")
     (tmp_path / "1_Pooling").mkdir()
-    modules = [{"path": "", "type": "models.Transformer"}, {"path": "1_Pooling", "type": "models.Pooling"}]
+    modules = modules_json()
     (tmp_path / "modules.json").write_text(json.dumps(modules))
     if file != "1_Pooling/config.json":
         (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": "mean"}))
@@ -94,7 +108,7 @@ def test_a_sentence_model_is_held_to_the_length_it_was_made_for(tmp_path):
     write_folder(tmp_path, "Model")
     (tmp_path / "1_Pooling").mkdir()
     (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": "mean"}))
-    modules = [{"path": "", "type": "models.Transformer"}, {"path": "1_Pooling", "type": "models.Pooling"}]
+    modules = modules_json()
     (tmp_path / "modules.json").write_text(json.dumps(modules))
     (tmp_path / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 8, "do_lower_case": False}))
     sentences = Engine.from_pretrained(tmp_path)
@@ -107,7 +121,7 @@ def test_a_sentence_model_is_held_to_the_length_it_was_made_for(tmp_path):
 
 def test_a_sentence_model_may_have_a_prompt_and_lower_case(tmp_path):
     plain = Engine.from_pretrained(write_folder(tmp_path, "Model")).predict("a good RIVER")
-    modules = [{"path": "", "type": "models.Transformer"}, {"path": "1_Pooling", "type": "models.Pooling"}]
+    modules = modules_json()
     (tmp_path / "modules.json").write_text(json.dumps(modules))
     (tmp_path / "1_Pooling").mkdir()
     (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": "mean"}))
@@ -275,7 +289,10 @@ def test_settings_of_the_transformer_that_change_results_are_followed_or_refused
 def write_modules(folder, kinds):
     """A sentence-transformers folder with these modules, each with an empty config.json but the first."""
     write_folder(folder, "Model")
-    entries = [{"path": f"{index}_{kind}" if index else "", "type": f"m.{kind}"} for index, kind in enumerate(kinds)]
+    entries = [
+        {"path": f"{index}_{kind}" if index else "", "type": f"sentence_transformers.{kind}"}
+        for index, kind in enumerate(kinds)
+    ]
     (folder / "modules.json").write_text(json.dumps(entries))
     for entry in entries[1:]:
         (folder / entry["path"]).mkdir()

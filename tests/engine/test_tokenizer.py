@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import transformers
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from tokenizers.processors import RobertaProcessing
 
@@ -93,6 +94,31 @@ def test_token_types_only_where_the_model_has_them(tmp_path):
         )
     assert types[2].tolist() == [0, 0, 0, 1, 1, 1]
     assert not types[0].any() and not types[1].any()
+    for name in ("BertTokenizer", "DistilBertTokenizer", "MPNetTokenizer", "XLMRobertaTokenizerFast"):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name}))
+        found = TextTokenizer(tmp_path, vocabulary=1000, types=2, limit=64).sequences(pair, ["x"], truncate=False)[0]
+        assert found.types.any() == ("token_type_ids" in getattr(transformers, name).model_input_names)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"model_input_names": ["input_ids", "attention_mask"]}))
     tokenizer = TextTokenizer(tmp_path, vocabulary=1000, types=2, limit=64)
     assert not tokenizer.sequences(pair, ["x"], truncate=False)[0].types.any()
+
+
+@pytest.mark.parametrize("stated", [{"truncation_side": "left"}, {}])
+def test_texts_are_cut_at_the_side_that_the_folder_says(stated, tmp_path):
+    """tokenizer_config.json, and without it there tokenizer.json, as in transformers."""
+    write_tokenizer(tmp_path)
+    own = json.loads((tmp_path / "tokenizer.json").read_text())
+    own["truncation"]["direction"] = "Right" if stated else "Left"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(own))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(stated | {"tokenizer_class": "BertTokenizer"}))
+    text = "the great river of the good king"
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer = TextTokenizer(tmp_path, vocabulary=1000, types=2, limit=5)
+    assert tokenizer.side == theirs.truncation_side == "left"
+    [cut] = tokenizer.sequences([text], ["x"], truncate=True)
+    assert cut.ids.tolist() == theirs(text, truncation=True, max_length=5)["input_ids"]
+    [other] = tokenizer.sequences([text], ["x"], truncate=True, side="right")
+    assert other.ids.tolist() != cut.ids.tolist()
+    (tmp_path / "tokenizer_config.json").write_text('{"truncation_side": "middle"}')
+    with pytest.raises(InputError, match="truncation_side is 'middle' in tokenizer_config.json, wanted left or right"):
+        TextTokenizer(tmp_path, vocabulary=1000, types=2, limit=5)

@@ -3,12 +3,14 @@
 import importlib.util
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import transformers
 from safetensors.numpy import load_file, save_file
+from transformers import BertConfig
 
 from pruneofa import Engine, recipe
 from pruneofa.errors import InputError
@@ -22,6 +24,7 @@ from pruneofa.formats import scales as quantization
 from tests.export.folders import CLASSIFIER, FAMILIES, HEADS, KEY, QUERY, VALUE, save
 from tests.quantized import quantize_folder
 from tests.small import write_task
+from tests.tiny import modules_json
 
 
 def needs(writer):
@@ -139,7 +142,7 @@ def test_onnx_in_float(tmp_path, family, head):
 @pytest.mark.parametrize("with_head", [True, False])
 def test_a_sentence_transformers_folder_gives_hidden_states_whatever_head_its_config_names(tmp_path, with_head):
     folder = save(tmp_path / "model", "Bert", "ForMaskedLM", int8=False)
-    modules = [{"path": "", "type": "m.Transformer"}, {"path": "1_Pooling", "type": "m.Pooling"}]
+    modules = modules_json()
     (folder / "modules.json").write_text(json.dumps(modules))
     (folder / "1_Pooling").mkdir()
     (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode": "mean"}')
@@ -369,3 +372,13 @@ def test_interrupted(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         export(folder, tmp_path / "out", to="onnx")
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("pad", [None, 0, 9])
+def test_random_tokens_are_in_the_vocabulary_whatever_the_padding_token(pad):
+    config = BertConfig(vocab_size=10, pad_token_id=pad)
+    source = SimpleNamespace(model=SimpleNamespace(config=config), inputs=("input_ids", "attention_mask"))
+    for batch in module._random_inputs(source):
+        ids, mask = batch["input_ids"], batch["attention_mask"].astype(bool)
+        assert ids.min() >= 0 and ids.max() < 10
+        assert pad is None or not (ids[mask] == pad).any()

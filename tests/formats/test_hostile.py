@@ -21,7 +21,7 @@ from pruneofa.formats.pattern import inspect
 from pruneofa.formats.sentence import read_sentence
 from pruneofa.formats.tensors import weight_files
 from pruneofa.formats.unpack import unpack
-from tests.tiny import write_folder
+from tests.tiny import modules_json, write_folder
 
 
 def refused(attempt) -> str:
@@ -60,7 +60,7 @@ FORMS = {"fifo": os.mkfifo, "link": lambda path: path.symlink_to("nothing"), "fo
 @pytest.mark.timeout(60)
 def test_what_is_no_file_is_neither_waited_for_nor_taken_as_missing(name, form, folder):
     if name in OPTIONAL[1:4]:
-        modules = [{"type": "x.Transformer", "path": ""}, {"type": "x.Pooling", "path": "1_Pooling"}]
+        modules = modules_json()
         (folder / "modules.json").write_text(json.dumps(modules))
         (folder / "1_Pooling").mkdir()
         (folder / "1_Pooling" / "config.json").write_text("{}")
@@ -103,7 +103,7 @@ def test_files_that_are_too_large_are_not_read(name, content, limit, folder):
     if name == "model.safetensors.index.json":
         (folder / "model.safetensors").unlink()
     if name in ("1_Pooling/config.json", "sentence_bert_config.json"):
-        modules = [{"type": "x.Transformer", "path": ""}, {"type": "x.Pooling", "path": "1_Pooling"}]
+        modules = modules_json()
         (folder / "modules.json").write_text(json.dumps(modules))
         (folder / "1_Pooling").mkdir()
         (folder / "1_Pooling" / "config.json").write_text("{}")
@@ -155,7 +155,7 @@ def test_strange_indexes_of_shards(weight_map, folder):
 
 @pytest.mark.parametrize("path", ["x/..", "..", "/etc", "../private", "1_Pooling\0", "a" * 300, "\x1b[2J"])
 def test_modules_do_not_lead_out_of_the_folder(path, folder):
-    modules = [{"type": "x.Transformer", "path": ""}, {"type": "x.Pooling", "path": path}]
+    modules = modules_json(Transformer="", Pooling=path)
     (folder / "modules.json").write_text(json.dumps(modules))
     for attempt in (lambda: read_sentence(folder), lambda: pack(folder, folder.parent / "out")):
         message = refused(attempt)
@@ -177,7 +177,7 @@ def test_links_out_of_the_folder_are_not_copied(name, folder, tmp_path):
 def test_a_module_folder_that_is_a_link_is_not_copied(folder, tmp_path):
     (tmp_path / "private").mkdir()
     (tmp_path / "private" / "config.json").write_text('{"pooling_mode_mean_tokens": true, "secret": 1}')
-    modules = [{"type": "x.Transformer", "path": ""}, {"type": "x.Pooling", "path": "1_Pooling"}]
+    modules = modules_json()
     (folder / "modules.json").write_text(json.dumps(modules))
     (folder / "1_Pooling").symlink_to(tmp_path / "private")
     assert "a link to" in refused(lambda: pack(folder, tmp_path / "packed"))

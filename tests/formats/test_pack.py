@@ -22,6 +22,7 @@ from pruneofa.formats.packed import Packed, inspect, read, unpack_bits
 from pruneofa.formats.pattern import pattern_of
 from pruneofa.formats.unpack import unpack
 from tests.golden import BIASED, BIASED_CONFIG, CONFIG, GOLDEN, LAYER, STATIC, VARIANTS, source, tensors
+from tests.tiny import modules_json
 
 QUERY = "encoder.layer.0.attention.self.query.weight"
 WORDS = "embeddings.word_embeddings.weight"
@@ -282,9 +283,18 @@ def test_folders_that_cannot_be_packed(model, tmp_path):
     [
         ({}, "wanted a JSON array, got dict"),
         (["Transformer"], "module 'Transformer', wanted an object with type and path"),
-        ([{"path": "2_Dense", "type": "models.Dense"}], "module 'Dense', wanted only Transformer, Pooling, Normalize"),
-        ([{"path": "../elsewhere", "type": "models.Pooling"}], "path of Pooling is '../elsewhere', wanted a folder"),
-        ([{"path": "/etc", "type": "models.Pooling"}], "the path of Pooling is '/etc', wanted a folder beside"),
+        (
+            modules_json(Dense="2_Dense"),
+            "module 'Dense', wanted only Transformer, Pooling, Normalize",
+        ),
+        (
+            modules_json(Pooling="../elsewhere"),
+            "path of Pooling is '../elsewhere', wanted a folder",
+        ),
+        (
+            modules_json(Pooling="/etc"),
+            "the path of Pooling is '/etc', wanted a folder beside",
+        ),
         ([{"path": 1, "type": "Pooling"}], "wanted an object with type and path"),
         ([{"path": "", "type": None}], "wanted an object with type and path"),
     ],

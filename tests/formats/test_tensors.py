@@ -17,6 +17,7 @@ from pruneofa.formats.pack import pack
 from pruneofa.formats.tensors import weight_files, weights_folder
 from pruneofa.formats.verify import verify
 from tests.golden import source
+from tests.tiny import modules_json
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +82,7 @@ def test_a_bin_is_packed_as_its_safetensors_are(tmp_path):
 
 def test_the_modules_of_sentence_transformers_go_with_a_bin(tmp_path):
     folder = source(tmp_path / "model")
-    modules = [{"path": "", "type": "models.Transformer"}, {"path": "1_Pooling", "type": "models.Pooling"}]
+    modules = modules_json()
     (folder / "modules.json").write_text(json.dumps(modules))
     (folder / "1_Pooling").mkdir()
     settings = folder / "1_Pooling" / "config.json"

@@ -38,6 +38,15 @@ def make(folder, stated, normalizer=UNCASED, **parts):
         ({"strip_accents": False}, {}, "strip_accents is true in tokenizer.json, .* and false in"),
         ({"strip_accents": None}, {"strip_accents": False}, "strip_accents is false in tokenizer.json, .* and true in"),
         ({"strip_accents": True, "do_lower_case": False}, {"lowercase": False}, "strip_accents is false in"),
+        ({"tokenize_chinese_chars": False}, {}, "tokenize_chinese_chars is true in tokenizer.json, .* and false in"),
+        # What the class takes for keys that are not there.
+        ({"tokenizer_class": "BertTokenizer"}, {"lowercase": False}, "do_lower_case is false in .* and true in"),
+        ({"tokenizer_class": "MPNetTokenizer"}, {"strip_accents": False}, "strip_accents is false in .* and true in"),
+        (
+            {"tokenizer_class": "DistilBertTokenizerFast"},
+            {"handle_chinese_chars": False},
+            "tokenize_chinese_chars is f",
+        ),
     ],
 )
 def test_settings_that_contradict_tokenizer_json(stated, normalizer, message, tmp_path, monkeypatch):
@@ -57,7 +66,9 @@ def test_settings_that_contradict_tokenizer_json(stated, normalizer, message, tm
         ({"do_lower_case": False, "strip_accents": None}, {"lowercase": False}),
         ({"do_lower_case": True, "strip_accents": False}, {"strip_accents": False}),
         ({"do_lower_case": None, "add_prefix_space": True}, {}),
-        ({}, {"lowercase": False, "strip_accents": True}),
+        ({}, {"lowercase": False, "strip_accents": True, "handle_chinese_chars": False}),
+        ({"tokenizer_class": "BertTokenizer"}, {}),
+        ({"tokenizer_class": "BertTokenizer", "do_lower_case": False}, {"lowercase": False, "strip_accents": False}),
         # Of these classes transformers reads tokenizer.json too.
         ({"do_lower_case": False, "tokenizer_class": "PreTrainedTokenizerFast"}, {}),
         ({"do_lower_case": False, "tokenizer_class": "TokenizersBackend"}, {}),

@@ -22,7 +22,8 @@ def inputs(tmp_path_factory):
     """A folder with mean pooling, and pairs of sentences with a score."""
     folder = write_model(tmp_path_factory.mktemp("sentence"), half_pruned(tiny_mpnet(MPNetModel)))
     modules = [
-        {"type": f"models.{kind}", "path": path} for kind, path in (("Transformer", ""), ("Pooling", "1_Pooling"))
+        {"type": f"sentence_transformers.{kind}", "path": path}
+        for kind, path in (("Transformer", ""), ("Pooling", "1_Pooling"))
     ]
     (folder / "modules.json").write_text(json.dumps(modules))
     (folder / "1_Pooling").mkdir()

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shutil
 import signal
 import sys
 
@@ -9,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from pruneofa.errors import InputError
 from pruneofa.serve.predictor import Predictor, entities, predict_frames, spark_columns
@@ -43,6 +45,23 @@ def test_a_row_without_text_is_named_or_skipped(model):
     with pytest.raises(InputError, match="row 2 of the batch is float, wanted text; .*--skip-bad"):
         Predictor(model, threads=1)(frame)
     assert list(Predictor(model, threads=1, skip_bad=True)(frame)["label"].isna()) == [False, True]
+
+
+def test_what_is_wrong_with_the_model_is_not_a_row_to_skip(model, tmp_path):
+    folder = tmp_path / "overflowing"
+    shutil.copytree(model, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["classifier.weight"][:] = 3e38
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    for skip_bad in (False, True):
+        with pytest.raises(InputError, match=r"^the batch: its result is NaN or infinite"):
+            Predictor(str(folder), threads=1, skip_bad=skip_bad)(pd.DataFrame({"text": TEXTS}))
+
+
+def test_the_part_of_a_pair_that_is_wrong_is_named(model):
+    frame = pd.DataFrame({"text": ["a film"], "other": [""]})
+    with pytest.raises(InputError, match="row 1 of the batch: the second text is an empty string, wanted text; omit"):
+        Predictor(model, text="text", text_pair="other", threads=1)(frame)
 
 
 BATCHES = [["a film"] * 2, ["a film", None], [None, None], []]

@@ -28,7 +28,16 @@ from pruneofa.train.models import (
     reorder_classes,
     set_dropout,
 )
-from tests.tiny import VOCABULARY, tiny_bert, tiny_distilbert, tiny_mpnet, tiny_roberta, tiny_tokenizer, write_model
+from tests.tiny import (
+    VOCABULARY,
+    modules_json,
+    tiny_bert,
+    tiny_distilbert,
+    tiny_mpnet,
+    tiny_roberta,
+    tiny_tokenizer,
+    write_model,
+)
 
 
 def test_a_missing_head_is_created_on_tied_embeddings(tmp_path):
@@ -259,7 +268,7 @@ def test_fingerprint_is_of_content_and_includes_the_tokenizer(tmp_path):
 
 def test_fingerprint_includes_the_settings_of_sentence_transformers(tmp_path):
     folder = write_model(tmp_path / "model", tiny_bert())
-    modules = [{"path": "", "type": "m.Transformer"}, {"path": "1_Pooling", "type": "m.Pooling"}]
+    modules = modules_json()
     (folder / "1_Pooling").mkdir()
     found = [model_fingerprint(str(folder))]
     for name, text in (
@@ -272,7 +281,7 @@ def test_fingerprint_includes_the_settings_of_sentence_transformers(tmp_path):
         (folder / name).write_text(text)
         found.append(model_fingerprint(str(folder)))
     assert len(set(found)) == len(found)
-    (folder / "modules.json").write_text('[{"path": "2_Dense", "type": "m.Dense"}]')  # its settings are not kept
+    (folder / "modules.json").write_text(json.dumps(modules_json(Dense="2_Dense")))  # its settings are not kept
     assert model_fingerprint(str(folder)) == found[0]
 
 

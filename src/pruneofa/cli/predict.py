@@ -51,7 +51,7 @@ examples:
     group = verb.add_argument_group("engine")
     engine = group.add_argument
     engine("--processes", type=int, default=1, metavar="N", help="processes that load the model each (default 1)")
-    engine("--threads", type=int, metavar="N", help="threads of all processes together (default: one per CPU)")
+    engine("--threads", type=int, metavar="N", help="threads of all processes together (default: one per core)")
     engine("--precision", choices=["int8", "fp32"], default="int8", help="int8 (default) or fp32")
     engine("--isa", metavar="ISA", help=f"instruction set: {ISAS} (default: the fastest)")
     add("--json", action="store_true", help="print the summary as JSON")

@@ -25,7 +25,7 @@ from pruneofa.formats.architecture import check_tensors, read_architecture
 from pruneofa.formats.convert import convert, pack_linear, quantize_weight
 from pruneofa.formats.files import is_there
 from pruneofa.formats.hub import local_folder
-from pruneofa.formats.manifest import MANIFEST
+from pruneofa.formats.manifest import MANIFEST, is_packed
 from pruneofa.formats.packed import Packed, PackedEmbedding, read
 from pruneofa.formats.sentence import read_sentence
 from pruneofa.progress import notice
@@ -63,9 +63,19 @@ class Engine:
     """
 
     def __init__(
-        self, packed: Packed, *, precision: Precision, threads: Threads, lanes: int | None = None, isa: str
+        self,
+        packed: Packed,
+        *,
+        precision: Precision,
+        threads: Threads,
+        lanes: int | None = None,
+        isa: str,
+        wanted_isa: str | None = None,
     ) -> None:
-        """Build the encoder for one ISA from checked arguments; removes the linear layers from `packed`."""
+        """Build the encoder for one ISA from checked arguments; removes the linear layers from `packed`.
+
+        `wanted_isa` is what the caller asked for; None: whatever is fastest where the engine is unpickled.
+        """
         folder = packed.folder
         architecture = read_architecture(packed.config, folder)
         sentence = read_sentence(folder)
@@ -79,7 +89,7 @@ class Engine:
         self.isa, self.precision = isa, precision
         self.threads, self.threads_reason, self.lanes = threads.count, threads.reason, lanes
         self._quota = cpu_quota()
-        self._settings = {"precision": precision, "threads": threads.wanted, "lanes": lanes, "isa": isa}
+        self._settings = {"precision": precision, "threads": threads.wanted, "lanes": lanes, "isa": wanted_isa}
         int8 = "dynamic" if packed.input_scales is None else "static"
         self.activations: str = int8 if precision == "int8" else "float"
         self._architecture, self._folder = architecture, folder.absolute()
@@ -144,9 +154,11 @@ class Engine:
             "threads": chosen,
             "lanes": check_lanes(lanes, chosen.count),
             "isa": choose_isa(isa),
+            "wanted_isa": isa,
         }
         folder = local_folder(path_or_id)
-        if not is_there(folder / MANIFEST):
+        ordinary = any(is_there(folder / f"model.safetensors{end}") for end in ("", ".index.json"))
+        if not is_there(folder / MANIFEST) or (ordinary and not is_packed(folder)):  # a manifest.json of something else
             return cls(convert(folder, precision), **settings)
         packed = read(folder)
         if packed.precision == "int8" and precision == "fp32":

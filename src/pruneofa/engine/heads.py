@@ -44,10 +44,10 @@ class Classification:
         self._activation = np.tanh if head.activation == "tanh" else reference.relu
         self._out = weights.dense(head.output)
         self.labels = label_names(architecture, self._out.shape[0])
-        # If the config does not say, the rule of transformers' pipeline applies.
-        self._problem = architecture.problem_type or (
-            "multi_label_classification" if len(self.labels) == 1 else "single_label_classification"
-        )
+        # The rule of transformers' pipeline: one class is never a softmax, whatever the config says.
+        single = "multi_label_classification" if len(self.labels) == 1 else "single_label_classification"
+        stated = architecture.problem_type
+        self._problem = stated if stated not in (None, "single_label_classification") else single
 
     def reduce(self, hidden: Float, tokens: Tokens) -> Float:
         """The first token, (hidden,)."""

@@ -11,7 +11,7 @@ from pruneofa.engine.inputs import finite
 from pruneofa.engine.load import Float, Weights
 from pruneofa.engine.tokenizer import Text, TextTokenizer, Tokens
 from pruneofa.errors import InputError
-from pruneofa.formats.architecture import Architecture, masked_lm_bias
+from pruneofa.formats.architecture import Architecture
 
 TOP_TOKENS = 5  # results per masked position, as in transformers' fill-mask pipeline
 _VOCABULARY_BLOCK = 256  # rows of the word embeddings in float32 at a time: they stay in the second-level cache
@@ -31,7 +31,13 @@ class MaskedLM:
         self._tied = weights.table(architecture.tables["word"])
         own = f"{head.decoder}.weight"
         self._decoder = weights.plain(own) if own in weights else None
-        self._bias = weights.plain(masked_lm_bias(family, weights))
+        self._bias = weights.plain(head.bias(weights))
+        for name in head.biases:
+            if name in weights and not np.array_equal(weights.plain(name), self._bias):
+                raise InputError(
+                    f"{' and '.join(head.biases)} differ, wanted one bias of the decoder under both names; load the "
+                    "model in transformers and save it again"
+                )
         self._tokenizer = tokenizer
 
     def prepare(

@@ -21,6 +21,7 @@ from pruneofa.formats.files import read_optional
 from pruneofa.formats.sentence import Sentence, max_length
 from pruneofa.formats.settings import read_tokenizer
 from pruneofa.formats.tokenizer_file import explained
+from pruneofa.formats.tokenizer_settings import gives_types
 
 WINDOW, STRIDE = 384, 128  # tokens, for question answering, as in the official SQuAD script
 CHARACTERS = 128  # per token of the longest sequence: what is beyond is not tokenized; a longer word is unknown anyway
@@ -70,6 +71,7 @@ class TextTokenizer:
     Attributes:
         mask_id: id of the mask token, None without one.
         limit: maximum number of tokens of a sequence, including special tokens.
+        side: the end at which a text that is too long is cut, if the caller does not say.
         prompts: texts to put before an input, by name.
         folder: where it was read.
     """
@@ -92,6 +94,7 @@ class TextTokenizer:
         """
         self._file, self._vocabulary, self._types = folder / "tokenizer.json", vocabulary, types
         self._tokenizer = read_tokenizer(folder, vocabulary)
+        direction = (self._tokenizer.truncation or {}).get("direction", "right")
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         if sentence is not None and sentence.do_lower_case:
@@ -105,12 +108,17 @@ class TextTokenizer:
         config: dict[str, Any] = {}
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             config |= read_optional(folder / name)
-        names = config.get("model_input_names") or ["token_type_ids"]
-        if not isinstance(names, list):
+        names, side = config.get("model_input_names"), config.get("truncation_side", direction)
+        if names and not isinstance(names, list):
             raise InputError(
                 f"{folder}: model_input_names is {short(names)} in tokenizer_config.json, wanted a list; correct it"
             )
-        self._typed = types > 1 and "token_type_ids" in names
+        if side not in ("left", "right"):
+            raise InputError(
+                f"{folder}: truncation_side is {short(side)} in tokenizer_config.json, wanted left or right; correct it"
+            )
+        self._typed = types > 1 and gives_types(names, config.get("tokenizer_class"))
+        self.side: Side = side
         most = sentence.max_seq_length if sentence else max_length(folder)
         self.limit = limit if most is None else min(limit, most)
         self.folder = folder
@@ -158,7 +166,7 @@ class TextTokenizer:
         *,
         truncate: bool,
         chars: bool = False,
-        side: Side = "right",
+        side: Side | None = None,
         prompt: str | None = None,
     ) -> list[Tokens]:
         """Tokens of each text or pair, special tokens added.
@@ -168,13 +176,13 @@ class TextTokenizer:
             names: the caller's name of each text, for error messages.
             truncate: truncate sequences that are too long, the longer text of a pair first; otherwise an error.
             chars: fill in `segments` and `chars`.
-            side: the end at which a text that is too long is truncated.
+            side: the end at which a text that is too long is truncated; None: as the folder says.
             prompt: text to put before each, instead of the folder's own.
 
         Raises:
             InputError: a text is too long or has no tokens, or the tokenizer is not the model's.
         """
-        most = CHARACTERS * self.limit
+        most, side = CHARACTERS * self.limit, side or self.side
         prompted = [
             self._prompted(_bounded(text, (most, most), name, truncate, side), prompt)
             for text, name in zip(texts, names, strict=True)

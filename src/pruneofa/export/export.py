@@ -243,7 +243,7 @@ def _random_inputs(source: Source) -> Iterator[Arrays]:
     config = source.model.config
     for batch, tokens in _SHAPES:
         ids = random.integers(0, config.vocab_size, (batch, min(tokens, longest_input(config))))
-        ids[ids == config.pad_token_id] = (config.pad_token_id or 0) + 1
+        ids[ids == config.pad_token_id] = ((config.pad_token_id or 0) + 1) % config.vocab_size  # it may be the last one
         mask = np.ones_like(ids)
         for row in range(1, batch):
             end = int(random.integers(1, ids.shape[1]))

@@ -61,6 +61,7 @@ BERT = Family(
     ),
     next_sentence="cls.seq_relationship",
     tokenizer_files=("vocab.txt",),
+    tokenizer_types=True,
     shapes=(
         Shape("bert-base", "BERT-Base", layers=12, hidden=768, heads=12, inner=3072),
         Shape("bert-large", "BERT-Large", layers=24, hidden=1024, heads=16, inner=4096),

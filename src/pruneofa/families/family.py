@@ -1,6 +1,6 @@
 """The dataclasses that describe a model family. Each family's values are in its own file in this folder."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -67,6 +67,10 @@ class MaskedLMHead:
     biases: tuple[str, ...]
     activation: str | None = None
 
+    def bias(self, names: Container[str]) -> str:
+        """The first possible name of the decoder's bias that is in `names`, or the first of all if none is."""
+        return next((name for name in self.biases if name in names), self.biases[0])
+
 
 @dataclass(frozen=True)
 class RelativeBias:
@@ -132,6 +136,7 @@ class Family:
         masked_lm: head of masked language modeling.
         next_sentence: linear module of next-sentence prediction; None where there is none.
         tokenizer_files: the files that `tokenizer.json` can be made from.
+        tokenizer_types: whether transformers' tokenizer of the family gives token types if nothing says so.
         shapes: well-known sizes.
         pad_id: id of the padding token, from which positions are counted, if transformers' code fixes it; None:
             `pad_token_id` of config.json.
@@ -159,6 +164,7 @@ class Family:
     next_sentence: str | None
     tokenizer_files: tuple[str, ...]
     shapes: tuple[Shape, ...] = ()
+    tokenizer_types: bool = False
     pad_id: int | None = None
     relative_bias: RelativeBias | None = None
 

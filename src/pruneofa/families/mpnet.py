@@ -34,5 +34,6 @@ MPNET = replace(
         output_norm="output.LayerNorm",
     ),
     tokenizer_files=("vocab.txt",),
+    tokenizer_types=False,
     shapes=(Shape("mpnet-base", "MPNet-Base", layers=12, hidden=768, heads=12, inner=3072),),
 )

@@ -29,5 +29,6 @@ ROBERTA = replace(
     ),
     next_sentence=None,
     tokenizer_files=("vocab.json", "merges.txt"),
+    tokenizer_types=False,
     shapes=(),
 )

@@ -249,12 +249,6 @@ def _refuse_trained_head(family: Family, shapes: Mapping[str, Shape], where: Any
         )
 
 
-def masked_lm_bias(family: Family, names: Container[str]) -> str:
-    """The name of the decoder's bias: the first possible name that is in `names`, or the first of all if none is."""
-    biases = family.masked_lm.biases
-    return next((name for name in biases if name in names), biases[0])
-
-
 def _encoder(architecture: Architecture) -> Iterator[tuple[str, Shape]]:
     """(canonical name, shape) of every tensor of the encoder; -1 means any size."""
     hidden = architecture.hidden
@@ -287,7 +281,7 @@ def _head(architecture: Architecture, shapes: Mapping[str, Shape]) -> Iterator[t
             yield from _linear(head.norm, (hidden,))
             if f"{head.decoder}.weight" in shapes:  # otherwise tied to the word embeddings
                 yield f"{head.decoder}.weight", (rows, hidden)
-            yield masked_lm_bias(family, shapes), (rows,)
+            yield family.masked_lm.bias(shapes), (rows,)
 
 
 def _linear(module: str, shape: Shape) -> Iterator[tuple[str, Shape]]:
@@ -350,7 +344,14 @@ def _family_and_task(config: Mapping[str, Any], where: Any) -> tuple[Family, Tas
             f"{where}: architecture {short(name)} in config.json, wanted one of {', '.join(wanted)}; "
             "save the model with one of these heads, or run it with transformers"
         )
-    return *found, name
+    family, task = found
+    stated = config.get("model_type")  # by which transformers chooses the encoder
+    if stated is not None and stated != family.model_type:
+        raise InputError(
+            f"{where}: config.json has model_type {short(stated)} but architecture {name}, which is of "
+            f"{family.model_type}, wanted both of one family; copy the config.json that was saved with these weights"
+        )
+    return family, task, name
 
 
 def _size(config: Mapping[str, Any], key: str, where: Any, *, least: int = 1, default: int | None = None) -> int:

@@ -16,6 +16,7 @@ from pruneofa.errors import InputError, short
 from pruneofa.families import POOLER_WEIGHT, is_encoder_weight
 from pruneofa.formats.files import is_there, read_json
 from pruneofa.formats.sentence import with_activation
+from pruneofa.formats.tensors import weight_files
 
 FORMAT = "pruneofa-packed"
 VERSION = 1
@@ -25,7 +26,8 @@ COMPRESSED = f"{TENSORS}.zst"
 METADATA = {"format": FORMAT, "version": str(VERSION)}
 PRECISIONS = ("int8", "fp32")
 SOURCE_DTYPES = ("F32", "F16", "BF16")
-AGAIN = "copy or download the folder again, or make it again with pruneofa pack"
+WHOLE = "copy or download the folder again"
+AGAIN = f"{WHOLE}, or make it again with pruneofa pack"
 
 MAX_COLUMNS = (1 << 16) - 1  # of a kernel: as many products of 255 · 128 fit its int32 sum, and groups have 16 bits
 MAX_RATIO, MAX_SLACK = 64, 1 << 20  # decompressed bytes <= MAX_RATIO * compressed bytes + MAX_SLACK
@@ -217,7 +219,9 @@ def read_config(folder: Path, manifest: Manifest | None = None) -> dict[str, Any
     Raises InputError if it is not of a supported architecture or not the manifest's, and as `with_activation` does.
     """
     path = folder / "config.json"
-    config = read_json(path, AGAIN)
+    if manifest is None and not is_there(path):
+        weight_files(folder)  # raises for a folder that is no model's, and says where there is one
+    config = read_json(path, AGAIN if manifest is not None else WHOLE)
     model_type = config.get("model_type")
     if model_type not in families.model_types():
         wanted = ", ".join(families.model_types())

@@ -33,7 +33,7 @@ from pruneofa.formats.packed import Packed
 from pruneofa.formats.sentence import max_length, read_sentence
 from pruneofa.formats.settings import copy_settings, read_tokenizer, without_tokenizer
 from pruneofa.formats.source import source_tensors
-from pruneofa.formats.tensors import weights_folder
+from pruneofa.formats.tensors import weight_files, weights_folder
 from pruneofa.progress import progress
 
 _CHUNK = 1 << 20
@@ -57,6 +57,7 @@ def pack(source: str | Path, out: str | Path, *, precision: str = "int8", compre
     folder = weights_folder(source)
     with new_output(out) as temporary:
         if not (folder / "tokenizer.json").is_file() and not is_packed(folder):
+            weight_files(folder)  # raises for a folder that is no model's
             raise InputError(without_tokenizer(folder))
         # Every tensor is read twice: to convert it, and to hash the source.
         steps = 0 if is_packed(folder) else 2 * len(source_tensors(folder))

@@ -25,7 +25,7 @@ TEXTS = (
     "sentence_xlnet_config.json",
 )
 FILES = (MODULES, PROMPTS, *TEXTS)
-KINDS = ("Transformer", "Pooling", "Normalize")
+LIBRARY, KINDS = "sentence_transformers", ("Transformer", "Pooling", "Normalize")
 MAX_SETTINGS = 1 << 16  # bytes of one of these files
 _ELSEWHERE = "run this model with sentence-transformers"
 _OLD_POOLING = {
@@ -100,6 +100,11 @@ def read_sentence(folder: Path) -> Sentence | None:
         raise InputError(
             f"{folder / MODULES}: the modules are {', '.join(kinds[:9])}, wanted Transformer, Pooling and then at most "
             f"Normalize; {_ELSEWHERE}"
+        )
+    if modules[0].path:  # as sentence-transformers 2 and earlier saved it; nothing here reads that folder
+        raise InputError(
+            f"{folder / MODULES}: the path of Transformer is {short(modules[0].path)}, wanted '' (the files beside "
+            "modules.json); load the model with sentence-transformers and save it again"
         )
     for module in modules[2:]:
         _check_normalize(folder / module.path / "config.json")
@@ -190,9 +195,10 @@ def _module(entry: Any, file: Path) -> Module:
     kind, path = (entry.get("type"), entry.get("path")) if isinstance(entry, dict) else (None, None)
     if not isinstance(kind, str) or not isinstance(path, str):
         raise InputError(f"{file}: module {short(entry)}, wanted an object with type and path; copy the file again")
-    kind = kind.rsplit(".", 1)[-1]
-    if kind not in KINDS:
-        raise InputError(f"{file}: module {short(kind)}, wanted only {', '.join(KINDS)}; {_ELSEWHERE}")
+    library, _, kind = kind.rpartition(".")
+    if kind not in KINDS or library.partition(".")[0] != LIBRARY:
+        named = short(kind if library.partition(".")[0] == LIBRARY else entry["type"])
+        raise InputError(f"{file}: module {named}, wanted only {', '.join(KINDS)} of {LIBRARY}; {_ELSEWHERE}")
     if not re.fullmatch(r"[\w-]{0,99}", path, re.ASCII):  # never read or write files outside the folder
         raise InputError(
             f"{file}: the path of {kind} is {short(path)}, wanted a folder beside the file such as '1_Pooling'; "

@@ -19,23 +19,34 @@ SAVE_AGAIN = "load the tokenizer in transformers and save it again with save_pre
 _AS_IT_IS = ("PreTrainedTokenizerFast", "TokenizersBackend")  # for these transformers reads tokenizer.json too
 
 
+# What the classes of WordPiece and byte-level BPE take for a key that tokenizer_config.json does not have.
+_DEFAULTS = {"do_lower_case": True, "strip_accents": None, "tokenize_chinese_chars": True, "add_prefix_space": False}
+
+
+def gives_types(names: Any, tokenizer_class: Any) -> bool:
+    """Whether transformers gives token types by `model_input_names` (None: not stated) and the tokenizer's class."""
+    if names:
+        return "token_type_ids" in names
+    return not isinstance(tokenizer_class, str) or families.tokenizer_types(tokenizer_class)
+
+
 def check_same_settings(tokenizer: Tokenizer, folder: Path) -> None:
     """Compare what tokenizer.json, read as `tokenizer`, and tokenizer_config.json both say; the latter may be missing.
 
-    Raises InputError for another do_lower_case, strip_accents or add_prefix_space, and if only the class in
-    tokenizer_config.json adds special tokens to a text.
+    Raises InputError for another do_lower_case, strip_accents, tokenize_chinese_chars or add_prefix_space, stated or by
+    default of the class in tokenizer_config.json, and if only that class adds special tokens to a text.
     """
     config = read_optional(folder / CONFIG)
     name = config.get("tokenizer_class")
     if name in _AS_IT_IS:
         return
-    for key, got, wanted in _stated_twice(tokenizer, config):
+    ours = isinstance(name, str) and any(model_type in name.lower() for model_type in families.model_types())
+    for key, got, wanted in _stated_twice(tokenizer, (_DEFAULTS if ours else {}) | config):
         if got != wanted:
             raise InputError(
                 f"{folder}: {key} is {json.dumps(got)} in tokenizer.json, which the engine reads, and "
                 f"{json.dumps(wanted)} in {CONFIG}, which transformers follows, wanted the same; {SAVE_AGAIN}"
             )
-    ours = isinstance(name, str) and any(model_type in name.lower() for model_type in families.model_types())
     if ours and tokenizer.post_processor is None:
         raise InputError(
             f"{folder}: tokenizer.json has no post_processor, so the engine adds no special tokens to a text, wanted "
@@ -50,6 +61,8 @@ def _stated_twice(tokenizer: Tokenizer, config: dict[str, Any]) -> list[tuple[st
         if "lowercase" in part and "strip_accents" in part:  # the normalizer of WordPiece tokenizers
             lower, strip = part["lowercase"], part["strip_accents"]
             found.append(("do_lower_case", lower, config.get("do_lower_case")))
+            chinese = part.get("handle_chinese_chars", True), config.get("tokenize_chinese_chars")
+            found.append(("tokenize_chinese_chars", *chinese))
             if "strip_accents" in config:  # null: as do_lower_case
                 stated = config["strip_accents"]
                 wanted = config.get("do_lower_case", lower) if stated is None else stated

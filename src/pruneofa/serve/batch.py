@@ -24,8 +24,9 @@ from pruneofa.formats.files import (
     user_path,
     write_json,
 )
-from pruneofa.formats.hub import FILES, local_folder
+from pruneofa.formats.hub import FILES
 from pruneofa.formats.locks import exclusive
+from pruneofa.formats.tensors import weights_folder
 from pruneofa.progress import progress
 from pruneofa.serve import tables
 from pruneofa.serve.chunks import Chunk, Job, Part, compute, find_parts
@@ -54,7 +55,7 @@ def predict_files(
         files: .parquet, .jsonl, .csv or .tsv.
         out: a file with one of these suffixes, for the rows of all files in order; or a folder, for a file per file.
         processes: number of processes, each with the model in memory.
-        threads: compute threads of all processes together; default: one per CPU.
+        threads: compute threads of all processes together; default: as in `Engine.from_pretrained`.
         rows: rows of a part.
         redo: replace `out` if it exists, and unfinished parts that have other settings.
         settings: those of `serve.predictor.Predictor`: columns, prefix, truncate, skip_bad, precision, isa.
@@ -72,7 +73,7 @@ def predict_files(
     target, paths = output_folder(out), [user_path(file) for file in files]
     _check_paths(target, paths)
     settings |= {
-        "model": str(local_folder(model).absolute()),
+        "model": str(weights_folder(model).absolute()),
         "threads": max(1, choose_threads(threads).count // processes),
     }
     record = _record(target, paths, settings, rows)

@@ -58,7 +58,7 @@ class Job:
     items: Sequence[Item]
     names: Sequence[str]
     truncate: bool = True
-    side: Side = "right"
+    side: Side | None = None
     prompt: str | None = None
     whole: bool = False
     finish: "Callable[[Job], Any]" = lambda job: None

@@ -117,7 +117,7 @@ class Call:
         single: bool = False,
         field: str = "inputs",
         truncate: bool | None = None,
-        side: Side = "right",
+        side: Side | None = None,
         prompt_name: str | None = None,
         whole: bool = False,
         finish: Callable[[Job], Any] = lambda job: None,
@@ -130,7 +130,7 @@ class Call:
             single: the request has one input, and not a list of one.
             field: where the inputs are in the request, for error messages.
             truncate: truncate inputs that are too long; None: as the server is set.
-            side: the end at which they are truncated.
+            side: the end at which they are truncated; None: as the model is set.
             prompt_name: the prompt to put before each.
             whole: return all hidden states.
             finish: makes the `value` of the job, on the thread that computed it; may raise Refused.

@@ -102,7 +102,7 @@ class Model:
         return prompts[name]
 
     def tokenize(
-        self, items: Sequence[Item], names: Sequence[str], *, truncate: bool, side: Side, prompt: str | None
+        self, items: Sequence[Item], names: Sequence[str], *, truncate: bool, side: Side | None, prompt: str | None
     ) -> list[Tokens]:
         """The sequences of some inputs: one of each, or windows with the index of their input.
 
@@ -164,10 +164,11 @@ class Model:
             pass
 
     def _sequences(
-        self, items: Sequence[Item], names: Sequence[str], *, truncate: bool, side: Side, prompt: str | None
+        self, items: Sequence[Item], names: Sequence[str], *, truncate: bool, side: Side | None, prompt: str | None
     ) -> list[Tokens]:
         """Texts, pairs and token ids; a prompt turns ids into text again, as in text-embeddings-inference."""
         tokenizer, limit = self.engine.tokenizer, self.engine.tokenizer.limit
+        side = side or tokenizer.side
         ids = {}
         texts: list[Any] = []
         for index, item in enumerate(items):

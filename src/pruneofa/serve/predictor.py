@@ -29,6 +29,7 @@ COLUMNS = {
     "embedding": ("embedding",),
 }
 _NUMBERS = {"score": (np.float64, np.nan), "start": (np.int64, -1), "end": (np.int64, -1)}  # type, and null of NumPy
+_PARTS = {"0": "the first text", "1": "the second text", "'question'": "the question", "'context'": "the context"}
 _ENTITY = "array<struct<label: string, score: double, word: string, start: bigint, end: bigint>>"
 _SPARK = {
     "label": "string", "score": "double", "scores": "map<string, double>", "answer": "string", "start": "bigint",
@@ -148,7 +149,7 @@ class Predictor:
         good = []
         for index, item in enumerate(items):
             try:
-                check_item(item, "x", task)
+                check_item(item, "x[0]", task)  # as the engine calls the one item of a list
                 good.append(index)
             except InputError as error:
                 self._bad(error, rows[index])
@@ -171,10 +172,15 @@ class Predictor:
             yield from self._predict(part[len(part) // 2 :], items, rows)
 
     def _bad(self, error: InputError, row: str) -> None:
+        """Skip the row, or raise what is wrong with it. What is wrong with the model, and not with one item, raises."""
+        found = re.match(r"x\[0\](?:\[(.+?)\])?", str(error))
+        if found is None:
+            raise error
         if not self._skip_bad:
-            message = re.sub(r"^x(\[0\])?", "", str(error)).replace(WANTED, "wanted text")
+            message = str(error)[found.end() :].replace(WANTED, "wanted text")
             message = message.replace("pass truncate=True", "pass --truncate")
-            raise InputError(f"{row}{message}; or write nulls for such rows with --skip-bad") from None
+            part = f": {_PARTS[found[1]]}" if found[1] else ""
+            raise InputError(f"{row}{part}{message}; or write nulls for such rows with --skip-bad") from None
 
     def _columns(self, results: Sequence[dict[str, Any] | None]) -> dict[str, list[Any]]:
         return {name: [None if row is None else row[name] for row in results] for name in self.added}

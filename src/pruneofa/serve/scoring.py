@@ -43,7 +43,7 @@ async def scores(
     single: bool = False,
     field: str = "inputs",
     truncate: bool | None,
-    side: Side = "right",
+    side: Side | None = None,
     function: Literal["softmax", "sigmoid", "none"] | None = None,
 ) -> NDArray[np.float32]:
     """Scores (inputs, classes) of a classification: its logits through a function; None: that of the model."""
@@ -70,7 +70,7 @@ async def relevance(
     *,
     field: str,
     truncate: bool | None = None,
-    side: Side = "right",
+    side: Side | None = None,
     raw: bool = False,
 ) -> NDArray[np.float32]:
     """Scores (texts,) of each text for the query: logits, or 0 to 1 by a sigmoid unless `raw`."""

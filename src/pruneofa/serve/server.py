@@ -19,7 +19,8 @@ from typing import Any
 import uvicorn
 
 from pruneofa.errors import InputError, NotNow, explained
-from pruneofa.formats.hub import FILES, local_folder
+from pruneofa.formats.hub import FILES
+from pruneofa.formats.tensors import weights_folder
 from pruneofa.progress import notice
 from pruneofa.serve.connections import INTERVAL, Connection, close_stalled
 from pruneofa.serve.settings import Settings
@@ -123,7 +124,7 @@ def serve(
     url = f"http://{shown}:{bound.getsockname()[1]}"
 
     # A hub id is looked up once, so that all workers, whenever they start, load the same snapshot.
-    folders = [local_folder(path) for _, path in models]
+    folders = [weights_folder(path) for _, path in models]
     begun = [_state(folder) for folder in folders]
 
     def work(place: int, alone: bool, started: Callable[[], Any]) -> None:

@@ -24,7 +24,7 @@ from pruneofa.formats.settings import sentence_files
 from pruneofa.formats.source import refuse_non_finite
 from pruneofa.formats.tensors import unsafe_binary
 from pruneofa.formats.tokenizer_file import load_tokenizer as read_tokenizer_file
-from pruneofa.formats.tokenizer_settings import check_same_settings
+from pruneofa.formats.tokenizer_settings import check_same_settings, gives_types
 from pruneofa.train.same_tokens import check_same_tokens
 
 # The loader's progress bars and reports are silenced: they warn about heads that are new intentionally. Real errors
@@ -121,9 +121,9 @@ def _set_types(tokenizer: Any, count: int, types: bool | None, path: str | Path)
 
     `count` is the number of types of the model. What already does so is not changed, nor is what it saves.
     """
-    stated = tokenizer.init_kwargs.get("model_input_names") or ["token_type_ids"]
-    own = count > 1 and "token_type_ids" in stated
-    if types and count > 1 and not own:
+    stated = tokenizer.init_kwargs.get("model_input_names")
+    own = count > 1 and gives_types(stated, type(tokenizer).__name__)
+    if types and count > 1 and stated and not own:
         raise InputError(
             f"model {path}: model_input_names is {short(stated)} in tokenizer_config.json, so the engine gives it no "
             f"token types, wanted those of its teacher too, because it has {count}; add token_type_ids to the list"
