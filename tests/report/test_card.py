@@ -14,7 +14,7 @@ from pruneofa.report.render import portable
 from pruneofa.report.schema import check_results, read_results
 from pruneofa.report.table import retention, write_table
 from tests.report.example_run import HOME, entry, example_inspection, example_recipe, example_results
-from tests.tiny import tiny_bert, tiny_tokenizer
+from tests.tiny import modules_json, tiny_bert, tiny_tokenizer
 
 REFERENCE_SECTIONS = [
     "# Model Details",
@@ -347,7 +347,7 @@ def test_a_head_that_nothing_trained_fills_no_mask(tmp_path):
     assert tag(distill={"hard": 0, "kd": 0.5}) == tag(teacher={"steps": 9}) == "fill-mask"
     (tmp_path / "1_Pooling").mkdir()
     (tmp_path / "1_Pooling/config.json").write_text('{"pooling_mode": "mean"}')
-    modules = [{"type": "Transformer", "path": ""}, {"type": "Pooling", "path": "1_Pooling"}]
+    modules = modules_json()
     (tmp_path / "modules.json").write_text(json.dumps(modules))
     assert tag(teacher={"steps": 9}) == "feature-extraction"
     assert "the quality of its vectors was not measured" in (tmp_path / "README.md").read_text()

@@ -28,11 +28,12 @@ def write_models(tmp_path_factory):
 
 
 def rows(count=ROWS):
-    """Rows whose texts have commas, quotes and line breaks, and lengths of 1 to 12 words."""
+    """Rows whose texts have commas, quotes, and line breaks of two kinds alone, and lengths of 1 to 12 words."""
     random = np.random.default_rng(0)
     words = [word for word in WORDS.split() if not word.startswith("#")]
+    ends = (', "x"\ny é', "\ny", "\ry")
     return [
-        {"id": str(i), "text": " ".join(random.choice(words, random.integers(1, 12))) + ', "x"\ny é'}
+        {"id": str(i), "text": " ".join(random.choice(words, random.integers(1, 12))) + ends[i % 3]}
         for i in range(count)
     ]
 

@@ -235,7 +235,7 @@ def test_masked_words_are_those_of_transformers(folders):
         ("/classify_tokens", {"inputs": ""}, 400),
         ("/classify_tokens", {"inputs": "a", "parameters": {"aggregation_strategy": "best"}}, 422),
         ("/answer", {"inputs": {"question": "a"}}, 422),
-        ("/answer", {"inputs": {"question": "", "context": "a"}}, 422),
+        ("/answer", {"inputs": {"question": "", "context": "a"}}, 400),
         ("/answer", {"inputs": []}, 400),
         ("/models/vectors/answer", {"inputs": {"question": "a", "context": "b"}}, 424),
         ("/models/vectors/classify_tokens", {"inputs": "a"}, 424),

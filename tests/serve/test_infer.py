@@ -168,6 +168,29 @@ def test_binary_tensors_both_ways(client):
         assert parts["label"] == elements(*(label.encode() for label in expected["label"]["data"]))
 
 
+def test_bytes_that_belong_to_no_input_are_refused(client):
+    tail = elements(b"a good film")
+    described = {"name": "text", "datatype": "BYTES", "shape": [1], "parameters": {"binary_data_size": len(tail)}}
+    for given, rest, message in (
+        (text("text", ["a"]), tail, f"{len(tail)} bytes behind the JSON are of no input"),
+        (described, tail + b"xyz", "3 bytes behind the JSON are of no input"),
+        (described | {"data": ["a"]}, tail, "text: has data and binary_data_size, wanted one of them"),
+    ):
+        response = client.post("/v2/models/topics/infer", **binary([given], rest))
+        assert response.status_code == 422 and message in response.json()["error"]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"parameters": {"binary_data_output": "false"}},
+        {"outputs": [{"name": "label", "parameters": {"binary_data": 0}}]},
+    ],
+)
+def test_a_flag_is_true_or_false(client, given):
+    assert "wanted true or false" in infer(client, "topics", text(), **given, status=422)["error"]
+
+
 def test_only_the_outputs_that_are_wanted(client):
     assert list(outputs(infer(client, "topics", text(), outputs=[{"name": "label"}]))) == ["label"]
     assert "scores, label" in infer(client, "topics", text(), outputs=[{"name": "none"}], status=422)["error"]
@@ -218,7 +241,7 @@ def test_large_tensors_are_written_by_a_thread(client, monkeypatch):
         ([{"name": "input_ids", "datatype": "INT64", "shape": [1, 1], "data": [2] * 9}], "9 values, but the shape"),
         ([{"name": "input_ids", "datatype": "UINT8", "shape": [1, 1], "data": [300]}], "out of the range"),
         ([text(), text("text_pair", ["a"])], "text_pair 1"),
-        ([text() | {"parameters": {"binary_data_size": 5}}], "does not fit"),
+        ([text() | {"data": None, "parameters": {"binary_data_size": 5}}], "does not fit"),
     ],
 )
 def test_tensors_that_are_not_what_they_say(client, inputs, message):

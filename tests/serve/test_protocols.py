@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
+from pruneofa.errors import InputError
 from pruneofa.serve.app import create_app
 from pruneofa.serve.model import Model
 from pruneofa.serve.settings import Settings
@@ -148,6 +149,14 @@ def test_unknown_routes_and_methods_answer_in_json(client):
     assert client.get("/nothing").json() == {"error": "Not Found", "error_type": "NotFound"}
     response = client.get("/embed")
     assert response.status_code == 405 and response.headers["allow"] == "POST"
+    response = client.request("TRACE", "/")
+    assert response.status_code == 405 and response.headers["allow"] == "GET, HEAD, POST"
+
+
+@pytest.mark.parametrize("name", ["{x}", "a/b"])
+def test_a_model_is_not_named_like_a_parameter_of_a_route(models, name):
+    with pytest.raises(InputError, match="a model is named .*; wanted one without slashes and braces"):
+        create_app([Model(name, models["topics"].engine)])
 
 
 @pytest.mark.parametrize(

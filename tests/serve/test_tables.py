@@ -148,6 +148,17 @@ def test_a_required_column_that_another_file_lacks_has_nulls(models, tmp_path):
     assert [row["n"] for row in read(tmp_path / "out.parquet")] == [1, None]
 
 
+def test_the_columns_of_json_lines_are_those_that_any_row_has(models, tmp_path):
+    """Were they those of the first row, its only column would be taken for the texts."""
+    given = [{"id": "a1"}, {"id": "a2", "text": "a good film"}]
+    file, out = write(tmp_path / "in.jsonl", given), tmp_path / "out.jsonl"
+    with pytest.raises(InputError, match="row 1 is NoneType, wanted text"):
+        predict(models["classifier"], [file], out)
+    for options in ({}, {"text": "text"}):
+        summary = predict(models["classifier"], [file], out, skip_bad=True, redo=True, **options)
+        assert summary["skipped"] == 1 and [row["label"] is None for row in read(out)] == [True, False]
+
+
 @pytest.mark.parametrize("size", [1, 9])
 def test_rows_without_any_key_get_null_results_in_parquet(models, tmp_path, size):
     file, out = write(tmp_path / "in.jsonl", [{"text": "a b"}, {}, {}, {"text": "c"}]), tmp_path / "out.parquet"
@@ -225,7 +236,7 @@ BAD = [
     ("in.csv", "a,b\n1,2\n", "which column of 'a', 'b' has the texts"),
     ("in.csv", "text;n\na;1\n", "which column of 'text;n' has the texts.* looks like ';', wanted ',' in .csv"),
     ("in.csv", "label\n", "has a column 'label' already; .*--prefix predicted_"),
-    ("in.jsonl", '{"text": "a"}\n{"text": "a", "label": 1}\n', "row 2: has a column 'label' already; .*--prefix"),
+    ("in.jsonl", '{"text": "a"}\n{"text": "a", "label": 1}\n', "in.jsonl: has a column 'label' already; .*--prefix"),
     ("in.jsonl", '{"text": "a", "\\ud800": 1}\n', "the name of a column has half of a surrogate pair"),
     ("in.csv", "text,score\na,1\n", "has a column 'score' already; .*--prefix predicted_"),
     ("in.jsonl", '{"text": "a"}\nnonsense\n', "row 2 is not JSON"),
@@ -233,7 +244,7 @@ BAD = [
     ("in.jsonl", '{"text": "a"}\n{"text": 3}\n', "row 2 is int, wanted text"),
     ("in.jsonl", '{"text": "a"}\n{"text": "\\ud800"}\n', "row 2 has a lone surrogate"),
     ("in.jsonl", '{"text": "a"}\n{"text": "' + "film " * 100 + '"}\n', "row 2 has 102 tokens, .*--truncate"),
-    ("in.jsonl", '{"text": "a", "id": 1}\n{"text": "b"}\n', "row 2 has the columns 'text', row 1 'text', 'id'"),
+    ("in.jsonl", '{"text": "a", "id": 1}\n{"text": "b"}\n', "row 2 has the columns 'text', the file 'text', 'id'"),
     ("in.parquet", "nonsense", "not readable as parquet"),
     ("in.xlsx", "", "got '.xlsx', wanted .parquet, .jsonl, .csv, .tsv"),
     ("in.csv", b"text\n\xff\xfe\n", "not UTF-8"),

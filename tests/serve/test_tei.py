@@ -64,6 +64,15 @@ def test_texts_are_truncated_at_the_side_that_is_asked_for(client, models):
     assert error["error_type"] == "Validation" and "86 tokens" in error["error"]
 
 
+def test_token_ids_are_held_to_the_limit_of_texts_and_named_as_the_client_did(client, models):
+    limit = models["vectors"].engine.tokenizer.limit
+    error = post(client, "/embed", 422, inputs=[[5], [5] * (limit + 1)], truncate=False)
+    assert f"inputs[1] has {limit + 1} tokens, the model takes at most {limit}; shorten it" in error["error"]
+    assert post(client, "/embed", inputs=[[5] * (limit + 9)]) == post(client, "/embed", inputs=[[5] * limit])
+    error = post(client, "/embed", 422, inputs=[[5], [5, 10**6]])
+    assert "inputs[1][1] is 1000000" in error["error"]
+
+
 def test_predictions_are_sorted_by_score(client, models):
     expected = models["topics"].engine.predict(TEXTS[0])["scores"]
     found = post(client, "/predict", inputs=TEXTS[0])
@@ -212,10 +221,10 @@ def test_prompts_are_put_before_texts(tmp_path, client):
     from pruneofa.serve.app import create_app
     from pruneofa.serve.model import load
     from pruneofa.serve.settings import Settings
-    from tests.tiny import write_folder
+    from tests.tiny import modules_json, write_folder
 
     folder = write_folder(tmp_path / "prompted", "Model")
-    modules = [{"type": "Transformer", "path": ""}, {"type": "Pooling", "path": "1_Pooling"}]
+    modules = modules_json()
     (folder / "modules.json").write_text(json.dumps(modules))
     (folder / "1_Pooling").mkdir()
     (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode": "mean"}')
@@ -272,6 +281,8 @@ def test_headers_tell_what_it_took(client):
         ("/embed", {"inputs": 3}, 422, "Validation"),
         ("/embed", {"inputs": "a", "normalize": "yes"}, 422, "Validation"),
         ("/embed", {"inputs": "a", "truncation_direction": "up"}, 422, "Validation"),
+        ("/answer", {"inputs": {"question": "", "context": "a"}}, 400, "Empty"),
+        ("/answer", {"inputs": [{"question": "a", "context": ""}]}, 400, "Empty"),
         ("/embed", {}, 422, "Validation"),
         ("/embed", {"inputs": [-1]}, 422, "Validation"),
         ("/embed", {"inputs": ["a"] * 33}, 422, "Validation"),

@@ -122,7 +122,7 @@ def _named(given: str) -> tuple[str, str]:
         name = Path(given).resolve().name if os.path.exists(given) else given.rstrip("/").rpartition("/")[2]
     if not name or "/" in name or not path:
         raise InputError(f"{given}: wanted a model, or NAME=MODEL with a name without a slash")
-    if not name.isprintable():
+    if not name.isprintable() or {"{", "}"} & set(name):  # braces would be a parameter of a route
         raise InputError(f"{given}: clients cannot ask for a model of this name; give it another, as in NAME=MODEL")
     return name, path
 

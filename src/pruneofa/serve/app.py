@@ -8,7 +8,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Match, Route
 
 from pruneofa.errors import InputError
 from pruneofa.serve import answers, infer, openai, page, rerank, schema, status, tei
@@ -36,6 +36,8 @@ def create_app(models: Sequence[Model], settings: Settings | None = None) -> Sta
     names = [model.name for model in models]
     if not names or len(set(names)) < len(names):
         raise InputError(f"models are named {', '.join(names) or 'nothing'}; give at least one, each a name of its own")
+    if wrong := [name for name in names if {"/", "{", "}"} & set(name)]:
+        raise InputError(f"a model is named {wrong[0]!r}; wanted one without slashes and braces, as it is in routes")
 
     metrics = Metrics()
 
@@ -101,6 +103,9 @@ async def _wrong_route(request: Request, error: Exception) -> Response:
     kind = "NotFound" if error.status_code == 404 else "Validation"
     response = await _refused(request, Refused(kind, error.detail, status=error.status_code))
     response.headers.update(error.headers or {})
+    if "allow" in response.headers:  # of the first of several routes of this path
+        found = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
+        response.headers["allow"] = ", ".join(sorted(set().union(*(route.methods or () for route in found))))
     return response
 
 

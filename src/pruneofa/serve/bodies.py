@@ -38,7 +38,7 @@ class EmbedAllRequest(Body):
 
     inputs: Input | Many[Input]
     truncate: bool | None = None
-    truncation_direction: Direction = "right"
+    truncation_direction: Direction | None = None
     prompt_name: str | None = None
 
 
@@ -61,7 +61,7 @@ class PredictRequest(Body):
 
     inputs: str | TextOrPair | Many[TextOrPair]
     truncate: bool | None = None
-    truncation_direction: Direction = "right"
+    truncation_direction: Direction | None = None
     raw_scores: bool = False
     parameters: PredictParameters | None = None
 
@@ -72,7 +72,7 @@ class RerankRequest(Body):
     query: str
     texts: Many[str]
     truncate: bool | None = None
-    truncation_direction: Direction = "right"
+    truncation_direction: Direction | None = None
     raw_scores: bool = False
     return_text: bool = False
 
@@ -88,7 +88,7 @@ class SimilarityParameters(Body):
     """How the sentences are tokenized."""
 
     truncate: bool | None = None
-    truncation_direction: Direction = "right"
+    truncation_direction: Direction | None = None
     prompt_name: str | None = None
 
 

@@ -97,7 +97,7 @@ async def infer(call: Call, body: InferRequest) -> tuple[Response, int]:
         raise invalid(f"outputs are {', '.join(found)}; another one was asked for")
     if len(set(names)) < len(names):
         raise invalid("an output is asked for twice")
-    as_bytes = bool((body.parameters or {}).get("binary_data_output"))
+    as_bytes = _flag(body.parameters, "binary_data_output", False)
     size = sum(_size(found[name]) for name in names)
     head, tail = await made(lambda: _written(model.name, body.id, found, wanted, as_bytes), size)
     headers = call.headers()
@@ -105,6 +105,14 @@ async def infer(call: Call, body: InferRequest) -> tuple[Response, int]:
         headers[BINARY_HEADER] = str(len(head))
     kind = "application/octet-stream" if tail else "application/json"
     return Response(head + tail, headers=headers, media_type=kind), 0
+
+
+def _flag(parameters: dict[str, Any] | None, name: str, default: bool) -> bool:
+    """A parameter that is true or false. Raises Refused for another value."""
+    value = (parameters or {}).get(name)
+    if value is not None and not isinstance(value, bool):
+        raise invalid(f"{name}: wanted true or false")
+    return default if value is None else value
 
 
 def _size(array: NDArray[Any]) -> int:
@@ -120,7 +128,7 @@ def _written(
     for output in wanted:
         array = found[output.name]
         entry: dict[str, Any] = {"name": output.name, "datatype": datatype(array), "shape": list(array.shape)}
-        if (output.parameters or {}).get("binary_data", as_bytes):
+        if _flag(output.parameters, "binary_data", as_bytes):
             content = to_bytes(array)
             entry["parameters"] = {"binary_data_size": len(content)}
             tail += content

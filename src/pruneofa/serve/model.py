@@ -1,5 +1,6 @@
 """A served model: an engine, what it is called, and the two steps of a request that need it: tokenize and compute."""
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,7 +111,8 @@ class Model:
             Refused: an input that is empty, too long, or not what the task takes.
         """
         for item in items:
-            if item in ("", ("", "")) or (isinstance(item, list | TokenIds) and not characters(item)):
+            empty = item in ("", ("", "")) or (isinstance(item, list | TokenIds) and not characters(item))
+            if empty or (isinstance(item, dict) and "" in item.values()):
                 raise Refused("Empty", "Input validation error: `inputs` cannot be empty")
         try:
             if self.engine.task == "token classification":
@@ -176,8 +178,16 @@ class Model:
                 row, types = (
                     (item.ids, item.types) if isinstance(item, TokenIds) else (as_row(item, names[index]), None)
                 )
-                kept = slice(None) if not truncate else slice(limit) if side == "right" else slice(-limit, None)
-                ids[index] = self.engine.checked_ids([row[kept]], None if types is None else [types[kept]])[0]
+                if len(row) > limit and not truncate:
+                    raise InputError(
+                        f"{names[index]} has {len(row)} tokens, the model takes at most {limit}; shorten it, or pass "
+                        "truncate=True"
+                    )
+                kept = slice(limit) if side == "right" else slice(-limit, None)
+                try:
+                    ids[index] = self.engine.checked_ids([row[kept]], None if types is None else [types[kept]])[0]
+                except InputError as error:  # of the only row of a batch
+                    raise InputError(re.sub(r"^input_ids\[0, ", f"{names[index]}[", str(error))) from None
             else:
                 text = tokenizer.decode(item, skip_special_tokens=True) if isinstance(item, list) else item
                 texts.append(_check_pair(text, names[index], self.engine.task))

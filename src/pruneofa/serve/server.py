@@ -5,6 +5,7 @@ import ctypes
 import errno
 import gc
 import os
+import resource
 import signal
 import socket
 import sys
@@ -119,6 +120,9 @@ def serve(
     """
     if otlp_endpoint is not None:
         check_extra()
+    # A connection is a file, and the usual soft limit of 1024 is kept for programs that use select().
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     bound = bind(host, port)
     shown = f"[{host}]" if ":" in host else host
     url = f"http://{shown}:{bound.getsockname()[1]}"

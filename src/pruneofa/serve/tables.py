@@ -35,20 +35,19 @@ def check_file(path: Path) -> None:
 
 
 def describe(path: Path) -> tuple[list[str], int]:
-    """Names of the columns, of the first row in JSON lines, and the number of rows.
+    """Names of the columns, in JSON lines those that any row has, and the number of rows.
 
-    Reads CSV from beginning to end, so a line with too few fields is known at once.
+    Reads text from beginning to end, so a line that is no row is known at once.
     """
     if path.suffix == ".parquet":
         from pruneofa.serve import arrow
 
         return arrow.describe(path)
     if path.suffix == ".jsonl":
-        first, count = None, 0
-        for line in _json_lines(path):
-            first = line if first is None else first
-            count += 1
-        return ([] if first is None else list(parse_line(first, f"{path}: row 1"))), count
+        columns, count = dict[str, None](), 0
+        for count, line in enumerate(_json_lines(path), 1):
+            columns |= dict.fromkeys(parse_line(line, f"{path}: row {count}"))
+        return list(columns), count
     rows = _fields(path)
     return next(rows), sum(1 for _ in rows)
 
@@ -108,9 +107,6 @@ class Rows:
 
         Raises InputError for rows that the format cannot hold, or that have a column of results already.
         """
-        if self._path.suffix == ".jsonl":  # whose rows need not have the columns of the first
-            for name, row in zip(self.names, self._rows, strict=True):
-                predictor.check_added(row, name)
         empty = dict.fromkeys(predictor.added)
         filled = [empty if result is None else result for result in results]
         if suffix == ".parquet":
@@ -144,7 +140,8 @@ class Rows:
 
     def _write_header(self, file: Any, suffix: str, names: Sequence[str]) -> None:
         try:
-            csv.writer(file, delimiter=_DELIMITERS[suffix], lineterminator="\n").writerow(names)
+            _writer(file, _DELIMITERS[suffix]).writerow(names)
+            file.write("\n")
         except UnicodeEncodeError:
             raise InputError(
                 f"{self._path}: the name of a column has half of a surrogate pair, which {suffix} cannot hold; "
@@ -153,12 +150,12 @@ class Rows:
 
     def _write_fields(self, file: Any, suffix: str, header: Sequence[str], given: Any, results: Any) -> None:
         delimiter = _DELIMITERS[suffix]
-        writer = csv.writer(file, delimiter=delimiter, lineterminator="")
+        writer = _writer(file, delimiter)
         quote = '"' if delimiter == "," else ""  # around a vector, which holds commas
         for name, row, result in zip(self.names, given, results, strict=True):
             if row.keys() != set(header):
                 raise InputError(
-                    f"{name} has the columns {', '.join(map(repr, row))}, row 1 {', '.join(map(repr, header))}; "
+                    f"{name} has the columns {', '.join(map(repr, row))}, the file {', '.join(map(repr, header))}; "
                     f"{suffix} needs the same in every row: choose a .jsonl --out"
                 )
             try:
@@ -173,6 +170,23 @@ class Rows:
                 raise InputError(
                     f"{name} has half of a surrogate pair, which {suffix} cannot hold; choose a .jsonl --out"
                 ) from None
+
+
+class _WithoutEnd:
+    """A file for the rows of a csv writer, without the ends of their lines.
+
+    csv quotes a line break only if it is in the end of its lines, so that has to be both: CR LF.
+    """
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def write(self, row: str) -> None:
+        self._file.write(row[:-2])
+
+
+def _writer(file: Any, delimiter: str) -> Any:
+    return csv.writer(_WithoutEnd(file), delimiter=delimiter, lineterminator="\r\n")
 
 
 def join(parts: Sequence[Path], file: Any) -> None:

@@ -59,6 +59,8 @@ def read(tensors: list[Tensor], binary: bytes) -> dict[str, NDArray[Any]]:
     for tensor in tensors:
         count = math.prod(tensor.shape)
         size = (tensor.parameters or {}).get("binary_data_size")
+        if size is not None and tensor.data is not None:
+            raise invalid(f"{tensor.name}: has data and binary_data_size, wanted one of them")
         if size is None:
             values: Any = _from_json(tensor)
         else:
@@ -69,6 +71,8 @@ def read(tensors: list[Tensor], binary: bytes) -> dict[str, NDArray[Any]]:
         if len(values) != count:
             raise invalid(f"{tensor.name}: has {len(values)} elements, but the shape {tensor.shape}")
         found[tensor.name] = values.reshape(tensor.shape)
+    if at < len(binary):
+        raise invalid(f"{len(binary) - at} bytes behind the JSON are of no input; give their binary_data_size")
     return found
 
 
