@@ -13,6 +13,7 @@ from pruneofa.train.scores import block_size
 
 # layers, hidden, inner
 MODELS = {"MiniLM": (6, 384, 1536), "BERT-Base": (12, 768, 3072), "BERT-Large": (24, 1024, 4096)}
+VOCABULARY = 30_522 + 512 + 2  # rows of the embeddings of BERT
 ROUNDS = 8  # run/one_shot.py
 
 
@@ -43,7 +44,7 @@ def rows(options: argparse.Namespace) -> list[dict]:
             ),
             # Forward passes: one of the teacher, four halves on average and one whole of the student.
             "hessian": (
-                layerwise.memory_needed(calibration, hidden, inner),
+                layerwise.memory_needed(calibration, hidden, inner, weights + VOCABULARY * hidden),
                 calibration,
                 4.0 * forward * calibration + 2.0 * moments * calibration + layers * fits,
                 0.0,

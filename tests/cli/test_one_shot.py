@@ -135,7 +135,14 @@ def test_after_ctrl_c_the_same_command_finishes(prune, monkeypatch, tmp_path):
         (["--prune.lr", 1e-3], "--prune.lr was given, but --prune.steps is 0, so nothing is trained; omit it"),
         (["--prune.block", 9], "--prune.block was given, but only --prune.score obs reads it; omit it"),
         (["--distill.temperature", 3], "--distill.temperature was given, but --distill.kd is 0; omit it"),
-        (["--prune.one-shot", "false"], "steps is 0 but pruning is gradual; raise steps, or set --prune.one-shot"),
+        (
+            ["--prune.save-steps", 5],
+            "--prune.steps is 0, so nothing is trained; omit it",
+        ),
+        (
+            ["--prune.one-shot", "false"],
+            "but --one-shot prunes at once; omit one of them",
+        ),
         (["--prune.pattern", "2:4"], "final is 0.9 but pattern 2:4 gives 0.5; set --prune.final to that"),
         (["--corpus.column", "text"], "task.csv: no column 'text', it has sentence, verdict; set --corpus.column"),
     ],

@@ -12,8 +12,8 @@ from pruneofa.formats.files import read_json, write_json
 from tests.cli.conftest import write_recipe
 
 TEXT = ["--text", "sentence", "--label", "verdict"]
-ONCE = ["--qat_epochs", "1"]
-FAST = ["--batch", "16", "--max-length", "32", "--precision", "fp32"]
+ONCE = ["--qat_epochs", "1", "--batch", "16"]
+FAST = ["--max-length", "32", "--precision", "fp32"]
 SEED = "run/tasks/mine/seed-0"
 
 
@@ -78,6 +78,8 @@ def test_evaluate_simulates_what_the_folder_says(root, command, call, tmp_path):
     ("given", "words"),
     [
         (["--ptq", "--teacher", "dense"], "--teacher was given, but --ptq does not train"),
+        (["--ptq", "--batch", "8"], "--batch was given, but --ptq does not train"),
+        (["--teacher", "dense", "--hard", "1", "--kd", "0"], "--teacher was given, but --kd and --hidden are 0, so"),
         (["--ptq", "--warmup", "0.1"], "--warmup was given, but --ptq does not train"),
         (["--ptq", "--qat-lr", "1e-5"], "--qat-lr was given, but --ptq does not train"),
         (["--calibration", "9"], "--calibration was given, but without --ptq"),

@@ -184,7 +184,7 @@ def test_a_field_changes_the_stages_that_use_it(settings, section, field):
 
 
 SELECTED = {"begin", "end", "stop", "interval", "initial", "rewind"}
-TRAINED = {"lr", "batch", "warmup", "weight_decay", "max_grad_norm"}
+TRAINED = {"lr", "batch", "warmup", "weight_decay", "max_grad_norm", "dropout"}
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import json
+import shutil
 from datetime import UTC, datetime
 
 import pytest
@@ -52,6 +53,24 @@ def test_each_seed_learns_from_the_dense_model_that_the_task_names_for_it(done, 
         assert (tmp_path / "again" / model).read_bytes() == (folder / model).read_bytes()
     with pytest.raises(InputError, match=r"seed-2/teacher: no such folder"):
         estimate(again.model_copy(update={"seeds": [0, 2]}), tmp_path / "other")
+
+
+def test_a_model_that_was_given_is_never_replaced(done, tmp_path):
+    """The folder of a dense model that is given has a record only; --redo would put that in the model's place."""
+    settings, folder, _ = done
+    before = sorted(path.name for path in (folder / "tasks/mine/seed-0/teacher").iterdir())
+    given = settings.model_copy(deep=True)
+    given.tasks["mine"].teacher = f"{folder}/tasks/mine/seed-{{seed}}/teacher"
+    for redo in (False, True):
+        with pytest.raises(InputError, match=r"seed-0/teacher: is what tasks/mine/seed-0/teacher would replace here; "):
+            run(given, folder, redo=redo)
+    assert sorted(path.name for path in (folder / "tasks/mine/seed-0/teacher").iterdir()) == before
+    one = settings.model_copy(
+        update={"tasks": {}, "control": False, "quantize": None, "model": str(tmp_path / "s-teacher")}
+    )
+    shutil.copytree(folder / "teacher", tmp_path / "s-teacher")
+    with pytest.raises(InputError, match="s-teacher: is what teacher would replace here; choose another OUT"):
+        single.prune(one, tmp_path / "s", redo=True)
 
 
 def stage_folders(folder):

@@ -11,6 +11,7 @@ from pruneofa.errors import InputError
 from pruneofa.formats.files import read_json
 from pruneofa.run import estimate as estimates
 from pruneofa.run import fine_tuning, pretraining
+from pruneofa.run.checks import check
 from pruneofa.run.execute import execute_steps
 from pruneofa.run.inputs import Inputs
 from pruneofa.run.plan import losses, plan
@@ -68,6 +69,17 @@ def test_a_student_is_trained_with_the_token_types_that_it_is_served_with(stated
     pairs = ["tasks.mine.text=[sentence,sentence]", f"model={model}"]
     task = Inputs(small_recipe(tmp_path / "data", *SPARSE, *pairs)).task("mine")
     assert (task.train.types is not None and task.train.types.max() == 1) == typed
+
+
+def test_a_dense_model_that_no_task_learns_from_changes_nothing(given, tmp_path):
+    alone, beside = (
+        given(),
+        given(f"dense_model={write_model(tmp_path / 'small', tiny_bert(max_position_embeddings=6))}"),
+    )
+    folder = tmp_path / "run"
+    steps, others = (plan(settings, Inputs(settings), folder) for settings in (alone, beside))
+    assert [step.fingerprint for step in steps] == [step.fingerprint for step in others]
+    check(beside, Inputs(beside), others)
 
 
 def test_a_run_with_such_a_teacher(given, tmp_path):

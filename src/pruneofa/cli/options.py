@@ -18,7 +18,7 @@ EVALUATED = ("data", "validation", "text", "label", "max_length", "stride", "val
 CALIBRATION = ("calibration", "observer", "percentile")
 TRAINING = (
     "teacher", "qat_epochs", "qat_lr", "qat_rows", "warmup", "weight_decay", "max_grad_norm", "hard", "kd",
-    "hidden", "temperature", "dropout", "freeze_embeddings", "save_minutes", "freeze",
+    "hidden", "temperature", "dropout", "freeze_embeddings", "save_minutes", "freeze", "batch",
 )  # fmt: skip
 
 
@@ -138,6 +138,8 @@ def read_task(options: argparse.Namespace) -> tuple[str, Any]:
         raise InputError(f"{own}, so it needs --data, --text and --label; got no {missing}")
     task = validate(Task, values, f"tasks.{name}").resolved(name)
     refuse_unread(options, "", unread.of_losses(task))
+    if task.teacher is not None and not task.kd + task.hidden:
+        raise InputError("--teacher was given, but --kd and --hidden are 0, so nothing is learned from it; omit one")
     return name, task
 
 

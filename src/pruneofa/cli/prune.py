@@ -6,6 +6,7 @@ from typing import Any
 
 from pruneofa.cli.options import add_fields, add_training, precision_of, read_fields, refuse_unread
 from pruneofa.cli.show import print_value
+from pruneofa.errors import InputError
 
 
 def describe(verb: argparse.ArgumentParser) -> None:
@@ -68,10 +69,16 @@ def describe(verb: argparse.ArgumentParser) -> None:
 
 
 def _one_shot(values: dict[str, Any]) -> dict[str, Any]:
-    """The sections of a recipe that prunes without training; options that were given stay."""
+    """The sections of a recipe that prunes without training; options that were given stay.
+
+    Raises InputError for the option that says otherwise.
+    """
+    if values["prune"].get("one_shot") is False:
+        raise InputError("--prune.one-shot false was given, but --one-shot prunes at once; omit one of them")
+    # What is measured at the end, and what scores from gradients refer to: the hidden states, as no head is needed.
+    losses = {"hard": 0.0, "kd": 0.0, "hidden": 1.0}
     return {
         "corpus": {"nsp": False, **values["corpus"]},
         "prune": {"one_shot": True, "score": "hessian", "steps": 0, **values["prune"]},
-        # What is measured at the end, and what scores from gradients refer to: the hidden states, as no head is needed.
-        "distill": {"hard": 0.0, "kd": 0.0, "hidden": 1.0, **values["distill"]},
+        "distill": ({} if losses.keys() & values["distill"] else losses) | values["distill"],
     }

@@ -3,7 +3,7 @@
 from typing import Any
 
 from pruneofa.recipe.fields import Section
-from pruneofa.recipe.model import Quantize, Recipe, Task
+from pruneofa.recipe.model import Card, Quantize, Recipe, Task
 from pruneofa.recipe.pretraining import REFITTED, Distill, Prune
 
 Reasons = dict[str, str]  # field -> why it is not read
@@ -26,8 +26,11 @@ def of_prune(prune: Prune) -> Reasons:
         schedule = ("begin", "end", "stop", "interval", "initial", "rewind")
         found |= dict.fromkeys(schedule, "all weights are pruned at once")
     if not prune.steps:
-        trained = ("lr", "batch", "warmup", "weight_decay", "max_grad_norm")
-        found |= dict.fromkeys(trained, "prune.steps is 0, so nothing is trained")
+        pruned = {"steps", "score", "one_shot", "calibration", "gradients", "block", "dampening", "final", "pattern"}
+        trained = Prune.model_fields.keys() - pruned - {"scope", "skip"} - found.keys()
+        found |= dict.fromkeys(sorted(trained), "prune.steps is 0, so nothing is trained")
+    elif prune.save_steps:
+        found["save_minutes"] = "prune.save_steps is given"
     return found
 
 
@@ -80,8 +83,11 @@ def given_in_vain(recipe: Recipe) -> dict[str, list[str]]:
         add("distill", recipe.distill, dict.fromkeys(Distill.model_fields, "prune is null"))
     if recipe.corpus is not None and recipe.prune is None and recipe.teacher is None:
         found["corpus"] = "teacher and prune are null"
-    if recipe.dense_model is not None and recipe.tasks and all(task.teacher for task in recipe.tasks.values()):
-        found["dense_model"] = "every task names its teacher"
+    if recipe.dense_model is not None and all(task.teacher for task in recipe.tasks.values()):
+        found["dense_model"] = "there is no task without a teacher of its own"
+    if recipe.prune is None:
+        add("card", recipe.card, dict.fromkeys(Card.model_fields, "prune is null, so no model card is written"))
+        found |= {"seed": "teacher and prune are null"} if recipe.seed and recipe.teacher is None else {}
     for name, task in recipe.tasks.items():
         add(f"tasks.{name}", task, of_task(task, recipe))
     if recipe.quantize is not None:

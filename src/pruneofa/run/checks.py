@@ -12,7 +12,7 @@ from pruneofa.progress import notice
 from pruneofa.recipe import Corpus, Distill, Prune, Recipe, Task, Teacher, unread
 from pruneofa.run.fine_tuning import transfer_objective
 from pruneofa.run.folder import refuse_links, refuse_others
-from pruneofa.run.inputs import Inputs, teacher_path
+from pruneofa.run.inputs import Inputs, dense_paths, teacher_path
 from pruneofa.run.lineage import lost_pattern
 from pruneofa.run.plan import losses
 from pruneofa.run.pretraining import learning_rate, schedule
@@ -54,8 +54,6 @@ def check(recipe: Recipe, inputs: Inputs, steps: Iterable[Step], *, tokenize: bo
         )
     if recipe.model_is_sparse:
         pattern.inspect(recipe.model)
-    if recipe.dense_model is not None:
-        check_vocabulary(recipe.model, recipe.dense_model)
     if recipe.corpus and any(stage.task is None for stage in pending):
         check_pretraining(recipe.model, recipe.teacher, recipe.prune, recipe.distill, recipe.corpus)
         if tokenize:
@@ -65,9 +63,10 @@ def check(recipe: Recipe, inputs: Inputs, steps: Iterable[Step], *, tokenize: bo
             spec = recipe.tasks[name].resolved(name)
             for teacher in dict.fromkeys(teacher_path(spec, seed) for seed in recipe.seeds):
                 check_task(recipe.model, teacher, spec, inputs.task(name))
-            if recipe.dense_model is not None:
+            if recipe.dense_model is not None and spec.teacher is None:
+                check_vocabulary(recipe.model, recipe.dense_model)
                 check_inputs(recipe.dense_model, inputs.task(name))
-                if recipe.tasks[name].teacher is None and recipe.tasks[name].hidden > 0:
+                if spec.hidden > 0:
                     _check_hidden(recipe.model, recipe.dense_model, f"tasks.{name}.hidden")
 
 
@@ -86,7 +85,7 @@ def _check_hidden(model: str, dense_model: str, field: str) -> None:
 def check_engine(recipe: Recipe) -> None:
     """Raises InputError or ImportError if the engine cannot run the models that the tasks' stages will make."""
     choose_isa(None)
-    for model in filter(None, (recipe.model, recipe.dense_model)):
+    for model in dict.fromkeys([recipe.model, *(path for name in recipe.tasks for path in dense_paths(recipe, name))]):
         # The head is not checked: the tasks' stages replace it.
         read_architecture(load_config(model).to_dict() | {"architectures": None}, model)
 
@@ -107,7 +106,7 @@ def check_pretraining(model: str, teacher: Teacher | None, prune: Prune | None, 
     if text.max_length > longest:
         raise InputError(f"corpus.max_length is {text.max_length} but {model} has {longest} positions; lower it")
     for settings in (teacher, prune):
-        if settings is not None:
+        if settings is not None and settings.steps:
             split_batch(settings.batch, settings.micro_batch)
     if prune is not None:
         pruner = GradualPruner(loaded, **schedule(prune))

@@ -9,7 +9,7 @@ from pruneofa.formats import locks
 from pruneofa.formats.files import recover, recover_all, remove_folder
 from pruneofa.recipe import Recipe, read_keys
 from pruneofa.run.names import RECORD
-from pruneofa.run.stage import FORMAT, MARK, WORK, Stage, Step
+from pruneofa.run.stage import FORMAT, MARK, WORK, Model, Stage, Step
 from pruneofa.train.device import processes
 
 RUN = "run"  # the lock of a run's folder is in it, because the folder may be a volume that several machines share
@@ -58,8 +58,10 @@ def refuse_others(steps: Iterable[Step], where: Path, redo: bool, out: str = "--
 def refuse_changes(steps: Iterable[Step], where: Path, redo: bool, out: str = "--out") -> None:
     """Raises InputError listing stages, finished or begun, whose settings or inputs changed, unless `redo`.
 
-    Of a finished stage it says what changed. Raises as `refuse_others` does too.
+    Of a finished stage it says what changed. Raises as `refuse_others` does too, and, also with `redo`, for a stage
+    whose folder is a model that the user gave: it would be replaced.
     """
+    _refuse_own_inputs([step for step in steps if isinstance(step, Stage)], out)
     refuse_others(steps, where, redo, out)
     if redo:
         return
@@ -71,6 +73,14 @@ def refuse_changes(steps: Iterable[Step], where: Path, redo: bool, out: str = "-
             f"settings or inputs of stages changed: {', '.join(changed)}; "
             f"--redo runs them again (the old ones are kept until the new ones are complete), or choose another {out}"
         )
+
+
+def _refuse_own_inputs(stages: Sequence[Stage], out: str) -> None:
+    made = {stage.folder.resolve(): stage for stage in stages}
+    given = [model for stage in stages for model in stage.inputs.values() if isinstance(model, Model)]
+    for model in given:
+        if model.stage is None and (stage := made.get(Path(model.path).resolve())) is not None:
+            raise InputError(f"model {model.path}: is what {stage} would replace here; choose another {out}")
 
 
 def _first(differences: list[str], shown: int = 3) -> str:

@@ -16,6 +16,12 @@ def teacher_path(spec: Task, seed: int) -> str | None:
     return spec.teacher and spec.teacher.replace("{seed}", str(seed))
 
 
+def dense_paths(recipe: Recipe, name: str) -> list[str]:
+    """The models that the dense models of a task are, or are fine-tuned from, where the recipe names any."""
+    named = [teacher_path(recipe.tasks[name], seed) or recipe.dense_model for seed in recipe.seeds]
+    return [path for path in dict.fromkeys(named) if path]
+
+
 class Inputs:
     """The models, the text and the tasks that a recipe names."""
 
@@ -62,9 +68,8 @@ class Inputs:
             recipe = self.recipe
             # All models of a task get the same features, and each takes what it knows. One text is all of type 0.
             pairs = len(tasks.text_columns(name, recipe.tasks[name])) > 1
-            others = [recipe.dense_model, *(teacher_path(recipe.tasks[name], seed) for seed in recipe.seeds)]
-            found = [load_tokenizer(path).model_input_names for path in dict.fromkeys(others) if path and pairs]
-            types = any("token_type_ids" in names for names in found)
+            others = dense_paths(recipe, name) if pairs else []
+            types = any("token_type_ids" in load_tokenizer(path).model_input_names for path in others)
             tokenizer = load_tokenizer(recipe.model, types=types or None)
             spec, longest = recipe.tasks[name].resolved(name), tasks.longest_input(load_config(recipe.model))
             self._tasks[name] = tasks.load_task(

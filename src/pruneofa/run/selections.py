@@ -1,7 +1,7 @@
 """What the selections of gradual pruning with score obs or hessian take beside training.
 
-Each one reads other examples of the corpus. Their tokens are added to a file of {step: tokens}, where a selection that
-is made again after a kill is counted once.
+Each one reads other examples of the corpus, or of a stream, which begins anew each time, its first ones again. Their
+tokens are added to a file of {step: tokens}, where a selection that is made again after a kill is counted once.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping

@@ -43,29 +43,30 @@ LAYER, CLOCK = "layer.safetensors", "clock.json"
 Select = Callable[[Tensor], Tensor]
 
 
-def memory_needed(tokens: int, hidden: int, inner: int) -> int:
-    """Bytes that `prune_layerwise` takes beside the models.
+def memory_needed(tokens: int, hidden: int, inner: int, parameters: int) -> int:
+    """Bytes that `prune_layerwise` takes beside the student, with the dense model, which is loaded for it.
 
     Args:
         tokens: of text, in all batches.
         hidden: width of the hidden states.
         inner: width of the intermediate layer, whose moments are the largest.
+        parameters: numbers of the dense model, float32.
     """
     # Per token: the embeddings of both, the states of student and teacher before the layer and of the teacher after it;
     # the outputs in the teacher's layer that are the goals; input and goal of the linears that are fitted. Then
     # matrices of the moments: as summed, damped, scaled, the identity, and an inverse with its copy.
     states, goals, fitted = 5 * hidden, 5 * hidden + inner, hidden + inner
-    return 4 * (tokens * (states + goals + fitted) + 6 * inner * inner)
+    return 4 * (tokens * (states + goals + fitted) + 6 * inner * inner + parameters)
 
 
 def check_memory(weights: Mapping[str, Tensor], tokens: int, parameters: int) -> None:
     """Raises InputError when the memory that is free cannot hold what `prune_layerwise` needs for these weights.
 
-    `parameters` of the dense model, float32, which is loaded for it.
+    `parameters`: numbers of the dense model.
     """
     sizes = [size for weight in weights.values() for size in weight.shape]
     refuse_more_than_free(
-        memory_needed(tokens, min(sizes), max(sizes)) + 4 * parameters,
+        memory_needed(tokens, min(sizes), max(sizes), parameters),
         f"prune.score hessian: {tokens:,} tokens of calibration",
         "lower prune.calibration",
     )
