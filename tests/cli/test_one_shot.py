@@ -144,6 +144,7 @@ def test_after_ctrl_c_the_same_command_finishes(prune, monkeypatch, tmp_path):
             "but --one-shot prunes at once; omit one of them",
         ),
         (["--prune.pattern", "2:4"], "final is 0.9 but pattern 2:4 gives 0.5; set --prune.final to that"),
+        (["--corpus.config", "en"], "but only hub data sets have one, not local files; omit it"),
         (["--corpus.column", "text"], "task.csv: no column 'text', it has sentence, verdict; set --corpus.column"),
     ],
 )

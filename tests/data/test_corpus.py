@@ -190,12 +190,11 @@ def test_the_source_fingerprint_follows_the_text_and_the_column_only(tmp_path):
     write(tmp_path / "c" / "x.txt", articles(6))
     prints = [source_fingerprint(Corpus(source=name), data_root=tmp_path) for name in "abc"]
     assert prints[0] == prints[1] != prints[2]
-    for given, message in (
-        ({"column": "body"}, r"corpus.column is 'body', but .txt files have no columns; omit it"),
-        ({"config": "en"}, r"corpus.config is 'en', but only hub data sets have one, not local files; omit it"),
-    ):
-        with pytest.raises(InputError, match=message):
-            source_fingerprint(Corpus(source="a", **given), data_root=tmp_path)
+    assert source_fingerprint(Corpus(source="a", column="body"), data_root=tmp_path) == prints[0]  # txt has no columns
+    assert set(sources.unread("a", tmp_path)) == {"config", "column"}
+    (tmp_path / "a" / "y.csv").write_text("text\nthe king\n")
+    assert set(sources.unread(["a", "b"], tmp_path)) == {"config"}
+    assert sources.unread(["a", "wikimedia/wikipedia"], tmp_path) == {}
 
 
 def test_a_damaged_cache_is_made_anew(tmp_path):

@@ -94,7 +94,7 @@ def test_token_types_only_where_the_model_has_them(tmp_path):
         )
     assert types[2].tolist() == [0, 0, 0, 1, 1, 1]
     assert not types[0].any() and not types[1].any()
-    for name in ("BertTokenizer", "DistilBertTokenizer", "MPNetTokenizer", "XLMRobertaTokenizerFast"):
+    for name in ("BertTokenizer", "DistilBertTokenizer", "MPNetTokenizer", "RobertaTokenizerFast"):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name}))
         found = TextTokenizer(tmp_path, vocabulary=1000, types=2, limit=64).sequences(pair, ["x"], truncate=False)[0]
         assert found.types.any() == ("token_type_ids" in getattr(transformers, name).model_input_names)

@@ -68,6 +68,7 @@ def test_settings_that_contradict_tokenizer_json(stated, normalizer, message, tm
         ({"do_lower_case": None, "add_prefix_space": True}, {}),
         ({}, {"lowercase": False, "strip_accents": True, "handle_chinese_chars": False}),
         ({"tokenizer_class": "BertTokenizer"}, {}),
+        ({"tokenizer_class": "HerbertTokenizer"}, {"lowercase": False}),  # its class has other defaults
         ({"tokenizer_class": "BertTokenizer", "do_lower_case": False}, {"lowercase": False, "strip_accents": False}),
         # Of these classes transformers reads tokenizer.json too.
         ({"do_lower_case": False, "tokenizer_class": "PreTrainedTokenizerFast"}, {}),

@@ -40,10 +40,11 @@ def test_what_the_defaults_fill_in_is_not_given():
         ([*SPARSE, "dense_model=d", "tasks.sst2.teacher=t"], "dense_model", "no task without a teacher"),
         ([*SPARSE, "dense_model=d"], "dense_model", "no task without a teacher"),
         ([*SPARSE, "seed=7", "card.license=mit"], "card.license", "so no model card is written"),
-        ([*BASE, "prune.save_steps=9", "prune.save_minutes=1"], "prune.save_minutes", "prune.save_steps is given"),
+        ([*BASE, "prune.save_steps=9", "prune.save_minutes=1"], "prune.save_minutes", "save_steps is given"),
         ([*SPARSE, "corpus.source=wiki", "distill.hidden=1"], "distill.hidden", "prune is null"),
         ([*BASE, "quantize={activations: dynamic, freeze: 0.5}"], "quantize.freeze", "needs no calibration"),
         ([*BASE, "quantize={ptq: false, calibration: 8}"], "quantize.calibration", "quantize.ptq is false"),
+        ([*BASE, "teacher={save_steps: 9, save_minutes: 1.0}"], "teacher.save_minutes", "save_steps is given"),
         ([*BASE, "quantize={percentile: 98.0}"], "quantize.percentile", "quantize.observer is minmax"),
     ],
 )

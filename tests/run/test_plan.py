@@ -64,6 +64,8 @@ def test_a_model_that_was_given_is_never_replaced(done, tmp_path):
     for redo in (False, True):
         with pytest.raises(InputError, match=r"seed-0/teacher: is what tasks/mine/seed-0/teacher would replace here; "):
             run(given, folder, redo=redo)
+    with pytest.raises(InputError, match="would replace here"):
+        estimate(given, folder, redo=True)
     assert sorted(path.name for path in (folder / "tasks/mine/seed-0/teacher").iterdir()) == before
     one = settings.model_copy(
         update={"tasks": {}, "control": False, "quantize": None, "model": str(tmp_path / "s-teacher")}

@@ -55,7 +55,12 @@ def describe(verb: argparse.ArgumentParser) -> None:
             refuse_unread(options, "teacher.", dict.fromkeys(values["teacher"], f"{which} prepares none"))
             values["teacher"] = None
         settings = recipe.validate(recipe.Recipe, values)
-        assert settings.prune is not None
+        from pruneofa.data import sources
+
+        assert settings.prune is not None and settings.corpus is not None
+        refuse_unread(options, "corpus.", sources.unread(settings.corpus.source, settings.data_root))
+        if settings.teacher is not None:
+            refuse_unread(options, "teacher.", unread.of_checkpoints(settings.teacher))
         refuse_unread(options, "prune.", unread.of_prune(settings.prune))
         refuse_unread(options, "distill.", unread.of_distill(settings.distill))
         from pruneofa.run import single  # torch, which takes seconds: a wrong option is refused before

@@ -109,7 +109,7 @@ def build_corpus(
     """
     start = time.monotonic()
     form = ExampleFormat.of(spec, tokenizer)  # an unusable tokenizer is an error before the long work
-    readers = _readers(spec, data_root)
+    readers = sources.find(spec.source, spec.config, data_root, streaming=spec.streaming)
     backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()  # so that the text's identity does not depend on how the tokenizer was last called
     backend.no_padding()
@@ -148,17 +148,7 @@ def source_fingerprint(spec: Corpus, *, data_root: str | Path | None = None) -> 
 
     Raises InputError like `build_corpus`, for errors that are found without reading every article.
     """
-    return fingerprint(_content(_readers(spec, data_root), spec))
-
-
-def _readers(spec: Corpus, data_root: str | Path | None) -> list[Reader]:
-    """The sources. Raises InputError for a setting that none of them reads."""
-    readers = sources.find(spec.source, spec.config, data_root, streaming=spec.streaming)
-    if spec.config is not None and not any(isinstance(reader, sources.Hub) for reader in readers):
-        raise InputError(f"corpus.config is {spec.config!r}, but only hub data sets have one, not local files; omit it")
-    if spec.column != "text" and all(isinstance(reader, sources.Files) and reader.plain for reader in readers):
-        raise InputError(f"corpus.column is {spec.column!r}, but .txt files have no columns; omit it")
-    return readers
+    return fingerprint(_content(sources.find(spec.source, spec.config, data_root, streaming=spec.streaming), spec))
 
 
 def _content(readers: list[Reader], spec: Corpus) -> list[Any]:

@@ -133,6 +133,16 @@ def find(
     return [_find(name, config, data_root, streaming) for name in ([source] if isinstance(source, str) else source)]
 
 
+def unread(source: str | list[str], data_root: str | Path | None) -> dict[str, str]:
+    """The settings of a corpus that its sources do not read, with the reason. Raises InputError as `find` does."""
+    readers = find(source, None, data_root, streaming=False)
+    if any(isinstance(reader, Hub) for reader in readers):
+        return {}
+    found = {"config": "only hub data sets have one, not local files"}
+    plain = all(isinstance(reader, Files) and reader.plain for reader in readers)
+    return found | ({"column": ".txt files have no columns"} if plain else {})
+
+
 def _find(name: str, config: str | None, data_root: str | Path | None, streaming: bool) -> Files | Hub:
     root = root_folder(data_root)
     path = root / user_path(name)

@@ -35,8 +35,8 @@ class MaskedLM:
         for name in head.biases:
             if name in weights and not np.array_equal(weights.plain(name), self._bias):
                 raise InputError(
-                    f"{' and '.join(head.biases)} differ, wanted one bias of the decoder under both names; load the "
-                    "model in transformers and save it again"
+                    f"{tokenizer.folder}: {' and '.join(head.biases)} differ, wanted one bias of the decoder under "
+                    "both names; load the model in transformers and save it again"
                 )
         self._tokenizer = tokenizer
 

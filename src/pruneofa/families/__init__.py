@@ -80,20 +80,16 @@ def without_encoder() -> str:
 
 def tokenizer_files(name: str) -> tuple[str, ...]:
     """The files that `tokenizer.json` is made from, by tokenizer class or model type; vocab.txt if it is unknown."""
-    family = _of_tokenizer(name)
-    return family.tokenizer_files if family else ("vocab.txt",)
-
-
-def tokenizer_types(name: str) -> bool:
-    """Whether a tokenizer class gives token types if nothing says so; True if it is unknown."""
-    family = _of_tokenizer(name)
-    return family is None or family.tokenizer_types
-
-
-def _of_tokenizer(name: str) -> Family | None:
     # Longest model type first, because one model type may be the end of another.
     known = sorted(FAMILIES, key=lambda family: len(family.model_type), reverse=True)
-    return next((family for family in known if family.model_type in name.lower()), None)
+    found = (family.tokenizer_files for family in known if family.model_type in name.lower())
+    return next(found, ("vocab.txt",))
+
+
+def by_tokenizer(name: object) -> Family | None:
+    """The family whose own tokenizer class has this name, with or without Fast at its end."""
+    own = {family.classes["embedding"].removesuffix("Model") + "Tokenizer": family for family in FAMILIES}
+    return own.get(name.removesuffix("Fast")) if isinstance(name, str) else None
 
 
 def base_name(name: str) -> str:

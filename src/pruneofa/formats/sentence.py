@@ -101,7 +101,7 @@ def read_sentence(folder: Path) -> Sentence | None:
             f"{folder / MODULES}: the modules are {', '.join(kinds[:9])}, wanted Transformer, Pooling and then at most "
             f"Normalize; {_ELSEWHERE}"
         )
-    if modules[0].path:  # as sentence-transformers 2 and earlier saved it; nothing here reads that folder
+    if modules[0].path:  # as sentence-transformers before 2 saved it; nothing here reads that folder
         raise InputError(
             f"{folder / MODULES}: the path of Transformer is {short(modules[0].path)}, wanted '' (the files beside "
             "modules.json); load the model with sentence-transformers and save it again"

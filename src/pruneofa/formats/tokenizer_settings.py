@@ -19,15 +19,19 @@ SAVE_AGAIN = "load the tokenizer in transformers and save it again with save_pre
 _AS_IT_IS = ("PreTrainedTokenizerFast", "TokenizersBackend")  # for these transformers reads tokenizer.json too
 
 
-# What the classes of WordPiece and byte-level BPE take for a key that tokenizer_config.json does not have.
+# What the classes of `families`, WordPiece and byte-level BPE, take for a key that tokenizer_config.json does not have.
 _DEFAULTS = {"do_lower_case": True, "strip_accents": None, "tokenize_chinese_chars": True, "add_prefix_space": False}
 
 
 def gives_types(names: Any, tokenizer_class: Any) -> bool:
-    """Whether transformers gives token types by `model_input_names` (None: not stated) and the tokenizer's class."""
+    """Whether a tokenizer gives token types, by what tokenizer_config.json states; None: it does not.
+
+    Without model_input_names a class of `families` does as in transformers, any other gives them.
+    """
     if names:
         return "token_type_ids" in names
-    return not isinstance(tokenizer_class, str) or families.tokenizer_types(tokenizer_class)
+    family = families.by_tokenizer(tokenizer_class)
+    return family is None or family.tokenizer_types
 
 
 def check_same_settings(tokenizer: Tokenizer, folder: Path) -> None:
@@ -40,13 +44,14 @@ def check_same_settings(tokenizer: Tokenizer, folder: Path) -> None:
     name = config.get("tokenizer_class")
     if name in _AS_IT_IS:
         return
-    ours = isinstance(name, str) and any(model_type in name.lower() for model_type in families.model_types())
-    for key, got, wanted in _stated_twice(tokenizer, (_DEFAULTS if ours else {}) | config):
+    defaults = {} if families.by_tokenizer(name) is None else _DEFAULTS
+    for key, got, wanted in _stated_twice(tokenizer, defaults | config):
         if got != wanted:
             raise InputError(
                 f"{folder}: {key} is {json.dumps(got)} in tokenizer.json, which the engine reads, and "
                 f"{json.dumps(wanted)} in {CONFIG}, which transformers follows, wanted the same; {SAVE_AGAIN}"
             )
+    ours = isinstance(name, str) and any(model_type in name.lower() for model_type in families.model_types())
     if ours and tokenizer.post_processor is None:
         raise InputError(
             f"{folder}: tokenizer.json has no post_processor, so the engine adds no special tokens to a text, wanted "

@@ -4,7 +4,7 @@ from typing import Any
 
 from pruneofa.recipe.fields import Section
 from pruneofa.recipe.model import Card, Quantize, Recipe, Task
-from pruneofa.recipe.pretraining import REFITTED, Distill, Prune
+from pruneofa.recipe.pretraining import REFITTED, Distill, Prune, Teacher
 
 Reasons = dict[str, str]  # field -> why it is not read
 
@@ -29,9 +29,12 @@ def of_prune(prune: Prune) -> Reasons:
         pruned = {"steps", "score", "one_shot", "calibration", "gradients", "block", "dampening", "final", "pattern"}
         trained = Prune.model_fields.keys() - pruned - {"scope", "skip"} - found.keys()
         found |= dict.fromkeys(sorted(trained), "prune.steps is 0, so nothing is trained")
-    elif prune.save_steps:
-        found["save_minutes"] = "prune.save_steps is given"
-    return found
+    return found | of_checkpoints(prune)
+
+
+def of_checkpoints(stage: Teacher | Prune) -> Reasons:
+    """The fields of teacher preparation or pruning that say when to save, where another one does."""
+    return {"save_minutes": "save_steps is given"} if stage.save_steps else {}
 
 
 def of_distill(distill: Distill) -> Reasons:
@@ -76,6 +79,8 @@ def given_in_vain(recipe: Recipe) -> dict[str, list[str]]:
             if name in reasons and getattr(section, name) != defaults.get(name, field.get_default()):
                 found[f"{prefix}.{name}"] = reasons[name]
 
+    if recipe.teacher is not None:
+        add("teacher", recipe.teacher, of_checkpoints(recipe.teacher))
     if recipe.prune is not None:
         add("prune", recipe.prune, of_prune(recipe.prune), **recipe.prune.default_schedule())
         add("distill", recipe.distill, of_distill(recipe.distill))

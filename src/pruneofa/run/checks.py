@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from pruneofa.data import sources
 from pruneofa.data import tasks as task_data
 from pruneofa.engine.engine import choose_isa
 from pruneofa.errors import CheckFailed, InputError
@@ -12,7 +13,7 @@ from pruneofa.progress import notice
 from pruneofa.recipe import Corpus, Distill, Prune, Recipe, Task, Teacher, unread
 from pruneofa.run.fine_tuning import transfer_objective
 from pruneofa.run.folder import refuse_links, refuse_others
-from pruneofa.run.inputs import Inputs, dense_paths, teacher_path
+from pruneofa.run.inputs import Inputs, teacher_path
 from pruneofa.run.lineage import lost_pattern
 from pruneofa.run.plan import losses
 from pruneofa.run.pretraining import learning_rate, schedule
@@ -36,13 +37,22 @@ def check_run(
     Raises as `refuse_links`, `refuse_others`, `check` and, for a recipe with int8, `check_engine`.
     """
     if processes().is_main_process:
-        for reason, keys in unread.given_in_vain(recipe).items():
-            notice(f"{', '.join(keys)}: no effect, since {reason}")
+        _say_unread(recipe)
     refuse_links((step for step in steps if isinstance(step, Stage)), folder / WORK)
     refuse_others(steps, folder, redo)
     check(recipe, inputs, steps, tokenize=tokenize)
     if recipe.quantize:
         check_engine(recipe)
+
+
+def _say_unread(recipe: Recipe) -> None:
+    vain = unread.given_in_vain(recipe)
+    if recipe.corpus is not None:
+        for name, reason in sources.unread(recipe.corpus.source, recipe.data_root).items():
+            if getattr(recipe.corpus, name) != Corpus.model_fields[name].get_default():
+                vain[reason] = [f"corpus.{name}"]
+    for reason, keys in vain.items():
+        notice(f"{', '.join(keys)}: no effect, since {reason}")
 
 
 def check(recipe: Recipe, inputs: Inputs, steps: Iterable[Step], *, tokenize: bool = True) -> None:
@@ -85,7 +95,8 @@ def _check_hidden(model: str, dense_model: str, field: str) -> None:
 def check_engine(recipe: Recipe) -> None:
     """Raises InputError or ImportError if the engine cannot run the models that the tasks' stages will make."""
     choose_isa(None)
-    for model in dict.fromkeys([recipe.model, *(path for name in recipe.tasks for path in dense_paths(recipe, name))]):
+    trained = any(task.teacher is None for task in recipe.tasks.values())  # from dense_model; given ones torch runs
+    for model in filter(None, (recipe.model, recipe.dense_model if trained else None)):
         # The head is not checked: the tasks' stages replace it.
         read_architecture(load_config(model).to_dict() | {"architectures": None}, model)
 

@@ -37,12 +37,13 @@ def refuse_foreign(folder: Path, record: str) -> None:
 
 
 def refuse_others(steps: Iterable[Step], where: Path, redo: bool, out: str = "--out") -> None:
-    """Raises InputError for a stage's folder that no stage made, and unless `redo` for records of another format.
+    """Raises InputError for a stage's folder that no stage made, or that is a model which the user gave.
 
-    It is unknown whether the settings of those changed. `where` is the folder that the message names, `out` the
-    command-line argument for it.
+    It would be replaced. Unless `redo` also for records of another format: it is unknown whether the settings changed.
+    `where` is the folder that the message names, `out` the command-line argument for it.
     """
     stages = [step for step in steps if isinstance(step, Stage)]
+    _refuse_own_inputs(stages, out)
     for stage in stages:
         refuse_foreign(stage.folder, RECORD)
     if redo:
@@ -58,10 +59,8 @@ def refuse_others(steps: Iterable[Step], where: Path, redo: bool, out: str = "--
 def refuse_changes(steps: Iterable[Step], where: Path, redo: bool, out: str = "--out") -> None:
     """Raises InputError listing stages, finished or begun, whose settings or inputs changed, unless `redo`.
 
-    Of a finished stage it says what changed. Raises as `refuse_others` does too, and, also with `redo`, for a stage
-    whose folder is a model that the user gave: it would be replaced.
+    Of a finished stage it says what changed. Raises as `refuse_others` does too.
     """
-    _refuse_own_inputs([step for step in steps if isinstance(step, Stage)], out)
     refuse_others(steps, where, redo, out)
     if redo:
         return

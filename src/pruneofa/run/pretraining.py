@@ -42,7 +42,8 @@ UNUSED_BY_CONTROL = (
     "lr", "begin", "end", "stop", "interval", "initial", "rewind", "score", "one_shot", "calibration", "gradients",
     "block", "dampening",
 )  # fmt: skip
-SOURCE = unused("source")  # the location of the text has no influence; its contents are an input
+# The location of the text has no influence; what is read there, and of which column, is an input.
+SOURCE = unused("source", "config", "column")
 
 
 @dataclass(frozen=True)

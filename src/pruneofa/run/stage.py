@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 # Part of every stage's fingerprint: increase it when results change for the same settings, or the record.
 FORMAT = 2
+ABSENT = "not there"  # in a record, a setting that the stage does not read
 EVALUATION_FORMAT = 1  # the same for evaluations
 
 METRICS, EVALUATION = "metrics.json", "evaluation.json"
@@ -248,8 +249,8 @@ class Stage:
         """What differs between the finished stage's record and the settings and inputs of now, a phrase for each."""
         record = read_record(self.folder)
         then, now = (_flat(settings) for settings in (record.get("settings", {}), fingerprinted(self.settings)))
-        names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
-        found = [f"{name} was {then.get(name)}, is {now.get(name)}" for name in names]
+        names = [name for name in {**then, **now} if then.get(name, ABSENT) != now.get(name, ABSENT)]
+        found = [f"{name} was {then.get(name, ABSENT)}, is {now.get(name, ABSENT)}" for name in names]
         before = record.get("inputs", {})
         others = [name for name, value in self.input_fingerprints.items() if before.get(name) != value]
         found += [f"other {name}" for name in others]

@@ -122,7 +122,8 @@ def serve(
         check_extra()
     # A connection is a file, and the usual soft limit of 1024 is kept for programs that use select().
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    with contextlib.suppress(ValueError, OSError):  # macOS does not take its own limit, which is infinite
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     bound = bind(host, port)
     shown = f"[{host}]" if ":" in host else host
     url = f"http://{shown}:{bound.getsockname()[1]}"

@@ -18,13 +18,13 @@ from pruneofa.data.tasks import token_types
 from pruneofa.errors import InputError, first_line, is_panic, short
 from pruneofa.families import base_name
 from pruneofa.formats.architecture import check_additions, check_layers
-from pruneofa.formats.files import file_fingerprint, fingerprint, is_there
+from pruneofa.formats.files import file_fingerprint, fingerprint, is_there, read_optional
 from pruneofa.formats.hub import check_model_name, not_on_hub
 from pruneofa.formats.settings import sentence_files
 from pruneofa.formats.source import refuse_non_finite
 from pruneofa.formats.tensors import unsafe_binary
 from pruneofa.formats.tokenizer_file import load_tokenizer as read_tokenizer_file
-from pruneofa.formats.tokenizer_settings import check_same_settings, gives_types
+from pruneofa.formats.tokenizer_settings import CONFIG, check_same_settings, gives_types
 from pruneofa.train.same_tokens import check_same_tokens
 
 # The loader's progress bars and reports are silenced: they warn about heads that are new intentionally. Real errors
@@ -122,7 +122,9 @@ def _set_types(tokenizer: Any, count: int, types: bool | None, path: str | Path)
     `count` is the number of types of the model. What already does so is not changed, nor is what it saves.
     """
     stated = tokenizer.init_kwargs.get("model_input_names")
-    own = count > 1 and gives_types(stated, type(tokenizer).__name__)
+    file = _file(path, CONFIG)
+    named = None if file is None else read_optional(file).get("tokenizer_class")
+    own = count > 1 and gives_types(stated, named)
     if types and count > 1 and stated and not own:
         raise InputError(
             f"model {path}: model_input_names is {short(stated)} in tokenizer_config.json, so the engine gives it no "
