@@ -38,6 +38,7 @@ def test_the_precision_is_that_of_the_processor_unless_it_is_given(model, call, 
 
     monkeypatch.setattr(single, verb, stage)
     chosen = ["--precision", given] if given else []
+    (tmp_path / "text.txt").write_text("the king")
     rest = ["--corpus.source", "text.txt"] if verb == "prune" else OWN
     for fast in ("bf16", "fp32"):
         monkeypatch.setattr("pruneofa.train.device.fast_precision", lambda fast=fast: fast)
