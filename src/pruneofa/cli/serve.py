@@ -116,13 +116,15 @@ def _end(*_: object) -> NoReturn:
 
 def _named(given: str) -> tuple[str, str]:
     """The name and the path of NAME=MODEL, or of MODEL alone."""
+    from pruneofa.serve.settings import NOT_IN_NAMES
+
     name, equals, path = given.partition("=")
     if not equals or os.path.exists(given):
         path = given
         name = Path(given).resolve().name if os.path.exists(given) else given.rstrip("/").rpartition("/")[2]
     if not name or "/" in name or not path:
         raise InputError(f"{given}: wanted a model, or NAME=MODEL with a name without a slash")
-    if not name.isprintable() or {"{", "}"} & set(name):  # braces would be a parameter of a route
+    if not name.isprintable() or NOT_IN_NAMES & set(name):
         raise InputError(f"{given}: clients cannot ask for a model of this name; give it another, as in NAME=MODEL")
     return name, path
 

@@ -28,6 +28,7 @@ from pruneofa.formats.hub import local_folder
 from pruneofa.formats.manifest import MANIFEST, is_packed
 from pruneofa.formats.packed import Packed, PackedEmbedding, read
 from pruneofa.formats.sentence import read_sentence
+from pruneofa.formats.tensors import whole_or_shards
 from pruneofa.progress import notice
 
 try:
@@ -157,8 +158,8 @@ class Engine:
             "wanted_isa": isa,
         }
         folder = local_folder(path_or_id)
-        ordinary = any(is_there(folder / f"model.safetensors{end}") for end in ("", ".index.json"))
-        if not is_there(folder / MANIFEST) or (ordinary and not is_packed(folder)):  # a manifest.json of something else
+        own = is_there(folder / MANIFEST)
+        if not own or (not is_packed(folder) and whole_or_shards(folder, "model.safetensors")):  # of something else
             return cls(convert(folder, precision), **settings)
         packed = read(folder)
         if packed.precision == "int8" and precision == "fp32":

@@ -195,10 +195,10 @@ def _module(entry: Any, file: Path) -> Module:
     kind, path = (entry.get("type"), entry.get("path")) if isinstance(entry, dict) else (None, None)
     if not isinstance(kind, str) or not isinstance(path, str):
         raise InputError(f"{file}: module {short(entry)}, wanted an object with type and path; copy the file again")
-    library, _, kind = kind.rpartition(".")
-    if kind not in KINDS or library.partition(".")[0] != LIBRARY:
-        named = short(kind if library.partition(".")[0] == LIBRARY else entry["type"])
-        raise InputError(f"{file}: module {named}, wanted only {', '.join(KINDS)} of {LIBRARY}; {_ELSEWHERE}")
+    if kind.startswith(f"{LIBRARY}."):
+        kind = kind.rpartition(".")[2]
+    if kind not in KINDS or kind == entry["type"]:  # of another library, or of none
+        raise InputError(f"{file}: module {short(kind)}, wanted only {', '.join(KINDS)} of {LIBRARY}; {_ELSEWHERE}")
     if not re.fullmatch(r"[\w-]{0,99}", path, re.ASCII):  # never read or write files outside the folder
         raise InputError(
             f"{file}: the path of {kind} is {short(path)}, wanted a folder beside the file such as '1_Pooling'; "

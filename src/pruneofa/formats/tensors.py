@@ -51,7 +51,7 @@ def weight_files(folder: Path) -> list[Path]:
 
     Raises InputError for a folder without them, that is packed, with only a .bin file, or with a shard missing.
     """
-    if found := _whole_or_shards(folder, "model.safetensors"):
+    if found := whole_or_shards(folder, "model.safetensors"):
         return found
     if binaries := _binaries(folder):
         raise InputError(_only_binaries(folder, binaries))
@@ -72,7 +72,7 @@ def weights_folder(path: str | Path) -> Path:
     that is damaged or contains other objects than weights.
     """
     folder = local_folder(path)
-    if _whole_or_shards(folder, "model.safetensors"):
+    if whole_or_shards(folder, "model.safetensors"):
         return folder
     if not user_path(path).is_dir():
         folder = local_folder(path, (*FILES, "pytorch_model*.bin"))
@@ -132,7 +132,7 @@ def _read_binaries(folder: Path, binaries: list[Path]) -> dict[str, Any]:
 
 
 def _binaries(folder: Path) -> list[Path]:
-    return _whole_or_shards(folder, "pytorch_model.bin")
+    return whole_or_shards(folder, "pytorch_model.bin")
 
 
 def _only_binaries(folder: Path, binaries: list[Path]) -> str:
@@ -148,7 +148,7 @@ def _only_binaries(folder: Path, binaries: list[Path]) -> str:
     )
 
 
-def _whole_or_shards(folder: Path, name: str) -> list[Path]:
+def whole_or_shards(folder: Path, name: str) -> list[Path]:
     """The file of this name, or the shards that its index names, as transformers reads them; no other file counts."""
     index = folder / f"{name}.index.json"
     if is_there(folder / name):

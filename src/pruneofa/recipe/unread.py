@@ -26,9 +26,8 @@ def of_prune(prune: Prune) -> Reasons:
         schedule = ("begin", "end", "stop", "interval", "initial", "rewind")
         found |= dict.fromkeys(schedule, "all weights are pruned at once")
     if not prune.steps:
-        pruned = {"steps", "score", "one_shot", "calibration", "gradients", "block", "dampening", "final", "pattern"}
-        trained = Prune.model_fields.keys() - pruned - {"scope", "skip"} - found.keys()
-        found |= dict.fromkeys(sorted(trained), "prune.steps is 0, so nothing is trained")
+        trained = [name for name in Teacher.model_fields if name != "steps"]  # which has the settings of training alone
+        found |= dict.fromkeys((*trained, "skip_zeros"), "prune.steps is 0, so nothing is trained")
     return found | of_checkpoints(prune)
 
 

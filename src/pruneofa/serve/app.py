@@ -19,7 +19,7 @@ from pruneofa.serve.metrics import Metrics
 from pruneofa.serve.model import Model
 from pruneofa.serve.overdue import Overdue
 from pruneofa.serve.refusal import Refused, error_body
-from pruneofa.serve.settings import Settings
+from pruneofa.serve.settings import NOT_IN_NAMES, Settings
 
 
 def create_app(models: Sequence[Model], settings: Settings | None = None) -> Starlette:
@@ -36,7 +36,7 @@ def create_app(models: Sequence[Model], settings: Settings | None = None) -> Sta
     names = [model.name for model in models]
     if not names or len(set(names)) < len(names):
         raise InputError(f"models are named {', '.join(names) or 'nothing'}; give at least one, each a name of its own")
-    if wrong := [name for name in names if {"/", "{", "}"} & set(name)]:
+    if wrong := [name for name in names if NOT_IN_NAMES & set(name)]:
         raise InputError(f"a model is named {wrong[0]!r}; wanted one without slashes and braces, as it is in routes")
 
     metrics = Metrics()

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from pruneofa.errors import InputError
 
+NOT_IN_NAMES = frozenset("/{}")  # of a model: its routes have the name as one part, where braces are a parameter
 _OPENAI_INPUTS = 2048  # of a request, as OpenAI takes
 _COUNTS = ("max_batch_tokens", "max_concurrent_requests", "payload_limit")
 
